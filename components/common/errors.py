@@ -1,0 +1,20 @@
+"""The error that a person caused and a person can mend."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something given from outside is wrong: says what was given, what is accepted, what to do.
+
+    The command line and the step runner print its text alone, without a traceback.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt name: ``did you mean 'a' or 'b'?``, or every known name, sorted."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(repr(match) for match in close) + "?"
+    return "known: " + ", ".join(names)

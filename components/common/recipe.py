@@ -1,0 +1,45 @@
+"""A recipe as text: shared values and one section of settings a step, in YAML.
+
+The text itself is what travels (it is a parameter of the pipeline), so that a run started from a
+dashboard carries every setting with it. Each step takes its own section out of it here.
+"""
+
+import dataclasses
+from typing import Any, TypeVar
+
+import yaml
+
+from nudge.components.common.errors import UserError
+from nudge.components.common.settings import parse
+
+T = TypeVar("T")
+
+SHARED = ("base_model", "model_name", "seed")
+"""Top-level values that every step whose settings declare them receives."""
+
+SECTIONS = ("ingest", "tokenize", "train", "evaluate", "upload", "register", "deploy")
+
+
+def read_recipe(text: str) -> dict[str, Any]:
+    """Parse a recipe's YAML into plain values; raises `UserError` if it is not a mapping."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"the recipe is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"the recipe is a YAML {type(values).__name__}, expected a mapping")
+    return values
+
+
+def step_settings(kind: type[T], section: str, recipe: str, **given: Any) -> T:
+    """The settings ``kind`` of the step ``section``, from the recipe's text.
+
+    ``given`` are values that stand above the recipe, such as pipeline parameters; an empty string
+    means "as the recipe says". Raises `UserError` as `parse` does.
+    """
+    values = read_recipe(recipe)
+    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    merged = {key: values[key] for key in SHARED if key in values and key in known}
+    merged |= values.get(section) or {}
+    merged |= {key: value for key, value in given.items() if value != ""}
+    return parse(kind, merged, section)

@@ -1,0 +1,51 @@
+"""Settings: frozen, validated dataclasses made from a recipe's plain values.
+
+A step declares its settings with ``@settings`` and builds them with ``parse``; a wrong value ends
+in a `UserError` that names the key, what was given and what is accepted.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar, dataclass_transform
+
+import pydantic
+from pydantic.dataclasses import dataclass as validated_dataclass
+
+from nudge.components.common.errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """Class decorator: a frozen, keyword-only dataclass whose field types are checked."""
+    config = pydantic.ConfigDict(extra="forbid")
+    return validated_dataclass(cls, frozen=True, kw_only=True, config=config)  # type: ignore[call-overload, no-any-return]
+
+
+def parse(kind: type[T], values: Mapping[str, Any] | None, where: str) -> T:
+    """Build the settings class ``kind`` from plain values.
+
+    ``where`` is the key under which the values stand in the recipe, such as ``train``.
+    Raises `UserError` that lists every problem, unknown keys with their nearest neighbours.
+    """
+    given = dict(values or {})
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    problems = [
+        f"{where}.{key} is not a setting; {nearest(key, known)}"
+        for key in given.keys() - set(known)
+    ]
+    if problems:
+        raise UserError("\n".join(sorted(problems)))
+    try:
+        return kind(**given)
+    except pydantic.ValidationError as error:
+        raise UserError("\n".join(_sentence(where, item) for item in error.errors())) from None
+
+
+def _sentence(where: str, problem: Any) -> str:
+    key = ".".join([where, *(str(part) for part in problem["loc"])])
+    if problem["type"] == "missing":
+        return f"{key} is required and was not given"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,133 @@
+"""What every step's plain function shares: reuse of finished work and a clean end on bad input.
+
+``@step("train", outputs=("model", "history"))`` wraps a function whose outputs are the named `Path`
+parameters and whose other parameters are its inputs (settings, plain values and artifact folders).
+Where NUDGE_REUSE names a folder, the outputs of a finished call are kept there under the sha256 of
+the step's name, the code and the *contents* of its inputs, and a later call with the same key takes
+them from there (hard links, no copy). On a cluster the pipeline engine's own cache does this.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from nudge.components.common.errors import UserError
+from nudge.components.common.progress import emit_event
+from nudge.components.common.provenance import code_fingerprint
+from nudge.components.common.publish import published, sha256_file, sha256_tree
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+REUSE_VARIABLE = "NUDGE_REUSE"
+
+
+def step(
+    name: str, *, outputs: tuple[str, ...] = (), reuse: bool = True
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Declare a step's plain function; it returns a dict of JSON values (its small results).
+
+    ``reuse=False`` is for steps that read or change the world outside their inputs: ingest, upload,
+    register, deploy.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            started = time.monotonic()
+            emit_event(name, "step_start")
+            try:
+                store = os.environ.get(REUSE_VARIABLE) if reuse else None
+                if store:
+                    result, status = _reused(Path(store), name, given.arguments, outputs, function)
+                else:
+                    result, status = function(*args, **kwargs), "done"
+            except BaseException as error:
+                emit_event(name, "step_failed", error=f"{error or type(error).__name__}")
+                raise
+            fields = result if isinstance(result, dict) else {}
+            seconds = time.monotonic() - started
+            emit_event(name, "step_end", status=status, seconds=seconds, **fields)
+            return result
+
+        return run
+
+    return decorate
+
+
+def reuse_key(name: str, inputs: dict[str, Any]) -> str:
+    """Hex sha256 of a step's name, code and inputs; paths count by the content they hold."""
+    plain = {key: _fingerprint(value) for key, value in sorted(inputs.items())}
+    text = json.dumps([name, code_fingerprint(), plain], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _reused(
+    store: Path,
+    name: str,
+    arguments: dict[str, Any],
+    outputs: tuple[str, ...],
+    function: Callable[..., R],
+) -> tuple[R, str]:
+    inputs = {key: value for key, value in arguments.items() if key not in outputs}
+    kept = store / name / reuse_key(name, inputs)
+    if not kept.is_dir():
+        result = function(**arguments)
+        with published(kept) as part:
+            for output in outputs:
+                _link(arguments[output], part / output)
+            (part / "result.json").write_text(json.dumps(result))
+        return result, "done"
+    for output in outputs:
+        _link(kept / output, arguments[output])
+    return json.loads((kept / "result.json").read_text()), "reused"
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make ``target`` the same files as ``source``, by hard links where the disk allows."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        with published(target) as part:
+            shutil.copytree(source, part, copy_function=_link_file, dirs_exist_ok=True)
+    else:
+        target.unlink(missing_ok=True)
+        _link_file(source, target)
+
+
+def _link_file(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
+def _fingerprint(value: Any) -> Any:
+    if isinstance(value, Path):
+        return sha256_tree(value) if value.is_dir() else sha256_file(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return value
+
+
+@contextlib.contextmanager
+def clean_end() -> Any:
+    """End the process with the text of a `UserError` alone; used by the faces' bodies."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

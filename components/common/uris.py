@@ -1,0 +1,52 @@
+"""URIs of files: ``package://`` beside what fsspec knows (file, s3, https, hf, ...).
+
+``package://<package>/<path>`` is a file that ships inside an installed Python package, found
+without importing it; it means the same on a laptop, in an image and on a disconnected cluster.
+"""
+
+import importlib.util
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from nudge.components.common.errors import UserError
+
+
+def package_path(uri: str) -> Path:
+    """The path on disk of a ``package://`` URI; its last parts may hold glob patterns.
+
+    Raises `UserError` if the package is not installed; the file itself is not looked for.
+    """
+    parts = urlsplit(uri)
+    try:
+        spec = importlib.util.find_spec(parts.netloc)
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None:
+        raise UserError(
+            f"{uri}: the Python package {parts.netloc!r} is not installed here; "
+            f"install it (`make setup` installs what the recipes need) or give another URI"
+        )
+    if spec.submodule_search_locations:
+        folder = Path(next(iter(spec.submodule_search_locations)))
+    else:
+        folder = Path(str(spec.origin)).parent
+    if ".." in parts.path.split("/"):
+        raise UserError(f"{uri}: a path inside the package is expected, without '..'")
+    return folder / parts.path.lstrip("/")
+
+
+def is_local(uri: str) -> bool:
+    """Whether a URI names something on this machine's disk: file, package or a bare path."""
+    return urlsplit(uri).scheme in ("", "file", "package")
+
+
+def local_path(uri: str) -> Path:
+    """The path on disk of a local URI (``package://``, ``file://`` or a bare path)."""
+    parts = urlsplit(uri)
+    if parts.scheme == "package":
+        return package_path(uri)
+    if parts.scheme == "file":
+        return Path(parts.path)
+    if parts.scheme == "":
+        return Path(uri).expanduser()
+    raise UserError(f"{uri}: not on this machine; expected package://, file:// or a path")
