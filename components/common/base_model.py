@@ -1,0 +1,131 @@
+"""The model that training starts from, as a Hugging Face folder on this machine's disk.
+
+A base model is named by a URI: ``package://`` (a file in an installed package), ``file://`` or a
+path, ``s3://`` (a folder of the data connection), ``hf://<owner>/<name>`` (the Hugging Face hub or
+its local cache). A GGUF file is converted once, to float32 safetensors, into a cache.
+"""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from nudge.components.common.errors import UserError
+from nudge.components.common.publish import published, sha256_file
+from nudge.components.common.uris import is_local, local_path
+
+CONVERSION = 1
+"""Raise this when the conversion changes, so that folders converted before are not taken again."""
+
+
+def local_model(uri: str) -> Path:
+    """The Hugging Face folder (config, tokenizer, safetensors) of a base model.
+
+    Raises `UserError` if it cannot be found or is not a causal language model.
+    """
+    if urlsplit(uri).scheme == "hf":
+        folder = _from_hub(uri)
+    elif is_local(uri):
+        path = local_path(uri)
+        if not path.exists():
+            raise UserError(
+                f"base_model {uri}: {path} does not exist; give a folder or a .gguf file"
+            )
+        folder = _from_gguf(path) if path.suffix == ".gguf" else path
+    else:
+        folder = _from_object_store(uri)
+    _check_causal(folder, uri)
+    return folder
+
+
+def model_sha256(folder: Path) -> str:
+    """Hex sha256 of a model's weights: of its safetensors files by name, in order."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where converted and downloaded models are kept: below NUDGE_HOME, or ``./.nudge``."""
+    return Path(os.environ.get("NUDGE_HOME", ".nudge")).resolve() / "base_models"
+
+
+def _check_causal(folder: Path, uri: str) -> None:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"base_model {uri}: {folder} has no config.json; give a Hugging Face folder"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"base_model {uri}: its config.json cannot be read: {error}") from None
+    names = config.architectures or []
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not any(
+        name.endswith(("ForCausalLM", "LMHeadModel")) for name in names
+    ):
+        raise UserError(
+            f"base_model {uri} is {', '.join(names) or config.model_type}, "
+            "not a causal language model (such as LlamaForCausalLM); give one that is"
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(
+            f"base_model {uri}: {folder} has no .safetensors file (pickles are refused)"
+        )
+
+
+def _from_gguf(path: Path) -> Path:
+    target = cache_folder() / f"{path.stem}-{sha256_file(path)[:16]}-{CONVERSION}"
+    if target.is_dir():
+        return target
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    try:
+        quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read as a GGUF causal language model: {error}") from None
+    # transformers refuses to save a model that it loaded from GGUF, so its weights go into a fresh
+    # one whose config has forgotten the quantization.
+    forget = ("quantization_config", "_pre_quantization_dtype")
+    values: dict[str, Any] = {
+        key: value for key, value in quantized.config.to_dict().items() if key not in forget
+    }
+    fresh = AutoModelForCausalLM.from_config(type(quantized.config)(**values))
+    fresh.load_state_dict(quantized.state_dict())
+    with published(target) as part:
+        fresh.float().save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    return target
+
+
+def _from_hub(uri: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name = uri.removeprefix("hf://")
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
+        raise UserError(
+            f"base_model {uri}: not in the local cache and the hub cannot give it ({error}); "
+            "on a disconnected cluster give an s3:// folder"
+        ) from None
+
+
+def _from_object_store(uri: str) -> Path:
+    from nudge.components.common.storage import download_folder
+
+    target = cache_folder() / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    shutil.rmtree(target, ignore_errors=True)  # what stands behind a URI may have changed
+    with published(target) as part:
+        download_folder(uri, part)
+    return target
