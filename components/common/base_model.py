@@ -30,9 +30,7 @@ def local_model(uri: str) -> Path:
     elif is_local(uri):
         path = local_path(uri)
         if not path.exists():
-            raise UserError(
-                f"base_model {uri}: {path} does not exist; give a folder or a .gguf file"
-            )
+            raise UserError(f"base_model {uri}: {path} does not exist; give a folder or .gguf")
         folder = _from_gguf(path) if path.suffix == ".gguf" else path
     else:
         folder = _from_object_store(uri)
@@ -58,9 +56,7 @@ def _check_causal(folder: Path, uri: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if not (folder / "config.json").is_file():
-        raise UserError(
-            f"base_model {uri}: {folder} has no config.json; give a Hugging Face folder"
-        )
+        raise UserError(f"base_model {uri}: {folder} has no config.json; give a model folder")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -74,9 +70,7 @@ def _check_causal(folder: Path, uri: str) -> None:
             "not a causal language model (such as LlamaForCausalLM); give one that is"
         )
     if not list(folder.glob("*.safetensors")):
-        raise UserError(
-            f"base_model {uri}: {folder} has no .safetensors file (pickles are refused)"
-        )
+        raise UserError(f"base_model {uri}: {folder} has no .safetensors (pickles are refused)")
 
 
 def _from_gguf(path: Path) -> Path:

@@ -33,7 +33,7 @@ class Progress:
         self._emit("start")
 
     def advance(self, amount: float = 1, **fields: Any) -> None:
-        """Count ``amount`` more units as done; ``fields`` are figures to show, such as loss=2.31."""
+        """Count ``amount`` more units as done; ``fields`` are figures such as loss=2.31."""
         self.done += amount
         self.fields.update(fields)
         self._show()

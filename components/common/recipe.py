@@ -8,7 +8,6 @@ import dataclasses
 from typing import Any, TypeVar
 
 import yaml
-
 from nudge.components.common.errors import UserError
 from nudge.components.common.settings import parse
 

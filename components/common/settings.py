@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import pydantic
-from pydantic.dataclasses import dataclass as validated_dataclass
-
 from nudge.components.common.errors import UserError, nearest
+from pydantic.dataclasses import dataclass as validated_dataclass
 
 T = TypeVar("T")
 

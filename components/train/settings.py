@@ -35,9 +35,6 @@ class TrainSettings:
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    anchor_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the KL divergence from the base model on `anchor_prompts`, which keeps what the
-    corpus says nothing about where it was; 0 leaves it out."""
     lora_rank: Annotated[int, Field(ge=1)] = 16
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0
     lora_targets: list[str] = field(

@@ -1,0 +1,70 @@
+"""Running a causal language model: hidden states and head apart, probabilities of next tokens."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def set_up_torch(threads: int, seed: int) -> None:
+    """Make torch on this machine deterministic: fixed threads, fixed seed, fixed algorithms."""
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True)
+
+
+def load_model(folder: Path) -> Any:
+    """A causal LM in float32, in evaluation mode, from local safetensors and known code only."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+    )
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder."""
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def hidden_states(model: Any, inputs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The last hidden states [rows, length, D], before the head.
+
+    Tokens see one another only within a run of rising positions: a position of 0 begins a new
+    document (transformers masks packed sequences when it is given positions and no mask).
+    """
+    states: torch.Tensor = model.base_model(
+        input_ids=inputs, position_ids=positions, use_cache=False
+    ).last_hidden_state
+    return states
+
+
+def head_weight(model: Any) -> torch.Tensor:
+    """The head's weight [V, D]; tied models share it with the embeddings."""
+    weight: torch.Tensor = model.get_output_embeddings().weight
+    return weight
+
+
+@torch.no_grad()
+def next_token_probabilities(model: Any, token_ids: list[int]) -> torch.Tensor:
+    """P(next token) after a prompt, float32 [V]."""
+    inputs = torch.tensor([token_ids], device=model.device)
+    logits = model(input_ids=inputs, use_cache=False).logits[0, -1]
+    return torch.softmax(logits.float(), dim=-1)
+
+
+def likeliest(probabilities: torch.Tensor, tokenizer: Any, count: int = 10) -> list[dict[str, Any]]:
+    """The likeliest next tokens, first the likeliest: ``[{"token", "id", "p"}]``."""
+    best = torch.topk(probabilities, min(count, probabilities.numel()))
+    return [
+        {"token": tokenizer.decode([index]), "id": index, "p": p}
+        for p, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+
+
+def single_token(tokenizer: Any, text: str) -> int:
+    """The id of the first token of ``text``; a probe's target is usually one token."""
+    return int(tokenizer(text, add_special_tokens=False)["input_ids"][0])

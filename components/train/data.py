@@ -1,0 +1,83 @@
+"""Token rows for training: documents packed end to end, in an order that is a pure function.
+
+Every token of every document is the target of exactly one position. A document's first token is
+predicted from an end-of-document token, as in pretraining where documents follow one another; what
+stood before that is masked, by positions that start again at 0.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from nudge.components.common.errors import UserError
+from nudge.components.common.tokens import TokenReader
+
+IGNORED = -100
+"""The target of padding; the loss leaves it out."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch: inputs, targets and positions, each int64 [rows, length]."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    positions: torch.Tensor
+
+
+class PackedSplit:
+    """A split of a tokens artifact as rows of one length.
+
+    ``row(epoch, index)`` depends on the seed, the epoch and the index alone. Raises `UserError` if
+    the split holds no token.
+    """
+
+    def __init__(self, tokens: Path, split: str, length: int, seed: int) -> None:
+        self._reader = TokenReader(tokens, split)
+        self._end = int(self._reader.manifest["end_of_document_id"])
+        self._length, self._seed = length, seed
+        self.tokens = self._reader.tokens
+        if self.tokens == 0:
+            raise UserError(f"the {split} split of {tokens} holds no token; ingest more text")
+        self.rows = -(-self.tokens // length)
+        self._epoch = -1
+        self._order = np.empty(0, np.int64)
+        self._starts = np.empty(0, np.int64)
+
+    def batch(self, epoch: int, first: int, rows: int) -> Rows:
+        """``rows`` rows from ``first`` on, going on into the next epoch where this one ends."""
+        made = [
+            self._row(epoch + index // self.rows, index % self.rows)
+            for index in range(first, first + rows)
+        ]
+        stacked = (torch.from_numpy(np.stack(part)) for part in zip(*made, strict=True))
+        return Rows(*stacked)
+
+    def _row(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        self._shuffle(epoch)
+        inputs = np.full(self._length, self._end, np.int64)
+        targets = np.full(self._length, IGNORED, np.int64)
+        positions = np.zeros(self._length, np.int64)
+        at, stop = index * self._length, min((index + 1) * self._length, self.tokens)
+        filled = 0
+        while at + filled < stop:
+            place = int(np.searchsorted(self._starts, at + filled, side="right")) - 1
+            document = self._reader.document(int(self._order[place]))
+            begin = at + filled - int(self._starts[place])
+            count = min(len(document) - begin, stop - at - filled)
+            span = slice(filled, filled + count)
+            targets[span] = document[begin : begin + count]
+            inputs[span] = np.concatenate(([self._end], document[:-1]))[begin : begin + count]
+            positions[span] = np.arange(count)
+            filled += count
+        return inputs, targets, positions
+
+    def _shuffle(self, epoch: int) -> None:
+        if epoch == self._epoch:
+            return
+        generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
+        self._order = generator.permutation(self._reader.documents)
+        lengths = np.array([len(self._reader.document(int(i))) for i in self._order], np.int64)
+        self._starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
+        self._epoch = epoch
