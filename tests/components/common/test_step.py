@@ -1,0 +1,59 @@
+"""Reuse of finished steps: by content, never half of one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nudge.components.common.step import step
+
+CALLS: list[str] = []
+
+
+@step("double", outputs=("out",))
+def double(times: int, *, source: Path, out: Path) -> dict[str, Any]:
+    CALLS.append(source.read_text())
+    out.mkdir()
+    (out / "text").write_text(source.read_text() * times)
+    if times == 13:
+        raise RuntimeError("unlucky")
+    return {"length": len(source.read_text()) * times}
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    CALLS.clear()
+    monkeypatch.setenv("NUDGE_REUSE", str(tmp_path / "reuse"))
+    monkeypatch.setenv("NUDGE_EVENTS", str(tmp_path / "events.jsonl"))
+    (tmp_path / "a").write_text("ab")
+
+
+def ends(tmp_path: Path) -> list[tuple[str, Any]]:
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    return [(e["event"], e.get("status")) for e in lines if e["event"] != "step_start"]
+
+
+def test_the_same_content_is_reused_from_another_path(tmp_path: Path) -> None:
+    first = double(2, source=tmp_path / "a", out=tmp_path / "one")
+    (tmp_path / "b").write_text("ab")
+    second = double(2, source=tmp_path / "b", out=tmp_path / "two")
+    assert first == second == {"length": 4}
+    assert (tmp_path / "two" / "text").read_text() == "abab"
+    assert CALLS == ["ab"]
+    assert ends(tmp_path) == [("step_end", "done"), ("step_end", "reused")]
+
+
+def test_other_content_or_settings_run_again(tmp_path: Path) -> None:
+    double(2, source=tmp_path / "a", out=tmp_path / "one")
+    double(3, source=tmp_path / "a", out=tmp_path / "two")
+    (tmp_path / "a").write_text("xy")
+    double(2, source=tmp_path / "a", out=tmp_path / "three")
+    assert len(CALLS) == 3
+
+
+def test_a_failed_call_is_not_kept(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        with pytest.raises(RuntimeError, match="unlucky"):
+            double(13, source=tmp_path / "a", out=tmp_path / name)
+    assert len(CALLS) == 2
+    assert ends(tmp_path) == [("step_failed", None)] * 2
