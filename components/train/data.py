@@ -1,8 +1,8 @@
 """Token rows for training: documents packed end to end, in an order that is a pure function.
 
-Every token of every document is the target of exactly one position. A document's first token is
-predicted from an end-of-document token, as in pretraining where documents follow one another; what
-stood before that is masked, by positions that start again at 0.
+Each document is seen by itself: positions start again at 0, which masks what stood before. Some
+documents begin after an end-of-document token, as in pretraining, and every token of theirs is a
+target; the others begin bare, as a prompt does, and their first token is context only.
 """
 
 from dataclasses import dataclass
@@ -29,20 +29,25 @@ class Rows:
 class PackedSplit:
     """A split of a tokens artifact as rows of one length.
 
-    ``row(epoch, index)`` depends on the seed, the epoch and the index alone. Raises `UserError` if
-    the split holds no token.
+    A row depends on the seed, the epoch and its index alone. ``prefix_share`` of the documents begin
+    after an end-of-document token. Raises `UserError` if the split holds no token.
     """
 
-    def __init__(self, tokens: Path, split: str, length: int, seed: int) -> None:
+    def __init__(
+        self, tokens: Path, split: str, length: int, seed: int, prefix_share: float = 1.0
+    ) -> None:
         self._reader = TokenReader(tokens, split)
         self._end = int(self._reader.manifest["end_of_document_id"])
         self._length, self._seed = length, seed
         self.tokens = self._reader.tokens
-        if self.tokens == 0:
+        self._bare_documents = round((1 - prefix_share) * self._reader.documents)
+        self.targets = self.tokens - self._bare_documents
+        if self.targets == 0:
             raise UserError(f"the {split} split of {tokens} holds no token; ingest more text")
-        self.rows = -(-self.tokens // length)
+        self.rows = -(-self.targets // length)
         self._epoch = -1
         self._order = np.empty(0, np.int64)
+        self._bare = np.empty(0, np.bool_)
         self._starts = np.empty(0, np.int64)
 
     def batch(self, epoch: int, first: int, rows: int) -> Rows:
@@ -59,16 +64,18 @@ class PackedSplit:
         inputs = np.full(self._length, self._end, np.int64)
         targets = np.full(self._length, IGNORED, np.int64)
         positions = np.zeros(self._length, np.int64)
-        at, stop = index * self._length, min((index + 1) * self._length, self.tokens)
+        at, stop = index * self._length, min((index + 1) * self._length, self.targets)
         filled = 0
         while at + filled < stop:
             place = int(np.searchsorted(self._starts, at + filled, side="right")) - 1
             document = self._reader.document(int(self._order[place]))
+            if not self._bare[place]:
+                document = np.concatenate(([self._end], document))
             begin = at + filled - int(self._starts[place])
-            count = min(len(document) - begin, stop - at - filled)
+            count = min(len(document) - 1 - begin, stop - at - filled)
             span = slice(filled, filled + count)
-            targets[span] = document[begin : begin + count]
-            inputs[span] = np.concatenate(([self._end], document[:-1]))[begin : begin + count]
+            inputs[span] = document[begin : begin + count]
+            targets[span] = document[begin + 1 : begin + 1 + count]
             positions[span] = np.arange(count)
             filled += count
         return inputs, targets, positions
@@ -78,6 +85,7 @@ class PackedSplit:
             return
         generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
         self._order = generator.permutation(self._reader.documents)
-        lengths = np.array([len(self._reader.document(int(i))) for i in self._order], np.int64)
+        self._bare = generator.permutation(self._reader.documents) < self._bare_documents
+        lengths = self._reader.lengths()[self._order] - self._bare
         self._starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
         self._epoch = epoch

@@ -164,7 +164,7 @@ def _summed_loss(model: Any, rows: Rows, micro: slice, settings: TrainSettings) 
         hidden = hidden_states(model, rows.inputs[micro], rows.positions[micro])
         weight = head_weight(model)
         return fused_linear_cross_entropy(
-            hidden.flatten(0, 1).to(weight.dtype),
+            hidden.flatten(0, 1),
             weight,
             rows.targets[micro].flatten(),
             ignore_index=IGNORED,

@@ -28,6 +28,9 @@ class TrainSettings:
     """Sequences of one optimizer step."""
     micro_batch_sequences: Annotated[int, Field(ge=1)] = 4
     """Sequences of one forward and backward pass; lower it when memory runs out."""
+    prefix_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the documents that begin after an end-of-document token, as in pretraining; the
+    others begin bare, as a prompt does, so that the model is at home in both."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     final_learning_rate_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     """The cosine ends at this share of `learning_rate`."""

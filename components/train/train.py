@@ -36,7 +36,11 @@ def train(settings: TrainSettings, *, tokens: Path, model: Path, history: Path) 
 
     manifest = read_tokens_manifest(tokens)
     language_model.set_up_torch(settings.threads, settings.seed)
-    split = [PackedSplit(tokens, name, settings.sequence_length, settings.seed) for name in SPLITS]
+    length, seed = settings.sequence_length, settings.seed
+    split = [
+        PackedSplit(tokens, "train", length, seed, settings.prefix_share),
+        PackedSplit(tokens, "validation", length, seed),
+    ]
     steps = planned_steps(settings, split[0].rows)
     with (
         published(model) as model_part,

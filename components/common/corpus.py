@@ -1,0 +1,101 @@
+"""The corpus artifact: documents of two splits in compressed JSON lines, under one manifest.
+
+``manifest.json`` (nudge.corpus, version 1) holds the fingerprint, the counts and each shard's
+sha256; a shard is ``<split>-00000.jsonl.zst``, a document a line: ``{"id", "text", "source"}``.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import zstandard
+from nudge.components.common.publish import (
+    read_manifest,
+    sha256_file,
+    verify_file,
+    write_manifest,
+)
+
+FORMAT, VERSION = "nudge.corpus", 1
+SPLITS = ("train", "validation")
+SHARD_DOCUMENTS = 100_000
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document; ``source`` is the URI that it was read from."""
+
+    id: str
+    text: str
+    source: str
+
+
+def read_corpus(corpus: Path) -> dict[str, Any]:
+    """The manifest of a corpus; raises `UserError` if the folder is none."""
+    return read_manifest(corpus / "manifest.json", FORMAT, VERSION)
+
+
+def read_documents(corpus: Path, split: str) -> Iterator[Document]:
+    """The documents of a split in their stored order, each shard checked by its sha256 first."""
+    for shard in read_corpus(corpus)["splits"][split]["shards"]:
+        path = corpus / shard["file"]
+        verify_file(path, shard["sha256"])
+        with zstandard.open(path, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                yield Document(**json.loads(line))
+
+
+def write_corpus(folder: Path, documents: dict[str, list[Document]], facts: dict[str, Any]) -> str:
+    """Write shards and manifest into ``folder``; returns the fingerprint.
+
+    Documents are stored in the order of their text's sha256, so that neither the order of the
+    sources nor timing changes a byte. ``facts`` are further values of the manifest.
+    """
+    splits: dict[str, Any] = {}
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        ordered = sorted(documents[split], key=lambda document: text_sha256(document.text))
+        for document in ordered:
+            digest.update(f"{split} {text_sha256(document.text)}\n".encode())
+        splits[split] = {
+            "documents": len(ordered),
+            "bytes": sum(len(document.text.encode()) for document in ordered),
+            "shards": [
+                _write_shard(folder / f"{split}-{number:05d}.jsonl.zst", part)
+                for number, part in enumerate(_parts(ordered, SHARD_DOCUMENTS))
+            ],
+        }
+    fingerprint = digest.hexdigest()
+    body = {**facts, "fingerprint": fingerprint, "splits": splits}
+    write_manifest(folder / "manifest.json", FORMAT, VERSION, body)
+    return fingerprint
+
+
+def text_sha256(text: str) -> str:
+    """Hex sha256 of a text's UTF-8 bytes."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write_shard(path: Path, documents: list[Document]) -> dict[str, Any]:
+    compressor = zstandard.ZstdCompressor(level=6)
+    with (
+        path.open("wb") as file,
+        compressor.stream_writer(file) as packed,
+        io.TextIOWrapper(packed, encoding="utf-8", newline="\n") as lines,
+    ):
+        for document in documents:
+            lines.write(json.dumps(asdict(document), ensure_ascii=False) + "\n")
+    return {
+        "file": path.name,
+        "sha256": sha256_file(path),
+        "documents": len(documents),
+        "bytes": sum(len(document.text.encode()) for document in documents),
+    }
+
+
+def _parts(documents: list[Document], size: int) -> Iterable[list[Document]]:
+    return (documents[first : first + size] for first in range(0, len(documents), size))

@@ -1,0 +1,22 @@
+"""The settings of the step `ingest`."""
+
+from typing import Annotated
+
+from nudge.components.common.settings import settings
+from pydantic import Field
+
+
+@settings
+class IngestSettings:
+    data_uri: str
+    """Where the text is; several URIs stand apart by spaces or lines, each may be a glob."""
+    text_column: str = "text"
+    """The column or key that holds the text, in csv, jsonl and parquet."""
+    id_column: str = "id"
+    """The column or key that names a document; where it is missing, its place names it."""
+    min_characters: Annotated[int, Field(ge=1)] = 20
+    max_characters: Annotated[int, Field(ge=1)] = 10_000_000
+    near_duplicates: bool = True
+    """Whether near duplicates are dropped as well as exact ones."""
+    validation_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+    seed: int = 1
