@@ -29,8 +29,8 @@ class Rows:
 class PackedSplit:
     """A split of a tokens artifact as rows of one length.
 
-    A row depends on the seed, the epoch and its index alone. ``prefix_share`` of the documents begin
-    after an end-of-document token. Raises `UserError` if the split holds no token.
+    A row depends on the seed, the epoch and its index alone. ``prefix_share`` of the documents
+    begin after an end-of-document token. Raises `UserError` if the split holds no token.
     """
 
     def __init__(
