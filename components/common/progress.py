@@ -4,7 +4,8 @@ A step writes ``with progress("train", total=steps, unit="steps") as bar: bar.ad
 and knows nothing of where it is shown. Where the variable NUDGE_EVENTS names a file, each change is
 one JSON line appended to it: ``{"time", "step", "event", "done", "total", "unit", "fields"}`` with
 ``event`` one of ``start``, ``progress``, ``end``, ``failed``. The step itself adds ``step_start``,
-``step_end`` (``status`` done or reused, ``seconds``, its results) and ``step_failed`` (``error``).
+``step_end`` (``status`` done or reused, ``seconds``, ``outputs`` with their paths, ``results``) and
+``step_failed`` (``error``).
 """
 
 import contextlib

@@ -32,6 +32,11 @@ def code_version() -> str:
     return f"{version}+src.{code_fingerprint()[:12]}"
 
 
+def this_run(given: str) -> str:
+    """The id of this run: NUDGE_RUN_ID on a laptop, else the one that the engine gave."""
+    return os.environ.get("NUDGE_RUN_ID") or given
+
+
 @functools.cache
 def code_fingerprint() -> str:
     """Hex sha256 of the Python sources of the steps and the kernels, not of tests or pipelines."""

@@ -61,7 +61,9 @@ def step(
                 raise
             fields = result if isinstance(result, dict) else {}
             seconds = time.monotonic() - started
-            emit_event(name, "step_end", status=status, seconds=seconds, **fields)
+            paths = {key: str(given.arguments[key]) for key in outputs}
+            values = {"status": status, "seconds": seconds, "outputs": paths, "results": fields}
+            emit_event(name, "step_end", **values)
             return result
 
         return run

@@ -110,3 +110,14 @@ def _properties(
         plain = value if isinstance(value, str | int | float | bool) else json.dumps(value)
         flat[f"train.{key}"] = plain
     return flat
+
+
+def lineage(result: dict[str, Any]) -> dict[str, str]:
+    """The metadata by which the dashboard ties a run's model to its version, from the result."""
+    return {
+        "registeredModelName": result["registered_model"],
+        "registeredModelId": result["registered_model_id"],
+        "modelVersionName": result["version"],
+        "modelVersionId": result["version_id"],
+        "modelRegistryName": result["registry"],
+    }

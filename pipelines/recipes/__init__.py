@@ -1,0 +1,121 @@
+"""Recipes: one YAML file a use, checked against the settings of every step before anything runs."""
+
+import contextlib
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from nudge.components.common.errors import UserError, nearest
+from nudge.components.common.recipe import SECTIONS, SHARED, read_recipe, step_settings
+
+FOLDER = Path(__file__).parent
+TOP = ("name", "title", *SHARED, *SECTIONS)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe; ``text`` is its YAML with every override in it."""
+
+    name: str
+    title: str
+    text: str
+    values: dict[str, Any]
+
+
+def shipped() -> dict[str, str]:
+    """The recipes that ship with the project: name to title."""
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.yaml"))}
+    return {name: str(read_recipe(text).get("title", "")) for name, text in texts.items()}
+
+
+def shipped_text(name: str) -> str:
+    """The YAML text of a shipped recipe; raises `UserError` with the nearest names."""
+    path = FOLDER / f"{name}.yaml"
+    if "/" in name or not path.is_file():
+        known = [p.stem for p in FOLDER.glob("*.yaml")]
+        raise UserError(f"there is no recipe {name!r}; {nearest(name, known)}; or give a file")
+    return path.read_text(encoding="utf-8")
+
+
+def load(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Load a shipped recipe or a file, change settings by ``key=value``, and check all of it.
+
+    A key is dotted, such as ``train.learning_rate``; its value is YAML. Raises `UserError` that
+    lists what is wrong in every section.
+    """
+    path = Path(name_or_path)
+    is_file = path.suffix in (".yaml", ".yml") or "/" in name_or_path
+    if is_file and not path.is_file():
+        raise UserError(f"there is no recipe file {name_or_path}")
+    text = path.read_text(encoding="utf-8") if is_file else shipped_text(name_or_path)
+    values = read_recipe(text)
+    changed = copy.deepcopy(values)
+    for override in overrides:
+        _set(changed, override)
+    check(changed)
+    if changed != values:
+        text = yaml.safe_dump(changed, sort_keys=False, allow_unicode=False, width=100)
+    name = str(changed.get("name") or path.stem)
+    return Recipe(name, str(changed.get("title", "")), text, changed)
+
+
+def kinds() -> dict[str, type[Any]]:
+    """The settings class of each section."""
+    from nudge.components.deploy.settings import DeploySettings
+    from nudge.components.evaluate.settings import EvaluateSettings
+    from nudge.components.ingest.settings import IngestSettings
+    from nudge.components.register.settings import RegisterSettings
+    from nudge.components.tokenize.settings import TokenizeSettings
+    from nudge.components.train.settings import TrainSettings
+    from nudge.components.upload.settings import UploadSettings
+
+    return {
+        "ingest": IngestSettings,
+        "tokenize": TokenizeSettings,
+        "train": TrainSettings,
+        "evaluate": EvaluateSettings,
+        "upload": UploadSettings,
+        "register": RegisterSettings,
+        "deploy": DeploySettings,
+    }
+
+
+def check(values: Mapping[str, Any]) -> None:
+    """Check every key and value of a recipe; raises `UserError` with all problems, a line each."""
+    problems = [
+        f"{key} is not a section or shared value of a recipe; {nearest(key, TOP)}"
+        for key in values
+        if key not in TOP
+    ]
+    text = yaml.safe_dump(dict(values))
+    for section, kind in kinds().items():
+        try:
+            step_settings(kind, section, text)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: expected key=value, such as train.epochs=2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not YAML: {error}") from None
+    # YAML 1.1 takes 1e-4 for a string; nobody who writes it means one.
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    *parents, last = key.split(".")
+    place = values
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise UserError(f"--set {override}: {parent} holds no settings")
+    place[last] = value

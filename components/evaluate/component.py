@@ -1,0 +1,53 @@
+from typing import NamedTuple
+
+from kfp import dsl
+from nudge.components.common.images import TRAIN_IMAGE
+
+
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+def evaluate(
+    recipe: str,
+    base_model: str,
+    corpus: dsl.Input[dsl.Dataset],
+    model: dsl.Input[dsl.Model],
+    history: dsl.Input[dsl.Artifact],
+    evaluation: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+    report: dsl.Output[dsl.HTML],
+) -> NamedTuple("Outputs", [("promote", int)]):  # type: ignore[valid-type]
+    """Score base and candidate on held-out text and say whether to promote.
+
+    Args:
+        recipe: The recipe, as YAML text.
+        base_model: The model to compare with; empty means as the recipe says.
+        corpus: What `ingest` made; its validation split is scored.
+        model: What `train` made.
+        history: What `train` wrote down on the way.
+        evaluation: Metrics, probes and verdict, as JSON.
+        metrics: The figures that the dashboard shows.
+        report: One page: is it better, and can I trust that?
+
+    Returns:
+        promote: 1 if the candidate is shown to be better and nothing guarded has moved, else 0.
+    """
+    from pathlib import Path
+    from typing import NamedTuple
+
+    from nudge.components.common.recipe import step_settings
+    from nudge.components.common.step import clean_end
+    from nudge.components.evaluate.evaluate import evaluate
+    from nudge.components.evaluate.settings import EvaluateSettings
+
+    with clean_end():
+        settings = step_settings(EvaluateSettings, "evaluate", recipe, base_model=base_model)
+        inputs = {"corpus": corpus, "model": model, "history": history}
+        outputs = {"evaluation": evaluation, "report": report}
+        paths = {name: Path(artifact.path) for name, artifact in {**inputs, **outputs}.items()}
+        result = evaluate(settings, **paths)
+        for name in ("promote", "base_bits_per_byte", "candidate_bits_per_byte"):
+            metrics.log_metric(name, result[name])
+
+    class Outputs(NamedTuple):
+        promote: int
+
+    return Outputs(result["promote"])

@@ -1,0 +1,26 @@
+from kfp import dsl
+from nudge.components.common.images import DATA_IMAGE
+
+
+@dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
+def ingest(
+    recipe: str, data_uri: str, corpus: dsl.Output[dsl.Dataset], report: dsl.Output[dsl.HTML]
+):  # type: ignore[no-untyped-def]
+    """Read text from its sources, clean it, drop duplicates and split it.
+
+    Args:
+        recipe: The recipe, as YAML text.
+        data_uri: Where the text is; empty means as the recipe says.
+        corpus: Documents for training and validation, with exact counts.
+        report: What came in, what was dropped and why.
+    """
+    from pathlib import Path
+
+    from nudge.components.common.recipe import step_settings
+    from nudge.components.common.step import clean_end
+    from nudge.components.ingest.ingest import ingest
+    from nudge.components.ingest.settings import IngestSettings
+
+    with clean_end():
+        settings = step_settings(IngestSettings, "ingest", recipe, data_uri=data_uri)
+        corpus.metadata.update(ingest(settings, corpus=Path(corpus.path), report=Path(report.path)))

@@ -1,0 +1,55 @@
+from typing import NamedTuple
+
+from kfp import dsl
+from nudge.components.common.images import DATA_IMAGE
+
+
+@dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
+def register(
+    recipe: str,
+    model_name: str,
+    version: str,
+    run_id: str,
+    uri: str,
+    model: dsl.Input[dsl.Model],
+    evaluation: dsl.Input[dsl.Artifact],
+    registered: dsl.Output[dsl.Model],
+) -> NamedTuple("Outputs", [("registered_model", str), ("version", str)]):  # type: ignore[valid-type]
+    """Register the uploaded model with its metrics, hyperparameters and lineage.
+
+    Args:
+        recipe: The recipe, as YAML text.
+        model_name: The name to register under; empty means as the recipe says.
+        version: The version's name; empty means the run's id.
+        run_id: The id of this run.
+        uri: Where `upload` put the model.
+        model: What `train` made.
+        evaluation: What `evaluate` found.
+        registered: The model, pointing back at its version in the registry.
+
+    Returns:
+        registered_model: The name in the registry.
+        version: The version's name in the registry.
+    """
+    from pathlib import Path
+    from typing import NamedTuple
+
+    from nudge.components.common.provenance import this_run
+    from nudge.components.common.recipe import step_settings
+    from nudge.components.common.step import clean_end
+    from nudge.components.register.register import lineage, register
+    from nudge.components.register.settings import RegisterSettings
+
+    with clean_end():
+        settings = step_settings(RegisterSettings, "register", recipe, model_name=model_name)
+        run = this_run(run_id)
+        paths = {"model": Path(model.path), "evaluation": Path(evaluation.path)}
+        result = register(settings, uri=uri, version=version or run, run_id=run, **paths)
+        registered.metadata.update(lineage(result))
+        Path(registered.path).write_text(uri)
+
+    class Outputs(NamedTuple):
+        registered_model: str
+        version: str
+
+    return Outputs(result["registered_model"], result["version"])

@@ -1,0 +1,44 @@
+from kfp import dsl
+from nudge.components.common.images import DATA_IMAGE
+
+
+@dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
+def summary(
+    recipe: str,
+    model_name: str,
+    version: str,
+    run_id: str,
+    status: dsl.PipelineTaskFinalStatus,
+    page: dsl.Output[dsl.Markdown],
+):  # type: ignore[no-untyped-def]
+    """Write what became of a run, whether it ended well or not.
+
+    Args:
+        recipe: The recipe, as YAML text.
+        model_name: The name to register under; empty means as the recipe says.
+        version: The version's name; empty means the run's id.
+        run_id: The id of this run.
+        status: How the run ended; the engine fills it in.
+        page: The summary, as Markdown.
+    """
+    from pathlib import Path
+
+    from nudge.components.common.provenance import this_run
+    from nudge.components.common.recipe import step_settings
+    from nudge.components.common.step import clean_end
+    from nudge.components.register.settings import RegisterSettings
+    from nudge.components.summary.summary import summary
+
+    with clean_end():
+        settings = step_settings(RegisterSettings, "register", recipe, model_name=model_name)
+        run = this_run(run_id)
+        summary(
+            settings.model_name,
+            settings.registry_url,
+            version=version or run,
+            run_id=run,
+            state=status.state,
+            task=status.pipeline_task_name or "",
+            error=status.error_message or "",
+            page=Path(page.path),
+        )

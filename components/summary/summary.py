@@ -1,0 +1,90 @@
+"""The exit handler's page: what became of a run, in Markdown."""
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from nudge.components.common.errors import UserError
+from nudge.components.common.publish import write_atomic
+from nudge.components.common.step import step
+
+PAGE = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(
+    """\
+# Run {{ run_id }}: {{ state | lower }}
+
+{% if error %}
+It failed{% if task %} in `{{ task }}`{% endif %}: {{ error }}
+
+{% endif %}
+{% if found %}
+**{{ model_name }} {{ version }}** is registered.
+
+| what | |
+|---|---|
+| where | `{{ found.uri }}` |
+| why | {{ found.description }} |
+{% if found.endpoint %}
+| endpoint | {{ found.endpoint }} |
+{% endif %}
+{% else %}
+Nothing was promoted: {{ missing }}. What is served has not changed.
+{% endif %}
+"""
+)
+
+
+@step("summary", outputs=("page",), reuse=False)
+def summary(
+    model_name: str,
+    registry: str,
+    *,
+    version: str,
+    run_id: str,
+    state: str,
+    task: str,
+    error: str,
+    page: Path,
+) -> dict[str, Any]:
+    """Write the page from how the run ended and from what the registry knows of its version.
+
+    The exit handler cannot take what the steps gave, so the registry is asked; a registry that
+    cannot be asked is said to be so, and is not taken for one that knows nothing.
+    """
+    from nudge.components.common.registry import registry_url, with_registry
+
+    found: dict[str, Any] | None = None
+    missing = f"the registry has no version {version} of {model_name}"
+    try:
+        lookup = _lookup(model_name, version)
+        found = with_registry(registry_url(registry), lookup, attempts_s=5)
+    except UserError as problem:
+        missing = f"it is not known whether a version was registered ({problem})"
+    values = {"run_id": run_id, "state": state, "task": task, "error": error}
+    text = PAGE.render(
+        **values, model_name=model_name, version=version, found=found, missing=missing
+    )
+    write_atomic(page, text)
+    return {"state": state, "registered": bool(found)}
+
+
+def _lookup(name: str, version: str) -> Any:
+    async def work(client: Any) -> dict[str, Any] | None:
+        model = await client.get_registered_model_by_params(name)
+        found = model and await client.get_model_version_by_params(model.id, version)
+        if not found:
+            return None
+        artifacts = await client.get_model_version_artifacts(found.id)
+        async with client.get_client() as api:
+            services = await api.get_inference_services()
+        endpoints = [
+            service.custom_properties["endpoint"].actual_instance.string_value
+            for service in services.items or []
+            if service.model_version_id == found.id and "endpoint" in service.custom_properties
+        ]
+        return {
+            "uri": artifacts[0].uri if artifacts else "not known",
+            "description": found.description,
+            "endpoint": endpoints[0] if endpoints else "",
+        }
+
+    return work

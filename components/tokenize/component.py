@@ -1,0 +1,28 @@
+from kfp import dsl
+from nudge.components.common.images import DATA_IMAGE
+
+
+@dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
+def tokenize(
+    recipe: str, base_model: str, corpus: dsl.Input[dsl.Dataset], tokens: dsl.Output[dsl.Dataset]
+):  # type: ignore[no-untyped-def]
+    """Turn a corpus into token shards with the base model's tokenizer.
+
+    Args:
+        recipe: The recipe, as YAML text.
+        base_model: The model whose tokenizer is taken; empty means as the recipe says.
+        corpus: What `ingest` made.
+        tokens: Token shards with document offsets, and the tokenizer.
+    """
+    from pathlib import Path
+
+    from nudge.components.common.recipe import step_settings
+    from nudge.components.common.step import clean_end
+    from nudge.components.tokenize.settings import TokenizeSettings
+    from nudge.components.tokenize.tokenize import tokenize
+
+    with clean_end():
+        settings = step_settings(TokenizeSettings, "tokenize", recipe, base_model=base_model)
+        tokens.metadata.update(
+            tokenize(settings, corpus=Path(corpus.path), tokens=Path(tokens.path))
+        )

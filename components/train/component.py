@@ -1,0 +1,32 @@
+from kfp import dsl
+from nudge.components.common.images import TRAIN_IMAGE
+
+
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+def train(
+    recipe: str,
+    base_model: str,
+    tokens: dsl.Input[dsl.Dataset],
+    model: dsl.Output[dsl.Model],
+    history: dsl.Output[dsl.Artifact],
+):  # type: ignore[no-untyped-def]
+    """Train the base model on the tokens.
+
+    Args:
+        recipe: The recipe, as YAML text.
+        base_model: The model to start from; empty means as the recipe says.
+        tokens: What `tokenize` made.
+        model: A Hugging Face folder that transformers and vLLM load.
+        history: Loss, learning rate and the watched prompt, step by step.
+    """
+    from pathlib import Path
+
+    from nudge.components.common.recipe import step_settings
+    from nudge.components.common.step import clean_end
+    from nudge.components.train.settings import TrainSettings
+    from nudge.components.train.train import train
+
+    with clean_end():
+        settings = step_settings(TrainSettings, "train", recipe, base_model=base_model)
+        paths = {"model": Path(model.path), "history": Path(history.path)}
+        model.metadata.update(train(settings, tokens=Path(tokens.path), **paths))

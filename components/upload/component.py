@@ -1,0 +1,32 @@
+from kfp import dsl
+from nudge.components.common.images import DATA_IMAGE
+
+
+@dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
+def upload(
+    recipe: str, model_name: str, version: str, run_id: str, model: dsl.Input[dsl.Model]
+) -> str:
+    """Upload the model to the data connection's bucket, complete or invisible.
+
+    Args:
+        recipe: The recipe, as YAML text.
+        model_name: The name to register under; empty means as the recipe says.
+        version: The version's name; empty means the run's id.
+        run_id: The id of this run.
+        model: What `train` made.
+
+    Returns:
+        The model's s3:// URI.
+    """
+    from pathlib import Path
+
+    from nudge.components.common.provenance import this_run
+    from nudge.components.common.recipe import step_settings
+    from nudge.components.common.step import clean_end
+    from nudge.components.upload.settings import UploadSettings
+    from nudge.components.upload.upload import upload
+
+    with clean_end():
+        settings = step_settings(UploadSettings, "upload", recipe, model_name=model_name)
+        result = upload(settings, model=Path(model.path), version=version or this_run(run_id))
+    return str(result["uri"])

@@ -1,0 +1,164 @@
+"""The command `nudge`. Nothing heavy is imported before the command that needs it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from nudge.components.common.errors import UserError
+
+
+class Errors(click.Group):
+    """Ends a command with the text of a `UserError` alone, as wrong usage (status 2)."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=Errors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="nudge-lm")
+def main() -> None:
+    """Retrain a language model on your own text and put it into production.
+
+    Start with `nudge run`: the whole pipeline on this machine, from text to a served model.
+    """
+
+
+@main.command()
+@click.argument("recipe", default="eiffel")
+@click.option(
+    "--set",
+    "overrides",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Change a setting of the recipe, such as train.epochs=2. May be given several times.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@click.option("--fresh", is_flag=True, help="Run every step, also those finished before.")
+@click.option(
+    "--compiled",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Run this compiled YAML in the place of the pipeline's definition.",
+)
+def run(
+    recipe: str, overrides: tuple[str, ...], as_json: bool, fresh: bool, compiled: Path | None
+) -> None:
+    """Run the whole pipeline here: ingest, tokenize, train, evaluate, upload, register, deploy.
+
+    RECIPE is the name of a recipe that ships with nudge (`nudge recipes` lists them) or a YAML
+    file; the default is eiffel. Steps that finished before on the same input are reused. The object
+    store, the model registry and the served model run on after it: `nudge services down` ends them.
+
+    Exit status: 0 the run ended (promoted or not), 1 it failed, 2 something given was wrong.
+    """
+    from nudge.components.common.processes import nudge_home
+    from nudge.pipelines import display
+    from nudge.pipelines.local import run as local_run
+    from nudge.pipelines.local import services
+    from nudge.pipelines.recipes import load
+    from rich.console import Console
+
+    loaded = load(recipe, overrides)
+    home = nudge_home()
+    console = Console(stderr=True)
+    started = services.up(home)
+    current = local_run.new_run(loaded, home)
+    following = local_run.follow(current, home, started, reuse=not fresh, compiled=compiled)
+    try:
+        with display.Live(console, current) as live:
+            for current in following:
+                live.show(current)
+    except KeyboardInterrupt:
+        following.close()
+        click.echo(f"stopped; finished steps are kept, the log is {current.log}", err=True)
+        sys.exit(130)
+    values = local_run.keep_result(current)
+    if as_json:
+        click.echo(json.dumps(values, indent=2))
+    else:
+        Console().print(display.summary(values, current))
+    if values["error"]:
+        click.echo(f"error: {values['error']}\nthe whole log: {current.log}", err=True)
+        sys.exit(1)
+
+
+@main.command()
+def recipes() -> None:
+    """List the recipes that ship with nudge."""
+    from nudge.pipelines.recipes import shipped
+
+    for name, title in shipped().items():
+        click.echo(f"{name:14} {title}")
+
+
+@main.command("compile")
+@click.option("--check", is_flag=True, help="Change nothing; fail if a file is not current.")
+def compile_(check: bool) -> None:
+    """Write the YAML that a dashboard takes, and the steps' READMEs."""
+    from nudge.pipelines.compile import stale, write
+
+    if not check:
+        for path in write():
+            click.echo(path)
+        return
+    if old := stale():
+        click.echo("not current: " + ", ".join(map(str, old)) + "; run `nudge compile`", err=True)
+        sys.exit(1)
+    click.echo("current")
+
+
+@main.group("services")
+def services_group() -> None:
+    """Start, stop and show the embedded object store, model registry and served models."""
+
+
+@services_group.command("up")
+@click.option("--store-port", type=click.IntRange(1, 65535), help="Default: a free one.")
+@click.option("--registry-port", type=click.IntRange(1, 65535), help="Default: a free one.")
+def services_up(store_port: int | None, registry_port: int | None) -> None:
+    """Start what does not run yet, with its data of last time."""
+    from nudge.components.common.processes import nudge_home
+    from nudge.pipelines.local import services
+
+    asked = {services.STORE: store_port or 0, services.REGISTRY: registry_port or 0}
+    services.up(nudge_home(), asked)
+    _show_services()
+
+
+@services_group.command("down")
+def services_down() -> None:
+    """Stop every part; its data stays."""
+    from nudge.components.common.processes import nudge_home
+    from nudge.pipelines.local import services
+
+    stopped = services.down(nudge_home())
+    click.echo("stopped " + ", ".join(stopped) if stopped else "nothing was running")
+
+
+@services_group.command("status")
+def services_status() -> None:
+    """Show what runs, where, and how much memory it holds."""
+    _show_services()
+
+
+def _show_services() -> None:
+    from nudge.components.common.processes import nudge_home
+    from nudge.pipelines.local import services
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = services.status(nudge_home())
+    if not rows:
+        click.echo("nothing is running; `nudge services up` starts the parts")
+        return
+    table = Table()
+    for name in ("name", "state", "address", "pid", "resident_mb"):
+        table.add_column(name.replace("_", " "))
+    for row in rows:
+        table.add_row(*(str(row[str(c.header).replace(" ", "_")] or "") for c in table.columns))
+    Console().print(table)

@@ -1,0 +1,152 @@
+"""What a person sees of a run in a terminal: live progress, then a table."""
+
+import json
+import shlex
+from typing import Any
+
+from nudge.components.common.progress import figures
+from nudge.pipelines.local.run import Run
+from rich.console import Console, Group
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+MARKS = {"waiting": " ", "running": "›", "done": "✓", "reused": "↺", "skipped": "–", "failed": "✗"}
+
+
+class Live:
+    """Progress of each step: bars on a terminal, else a line when a step begins and ends."""
+
+    def __init__(self, console: Console, run: Run) -> None:
+        self._console, self._said = console, dict.fromkeys(run.steps, "waiting")
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        if console.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.fields[mark]} {task.description:10}"),
+                BarColumn(bar_width=24),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[figures]}", markup=False),
+                console=console,
+            )
+            self._tasks = {
+                name: self._bars.add_task(name, total=1, start=False, mark=" ", figures="")
+                for name in run.steps
+            }
+
+    def __enter__(self) -> "Live":
+        if self._bars:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def show(self, run: Run) -> None:
+        """Draw the run as it stands now."""
+        for name, step in run.steps.items():
+            if self._bars:
+                task = self._tasks[name]
+                if step.status == "running":
+                    self._bars.start_task(task)
+                ended = step.status not in ("waiting", "running")
+                total = 1.0 if ended else step.total
+                self._bars.update(
+                    task,
+                    total=total,
+                    completed=1.0 if ended else step.done,
+                    mark=MARKS[step.status],
+                    figures=step.status if ended else figures(step.fields),
+                )
+                if ended:
+                    self._bars.stop_task(task)
+            elif step.status != self._said[name]:
+                took = f" {step.seconds:.1f} s" if step.seconds else ""
+                self._console.print(f"{name}: {step.status}{took}", markup=False, highlight=False)
+            self._said[name] = step.status
+
+
+def summary(values: dict[str, Any], run: Run) -> Group:
+    """The tables of an ended run: steps, probes, perplexities, and where everything is."""
+    parts: list[Any] = [_steps(values, run)]
+    if values["probes"]:
+        parts.append(_probes(values))
+    if values["metrics"]:
+        parts.append(_metrics(values))
+    parts.append(_places(values))
+    return Group(*parts)
+
+
+def _steps(values: dict[str, Any], run: Run) -> Table:
+    table = Table(title=f"{values['recipe']}  {values['run_id']}", title_justify="left")
+    table.add_column("step")
+    table.add_column("seconds", justify="right")
+    table.add_column("status")
+    table.add_column("what came out", overflow="fold")
+    for name, step in run.steps.items():
+        status = f"{MARKS[step.status]} {step.status}"
+        table.add_row(name, f"{step.seconds:.1f}", status, Text(_outcome(name, step.results)))
+    return table
+
+
+def _outcome(name: str, results: dict[str, Any]) -> str:
+    if not results:
+        return ""
+    return {
+        "ingest": "{train_documents} + {validation_documents} documents, {bytes} bytes",
+        "tokenize": "{train_tokens} + {validation_tokens} tokens",
+        "train": "{steps} steps, {tokens} tokens, last loss {loss:.3f}",
+        "evaluate": "{base_bits_per_byte:.4f} -> {candidate_bits_per_byte:.4f} bits per byte",
+        "upload": "{files} files, {bytes} bytes",
+        "register": "{registered_model} {version}",
+        "deploy": "{smoke_prompt} ->{smoke_answer!r}",
+        "summary": "{state}",
+    }[name].format(**results)
+
+
+def _probes(values: dict[str, Any]) -> Table:
+    table = Table()
+    table.add_column("prompt", overflow="fold")
+    table.add_column("next token")
+    table.add_column("P before", justify="right")
+    table.add_column("P after", justify="right")
+    table.add_column("should")
+    for probe in values["probes"]:
+        should = f"{probe['expect']}  {'✓' if probe['ok'] else '✗'}"
+        before, after = f"{probe['p_before']:.3f}", f"{probe['p_after']:.3f}"
+        table.add_row(Text(probe["prompt"]), Text(repr(probe["target"])), before, after, should)
+    return table
+
+
+def _metrics(values: dict[str, Any]) -> Table:
+    base, candidate = values["metrics"]["base"], values["metrics"]["candidate"]
+    table = Table()
+    table.add_column(f"held-out text, {base['documents']} documents")
+    table.add_column("base", justify="right")
+    table.add_column("candidate", justify="right")
+    for key in ("bits_per_byte", "token_perplexity", "word_perplexity"):
+        table.add_row(key.replace("_", " "), f"{base[key]:.4g}", f"{candidate[key]:.4g}")
+    return table
+
+
+def _places(values: dict[str, Any]) -> Table:
+    table = Table(show_header=False, box=None)
+    rows = {"verdict": values["reason"], "report": values["report"], "model": values["model_uri"]}
+    if values["version"]:
+        rows["registered"] = f"{values['registered_model']} {values['version']}"
+    if values["endpoint"]:
+        rows["try it"] = curl(values)
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, Text(str(value), overflow="fold"))
+    return table
+
+
+def curl(values: dict[str, Any]) -> str:
+    """A command that asks the endpoint for a completion of the first probe."""
+    prompt = values["probes"][0]["prompt"] if values["probes"] else "Once upon a time"
+    body = {"model": values["served_model"], "prompt": prompt, "max_tokens": 8}
+    header = "-H 'Content-Type: application/json'"
+    quoted = shlex.quote(json.dumps(body))
+    return f"curl -s {values['endpoint']}/v1/completions {header} -d {quoted}"

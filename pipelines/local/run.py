@@ -1,0 +1,210 @@
+"""`nudge run`: the whole pipeline here, watched through the events that the steps write."""
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from nudge.components.common.publish import write_atomic
+from nudge.pipelines.recipes import Recipe
+
+STEPS = ("ingest", "tokenize", "train", "evaluate", "upload", "register", "deploy", "summary")
+POLL_S = 0.1
+
+
+@dataclass
+class StepState:
+    """What is known of a step so far."""
+
+    name: str
+    status: str = "waiting"
+    seconds: float = 0.0
+    started: float = 0.0
+    done: float = 0.0
+    total: float | None = None
+    unit: str = ""
+    fields: dict[str, Any] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+    def apply(self, event: dict[str, Any]) -> None:
+        """Take in one event of `nudge.components.common.progress`."""
+        kind = event["event"]
+        if kind == "step_start":
+            self.status, self.started = "running", event["time"]
+        elif kind in ("start", "progress"):
+            self.done, self.total, self.unit = event["done"], event["total"], event["unit"]
+            self.fields = event["fields"]
+        elif kind == "step_end":
+            self.status, self.seconds = event["status"], event["seconds"]
+            self.outputs, self.results = event["outputs"], event["results"]
+        elif kind == "step_failed":
+            self.status, self.error = "failed", event["error"]
+            self.seconds = event["time"] - self.started
+
+
+@dataclass
+class Run:
+    """A run of the pipeline on this machine, and its folder."""
+
+    recipe: Recipe
+    run_id: str
+    folder: Path
+    steps: dict[str, StepState]
+    seconds: float = 0.0
+    exit_status: int = 0
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "run.log"
+
+    @property
+    def failed(self) -> StepState | None:
+        """The step that failed; None if none did."""
+        return next((step for step in self.steps.values() if step.status == "failed"), None)
+
+
+def new_run(recipe: Recipe, home: Path) -> Run:
+    """A folder of its own for a run, named by time and a few random digits."""
+    run_id = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    folder = home / "runs" / run_id
+    folder.mkdir(parents=True)
+    write_atomic(folder / "recipe.yaml", recipe.text)
+    return Run(recipe, run_id, folder, {name: StepState(name) for name in STEPS})
+
+
+def follow(
+    run: Run, home: Path, services: dict[str, str], *, reuse: bool, compiled: Path | None = None
+) -> Iterator[Run]:
+    """Run the pipeline; yields the run each time something of it is new, and when it has ended.
+
+    The pipeline runs in a process group of its own, which is ended when this generator is closed.
+    """
+    events = run.folder / "events.jsonl"
+    events.touch()
+    environment = {
+        **os.environ,
+        **services,
+        "NUDGE_RUN_ID": run.run_id,
+        "NUDGE_RECIPE": run.recipe.name,
+        "NUDGE_EVENTS": str(events),
+        "NUDGE_HOME": str(home),
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+        "PYTHONUNBUFFERED": "1",
+    }
+    environment.pop("NUDGE_REUSE", None)
+    if reuse:
+        environment["NUDGE_REUSE"] = str(home / "reuse")
+    command = [sys.executable, "-m", "nudge.pipelines.local.runner"]
+    command += ["--recipe", str(run.folder / "recipe.yaml")]
+    command += ["--artifacts", str(run.folder / "artifacts")]
+    command += ["--compiled", str(compiled)] if compiled else []
+    started = time.monotonic()
+    with run.log.open("ab") as log, events.open(encoding="utf-8") as lines:
+        child = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            ended = False
+            while not ended:
+                ended = child.poll() is not None
+                while line := lines.readline():
+                    event = json.loads(line)
+                    run.steps[event["step"]].apply(event)
+                run.seconds = time.monotonic() - started
+                yield run
+                time.sleep(0 if ended else POLL_S)
+        finally:
+            _end_group(child)
+    run.exit_status = child.returncode
+    for step in run.steps.values():
+        if step.status == "waiting":
+            step.status = "skipped"
+        elif step.status == "running":  # its process was killed and could not say so
+            step.status, step.error = "failed", f"{step.name} was killed; its log is {run.log}"
+    yield run
+
+
+def result(run: Run) -> dict[str, Any]:
+    """What `nudge run --json` prints; a value that a run did not come to is None."""
+    evaluation = _evaluation(run)
+    results = {name: step.results for name, step in run.steps.items()}
+    report = run.steps["evaluate"].outputs.get("report")
+    failed = run.failed
+    names = ("nats_per_token", "token_perplexity", "bits_per_byte", "word_perplexity")
+    counts = ("tokens", "bytes", "documents")
+    values = {
+        "recipe": run.recipe.name,
+        "run_id": run.run_id,
+        "steps": [
+            {"name": step.name, "seconds": round(step.seconds, 3), "status": step.status}
+            for step in run.steps.values()
+        ],
+        "metrics": {
+            which: {key: metrics[key] for key in (*names, *counts)}
+            for which, metrics in evaluation.get("metrics", {}).items()
+        },
+        "probes": [
+            {key: probe[key] for key in ("prompt", "target", "p_before", "p_after", "expect", "ok")}
+            for probe in evaluation.get("probes", [])
+        ],
+        "promoted": bool(evaluation.get("verdict", {}).get("promote")),
+        "reason": evaluation.get("verdict", {}).get("reason"),
+        "model_path": run.steps["train"].outputs.get("model"),
+        "model_uri": results["upload"].get("uri"),
+        "registered_model": results["register"].get("registered_model"),
+        "version": results["register"].get("version"),
+        "endpoint": results["deploy"].get("endpoint"),
+        "served_model": results["deploy"].get("served_model"),
+        "report": str(run.folder / "report.html") if report else None,
+        "seconds": round(run.seconds, 3),
+        "overhead_seconds": round(run.seconds - sum(s.seconds for s in run.steps.values()), 3),
+        "error": failed.error if failed else None,
+    }
+    if run.exit_status and not failed:
+        values["error"] = f"the pipeline ended with status {run.exit_status}; see {run.log}"
+    return values
+
+
+def keep_result(run: Run) -> dict[str, Any]:
+    """Write result.json, report.html and summary.md into the run's folder; returns the result."""
+    for name, (step, output) in {
+        "report.html": ("evaluate", "report"),
+        "summary.md": ("summary", "page"),
+    }.items():
+        if path := run.steps[step].outputs.get(output):
+            write_atomic(run.folder / name, Path(path).read_text(encoding="utf-8"))
+    values = result(run)
+    write_atomic(run.folder / "result.json", json.dumps(values, indent=2) + "\n")
+    return values
+
+
+def _evaluation(run: Run) -> dict[str, Any]:
+    path = run.steps["evaluate"].outputs.get("evaluation")
+    return dict(json.loads(Path(path).read_text(encoding="utf-8"))) if path else {}
+
+
+def _end_group(child: subprocess.Popen[bytes]) -> None:
+    """End a child and all that it started; a group that has ended already is fine."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGTERM)
+    try:
+        child.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()

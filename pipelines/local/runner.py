@@ -1,0 +1,49 @@
+"""Run the pipeline here with `kfp.local`; `nudge run` starts this as a process of its own.
+
+``python -m nudge.pipelines.local.runner --recipe FILE --artifacts FOLDER [--compiled YAML]``
+"""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option("--recipe", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--artifacts", type=click.Path(path_type=Path), required=True)
+@click.option("--compiled", type=click.Path(path_type=Path, exists=True), default=None)
+def main(recipe: Path, artifacts: Path, compiled: Path | None) -> None:
+    """Run train-and-serve, or the same pipeline from its compiled YAML, with a recipe."""
+    _end_with_parent()
+    from kfp import components, local
+
+    local.init(
+        runner=local.SubprocessRunner(use_venv=False),
+        pipeline_root=str(artifacts),
+        raise_on_error=True,
+    )
+    if compiled is not None:
+        pipeline = components.load_component_from_file(str(compiled))
+    else:
+        from nudge.pipelines.train_and_serve import train_and_serve as pipeline
+    pipeline(recipe=recipe.read_text(encoding="utf-8"))
+
+
+def _end_with_parent() -> None:
+    """End this process group when the command that started it is gone, even by SIGKILL."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.killpg(os.getpgrp(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()
