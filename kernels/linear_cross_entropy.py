@@ -27,8 +27,8 @@ def fused_linear_cross_entropy(
     hidden [N, D] and weight [V, D] are floating, targets [N] is int64 with rows of
     ``ignore_index`` left out. Returns the loss in float32: a scalar, or [N] for ``"none"`` (0 where
     ignored). A mean over no valid target is NaN, as torch's own is. ``logit_softcap`` c > 0
-    replaces a logit z by c tanh(z / c). Under autocast the products are in its dtype. Raises `ValueError`
-    on shapes or values that do not fit.
+    replaces a logit z by c tanh(z / c). Under autocast the products are in its dtype. Raises
+    `ValueError` on shapes or values that do not fit.
     """
     _check(hidden, weight, targets, ignore_index, reduction, chunk_rows)
     if reduction == "none":
