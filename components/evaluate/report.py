@@ -1,146 +1,280 @@
-"""The evaluation's page, made for one question: is it better, and can I trust that?"""
+"""The page that `evaluate` leaves: is the candidate better, and can that be trusted?
 
+Static HTML, CSS and SVG, because the dashboard shows it in a sandboxed frame. Positions in a
+drawing are percentages of its box, so that lines stretch with the page while text keeps its size.
+"""
+
+import json
 import math
 import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from nudge.components.evaluate.charts import Series, line_chart
 
-MOST_MOMENTS = 8
-"""Training steps whose likeliest next tokens can be chosen on the page."""
+MISSING = "not available"
+CHOSEN_STEPS = 7
+"""Training steps whose likeliest tokens can be looked at."""
+DRAWN_POINTS = 300
+"""Points of one drawn line; a longer one is thinned, and the page says so."""
 
 
-def render_report(evaluation: dict[str, Any]) -> str:
-    """One self-contained HTML page of an evaluation (nudge.evaluation version 1).
+@dataclass(frozen=True)
+class Axis:
+    """A linear scale onto 0 to 100 with round ticks that show ``digits`` decimals."""
 
-    Needs no script and makes no request, so that it shows inside a dashboard's sandbox. Everything
-    that came from data is escaped; what a run did not record is left out.
+    low: float
+    high: float
+    ticks: list[float]
+    digits: int
+
+    def at(self, value: float) -> float:
+        """The place of ``value``, in percent from the low end."""
+        return round(100 * (value - self.low) / (self.high - self.low), 2)
+
+
+def axis(values: Sequence[float], *, ticks: int = 5, snug: bool = False) -> Axis:
+    """An axis over ``values`` with about ``ticks`` ticks 1, 2 or 5 times a power of ten apart.
+
+    It ends at round values, or where the values end if ``snug``.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(visible=visible, p=probability, si=thousands)
-    history = evaluation["history"]
-    probe = history.get("probe")
-    return environment.get_template("report.html.j2").render(
-        e=evaluation,
-        example=_example(evaluation),
-        moments=_moments(probe["points"]) if probe else [],
-        curve=_probability_chart(probe) if probe else Markup(""),
-        losses=_loss_chart(history),
-        interval=_interval(evaluation["verdict"]),
-        rise=[probe for probe in evaluation["probes"] if probe["expect"] == "rise"],
-        hold=[probe for probe in evaluation["probes"] if probe["expect"] == "hold"],
-        sums=_sums(evaluation["corpus"]),
-    )
+    low, high = min(values), max(values)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        room = abs(low) / 10 or 1.0
+        low, high = low - room, high + room
+    rough = (high - low) / ticks
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = power * next((m for m in (1, 2, 5) if m * power >= rough * (1 - 1e-9)), 10)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    if snug:
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    else:
+        low, high = first * step, last * step
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    return Axis(low, high, [n * step for n in range(first, last + 1)], digits)
 
 
-def visible(text: str) -> str:
-    """A token or prompt with what cannot be seen made visible: a space as ␣, controls by name."""
+def finite(value: Any) -> bool:
+    """Whether ``value`` is a number that can be shown or drawn."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def fixed(value: Any, digits: int = 0) -> str:
+    """``1,234.50``, with a real minus sign."""
+    return f"{value:,.{digits}f}".replace("-", "−") if finite(value) else MISSING
+
+
+def signed(value: Any, digits: int = 0) -> str:
+    """``+1.50`` or ``−1.50``."""
+    return f"{value:+,.{digits}f}".replace("-", "−") if finite(value) else MISSING
+
+
+def probability(value: Any) -> str:
+    """Three decimals; more for small ones, and never 1 or 0 for what is neither."""
+    if not finite(value):
+        return MISSING
+    if 0.9995 <= value < 1:
+        return f"{value:.6f}" if value < 0.9999995 else "> 0.999999"
+    if value >= 0.01 or value == 0:
+        return f"{value:.3f}"
+    return f"{value:.5f}" if value >= 1e-4 else f"{value:.1e}".replace("-", "−")
+
+
+def surprise(p: Any) -> float | None:
+    """The loss -ln p in nats; None if there is none."""
+    return -math.log(p) + 0.0 if finite(p) and p > 0 else None
+
+
+def visible(value: Any) -> str:
+    """``value`` with what the eye or a page's text order would miss made visible.
+
+    Control characters become their pictures, and invisible ones such as right-to-left marks or
+    lone surrogates their code points; newlines and tabs stay.
+    """
     shown = []
-    for character in text:
-        if character == " ":
-            shown.append("␣")
-        elif character == "\n":
-            shown.append("⏎")
-        elif unicodedata.category(character) in ("Cc", "Cf", "Co", "Cn", "Zl", "Zp"):
-            shown.append(f"⟨U+{ord(character):04X}⟩")
+    for char in str(value):
+        kind, code = unicodedata.category(char), ord(char)
+        if kind == "Cc" and char not in "\n\t":
+            shown.append(chr(0x2400 + code) if code < 32 else "␡" if code == 127 else f"[{code:X}]")
+        elif kind in ("Cf", "Cs", "Zl", "Zp") or char == "\ufeff" or code & 0xFFFE == 0xFFFE:
+            shown.append(f"[U+{code:04X}]")
         else:
-            shown.append(character)
+            shown.append(char)
     return "".join(shown)
 
 
-def probability(value: float) -> str:
-    """A probability in percent, precise where it is small."""
-    if value >= 0.1:
-        return f"{100 * value:.1f} %"
-    return f"{100 * value:.2f} %" if value >= 0.0001 else "< 0.01 %"
+def token_text(value: Any) -> str:
+    """A token with its spaces (·), newlines (↵) and tabs (⇥) to be seen."""
+    marks = {" ": "·", "\n": "↵", "\t": "⇥", "\N{NO-BREAK SPACE}": "⍽"}
+    return visible("".join(marks.get(char, char) for char in str(value))) or "(empty)"
 
 
-def thousands(value: float) -> str:
-    """A count with thin spaces between thousands."""
-    return f"{value:,}".replace(",", "\u202f")
+def short(value: Any) -> Markup:
+    """The first 12 characters of a hash; the whole one is its title."""
+    whole = visible(value) if isinstance(value, str) and value else MISSING
+    cut = whole if len(whole) <= 16 else whole[:12] + "…"
+    return Markup('<code title="{}">{}</code>').format(whole, cut)
 
 
-def _example(evaluation: dict[str, Any]) -> dict[str, Any] | None:
-    """The running example: the first probe, with the loss that its probabilities mean."""
-    if not evaluation["probes"]:
+def thin(points: Sequence[Any], most: int = DRAWN_POINTS) -> list[Any]:
+    """At most ``most`` of the points, evenly chosen, the first and the last among them."""
+    if len(points) <= most:
+        return list(points)
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+
+
+def choose(points: Sequence[Any], most: int = CHOSEN_STEPS) -> list[Any]:
+    """The points to look at: closer together where P moves, the first and the last among them."""
+    if len(points) <= most:
+        return list(points)
+    walked = [0.0]
+    for old, new in zip(points, points[1:], strict=False):
+        walked.append(walked[-1] + abs(new["p"] - old["p"]) + 0.5 / len(points))
+    wanted = [walked[-1] * i / (most - 1) for i in range(most)]
+    places = {min(range(len(walked)), key=lambda i: abs(walked[i] - w)) for w in wanted}
+    return [points[i] for i in sorted(places)]
+
+
+def _path(points: Sequence[Mapping[str, Any]], key: str, x: Axis, y: Axis) -> str:
+    places = [f"{x.at(p['step']):g} {100 - y.at(p[key]):g}" for p in points]
+    return "M" + "L".join(places)
+
+
+def _dots(points: Sequence[Mapping[str, Any]], key: str, x: Axis, y: Axis) -> str:
+    """Lines of no length, which round caps make dots."""
+    return "".join(f"M{x.at(p['step']):g} {100 - y.at(p[key]):g}h0" for p in points)
+
+
+def _points(rows: Any, key: str) -> list[dict[str, Any]]:
+    return [row for row in rows or [] if finite(row.get("step")) and finite(row.get(key))]
+
+
+def _interval(verdict: Mapping[str, Any]) -> dict[str, Any] | None:
+    ends = verdict.get("interval") or []
+    difference = verdict.get("difference_bits_per_byte")
+    if len(ends) != 2 or not all(map(finite, [*ends, difference])):
         return None
-    first: dict[str, Any] = evaluation["probes"][0]
-    losses = {f"loss_{when}": -math.log(first[f"p_{when}"]) for when in ("before", "after")}
-    return {**first, **losses}
+    margin = verdict.get("margin") or 0.0
+    x = axis([*ends, difference, 0.0, -margin], ticks=4)
+    room = (x.high - x.low) * 0.04  # zero never lies on the edge
+    return {"x": Axis(x.low - room, x.high + room, x.ticks, x.digits), "ends": ends}
 
 
-def _moments(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    count = min(MOST_MOMENTS, len(points))
-    if count < 2:
-        return points
-    return [points[round(i * (len(points) - 1) / (count - 1))] for i in range(count)]
-
-
-def _probability_chart(probe: dict[str, Any]) -> Markup:
-    points = [(float(point["step"]), float(point["p"])) for point in probe["points"]]
-    return line_chart(
-        [Series("P", "after", points, dots=len(points) < 60)],
-        title=f"P({visible(probe['target'])}) over the training steps",
-        x_label="training step",
-        y_label="probability",
-        y_range=(0.0, 1.0),
-    )
-
-
-def _loss_chart(history: dict[str, Any]) -> Markup:
-    training = [(float(line["step"]), float(line["loss"])) for line in history["steps"]]
-    validation = [(float(line["step"]), float(line["loss"])) for line in history["validation"]]
-    return line_chart(
-        [
-            Series("each step", "faint", training),
-            Series("training, running mean", "before", _smooth(training)),
-            Series("validation", "after", validation, dots=True),
-        ],
-        title="Loss over the training steps",
-        x_label="training step",
-        y_label="loss, nats per token",
-    )
-
-
-def _smooth(points: list[tuple[float, float]], share: float = 0.1) -> list[tuple[float, float]]:
-    """A running mean that forgets ``1 - share`` a point; the first points are its start."""
-    made: list[tuple[float, float]] = []
-    mean = math.nan
-    for x, y in points:
-        mean = y if math.isnan(mean) else (1 - share) * mean + share * y
-        made.append((x, mean))
-    return made
-
-
-def _interval(verdict: dict[str, Any]) -> dict[str, float] | None:
-    """Places in percent of a strip that holds zero and the interval, with some air."""
-    low, high = verdict["interval"]
-    reach = 1.15 * max(abs(low), abs(high), verdict["margin"]) or 1.0
-
-    def place(value: float) -> float:
-        return 50 + 50 * value / reach
-
+def _losses(history: Mapping[str, Any]) -> dict[str, Any] | None:
+    steps = _points(history.get("steps"), "loss")
+    validation = _points(history.get("validation"), "loss")
+    if not steps and not validation:
+        return None
+    x = axis([0, *(p["step"] for p in steps + validation)], snug=True)
+    y = axis([p["loss"] for p in steps + validation])
+    drawn = thin(steps)
     return {
-        "left": place(low),
-        "width": place(high) - place(low),
-        "point": place(verdict["difference_bits_per_byte"]),
-        "margin": place(-verdict["margin"]),
+        "x": x,
+        "y": y,
+        "train": _dots(drawn, "loss", x, y) if drawn else "",
+        "train_line": _path(drawn, "loss", x, y) if drawn else "",
+        "validation": _path(validation, "loss", x, y) if validation else "",
+        "validation_dots": _dots(thin(validation), "loss", x, y),
+        "thinned": [len(drawn), len(steps)] if len(drawn) < len(steps) else None,
+        "ends": [validation[0], validation[-1]] if len(validation) > 1 else None,
     }
 
 
-def _sums(corpus: dict[str, Any]) -> dict[str, Any]:
-    dropped = sum(corpus["dropped"].values())
+def _example(probes: Sequence[Any], history: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The running example: the first probe, seen at training steps if training watched it."""
+    watched = history.get("probe") or {}
+    points = _points(watched.get("points"), "p")
+    first = probes[0] if probes else {}
+    same = first.get("prompt") == watched.get("prompt") and first.get("target") == watched.get(
+        "target"
+    )
+    if points and (same or not probes):
+        panels = [{"label": f"step {p['step']:,}", **p} for p in choose(points)]
+    elif probes:
+        points = []
+        panels = [
+            {"label": when, "p": first.get(f"p_{when}"), "top": first.get(f"rivals_{when}")}
+            for when in ("before", "after")
+        ]
+    else:
+        return None
+    example: dict[str, Any] = {**watched, **first, "panels": panels, "curve": None}
+    if points:
+        x = axis([0, *(p["step"] for p in points)], snug=True)
+        y = axis([0.0, 1.0])
+        drawn = thin(points)
+        path, dots = _path(drawn, "p", x, y), _dots(drawn, "p", x, y)
+        example["curve"] = {"x": x, "y": y, "path": path, "dots": dots, "points": points}
+    return example
+
+
+def _groups(probes: Sequence[Any]) -> list[dict[str, Any]]:
+    groups = []
+    for expect in ("rise", "hold"):
+        members = [probe for probe in probes if probe.get("expect") == expect]
+        shown = [p[k] for p in members for k in ("p_before", "p_after") if finite(p.get(k))]
+        if expect == "hold":
+            shown += [p["p_before"] * (1 + p["limit"]) for p in members if finite(p["p_before"])]
+        top = min(1.0, axis([0.0, *shown]).high) if max(shown, default=0) > 0 else 1.0
+        good = sum(bool(probe.get("ok")) for probe in members)
+        groups.append({"expect": expect, "probes": members, "top": top, "good": good})
+    return groups
+
+
+def _reconcile(corpus: Mapping[str, Any]) -> dict[str, int] | None:
+    """What is unexplained between documents in, dropped, kept and split; None if not counted."""
+    dropped = sum((corpus.get("dropped") or {}).values())
+    parts = [corpus.get(split) or {} for split in ("train", "validation")]
+    counts = [corpus.get("documents_in"), corpus.get("documents"), corpus.get("bytes")]
+    split = [part.get(key) for key in ("documents", "bytes") for part in parts]
+    if not all(map(finite, counts + split)):
+        return None
+    read, kept, size = counts
     return {
-        "dropped": dropped,
-        "exact": corpus["documents_in"] == corpus["documents"] + dropped
-        and corpus["documents"] == sum(corpus[s]["documents"] for s in ("train", "validation")),
+        "kept": read - dropped - kept,
+        "split": kept - split[0] - split[1],
+        "bytes": size - split[2] - split[3],
     }
+
+
+def _finalize(value: Any) -> Any:
+    if value is None or isinstance(value, jinja2.Undefined) or value == "":
+        return MISSING
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+PAGES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    finalize=_finalize,
+    undefined=jinja2.ChainableUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+PAGES.filters.update(
+    fixed=fixed, signed=signed, p=probability, surprise=surprise, token=token_text, short=short
+)
+PAGES.tests["finite"] = finite
+
+
+def render_report(evaluation: dict[str, Any]) -> str:
+    """One self-contained page of a nudge.evaluation; all text from it is escaped.
+
+    What the evaluation lacks is left out of the page or called not available.
+    """
+    history, corpus = evaluation.get("history") or {}, evaluation.get("corpus") or {}
+    probes, verdict = evaluation.get("probes") or [], evaluation.get("verdict") or {}
+    lineage = evaluation.get("lineage") or {}
+    return PAGES.get_template("report.html.j2").render(
+        {**evaluation, "verdict": verdict, "corpus": corpus, "lineage": lineage},
+        interval=_interval(verdict),
+        example=_example(probes, history),
+        groups=_groups(probes),
+        losses=_losses(history),
+        unexplained=_reconcile(corpus),
+        settings=json.dumps(lineage.get("settings") or {}, indent=2, ensure_ascii=False),
+    )

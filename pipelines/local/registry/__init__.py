@@ -1,0 +1,1 @@
+"""The Model Registry's REST API over SQLite, for a laptop."""
