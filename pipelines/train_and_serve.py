@@ -9,7 +9,6 @@ from nudge.components.summary.component import summary
 from nudge.components.tokenize.component import tokenize
 from nudge.components.train.component import train
 from nudge.components.upload.component import upload
-from nudge.pipelines.recipes import shipped_text
 
 RUN_ID = dsl.PIPELINE_JOB_ID_PLACEHOLDER
 
@@ -19,7 +18,7 @@ RUN_ID = dsl.PIPELINE_JOB_ID_PLACEHOLDER
     description="Retrain a language model on your text; serve it if it is shown to be better.",
 )
 def train_and_serve(
-    recipe: str = shipped_text("eiffel"),
+    recipe: str = "package://nudge.pipelines.recipes/eiffel.yaml",
     data_uri: str = "",
     base_model: str = "",
     model_name: str = "",
@@ -28,7 +27,7 @@ def train_and_serve(
     """Ingest, tokenize, train, evaluate; if better: upload, register, deploy.
 
     Args:
-        recipe: Every setting, as YAML text; the other parameters stand above it.
+        recipe: Every setting, as YAML text or the URI of a file; what follows stands above it.
         data_uri: Where the text is (s3://, https://, package://, ...); empty: as the recipe says.
         base_model: The model to start from; empty: as the recipe says.
         model_name: The name to register and serve under; empty: as the recipe says.
@@ -52,7 +51,8 @@ def train_and_serve(
             model=trained.outputs["model"],
             history=trained.outputs["history"],
         )
-        with dsl.If(evaluated.outputs["promote"] == 1, name="promote"):
+        # kfp.local resolves conditions only on an output that has no name of its own.
+        with dsl.If(evaluated.outputs["Output"] == 1, name="promote"):
             uploaded = upload(**named, model=trained.outputs["model"])
             registered = register(
                 **named,

@@ -7,7 +7,7 @@ def deploy(recipe: str, registered_model: str, version: str) -> str:
     """Serve a registered version and ask it for a completion.
 
     Args:
-        recipe: The recipe, as YAML text.
+        recipe: The recipe, as YAML text or a URI.
         registered_model: The name in the registry.
         version: The version's name in the registry.
 

@@ -1,5 +1,3 @@
-from typing import NamedTuple
-
 from kfp import dsl
 from nudge.components.common.images import TRAIN_IMAGE
 
@@ -14,11 +12,11 @@ def evaluate(
     evaluation: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-) -> NamedTuple("Outputs", [("promote", int)]):  # type: ignore[valid-type]
+) -> int:
     """Score base and candidate on held-out text and say whether to promote.
 
     Args:
-        recipe: The recipe, as YAML text.
+        recipe: The recipe, as YAML text or a URI.
         base_model: The model to compare with; empty means as the recipe says.
         corpus: What `ingest` made; its validation split is scored.
         model: What `train` made.
@@ -28,10 +26,9 @@ def evaluate(
         report: One page: is it better, and can I trust that?
 
     Returns:
-        promote: 1 if the candidate is shown to be better and nothing guarded has moved, else 0.
+        1 if the candidate is shown to be better and nothing guarded has moved, else 0.
     """
     from pathlib import Path
-    from typing import NamedTuple
 
     from nudge.components.common.recipe import step_settings
     from nudge.components.common.step import clean_end
@@ -46,8 +43,4 @@ def evaluate(
         result = evaluate(settings, **paths)
         for name in ("promote", "base_bits_per_byte", "candidate_bits_per_byte"):
             metrics.log_metric(name, result[name])
-
-    class Outputs(NamedTuple):
-        promote: int
-
-    return Outputs(result["promote"])
+    return int(result["promote"])

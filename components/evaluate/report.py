@@ -100,7 +100,7 @@ def visible(value: Any) -> str:
         kind, code = unicodedata.category(char), ord(char)
         if kind == "Cc" and char not in "\n\t":
             shown.append(chr(0x2400 + code) if code < 32 else "␡" if code == 127 else f"[{code:X}]")
-        elif kind in ("Cf", "Cs", "Zl", "Zp") or char == "\ufeff" or code & 0xFFFE == 0xFFFE:
+        elif kind in ("Cf", "Cs", "Zl", "Zp"):
             shown.append(f"[U+{code:04X}]")
         else:
             shown.append(char)
@@ -242,7 +242,7 @@ def _reconcile(corpus: Mapping[str, Any]) -> dict[str, int] | None:
 
 
 def _finalize(value: Any) -> Any:
-    if value is None or isinstance(value, jinja2.Undefined) or value == "":
+    if value is None or isinstance(value, jinja2.Undefined):
         return MISSING
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 

@@ -9,7 +9,7 @@ def ingest(
     """Read text from its sources, clean it, drop duplicates and split it.
 
     Args:
-        recipe: The recipe, as YAML text.
+        recipe: The recipe, as YAML text or a URI.
         data_uri: Where the text is; empty means as the recipe says.
         corpus: Documents for training and validation, with exact counts.
         report: What came in, what was dropped and why.

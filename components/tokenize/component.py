@@ -9,7 +9,7 @@ def tokenize(
     """Turn a corpus into token shards with the base model's tokenizer.
 
     Args:
-        recipe: The recipe, as YAML text.
+        recipe: The recipe, as YAML text or a URI.
         base_model: The model whose tokenizer is taken; empty means as the recipe says.
         corpus: What `ingest` made.
         tokens: Token shards with document offsets, and the tokenizer.

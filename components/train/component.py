@@ -13,7 +13,7 @@ def train(
     """Train the base model on the tokens.
 
     Args:
-        recipe: The recipe, as YAML text.
+        recipe: The recipe, as YAML text or a URI.
         base_model: The model to start from; empty means as the recipe says.
         tokens: What `tokenize` made.
         model: A Hugging Face folder that transformers and vLLM load.

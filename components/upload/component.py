@@ -9,7 +9,7 @@ def upload(
     """Upload the model to the data connection's bucket, complete or invisible.
 
     Args:
-        recipe: The recipe, as YAML text.
+        recipe: The recipe, as YAML text or a URI.
         model_name: The name to register under; empty means as the recipe says.
         version: The version's name; empty means the run's id.
         run_id: The id of this run.

@@ -176,6 +176,8 @@ def result(run: Run) -> dict[str, Any]:
         "overhead_seconds": round(run.seconds - sum(s.seconds for s in run.steps.values()), 3),
         "error": failed.error if failed else None,
     }
+    if values["promoted"] and not failed and run.steps["upload"].status == "skipped":
+        values["error"] = f"the verdict was to promote, but the engine skipped it; see {run.log}"
     if run.exit_status and not failed:
         values["error"] = f"the pipeline ended with status {run.exit_status}; see {run.log}"
     return values
