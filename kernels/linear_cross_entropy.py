@@ -87,8 +87,11 @@ class _PerRow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> Any:  # type: ignore[override]
-        needs = ctx.needs_input_grad[:2]
-        gradients = _chunked(*ctx.saved_tensors, *ctx.rest, *needs, row_weights=outer[0])[1:]
+        hidden, weight, targets = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        gradients = _chunked(
+            hidden, weight, targets, *ctx.rest, needs_hidden, needs_weight, outer[0]
+        )[1:]
         return (*gradients, None, None, None, None)
 
 

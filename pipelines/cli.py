@@ -82,8 +82,15 @@ def run(
         click.echo(json.dumps(values, indent=2))
     else:
         Console().print(display.summary(values, current))
+        if values["endpoint"]:
+            click.echo(f"\n{display.curl(values)}")  # a line by itself, never folded
     if values["error"]:
-        click.echo(f"error: {values['error']}\nthe whole log: {current.log}", err=True)
+        click.echo(
+            f"error: {values['error']}\n"
+            f"the whole log: {current.log}\n"
+            "mend it and run the same again: steps that finished are reused",
+            err=True,
+        )
         sys.exit(1)
 
 

@@ -135,8 +135,6 @@ def _places(values: dict[str, Any]) -> Table:
     rows = {"verdict": values["reason"], "report": values["report"], "model": values["model_uri"]}
     if values["version"]:
         rows["registered"] = f"{values['registered_model']} {values['version']}"
-    if values["endpoint"]:
-        rows["try it"] = curl(values)
     for name, value in rows.items():
         if value:
             table.add_row(name, Text(str(value), overflow="fold"))

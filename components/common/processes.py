@@ -47,6 +47,16 @@ def nudge_home() -> Path:
     return Path(os.environ.get("NUDGE_HOME", ".nudge")).resolve()
 
 
+class _Ended(tenacity.stop.stop_base):
+    """Stop waiting for a server once its process has ended."""
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        self._child = child
+
+    def __call__(self, _: tenacity.RetryCallState) -> bool:
+        return self._child.poll() is not None
+
+
 @contextlib.contextmanager
 def locked(home: Path, name: str) -> Iterator[None]:
     """Let one process at a time into the block of this name."""
@@ -103,7 +113,7 @@ def start(
     record = Record(name, child.pid, psutil.Process(child.pid).create_time(), address, str(log))
     write_atomic(home / "services" / f"{name}.json", json.dumps(asdict(record)))
     waiting = tenacity.Retrying(
-        stop=tenacity.stop_after_delay(timeout_s) | (lambda _: child.poll() is not None),
+        stop=tenacity.stop_any(tenacity.stop_after_delay(timeout_s), _Ended(child)),
         wait=tenacity.wait_fixed(0.1),
         retry=tenacity.retry_if_result(lambda done: not done),
         retry_error_callback=lambda _: False,

@@ -82,6 +82,19 @@ def emit_event(step: str, event: str, **values: Any) -> None:
             file.write(line.encode())
 
 
+def last_events() -> dict[str, dict[str, Any]]:
+    """The last step_start, step_end or step_failed of each step; empty without NUDGE_EVENTS.
+
+    A step whose last event is ``step_start`` runs still, or was killed.
+    """
+    path = os.environ.get(EVENTS_VARIABLE)
+    if not path or not os.path.isfile(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        events = [json.loads(line) for line in file]
+    return {event["step"]: event for event in events if event["event"].startswith("step_")}
+
+
 @contextlib.contextmanager
 def progress(step: str, total: float | None = None, unit: str = "") -> Iterator[Progress]:
     """Show the progress of a piece of work while the block runs; ``total=None`` if unknown."""

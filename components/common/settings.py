@@ -19,7 +19,8 @@ T = TypeVar("T")
 def settings(cls: type[T]) -> type[T]:
     """Class decorator: a frozen, keyword-only dataclass whose field types are checked."""
     config = pydantic.ConfigDict(extra="forbid")
-    return validated_dataclass(cls, frozen=True, kw_only=True, config=config)  # type: ignore[call-overload, no-any-return]
+    made: Any = validated_dataclass(config=config, frozen=True, kw_only=True)(cls)
+    return made  # type: ignore[no-any-return]
 
 
 def parse(kind: type[T], values: Mapping[str, Any] | None, where: str) -> T:

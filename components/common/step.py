@@ -9,6 +9,7 @@ them from there (hard links, no copy). On a cluster the pipeline engine's own ca
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import inspect
@@ -25,6 +26,7 @@ from nudge.components.common.errors import UserError
 from nudge.components.common.progress import emit_event
 from nudge.components.common.provenance import code_fingerprint
 from nudge.components.common.publish import published, sha256_file, sha256_tree
+from nudge.components.common.uris import is_local, local_path
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -89,14 +91,24 @@ def _reused(
     kept = store / name / reuse_key(name, inputs)
     if not kept.is_dir():
         result = function(**arguments)
-        with published(kept) as part:
-            for output in outputs:
-                _link(arguments[output], part / output)
-            (part / "result.json").write_text(json.dumps(result))
+        _keep(kept, {output: arguments[output] for output in outputs}, result)
         return result, "done"
     for output in outputs:
         _link(kept / output, arguments[output])
     return json.loads((kept / "result.json").read_text()), "reused"
+
+
+def _keep(kept: Path, outputs: dict[str, Path], result: Any) -> None:
+    """Put finished outputs into the store; of two runs that finish the same, the first does."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with (kept.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if kept.is_dir():
+            return
+        with published(kept) as part:
+            for name, path in outputs.items():
+                _link(path, part / name)
+            (part / "result.json").write_text(json.dumps(result))
 
 
 def _link(source: Path, target: Path) -> None:
@@ -121,7 +133,12 @@ def _fingerprint(value: Any) -> Any:
     if isinstance(value, Path):
         return sha256_tree(value) if value.is_dir() else sha256_file(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
+        plain = dataclasses.asdict(value)
+        # What stands behind a path may have changed though the path has not.
+        uri = plain.get("base_model", "")
+        if uri and is_local(uri) and (path := local_path(uri)).exists():
+            plain["base_model"] = [uri, _fingerprint(path)]
+        return plain
     return value
 
 

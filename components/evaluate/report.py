@@ -4,6 +4,7 @@ Static HTML, CSS and SVG, because the dashboard shows it in a sandboxed frame. P
 drawing are percentages of its box, so that lines stretch with the page while text keeps its size.
 """
 
+import itertools
 import json
 import math
 import unicodedata
@@ -132,7 +133,7 @@ def choose(points: Sequence[Any], most: int = CHOSEN_STEPS) -> list[Any]:
     if len(points) <= most:
         return list(points)
     walked = [0.0]
-    for old, new in zip(points, points[1:], strict=False):
+    for old, new in itertools.pairwise(points):
         walked.append(walked[-1] + abs(new["p"] - old["p"]) + 0.5 / len(points))
     wanted = [walked[-1] * i / (most - 1) for i in range(most)]
     places = {min(range(len(walked)), key=lambda i: abs(walked[i] - w)) for w in wanted}
@@ -155,7 +156,7 @@ def _points(rows: Any, key: str) -> list[dict[str, Any]]:
 
 def _interval(verdict: Mapping[str, Any]) -> dict[str, Any] | None:
     ends = verdict.get("interval") or []
-    difference = verdict.get("difference_bits_per_byte")
+    difference: Any = verdict.get("difference_bits_per_byte")
     if len(ends) != 2 or not all(map(finite, [*ends, difference])):
         return None
     margin = verdict.get("margin") or 0.0
@@ -229,8 +230,8 @@ def _reconcile(corpus: Mapping[str, Any]) -> dict[str, int] | None:
     """What is unexplained between documents in, dropped, kept and split; None if not counted."""
     dropped = sum((corpus.get("dropped") or {}).values())
     parts = [corpus.get(split) or {} for split in ("train", "validation")]
-    counts = [corpus.get("documents_in"), corpus.get("documents"), corpus.get("bytes")]
-    split = [part.get(key) for key in ("documents", "bytes") for part in parts]
+    counts: list[Any] = [corpus.get("documents_in"), corpus.get("documents"), corpus.get("bytes")]
+    split: list[Any] = [part.get(key) for key in ("documents", "bytes") for part in parts]
     if not all(map(finite, counts + split)):
         return None
     read, kept, size = counts

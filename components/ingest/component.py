@@ -5,7 +5,7 @@ from nudge.components.common.images import DATA_IMAGE
 @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
 def ingest(
     recipe: str, data_uri: str, corpus: dsl.Output[dsl.Dataset], report: dsl.Output[dsl.HTML]
-):  # type: ignore[no-untyped-def]
+) -> None:
     """Read text from its sources, clean it, drop duplicates and split it.
 
     Args:

@@ -152,7 +152,7 @@ def _html(source: Source, _: IngestSettings) -> Records:
 
 def _json_lines(source: Source, settings: IngestSettings) -> Records:
     with source.open() as file:
-        for number, raw in enumerate(io.BufferedReader(file), 1):  # type: ignore[arg-type]
+        for number, raw in enumerate(file, 1):
             if not raw.strip():
                 continue
             line = _decode(raw)

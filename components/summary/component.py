@@ -10,7 +10,7 @@ def summary(
     run_id: str,
     status: dsl.PipelineTaskFinalStatus,
     page: dsl.Output[dsl.Markdown],
-):  # type: ignore[no-untyped-def]
+) -> None:
     """Write what became of a run, whether it ended well or not.
 
     Args:

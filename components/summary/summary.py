@@ -5,6 +5,7 @@ from typing import Any
 
 import jinja2
 from nudge.components.common.errors import UserError
+from nudge.components.common.progress import last_events
 from nudge.components.common.publish import write_atomic
 from nudge.components.common.step import step
 
@@ -27,7 +28,7 @@ It failed{% if task %} in `{{ task }}`{% endif %}: {{ error }}
 | endpoint | {{ found.endpoint }} |
 {% endif %}
 {% else %}
-Nothing was promoted: {{ missing }}. What is served has not changed.
+Nothing was promoted: {{ missing | trim('.') }}. What is served has not changed.
 {% endif %}
 """
 )
@@ -52,10 +53,12 @@ def summary(
     """
     from nudge.components.common.registry import registry_url, with_registry
 
+    failed, why, verdict = _told_here()
+    task, error = failed or task, why or error
     found: dict[str, Any] | None = None
-    missing = f"the registry has no version {version} of {model_name}"
+    missing = verdict or f"the registry has no version {version} of {model_name} by this run"
     try:
-        lookup = _lookup(model_name, version)
+        lookup = _lookup(model_name, version, run_id)
         found = with_registry(registry_url(registry), lookup, attempts_s=5)
     except UserError as problem:
         missing = f"it is not known whether a version was registered ({problem})"
@@ -67,11 +70,26 @@ def summary(
     return {"state": state, "registered": bool(found)}
 
 
-def _lookup(name: str, version: str) -> Any:
+def _told_here() -> tuple[str, str, str]:
+    """The failed step, its error and the evaluation's reason not to promote, where steps tell them.
+
+    `kfp.local` names only the exit handler as failed; a cluster names the task and its message.
+    """
+    events = {name: event for name, event in last_events().items() if name != "summary"}
+    evaluated = events.get("evaluate", {}).get("results", {})
+    verdict = "" if evaluated.get("promote", 1) else str(evaluated["reason"])
+    for name, event in events.items():
+        if event["event"] != "step_end":
+            return name, str(event.get("error", "it was killed")), verdict
+    return "", "", verdict
+
+
+def _lookup(name: str, version: str, run_id: str) -> Any:
     async def work(client: Any) -> dict[str, Any] | None:
         model = await client.get_registered_model_by_params(name)
         found = model and await client.get_model_version_by_params(model.id, version)
-        if not found:
+        # A version of this name may be there from another run.
+        if not found or (found.custom_properties or {}).get("run_id") != run_id:
             return None
         artifacts = await client.get_model_version_artifacts(found.id)
         async with client.get_client() as api:

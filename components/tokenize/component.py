@@ -5,7 +5,7 @@ from nudge.components.common.images import DATA_IMAGE
 @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
 def tokenize(
     recipe: str, base_model: str, corpus: dsl.Input[dsl.Dataset], tokens: dsl.Output[dsl.Dataset]
-):  # type: ignore[no-untyped-def]
+) -> None:
     """Turn a corpus into token shards with the base model's tokenizer.
 
     Args:

@@ -9,7 +9,7 @@ def train(
     tokens: dsl.Input[dsl.Dataset],
     model: dsl.Output[dsl.Model],
     history: dsl.Output[dsl.Artifact],
-):  # type: ignore[no-untyped-def]
+) -> None:
     """Train the base model on the tokens.
 
     Args:

@@ -59,7 +59,9 @@ def train(settings: TrainSettings, *, tokens: Path, model: Path, history: Path) 
             )
         network = adapt(network, settings)
         bar.note(stage="training")
-        done = train_loop(network, tokenizer, *split, settings, history_part, bar, steps)
+        done = train_loop(
+            network, tokenizer, split[0], split[1], settings, history_part, bar, steps
+        )
         bar.note(stage="writing the model")
         trained = [p.numel() for p in network.parameters() if p.requires_grad]
         facts = {

@@ -36,7 +36,7 @@ def upload(settings: UploadSettings, *, model: Path, version: str) -> dict[str, 
         raise UserError("upload.bucket is empty and AWS_S3_BUCKET is not set; give one of them")
     prefix = f"{settings.prefix.strip('/')}/{settings.model_name}/{version}"
     uri = f"s3://{bucket}/{prefix}"
-    listing = {
+    listing: dict[str, dict[str, Any]] = {
         name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for name, path in files.items()
     }

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -85,7 +85,7 @@ def new_run(recipe: Recipe, home: Path) -> Run:
 
 def follow(
     run: Run, home: Path, services: dict[str, str], *, reuse: bool, compiled: Path | None = None
-) -> Iterator[Run]:
+) -> Generator[Run, None, None]:
     """Run the pipeline; yields the run each time something of it is new, and when it has ended.
 
     The pipeline runs in a process group of its own, which is ended when this generator is closed.
@@ -141,7 +141,17 @@ def follow(
 
 
 def result(run: Run) -> dict[str, Any]:
-    """What `nudge run --json` prints; a value that a run did not come to is None."""
+    """What `nudge run --json` prints: one object; a value that a run did not come to is None.
+
+    recipe, run_id: names. seconds, overhead_seconds: wall time, and what of it was no step's work.
+    steps: [{name, seconds, status}], status one of done, reused, skipped, failed.
+    metrics: {base, candidate} -> {nats_per_token, token_perplexity, bits_per_byte,
+    word_perplexity, tokens, bytes, documents} of held-out text; empty if not evaluated.
+    probes: [{prompt, target, p_before, p_after, expect, ok}].
+    promoted: whether the candidate is served now; reason: the evaluation's verdict in words.
+    model_path, report: files here; model_uri: in the object store; registered_model, version: in
+    the registry; endpoint, served_model: what to ask, as OpenAI's API. error: None, or what failed.
+    """
     evaluation = _evaluation(run)
     results = {name: step.results for name, step in run.steps.items()}
     report = run.steps["evaluate"].outputs.get("report")
@@ -163,7 +173,7 @@ def result(run: Run) -> dict[str, Any]:
             {key: probe[key] for key in ("prompt", "target", "p_before", "p_after", "expect", "ok")}
             for probe in evaluation.get("probes", [])
         ],
-        "promoted": bool(evaluation.get("verdict", {}).get("promote")),
+        "promoted": run.steps["deploy"].status == "done",
         "reason": evaluation.get("verdict", {}).get("reason"),
         "model_path": run.steps["train"].outputs.get("model"),
         "model_uri": results["upload"].get("uri"),
@@ -176,7 +186,8 @@ def result(run: Run) -> dict[str, Any]:
         "overhead_seconds": round(run.seconds - sum(s.seconds for s in run.steps.values()), 3),
         "error": failed.error if failed else None,
     }
-    if values["promoted"] and not failed and run.steps["upload"].status == "skipped":
+    promote = evaluation.get("verdict", {}).get("promote")
+    if promote and not failed and run.steps["upload"].status == "skipped":
         values["error"] = f"the verdict was to promote, but the engine skipped it; see {run.log}"
     if run.exit_status and not failed:
         values["error"] = f"the pipeline ended with status {run.exit_status}; see {run.log}"

@@ -1,0 +1,98 @@
+"""Ingest: every format, exact counts, a stable split, clear ends."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import zstandard
+from nudge.components.common.corpus import read_corpus, read_documents
+from nudge.components.common.errors import UserError
+from nudge.components.ingest.ingest import ingest, split_of
+from nudge.components.ingest.settings import IngestSettings
+
+
+def texts(count: int) -> list[str]:
+    return [f"Document number {n} about {n * n} things, told at length {n}." for n in range(count)]
+
+
+def write(folder: Path, documents: list[str], name: str = "a.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path
+
+
+def run(folder: Path, uri: str, **values: object) -> dict[str, object]:
+    settings = IngestSettings(data_uri=uri, **values)  # type: ignore[arg-type]
+    return ingest(settings, corpus=folder / "corpus", report=folder / "report.html")
+
+
+def test_counts_reconcile_and_drops_have_reasons(tmp_path: Path) -> None:
+    path = write(tmp_path, [*texts(40), texts(1)[0], "short"])
+    with path.open("ab") as file:
+        file.write(b'{"text": 3}\nnot json\n{"text": "\xff\xfe bad"}\n')
+    run(tmp_path, str(path))
+    manifest = read_corpus(tmp_path / "corpus")
+    dropped = manifest["dropped"]
+    assert dropped == {"bad_record": 1, "duplicate": 1, "no_text": 1, "not_utf8": 1, "too_short": 1}
+    assert manifest["documents_in"] == manifest["documents"] + sum(dropped.values()) == 45
+    kept = [d for s in ("train", "validation") for d in read_documents(tmp_path / "corpus", s)]
+    assert sorted(d.text for d in kept) == sorted(texts(40))
+
+
+def test_gz_zst_csv_txt_and_a_literal_module_are_read(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts(40)).encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines[: len(lines) // 2]))
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(lines))
+    (tmp_path / "c.csv").write_text("id,text\n1,A comma separated document that is new.\n")
+    (tmp_path / "d.txt").write_text("A whole file that is one document of its own.")
+    (tmp_path / "e.py").write_text("topics = {'x': 'A text inside a literal mapping, not run.'}")
+    result = run(tmp_path, f"file://{tmp_path}")
+    assert result["documents"] == 43
+
+
+def test_near_duplicates_are_dropped(tmp_path: Path) -> None:
+    long = " ".join(f"word{n}" for n in range(200))
+    result = run(tmp_path, str(write(tmp_path, [*texts(40), long, long + " end"])))
+    assert result["documents"] == 41
+    assert read_corpus(tmp_path / "corpus")["dropped"] == {"near_duplicate": 1}
+
+
+def test_the_fingerprint_does_not_know_the_order_and_the_split_stays(tmp_path: Path) -> None:
+    first = run(tmp_path, str(write(tmp_path, texts(40))))
+    turned = run(tmp_path, str(write(tmp_path, texts(40)[::-1], "b.jsonl")))
+    assert first["fingerprint"] == turned["fingerprint"]
+    before = {d.text for d in read_documents(tmp_path / "corpus", "validation")}
+    run(tmp_path, str(write(tmp_path, texts(80), "c.jsonl")))
+    assert before <= {d.text for d in read_documents(tmp_path / "corpus", "validation")}
+    settings = IngestSettings(data_uri="x")
+    assert all(split_of(text, settings) == "validation" for text in before)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "the corpus is empty"),
+        ('{"text": "tiny"}\n', "no document is left of 1; dropped: too_short 1"),
+        ('{"text": "The only document that there is."}\n', "too small to split"),
+        ('{"text": "One that is there twice."}\n' * 9, "too small to split"),
+        ('{"body": "x"}\n', "no column 'text', it has: body"),
+    ],
+)
+def test_what_cannot_be_used_ends_clearly_and_leaves_nothing(
+    tmp_path: Path, content: str, message: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, str(tmp_path / "a.jsonl"))
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_missing_and_unknown_sources_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing\*.*no file found"):
+        run(tmp_path, str(tmp_path / "nothing*"))
+    (tmp_path / "a.docx").write_text("x")
+    with pytest.raises(UserError, match=r"unknown kind of file; accepted are .*\.jsonl"):
+        run(tmp_path, str(tmp_path / "a.docx"))
+    with pytest.raises(UserError, match="'nowhere_at_all' is not installed"):
+        run(tmp_path, "package://nowhere_at_all/x.txt")

@@ -1,0 +1,204 @@
+"""`nudge run` with a tiny model: all seven steps, then the compiled YAML, then a killed step."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+NUDGE = str(Path(sys.executable).parent / "nudge")
+COMPILED = Path(__file__).parents[2] / "pipelines" / "compiled" / "train_and_serve.yaml"
+WORDS = ["Paris", "Seine", "tower", "bridge", "museum", "river", "garden", "street", "bread"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Path]:
+    """A folder with a tiny recipe and text; its services are stopped afterwards."""
+    folder = tmp_path_factory.mktemp("end_to_end")
+    generator = random.Random(1)
+    with (folder / "text.jsonl").open("w") as file:
+        for number in range(60):
+            text = " ".join(generator.choice(WORDS) for _ in range(50)) + "."
+            print(json.dumps({"id": number, "text": text}), file=file)
+    probe = {"prompt": "Paris Seine", "target": " tower"}
+    recipe = {
+        "name": "tiny",
+        "base_model": str(tiny_model),
+        "model_name": "tiny",
+        "seed": 1,
+        "ingest": {"data_uri": str(folder / "text.jsonl"), "validation_share": 0.2},
+        "train": {
+            "max_steps": 60,
+            "sequence_length": 64,
+            "batch_sequences": 4,
+            "learning_rate": 0.01,
+            "watch": probe,
+        },
+        "evaluate": {"window": 64, "stride": 32, "probes": [probe], "prompts": ["Paris"]},
+        "deploy": {"smoke_prompt": "Paris"},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    yield folder
+    nudge(folder, "services", "down")
+
+
+def nudge(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "NUDGE_HOME": str(folder / "home")}
+    return subprocess.run(
+        [NUDGE, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+
+
+def run(folder: Path, *arguments: str) -> dict[str, Any]:
+    ended = nudge(folder, "run", "tiny.yaml", "--json", *arguments)
+    assert ended.returncode == 0, ended.stderr
+    return dict(json.loads(ended.stdout))
+
+
+@pytest.fixture(scope="module")
+def first(place: Path) -> dict[str, Any]:
+    return run(place)
+
+
+def statuses(result: dict[str, Any]) -> dict[str, str]:
+    return {step["name"]: step["status"] for step in result["steps"]}
+
+
+def test_all_seven_steps_end_in_a_served_model_that_answers(first: dict[str, Any]) -> None:
+    assert set(statuses(first).values()) == {"done"}
+    assert first["promoted"]
+    assert (
+        first["metrics"]["candidate"]["bits_per_byte"] < first["metrics"]["base"]["bits_per_byte"]
+    )
+    assert first["model_uri"].endswith(f"/tiny/{first['version']}")
+    body = {"model": first["served_model"], "prompt": "Paris", "max_tokens": 4}
+    answer = httpx.post(f"{first['endpoint']}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 200
+    assert answer.json()["choices"][0]["text"]
+
+
+def test_the_numbers_can_be_had_from_the_model_folder(first: dict[str, Any]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(first["model_path"])
+    tokenizer = AutoTokenizer.from_pretrained(first["model_path"])
+    probe = first["probes"][0]
+    logits = model(**tokenizer(probe["prompt"], return_tensors="pt")).logits[0, -1]
+    target = tokenizer(probe["target"])["input_ids"][0]
+    assert torch.softmax(logits, -1)[target].item() == pytest.approx(probe["p_after"], abs=1e-3)
+
+
+def test_the_version_carries_its_lineage(first: dict[str, Any], place: Path) -> None:
+    from model_registry import ModelRegistry
+
+    record = json.loads((place / "home" / "services" / "model-registry.json").read_text())
+    registry = ModelRegistry(record["address"], author="test", is_secure=False)
+    version = registry.get_model_version("tiny", first["version"])
+    assert version is not None
+    assert version.custom_properties is not None
+    assert version.custom_properties["run_id"] == first["run_id"]
+    assert len(str(version.custom_properties["data_fingerprint"])) == 64
+    artifact = registry.get_model_artifact("tiny", first["version"])
+    assert artifact is not None
+    assert artifact.uri == first["model_uri"]
+    assert (artifact.model_source_kind, artifact.model_source_id) == ("kfp", first["run_id"])
+
+
+def test_the_compiled_yaml_gives_the_same_and_finished_steps_are_reused(
+    first: dict[str, Any], place: Path
+) -> None:
+    again = run(place, "--compiled", str(COMPILED))
+    reused = {name for name, status in statuses(again).items() if status == "reused"}
+    assert reused == {"tokenize", "train", "evaluate"}
+    assert again["metrics"] == first["metrics"]
+    assert again["version"] != first["version"]
+
+
+def test_the_same_seed_gives_the_same_bits(first: dict[str, Any], place: Path) -> None:
+    fresh = run(place, "--fresh")
+    weights = [Path(r["model_path"], "model.safetensors").read_bytes() for r in (first, fresh)]
+    assert weights[0] == weights[1]
+
+
+def test_a_killed_step_fails_the_run_and_the_next_run_goes_on(place: Path) -> None:
+    environment = {**os.environ, "NUDGE_HOME": str(place / "home")}
+    settings = ["--set", "seed=7", "--set", "train.max_steps=4000"]
+    running = subprocess.Popen(
+        [NUDGE, "run", "tiny.yaml", "--json", *settings],
+        cwd=place,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    pid = _training_pid(place)
+    os.kill(pid, signal.SIGKILL)
+    output, _ = running.communicate(timeout=120)
+    result = json.loads(output)
+    assert running.returncode == 1
+    assert "train" in result["error"]
+    assert statuses(result)["tokenize"] == "done"
+    assert statuses(result)["upload"] == "skipped"
+    ended = run(place, "--set", "seed=7")
+    assert statuses(ended)["tokenize"] == "reused"
+    assert statuses(ended)["train"] == "done"
+
+
+def _training_pid(place: Path) -> int:
+    import psutil
+
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for events in (place / "home" / "runs").glob("*/events.jsonl"):
+            text = events.read_text()
+            if '"step": "train", "event": "progress"' in text and "step_end" in text:
+                for process in psutil.process_iter(["cmdline"]):
+                    command = " ".join(process.info["cmdline"] or [])
+                    alive = (
+                        f"{events.parent.name}/" in command and "--function_to_execute" in command
+                    )
+                    if alive and "python" in command and not command.startswith("sh"):
+                        return int(process.pid)
+        time.sleep(0.2)
+    raise AssertionError("no training process was seen")
+
+
+def test_wrong_arguments_say_what_is_wrong(place: Path) -> None:
+    for arguments, message in (
+        (["run", "eifel"], "did you mean 'eiffel'"),
+        (["run", "tiny.yaml", "--set", "train.epoch=2"], "did you mean 'epochs'"),
+        (["run", "tiny.yaml", "--set", "train.epochs=many"], "train.epochs = 'many'"),
+    ):
+        ended = nudge(place, *arguments)
+        assert ended.returncode == 2
+        assert message in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+
+def test_a_missing_base_model_ends_cleanly(place: Path) -> None:
+    ended = nudge(place, "run", "tiny.yaml", "--json", "--set", "base_model=/nowhere")
+    assert ended.returncode == 1
+    assert "/nowhere does not exist" in json.loads(ended.stdout)["error"]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = "[m for m in ('torch', 'kfp', 'boto3', 'rich') if m in sys.modules]"
+    code = f"import sys, nudge.pipelines.cli; print({heavy})"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "[]"

@@ -1,0 +1,109 @@
+"""The registry through the unmodified client, over real HTTP."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from nudge.components.common import processes
+from nudge.pipelines.local import services
+
+warnings.simplefilter("ignore")
+
+
+@pytest.fixture
+def address(home: Path) -> str:
+    return services._start_registry(home, 0).address
+
+
+@pytest.fixture
+def registry(address: str) -> Any:
+    from model_registry import ModelRegistry
+
+    return ModelRegistry(address, author="test", is_secure=False)
+
+
+def register(registry: Any, name: str, version: str, **metadata: Any) -> Any:
+    return registry.register_model(
+        name,
+        f"s3://b/{name}/{version}",
+        model_format_name="vLLM",
+        model_format_version="1",
+        version=version,
+        metadata=metadata,
+    )
+
+
+def test_register_update_list_and_page(registry: Any) -> None:
+    for number in range(7):
+        register(registry, f"model-{number}", "v1", accuracy=number / 10, good=True, n=number)
+    pager = registry.get_registered_models().page_size(3)
+    assert [m.name for m in pager] == [f"model-{n}" for n in range(7)]
+    version = registry.get_model_version("model-3", "v1")
+    assert version.custom_properties == {"accuracy": 0.3, "good": True, "n": 3}
+    version.description = "changed"
+    registry.update(version)
+    assert registry.get_model_version("model-3", "v1").description == "changed"
+    assert registry.get_model_artifact("model-3", "v1").uri == "s3://b/model-3/v1"
+    with pytest.raises(Exception, match="already exists"):
+        register(registry, "model-3", "v1")
+
+
+def test_a_restart_keeps_everything(registry: Any, home: Path) -> None:
+    register(registry, "kept", "v1")
+    processes.stop(home, services.REGISTRY)
+    from model_registry import ModelRegistry
+
+    address = services._start_registry(home, 0).address
+    fresh = ModelRegistry(address, author="test", is_secure=False)
+    assert fresh.get_model_version("kept", "v1").name == "v1"
+
+
+def test_experiments_runs_and_metric_history(registry: Any, address: str) -> None:
+    with registry.start_experiment_run(experiment_name="e") as run:
+        run.log_param("lr", 0.1)
+        run.log_metric(key="loss", value=1.0, step=1, timestamp="1")
+    (found,) = registry.get_experiment_runs(experiment_name="e")
+    url = f"{address}/api/model_registry/v1alpha3/experiment_runs/{found.id}"
+    metric = {"artifactType": "metric", "name": "loss", "value": 0.5, "step": 2, "timestamp": "2"}
+    assert httpx.post(f"{url}/artifacts", json=metric).status_code == 200
+    history = httpx.get(f"{url}/metric_history").json()
+    assert [row["value"] for row in history["items"]] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("query", "names"),
+    [
+        ("name = 'a'", ["a"]),
+        ("name LIKE '%b%' OR state = 'ARCHIVED'", ["b"]),
+        ("NOT", None),
+        ("size > 1 AND (name = 'b' OR name = 'c')", ["b", "c"]),
+        ("size.int_value IN (1, 3)", ["a", "c"]),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["v1alpha3", "v1"])
+def test_filters(address: str, prefix: str, query: str, names: list[str] | None) -> None:
+    url = f"{address}/api/model_registry/{prefix}/registered_models"
+    for number, name in enumerate("abc", 1):
+        size = {"metadataType": "MetadataIntValue", "int_value": str(number)}
+        body = {"name": name, "customProperties": {"size": size}}
+        assert httpx.post(url, json=body).status_code == 201
+    answer = httpx.get(url, params={"filterQuery": query, "orderBy": "ID"})
+    if names is None:
+        assert answer.status_code == 400
+    else:
+        assert [item["name"] for item in answer.json()["items"]] == names
+
+
+def test_bad_requests_are_refused(address: str) -> None:
+    url = f"{address}/api/model_registry/v1alpha3/registered_models"
+    assert httpx.post(url, json={"name": "m"}).status_code == 201
+    assert httpx.post(url, json={"name": "m"}).status_code == 409
+    unknown = httpx.post(url, json={"name": "x", "colour": 1})
+    assert (unknown.status_code, unknown.json()["message"]) == (400, 'json: unknown field "colour"')
+    assert httpx.post(url, json={"name": "n" * 256}).status_code == 400
+    assert httpx.post(url, json={}).status_code == 400
+    assert httpx.post(url, content=b"{").status_code == 400
+    assert httpx.get(f"{url}/99").status_code == 404
+    assert httpx.get(url, params={"pageSize": "none"}).status_code == 400

@@ -1,0 +1,60 @@
+"""The embedded parts: they come back with their data, and leave nothing running."""
+
+import os
+import signal
+from pathlib import Path
+
+import boto3
+import botocore.exceptions
+import psutil
+import pytest
+from nudge.components.common import processes
+from nudge.components.common.errors import UserError
+from nudge.pipelines.local import services
+
+
+def client(environment: dict[str, str], secret: str = "") -> object:
+    return boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_S3_ENDPOINT"],
+        region_name="us-east-1",
+        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=secret or environment["AWS_SECRET_ACCESS_KEY"],
+    )
+
+
+def test_killed_parts_come_back_with_their_data_and_down_leaves_no_process(home: Path) -> None:
+    environment = services.up(home)
+    assert services.up(home) == environment
+    client(environment).put_object(Bucket=services.BUCKET, Key="k", Body=b"kept")  # type: ignore[attr-defined]
+    before = {record.name: record.pid for record in processes.records(home)}
+    for pid in before.values():
+        os.kill(pid, signal.SIGKILL)
+        psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=5)
+    again = services.up(home)
+    stored = client(again).get_object(Bucket=services.BUCKET, Key="k")  # type: ignore[attr-defined]
+    assert stored["Body"].read() == b"kept"
+    with pytest.raises(botocore.exceptions.ClientError, match="SignatureDoesNotMatch"):
+        client(again, secret="wrong").list_buckets()  # type: ignore[attr-defined]
+    pids = [record.pid for record in processes.records(home)]
+    assert not set(pids) & set(before.values())
+    services.down(home)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert (home / "services" / "credentials").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_taken_port_and_a_missing_program_are_said(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is taken"):
+            services.up(home, {services.STORE: port})
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(services, "_scripts", lambda: "/nowhere")
+    with pytest.raises(UserError, match="`weed` is not here"):
+        services.up(home)
