@@ -83,14 +83,23 @@ class _PerRow(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight, targets)
         ctx.rest = (ignore_index, softcap, chunk_rows)
-        return _chunked(hidden, weight, targets, *ctx.rest, False, False)[0]
+        return _chunked(hidden, weight, targets, ignore_index, softcap, chunk_rows, False, False)[0]
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> Any:  # type: ignore[override]
         hidden, weight, targets = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        ignore_index, softcap, chunk_rows = ctx.rest
         gradients = _chunked(
-            hidden, weight, targets, *ctx.rest, needs_hidden, needs_weight, outer[0]
+            hidden,
+            weight,
+            targets,
+            ignore_index,
+            softcap,
+            chunk_rows,
+            needs_hidden,
+            needs_weight,
+            outer[0],
         )[1:]
         return (*gradients, None, None, None, None)
 
