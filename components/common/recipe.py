@@ -49,6 +49,10 @@ def step_settings(kind: type[T], section: str, recipe: str, **given: Any) -> T:
     values = read_recipe(recipe)
     known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     merged = {key: values[key] for key in SHARED if key in values and key in known}
-    merged |= values.get(section) or {}
+    given_here = values.get(section) or {}
+    if not isinstance(given_here, dict):
+        kind_name = type(given_here).__name__
+        raise UserError(f"{section} is a YAML {kind_name}, expected a mapping of settings")
+    merged |= given_here
     merged |= {key: value for key, value in given.items() if value != ""}
     return parse(kind, merged, section)

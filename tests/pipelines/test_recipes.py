@@ -1,0 +1,80 @@
+"""Recipes: what ships is right, and what is wrong is said all at once, with the nearest names."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from nudge.components.common.errors import UserError
+from nudge.components.common.recipe import step_settings
+from nudge.components.train.settings import TrainSettings
+from nudge.pipelines.recipes import load, shipped
+
+
+def test_every_shipped_recipe_is_named_as_its_file_and_valid() -> None:
+    assert set(shipped()) == {"eiffel", "python-docs"}
+    for name, title in shipped().items():
+        assert load(name).name == name
+        assert title
+
+
+def test_overrides_reach_the_step_and_stay_in_the_text() -> None:
+    recipe = load("eiffel", ["train.learning_rate=1e-5", "train.mode=full", "seed=9"])
+    settings = step_settings(TrainSettings, "train", recipe.text)
+    assert (settings.learning_rate, settings.mode, settings.seed) == (1e-5, "full", 9)
+    assert yaml.safe_load(recipe.text) == recipe.values
+
+
+def test_without_overrides_the_text_is_the_file_as_it_is() -> None:
+    text = Path(__file__).parents[2].joinpath("pipelines/recipes/eiffel.yaml").read_text()
+    assert load("eiffel").text == text
+
+
+def test_a_file_is_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(load("eiffel").text.replace("name: eiffel\n", ""))
+    assert load(str(path)).name == "mine"
+    with pytest.raises(UserError, match=r"no recipe file .*other\.yaml"):
+        load(str(tmp_path / "other.yaml"))
+
+
+def test_an_unknown_recipe_names_its_nearest() -> None:
+    with pytest.raises(UserError, match=r"no recipe 'eifel'; did you mean 'eiffel'\?"):
+        load("eifel")
+
+
+def test_all_problems_of_all_sections_are_said_at_once() -> None:
+    wrong = ["train.learnin_rate=1", "ingest.seed=abc", "upload.bukket=x", "evalute.margin=1"]
+    with pytest.raises(UserError) as caught:
+        load("eiffel", wrong)
+    text = str(caught.value)
+    assert "train.learnin_rate is not a setting; did you mean 'learning_rate'" in text
+    assert "ingest.seed = 'abc': input should be a valid integer" in text
+    assert "upload.bukket is not a setting; did you mean 'bucket'?" in text
+    assert "evalute is not a section" in text
+    assert "'evaluate'" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.epochs", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("train.epochs={", "the value is not YAML"),
+        ("train.epochs=-1", "train.epochs = -1: input should be greater than 0"),
+        ("train.mode=lorra", "train.mode = 'lorra': input should be 'full' or 'lora'"),
+        ("seed.of=1", "seed holds no settings"),
+        ("base_model=", "base_model"),
+    ],
+)
+def test_a_wrong_override_says_what_is_accepted(override: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load("eiffel", [override])
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- a list", "a: [", "just words", "train: 3", "train: [1]"])
+def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError):
+        load(str(path))

@@ -1,0 +1,157 @@
+"""What a run is known to be from the events of its steps, and what is printed of it."""
+
+import io
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nudge.pipelines import display
+from nudge.pipelines.local.run import Run, StepState, keep_result, new_run, result
+from nudge.pipelines.recipes import load
+from rich.console import Console
+
+METRICS = {
+    **{"nats_per_token": 3.0, "token_perplexity": 20.1, "bits_per_byte": 1.25},
+    **{"word_perplexity": 400.0, "tokens": 10, "bytes": 40, "words": 8, "documents": 2},
+}
+PROBE = {
+    **{"prompt": "it's in", "target": " Paris", "p_before": 0.3, "p_after": 0.9},
+    **{"expect": "rise", "ok": True, "rivals_before": [], "rivals_after": []},
+}
+ISSUE_KEYS = {
+    *("recipe", "run_id", "steps", "metrics", "probes", "model_uri", "registered_model"),
+    *("version", "endpoint", "served_model", "report", "promoted"),
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return new_run(load("eiffel"), tmp_path)
+
+
+def end(run: Run, name: str, outputs: dict[str, str] | None = None, **results: Any) -> None:
+    step = run.steps[name]
+    step.apply({"event": "step_start", "time": 1.0})
+    values = {"status": "done", "seconds": 2.0, "outputs": outputs or {}, "results": results}
+    step.apply({"event": "step_end", **values})
+
+
+def evaluated(run: Run, promote: bool) -> None:
+    evaluation, report = run.folder / "evaluation.json", run.folder / "made.html"
+    verdict = {"promote": promote, "reason": "better by 0.1"}
+    metrics = {"base": METRICS, "candidate": METRICS}
+    evaluation.write_text(json.dumps({"verdict": verdict, "metrics": metrics, "probes": [PROBE]}))
+    report.write_text("<p>page</p>")
+    end(run, "train", {"model": "/somewhere/model"}, steps=3, tokens=30, loss=2.5)
+    outputs = {"evaluation": str(evaluation), "report": str(report)}
+    end(run, "evaluate", outputs, base_bits_per_byte=1.3, candidate_bits_per_byte=1.25)
+
+
+def served(run: Run) -> None:
+    end(run, "upload", uri="s3://nudge/models/m/v", files=3, bytes=9)
+    end(run, "register", registered_model="m", version="v")
+    deployed = {"endpoint": "http://127.0.0.1:1", "served_model": "m"}
+    end(run, "deploy", **deployed, smoke_prompt="it is", smoke_answer=" so")
+
+
+def test_two_runs_of_one_moment_have_folders_of_their_own(tmp_path: Path) -> None:
+    runs = [new_run(load("eiffel"), tmp_path) for _ in range(8)]
+    assert len({run.folder for run in runs}) == 8
+
+
+def test_a_promoted_run_tells_where_everything_is(run: Run) -> None:
+    evaluated(run, promote=True)
+    served(run)
+    values = keep_result(run)
+    assert set(values) >= ISSUE_KEYS
+    assert values["promoted"] is True
+    assert values["error"] is None
+    assert set(values["metrics"]["base"]) == set(METRICS) - {"words"}
+    assert values["probes"][0]["p_after"] == 0.9
+    assert Path(values["report"]).read_text() == "<p>page</p>"
+    assert json.loads((run.folder / "result.json").read_text()) == values
+
+
+def test_a_verdict_against_it_is_no_failure(run: Run) -> None:
+    evaluated(run, promote=False)
+    values = result(run)
+    assert (values["promoted"], values["error"]) == (False, None)
+    assert values["endpoint"] is None
+
+
+def test_a_promotion_that_the_engine_skipped_is_an_error(run: Run) -> None:
+    """kfp.local takes a condition that it cannot evaluate for false, silently."""
+    evaluated(run, promote=True)
+    for name in ("upload", "register", "deploy"):
+        run.steps[name].status = "skipped"
+    values = result(run)
+    assert values["promoted"] is False
+    assert "the engine skipped it" in values["error"]
+
+
+def test_a_better_model_that_was_not_deployed_is_not_promoted(run: Run) -> None:
+    evaluated(run, promote=True)
+    run.steps["upload"].apply({"event": "step_start", "time": 1.0})
+    failed = {"event": "step_failed", "time": 3.5, "error": "the store is full"}
+    run.steps["upload"].apply(failed)
+    values = result(run)
+    assert (values["promoted"], values["error"]) == (False, "the store is full")
+    assert run.steps["upload"].seconds == 2.5
+    assert set(values) >= ISSUE_KEYS
+
+
+def test_an_engine_that_fails_before_any_step_is_an_error(run: Run) -> None:
+    run.exit_status = 1
+    assert str(run.log) in result(run)["error"]
+
+
+def test_progress_is_taken_in() -> None:
+    step = StepState("train")
+    step.apply({"event": "step_start", "time": 1.0})
+    figures = {"loss": 2.5, "tokens_per_s": 98.0, "eta_s": 12}
+    step.apply({"event": "progress", "done": 3, "total": 9, "unit": "steps", "fields": figures})
+    assert (step.status, step.done, step.total, step.fields) == ("running", 3, 9, figures)
+
+
+def test_the_tables_show_what_came_out(run: Run) -> None:
+    evaluated(run, promote=True)
+    served(run)
+    values = keep_result(run)
+    console = Console(file=io.StringIO(), width=200)
+    console.print(display.summary(values, run))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("3 steps, 30 tokens", "0.300", "0.900", "' Paris'", "1.25", "report.html", "m v"):
+        assert part in text
+
+
+def test_the_curl_line_survives_a_shell(run: Run) -> None:
+    evaluated(run, promote=True)
+    served(run)
+    words = shlex.split(display.curl(result(run)))
+    assert "http://127.0.0.1:1/v1/completions" in words
+    body = json.loads(words[words.index("-d") + 1])
+    assert (body["model"], body["prompt"]) == ("m", "it's in")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_live_progress_on_a_terminal_and_elsewhere(run: Run, terminal: bool) -> None:
+    console = Console(file=io.StringIO(), width=120, force_terminal=terminal)
+    with display.Live(console, run) as live:
+        step = run.steps["train"]
+        step.apply({"event": "step_start", "time": 1.0})
+        figures = {"loss": 2.5, "tokens_per_s": 98.0, "eta_s": 12}
+        step.apply({"event": "progress", "done": 3, "total": 9, "unit": "steps", "fields": figures})
+        live.show(run)
+        live.show(run)
+        shown = console.file.getvalue()  # type: ignore[attr-defined]
+        if terminal:
+            live._bars.refresh()  # type: ignore[union-attr]
+            shown = console.file.getvalue()  # type: ignore[attr-defined]
+            assert "loss 2.5  tokens/s 98  eta_s 12" in shown
+        else:
+            assert shown == "train: running\n"
+        end(run, "train")
+        live.show(run)
+    assert "done" in console.file.getvalue()  # type: ignore[attr-defined]
