@@ -1,11 +1,12 @@
 """Reuse of finished steps: by content, never half of one."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from nudge.components.common.step import step
+from nudge.components.common.step import reuse_key, step
 
 CALLS: list[str] = []
 
@@ -57,3 +58,41 @@ def test_a_failed_call_is_not_kept(tmp_path: Path) -> None:
             double(13, source=tmp_path / "a", out=tmp_path / name)
     assert len(CALLS) == 2
     assert ends(tmp_path) == [("step_failed", None)] * 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    base_model: str
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_base_model_that_changed_in_place_is_other_input(tmp_path: Path, scheme: str) -> None:
+    """The settings hold only its path, which says nothing of what stands there."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    settings = Settings(f"{scheme}{model}")
+    before = reuse_key("train", {"settings": settings})
+    assert reuse_key("train", {"settings": settings}) == before
+    (model / "config.json").write_text('{"layers": 2}')
+    assert reuse_key("train", {"settings": settings}) != before
+
+
+def test_of_two_runs_that_finish_the_same_step_the_first_is_kept(tmp_path: Path) -> None:
+    """The other has begun before anything was kept, and must end as well."""
+    other: dict[str, Any] = {}
+
+    @step("slow", outputs=("out",))
+    def slow(text: str, *, out: Path) -> dict[str, Any]:
+        if not other:
+            other["result"] = "begun"
+            other["result"] = slow(text, out=tmp_path / "two")
+        (out / "deep").mkdir(parents=True)
+        (out / "deep" / "text").write_text(text)
+        return {"length": len(text)}
+
+    assert slow("abc", out=tmp_path / "one") == other["result"] == {"length": 3}
+    (kept,) = (tmp_path / "reuse" / "slow").glob("[!.]*")
+    same = [tmp_path / "two" / "deep" / "text", kept / "out" / "deep" / "text"]
+    assert same[0].samefile(same[1])
+    assert (tmp_path / "one" / "deep" / "text").read_text() == "abc"

@@ -1,0 +1,119 @@
+"""Each step by itself, through its face, on the output of the one before."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kfp import dsl
+from nudge.pipelines.recipes import load
+from nudge.pipelines.train_and_serve import (
+    deploy,
+    evaluate,
+    ingest,
+    register,
+    summary,
+    tokenize,
+    train,
+    upload,
+)
+
+RECIPE = Path(__file__).parent / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("faces")
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_model: Path) -> str:
+    return load(str(RECIPE), [f"base_model={tiny_model}"]).text
+
+
+@pytest.fixture(scope="module")
+def made(place: Path, recipe: str) -> dict[str, Any]:
+    """What the four steps make that need no services, one after the other."""
+
+    def artifact(kind: Any, name: str) -> Any:
+        return kind(name=name, uri=str(place / name), metadata={})
+
+    corpus, tokens = artifact(dsl.Dataset, "corpus"), artifact(dsl.Dataset, "tokens")
+    model, history = artifact(dsl.Model, "model"), artifact(dsl.Artifact, "history")
+    evaluation, metrics = artifact(dsl.Artifact, "evaluation"), artifact(dsl.Metrics, "metrics")
+    found, report = artifact(dsl.HTML, "found"), artifact(dsl.HTML, "report")
+    ingest.python_func(recipe=recipe, data_uri="", corpus=corpus, report=found)
+    tokenize.python_func(recipe=recipe, base_model="", corpus=corpus, tokens=tokens)
+    train.python_func(recipe=recipe, base_model="", tokens=tokens, model=model, history=history)
+    promote = evaluate.python_func(
+        recipe=recipe,
+        base_model="",
+        corpus=corpus,
+        model=model,
+        history=history,
+        evaluation=evaluation,
+        metrics=metrics,
+        report=report,
+    )
+    return {**locals(), "promote": promote}
+
+
+def test_each_step_goes_on_from_the_one_before(made: dict[str, Any]) -> None:
+    assert made["promote"] == 1
+    assert made["corpus"].metadata["documents"] > 100
+    assert made["tokens"].metadata["train_tokens"] > 0
+    assert made["model"].metadata["steps"] == 12
+    assert (Path(made["model"].path) / "config.json").is_file()
+    for page in ("found", "report"):
+        assert "<html" in Path(made[page].path).read_text()
+    verdict = json.loads(Path(made["evaluation"].path).read_text())
+    scored = verdict["metrics"]["candidate"]["bits_per_byte"]
+    assert made["metrics"].metadata["candidate_bits_per_byte"] == scored
+
+
+def test_upload_register_and_deploy_by_themselves(
+    made: dict[str, Any], recipe: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nudge.pipelines.local import services
+
+    for name, value in services.up(home).items():
+        monkeypatch.setenv(name, value)
+    named = {"recipe": recipe, "model_name": "by-hand", "version": "v1", "run_id": "run-1"}
+    uri = upload.python_func(**named, model=made["model"])
+    assert uri == "s3://nudge/models/by-hand/v1"
+    registered = dsl.Model(name="registered", uri=str(home / "registered"), metadata={})
+    inputs = {"model": made["model"], "evaluation": made["evaluation"]}
+    outputs = register.python_func(**named, uri=uri, **inputs, registered=registered)
+    assert outputs == ("by-hand", "v1")
+    assert registered.metadata["registeredModelName"] == "by-hand"
+    endpoint = deploy.python_func(recipe=recipe, registered_model="by-hand", version="v1")
+    assert endpoint.startswith("http://127.0.0.1:")
+    page = dsl.Markdown(name="page", uri=str(home / "page.md"), metadata={})
+    status = dsl.PipelineTaskFinalStatus(
+        state="SUCCEEDED",
+        pipeline_job_resource_name="job",
+        pipeline_task_name="train-and-serve",
+        error_code=None,
+        error_message=None,
+    )
+    summary.python_func(**named, status=status, page=page)
+    text = Path(page.path).read_text()
+    assert endpoint in text
+    assert "It failed" not in text
+
+
+def test_bad_input_ends_a_face_with_its_text_alone(
+    place: Path, recipe: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    corpus = dsl.Dataset(name="none", uri=str(place / "none"), metadata={})
+    report = dsl.HTML(name="none", uri=str(place / "none.html"), metadata={})
+    with pytest.raises(SystemExit) as ended:
+        ingest.python_func(
+            recipe=recipe, data_uri=str(place / "nowhere.txt"), corpus=corpus, report=report
+        )
+    assert ended.value.code == 2
+    errors = capfd.readouterr().err
+    assert "error: " in errors
+    assert "nowhere.txt" in errors
+    assert "Traceback" not in errors
+    assert not Path(corpus.path).exists()
