@@ -2,12 +2,13 @@
 
 import json
 import shlex
+import time
 from typing import Any
 
 from nudge.components.common.progress import figures
 from nudge.pipelines.local.run import Run
 from rich.console import Console, Group
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -25,12 +26,14 @@ class Live:
             self._bars = Progress(
                 TextColumn("{task.fields[mark]} {task.description:10}"),
                 BarColumn(bar_width=24),
-                TimeElapsedColumn(),
+                TextColumn("{task.fields[clock]:>5}"),
                 TextColumn("{task.fields[figures]}", markup=False),
                 console=console,
             )
             self._tasks = {
-                name: self._bars.add_task(name, total=1, start=False, mark=" ", figures="")
+                name: self._bars.add_task(
+                    name, total=None, start=False, mark=" ", figures="", clock=""
+                )
                 for name in run.steps
             }
 
@@ -51,11 +54,13 @@ class Live:
                 if step.status == "running":
                     self._bars.start_task(task)
                 ended = step.status not in ("waiting", "running")
-                total = 1.0 if ended else step.total
+                passed = step.seconds if ended else time.time() - step.started
                 self._bars.update(
                     task,
-                    total=total,
+                    total=1.0 if ended else step.total,
                     completed=1.0 if ended else step.done,
+                    # Rich's own clock stops as soon as a step has done all that it counts.
+                    clock="" if step.status in ("waiting", "skipped") else f"{passed:.0f} s",
                     mark=MARKS[step.status],
                     figures=step.status if ended else figures(step.fields),
                 )

@@ -3,6 +3,7 @@
 import io
 import json
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,21 @@ def test_live_progress_on_a_terminal_and_elsewhere(run: Run, terminal: bool) -> 
         end(run, "train")
         live.show(run)
     assert "done" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_bar_of_unknown_length_is_not_full_and_its_clock_goes_on(run: Run) -> None:
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    with display.Live(console, run) as live:
+        step = run.steps["evaluate"]
+        step.apply({"event": "step_start", "time": time.time() - 42})
+        progress = {"done": 3220, "total": None, "unit": "tokens", "fields": {}}
+        step.apply({"event": "progress", **progress})
+        live.show(run)
+        assert live._bars is not None
+        task = live._bars.tasks[live._tasks["evaluate"]]
+        assert not task.finished
+        assert task.fields["clock"] == "42 s"
+        end(run, "evaluate")
+        live.show(run)
+        assert task.finished
+        assert task.fields["clock"] == "2 s"
