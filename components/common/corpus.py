@@ -5,20 +5,24 @@ sha256; a shard is ``<split>-00000.jsonl.zst``, a document a line: ``{"id", "tex
 """
 
 import hashlib
-import io
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import zstandard
 from nudge.components.common.publish import (
     read_manifest,
     sha256_file,
     verify_file,
     write_manifest,
 )
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 FORMAT, VERSION = "nudge.corpus", 1
 SPLITS = ("train", "validation")
@@ -44,7 +48,7 @@ def read_documents(corpus: Path, split: str) -> Iterator[Document]:
     for shard in read_corpus(corpus)["splits"][split]["shards"]:
         path = corpus / shard["file"]
         verify_file(path, shard["sha256"])
-        with zstandard.open(path, "rt", encoding="utf-8") as lines:
+        with zstd.open(path, "rt", encoding="utf-8") as lines:
             for line in lines:
                 yield Document(**json.loads(line))
 
@@ -81,12 +85,7 @@ def text_sha256(text: str) -> str:
 
 
 def _write_shard(path: Path, documents: list[Document]) -> dict[str, Any]:
-    compressor = zstandard.ZstdCompressor(level=6)
-    with (
-        path.open("wb") as file,
-        compressor.stream_writer(file) as packed,
-        io.TextIOWrapper(packed, encoding="utf-8", newline="\n") as lines,
-    ):
+    with zstd.open(path, "wt", level=6, encoding="utf-8", newline="\n") as lines:
         for document in documents:
             lines.write(json.dumps(asdict(document), ensure_ascii=False) + "\n")
     return {
