@@ -1,6 +1,7 @@
 """What tests of several rooms use."""
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,35 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import make_tiny_model
 
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+class Disk:
+    """A disk of some KiB (tmpfs) at ``folder``, so that a full one can be met."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        self._mounted = False
+
+    def resize(self, kib: int) -> Path:
+        option = f"{'remount,' if self._mounted else ''}size={kib}k"
+        command = ["mount", "-t", "tmpfs", "-o", option, "tmpfs", str(self.folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"a small disk needs the right to mount tmpfs: {done.stderr.strip()}")
+        self._mounted = True
+        return self.folder
+
+    def remove(self) -> None:
+        if self._mounted:
+            subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    disk = Disk(tmp_path / "disk")
+    yield disk
+    disk.remove()
 
 
 @pytest.fixture

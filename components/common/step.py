@@ -9,6 +9,7 @@ them from there (hard links, no copy). On a cluster the pipeline engine's own ca
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
@@ -59,8 +60,12 @@ def step(
                 else:
                     result, status = function(*args, **kwargs), "done"
             except BaseException as error:
-                emit_event(name, "step_failed", error=f"{error or type(error).__name__}")
-                raise
+                places = [given.arguments[key] for key in outputs]
+                told = _full_disk(name, places) if disk_is_full(error) else error
+                emit_event(name, "step_failed", error=f"{told or type(told).__name__}")
+                if told is error:
+                    raise
+                raise told from error
             fields = result if isinstance(result, dict) else {}
             seconds = time.monotonic() - started
             paths = {key: str(given.arguments[key]) for key in outputs}
@@ -71,6 +76,22 @@ def step(
         return run
 
     return decorate
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk or a quota is full; safetensors and Arrow say it in their
+    text alone."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return os.strerror(errno.ENOSPC) in str(error)
+
+
+def _full_disk(name: str, outputs: list[Path]) -> UserError:
+    places = " or ".join(sorted({str(path.parent) for path in outputs})) or "this machine"
+    return UserError(
+        f"{name}: no space is left on the disk of {places}; nothing half-written stays there, so "
+        "free some space (or give a larger volume) and run it again"
+    )
 
 
 def reuse_key(name: str, inputs: dict[str, Any]) -> str:
