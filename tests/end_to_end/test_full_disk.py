@@ -14,6 +14,7 @@ from nudge.components.train.train import train
 from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
 from nudge.pipelines.recipes import load
+
 from tests.conftest import Disk
 
 RECIPE = str(Path(__file__).parent / "tiny.yaml")

@@ -31,7 +31,7 @@ def create_app(database: Path) -> FastAPI:
     app.add_api_route("/health", lambda: {"status": "ok"})
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(BadBody, _bad_body)
-    app.add_exception_handler(Conflict, lambda _, error: _error(409, str(error)))
+    app.add_exception_handler(Conflict, _conflict)
     app.add_exception_handler(filters.BadFilter, lambda _, error: _error(400, str(error)))
     return app
 
@@ -358,6 +358,11 @@ def _error(status: int, message: str) -> JSONResponse:
 async def _http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     return _error(error.status_code, str(error.detail))
+
+
+async def _conflict(request: Request, error: Exception) -> JSONResponse:
+    # The API's description has no 409 for a change, only for what is made.
+    return _error(400 if request.method == "PATCH" else 409, str(error))
 
 
 async def _bad_body(request: Request, error: Exception) -> JSONResponse:

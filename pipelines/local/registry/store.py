@@ -42,7 +42,7 @@ class Store:
     def create(self, kind: str, parent: int, body: dict[str, Any]) -> dict[str, Any]:
         """Add an entity; raises `Conflict`."""
         now = _now()
-        names = (body.get("name"), body.get("externalId"))
+        names = (body.get("name"), body.get("externalId") or None)
         with self._lock:
             try:
                 made = self._database.execute(
@@ -65,7 +65,7 @@ class Store:
             try:
                 self._database.execute(
                     "UPDATE entity SET body = ?, external_id = ?, updated = ? WHERE id = ?",
-                    (json.dumps(body), body.get("externalId"), now, entity_id),
+                    (json.dumps(body), body.get("externalId") or None, now, entity_id),
                 )
             except sqlite3.IntegrityError:
                 raise Conflict(f"external id {body.get('externalId')!r} already exists") from None
