@@ -1,179 +1,216 @@
-"""Linear layer and cross-entropy in one, a chunk of rows at a time.
+"""Linear layer and cross-entropy in one, a chunk of rows at a time: the public function and module.
 
-The logits [N, V] are never held: each chunk's gradient is made while its logits are at hand, as in
-Liger-Kernel (Hsu et al., arXiv:2410.10989). This is the portable path of torch operations.
+Layers, from the outside in: this file checks and names things, `operators` is what autograd and
+torch.compile see, `chunked` does the work, `native` holds the CUDA kernel.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
+from nudge.kernels.chunked import Options
+from nudge.kernels.operators import (
+    check_targets,
+    linear_cross_entropy,
+    linear_cross_entropy_rows,
+)
+from torch import Tensor, nn
 
-CHUNK_ROWS = 256
-"""Rows at a time; on a CPU fewer starve the matrix products and more only cost memory."""
+Reduction = Literal["mean", "sum", "none"]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+@overload
 def fused_linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
     *,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    logit_softcap: float = ...,
+    class_weight: Tensor | None = ...,
+    accum_dtype: torch.dtype | None = ...,
+    chunk_rows: int | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def fused_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    logit_softcap: float = ...,
+    class_weight: Tensor | None = ...,
+    accum_dtype: torch.dtype | None = ...,
+    chunk_rows: int | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def fused_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     logit_softcap: float = 0.0,
-    chunk_rows: int = CHUNK_ROWS,
-) -> torch.Tensor:
-    """Cross-entropy of ``hidden @ weight.T`` against ``targets``.
+    class_weight: Tensor | None = None,
+    accum_dtype: torch.dtype | None = None,
+    chunk_rows: int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy of ``hidden @ weight.T + bias`` against ``targets``, without the logits [N, V].
 
-    hidden [N, D] and weight [V, D] are floating, targets [N] is int64 with rows of
-    ``ignore_index`` left out. Returns the loss in float32: a scalar, or [N] for ``"none"`` (0 where
-    ignored). A mean over no valid target is NaN, as torch's own is. ``logit_softcap`` c > 0
-    replaces a logit z by c tanh(z / c). Under autocast the products are in its dtype. Raises
-    `ValueError` on shapes or values that do not fit.
+    hidden [N, D], weight [V, D] and bias [V] are of one floating dtype (any under autocast, whose
+    dtype the products then have); targets [N] is int64, with rows of ``ignore_index`` left out.
+    Returns the loss in float32 (float64 for float64): a scalar, or [N] for ``"none"``, 0 where
+    ignored. With ``return_lse`` also the rows' logsumexp [N] of the logits, 0 where ignored, which
+    carries no gradient.
+
+    label_smoothing and class_weight [V] mean what they do in `torch.nn.functional.cross_entropy`.
+    z_loss adds z_loss * logsumexp^2 to a row's loss (PaLM, arXiv:2204.02311). logit_softcap c > 0
+    replaces a logit z by c tanh(z / c) (Gemma 2, arXiv:2408.00118). accum_dtype is that of the sum
+    of weight's gradient over chunks: by default weight's, but float32 for 16 bits and more than 4
+    chunks. chunk_rows is how many rows' logits are held at a time.
+
+    A mean over no valid target is NaN with zero gradients; a sum is 0. A target out of [0, V)
+    raises on a CPU; on CUDA, where looking would be a synchronisation, its row's loss and
+    gradient are NaN. Gradients are made in forward; for ``"none"`` backward makes the logits again.
+    Backward may run more than once under ``retain_graph``; second derivatives are not to be had.
+
+    Raises `ValueError`, naming the argument and what was given, for shapes, dtypes, devices or
+    values that do not fit; N = 0 and V = 1 among them.
     """
-    _check(hidden, weight, targets, ignore_index, reduction, chunk_rows)
-    if reduction == "none":
-        losses: torch.Tensor = _PerRow.apply(
-            hidden, weight, targets, ignore_index, logit_softcap, chunk_rows
-        )
-        return losses
-    total: torch.Tensor = _Summed.apply(
-        hidden, weight, targets, ignore_index, logit_softcap, chunk_rows
-    )
-    return total if reduction == "sum" else total / (targets != ignore_index).sum()
-
-
-class _Summed(torch.autograd.Function):
-    """The summed loss; its gradients are made in forward and scaled in backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        ignore_index: int,
-        softcap: float,
-        chunk_rows: int,
-    ) -> torch.Tensor:
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        losses, *gradients = _chunked(
-            hidden, weight, targets, ignore_index, softcap, chunk_rows, needs_hidden, needs_weight
-        )
-        ctx.save_for_backward(*gradients)
-        return losses.sum()
-
-    @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> Any:  # type: ignore[override]
-        gradients = (None if g is None else g * outer[0].to(g.dtype) for g in ctx.saved_tensors)
-        return (*gradients, None, None, None, None)
-
-
-class _PerRow(torch.autograd.Function):
-    """The loss of each row; backward makes the logits again, knowing the rows' weights."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        ignore_index: int,
-        softcap: float,
-        chunk_rows: int,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.rest = (ignore_index, softcap, chunk_rows)
-        return _chunked(hidden, weight, targets, ignore_index, softcap, chunk_rows, False, False)[0]
-
-    @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> Any:  # type: ignore[override]
-        hidden, weight, targets = ctx.saved_tensors
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        ignore_index, softcap, chunk_rows = ctx.rest
-        gradients = _chunked(
-            hidden,
-            weight,
-            targets,
-            ignore_index,
-            softcap,
-            chunk_rows,
-            needs_hidden,
-            needs_weight,
-            outer[0],
-        )[1:]
-        return (*gradients, None, None, None, None)
-
-
-@torch.no_grad()
-def _chunked(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    ignore_index: int,
-    softcap: float,
-    chunk_rows: int,
-    needs_hidden: bool,
-    needs_weight: bool,
-    row_weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Losses float32 [N], and the gradients of their (weighted) sum that are asked for."""
     device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    with torch.autocast(device, enabled=False):
-        table = weight.to(dtype)
-        losses = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        for first in range(0, len(hidden), chunk_rows):
-            rows = slice(first, first + chunk_rows)
-            part, wanted = hidden[rows].to(dtype), targets[rows]
-            valid = wanted != ignore_index
-            index = wanted.where(valid, 0)[:, None]
-            logits = (part @ table.T).float()
-            if softcap:
-                logits = softcap * torch.tanh(logits / softcap)
-            log_sum = logits.logsumexp(dim=1)
-            losses[rows] = (log_sum - logits.gather(1, index)[:, 0]).where(valid, 0.0)
-            if d_hidden is None and d_weight is None:
-                continue
-            slope = 1 - (logits / softcap).square() if softcap else None
-            gradient = logits.sub_(log_sum[:, None]).exp_()
-            gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))
-            scale = valid.float() if row_weights is None else row_weights[rows] * valid
-            gradient *= scale[:, None]
-            if slope is not None:
-                gradient *= slope
-            small = gradient.to(dtype)
-            if d_hidden is not None:
-                d_hidden[rows] = small @ table
-            if d_weight is not None:
-                d_weight += small.T @ part
-    return losses, d_hidden, None if d_weight is None else d_weight.to(weight.dtype)
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    compute = torch.get_autocast_dtype(device) if autocast else None
+    if hidden.dtype == torch.float64:  # as autocast itself leaves float64 alone
+        compute = None
+    options = Options(
+        ignore_index, label_smoothing, z_loss, logit_softcap, accum_dtype, compute, chunk_rows
+    )
+    check_input(hidden, weight, targets, bias, class_weight, reduction, options)
+    grad = torch.is_grad_enabled()
+    wants = [
+        grad and hidden.requires_grad,
+        grad and weight.requires_grad,
+        grad and bias is not None and bias.requires_grad,
+    ]
+    # class_weight's own gradient is not made.
+    constant = None if class_weight is None else class_weight.detach()
+    rest = (
+        ignore_index, label_smoothing, z_loss, logit_softcap, accum_dtype, compute, chunk_rows,
+        wants,
+    )  # fmt: skip
+    if reduction == "none":
+        loss, lse = linear_cross_entropy_rows(hidden, weight, bias, targets, constant, *rest)
+    else:
+        mean = reduction == "mean"
+        loss, lse = linear_cross_entropy(hidden, weight, bias, targets, constant, mean, *rest)[:2]
+    return (loss, lse) if return_lse else loss
 
 
-def _check(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    ignore_index: int,
+class FusedLinearCrossEntropy(nn.Module):
+    """The head and its loss as a module that owns weight [V, D] and bias [V].
+
+    Owning them lets `fully_shard` gather the weight around `forward`; tie it to an embedding by
+    assignment, ``head.weight = embedding.weight``. ``options`` are the keyword arguments of
+    `fused_linear_cross_entropy`, but for bias.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocabulary: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        head = nn.Linear(hidden_size, vocabulary, bias=bias, device=device, dtype=dtype)
+        self.weight, self.bias = head.weight, head.bias
+        self.options = options
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Any:
+        """The loss of hidden [N, D] against targets [N]; see `fused_linear_cross_entropy`."""
+        return fused_linear_cross_entropy(
+            hidden, self.weight, targets, bias=self.bias, **self.options
+        )
+
+    def extra_repr(self) -> str:
+        vocabulary, size = self.weight.shape
+        return f"{size}, {vocabulary}, bias={self.bias is not None}, {self.options}"
+
+
+def check_input(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
     reduction: str,
-    chunk_rows: int,
+    options: Options,
+    vocabulary: int | None = None,
 ) -> None:
+    """Raises `ValueError` that names the argument and what was given; never synchronises."""
+    if type(weight).__name__ == "DTensor":
+        raise ValueError(
+            "weight is a sharded DTensor: use FusedLinearCrossEntropy under fully_shard, which "
+            "gathers it, or vocab_parallel_linear_cross_entropy on weight.to_local()"
+        )
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}: "
             "expected [N, D] and [V, D]"
         )
+    if hidden.shape[0] < 1 or hidden.shape[1] < 1:
+        raise ValueError(f"hidden {tuple(hidden.shape)}: expected [N, D] with N and D at least 1")
+    if (vocabulary or weight.shape[0]) < 2:
+        raise ValueError(f"weight {tuple(weight.shape)}: expected [V, D] with V at least 2")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(
-            f"targets {tuple(targets.shape)} {targets.dtype}: expected int64 [{len(hidden)}]"
+            f"targets {tuple(targets.shape)} {targets.dtype}: expected int64 [{hidden.shape[0]}]"
         )
+    for name, value in (("bias", bias), ("class_weight", class_weight)):
+        if value is not None and value.shape != weight.shape[:1]:
+            raise ValueError(f"{name} {tuple(value.shape)}: expected [{weight.shape[0]}]")
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if value is None:
+            continue
+        if value.dtype not in DTYPES:
+            raise ValueError(f"{name} is {value.dtype}: expected one of {DTYPES}")
+        if options.compute_dtype is None and value.dtype != weight.dtype:
+            raise ValueError(f"{name} is {value.dtype}: expected weight's {weight.dtype}")
+    if class_weight is not None and not class_weight.is_floating_point():
+        raise ValueError(f"class_weight is {class_weight.dtype}: expected a floating dtype")
+    for name, value in (
+        ("weight", weight), ("targets", targets), ("bias", bias), ("class_weight", class_weight),
+    ):  # fmt: skip
+        if value is not None and value.device != hidden.device:
+            raise ValueError(f"{name} is on {value.device}: expected hidden's {hidden.device}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction {reduction!r}: expected 'mean', 'sum' or 'none'")
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows {chunk_rows}: expected at least 1")
-    if targets.device.type == "cpu":
-        outside = (targets != ignore_index) & ((targets < 0) | (targets >= len(weight)))
-        if outside.any():
-            bad = int(targets[outside][0])
-            raise ValueError(f"targets hold {bad}: expected 0 to {len(weight) - 1}")
+    if not 0 <= options.label_smoothing <= 1:
+        raise ValueError(f"label_smoothing {options.label_smoothing}: expected 0 to 1")
+    if not options.z_loss >= 0:
+        raise ValueError(f"z_loss {options.z_loss}: expected 0 or more")
+    if not options.logit_softcap >= 0:
+        raise ValueError(f"logit_softcap {options.logit_softcap}: expected 0 or more")
+    if options.chunk_rows is not None and options.chunk_rows < 1:
+        raise ValueError(f"chunk_rows {options.chunk_rows}: expected at least 1")
+    if options.accum_dtype is not None and options.accum_dtype not in DTYPES:
+        raise ValueError(f"accum_dtype {options.accum_dtype}: expected one of {DTYPES}")
+    if vocabulary is not None:
+        check_targets(targets, options.ignore_index, vocabulary)

@@ -1,0 +1,384 @@
+"""The work itself, a chunk of rows at a time: logits, loss, and gradients from the same logits.
+
+The logits [N, V] are never held (as in Liger-Kernel, Hsu et al., arXiv:2410.10989): a chunk's
+logits become its gradient in place, and one buffer serves all chunks. Plain functions on tensors;
+autograd and custom operators are in `nudge.kernels.operators`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from nudge.kernels import native
+from torch import Tensor
+
+CPU_ROWS = (128, 512)
+"""Least and most rows of a chunk on a CPU: fewer starve the matrix products, more only cost
+memory."""
+CUDA_BUFFER_BYTES = 2**30
+CUDA_LEAST_ROWS = 1024
+"""Fewer rows no longer hide the update of an fp32 weight gradient behind its matrix product."""
+CUDA_TILE = (128, 192)
+"""Rows and columns of the output tile that cuBLAS chooses on Hopper for the gradient of hidden."""
+SOFTMAX_ELEMENTS = 2**20
+"""Elements that the portable softmax takes at a time (4 MB of fp32: a core's share of cache)."""
+VOCABULARY_BLOCK = 8192
+"""Vocabulary rows at a time where a matrix product needs a temporary of another dtype."""
+CHUNKS_IN_WEIGHT_DTYPE = 4
+"""With more chunks than this the weight's gradient is summed in fp32."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """hidden [N, D], weight [V, D], bias [V], targets int64 [N], class_weight [V]."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    class_weight: Tensor | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What changes the loss or how it is computed; see `fused_linear_cross_entropy`."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    logit_softcap: float = 0.0
+    accum_dtype: torch.dtype | None = None
+    compute_dtype: torch.dtype | None = None
+    chunk_rows: int | None = None
+
+
+class Wanted(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Combine(Protocol):
+    """How ranks that each hold a slice of the vocabulary meet; both calls work in place."""
+
+    first: int
+    """The vocabulary index of this rank's first row."""
+    vocabulary: int
+    """The vocabulary's size over all ranks."""
+
+    def max(self, value: Tensor) -> None: ...
+
+    def sum(self, value: Tensor) -> None: ...
+
+
+class Result(NamedTuple):
+    """losses and lse [N]; gradients of sum(row_scale * losses), None where not asked for."""
+
+    losses: Tensor
+    lse: Tensor
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def result_dtype(hidden: Tensor) -> torch.dtype:
+    """float64 for float64, else float32: the loss is never rounded to 16 bits."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def rows_of_a_chunk(hidden: Tensor, vocabulary: int, element_bytes: int) -> int:
+    """The default number of rows whose logits are held at a time."""
+    rows = len(hidden)
+    if hidden.is_cuda:
+        processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
+        return rows_on_cuda(rows, hidden.shape[1], vocabulary * element_bytes, processors)
+    return max(min(rows // 12, CPU_ROWS[1]), CPU_ROWS[0])
+
+
+def rows_on_cuda(rows: int, hidden_size: int, row_bytes: int, processors: int) -> int:
+    """Rows within 1 GiB whose hidden-gradient tiles fill whole waves of the GPU best.
+
+    2048 rows of D = 2304 are 192 tiles, 73 % of two waves of an H100's 132 processors; 1408 are
+    132. Among equals the fewest chunks win.
+    """
+    tile_rows, tile_columns = CUDA_TILE
+    across = -(-hidden_size // tile_columns)
+
+    def waves(size: int) -> int:
+        return -(-(-(-size // tile_rows) * across) // processors)
+
+    def cost(size: int) -> tuple[int, int]:
+        whole, rest = divmod(rows, size)
+        return whole * waves(size) + waves(rest), whole + bool(rest)
+
+    most = max(CUDA_BUFFER_BYTES // row_bytes, CUDA_LEAST_ROWS)
+    if rows <= most:
+        return rows
+    return min(range(CUDA_LEAST_ROWS, most + 1, tile_rows), key=cost)
+
+
+@torch.no_grad()
+def chunked(
+    inputs: Inputs,
+    row_scale: Tensor | None,
+    options: Options,
+    wanted: Wanted,
+    combine: Combine | None = None,
+) -> Result:
+    """Losses, logsumexp and gradients of the sum of losses weighted by row_scale ([N] or [])."""
+    hidden, targets = inputs.hidden, inputs.targets
+    with torch.autocast(hidden.device.type, enabled=False):
+        if hidden.device.type == "cpu":
+            kept = (targets != options.ignore_index).nonzero()[:, 0]
+            if len(kept) < len(hidden):
+                return _without_ignored(inputs, row_scale, options, wanted, combine, kept)
+        return _chunks(inputs, row_scale, options, wanted, combine)
+
+
+def _without_ignored(
+    inputs: Inputs,
+    row_scale: Tensor | None,
+    options: Options,
+    wanted: Wanted,
+    combine: Combine | None,
+    kept: Tensor,
+) -> Result:
+    """The same on the rows that count only: masked prompts then cost nothing."""
+    hidden = inputs.hidden
+    if row_scale is not None and row_scale.dim():
+        row_scale = row_scale[kept]
+    few = replace(inputs, hidden=hidden[kept], targets=inputs.targets[kept])
+    part = _chunks(few, row_scale, options, wanted, combine)
+    losses = part.losses.new_zeros(len(hidden)).index_copy_(0, kept, part.losses)
+    lse = part.lse.new_zeros(len(hidden)).index_copy_(0, kept, part.lse)
+    d_hidden = None
+    if part.hidden is not None:
+        d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        d_hidden.index_copy_(0, kept, part.hidden)
+    return Result(losses, lse, d_hidden, part.weight, part.bias)
+
+
+def _chunks(
+    inputs: Inputs,
+    row_scale: Tensor | None,
+    options: Options,
+    wanted: Wanted,
+    combine: Combine | None,
+) -> Result:
+    hidden, weight = inputs.hidden, inputs.weight
+    n, vocabulary = len(hidden), len(weight)
+    compute = options.compute_dtype or weight.dtype
+    table = weight.to(compute)
+    # Half precision has no fast matrix product on a CPU (26 GFLOP/s beside 321 of bf16).
+    upcast = compute == torch.float16 and hidden.device.type == "cpu"
+    held = torch.float32 if upcast else compute
+    size = options.chunk_rows or rows_of_a_chunk(hidden, vocabulary, held.itemsize)
+    size = min(size, max(n, 1))
+    exact = result_dtype(hidden)
+    losses, lse = hidden.new_zeros(n, dtype=exact), hidden.new_zeros(n, dtype=exact)
+    buffer = hidden.new_empty(size, vocabulary, dtype=held)
+    targets = inputs.targets.contiguous()
+    bias = None if inputs.bias is None else inputs.bias.to(exact).contiguous()
+    class_weight = inputs.class_weight
+    if class_weight is not None:
+        class_weight = class_weight.to(exact).contiguous()
+    d_hidden = d_weight = d_bias = None
+    if wanted.hidden:
+        d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    if wanted.weight:
+        dtype = _accumulate_in(weight, options, -(-n // size), upcast)
+        made = torch.empty if n else torch.zeros
+        d_weight = made(weight.shape, dtype=dtype, device=weight.device)
+    if wanted.bias:
+        d_bias = hidden.new_zeros(vocabulary, dtype=exact)
+    if row_scale is None:
+        row_scale = hidden.new_ones((), dtype=exact)
+    scale = row_scale.to(exact).expand(n)
+
+    for first in range(0, n, size):
+        rows = slice(first, min(first + size, n))
+        part = hidden[rows].to(held)
+        logits = buffer[: len(part)]
+        _logits(part, table, logits)
+        loss_and_gradient(
+            logits, targets[rows], class_weight, bias, scale[rows], options, losses[rows],
+            lse[rows], any(wanted), combine,
+        )  # fmt: skip
+        if d_hidden is not None:
+            _into_hidden(logits, table, d_hidden[rows])
+        if d_weight is not None:
+            _into_weight(logits, part, d_weight, start=first == 0)
+        if d_bias is not None:
+            d_bias += logits.sum(0, dtype=exact)
+    if combine is not None and d_hidden is not None:
+        combine.sum(d_hidden)
+    return Result(
+        losses, lse, d_hidden, None if d_weight is None else d_weight.to(weight.dtype), d_bias
+    )
+
+
+def _accumulate_in(weight: Tensor, options: Options, chunks: int, upcast: bool) -> torch.dtype:
+    if options.accum_dtype is not None:
+        return options.accum_dtype
+    small = weight.dtype.itemsize < 4
+    return torch.float32 if small and (upcast or chunks > CHUNKS_IN_WEIGHT_DTYPE) else weight.dtype
+
+
+def _blocks(vocabulary: int) -> Iterator[slice]:
+    for first in range(0, vocabulary, VOCABULARY_BLOCK):
+        yield slice(first, min(first + VOCABULARY_BLOCK, vocabulary))
+
+
+def _logits(part: Tensor, table: Tensor, out: Tensor) -> None:
+    if table.dtype == out.dtype:
+        torch.mm(part, table.T, out=out)
+    else:
+        for block in _blocks(len(table)):
+            out[:, block] = part @ table[block].to(out.dtype).T
+
+
+def _into_hidden(gradient: Tensor, table: Tensor, out: Tensor) -> None:
+    if table.dtype == gradient.dtype == out.dtype:
+        torch.mm(gradient, table, out=out)
+    elif table.dtype == gradient.dtype:
+        out.copy_(gradient @ table)
+    else:
+        total = gradient.new_zeros(out.shape)
+        for block in _blocks(len(table)):
+            total.addmm_(gradient[:, block], table[block].to(gradient.dtype))
+        out.copy_(total)
+
+
+def _into_weight(gradient: Tensor, part: Tensor, total: Tensor, start: bool) -> None:
+    """Adds gradient.T @ part to total [V, D], or writes it there at the start (no zero fill)."""
+    if total.dtype == gradient.dtype:
+        if start:
+            torch.mm(gradient.T, part, out=total)
+        else:
+            total.addmm_(gradient.T, part)
+    elif gradient.is_cuda and total.dtype == torch.float32:
+        if start:
+            torch.mm(gradient.T, part, out_dtype=torch.float32, out=total)
+        else:
+            torch.addmm(total, gradient.T, part, out_dtype=torch.float32, out=total)
+    else:  # a temporary of a block, never one of V x D
+        for block in _blocks(len(total)):
+            product = gradient[:, block].T @ part
+            if start:
+                total[block] = product
+            else:
+                total[block] += product
+
+
+def loss_and_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    class_weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    options: Options,
+    losses: Tensor,
+    lse: Tensor,
+    differentiate: bool,
+    combine: Combine | None = None,
+) -> None:
+    """Fills losses and lse [m] and turns logits [m, V] + bias into the loss's gradient in place.
+
+    On CUDA the kernel of this package does it where it can be loaded; else torch operations do, on
+    a few rows at a time (but on all of them where ranks must meet).
+    """
+    if combine is None and native.usable(logits):
+        native.softmax_loss(
+            logits, targets, class_weight, bias, scale, options.ignore_index,
+            options.label_smoothing, options.z_loss, options.logit_softcap, losses, lse,
+            differentiate,
+        )  # fmt: skip
+        return
+    step = len(logits) if combine or logits.is_cuda else SOFTMAX_ELEMENTS // logits.shape[1] or 1
+    for first in range(0, len(logits), step):
+        rows = slice(first, first + step)
+        _softmax_rows(
+            logits[rows], targets[rows], class_weight, bias, scale[rows], options, losses[rows],
+            lse[rows], differentiate, combine,
+        )  # fmt: skip
+
+
+def _softmax_rows(
+    logits: Tensor,
+    targets: Tensor,
+    class_weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    options: Options,
+    losses: Tensor,
+    lse: Tensor,
+    differentiate: bool,
+    combine: Combine | None,
+) -> None:
+    """Per row, with a = (1 - e) w_y, b_c = e w_c / V, B = sum of b_c, p = softmax(z):
+
+    loss = a (lse - z_y) + B lse - sum b_c z_c + z_loss lse^2, and
+    d loss / d z_c = p_c (a + B + 2 z_loss lse) - b_c - a [c = y].
+
+    z is first centred on its maximum, so that large logits cost no digits; then lse - z_y is the
+    log of the sum of exponentials, less the centred z_y.
+    """
+    z = logits.to(losses.dtype)  # the buffer itself where it is of that dtype
+    if bias is not None:
+        z.add_(bias)
+    first, size = (combine.first if combine else 0), z.shape[1]
+    vocabulary = combine.vocabulary if combine else size
+    slope = None
+    if options.logit_softcap:
+        z.div_(options.logit_softcap).tanh_()
+        slope = 1 - z.square() if differentiate else None
+        z.mul_(options.logit_softcap)
+    top = z.amax(1)
+    if combine is not None:
+        combine.max(top)
+    z.sub_(top[:, None])
+
+    valid = targets != options.ignore_index
+    local = targets - first
+    here = valid & (local >= 0) & (local < size)
+    index = local.where(here, 0)[:, None]
+    hit = here.to(z.dtype) * (1 - options.label_smoothing)
+    if class_weight is not None:
+        hit *= class_weight[index[:, 0]]
+    outside = valid & ((targets < 0) | (targets >= vocabulary))
+    hit.masked_fill_(outside, torch.nan)
+    taken = (hit * z.gather(1, index)[:, 0]).where(hit != 0, 0.0)
+    spread = None
+    sums = [taken, hit]
+    if options.label_smoothing:
+        share = options.label_smoothing / vocabulary
+        spread = torch.full_like(z[0], share) if class_weight is None else class_weight * share
+        sums += [z @ spread, spread.sum().expand(len(z))]
+    z.exp_()
+    packed = torch.stack([z.sum(1), *sums])
+    if combine is not None:
+        combine.sum(packed)
+    total, taken, everywhere = packed[0], packed[1], packed[2]
+    log_total = total.log()
+    torch.add(top, log_total, out=lse)
+    factor = everywhere + packed[4] if spread is not None else everywhere
+    losses.copy_(factor * log_total - taken + options.z_loss * lse.square())
+    if spread is not None:
+        losses -= packed[3]
+    losses.masked_fill_(~valid, 0)
+    lse_valid = lse.masked_fill_(~valid, 0)
+    if not differentiate:
+        return
+    z.mul_(((factor + 2 * options.z_loss * lse_valid) * scale / total)[:, None])
+    if spread is not None:
+        z.addr_(scale, spread, alpha=-1)
+    z.scatter_add_(1, index, -(hit * scale)[:, None])
+    if slope is not None:
+        z.mul_(slope)
+    if z.device.type != "cpu":  # a CPU has left the ignored rows out already
+        z.masked_fill_(~valid[:, None], 0)
+    if z is not logits:
+        logits.copy_(z)

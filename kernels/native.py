@@ -1,0 +1,108 @@
+"""The CUDA kernel: finds the compiled library, loads it once and says why where it cannot.
+
+`make wheel` compiles kernels/csrc into one shared library against torch's stable ABI; the wheel
+carries it beside this file, a checkout has it in kernels/build. It loads on a CPU-only torch too;
+its kernel needs a CUDA torch, 2.11 or newer, and a GPU of compute capability 8.0 or newer.
+"""
+
+import ctypes
+import functools
+import hashlib
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+NAME = "libnudge_kernels.so"
+HERE = Path(__file__).resolve().parent
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LEAST_CAPABILITY = (8, 0)
+PATHS = {"auto": 0, "two-pass": 1, "one-pass": 2}
+"""How rows are read: twice from memory, or once into shared memory; auto picks by their size."""
+
+
+def sources_digest() -> str:
+    """Hex sha256 over the names and bytes of kernels/csrc: what the library was built from."""
+    digest = hashlib.sha256()
+    for path in sorted((HERE / "csrc").glob("*.cu*")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def find() -> Path | None:
+    """The compiled library: beside this file in a wheel, in build/ in a checkout."""
+    return next((path for path in (HERE / NAME, HERE / "build" / NAME) if path.is_file()), None)
+
+
+def stamp(library: Path) -> dict[str, str]:
+    """What a library says of itself: version, sources (a sha256), architectures, nvcc."""
+    read = ctypes.CDLL(str(library)).nudge_kernels_stamp
+    read.restype = ctypes.c_char_p
+    return dict(pair.split("=", 1) for pair in read().decode().split(";"))
+
+
+@functools.cache
+def load() -> str | None:
+    """Loads the library, once; returns None, or in a sentence why it is not to be had."""
+    library = find()
+    if library is None:
+        return f"{NAME} is not built: install the wheel that `make wheel` builds, or run it here"
+    try:
+        torch.ops.load_library(library)
+        built_from = stamp(library)["sources"]
+    except (OSError, KeyError, AttributeError) as error:
+        return f"{library} does not load on torch {torch.__version__}: {error}"
+    if built_from != sources_digest():
+        return f"{library} was built from other sources than {HERE / 'csrc'}: run `make wheel`"
+    return None
+
+
+@functools.cache
+def why_not(device: int) -> str | None:
+    """None where the kernel runs on CUDA device ``device``, else why it does not."""
+    reason = load()
+    if reason is None and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        reason = f"the kernel needs compute capability 8.0; cuda:{device} has {found}"
+    if reason is not None:
+        warnings.warn(
+            f"the fused loss takes the slower path of torch operations: {reason}", stacklevel=2
+        )
+    return reason
+
+
+def usable(value: Tensor) -> bool:
+    """Whether the kernel can take this tensor; the first no on a GPU is a warning with why."""
+    return value.is_cuda and value.dtype in DTYPES and why_not(value.device.index) is None
+
+
+def softmax_loss(
+    logits: Tensor,
+    targets: Tensor,
+    class_weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    logit_softcap: float,
+    losses: Tensor,
+    lse: Tensor,
+    differentiate: bool,
+    path: str = "auto",
+) -> None:
+    """Fills losses and lse, float32 [m], and turns logits [m, V] + bias into the gradient.
+
+    scale is float32, [m] or one element expanded; class_weight and bias are float32 [V]. With
+    ``differentiate`` false the logits are only read. Raises `RuntimeError` on what does not fit.
+    """
+    torch.ops.nudge_kernels.softmax_loss_(
+        logits, targets, class_weight, bias, scale, ignore_index, label_smoothing, z_loss,
+        logit_softcap, losses, lse, differentiate, PATHS[path],
+    )  # fmt: skip
+
+
+def scale_unless_one(value: Tensor, factor: Tensor) -> None:
+    """value *= factor (one float32 element), reading and writing nothing where it is 1."""
+    torch.ops.nudge_kernels.scale_unless_one_(value, factor)

@@ -1,0 +1,214 @@
+"""The custom operators: what autograd, fake tensors and torch.compile see of `chunked`.
+
+`linear_cross_entropy` gives the weighted sum of losses and makes its gradients in forward; backward
+only scales them. `linear_cross_entropy_rows` gives the loss of each row; its backward makes the
+logits again, knowing the rows' weights, through `linear_cross_entropy_grad`.
+"""
+
+from typing import Any
+
+import torch
+from nudge.kernels import native
+from nudge.kernels.chunked import Inputs, Options, Wanted, chunked, result_dtype
+from torch import Tensor
+
+TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? class_weight"
+REST = (
+    "int ignore_index, float smoothing, float z_loss, float softcap, ScalarType? accum, "
+    "ScalarType? compute, int? chunk_rows, bool[] wants"
+)
+"""The fields of `Options` in their order, and those of `Wanted`."""
+GRADIENTS = "Tensor d_hidden, Tensor d_weight, Tensor d_bias"
+"""Empty where not wanted."""
+
+
+def _split(rest: tuple[Any, ...]) -> tuple[Options, Wanted]:
+    return Options(*rest[:-1]), Wanted(*rest[-1])
+
+
+def check_targets(targets: Tensor, ignore_index: int, vocabulary: int) -> None:
+    """Raises `ValueError` for a target out of range on a CPU; elsewhere it would be a sync."""
+    if targets.device.type == "cpu":
+        outside = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
+        if outside.any():
+            row = int(outside.nonzero()[0])
+            raise ValueError(
+                f"targets hold {int(targets[row])}: expected 0 to {vocabulary - 1} or "
+                f"ignore_index {ignore_index} (row {row})"
+            )
+
+
+def scale_of_mean(targets: Tensor, ignore_index: int, class_weight: Tensor | None) -> Tensor:
+    """1 over the number of valid targets, or over the sum of their class weights; no sync."""
+    valid = targets != ignore_index
+    if class_weight is None:
+        return valid.sum().to(torch.float64).reciprocal()
+    index = targets.where(valid, 0).clamp(0, len(class_weight) - 1)
+    return class_weight[index].where(valid, 0).sum(dtype=torch.float64).reciprocal()
+
+
+def _gradients(
+    made: tuple[Tensor | None, ...], likes: tuple[Tensor, Tensor, Tensor | None]
+) -> tuple[Tensor, ...]:
+    hidden = likes[0]
+    return tuple(
+        hidden.new_empty(0) if value is None or like is None else value.to(like.dtype)
+        for value, like in zip(made, likes, strict=True)
+    )
+
+
+def _fake_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, wants: list[bool]
+) -> tuple[Tensor, ...]:
+    return tuple(
+        like.new_empty(like.shape) if wanted and like is not None else hidden.new_empty(0)
+        for like, wanted in zip((hidden, weight, bias), wants, strict=True)
+    )
+
+
+@torch.library.custom_op("nudge::scale_unless_one_", mutates_args=("value",))
+def scale_unless_one_(value: Tensor, factor: Tensor) -> None:
+    """value *= factor, without touching value where the factor is 1; no sync on CUDA."""
+    if native.usable(value):
+        native.scale_unless_one(value, factor.float())
+    elif value.is_cuda or factor.item() != 1:
+        value.mul_(factor.to(value.dtype))
+
+
+def _linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    class_weight: Tensor | None,
+    mean: bool,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    options, wanted = _split(rest)
+    check_targets(targets, options.ignore_index, len(weight))
+    scale = scale_of_mean(targets, options.ignore_index, class_weight) if mean else None
+    done = chunked(Inputs(hidden, weight, bias, targets, class_weight), scale, options, wanted)
+    loss = done.losses.sum(dtype=torch.float64)
+    if scale is not None:
+        loss = loss * scale  # 0 * inf: NaN, as torch's mean over nothing is
+    return loss.to(done.losses.dtype), done.lse, *_gradients(done[2:], (hidden, weight, bias))
+
+
+linear_cross_entropy = torch.library.custom_op(
+    "nudge::linear_cross_entropy",
+    _linear_cross_entropy,
+    mutates_args=(),
+    schema=f"({TENSORS}, bool mean, {REST}) -> (Tensor loss, Tensor lse, {GRADIENTS})",
+)
+
+
+@linear_cross_entropy.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    exact = result_dtype(hidden)
+    loss, lse = hidden.new_empty((), dtype=exact), hidden.new_empty(hidden.shape[0], dtype=exact)
+    return loss, lse, *_fake_gradients(hidden, weight, bias, rest[-1])
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[2:])
+    ctx.wants = inputs[-1]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _scale_gradients(ctx: Any, *outer: Tensor | None) -> tuple[Any, ...]:
+    """Scales in place, unless the graph is kept for another backward, which must stay right, or is
+    being traced, where in place has no meaning."""
+    given = outer[0]
+    gradients: list[Tensor | None] = [None, None, None]
+    if given is not None:
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        for at, (saved, wanted) in enumerate(zip(ctx.saved_tensors, ctx.wants, strict=True)):
+            if wanted and (kept or type(saved) is not Tensor):
+                gradients[at] = saved * given.to(saved.dtype)
+            elif wanted:
+                scale_unless_one_(saved, given)
+                gradients[at] = saved
+    d_hidden, d_weight, d_bias = gradients
+    return d_hidden, d_weight, d_bias, *([None] * 11)
+
+
+linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+def _linear_cross_entropy_grad(
+    row_scale: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    class_weight: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    inputs = Inputs(hidden, weight, bias, targets, class_weight)
+    return _gradients(chunked(inputs, row_scale, *_split(rest))[2:], (hidden, weight, bias))
+
+
+linear_cross_entropy_grad = torch.library.custom_op(
+    "nudge::linear_cross_entropy_grad",
+    _linear_cross_entropy_grad,
+    mutates_args=(),
+    schema=f"(Tensor row_scale, {TENSORS}, {REST}) -> ({GRADIENTS})",
+)
+
+
+@linear_cross_entropy_grad.register_fake
+def _(
+    row_scale: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    return _fake_gradients(hidden, weight, bias, rest[-1])
+
+
+def _linear_cross_entropy_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    class_weight: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    options, _ = _split(rest)
+    check_targets(targets, options.ignore_index, len(weight))
+    inputs = Inputs(hidden, weight, bias, targets, class_weight)
+    done = chunked(inputs, None, options, Wanted(False, False, False))
+    return done.losses, done.lse
+
+
+linear_cross_entropy_rows = torch.library.custom_op(
+    "nudge::linear_cross_entropy_rows",
+    _linear_cross_entropy_rows,
+    mutates_args=(),
+    schema=f"({TENSORS}, {REST}) -> (Tensor losses, Tensor lse)",
+)
+
+
+@linear_cross_entropy_rows.register_fake
+def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    losses = hidden.new_empty(hidden.shape[0], dtype=result_dtype(hidden))
+    return losses, torch.empty_like(losses)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.rest = inputs[5:]
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _recompute(ctx: Any, *outer: Tensor | None) -> tuple[Any, ...]:
+    given = outer[0]
+    gradients: tuple[Tensor | None, ...] = (None, None, None)
+    if given is not None:
+        made = linear_cross_entropy_grad(given, *ctx.saved_tensors, *ctx.rest)
+        gradients = tuple(g if w else None for g, w in zip(made, ctx.rest[-1], strict=True))
+    return *gradients, *([None] * 10)
+
+
+linear_cross_entropy_rows.register_autograd(_recompute, setup_context=_keep_inputs)

@@ -1,0 +1,97 @@
+"""The vocabulary-parallel form: each rank holds a slice of the vocabulary's weight."""
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from nudge.kernels.chunked import Inputs, Options, Wanted, chunked
+from nudge.kernels.linear_cross_entropy import check_input
+from nudge.kernels.operators import scale_of_mean
+from torch import Tensor
+
+
+class _Ranks:
+    """What `chunked` asks of the ranks: three reductions a chunk, one of hidden's gradient."""
+
+    def __init__(self, group: dist.ProcessGroup | None, first: int, vocabulary: int) -> None:
+        self.group, self.first, self.vocabulary = group, first, vocabulary
+
+    def max(self, value: Tensor) -> None:
+        dist.all_reduce(value, dist.ReduceOp.MAX, self.group)
+
+    def sum(self, value: Tensor) -> None:
+        dist.all_reduce(value, dist.ReduceOp.SUM, self.group)
+
+
+class _VocabParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        mean: bool,
+        ranks: _Ranks,
+        options: Options,
+    ) -> Tensor:
+        scale = scale_of_mean(targets, options.ignore_index, None) if mean else None
+        # All ranks must meet as often: what one rank needs, all compute.
+        wanted = Wanted(True, ctx.needs_input_grad[1], ctx.needs_input_grad[2])
+        inputs = Inputs(hidden, weight, bias, targets, None)
+        done = chunked(inputs, scale, options, wanted, ranks)
+        ctx.save_for_backward(done.hidden, done.weight, done.bias)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        loss = done.losses.sum(dtype=torch.float64)
+        return (loss if scale is None else loss * scale).to(done.losses.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> Any:  # type: ignore[override]
+        made = [None if g is None else g * outer[0].to(g.dtype) for g in ctx.saved_tensors]
+        if made[2] is not None:
+            made[2] = made[2].to(ctx.bias_dtype)
+        return (*made, None, None, None, None)
+
+
+def vocab_parallel_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    first_index: int,
+    vocabulary: int,
+    group: dist.ProcessGroup | None = None,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum"] = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_softcap: float = 0.0,
+    accum_dtype: torch.dtype | None = None,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """The loss where this rank of ``group`` holds rows ``first_index`` onwards of the vocabulary.
+
+    hidden [N, D] and targets [N] (indices of the whole vocabulary, 0 to ``vocabulary`` - 1) are
+    the same on all ranks, weight [V_rank, D] and bias [V_rank] are this rank's. The loss and
+    hidden's gradient come out whole and the same on all ranks; those of weight and bias are of the
+    slice. A row's maximum, sum of exponentials and target logit are reduced across ranks, as in
+    Megatron-LM (Shoeybi et al., arXiv:1909.08053). Raises `ValueError` as
+    `fused_linear_cross_entropy` does, on all ranks alike.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction {reduction!r}: expected 'mean' or 'sum'")
+    if not 0 <= first_index <= vocabulary - len(weight):
+        raise ValueError(
+            f"first_index {first_index}: with weight {tuple(weight.shape)} expected 0 to "
+            f"{vocabulary - len(weight)} (vocabulary {vocabulary})"
+        )
+    options = Options(
+        ignore_index, label_smoothing, z_loss, logit_softcap, accum_dtype, None, chunk_rows
+    )
+    check_input(hidden, weight, targets, bias, None, reduction, options, vocabulary)
+    ranks = _Ranks(group, first_index, vocabulary)
+    loss: Tensor = _VocabParallel.apply(
+        hidden, weight, bias, targets, reduction == "mean", ranks, options
+    )
+    return loss

@@ -1,0 +1,268 @@
+"""What autograd, torch.compile and every option expect of the fused loss."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nudge.kernels import FusedLinearCrossEntropy, fused_linear_cross_entropy
+from torch import Tensor
+
+SHAPES = [(5, 123, 123), (1, 1, 2), (41, 7, 300)]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"label_smoothing": 0.1},
+    {"z_loss": 1e-2},
+    {"logit_softcap": 3.0},
+    {"class_weight": True},
+    {"bias": True},
+    {
+        "label_smoothing": 0.2, "z_loss": 1e-2, "logit_softcap": 4.0, "class_weight": True,
+        "bias": True, "ignore_index": 0,
+    },
+]  # fmt: skip
+
+
+def make(
+    n: int, d: int, v: int, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed + 1000 * n + d + v)
+    draw = {"hidden": (n, d), "weight": (v, d), "bias": (v,)}
+    made = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+        for name, shape in draw.items()
+    }
+    made["class_weight"] = torch.rand(v, generator=generator, dtype=torch.float64) + 0.5
+    made["targets"] = torch.randint(0, v, (n,), generator=generator)
+    made["targets"][0] = v - 1
+    if n > 3:
+        made["targets"][1::3] = -100
+    return made
+
+
+def choose(made: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
+    chosen = {key: made[key] for key in ("hidden", "weight", "targets")}
+    for key, value in options.items():
+        chosen[key] = made[key] if value is True and key in made else value
+    if "ignore_index" in options:
+        chosen["targets"] = chosen["targets"].where(chosen["targets"] >= 0, options["ignore_index"])
+    return chosen
+
+
+def eager(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_softcap: float = 0.0,
+    class_weight: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    logits = F.linear(hidden, weight, bias)
+    if logit_softcap:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    losses = F.cross_entropy(
+        logits, targets, class_weight, ignore_index=ignore_index, reduction="none",
+        label_smoothing=label_smoothing,
+    )  # fmt: skip
+    valid = targets != ignore_index
+    losses = losses + z_loss * logits.logsumexp(1).square() * valid
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    weights = torch.ones(len(weight)) if class_weight is None else class_weight
+    return losses.sum() / weights[targets.where(valid, 0)].where(valid, 0).sum()
+
+
+def gradients(function: Any, chosen: dict[str, Any]) -> list[Tensor]:
+    loss = function(**chosen)
+    outer = torch.linspace(0.5, 2.0, loss.numel(), dtype=loss.dtype).view_as(loss)
+    leaves = [chosen[key] for key in ("hidden", "weight", "bias") if key in chosen]
+    return [loss, *torch.autograd.grad(loss, leaves, outer)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "plain")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_every_option_equals_eager(
+    shape: tuple[int, int, int], options: dict[str, Any], reduction: str
+) -> None:
+    chosen = {**choose(make(*shape), options), "reduction": reduction}
+    ours = gradients(fused_linear_cross_entropy, {**chosen, "chunk_rows": 3})
+    for mine, theirs in zip(ours, gradients(eager, chosen), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=["plain", "all"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck_and_opcheck(options: dict[str, Any], reduction: str) -> None:
+    chosen = {**choose(make(5, 4, 9), options), "reduction": reduction, "chunk_rows": 2}
+    leaves = {key: chosen[key] for key in ("hidden", "weight", "bias") if key in chosen}
+
+    def call(*values: Tensor) -> Tensor:
+        return fused_linear_cross_entropy(**{**chosen, **dict(zip(leaves, values, strict=True))})
+
+    assert torch.autograd.gradcheck(call, tuple(leaves.values()))
+    shared = (
+        chosen["hidden"], chosen["weight"], chosen.get("bias"), chosen["targets"],
+        chosen.get("class_weight"),
+    )  # fmt: skip
+    rest = (
+        chosen.get("ignore_index", -100), chosen.get("label_smoothing", 0.0),
+        chosen.get("z_loss", 0.0), chosen.get("logit_softcap", 0.0), None, None, 2,
+        [True, True, "bias" in chosen],
+    )  # fmt: skip
+    if reduction == "none":
+        torch.library.opcheck(torch.ops.nudge.linear_cross_entropy_rows.default, (*shared, *rest))
+    else:
+        torch.library.opcheck(torch.ops.nudge.linear_cross_entropy.default, (*shared, True, *rest))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_whole_with_ignored_rows(reduction: str) -> None:
+    chosen = {**choose(make(11, 6, 37, torch.float32), {"bias": True}), "reduction": reduction}
+    compiled = torch.compile(
+        lambda **given: fused_linear_cross_entropy(**given) * 2, fullgraph=True, backend="aot_eager"
+    )
+    ours = gradients(compiled, chosen)
+    theirs = gradients(lambda **given: eager(**given) * 2, chosen)
+    for mine, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, wanted)
+
+
+def test_compiles_under_inductor_and_autocast() -> None:
+    chosen = choose(make(11, 6, 37, torch.float32), {})
+    compiled = torch.compile(fused_linear_cross_entropy, fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = gradients(compiled, chosen)
+        plain = gradients(fused_linear_cross_entropy, chosen)
+    for mine, wanted in zip(ours, plain, strict=True):
+        assert mine.dtype == wanted.dtype == torch.float32
+        torch.testing.assert_close(mine, wanted)
+
+
+def test_second_backward_is_right_with_a_kept_graph_and_an_error_without() -> None:
+    chosen = choose(make(9, 5, 20), {})
+    leaves = (chosen["hidden"], chosen["weight"])
+    loss = fused_linear_cross_entropy(**chosen)
+    first = torch.autograd.grad(loss, leaves, torch.tensor(3.0).double(), retain_graph=True)
+    second = torch.autograd.grad(loss, leaves)
+    for three, one in zip(first, second, strict=True):
+        torch.testing.assert_close(three, 3 * one)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, leaves)
+
+
+def test_accumulates_over_calls_and_to_a_tied_weight() -> None:
+    made = make(12, 5, 20)
+    table = made["weight"].detach().clone().requires_grad_()
+    tokens = torch.arange(12)
+    for part in (slice(0, 6), slice(6, 12)):
+        loss = fused_linear_cross_entropy(
+            table[tokens[part]], table, made["targets"][part], reduction="sum"
+        )
+        loss.backward()
+    assert table.grad is not None
+    ours, table.grad = table.grad, None
+    eager(table[tokens], table, made["targets"], reduction="sum").backward()
+    torch.testing.assert_close(ours, table.grad)
+
+
+def test_non_contiguous_input() -> None:
+    made = make(10, 6, 21)
+    straight = choose(made, {"bias": True})
+    bent = {
+        "hidden": made["hidden"].detach().T.contiguous().T.requires_grad_(),
+        "weight": made["weight"].detach().repeat_interleave(2, 1)[:, ::2].requires_grad_(),
+        "targets": made["targets"].repeat_interleave(2)[::2],
+        "bias": made["bias"].detach().repeat_interleave(2)[::2].requires_grad_(),
+    }
+    for mine, wanted in zip(
+        gradients(fused_linear_cross_entropy, bent),
+        gradients(fused_linear_cross_entropy, straight),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, wanted)
+
+
+def test_only_what_is_asked_for_gets_a_gradient() -> None:
+    made = make(8, 5, 20)
+    loss = fused_linear_cross_entropy(made["hidden"].detach(), made["weight"], made["targets"])
+    loss.backward()
+    assert made["weight"].grad is not None
+    assert made["hidden"].grad is None
+    assert not fused_linear_cross_entropy(
+        made["hidden"].detach(), made["weight"].detach(), made["targets"]
+    ).requires_grad
+
+
+def test_the_module_and_its_logsumexp() -> None:
+    made = make(8, 5, 20)
+    head = FusedLinearCrossEntropy(5, 20, bias=True, dtype=torch.float64, return_lse=True)
+    loss, lse = head(made["hidden"], made["targets"])
+    logits = F.linear(made["hidden"], head.weight, head.bias)
+    valid = made["targets"] != -100
+    torch.testing.assert_close(loss, F.cross_entropy(logits, made["targets"]))
+    torch.testing.assert_close(lse[valid], logits.logsumexp(1)[valid].detach())
+    assert not lse.requires_grad
+
+
+def test_no_worse_than_eager_over_200_cases() -> None:
+    """Errors against float64, summed over 200 random cases, for loss and each gradient; 2 % for
+    the order of sums."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        mine, theirs = torch.zeros(3), torch.zeros(3)
+        for seed in range(200):
+            n, d, v = (int(x) for x in torch.randint(2, 60, (3,), generator=_at(seed)))
+            chosen = choose(make(n, d, v, dtype, seed), {})
+            exact = {k: x.detach().double().requires_grad_() for k, x in chosen.items()}
+            exact["targets"] = chosen["targets"]
+            truth = gradients(eager, exact)
+            for function, errors in ((fused_linear_cross_entropy, mine), (eager, theirs)):
+                made = gradients(function, chosen)
+                errors += torch.stack(
+                    [
+                        (a.double() - b).norm().float() / b.norm().float()
+                        for a, b in zip(made, truth, strict=True)
+                    ]
+                ).detach()
+        assert (mine <= theirs * 1.02).all(), (dtype, mine / 200, theirs / 200)
+
+
+def _at(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(0, 4)}, r"hidden \(0, 4\)"),
+        ({"hidden": torch.zeros(6, 4, dtype=torch.float16)}, "hidden is torch.float16"),
+        ({"hidden": torch.zeros(6, 4, dtype=torch.int64)}, "hidden is torch.int64"),
+        ({"hidden": torch.zeros(6, 4, device="meta")}, "weight is on cpu: expected hidden's meta"),
+        ({"weight": torch.zeros(1, 4)}, r"weight \(1, 4\): .* V at least 2"),
+        ({"bias": torch.zeros(8)}, r"bias \(8,\): expected \[9\]"),
+        ({"class_weight": torch.zeros(9, dtype=torch.int64)}, "class_weight is torch.int64"),
+        ({"label_smoothing": 1.5}, "label_smoothing 1.5"),
+        ({"z_loss": -1.0}, "z_loss -1.0"),
+        ({"logit_softcap": float("nan")}, "logit_softcap nan"),
+        ({"accum_dtype": torch.int8}, "accum_dtype torch.int8"),
+        ({"targets": torch.full((6,), -7)}, "targets hold -7"),
+    ],
+)
+def test_bad_input_names_the_argument(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {
+        "hidden": torch.zeros(6, 4), "weight": torch.zeros(9, 4),
+        "targets": torch.zeros(6, dtype=torch.int64), **change,
+    }  # fmt: skip
+    if given["hidden"].shape[0] == 0:
+        given["targets"] = given["targets"][:0]
+    with pytest.raises(ValueError, match=message):
+        fused_linear_cross_entropy(**given)

@@ -1,0 +1,95 @@
+"""Two ranks under gloo: vocabulary-parallel weights, and the module under fully_shard."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from nudge.kernels import (
+    FusedLinearCrossEntropy,
+    fused_linear_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+SPLIT = 13  # of 29: uneven slices
+
+
+def _start(rank: int, meeting: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+
+
+def _inputs() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(17, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(29, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(29, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 29, (17,), generator=generator)
+    targets[::5] = -100
+    return hidden, weight, bias, targets
+
+
+def _vocabulary(rank: int, meeting: str) -> None:
+    _start(rank, meeting)
+    hidden, weight, bias, targets = _inputs()
+    mine = slice(0, SPLIT) if rank == 0 else slice(SPLIT, 29)
+    for options in ({}, {"label_smoothing": 0.1, "z_loss": 1e-2, "logit_softcap": 2.0}):
+        for reduction in ("mean", "sum"):
+            whole = fused_linear_cross_entropy(
+                hidden, weight, targets, bias=bias, reduction=reduction, **options
+            )
+            wanted = torch.autograd.grad(whole, (hidden, weight, bias))
+            part = weight[mine].detach().requires_grad_()
+            part_bias = bias[mine].detach().requires_grad_()
+            loss = vocab_parallel_linear_cross_entropy(
+                hidden, part, targets, bias=part_bias, first_index=mine.start, vocabulary=29,
+                reduction=reduction, chunk_rows=5, **options,
+            )  # fmt: skip
+            made = torch.autograd.grad(loss, (hidden, part, part_bias))
+            torch.testing.assert_close(loss, whole)
+            torch.testing.assert_close(made[0], wanted[0])
+            torch.testing.assert_close(made[1], wanted[1][mine])
+            torch.testing.assert_close(made[2], wanted[2][mine])
+    dist.destroy_process_group()
+
+
+def _sharded(rank: int, meeting: str) -> None:
+    _start(rank, meeting)
+    hidden, weight, _, targets = _inputs()
+    head = FusedLinearCrossEntropy(6, 29, dtype=torch.float64, reduction="sum")
+    with torch.no_grad():
+        head.weight.copy_(weight)
+    fully_shard(head, mesh=init_device_mesh("cpu", (2,)))
+    rows = slice(0, 8) if rank == 0 else slice(8, 17)
+    head(hidden[rows], targets[rows]).backward()
+    assert head.weight.grad is not None
+    made = head.weight.grad.full_tensor()  # type: ignore[operator]
+    whole = fused_linear_cross_entropy(hidden, weight, targets, reduction="sum") / 2
+    torch.testing.assert_close(made, torch.autograd.grad(whole, weight)[0])
+    dist.destroy_process_group()
+
+
+def _on_two_ranks(case: str, meeting: Path) -> None:
+    """Runs this file as a script, once a rank: children by spawn could not import `tests`."""
+    command = [sys.executable, __file__, case, str(meeting)]
+    ranks = [
+        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+
+
+def test_vocabulary_parallel_equals_whole(tmp_path: Path) -> None:
+    _on_two_ranks("vocabulary", tmp_path / "meeting")
+
+
+def test_the_module_trains_under_fully_shard(tmp_path: Path) -> None:
+    _on_two_ranks("sharded", tmp_path / "meeting")
+
+
+if __name__ == "__main__":
+    {"vocabulary": _vocabulary, "sharded": _sharded}[sys.argv[1]](int(sys.argv[3]), sys.argv[2])
