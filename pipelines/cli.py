@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 from nudge.components.common.errors import UserError
+from nudge.pipelines import release
 
 
 class Errors(click.Group):
@@ -117,6 +118,10 @@ def compile_(check: bool) -> None:
         click.echo("not current: " + ", ".join(map(str, old)) + "; run `nudge compile`", err=True)
         sys.exit(1)
     click.echo("current")
+
+
+for command in (release.models, release.promote, release.split, release.rollback):
+    main.add_command(command)
 
 
 @main.group("services")

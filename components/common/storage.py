@@ -24,7 +24,8 @@ def s3_client() -> Any:
             f"the data connection is not complete: {', '.join(missing)} not set; attach a "
             "connection to the pipeline, or run `nudge services up` on a laptop"
         )
-    return boto3.client(
+    # A session of its own: boto3's shared one keeps the first credentials that it met.
+    return boto3.Session().client(
         "s3",
         endpoint_url=os.environ["AWS_S3_ENDPOINT"],
         region_name=os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",

@@ -103,6 +103,7 @@ def _properties(
         "seed": facts["seed"],
         "promoted": bool(results["verdict"]["promote"]),
         "difference_bits_per_byte": results["verdict"]["difference_bits_per_byte"],
+        "expected_next": json.dumps(_expected_next(results["probes"])),
     }
     for name, metrics in results["metrics"].items():
         flat |= {f"{name}.{key}": value for key, value in metrics.items()}
@@ -110,6 +111,15 @@ def _properties(
         plain = value if isinstance(value, str | int | float | bool) else json.dumps(value)
         flat[f"train.{key}"] = plain
     return flat
+
+
+def _expected_next(probes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the evaluated model finds likeliest after each probe; serving is held against it."""
+    likeliest = [(probe["prompt"], probe["rivals_after"][0]) for probe in probes]
+    return [
+        {"prompt": prompt, "token": rival["token"], "p": round(rival["p"], 4)}
+        for prompt, rival in likeliest
+    ]
 
 
 def lineage(result: dict[str, Any]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import jinja2
 from nudge.components.common.errors import UserError
 from nudge.components.common.progress import last_events
 from nudge.components.common.publish import write_atomic
+from nudge.components.common.releases import find_served
 from nudge.components.common.step import step
 
 PAGE = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(
@@ -92,17 +93,11 @@ def _lookup(name: str, version: str, run_id: str) -> Any:
         if not found or (found.custom_properties or {}).get("run_id") != run_id:
             return None
         artifacts = await client.get_model_version_artifacts(found.id)
-        async with client.get_client() as api:
-            services = await api.get_inference_services()
-        endpoints = [
-            service.custom_properties["endpoint"].actual_instance.string_value
-            for service in services.items or []
-            if service.model_version_id == found.id and "endpoint" in service.custom_properties
-        ]
+        served = await find_served(name)(client)
         return {
             "uri": artifacts[0].uri if artifacts else "not known",
             "description": found.description,
-            "endpoint": endpoints[0] if endpoints else "",
+            "endpoint": served.endpoint if served and version in served.shares else "",
         }
 
     return work

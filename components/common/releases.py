@@ -1,0 +1,206 @@
+"""What the Model Registry knows of a model: its versions, and which of them are served.
+
+Each function here gives work for `with_registry`. What is served is one InferenceService entity a
+model, whose custom properties say the endpoint, each version's share of the traffic, and the
+versions that had all of it before: the way back.
+"""
+
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from nudge.components.common.errors import UserError, nearest
+
+KEPT_HISTORY = 20
+"""Versions remembered as ones that had all the traffic."""
+
+Work = Callable[[Any], Awaitable[Any]]
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version; ``properties`` are its custom properties."""
+
+    model: str
+    name: str
+    model_id: str
+    id: str
+    uri: str
+    archived: bool
+    created_ms: int
+    properties: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a model's endpoint serves: percent of the traffic by version, which add up to 100."""
+
+    model: str
+    endpoint: str
+    shares: dict[str, int]
+    history: tuple[str, ...] = field(default=())
+    """Versions that had all the traffic, oldest first; the last may be the one served now."""
+
+    @property
+    def main(self) -> str:
+        """The version with the largest share."""
+        return max(self.shares, key=lambda version: self.shares[version])
+
+    @property
+    def before(self) -> str | None:
+        """The version that had all the traffic before the main one."""
+        return next((version for version in reversed(self.history) if version != self.main), None)
+
+
+def find_version(model: str, version: str) -> Callable[[Any], Awaitable[Version]]:
+    """Work that gives a `Version`; raises `UserError` that says which there are."""
+
+    async def work(client: Any) -> Version:
+        entry = await _model(client, model)
+        found = await client.get_model_version_by_params(entry.id, version)
+        if found is None:
+            versions = await _all(lambda options: client.get_model_versions(entry.id, options))
+            hint = nearest(version, [other.name for other in versions])
+            raise UserError(f"the registry has no version {version!r} of {model}; {hint}")
+        complete = await _version(client, model, entry, found)
+        if complete is None:
+            raise UserError(f"{model} {version} has no artifact in the registry; register it again")
+        return complete
+
+    return work
+
+
+def list_versions(model: str) -> Callable[[Any], Awaitable[list[Version]]]:
+    """Work that gives every `Version` of a model that has an artifact, oldest first."""
+
+    async def work(client: Any) -> list[Version]:
+        entry = await _model(client, model)
+        found = await _all(lambda options: client.get_model_versions(entry.id, options))
+        versions = [await _version(client, model, entry, version) for version in found]
+        return [version for version in versions if version]
+
+    return work
+
+
+def find_served(model: str) -> Callable[[Any], Awaitable[Served | None]]:
+    """Work that gives what is `Served` of a model, or None if nothing is."""
+
+    async def work(client: Any) -> Served | None:
+        entry = await client.get_registered_model_by_params(model)
+        service = entry and await _service(client, model, str(entry.id))
+        return _read(model, service) if service else None
+
+    return work
+
+
+def note_served(version: Version, served: Served, environment: str, runtime: str) -> Work:
+    """Work that writes down what is served, under ``version`` as the entity's own version."""
+
+    async def work(client: Any) -> None:
+        import mr_openapi
+        from mr_openapi.exceptions import NotFoundException
+
+        properties = _properties(served)
+        service = await _service(client, served.model, version.model_id)
+        async with client.get_client() as api:
+            if service is not None:
+                # An update replaces the whole map of properties: keep those of others.
+                change = mr_openapi.InferenceServiceUpdate(
+                    modelVersionId=version.id,
+                    desiredState="DEPLOYED",
+                    customProperties={**(service.custom_properties or {}), **properties},
+                )
+                await api.update_inference_service(service.id, change)
+                return
+            try:
+                place = await api.find_serving_environment(name=environment)
+            except NotFoundException:
+                fresh = mr_openapi.ServingEnvironmentCreate(name=environment)
+                place = await api.create_serving_environment(fresh)
+            await api.create_inference_service(
+                mr_openapi.InferenceServiceCreate(
+                    name=served.model,
+                    runtime=runtime,
+                    registeredModelId=version.model_id,
+                    modelVersionId=version.id,
+                    servingEnvironmentId=place.id,
+                    desiredState="DEPLOYED",
+                    customProperties=properties,
+                )
+            )
+
+    return work
+
+
+async def _model(client: Any, model: str) -> Any:
+    entry = await client.get_registered_model_by_params(model)
+    if entry is None:
+        raise UserError(f"the registry has no model {model!r}; a run that promotes registers one")
+    return entry
+
+
+async def _version(client: Any, model: str, entry: Any, found: Any) -> Version | None:
+    """None if it has no artifact: its registration was cut short."""
+    artifacts = await client.get_model_version_artifacts(found.id)
+    if not artifacts:
+        return None
+    return Version(
+        model=model,
+        name=found.name,
+        model_id=str(entry.id),
+        id=str(found.id),
+        uri=str(artifacts[0].uri),
+        archived=found.state is not None and found.state.value == "ARCHIVED",
+        created_ms=int(found.create_time_since_epoch or 0),
+        properties=dict(found.custom_properties or {}),
+    )
+
+
+async def _service(client: Any, model: str, model_id: str) -> Any:
+    """The InferenceService entity of a model, of those that this project wrote."""
+    async with client.get_client() as api:
+        token = ""
+        while True:
+            page = await api.get_inference_services(page_size="100", next_page_token=token)
+            for service in page.items or []:
+                ours = "shares" in (service.custom_properties or {})
+                if ours and service.name == model and service.registered_model_id == model_id:
+                    return service
+            token = page.next_page_token
+            if not token:
+                return None
+
+
+async def _all(get: Callable[[Any], Awaitable[list[Any]]]) -> list[Any]:
+    from model_registry.types import ListOptions
+
+    options, items = ListOptions(limit=100), []
+    while True:
+        items += await get(options)
+        if not options.next_page_token:
+            return items
+
+
+def _read(model: str, service: Any) -> Served:
+    def text(name: str) -> str:
+        return str(service.custom_properties[name].actual_instance.string_value)
+
+    shares = {str(name): int(share) for name, share in json.loads(text("shares")).items()}
+    return Served(model, text("endpoint"), shares, tuple(json.loads(text("history"))))
+
+
+def _properties(served: Served) -> dict[str, Any]:
+    import mr_openapi
+
+    values = {
+        "endpoint": served.endpoint,
+        "shares": json.dumps(served.shares),
+        "history": json.dumps(served.history[-KEPT_HISTORY:]),
+    }
+    return {
+        name: mr_openapi.MetadataValue(
+            mr_openapi.MetadataStringValue(string_value=value, metadataType="MetadataStringValue")
+        )
+        for name, value in values.items()
+    }

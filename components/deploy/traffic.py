@@ -1,0 +1,104 @@
+"""Which version answers: one operation for promote, split and rollback.
+
+A shift names the shares that should hold afterwards, so it can be repeated: what a killed one left
+undone, the next one does. Until the one step that moves the traffic, users meet what they met
+before; from it on, what was asked for.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from nudge.components.common.errors import UserError
+from nudge.components.common.releases import (
+    Served,
+    Version,
+    find_served,
+    find_version,
+    note_served,
+)
+from nudge.components.deploy.settings import DeploySettings
+from nudge.components.deploy.smoke import smoke_test
+
+
+class Target(Protocol):
+    """A place where versions are served: this machine, or KServe."""
+
+    environment: str
+    """Its name in the registry."""
+    runtime: str
+
+    def exclusive(self, model: str) -> contextlib.AbstractContextManager[None]:
+        """Let one shift of a model at a time into the block, or fail."""
+
+    def live(self, model: str) -> set[str]:
+        """The versions that the traffic goes to now."""
+
+    def bring_up(self, version: Version) -> str:
+        """Serve a version beside what is served; returns its own address once it is ready."""
+
+    def move(self, model: str, shares: dict[str, int]) -> str:
+        """Send traffic by share to versions that are up; at once and whole. Returns the URL."""
+
+    def retire(self, model: str, keep: set[str]) -> None:
+        """End the versions that are not kept, once nothing is under way on them."""
+
+
+def shift(
+    target: Target,
+    registry: Callable[[Any], Any],
+    settings: DeploySettings,
+    model: str,
+    shares: Mapping[str, int],
+    note: Callable[[str], None] = lambda stage: None,
+) -> tuple[Served, dict[str, str]]:
+    """Bring up the versions that ``shares`` names, test each, move the traffic, tell the registry.
+
+    ``shares`` is percent by version and adds up to 100; ``registry`` runs work of
+    `nudge.components.common.releases`. Returns what is served now and each version's smoke answer.
+    Raises `UserError`; what was served before is then still served, and a version that does not
+    pass is taken away again.
+    """
+    wanted = {name: share for name, share in shares.items() if share}
+    if sum(wanted.values()) != 100 or any(share < 0 for share in wanted.values()):
+        told = ", ".join(f"{name} {share}" for name, share in shares.items())
+        raise UserError(f"the shares {told} do not add up to 100 percent")
+    with target.exclusive(model):
+        before: Served | None = registry(find_served(model))
+        # A shift that was killed may have moved the traffic and not told the registry.
+        serving = target.live(model) | set(before.shares if before else ())
+        versions = {name: registry(find_version(model, name)) for name in wanted}
+        for version in versions.values():
+            if version.archived and version.name not in serving:
+                raise UserError(
+                    f"{model} {version.name} is archived in the registry; make it LIVE there first"
+                )
+        answers = {}
+        try:
+            for name, version in versions.items():
+                note(f"starting {name}")
+                address = target.bring_up(version)
+                note(f"asking {name}")
+                answers[name] = smoke_test(address, version, settings)
+        except UserError:
+            target.retire(model, serving)
+            raise
+        note("moving the traffic")
+        endpoint = target.move(model, wanted)
+        served = Served(model, endpoint, wanted, _history(before, wanted))
+        main = versions[served.main]
+        registry(note_served(main, served, target.environment, target.runtime))
+        note("ending what is not needed")
+        target.retire(model, set(wanted))
+    return served, answers
+
+
+def _history(before: Served | None, wanted: Mapping[str, int]) -> tuple[str, ...]:
+    """The versions that had all the traffic; going back to one forgets those after it."""
+    known = before.history if before else ()
+    if len(wanted) != 1:
+        return known
+    (name,) = wanted
+    if name in known:
+        return known[: known.index(name) + 1]
+    return (*known, name)

@@ -1,0 +1,145 @@
+"""Local serving under a steady stream of requests: a promote, a split and a rollback lose none."""
+
+import concurrent.futures
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from nudge.components.common import processes
+from nudge.components.common.errors import UserError
+from nudge.components.deploy import gateway
+from nudge.components.deploy.deploy import deploy, rollback, serve
+from nudge.components.deploy.settings import DeploySettings
+from nudge.components.upload.settings import UploadSettings
+from nudge.components.upload.upload import upload
+from nudge.pipelines.local import services
+from nudge.pipelines.release import _rows
+
+from tests.tiny import make_tiny_model
+
+NAME = "stream"
+PROMPT = "The Eiffel Tower"
+
+
+@pytest.fixture
+def registered(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Two versions, of different weights, in the object store and the registry."""
+    from model_registry import ModelRegistry
+
+    for key, value in services.up(home).items():
+        monkeypatch.setenv(key, value)
+    address = json.loads((home / "services" / "model-registry.json").read_text())["address"]
+    client = ModelRegistry(address, author="test", is_secure=False)
+    for version in ("v1", "v2"):
+        model = make_tiny_model(tmp_path / version)
+        if version == "v2":
+            _turn_around(model)
+        uri = upload(UploadSettings(model_name=NAME), model=model, version=version)["uri"]
+        client.register_model(
+            NAME, uri, version=version, model_format_name="vLLM", model_format_version="1",
+            metadata={"expected_next": json.dumps(_expected(model))},
+        )  # fmt: skip
+    return str(address)
+
+
+def _turn_around(folder: Path) -> None:
+    """Make a model say what it found least likely."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"].neg_()
+    save_file(weights, path, {"format": "pt"})
+
+
+def _expected(folder: Path) -> list[dict[str, Any]]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (
+        kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    with torch.no_grad():
+        logits = model(**tokenizer(PROMPT, return_tensors="pt")).logits[0, -1]
+    # An untrained model is sure of nothing; say that it was, so that the test has its say.
+    return [{"prompt": PROMPT, "token": tokenizer.decode([int(logits.argmax())]), "p": 0.9}]
+
+
+class Stream:
+    """Clients that ask without a pause until told to stop."""
+
+    def __init__(self, endpoint: str, clients: int = 3) -> None:
+        self.texts: list[str] = []
+        self.faults: list[str] = []
+        self._stop = threading.Event()
+        self._pool = concurrent.futures.ThreadPoolExecutor(clients)
+        self._ended = [self._pool.submit(self._ask, endpoint) for _ in range(clients)]
+
+    def _ask(self, endpoint: str) -> None:
+        body = {"model": NAME, "prompt": PROMPT, "max_tokens": 4, "temperature": 0.0}
+        with httpx.Client(timeout=60.0) as client:
+            while not self._stop.is_set():
+                try:
+                    answer = client.post(f"{endpoint}/v1/completions", json=body)
+                    answer.raise_for_status()
+                    self.texts.append(answer.json()["choices"][0]["text"])
+                except (httpx.HTTPError, KeyError) as error:
+                    self.faults.append(repr(error))
+
+    def seen(self) -> set[str]:
+        """The different answers since the last look."""
+        texts, self.texts = self.texts, []
+        return set(texts)
+
+    def stop(self) -> None:
+        self._stop.set()
+        concurrent.futures.wait(self._ended)
+        self._pool.shutdown()
+
+
+def ask(endpoint: str) -> str:
+    body = {"model": NAME, "prompt": PROMPT, "max_tokens": 4, "temperature": 0.0}
+    answer = httpx.post(f"{endpoint}/v1/completions", json=body, timeout=60.0)
+    return str(answer.json()["choices"][0]["text"])
+
+
+def test_a_stream_of_requests_loses_none(registered: str, home: Path) -> None:
+    settings = DeploySettings(smoke_prompt=PROMPT)
+    first = deploy(settings, registered_model=NAME, version="v1")
+    endpoint = first["endpoint"]
+    one = ask(endpoint)
+    stream = Stream(endpoint)
+    try:
+        second = deploy(settings, registered_model=NAME, version="v2")
+        assert second["endpoint"] == endpoint
+        two = ask(endpoint)
+        assert two != one
+        stream.seen()
+        shared = serve(settings, NAME, {"v1": 50, "v2": 50})
+        assert shared["shares"] == {"v1": 50, "v2": 50}
+        stream.seen()
+        assert {ask(endpoint) for _ in range(8)} == {one, two}
+        back = rollback(settings, registered_model=NAME, version="v1")
+        assert back["endpoint"] == endpoint
+        assert {ask(endpoint) for _ in range(4)} == {one}
+    finally:
+        stream.stop()
+    assert stream.faults == []
+    names = [record.name for record in processes.records(home)]
+    assert [name for name in names if name.startswith("serving-")] == [f"serving-{NAME}@v1"]
+    assert [(row["version"], row["share"]) for row in _rows(NAME)] == [("v1", 100), ("v2", 0)]
+    with pytest.raises(UserError, match="first version that was served"):
+        rollback(settings, registered_model=NAME)
+
+    # What is served is held against what was evaluated.
+    route = gateway.routes(home)[NAME]
+    folder = home / "serving" / NAME / "v2" / NAME
+    weights = (home / "serving" / NAME / "v1" / NAME / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match="is not what was evaluated"):
+        deploy(settings, registered_model=NAME, version="v2")
+    assert gateway.routes(home)[NAME] == route
+    assert ask(endpoint) == one

@@ -1,0 +1,194 @@
+"""Shifting traffic: repeated, killed at every boundary, refused; the registry is the real one."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nudge.components.common import processes
+from nudge.components.common.errors import UserError
+from nudge.components.common.registry import with_registry
+from nudge.components.common.releases import Served, Version, find_served, list_versions
+from nudge.components.deploy import traffic
+from nudge.components.deploy.settings import DeploySettings
+from nudge.pipelines.local import services
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it to tidy up."""
+
+
+class Place:
+    """A target in memory that can be killed at its n-th change."""
+
+    environment, runtime = "test", "none"
+
+    def __init__(self) -> None:
+        self.up: set[str] = set()
+        self.shares: dict[str, int] = {}
+        self.kill_at = 0
+
+    def _change(self) -> None:
+        self.kill_at -= 1
+        if self.kill_at == 0:
+            raise Killed
+
+    @contextlib.contextmanager
+    def exclusive(self, model: str) -> Iterator[None]:
+        yield
+
+    def live(self, model: str) -> set[str]:
+        return set(self.shares)
+
+    def bring_up(self, version: Version) -> str:
+        self._change()
+        self.up.add(version.name)
+        self._change()
+        return f"http://{version.name}"
+
+    def move(self, model: str, shares: dict[str, int]) -> str:
+        self._change()
+        assert set(shares) <= self.up
+        self.shares = dict(shares)
+        self._change()
+        return "http://endpoint"
+
+    def retire(self, model: str, keep: set[str]) -> None:
+        self._change()
+        self.up &= keep
+        self._change()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    home = tmp_path_factory.mktemp("traffic")
+    yield services._start_registry(home, 0).address
+    processes.stop(home, services.REGISTRY)
+
+
+@pytest.fixture
+def shift(
+    address: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Served]:
+    """Shifts a model of the test's own that has versions v1 to v4, v4 of them archived."""
+    from model_registry import ModelRegistry
+
+    name = request.node.name.replace("[", "-").replace("]", "")
+    client = ModelRegistry(address, author="test", is_secure=False)
+    for version in ("v1", "v2", "v3", "v4"):
+        client.register_model(
+            name, f"s3://b/{version}", version=version, model_format_name="f",
+            model_format_version="1",
+        )  # fmt: skip
+    archived = client.get_model_version(name, "v4")
+    archived.state = type(archived.state).ARCHIVED
+    client.update(archived)
+
+    def smoke(at: str, version: Version, _: DeploySettings) -> str:
+        if version.name == "v3":
+            raise UserError("v3 says nothing")
+        return "an answer"
+
+    monkeypatch.setattr(traffic, "smoke_test", smoke)
+
+    def registry(work: Any) -> Any:
+        return with_registry(address, work)
+
+    def run(place: Place, **shares: int) -> Served:
+        return traffic.shift(place, registry, DeploySettings(), name, shares)[0]
+
+    run.served = lambda: registry(find_served(name))  # type: ignore[attr-defined]
+    run.versions = lambda: registry(list_versions(name))  # type: ignore[attr-defined]
+    return run
+
+
+def test_promote_split_and_back(shift: Any) -> None:
+    place = Place()
+    assert shift(place, v1=100).before is None
+    served = shift(place, v2=100)
+    assert (served.main, served.before, place.up) == ("v2", "v1", {"v2"})
+    split = shift(place, v1=10, v2=90)
+    assert (split.main, split.history, place.up) == ("v2", ("v1", "v2"), {"v1", "v2"})
+    back = shift(place, v1=100)
+    assert (back.main, back.before, back.history) == ("v1", None, ("v1",))
+    assert shift.served() == back
+    assert place.shares == {"v1": 100}
+
+
+def test_the_same_again_changes_nothing(shift: Any) -> None:
+    place = Place()
+    assert shift(place, v1=100) == shift(place, v1=100) == shift.served()
+
+
+@pytest.mark.parametrize("boundary", range(1, 7))
+def test_killed_at_every_boundary_and_run_again(shift: Any, boundary: int) -> None:
+    place = Place()
+    shift(place, v1=100)
+    place.kill_at = boundary
+    with pytest.raises(Killed):
+        shift(place, v2=100)
+    assert place.shares in ({"v1": 100}, {"v2": 100})
+    assert set(place.shares) <= place.up, "users are sent to a version that is not up"
+    served = shift(place, v2=100)
+    assert (place.shares, place.up) == ({"v2": 100}, {"v2"})
+    assert (served.main, served.before) == ("v2", "v1")
+    assert shift.served() == served
+    place.kill_at = boundary
+    with pytest.raises(Killed):
+        shift(place, v1=100)
+    undone = shift(place, v2=100)
+    assert (undone.main, place.up, place.shares) == ("v2", {"v2"}, {"v2": 100})
+
+
+def test_what_fails_its_smoke_test_takes_nothing(shift: Any) -> None:
+    place = Place()
+    shift(place, v1=100)
+    before = shift.served()
+    with pytest.raises(UserError, match="v3 says nothing"):
+        shift(place, v3=100)
+    assert (place.shares, place.up, shift.served()) == ({"v1": 100}, {"v1"}, before)
+    with pytest.raises(UserError, match="v3 says nothing"):
+        shift(place, v1=50, v3=50)
+    assert (place.shares, place.up) == ({"v1": 100}, {"v1"})
+
+
+def test_a_failed_shift_after_a_killed_one_leaves_the_users_version(shift: Any) -> None:
+    place = Place()
+    shift(place, v1=100)
+    place.kill_at = 4  # the traffic has moved, the registry does not know
+    with pytest.raises(Killed):
+        shift(place, v2=100)
+    assert place.shares == {"v2": 100}
+    assert shift.served().main == "v1"
+    with pytest.raises(UserError, match="v3 says nothing"):
+        shift(place, v3=100)
+    assert "v2" in place.up
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ({"v1": 60, "v2": 30}, "v1 60, v2 30 do not add up to 100"),
+        ({}, "do not add up"),
+        ({"v1": 150, "v2": -50}, "do not add up"),
+        ({"v4": 100}, "archived"),
+        ({"v5": 100}, "no version 'v5'.*did you mean"),
+    ],
+)
+def test_wrong_shares_are_refused(shift: Any, shares: dict[str, int], message: str) -> None:
+    place = Place()
+    with pytest.raises(UserError, match=message):
+        shift(place, **shares)
+    assert place.up == set()
+
+
+def test_a_registry_that_is_down_moves_nothing(tmp_path: Path) -> None:
+    place = Place()
+
+    def registry(work: Any) -> Any:
+        return with_registry(f"http://127.0.0.1:{processes.free_port()}", work, attempts_s=0.5)
+
+    with pytest.raises(UserError, match="does not answer"):
+        traffic.shift(place, registry, DeploySettings(), "m", {"v1": 100})
+    assert (place.up, place.shares) == (set(), {})
