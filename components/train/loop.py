@@ -1,4 +1,4 @@
-"""The training loop: next-token prediction, AdamW, warm-up and cosine; every figure is kept."""
+"""The training loop: next-token prediction, AdamW, a schedule; every figure is kept."""
 
 import contextlib
 import json
@@ -40,12 +40,17 @@ def planned_steps(settings: TrainSettings, rows: int) -> int:
 
 
 def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
-    """Linear warm-up, then cosine: a pure function of the step (counted from 0)."""
+    """Linear warm-up, then cosine or warm-up-stable-decay (Hu et al. 2024, arXiv 2404.06395,
+    with a linear decay): a pure function of the step (counted from 0)."""
     warmup = math.ceil(settings.warmup_share * steps)
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
     low = settings.final_learning_rate_share
+    if settings.schedule == "wsd":
+        decay = min(math.ceil(settings.decay_share * steps), steps - warmup)
+        left = min(1.0, (steps - step) / max(1, decay))
+        return settings.learning_rate * (low + (1 - low) * left)
+    done = (step - warmup) / max(1, steps - warmup)
     return settings.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
 
 

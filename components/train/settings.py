@@ -32,9 +32,14 @@ class TrainSettings:
     """Share of the documents that begin after an end-of-document token, as in pretraining; the
     others begin bare, as a prompt does, so that the model is at home in both."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up: a cosine down, or the full rate held and then a linear decay
+    (warm-up-stable-decay)."""
     final_learning_rate_share: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """The cosine ends at this share of `learning_rate`."""
+    """The schedule goes down towards this share of `learning_rate`."""
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    decay_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the steps that the decay of `wsd` takes, at most those after the warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: Annotated[float, Field(gt=0)] = 1.0

@@ -1,0 +1,96 @@
+"""Every token once an epoch; packing and micro-batches change neither loss nor gradient."""
+
+import json
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nudge.components.common.tokens import token_dtype, write_shard
+from nudge.components.train.data import IGNORED, PackedSplit, Rows
+from nudge.components.train.loop import accumulate, learning_rate
+from nudge.components.train.settings import TrainSettings
+from transformers import LlamaConfig, LlamaForCausalLM
+
+END = 0
+LENGTHS = [5, 1, 17, 40, 3, 9, 26]
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    random = np.random.default_rng(3)
+    documents = [np.append(random.integers(1, 300, n - 1), END) for n in LENGTHS]
+    write_shard(tmp_path / "a.bin", documents, token_dtype(300))
+    digest = sha256((tmp_path / "a.bin").read_bytes()).hexdigest()
+    shards = {"shards": [{"file": "a.bin", "sha256": digest}]}
+    manifest = {"format": "nudge.tokens", "version": 1, "end_of_document_id": END}
+    text = json.dumps({**manifest, "splits": {"train": shards}})
+    (tmp_path / "manifest.json").write_text(text)
+    return tmp_path
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=300, num_attention_heads=4, **sizes))
+
+
+def settings(**values: object) -> TrainSettings:
+    return TrainSettings(base_model="x", **values)  # type: ignore[arg-type]
+
+
+def test_each_target_comes_once_an_epoch(tokens: Path) -> None:
+    split = PackedSplit(tokens, "train", 16, seed=1)
+    targets = split.batch(0, 0, split.rows).targets
+    found = targets[targets != IGNORED]
+    stored = np.memmap(tokens / "a.bin", np.uint8, mode="r")[40 : 40 + 2 * sum(LENGTHS)]
+    assert sorted(found.tolist()) == sorted(stored.view("<u2").tolist())
+
+
+def test_a_row_depends_on_its_place_alone(tokens: Path) -> None:
+    straight = PackedSplit(tokens, "train", 16, seed=1).batch(0, 0, 20)
+    jumping = PackedSplit(tokens, "train", 16, seed=1)
+    for index in [19, 0, 7, 6, 13]:
+        one = jumping.batch(0, index, 1)
+        assert torch.equal(one.inputs[0], straight.inputs[index])
+        assert torch.equal(one.targets[0], straight.targets[index])
+        assert torch.equal(one.positions[0], straight.positions[index])
+    other = PackedSplit(tokens, "train", 16, seed=2).batch(0, 0, 20)
+    assert not torch.equal(other.targets, straight.targets)
+    assert not torch.equal(straight.targets[: jumping.rows], jumping.batch(1, 0, 7).targets)
+
+
+def test_micro_batches_give_the_gradient_of_the_large_batch(
+    tokens: Path, model: LlamaForCausalLM
+) -> None:
+    split = PackedSplit(tokens, "train", 16, seed=1)
+    rows = split.batch(0, 0, split.rows)
+    made = []
+    for size in (split.rows, 2):
+        model.zero_grad()
+        loss, valid = accumulate(model, rows, settings(micro_batch_sequences=size))
+        assert valid == sum(LENGTHS)
+        made.append((loss, [p.grad.clone() for p in model.parameters()]))
+    assert made[0][0] == pytest.approx(made[1][0], rel=1e-6)
+    for whole, parts in zip(made[0][1], made[1][1], strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_a_packed_document_does_not_see_the_one_before(model: LlamaForCausalLM) -> None:
+    ids = torch.from_numpy(np.random.default_rng(1).integers(1, 300, (1, 24)))
+    targets = torch.cat((torch.full((1, 10), IGNORED), ids[:, 11:], ids[:, :1]), 1)
+    positions = torch.cat((torch.arange(10), torch.arange(14)))[None]
+    packed, _ = accumulate(model, Rows(ids, targets, positions), settings())
+    alone = Rows(ids[:, 10:], targets[:, 10:], torch.arange(14)[None])
+    assert packed == pytest.approx(accumulate(model, alone, settings())[0], rel=1e-6)
+
+
+def test_the_schedules_at_known_steps() -> None:
+    common = {"learning_rate": 1.0, "warmup_share": 0.1, "final_learning_rate_share": 0.0}
+    cosine = [learning_rate(settings(**common), step, 20) for step in (0, 1, 2, 11)]
+    assert cosine == pytest.approx([0.5, 1.0, 1.0, 0.5])
+    wsd = settings(**common, schedule="wsd", decay_share=0.2)
+    held = [learning_rate(wsd, step, 20) for step in (0, 1, 2, 16, 17, 18, 19)]
+    assert held == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25])
