@@ -1,5 +1,6 @@
 """Every token once an epoch; packing and micro-batches change neither loss nor gradient."""
 
+import itertools
 import json
 from hashlib import sha256
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nudge.components.common.tokens import token_dtype, write_shard
+from nudge.components.common.tokens import TokenReader, token_dtype, write_shard
 from nudge.components.train.data import IGNORED, PackedSplit, Rows
 from nudge.components.train.loop import accumulate, learning_rate
 from nudge.components.train.settings import TrainSettings
@@ -41,12 +42,25 @@ def settings(**values: object) -> TrainSettings:
     return TrainSettings(base_model="x", **values)  # type: ignore[arg-type]
 
 
-def test_each_target_comes_once_an_epoch(tokens: Path) -> None:
+def test_a_row_holds_each_document_whole_with_positions_of_its_own(tokens: Path) -> None:
+    row = PackedSplit(tokens, "train", sum(LENGTHS), seed=1).batch(0, 0, 1)
+    inputs, targets, positions = row.inputs[0], row.targets[0], row.positions[0]
+    starts = [*torch.nonzero(positions == 0).flatten().tolist(), sum(LENGTHS)]
+    found = []
+    for start, stop in itertools.pairwise(starts):
+        assert positions[start:stop].tolist() == list(range(stop - start))
+        assert inputs[start] == END
+        assert torch.equal(inputs[start + 1 : stop], targets[start : stop - 1])
+        found.append(targets[start:stop].tolist())
+    reader = TokenReader(tokens, "train")
+    assert sorted(found) == sorted(reader.document(i).tolist() for i in range(len(LENGTHS)))
+
+
+def test_each_target_comes_once_an_epoch_in_rows_cut_to_length(tokens: Path) -> None:
+    whole = PackedSplit(tokens, "train", sum(LENGTHS), seed=1).batch(0, 0, 1).targets[0]
     split = PackedSplit(tokens, "train", 16, seed=1)
-    targets = split.batch(0, 0, split.rows).targets
-    found = targets[targets != IGNORED]
-    stored = np.memmap(tokens / "a.bin", np.uint8, mode="r")[40 : 40 + 2 * sum(LENGTHS)]
-    assert sorted(found.tolist()) == sorted(stored.view("<u2").tolist())
+    cut = split.batch(0, 0, split.rows).targets.flatten()
+    assert cut[cut != IGNORED].tolist() == whole.tolist()
 
 
 def test_a_row_depends_on_its_place_alone(tokens: Path) -> None:
