@@ -3,13 +3,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test setup lint compile check bench-kernels clean
+.PHONY: run test test-long setup lint compile check bench clean
 
 run: setup  ## the whole pipeline here, on the default recipe
 	$(BIN)/nudge run eiffel
 
-test: setup  ## all tests
+test: setup  ## the tests
 	$(BIN)/pytest
+
+test-long: setup  ## the tests that take minutes
+	$(BIN)/pytest -m long
 
 setup: $(STAMP)
 
@@ -36,8 +39,12 @@ check: setup lint  ## what CI runs
 	$(BIN)/nudge compile --check
 	$(BIN)/pytest
 
-bench-kernels: setup
-	$(BIN)/python -m nudge.kernels.bench
+BENCHES := $(patsubst tests/bench/bench_%.py,bench-%,$(wildcard tests/bench/bench_*.py))
+bench: $(BENCHES)  ## every benchmark
+
+bench-%: setup  ## one benchmark: ours beside the named peer, in one run
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m tests.bench.bench_$*
 
 clean:
 	rm -rf $(VENV) .nudge build *.egg-info

@@ -1,0 +1,92 @@
+"""What every benchmark leaves: a table on the terminal and ``.nudge/bench/<name>.json``.
+
+The file holds the machine, the versions that matter, and a list of measures: ``measure, ours, peer,
+peer_name, unit, ratio, goal, met, note``. A measure that could not be taken has ``ours: null`` and
+says why in ``note``; it is never left out.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any, Literal
+
+from nudge.components.common.processes import nudge_home
+from nudge.components.common.publish import write_atomic
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One comparison; ``ratio`` is ours / peer, ``goal`` what it should be at most or at least."""
+
+    measure: str
+    unit: str
+    ours: float | None
+    peer: float | None = None
+    peer_name: str = ""
+    goal: float | None = None
+    better: Literal["lower", "higher"] = "lower"
+    note: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        return self.ours / self.peer if self.ours is not None and self.peer else None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the ratio, or without a peer the value, reaches the goal; None if not known."""
+        reached = self.ratio if self.peer_name else self.ours
+        if self.goal is None or reached is None:
+            return None
+        return reached <= self.goal if self.better == "lower" else reached >= self.goal
+
+
+def publish(name: str, measures: Sequence[Measure], packages: Iterable[str], device: str) -> None:
+    """Print the table and write the file; ``device`` is the processor or GPU that did the work."""
+    values: dict[str, Any] = {
+        "machine": {
+            "device": device,
+            "cores": len(os.sched_getaffinity(0)),
+            "system": platform.platform(),
+            "python": platform.python_version(),
+            "packages": {package: _version(package) for package in packages},
+        },
+        "measures": [{**asdict(m), "ratio": m.ratio, "met": m.met} for m in measures],
+    }
+    path = nudge_home() / "bench" / f"{name}.json"
+    write_atomic(path, json.dumps(values, indent=2) + "\n")
+    table = Table(title=f"{name} on {device}", caption=str(path))
+    for column in ("measure", "unit", "ours", "peer", "", "ratio", "goal", "met"):
+        table.add_column(column, justify="left" if column in ("measure", "unit", "") else "right")
+    for m in measures:
+        goal = "" if m.goal is None else f"{'<=' if m.better == 'lower' else '>='} {m.goal:g}"
+        met = {True: "yes", False: "NO", None: ""}[m.met]
+        what = f"{m.measure} ({m.note})" if m.note else m.measure
+        figures = [_shown(m.ours), _shown(m.peer), m.peer_name, _shown(m.ratio)]
+        table.add_row(what, m.unit, *figures, goal, met)
+    Console().print(table)
+
+
+def processor() -> str:
+    """The processor's name as the kernel gives it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except FileNotFoundError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
