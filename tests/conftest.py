@@ -2,10 +2,15 @@
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.faulty_proxy import FaultyProxy
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -59,3 +64,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("NUDGE_HOME", str(folder))
     yield folder
     services.down(folder)
+
+
+@pytest.fixture
+def faulty_proxy() -> "Iterator[Callable[..., FaultyProxy]]":
+    """Makes a `FaultyProxy` in front of a URL; every one made is stopped after the test."""
+    from tests.faulty_proxy import FaultyProxy
+
+    with ExitStack() as stack:
+
+        def made(upstream: str, **options: Any) -> FaultyProxy:
+            return stack.enter_context(FaultyProxy(upstream, **options))
+
+        yield made

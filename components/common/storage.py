@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from nudge.components.common.errors import UserError
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_ENDPOINT", "AWS_S3_BUCKET")
 """The variables of a data connection (an OpenShift AI connection Secret has the same keys)."""
 
+ATTEMPTS = 8
+"""How often one request is tried before a store that fails is given up."""
+
 
 def s3_client() -> Any:
     """A boto3 client for the data connection; raises `UserError` naming the variables missing."""
@@ -25,17 +29,26 @@ def s3_client() -> Any:
             "connection to the pipeline, or run `nudge services up` on a laptop"
         )
     # A session of its own: boto3's shared one keeps the first credentials that it met.
-    return boto3.Session().client(
+    client = boto3.Session().client(
         "s3",
         endpoint_url=os.environ["AWS_S3_ENDPOINT"],
         region_name=os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
         config=botocore.config.Config(
             s3={"addressing_style": "path"},
-            retries={"mode": "standard", "total_max_attempts": 6},
+            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
             connect_timeout=10,
             read_timeout=60,
         ),
     )
+    client.meta.events.register("needs-retry.s3", _wait_when_asked_to)
+    return client
+
+
+def _wait_when_asked_to(response: Any, attempts: int, **_: Any) -> float | None:
+    """Seconds to wait before asking again, or None: botocore's standard mode takes a plain 429 as
+    final (it looks for error codes alone, https://docs.aws.amazon.com/sdkref)."""
+    busy = response is not None and response[0].status_code == 429
+    return min(random.uniform(0, 2**attempts), 8.0) if busy and attempts < ATTEMPTS else None
 
 
 def split_s3_uri(uri: str) -> tuple[str, str]:

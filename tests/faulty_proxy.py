@@ -1,0 +1,239 @@
+"""A reverse HTTP proxy that hurts: a seeded share of the requests through it goes wrong.
+
+It stands on 127.0.0.1 in front of any HTTP server: an S3 store (the Host header stays the one that
+the client signed), the registry, a Kubernetes API. It can speak TLS to its clients.
+
+    with FaultyProxy("http://127.0.0.1:9000", share=0.2, seed=1) as proxy:
+        ...  # talk to proxy.url
+        proxy.share = 0.0  # well again
+        proxy.planned.append("lost")  # the next request is done, and its answer never arrives
+        proxy.counts["reset"]
+
+| fault | what the client meets | does the server do it? |
+|---|---|---|
+| 500, 503, 429 | that status, at once; 503 and 429 with Retry-After | no |
+| reset | the connection is reset, nothing answered | no |
+| cut-upload | reset when half of the request's body was passed on | it gets half |
+| lost | reset when the server has answered | yes |
+| cut-download | the answer's head and half of its body, then a reset | yes |
+| slow | the right answer, late and in small pieces | yes |
+"""
+
+import asyncio
+import collections
+import contextlib
+import random
+import socket
+import ssl
+import struct
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Literal, Self, get_args
+from urllib.parse import urlsplit
+
+import aiohttp
+import yarl
+from aiohttp import web
+
+Fault = Literal["500", "503", "429", "reset", "cut-upload", "lost", "cut-download", "slow"]
+FAULTS: tuple[Fault, ...] = get_args(Fault)
+
+# Headers of one connection, which a proxy does not pass on (RFC 9110, 7.6.1); aiohttp sets them.
+HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "expect"}
+RESET = struct.pack("ii", 1, 0)
+"""SO_LINGER of 0 seconds: closing sends RST in the place of FIN."""
+
+
+class _Cut(Exception):
+    """Ends the passing on of a request's body."""
+
+
+class FaultyProxy:
+    """A proxy in a thread of its own, from ``start`` (or ``with``) to ``stop``.
+
+    ``share`` of the requests for which ``only(method, path)`` is true meet one of ``faults``;
+    ``planned`` faults come first, one a request. All three may be changed while it runs. ``counts``
+    holds how often each fault was done, and under "passed" the requests that were left in peace;
+    a fault that a request has no place for (no body to cut) counts as what was done in its stead.
+    """
+
+    def __init__(
+        self,
+        upstream: str,
+        *,
+        share: float = 0.2,
+        seed: int = 0,
+        faults: Sequence[Fault] = FAULTS,
+        only: Callable[[str, str], bool] = lambda method, path: True,
+        retry_after_s: int = 1,
+        slow_s: float = 0.3,
+        tls: ssl.SSLContext | None = None,
+        trusted: ssl.SSLContext | None = None,
+    ) -> None:
+        self.upstream = upstream.rstrip("/")
+        self.share, self.faults, self.only = share, tuple(faults), only
+        self.retry_after_s, self.slow_s = retry_after_s, slow_s
+        self.planned: collections.deque[Fault] = collections.deque()
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.requests: list[tuple[str, str, dict[str, str], str]] = []
+        """Method, path, headers, and fault or "passed" of each request, in order."""
+        self._random = random.Random(seed)
+        self._tls, self._trusted = tls, trusted
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="faulty-proxy", daemon=True)
+
+    @property
+    def url(self) -> str:
+        port = self._socket.getsockname()[1]
+        # Certificates name localhost; S3 clients are content with either.
+        return f"https://localhost:{port}" if self._tls else f"http://127.0.0.1:{port}"
+
+    def start(self) -> Self:
+        self._thread.start()
+        assert self._ready.wait(30)
+        return self
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(30)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def hurt(self) -> int:
+        """How many requests met a fault."""
+        return sum(count for name, count in self.counts.items() if name != "passed")
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._open())
+        self._ready.set()
+        self._loop.run_forever()
+        self._loop.run_until_complete(self._runner.cleanup())
+        self._loop.run_until_complete(self._session.close())
+        self._loop.close()
+
+    async def _open(self) -> None:
+        connector = aiohttp.TCPConnector(force_close=True, limit=0, ssl=self._trusted or True)
+        self._session = aiohttp.ClientSession(connector=connector, auto_decompress=False)
+        app = web.Application()
+        app.router.add_route("*", "/{anything:.*}", self._handle)
+        self._runner = web.AppRunner(
+            app, access_log=None, auto_decompress=False, shutdown_timeout=0.1
+        )
+        await self._runner.setup()
+        await web.SockSite(self._runner, self._socket, ssl_context=self._tls).start()
+
+    def _choose(self, request: web.Request) -> Fault | None:
+        if not self.only(request.method, request.raw_path):
+            return None
+        if self.planned:
+            fault = self.planned.popleft()
+        elif self._random.random() < self.share:
+            fault = self._random.choice(self.faults)
+        else:
+            return None
+        return "reset" if fault == "cut-upload" and not request.can_read_body else fault
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        fault = self._choose(request)
+        headers = dict(request.headers)
+        self.requests.append((request.method, request.raw_path, headers, fault or "passed"))
+        if fault in ("500", "503", "429"):
+            self._count(fault)
+            after = {} if fault == "500" else {"Retry-After": str(self.retry_after_s)}
+            return web.Response(status=int(fault), headers=after, text=f"{fault}, by the proxy")
+        if fault == "reset":
+            return self._reset(request, fault)
+        if fault == "slow":
+            await asyncio.sleep(self.slow_s)
+        try:
+            answer = await self._forward(request, cut=fault == "cut-upload")
+        except (_Cut, aiohttp.ClientError) as error:
+            if fault == "cut-upload":
+                return self._reset(request, fault)
+            return web.Response(
+                status=502, text=f"the proxy did not reach {self.upstream}: {error}"
+            )
+        async with answer:
+            if fault in ("lost", "cut-upload"):
+                await answer.read()
+                return self._reset(request, fault)
+            return await self._answer(request, answer, fault)
+
+    async def _forward(self, request: web.Request, cut: bool) -> aiohttp.ClientResponse:
+        headers = [(k, v) for k, v in request.headers.items() if k.lower() not in HOP_BY_HOP]
+        return await self._session.request(
+            request.method,
+            yarl.URL(self.upstream + request.raw_path, encoded=True),
+            headers=headers,
+            data=_body(request, cut) if request.can_read_body else None,
+            allow_redirects=False,
+            skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+            timeout=aiohttp.ClientTimeout(total=None),
+            server_hostname=urlsplit(self.upstream).hostname if self._trusted else None,
+        )
+
+    async def _answer(
+        self, request: web.Request, answer: aiohttp.ClientResponse, fault: Fault | None
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(status=answer.status, reason=answer.reason)
+        for name, value in answer.headers.items():
+            if name.lower() not in HOP_BY_HOP:
+                response.headers.add(name, value)
+        if request.method == "HEAD" or answer.status in (204, 304):
+            self._count("slow" if fault == "slow" else "passed")
+            return response
+        length = answer.content_length
+        if fault == "cut-download" and length == 0:
+            return self._reset(request, "lost")
+        if length is None:
+            response.enable_chunked_encoding()
+        await response.prepare(request)
+        left = (length or 2) // 2 if fault == "cut-download" else None
+        async for chunk in answer.content.iter_any():
+            if left is not None and len(chunk) > left:
+                await response.write(chunk[:left])
+                return self._reset(request, "cut-download", unsent=False)
+            left = None if left is None else left - len(chunk)
+            if fault == "slow":
+                half = len(chunk) // 2
+                await response.write(chunk[:half])
+                await asyncio.sleep(self.slow_s / 10)
+                chunk = chunk[half:]
+            await response.write(chunk)
+        self._count("slow" if fault == "slow" else "passed")
+        await response.write_eof()
+        return response
+
+    def _reset(self, request: web.Request, fault: Fault, unsent: bool = True) -> web.Response:
+        self._count(fault)
+        transport = request.transport
+        if transport is not None:
+            if unsent:
+                with contextlib.suppress(OSError):
+                    raw: Any = transport.get_extra_info("socket")
+                    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+                transport.abort()
+            else:  # what was sent must arrive, so the end is a plain one
+                transport.close()
+        return web.Response()
+
+    def _count(self, name: str) -> None:
+        self.counts[name] += 1
+
+
+async def _body(request: web.Request, cut: bool) -> AsyncIterator[bytes]:
+    left = (request.content_length or 2) // 2
+    async for chunk in request.content.iter_any():
+        if cut and len(chunk) >= left:
+            yield chunk[:left]
+            raise _Cut
+        left -= len(chunk)
+        yield chunk

@@ -1,0 +1,141 @@
+"""The proxy that tests hurt others with does what it says, and nothing else."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from aiohttp import web
+from nudge.components.common.storage import s3_client
+from nudge.pipelines.local import services
+
+from tests.faulty_proxy import FAULTS, FaultyProxy
+
+Proxied = Callable[..., FaultyProxy]
+BODY = bytes(range(256)) * 1000
+
+
+class Echo:
+    """Answers each request with its own body, and counts what arrived whole."""
+
+    def __init__(self) -> None:
+        self.whole = 0
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+        assert self._ready.wait(30)
+
+    def _serve(self) -> None:
+        async def answer(request: web.Request) -> web.Response:
+            body = await request.read()
+            self.whole += 1
+            return web.Response(body=body or b"empty", headers={"Seen-Host": request.host})
+
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_route("*", "/{anything:.*}", answer)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        self._loop.run_until_complete(runner.setup())
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        self._loop.run_until_complete(site.start())
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        self._ready.set()
+        self._loop.run_forever()
+        self._loop.run_until_complete(runner.cleanup())
+        self._loop.close()
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(30)
+
+
+@pytest.fixture
+def echo() -> Iterator[Echo]:
+    echo = Echo()
+    yield echo
+    echo.stop()
+
+
+def test_without_faults_all_passes_as_it_was_sent(echo: Echo, faulty_proxy: Proxied) -> None:
+    proxy = faulty_proxy(echo.url, share=0.0)
+    answer = httpx.post(f"{proxy.url}/a%2Fb?c=%20d", content=BODY)
+    assert answer.content == BODY
+    assert answer.headers["Seen-Host"] == proxy.url.removeprefix("http://")
+    assert proxy.requests[0][:2] == ("POST", "/a%2Fb?c=%20d")
+    assert proxy.counts == {"passed": 1}
+
+
+@pytest.mark.parametrize(
+    ("fault", "met", "done"),
+    [
+        ("500", 500, 0),
+        ("503", 503, 0),
+        ("429", 429, 0),
+        ("reset", httpx.TransportError, 0),
+        ("cut-upload", httpx.TransportError, 0),
+        ("lost", httpx.TransportError, 1),
+        ("cut-download", httpx.RemoteProtocolError, 1),
+        ("slow", 200, 1),
+    ],
+)
+def test_each_fault_is_what_it_says(
+    fault: str, met: int | type[Exception], done: int, echo: Echo, faulty_proxy: Proxied
+) -> None:
+    proxy = faulty_proxy(echo.url, share=0.0)
+    proxy.planned.append(fault)  # type: ignore[arg-type]
+    if isinstance(met, int):
+        answer = httpx.post(proxy.url, content=BODY)
+        assert answer.status_code == met
+        assert (answer.headers.get("Retry-After") == "1") is (met in (503, 429))
+        assert (answer.content == BODY) is (met == 200)
+    else:
+        with pytest.raises(met):
+            httpx.post(proxy.url, content=BODY)
+    assert echo.whole == done
+    assert proxy.counts == {fault: 1}
+    assert httpx.post(proxy.url, content=BODY).content == BODY
+
+
+def test_a_seeded_share_is_hurt_and_can_be_switched_off(echo: Echo, faulty_proxy: Proxied) -> None:
+    hurt, client = [], httpx.Client()
+    for _ in range(2):
+        proxy = faulty_proxy(
+            echo.url, share=0.2, seed=3, slow_s=0.001, only=lambda method, path: path != "/safe"
+        )
+        for number in range(200):
+            with contextlib.suppress(httpx.TransportError):
+                client.put(f"{proxy.url}/{number}", content=b"some body")
+        hurt.append([fault for *_, fault in proxy.requests])
+        assert set(proxy.counts) == {*FAULTS, "passed"}
+        assert 25 <= proxy.hurt <= 55
+        before = proxy.hurt
+        for path in ("/safe", "/also"):
+            proxy.share = 0.2 if path == "/safe" else 0.0
+            for _ in range(20):
+                assert client.get(proxy.url + path).status_code == 200
+        assert proxy.hurt == before
+    assert hurt[0] == hurt[1]
+
+
+def test_it_stands_in_front_of_a_store_that_checks_signatures(
+    home: Path, faulty_proxy: Proxied, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = services.up(home)
+    proxy = faulty_proxy(environment["AWS_S3_ENDPOINT"], share=0.2, seed=5, slow_s=0.01)
+    for name, value in {**environment, "AWS_S3_ENDPOINT": proxy.url}.items():
+        monkeypatch.setenv(name, value)
+    client = s3_client()
+    for number in range(10):
+        key = f"a folder/ü{number}"
+        client.put_object(Bucket="nudge", Key=key, Body=BODY, ChecksumAlgorithm="CRC32")
+    assert proxy.hurt > 0
+    proxy.share = 0.0
+    listed = client.list_objects_v2(Bucket="nudge", Prefix="a folder/")["Contents"]
+    assert {item["Size"] for item in listed} == {len(BODY)}
+    assert client.get_object(Bucket="nudge", Key="a folder/ü7")["Body"].read() == BODY
+    registry = faulty_proxy(environment["NUDGE_REGISTRY_URL"], share=0.0)
+    path = "/api/model_registry/v1alpha3/registered_models"
+    assert httpx.get(registry.url + path).json()["size"] == 0
