@@ -75,10 +75,12 @@ def processor() -> str:
     """The processor's name as the kernel gives it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+            lines = [line for line in file if line.startswith("model name")]
     except FileNotFoundError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+        lines = []
+    return (
+        lines[0].split(":", 1)[1].strip() if lines else platform.processor() or platform.machine()
+    )
 
 
 def _version(package: str) -> str | None:
