@@ -14,6 +14,7 @@ A shard is one file, little-endian:
 ``manifest.json`` (nudge.tokens, version 1) holds each shard's sha256, vocabulary, tokenizer hash.
 """
 
+import hashlib
 import struct
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ class TokenReader:
     def __init__(self, tokens: Path, split: str) -> None:
         self.manifest = read_tokens_manifest(tokens)
         self._shards: list[tuple[np.ndarray, np.ndarray]] = []
-        for shard in self.manifest["splits"][split]["shards"]:
+        shards = self.manifest["splits"][split]["shards"]
+        self.sha256 = hashlib.sha256("".join(s["sha256"] for s in shards).encode()).hexdigest()
+        for shard in shards:
             path = tokens / shard["file"]
             verify_file(path, shard["sha256"])
             self._shards.append(_open(path))

@@ -7,6 +7,7 @@ target; the others begin bare, as a prompt does, and their first token is contex
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from nudge.components.common.tokens import TokenReader
 
 IGNORED = -100
 """The target of padding; the loss leaves it out."""
+
+ORDER_VERSION = 1
+"""Changes when the same settings begin to give other rows."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,14 @@ class PackedSplit:
         if self.targets == 0:
             raise UserError(f"the {split} split of {tokens} holds no token; ingest more text")
         self.rows = -(-self.targets // length)
+        self._identity = {
+            "order_version": ORDER_VERSION,
+            "split": split,
+            "length": length,
+            "seed": seed,
+            "prefix_share": prefix_share,
+            "shards_sha256": self._reader.sha256,
+        }
         self._epoch = -1
         self._order = np.empty(0, np.int64)
         self._bare = np.empty(0, np.bool_)
@@ -52,12 +64,39 @@ class PackedSplit:
 
     def batch(self, epoch: int, first: int, rows: int) -> Rows:
         """``rows`` rows from ``first`` on, going on into the next epoch where this one ends."""
+        if rows == 0:
+            return Rows(*(torch.empty(0, self._length, dtype=torch.int64) for _ in range(3)))
         made = [
             self._row(epoch + index // self.rows, index % self.rows)
             for index in range(first, first + rows)
         ]
         stacked = (torch.from_numpy(np.stack(part)) for part in zip(*made, strict=True))
         return Rows(*stacked)
+
+    def step_batch(self, step: int, batch_rows: int, rank: int = 0, ranks: int = 1) -> Rows:
+        """The slice of the batch of ``step`` (from 0) that one of ``ranks`` ranks trains on.
+
+        The slices of all ranks, in their order, are the batch of a single rank, for any number of
+        ranks; they differ by at most one row, and are empty for some where rows are fewer.
+        """
+        first, stop = (batch_rows * part // ranks for part in (rank, rank + 1))
+        return self.batch(0, step * batch_rows + first, stop - first)
+
+    def cursor(self, rows_read: int) -> dict[str, Any]:
+        """A checkpoint's note of how far training has read, in plain JSON values."""
+        return {**self._identity, "rows_read": rows_read}
+
+    def resume(self, cursor: dict[str, Any]) -> int:
+        """The rows read so far, by the note that `cursor` left.
+
+        The number of ranks and the rows a batch may have changed since. Raises `UserError` if the
+        data or their order are not the same, so that nothing is skipped or read twice.
+        """
+        changed = [key for key, value in self._identity.items() if cursor.get(key) != value]
+        if changed:
+            told = ", ".join(f"{k} {cursor.get(k)!r}, now {self._identity[k]!r}" for k in changed)
+            raise UserError(f"the checkpoint was made with other training data or order: {told}")
+        return int(cursor["rows_read"])
 
     def _row(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         self._shuffle(epoch)

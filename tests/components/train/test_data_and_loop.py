@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nudge.components.common.errors import UserError
 from nudge.components.common.tokens import TokenReader, token_dtype, write_shard
 from nudge.components.train.data import IGNORED, PackedSplit, Rows
 from nudge.components.train.loop import accumulate, learning_rate
@@ -74,6 +75,38 @@ def test_a_row_depends_on_its_place_alone(tokens: Path) -> None:
     other = PackedSplit(tokens, "train", 16, seed=2).batch(0, 0, 20)
     assert not torch.equal(other.targets, straight.targets)
     assert not torch.equal(straight.targets[: jumping.rows], jumping.batch(1, 0, 7).targets)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_the_order_is_the_same_on_any_number_of_ranks(tokens: Path, ranks: int) -> None:
+    alone = PackedSplit(tokens, "train", 16, seed=1)
+    for step in (0, 1, 5):  # step 5 is in the second epoch
+        whole = alone.batch(0, step * 5, 5)
+        splits = [PackedSplit(tokens, "train", 16, seed=1) for _ in range(ranks)]
+        parts = [split.step_batch(step, 5, rank, ranks) for rank, split in enumerate(splits)]
+        for name in ("inputs", "targets", "positions"):
+            joined = torch.cat([getattr(part, name) for part in parts])
+            assert torch.equal(joined, getattr(whole, name))
+
+
+def test_a_cursor_goes_on_where_it_stood_twice_and_with_another_batch(tokens: Path) -> None:
+    straight = PackedSplit(tokens, "train", 16, seed=1).batch(0, 0, 18).targets
+    read, parts = 0, []
+    for batch, steps in ((4, 2), (3, 2), (2, 2)):
+        split = PackedSplit(tokens, "train", 16, seed=1)
+        read = split.resume(json.loads(json.dumps(split.cursor(read))))
+        for _ in range(steps):
+            parts.append(split.batch(0, read, batch).targets)
+            read += batch
+    assert torch.equal(torch.cat(parts), straight)
+
+
+def test_a_cursor_of_other_data_or_order_is_refused(tokens: Path) -> None:
+    note = PackedSplit(tokens, "train", 16, seed=1).cursor(5)
+    with pytest.raises(UserError, match="seed 1, now 2"):
+        PackedSplit(tokens, "train", 16, seed=2).resume(note)
+    with pytest.raises(UserError, match="length 16, now 8"):
+        PackedSplit(tokens, "train", 8, seed=1).resume(note)
 
 
 def test_micro_batches_give_the_gradient_of_the_large_batch(
