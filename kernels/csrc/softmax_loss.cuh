@@ -1,0 +1,352 @@
+// Turns a chunk of logits [rows, V] into the loss of each row and, in place, its gradient.
+//
+// Per row, with z the logits + bias after the soft cap, p = softmax(z), b_c = e w_c / V the share
+// that label smoothing e spreads, B its sum, and a = (1 - e) w_y:
+//
+//   loss = a (lse - z_y) + B lse - sum b_c z_c + z_loss lse^2
+//   d loss / d z_c = p_c (a + B + 2 z_loss lse) - b_c - a [c = y]
+//
+// Everything is centred on the row's maximum, so that large logits cost no digits. Sums run in a
+// fixed order: the same input gives the same bits.
+//
+// A row is read once into shared memory and written once (Keep), spread over the blocks of a
+// cluster where one block's memory is too small; or it is read twice, the second time mostly from
+// L2 where the rows in flight fit there.
+
+#pragma once
+
+#ifndef NUDGE_EMULATED
+#include "device.cuh"
+#endif
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace nudge {
+
+constexpr int kWarp = 32;
+constexpr int kMostThreads = 512;
+constexpr int kMostWarps = kMostThreads / kWarp;
+constexpr int kMostBlocks = 8;  // the largest cluster that every sm_90 device takes
+
+// What a launch pays for: nothing beyond the softmax, a soft cap, or whatever the arguments ask.
+enum class Kind { plain, softcap, full };
+
+// Vectors of 16 bytes that a thread has under way; 4 of the full kind do not fit 64 registers.
+constexpr int ahead_of(Kind kind) { return kind == Kind::full ? 2 : 4; }
+
+struct Rows {
+  void* logits;
+  int64_t row_stride;  // in elements
+  int64_t rows;
+  int vocabulary;
+  const int64_t* targets;
+  const float* class_weight;  // or null
+  const float* bias;          // or null
+  const float* scale;
+  int64_t scale_stride;  // 0 where all rows share one scale
+  int64_t ignore_index;
+  float smoothing;
+  float z_loss;
+  float softcap;
+  float* losses;
+  float* lse;
+  bool differentiate;
+};
+
+inline Kind kind_of(const Rows& rows) {
+  if (rows.bias || rows.smoothing > 0) return Kind::full;
+  return rows.softcap > 0 ? Kind::softcap : Kind::plain;
+}
+
+// The running sums of a part of a row: its maximum, and relative to it the sum of exponentials and
+// of b_c z_c; and the sum of b_c.
+struct Sums {
+  float top, total, smooth, share;
+};
+
+// Where shared memory lies: the reductions' scratch first, then the kept part of the row.
+struct Scratch {
+  float tops[kMostWarps];
+  float totals[kMostWarps], smooths[kMostWarps], shares[kMostWarps];
+  Sums block;
+  Sums padding;
+};
+static_assert(sizeof(Scratch) % 16 == 0, "the kept row after it is read 16 bytes at a time");
+
+// A row of T as 16-byte vectors. Rows of an odd V begin anywhere: up to 15 bytes before the first
+// vector and after the last are taken one element a thread.
+template <typename T, typename Index = int>
+struct Layout {
+  static constexpr int width = 16 / sizeof(T);
+  Index vectors;
+  int head, loose;  // elements before the first vector; before it and after the last
+
+  __device__ Layout(const T* row, Index count) {
+    int to_boundary = static_cast<int>((16 - (reinterpret_cast<uintptr_t>(row) & 15)) & 15) / sizeof(T);
+    head = to_boundary < count ? to_boundary : static_cast<int>(count);
+    vectors = (count - head) / width;
+    loose = static_cast<int>(count - vectors * width);
+  }
+  __device__ Index loose_column(int at) const { return at < head ? at : vectors * width + at; }
+};
+
+__device__ inline float centre(float top) { return top == -INFINITY ? 0.0f : top; }
+
+// A factor to bring a sum of exponentials from one maximum to a larger one.
+template <typename T>
+__device__ inline float shrink(float from, float to) {
+  return from == to ? 1.0f : exp_of<T>(from - to);
+}
+
+template <typename T, Kind kind>
+struct Row {
+  const Rows& given;
+  float weight_share;  // b_c of a class that weighs 1
+  float per_cap;
+
+  __device__ explicit Row(const Rows& rows)
+      : given(rows), weight_share(rows.smoothing / rows.vocabulary), per_cap(1.0f / rows.softcap) {}
+
+  __device__ float share(int column) const {
+    if (kind != Kind::full) return 0.0f;
+    return given.class_weight ? weight_share * given.class_weight[column] : weight_share;
+  }
+
+  // The logit that the softmax sees; slope gets its derivative with respect to what was stored.
+  __device__ float logit(T stored, int column, float* slope = nullptr) const {
+    float z = to_float(stored);
+    if (kind == Kind::full && given.bias) z += given.bias[column];
+    if (kind == Kind::softcap || (kind == Kind::full && given.softcap > 0)) {
+      float bent = tanh_of<T>(z * per_cap);
+      if (slope) *slope = 1.0f - bent * bent;
+      z = given.softcap * bent;
+    }
+    return z;
+  }
+
+  template <int count>
+  __device__ void absorb(Sums& sums, const T* stored, int column) const {
+    float z[count];
+    float top = sums.top;
+#pragma unroll
+    for (int at = 0; at < count; ++at) {
+      z[at] = logit(stored[at], column + at);
+      top = fmaxf(top, z[at]);
+    }
+    if (top > sums.top) {
+      sums.total *= exp_of<T>(sums.top - top);
+      if (kind == Kind::full) sums.smooth += sums.share * (centre(sums.top) - top);
+      sums.top = top;
+    }
+    float middle = centre(top);
+#pragma unroll
+    for (int at = 0; at < count; ++at) {
+      sums.total += exp_of<T>(z[at] - middle);
+      if (kind == Kind::full && given.smoothing > 0) {
+        float part = share(column + at);
+        sums.share += part;
+        sums.smooth += part * (z[at] - middle);
+      }
+    }
+  }
+};
+
+// The sums of all threads of the block, the same bits in each. Two barriers.
+template <typename T, Kind kind>
+__device__ Sums reduce_block(Sums mine, Scratch& scratch) {
+  int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  float top = mine.top;
+  for (int step = kWarp / 2; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+  if (lane == 0) scratch.tops[warp] = top;
+  __syncthreads();
+  for (int at = 0; at < warps; ++at) top = fmaxf(top, scratch.tops[at]);
+
+  float total = mine.total * shrink<T>(mine.top, top);
+  float smooth = mine.smooth + mine.share * (centre(mine.top) - centre(top)), share = mine.share;
+  for (int step = kWarp / 2; step; step /= 2) {
+    total += __shfl_xor_sync(~0u, total, step);
+    if (kind == Kind::full) {
+      smooth += __shfl_xor_sync(~0u, smooth, step);
+      share += __shfl_xor_sync(~0u, share, step);
+    }
+  }
+  if (lane == 0) {
+    scratch.totals[warp] = total;
+    scratch.smooths[warp] = smooth;
+    scratch.shares[warp] = share;
+  }
+  __syncthreads();
+  Sums all{top, 0.0f, 0.0f, 0.0f};
+  for (int at = 0; at < warps; ++at) {
+    all.total += scratch.totals[at];
+    if (kind == Kind::full) {
+      all.smooth += scratch.smooths[at];
+      all.share += scratch.shares[at];
+    }
+  }
+  return all;
+}
+
+// The sums of all blocks of the cluster, read from their shared memory. The caller must wait for
+// the cluster before it leaves or writes its scratch again: others may still be reading.
+template <typename T, Kind kind>
+__device__ Sums reduce_cluster(Sums mine, Scratch& scratch, int blocks) {
+  if (threadIdx.x == 0) scratch.block = mine;
+  cluster_arrive();
+  cluster_wait();
+  Sums parts[kMostBlocks];
+  float top = -INFINITY;
+#pragma unroll
+  for (int rank = 0; rank < kMostBlocks; ++rank) {
+    if (rank < blocks) {
+      parts[rank] = *in_block(&scratch.block, rank);
+      top = fmaxf(top, parts[rank].top);
+    }
+  }
+  cluster_arrive();
+  Sums all{top, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+  for (int rank = 0; rank < kMostBlocks; ++rank) {
+    if (rank < blocks) {
+      all.total += parts[rank].total * shrink<T>(parts[rank].top, top);
+      if (kind == Kind::full) {
+        all.smooth += parts[rank].smooth + parts[rank].share * (centre(parts[rank].top) - centre(top));
+        all.share += parts[rank].share;
+      }
+    }
+  }
+  return all;
+}
+
+// One row a cluster at a time, from row blockIdx.x / blocks on. blockDim.x is a multiple of kWarp.
+template <typename T, Kind kind, bool keep>
+__global__ void __launch_bounds__(kMostThreads, 2) softmax_loss(const Rows given) {
+  constexpr int width = Layout<T>::width, kAhead = ahead_of(kind);
+  Scratch& scratch = *reinterpret_cast<Scratch*>(shared_memory());
+  uint4* kept = reinterpret_cast<uint4*>(shared_memory() + sizeof(Scratch));
+  const int blocks = keep ? cluster_blocks() : 1, rank = keep ? cluster_rank() : 0;
+  const int thread = threadIdx.x, threads = blockDim.x;
+  const Row<T, kind> row_of(given);
+
+  for (int64_t row = blockIdx.x / blocks; row < given.rows; row += gridDim.x / blocks) {
+    T* logits = static_cast<T*>(given.logits) + row * given.row_stride;
+    const Layout<T> layout(logits, given.vocabulary);
+    uint4* vectors = reinterpret_cast<uint4*>(logits + layout.head);
+    const int part = (layout.vectors + blocks - 1) / blocks;
+    const int first = part * rank, end = min(first + part, layout.vectors);
+    const bool has_loose = rank == 0 && thread < layout.loose;
+    const int loose_column = layout.loose_column(thread);
+    const int64_t target = given.targets[row];
+
+    if (target == given.ignore_index) {  // the same for the whole cluster
+      if (rank == 0 && thread == 0) given.losses[row] = given.lse[row] = 0.0f;
+      if (given.differentiate) {
+        for (int at = first + thread; at < end; at += threads) vectors[at] = uint4{0, 0, 0, 0};
+        if (has_loose) logits[loose_column] = from_float<T>(0.0f);
+      }
+      continue;
+    }
+
+    const bool outside = target < 0 || target >= given.vocabulary;
+    const int column_of_target = outside ? 0 : static_cast<int>(target);
+    const float z_target = row_of.logit(logits[column_of_target], column_of_target);
+    T loose{};
+    Sums sums{-INFINITY, 0.0f, 0.0f, 0.0f};
+    if (has_loose) {
+      loose = logits[loose_column];
+      row_of.template absorb<1>(sums, &loose, loose_column);
+    }
+    for (int start = first + thread; start < end; start += threads * kAhead) {
+      uint4 loaded[kAhead];
+#pragma unroll
+      for (int ahead = 0; ahead < kAhead; ++ahead) {
+        int at = start + ahead * threads;
+        if (at < end) loaded[ahead] = vectors[at];
+      }
+#pragma unroll
+      for (int ahead = 0; ahead < kAhead; ++ahead) {
+        int at = start + ahead * threads;
+        if (at >= end) break;
+        if (keep) kept[at - first] = loaded[ahead];
+        T stored[width];
+        memcpy(stored, &loaded[ahead], 16);
+        row_of.template absorb<width>(sums, stored, layout.head + at * width);
+      }
+    }
+    sums = reduce_block<T, kind>(sums, scratch);
+    if (blocks > 1) sums = reduce_cluster<T, kind>(sums, scratch, blocks);
+    sums.total += sums.top - sums.top;  // NaN where the maximum is infinite, as torch has it
+
+    // From here on nobody reads what another thread writes.
+    const float log_total = logf(sums.total), lse = sums.top + log_total;
+    const float hit = outside ? NAN
+        : (1.0f - given.smoothing) * (given.class_weight ? given.class_weight[target] : 1.0f);
+    const float factor = hit + sums.share;
+    if (rank == 0 && thread == 0) {
+      const float taken = hit == 0 ? 0.0f : hit * (z_target - sums.top);
+      given.losses[row] = factor * log_total - taken - sums.smooth + given.z_loss * lse * lse;
+      given.lse[row] = lse;
+    }
+    if (given.differentiate) {
+      const float scale = given.scale[row * given.scale_stride];
+      const float spread = (factor + 2.0f * given.z_loss * lse) * scale / sums.total;
+      const float pull = hit * scale;
+      auto gradient = [&](T stored, int column) {
+        float slope = 1.0f;
+        float z = row_of.logit(stored, column, &slope);
+        float value = exp_of<T>(z - sums.top) * spread;
+        if (kind == Kind::full && given.smoothing > 0) value -= row_of.share(column) * scale;
+        if (column == column_of_target) value -= pull;
+        return from_float<T>(kind == Kind::plain ? value : value * slope);
+      };
+      for (int start = first + thread; start < end; start += threads * kAhead) {
+        uint4 loaded[kAhead];
+#pragma unroll
+        for (int ahead = 0; ahead < kAhead; ++ahead) {
+          int at = start + ahead * threads;
+          if (at < end) loaded[ahead] = keep ? kept[at - first] : vectors[at];
+        }
+#pragma unroll
+        for (int ahead = 0; ahead < kAhead; ++ahead) {
+          int at = start + ahead * threads;
+          if (at >= end) break;
+          T made[width];
+          memcpy(made, &loaded[ahead], 16);
+#pragma unroll
+          for (int e = 0; e < width; ++e) made[e] = gradient(made[e], layout.head + at * width + e);
+          memcpy(&loaded[ahead], made, 16);
+          vectors[at] = loaded[ahead];
+        }
+      }
+      if (has_loose) logits[loose_column] = gradient(loose, loose_column);
+    }
+    if (blocks > 1) cluster_wait();
+  }
+}
+
+// value *= *factor, or nothing at all where the factor is 1.
+template <typename T>
+__global__ void __launch_bounds__(kMostThreads) scale_unless_one(T* value, int64_t count, const float* factor) {
+  const float by = *factor;
+  if (by == 1.0f) return;
+  constexpr int width = Layout<T>::width;
+  const Layout<T, int64_t> layout(value, count);
+  uint4* vectors = reinterpret_cast<uint4*>(value + layout.head);
+  const int64_t thread = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  for (int64_t at = thread; at < layout.vectors; at += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    uint4 loaded = vectors[at];
+    T made[width];
+    memcpy(made, &loaded, 16);
+    for (int e = 0; e < width; ++e) made[e] = from_float<T>(to_float(made[e]) * by);
+    memcpy(&loaded, made, 16);
+    vectors[at] = loaded;
+  }
+  if (thread < layout.loose) {
+    T& element = value[layout.loose_column(static_cast<int>(thread))];
+    element = from_float<T>(to_float(element) * by);
+  }
+}
+
+}  // namespace nudge

@@ -1,0 +1,159 @@
+// The names of kernels/csrc/device.cuh and of CUDA itself, for a C++ compiler: every CUDA thread is
+// a thread of the processor, __syncthreads and shuffles are std::barrier, and a cluster's blocks run
+// side by side with shared memory that the others can read. Sanitizers see all of it.
+
+#pragma once
+
+#include <algorithm>
+#include <barrier>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <thread>
+#include <vector>
+
+#define NUDGE_EMULATED
+#define __device__
+#define __global__
+#define __launch_bounds__(...)
+
+struct Index {
+  int x;
+};
+inline thread_local Index threadIdx, blockIdx, blockDim, gridDim;
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+namespace emulator {
+
+using Barrier = std::barrier<>;
+
+struct Block {
+  std::vector<uint4> shared;
+  Barrier threads;
+  std::vector<std::unique_ptr<Barrier>> warps;
+  std::vector<float> shuffled;
+
+  Block(int threads, int shared_bytes)
+      : shared(shared_bytes / 16), threads(threads), shuffled(threads) {
+    for (int at = 0; at < threads; at += 32) warps.push_back(std::make_unique<Barrier>(32));
+    forget();
+  }
+
+  // Shared memory is NaN before the block begins and as soon as its last thread has left, however
+  // long other blocks of the cluster still read it.
+  void forget() { memset(shared.data(), 0xff, shared.size() * sizeof(uint4)); }
+};
+
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  Barrier threads;
+
+  Cluster(int blocks_in_it, int threads_a_block, int shared_bytes) : threads(blocks_in_it * threads_a_block) {
+    for (int at = 0; at < blocks_in_it; ++at) {
+      blocks.push_back(std::make_unique<Block>(threads_a_block, shared_bytes));
+    }
+  }
+};
+
+inline thread_local Cluster* cluster;
+inline thread_local int rank;
+inline thread_local std::optional<Barrier::arrival_token> arrived;
+
+inline Block& block() { return *cluster->blocks[rank]; }
+
+// Runs kernel over `grid` blocks, a cluster at a time.
+template <typename Kernel>
+void launch(int grid, int blocks, int threads, int shared_bytes, Kernel kernel) {
+  Cluster all(blocks, threads, shared_bytes);
+  std::vector<std::thread> running;
+  for (int number = 0; number < blocks * threads; ++number) {
+    running.emplace_back([&, number] {
+      cluster = &all;
+      rank = number / threads;
+      threadIdx.x = number % threads;
+      blockDim.x = threads;
+      gridDim.x = grid;
+      for (int first = 0; first < grid; first += blocks) {
+        blockIdx.x = first + rank;
+        kernel();
+        block().threads.arrive_and_wait();
+        if (threadIdx.x == 0) block().forget();
+        all.threads.arrive_and_wait();
+      }
+    });
+  }
+  for (std::thread& one : running) one.join();
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::block().threads.arrive_and_wait(); }
+
+inline float __shfl_xor_sync(unsigned, float value, int step) {
+  emulator::Block& block = emulator::block();
+  emulator::Barrier& warp = *block.warps[threadIdx.x / 32];
+  block.shuffled[threadIdx.x] = value;
+  warp.arrive_and_wait();
+  float other = block.shuffled[threadIdx.x ^ step];
+  warp.arrive_and_wait();
+  return other;
+}
+
+namespace nudge {
+
+using std::min;
+
+struct bf16 {
+  uint16_t bits;
+};
+using fp16 = _Float16;
+
+inline float to_float(float value) { return value; }
+inline float to_float(fp16 value) { return static_cast<float>(value); }
+inline float to_float(bf16 value) { return std::bit_cast<float>(uint32_t{value.bits} << 16); }
+
+template <typename T>
+T from_float(float value) {
+  return static_cast<T>(value);
+}
+template <>
+inline bf16 from_float<bf16>(float value) {
+  if (std::isnan(value)) return {0x7fff};
+  uint32_t bits = std::bit_cast<uint32_t>(value);
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+template <typename T>
+float exp_of(float x) {
+  return expf(x);
+}
+template <typename T>
+float tanh_of(float x) {
+  return tanhf(x);
+}
+
+inline unsigned char* shared_memory() {
+  return reinterpret_cast<unsigned char*>(emulator::block().shared.data());
+}
+
+inline int cluster_blocks() { return static_cast<int>(emulator::cluster->blocks.size()); }
+inline int cluster_rank() { return emulator::rank; }
+inline void cluster_arrive() { emulator::arrived = emulator::cluster->threads.arrive(); }
+inline void cluster_wait() {
+  emulator::cluster->threads.wait(std::move(*emulator::arrived));
+  emulator::arrived.reset();
+}
+template <typename T>
+const T* in_block(T* mine, int rank) {
+  auto* bytes = reinterpret_cast<unsigned char*>(mine);
+  auto* theirs = reinterpret_cast<unsigned char*>(emulator::cluster->blocks[rank]->shared.data());
+  return reinterpret_cast<const T*>(theirs + (bytes - shared_memory()));
+}
+
+}  // namespace nudge
