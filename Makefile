@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test test-long setup lint compile check bench clean
+.PHONY: run test test-long setup lint compile check bench wheel clean
 
 run: setup  ## the whole pipeline here, on the default recipe
 	$(BIN)/nudge run eiffel
@@ -39,6 +39,11 @@ check: setup lint  ## what CI runs
 	$(BIN)/nudge compile --check
 	$(BIN)/pytest
 
+# Not after `setup`, which needs the network: any Python with torch, setuptools and pip will do.
+WHEEL_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+wheel:  ## the fused loss with its CUDA kernel, in dist/; needs nvcc and torch, no GPU, no network
+	$(WHEEL_PYTHON) -m pip wheel --quiet --no-index --no-deps --no-build-isolation --wheel-dir dist ./kernels
+
 BENCHES := $(patsubst tests/bench/bench_%.py,bench-%,$(wildcard tests/bench/bench_*.py))
 bench: $(BENCHES)  ## every benchmark
 
@@ -47,4 +52,4 @@ bench-%: setup  ## one benchmark: ours beside the named peer, in one run
 	$(BIN)/python -m tests.bench.bench_$*
 
 clean:
-	rm -rf $(VENV) .nudge build *.egg-info
+	rm -rf $(VENV) .nudge build dist *.egg-info kernels/build kernels/*.egg-info

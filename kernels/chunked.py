@@ -102,7 +102,8 @@ def rows_on_cuda(rows: int, hidden_size: int, row_bytes: int, processors: int) -
     """Rows within 1 GiB whose hidden-gradient tiles fill whole waves of the GPU best.
 
     2048 rows of D = 2304 are 192 tiles, 73 % of two waves of an H100's 132 processors; 1408 are
-    132. Among equals the fewest chunks win.
+    132. Among equals the fewest chunks win; but first of all come so few chunks that the weight's
+    gradient needs no sum in fp32, which is V x D x 4 bytes that the 1 GiB does not count.
     """
     tile_rows, tile_columns = CUDA_TILE
     across = -(-hidden_size // tile_columns)
@@ -110,9 +111,10 @@ def rows_on_cuda(rows: int, hidden_size: int, row_bytes: int, processors: int) -
     def waves(size: int) -> int:
         return -(-(-(-size // tile_rows) * across) // processors)
 
-    def cost(size: int) -> tuple[int, int]:
+    def cost(size: int) -> tuple[bool, int, int]:
         whole, rest = divmod(rows, size)
-        return whole * waves(size) + waves(rest), whole + bool(rest)
+        chunks = whole + bool(rest)
+        return chunks > CHUNKS_IN_WEIGHT_DTYPE, whole * waves(size) + waves(rest), chunks
 
     most = max(CUDA_BUFFER_BYTES // row_bytes, CUDA_LEAST_ROWS)
     if rows <= most:
@@ -179,7 +181,10 @@ def _chunks(
     size = min(size, max(n, 1))
     exact = result_dtype(hidden)
     losses, lse = hidden.new_zeros(n, dtype=exact), hidden.new_zeros(n, dtype=exact)
-    buffer = hidden.new_empty(size, vocabulary, dtype=held)
+    # Rows begin on 16-byte boundaries: odd vocabularies then load as fast as even ones.
+    per_vector = 16 // held.itemsize
+    stride = -(-vocabulary // per_vector) * per_vector
+    buffer = hidden.new_empty(size, stride, dtype=held)[:, :vocabulary]
     targets = inputs.targets.contiguous()
     bias = None if inputs.bias is None else inputs.bias.to(exact).contiguous()
     class_weight = inputs.class_weight

@@ -35,11 +35,16 @@ def find() -> Path | None:
     return next((path for path in (HERE / NAME, HERE / "build" / NAME) if path.is_file()), None)
 
 
+def _text(library: Path, function: str, *given: int) -> str:
+    """What a function of the library that returns text says; empty where it returns null."""
+    call = getattr(ctypes.CDLL(str(library)), function)
+    call.restype = ctypes.c_char_p
+    return (call(*given) or b"").decode()
+
+
 def stamp(library: Path) -> dict[str, str]:
     """What a library says of itself: version, sources (a sha256), architectures, nvcc."""
-    read = ctypes.CDLL(str(library)).nudge_kernels_stamp
-    read.restype = ctypes.c_char_p
-    return dict(pair.split("=", 1) for pair in read().decode().split(";"))
+    return dict(pair.split("=", 1) for pair in _text(library, "nudge_kernels_stamp").split(";"))
 
 
 @functools.cache
@@ -60,21 +65,37 @@ def load() -> str | None:
 
 @functools.cache
 def why_not(device: int) -> str | None:
-    """None where the kernel runs on CUDA device ``device``, else why it does not."""
+    """None where the kernel runs on CUDA device ``device``, else in a sentence why it does not."""
     reason = load()
-    if reason is None and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+    library = find()
+    if reason is not None or library is None:
+        return reason
+    refused = _text(library, "nudge_kernels_why_not", device)
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         found = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        reason = f"the kernel needs compute capability 8.0; cuda:{device} has {found}"
+        return f"the kernel needs compute capability 8.0; cuda:{device} has {found}"
+    if refused:
+        made = stamp(library)
+        return (
+            f"the kernel cannot run on cuda:{device} (torch {torch.__version__}; built by nvcc "
+            f"{made['nvcc']} for {made['architectures']}): {refused}"
+        )
+    return None
+
+
+@functools.cache
+def _can_run(device: int) -> bool:
+    reason = why_not(device)
     if reason is not None:
         warnings.warn(
             f"the fused loss takes the slower path of torch operations: {reason}", stacklevel=2
         )
-    return reason
+    return reason is None
 
 
 def usable(value: Tensor) -> bool:
     """Whether the kernel can take this tensor; the first no on a GPU is a warning with why."""
-    return value.is_cuda and value.dtype in DTYPES and why_not(value.device.index) is None
+    return value.is_cuda and value.dtype in DTYPES and _can_run(value.device.index)
 
 
 def softmax_loss(

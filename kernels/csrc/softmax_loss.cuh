@@ -34,7 +34,8 @@ constexpr int kMostBlocks = 8;  // the largest cluster that every sm_90 device t
 enum class Kind { plain, softcap, full };
 
 // Vectors of 16 bytes that a thread has under way; 4 of the full kind do not fit 64 registers.
-constexpr int ahead_of(Kind kind) { return kind == Kind::full ? 2 : 4; }
+template <Kind kind>
+constexpr int ahead_of = kind == Kind::full ? 2 : 4;
 
 struct Rows {
   void* logits;
@@ -223,7 +224,7 @@ __device__ Sums reduce_cluster(Sums mine, Scratch& scratch, int blocks) {
 // One row a cluster at a time, from row blockIdx.x / blocks on. blockDim.x is a multiple of kWarp.
 template <typename T, Kind kind, bool keep>
 __global__ void __launch_bounds__(kMostThreads, 2) softmax_loss(const Rows given) {
-  constexpr int width = Layout<T>::width, kAhead = ahead_of(kind);
+  constexpr int width = Layout<T>::width, kAhead = ahead_of<kind>;
   Scratch& scratch = *reinterpret_cast<Scratch*>(shared_memory());
   uint4* kept = reinterpret_cast<uint4*>(shared_memory() + sizeof(Scratch));
   const int blocks = keep ? cluster_blocks() : 1, rank = keep ? cluster_rank() : 0;

@@ -62,7 +62,9 @@ def reference(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 def compare(call: Call, made: tuple[Tensor, Tensor, Tensor]) -> None:
     gradient, losses, lse = reference(call)
     step = torch.finfo(call.logits.dtype).eps
-    largest = call.scales.abs().max().item() * (1 + losses[losses.isfinite()].abs().sum().item() / 9)
+    largest = call.scales.abs().max().item() * (
+        1 + losses[losses.isfinite()].abs().sum().item() / 9
+    )
     if call.differentiate:
         close = {"rtol": step + 2e-5, "atol": max(step * 1e-2, 2e-6) * largest, "equal_nan": True}
         torch.testing.assert_close(made[0].double(), gradient, **close)  # type: ignore[arg-type]
@@ -111,7 +113,9 @@ def test_random_calls_equal_torch(emulator: Emulator, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-@pytest.mark.parametrize("options", [{}, {"logit_softcap": 30.0}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"logit_softcap": 30.0}, {"label_smoothing": 0.1}], ids=str
+)
 def test_extreme_logits(emulator: Emulator, way: dict[str, Any], options: dict[str, Any]) -> None:
     """+-1e4, -inf in places, at the target, before and after all else; equal rows; infinite or
     undefined rows are NaN as torch has them."""

@@ -1,0 +1,22 @@
+"""``python -m nudge.kernels``: which library is here, and whether each GPU can run it."""
+
+import torch
+from nudge.kernels import native
+
+
+def main() -> None:
+    library, problem = native.find(), native.load()
+    print(f"torch      {torch.__version__}")
+    print(f"library    {library or 'none'}")
+    if problem is not None:
+        print(f"           {problem}")
+    elif library is not None:
+        for name, value in native.stamp(library).items():
+            print(f"{name:<10} {value[:60]}")
+    for device in range(max(torch.cuda.device_count(), 1)):
+        print(f"cuda:{device}     {native.why_not(device) or 'the kernel runs here'}")
+    print("cpu        chunked torch operations; needs no library")
+
+
+if __name__ == "__main__":
+    main()

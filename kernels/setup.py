@@ -1,0 +1,110 @@
+"""Builds the wheel: compiles csrc with nvcc against torch's stable ABI. Needs no GPU, no network.
+
+One wheel serves every Python and every torch of 2.11 or newer, CPU-only ones too. torch's own
+CUDAExtension builds for one Python and refuses on a CPU-only torch, so nvcc is called from here.
+"""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).resolve().parent
+TARGET_TORCH = "0x020b000000000000"  # 2.11: nothing of torch's stable ABI that is newer is used
+ARCHITECTURES = {"sm_80": "compute_80", "sm_90": "compute_90", "compute_90": "compute_90"}
+"""Machine code for Ampere (and Ada) and Hopper; PTX that the driver compiles for what is newer."""
+
+
+def nvcc() -> str:
+    """The compiler: of CUDA_HOME, on the PATH, or in the usual place. Exits where there is none."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    places = [*(f"{home}/bin" for home in homes), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    found = shutil.which("nvcc", path=os.pathsep.join(places))
+    if found is None:
+        raise SystemExit(f"no nvcc in {places}: install the CUDA toolkit, or set CUDA_HOME to it")
+    return found
+
+
+def torch_folder() -> Path:
+    """Where torch is installed: its headers are compiled against, its libraries linked."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise SystemExit(
+            "torch is not installed: its headers are needed (2.11 or newer, CPU or CUDA)"
+        )
+    return Path(spec.origin).parent
+
+
+def compile_library(output: Path, version: str) -> None:
+    """Writes the library to ``output``, unless it is already there from the same command."""
+    spec = importlib.util.spec_from_file_location("native", HERE / "native.py")
+    assert spec is not None
+    assert spec.loader is not None
+    native = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(native)
+    sources, torch = native.sources_digest(), torch_folder()
+    stamp = {"VERSION": version, "SOURCES": sources, "ARCHITECTURES": ",".join(ARCHITECTURES)}
+    command = [
+        nvcc(), "-O3", "-std=c++17", "-shared", "--threads", "0",
+        *(f"-gencode=arch={arch},code={code}" for code, arch in ARCHITECTURES.items()),
+        "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA",
+        f"-DTORCH_TARGET_VERSION={TARGET_TORCH}",
+        *(f'-DNUDGE_{name}="{value}"' for name, value in stamp.items()),
+        f"-I{torch / 'include'}", str(HERE / "csrc" / "library.cu"), f"-L{torch / 'lib'}",
+        # Kept though nothing refers to it: the weak reference to CUDA's stream resolves in libtorch.
+        "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Xlinker", "--as-needed",
+        "-cudart", "static",
+    ]  # fmt: skip
+    made_by = output.with_suffix(".made-by")
+    digest = hashlib.sha256(" ".join(command).encode()).hexdigest()
+    if output.is_file() and made_by.is_file() and made_by.read_text() == digest:
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_suffix(".partial")
+    subprocess.run([*command, "-o", str(partial)], check=True)
+    partial.replace(output)
+    made_by.write_text(digest)
+
+
+class BuildWithLibrary(build_py):
+    """Python files, csrc, and beside them the library, which a checkout keeps in build/."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        modules: list[tuple[str, str, str]] = super().find_package_modules(package, package_dir)
+        return [module for module in modules if module[1] != "setup"]
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)  # what an earlier build left
+        super().run()
+        name = "libnudge_kernels.so"
+        compile_library(HERE / "build" / name, self.distribution.get_version())
+        target = Path(self.build_lib) / "nudge" / "kernels" / name
+        shutil.copyfile(HERE / "build" / name, target)
+
+
+class AnyPython(bdist_wheel):
+    """The library speaks to torch alone, not to Python: any Python, this platform."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+class WithLibrary(Distribution):
+    """Tells setuptools that this is no pure Python: its files go to the platform's folder."""
+
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+if __name__ == "__main__":
+    setup(cmdclass={"build_py": BuildWithLibrary, "bdist_wheel": AnyPython}, distclass=WithLibrary)
