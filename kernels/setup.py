@@ -57,7 +57,7 @@ def compile_library(output: Path, version: str) -> None:
         f"-DTORCH_TARGET_VERSION={TARGET_TORCH}",
         *(f'-DNUDGE_{name}="{value}"' for name, value in stamp.items()),
         f"-I{torch / 'include'}", str(HERE / "csrc" / "library.cu"), f"-L{torch / 'lib'}",
-        # Kept though nothing refers to it: the weak reference to CUDA's stream resolves in libtorch.
+        # Kept though nothing refers to it: the weak reference to CUDA's stream is found in it.
         "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Xlinker", "--as-needed",
         "-cudart", "static",
     ]  # fmt: skip

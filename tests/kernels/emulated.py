@@ -112,8 +112,8 @@ class Emulator:
         rows, vocabulary = call.logits.shape
         request = [
             _header(
-                3, call.logits.dtype, call.keep, call.blocks, call.threads, rows * call.blocks, rows,
-                vocabulary, stride, 0, call.ignore_index, 0, 0, len(call.scales) > 1,
+                3, call.logits.dtype, call.keep, call.blocks, call.threads, rows * call.blocks,
+                rows, vocabulary, stride, 0, call.ignore_index, 0, 0, len(call.scales) > 1,
                 call.differentiate, 0, 0, 0,
             ),
             *(_bytes(x) for x in (call.logits, call.targets, call.scales)),

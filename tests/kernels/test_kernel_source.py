@@ -1,7 +1,5 @@
 """The CUDA source itself, run on the processor and compared with float64 torch."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -213,14 +211,12 @@ def test_how_rows_are_spread(
 
 
 @pytest.fixture(scope="module", params=list(SANITIZERS))
-def sanitized(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Emulator]:
-    yield Emulator(tmp_path_factory.mktemp("sanitized"), request.param)
+def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    return Emulator(tmp_path_factory.mktemp("sanitized"), request.param)
 
 
 @pytest.mark.long
-def test_no_race_and_no_access_out_of_bounds(sanitized: Emulator, tmp_path: Path) -> None:
+def test_no_race_and_no_access_out_of_bounds(sanitized: Emulator) -> None:
     """What racecheck and memcheck look for on a GPU, by the C++ compiler's own sanitizers."""
     calls = [draw(seed, dtype) for dtype in TYPES for seed in range(100, 120)]
     for call, made in zip(calls, sanitized.softmax_loss(calls), strict=True):
