@@ -57,9 +57,9 @@ def compile_library(output: Path, version: str) -> None:
         f"-DTORCH_TARGET_VERSION={TARGET_TORCH}",
         *(f'-DNUDGE_{name}="{value}"' for name, value in stamp.items()),
         f"-I{torch / 'include'}", str(HERE / "csrc" / "library.cu"), f"-L{torch / 'lib'}",
-        # Kept though nothing refers to it: the weak reference to CUDA's stream is found in it.
-        "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Xlinker", "--as-needed",
-        "-cudart", "static",
+        # libtorch is kept though nothing refers to it: through it the weak reference to CUDA's
+        # stream is found. One argument, since nvcc puts its own -l options after all of -Xlinker.
+        "-Xlinker", "--no-as-needed,-ltorch,-ltorch_cpu,-lc10,--as-needed", "-cudart", "static",
     ]  # fmt: skip
     made_by = output.with_suffix(".made-by")
     digest = hashlib.sha256(" ".join(command).encode()).hexdigest()
