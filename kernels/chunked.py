@@ -15,7 +15,7 @@ from torch import Tensor
 
 CPU_ROWS = (128, 512)
 """Least and most rows of a chunk on a CPU: fewer starve the matrix products, more only cost
-memory."""
+memory. Between them an 11th of all rows, in whole vectors of 16."""
 CUDA_BUFFER_BYTES = 2**30
 CUDA_LEAST_ROWS = 1024
 """Fewer rows no longer hide the update of an fp32 weight gradient behind its matrix product."""
@@ -23,8 +23,9 @@ CUDA_TILE = (128, 192)
 """Rows and columns of the output tile that cuBLAS chooses on Hopper for the gradient of hidden."""
 SOFTMAX_ELEMENTS = 2**20
 """Elements that the portable softmax takes at a time (4 MB of fp32: a core's share of cache)."""
-VOCABULARY_BLOCK = 8192
-"""Vocabulary rows at a time where a matrix product needs a temporary of another dtype."""
+BLOCK_ELEMENTS = 2**20
+"""Elements of the weight's rows that a CPU's three matrix products take at a time: 4 MB that stay
+in cache from one to the next, and of which no product can need a large temporary."""
 CHUNKS_IN_WEIGHT_DTYPE = 4
 """With more chunks than this the weight's gradient is summed in fp32."""
 
@@ -95,7 +96,7 @@ def rows_of_a_chunk(hidden: Tensor, vocabulary: int, element_bytes: int) -> int:
     if hidden.is_cuda:
         processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
         return rows_on_cuda(rows, hidden.shape[1], vocabulary * element_bytes, processors)
-    return max(min(rows // 12, CPU_ROWS[1]), CPU_ROWS[0])
+    return max(min(rows // 11, CPU_ROWS[1]) // 16 * 16, CPU_ROWS[0])
 
 
 def rows_on_cuda(rows: int, hidden_size: int, row_bytes: int, processors: int) -> int:
@@ -203,21 +204,34 @@ def _chunks(
         row_scale = hidden.new_ones((), dtype=exact)
     scale = row_scale.to(exact).expand(n)
 
-    for first in range(0, n, size):
-        rows = slice(first, min(first + size, n))
-        part = hidden[rows].to(held)
-        logits = buffer[: len(part)]
-        _logits(part, table, logits)
+    parts = [slice(first, min(first + size, n)) for first in range(0, n, size)]
+    blocks = list(_blocks(weight, whole=hidden.is_cuda or held.itemsize < 4))
+    part = hidden[:size].to(held)
+    for block in blocks if parts else ():
+        _logits(part, table[block], buffer[: len(part), block])
+    for rows, following in zip(parts, [*parts, slice(n, n)][1:], strict=True):
+        logits, after = buffer[: len(part)], hidden[following].to(held)
         loss_and_gradient(
             logits, targets[rows], class_weight, bias, scale[rows], options, losses[rows],
             lse[rows], any(wanted), combine,
         )  # fmt: skip
-        if d_hidden is not None:
-            _into_hidden(logits, table, d_hidden[rows])
-        if d_weight is not None:
-            _into_weight(logits, part, d_weight, start=first == 0)
         if d_bias is not None:
             d_bias += logits.sum(0, dtype=exact)
+        d_rows = d_part = None if d_hidden is None else d_hidden[rows]
+        if d_rows is not None and d_rows.dtype != held:
+            d_part = part.new_empty(part.shape)
+        # The next chunk's logits take the place of a block of gradients as soon as that is used:
+        # each block of the weight is fetched once a chunk.
+        for block in blocks:
+            if d_part is not None:
+                _into_hidden(logits[:, block], table[block], d_part, start=block.start == 0)
+            if d_weight is not None:
+                _into_weight(logits[:, block], part, d_weight[block], start=rows.start == 0)
+            if len(after):
+                _logits(after, table[block], buffer[: len(after), block])
+        if d_rows is not None and d_part is not d_rows:
+            d_rows.copy_(d_part)
+        part = after
     if combine is not None and d_hidden is not None:
         combine.sum(d_hidden)
     return Result(
@@ -232,29 +246,24 @@ def _accumulate_in(weight: Tensor, options: Options, chunks: int, upcast: bool) 
     return torch.float32 if small and (upcast or chunks > CHUNKS_IN_WEIGHT_DTYPE) else weight.dtype
 
 
-def _blocks(vocabulary: int) -> Iterator[slice]:
-    for first in range(0, vocabulary, VOCABULARY_BLOCK):
-        yield slice(first, min(first + VOCABULARY_BLOCK, vocabulary))
+def _blocks(weight: Tensor, whole: bool) -> Iterator[slice]:
+    """Slices of the vocabulary; one where products of 16 bits would be rounded at each."""
+    vocabulary, size = weight.shape
+    step = vocabulary if whole else max(BLOCK_ELEMENTS // size // 128 * 128, 128)
+    for first in range(0, vocabulary, step):
+        yield slice(first, min(first + step, vocabulary))
 
 
 def _logits(part: Tensor, table: Tensor, out: Tensor) -> None:
-    if table.dtype == out.dtype:
-        torch.mm(part, table.T, out=out)
-    else:
-        for block in _blocks(len(table)):
-            out[:, block] = part @ table[block].to(out.dtype).T
+    torch.mm(part, table.to(out.dtype).T, out=out)
 
 
-def _into_hidden(gradient: Tensor, table: Tensor, out: Tensor) -> None:
-    if table.dtype == gradient.dtype == out.dtype:
-        torch.mm(gradient, table, out=out)
-    elif table.dtype == gradient.dtype:
-        out.copy_(gradient @ table)
+def _into_hidden(gradient: Tensor, table: Tensor, total: Tensor, start: bool) -> None:
+    table = table.to(gradient.dtype)
+    if start:
+        torch.mm(gradient, table, out=total)
     else:
-        total = gradient.new_zeros(out.shape)
-        for block in _blocks(len(table)):
-            total.addmm_(gradient[:, block], table[block].to(gradient.dtype))
-        out.copy_(total)
+        total.addmm_(gradient, table)
 
 
 def _into_weight(gradient: Tensor, part: Tensor, total: Tensor, start: bool) -> None:
@@ -270,7 +279,7 @@ def _into_weight(gradient: Tensor, part: Tensor, total: Tensor, start: bool) -> 
         else:
             torch.addmm(total, gradient.T, part, out_dtype=torch.float32, out=total)
     else:  # a temporary of a block, never one of V x D
-        for block in _blocks(len(total)):
+        for block in _blocks(total, whole=False):
             product = gradient[:, block].T @ part
             if start:
                 total[block] = product

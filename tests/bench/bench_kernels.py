@@ -1,0 +1,333 @@
+"""The fused loss beside eager, compiled and torch's own, and Liger, CCE and quack where installed.
+
+Forward + backward of one head and its loss: seconds, and peak memory beyond inputs and gradients;
+each against every peer, and against three measured ``torch.mm`` of the same shapes. Also a sweep
+over N and V, drawn to ``.nudge/bench/kernels.svg``. Runs on the GPU where torch sees one.
+"""
+
+import importlib
+import io
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from nudge.components.common.processes import nudge_home
+from nudge.components.common.publish import write_atomic
+from nudge.kernels import fused_linear_cross_entropy, native
+from torch import Tensor
+
+from tests.bench.results import Measure, processor, publish
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+OURS, EAGER, COMPILED, TORCH = "ours", "eager", "torch.compile", "F.linear_cross_entropy"
+LIGER, CCE, QUACK, PRODUCTS = "Liger", "Cut Cross Entropy", "quack", "3 x torch.mm"
+SMALL_BUDGET = "ours, small budget"
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """hidden [rows, size], weight [vocabulary, size]."""
+
+    name: str
+    rows: int
+    size: int
+    vocabulary: int
+    dtype: torch.dtype = torch.bfloat16 if CUDA else torch.float32
+
+    @property
+    def logits_bytes(self) -> int:
+        return self.rows * self.vocabulary * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.name} N={self.rows} D={self.size} V={self.vocabulary} {dtype}"
+
+
+SMOLLM2 = Shape("SmolLM2-135M", 16384 if CUDA else 2048, 576, 49152)
+SHAPES = (
+    [
+        Shape("Llama-3 8B", 8192, 4096, 128256),
+        Shape("Gemma-2 2B", 8192, 2304, 256000),
+        SMOLLM2,
+    ]
+    if CUDA
+    else [SMOLLM2]
+)
+SWEPT = SHAPES[0]
+ROWS = [2048, 4096, 8192, 16384, 32768] if CUDA else [256, 512, 1024, 2048]
+VOCABULARIES = [32000, 65536, 128256, 256000, 524288] if CUDA else [8192, 16384, 32768, 49152]
+ROUNDS = 7 if CUDA else 5
+
+
+def small_budget(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """At most an eighth of the logits, and no sum in another dtype."""
+    return fused_linear_cross_entropy(
+        hidden, weight, targets, chunk_rows=len(hidden) // 8, accum_dtype=weight.dtype
+    )
+
+
+def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    # As transformers does it: the loss of 16-bit logits is taken in float32.
+    return F.cross_entropy((hidden @ weight.T).float(), targets)
+
+
+def torchs_own() -> Loss:
+    options = torch.nn.LinearCrossEntropyOptions()  # with it in chunks, without it plain eager
+    return lambda hidden, weight, targets: F.linear_cross_entropy(
+        hidden, weight, targets, options=options
+    )
+
+
+def liger() -> Loss:
+    loss = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+    return lambda hidden, weight, targets: loss(weight, hidden, targets)
+
+
+def cut_cross_entropy() -> Loss:
+    found: Loss = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    return found
+
+
+def quack() -> Loss:
+    found = importlib.import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
+    return lambda hidden, weight, targets: found(hidden, weight, targets, chunk_size=4096)
+
+
+def contenders() -> tuple[dict[str, Loss], dict[str, str]]:
+    """Those that are here by name, and of the others why they are not."""
+    here: dict[str, Loss] = {OURS: fused_linear_cross_entropy, EAGER: eager}
+    here[COMPILED] = torch.compile(eager)
+    missing = {}
+    for name, make, needs_gpu in (
+        (TORCH, torchs_own, False), (LIGER, liger, True), (CCE, cut_cross_entropy, True),
+        (QUACK, quack, True),
+    ):  # fmt: skip
+        try:
+            if needs_gpu and not CUDA:
+                missing[name] = "needs a GPU"
+            else:
+                here[name] = make()
+        except (ImportError, AttributeError) as error:
+            missing[name] = f"not installed: {error}"
+    return here, missing
+
+
+def draw(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    hidden, weight = (
+        torch.randn(count, shape.size, generator=generator, device=DEVICE, dtype=shape.dtype)
+        for count in (shape.rows, shape.vocabulary)
+    )
+    targets = torch.randint(0, shape.vocabulary, (shape.rows,), generator=generator, device=DEVICE)
+    return hidden.requires_grad_(), (weight * 0.05).requires_grad_(), targets
+
+
+def train(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> float:
+    """Forward + backward of the loss; the gradients are let go."""
+    value = loss(*inputs)
+    value.backward()
+    inputs[0].grad = inputs[1].grad = None
+    return value.item()
+
+
+def products(inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], object]:
+    hidden, weight = (x.detach() for x in inputs[:2])
+    logits = hidden.new_empty(len(hidden), len(weight))
+
+    def run() -> None:
+        torch.mm(hidden, weight.T, out=logits)
+        torch.mm(logits, weight)
+        torch.mm(logits.T, hidden)
+        if CUDA:
+            torch.cuda.synchronize()
+
+    return run
+
+
+def times(shape: Shape, losses: Mapping[str, Loss], rounds: int) -> dict[str, float | str]:
+    """Median seconds by name, all taking turns; or what was wrong with one."""
+    inputs = draw(shape)
+    runs: dict[str, Callable[[], object]] = {
+        name: lambda loss=loss: train(loss, inputs)  # type: ignore[misc]
+        for name, loss in losses.items()
+    }
+    runs[PRODUCTS] = products(inputs)
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    failed: dict[str, str] = {}
+    wanted = None
+    for number in range(rounds + 1):  # the first warms up
+        for name, run in runs.items():
+            if name in failed:
+                continue
+            try:
+                start = time.perf_counter()
+                value = run()
+                seconds = time.perf_counter() - start
+            except (RuntimeError, ValueError, AssertionError) as error:
+                failed[name] = str(error).splitlines()[0][:120]
+                continue
+            if isinstance(value, float):
+                wanted = value if wanted is None else wanted
+                if abs(value - wanted) > 0.01 * wanted:
+                    failed[name] = f"another loss: {value:.4f}, ours {wanted:.4f}"
+            if number:
+                taken[name].append(seconds)
+    return {name: failed.get(name) or statistics.median(taken[name]) for name in runs}
+
+
+def extra_memory(shape: Shape, name: str) -> float:
+    """Peak bytes of one forward + backward beyond inputs and gradients."""
+    if CUDA:
+        return _extra_memory_here(shape, name)
+    # In a process of its own: what an allocator kept from another contender would hide it.
+    command = [sys.executable, "-m", "tests.bench.bench_kernels", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def _extra_memory_here(shape: Shape, name: str) -> float:
+    here, _ = contenders()
+    loss: Loss = small_budget if name == SMALL_BUDGET else here[name]
+    train(loss, draw(replace(shape, rows=256, vocabulary=512)))  # libraries load, threads start
+    inputs = draw(shape)
+    gradients = sum(x.numel() * x.element_size() for x in inputs[:2])
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        train(loss, inputs)
+        return torch.cuda.max_memory_allocated() - before - gradients
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    train(loss, inputs)
+    return _memory("VmHWM") - before - gradients
+
+
+def _memory(field: str) -> int:
+    """Bytes of this process as the system counts them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def goal(shape: Shape, peer: str) -> float | None:
+    if CUDA:
+        return {LIGER: 1 / 3, QUACK: 1.0}.get(peer)
+    return {EAGER: 0.80, TORCH: 0.40}.get(peer)
+
+
+def measure(shape: Shape, here: dict[str, Loss], missing: dict[str, str]) -> list[Measure]:
+    seconds = times(shape, here, ROUNDS)
+    ours = seconds.pop(OURS)
+    three = seconds.pop(PRODUCTS)
+    measures = []
+    mine = ours if isinstance(ours, float) else None
+    note = ours if isinstance(ours, str) else ""
+    for name, theirs in {**seconds, **missing}.items():
+        why = note or (theirs if isinstance(theirs, str) else "")
+        measures.append(
+            Measure(
+                f"{shape}: forward + backward", "s", mine,
+                theirs if isinstance(theirs, float) else None, name,
+                goal=goal(shape, name), note=why,
+            )
+        )  # fmt: skip
+    share = three / mine if mine and isinstance(three, float) else None
+    wanted = (0.8 if shape.size == 576 else 0.9) if CUDA else None
+    measures.append(
+        Measure(f"{shape}: speed of {PRODUCTS}", "share", share, goal=wanted, better="higher")
+    )
+    logits = shape.rows * shape.vocabulary * (4 if not CUDA else shape.dtype.itemsize)
+    for name in [OURS, SMALL_BUDGET, EAGER, TORCH] if TORCH in here else [OURS, EAGER]:
+        extra = extra_memory(shape, name) / 2**20
+        limit = {OURS: None if CUDA else 0.10, SMALL_BUDGET: 0.15}.get(name)
+        measures.append(
+            Measure(
+                f"{shape}: peak extra memory of {name}", "MiB", extra, logits / 2**20,
+                "the full logits", goal=limit,
+            )
+        )  # fmt: skip
+        if CUDA and name == OURS:
+            measures.append(Measure(f"{shape}: peak extra memory", "MiB", extra, goal=GIB / 2**20))
+    return measures
+
+
+def sweep(here: dict[str, Loss]) -> tuple[list[Measure], str]:
+    """Ours and the peers over N and over V, and the drawing of both as SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    measures = []
+    for panel, field, values in (
+        (panels[0], "rows", ROWS), (panels[1], "vocabulary", VOCABULARIES),
+    ):  # fmt: skip
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for value in values:
+            shape = replace(SWEPT, name="sweep", **{field: value})
+            seconds = times(shape, here, 3)
+            ours = seconds[OURS]
+            for name, taken in seconds.items():
+                if isinstance(taken, float):
+                    lines.setdefault(name, []).append((value, taken * 1e3))
+                if name != OURS:
+                    measures.append(
+                        Measure(
+                            f"{shape}", "s", ours if isinstance(ours, float) else None,
+                            taken if isinstance(taken, float) else None, name,
+                            note=next((x for x in (ours, taken) if isinstance(x, str)), ""),
+                        )
+                    )  # fmt: skip
+        for name, points in lines.items():
+            style = "--" if name == PRODUCTS else "-"
+            panel.plot(*zip(*points, strict=True), style, marker="o", label=name, markersize=4)
+        panel.set(xscale="log", yscale="log", xlabel="N (rows)" if field == "rows" else "V")
+        panel.set_xticks(values, [str(value) for value in values], minor=False)
+        panel.set_xticks([], minor=True)
+        panel.grid(alpha=0.3)
+    rest = replace(SWEPT, name="")
+    panels[0].set_ylabel("forward + backward, ms")
+    panels[0].set_title(f"D={rest.size} V={rest.vocabulary} {rest.dtype}", fontsize=10)
+    panels[1].set_title(f"N={rest.rows} D={rest.size} {rest.dtype}", fontsize=10)
+    panels[1].legend(fontsize=8)
+    figure.suptitle(f"Head and loss on {device_name()}", fontsize=11)
+    figure.tight_layout()
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg")
+    return measures, drawn.getvalue()
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if CUDA else processor()
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(_extra_memory_here(SMOLLM2, sys.argv[1]))
+        return
+    if CUDA and (why := native.why_not(torch.cuda.current_device())):
+        print(f"without the kernel: {why}")
+    here, missing = contenders()
+    measures = [one for shape in SHAPES for one in measure(shape, here, missing)]
+    if not CUDA:
+        measures.append(
+            Measure("every shape on a GPU", "s", None, note="unmeasured: torch sees no GPU here")
+        )
+    swept, drawing = sweep({k: v for k, v in here.items() if CUDA or k != TORCH})
+    write_atomic(nudge_home() / "bench" / "kernels.svg", drawing)
+    packages = ["torch", "nudge-kernels", "liger-kernel", "cut-cross-entropy", "quack-kernels"]
+    publish("kernels", measures + swept, packages, device_name())
+    print(nudge_home() / "bench" / "kernels.svg")
+
+
+if __name__ == "__main__":
+    main()
