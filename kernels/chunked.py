@@ -15,7 +15,7 @@ from torch import Tensor
 
 CPU_ROWS = (128, 512)
 """Least and most rows of a chunk on a CPU: fewer starve the matrix products, more only cost
-memory. Between them an 11th of all rows, in whole vectors of 16."""
+memory. Between them a tenth of all rows, in whole vectors of 16."""
 CUDA_BUFFER_BYTES = 2**30
 CUDA_LEAST_ROWS = 1024
 """Fewer rows no longer hide the update of an fp32 weight gradient behind its matrix product."""
@@ -96,7 +96,7 @@ def rows_of_a_chunk(hidden: Tensor, vocabulary: int, element_bytes: int) -> int:
     if hidden.is_cuda:
         processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
         return rows_on_cuda(rows, hidden.shape[1], vocabulary * element_bytes, processors)
-    return max(min(rows // 11, CPU_ROWS[1]) // 16 * 16, CPU_ROWS[0])
+    return max(min(rows // 10, CPU_ROWS[1]) // 16 * 16, CPU_ROWS[0])
 
 
 def rows_on_cuda(rows: int, hidden_size: int, row_bytes: int, processors: int) -> int:
@@ -123,6 +123,13 @@ def rows_on_cuda(rows: int, hidden_size: int, row_bytes: int, processors: int) -
     return min(range(CUDA_LEAST_ROWS, most + 1, tile_rows), key=cost)
 
 
+def row_stride(vocabulary: int, element_bytes: int) -> int:
+    """Elements from one row of logits to the next: all rows begin on 64-byte boundaries, so that
+    odd vocabularies load as fast as even ones."""
+    line = 64 // element_bytes
+    return -(-vocabulary // line) * line
+
+
 @torch.no_grad()
 def chunked(
     inputs: Inputs,
@@ -130,15 +137,21 @@ def chunked(
     options: Options,
     wanted: Wanted,
     combine: Combine | None = None,
+    mean: bool = False,
 ) -> Result:
-    """Losses, logsumexp and gradients of the sum of losses weighted by row_scale ([N] or [])."""
+    """Losses, logsumexp and gradients of the sum of losses weighted by row_scale ([N] or []).
+
+    ``mean`` says that row_scale is of the order of 1 / N: float16 logits then hold N times their
+    gradient, most of which would else be less than float16 can hold, before a gradient scaler's
+    factor comes with backward.
+    """
     hidden, targets = inputs.hidden, inputs.targets
     with torch.autocast(hidden.device.type, enabled=False):
         if hidden.device.type == "cpu":
             kept = (targets != options.ignore_index).nonzero()[:, 0]
             if len(kept) < len(hidden):
-                return _without_ignored(inputs, row_scale, options, wanted, combine, kept)
-        return _chunks(inputs, row_scale, options, wanted, combine)
+                return _without_ignored(inputs, row_scale, options, wanted, combine, mean, kept)
+        return _chunks(inputs, row_scale, options, wanted, combine, mean)
 
 
 def _without_ignored(
@@ -147,6 +160,7 @@ def _without_ignored(
     options: Options,
     wanted: Wanted,
     combine: Combine | None,
+    mean: bool,
     kept: Tensor,
 ) -> Result:
     """The same on the rows that count only: masked prompts then cost nothing."""
@@ -154,7 +168,7 @@ def _without_ignored(
     if row_scale is not None and row_scale.dim():
         row_scale = row_scale[kept]
     few = replace(inputs, hidden=hidden[kept], targets=inputs.targets[kept])
-    part = _chunks(few, row_scale, options, wanted, combine)
+    part = _chunks(few, row_scale, options, wanted, combine, mean)
     losses = part.losses.new_zeros(len(hidden)).index_copy_(0, kept, part.losses)
     lse = part.lse.new_zeros(len(hidden)).index_copy_(0, kept, part.lse)
     d_hidden = None
@@ -170,6 +184,7 @@ def _chunks(
     options: Options,
     wanted: Wanted,
     combine: Combine | None,
+    mean: bool,
 ) -> Result:
     hidden, weight = inputs.hidden, inputs.weight
     n, vocabulary = len(hidden), len(weight)
@@ -182,9 +197,7 @@ def _chunks(
     size = min(size, max(n, 1))
     exact = result_dtype(hidden)
     losses, lse = hidden.new_zeros(n, dtype=exact), hidden.new_zeros(n, dtype=exact)
-    # Rows begin on 16-byte boundaries: odd vocabularies then load as fast as even ones.
-    per_vector = 16 // held.itemsize
-    stride = -(-vocabulary // per_vector) * per_vector
+    stride = row_stride(vocabulary, held.itemsize)
     buffer = hidden.new_empty(size, stride, dtype=held)[:, :vocabulary]
     targets = inputs.targets.contiguous()
     bias = None if inputs.bias is None else inputs.bias.to(exact).contiguous()
@@ -202,7 +215,8 @@ def _chunks(
         d_bias = hidden.new_zeros(vocabulary, dtype=exact)
     if row_scale is None:
         row_scale = hidden.new_ones((), dtype=exact)
-    scale = row_scale.to(exact).expand(n)
+    unit = n if mean and compute == torch.float16 and n else 1
+    scale = (row_scale.to(exact) * unit).expand(n)
 
     parts = [slice(first, min(first + size, n)) for first in range(0, n, size)]
     blocks = list(_blocks(weight, whole=hidden.is_cuda or held.itemsize < 4))
@@ -216,7 +230,7 @@ def _chunks(
             lse[rows], any(wanted), combine,
         )  # fmt: skip
         if d_bias is not None:
-            d_bias += logits.sum(0, dtype=exact)
+            d_bias += logits.sum(0, dtype=exact) / unit
         d_rows = d_part = None if d_hidden is None else d_hidden[rows]
         if d_rows is not None and d_rows.dtype != held:
             d_part = part.new_empty(part.shape)
@@ -224,12 +238,13 @@ def _chunks(
         # each block of the weight is fetched once a chunk.
         for block in blocks:
             if d_part is not None:
-                _into_hidden(logits[:, block], table[block], d_part, start=block.start == 0)
+                factor = table[block].to(held)
+                _add(d_part, logits[:, block], factor, block.start == 0, 1 / unit)
             if d_weight is not None:
-                _into_weight(logits[:, block], part, d_weight[block], start=rows.start == 0)
+                _add(d_weight[block], logits[:, block].T, part, rows.start == 0, 1 / unit)
             if len(after):
                 _logits(after, table[block], buffer[: len(after), block])
-        if d_rows is not None and d_part is not d_rows:
+        if d_rows is not None and d_part is not None and d_part is not d_rows:
             d_rows.copy_(d_part)
         part = after
     if combine is not None and d_hidden is not None:
@@ -258,33 +273,17 @@ def _logits(part: Tensor, table: Tensor, out: Tensor) -> None:
     torch.mm(part, table.to(out.dtype).T, out=out)
 
 
-def _into_hidden(gradient: Tensor, table: Tensor, total: Tensor, start: bool) -> None:
-    table = table.to(gradient.dtype)
-    if start:
-        torch.mm(gradient, table, out=total)
-    else:
-        total.addmm_(gradient, table)
-
-
-def _into_weight(gradient: Tensor, part: Tensor, total: Tensor, start: bool) -> None:
-    """Adds gradient.T @ part to total [V, D], or writes it there at the start (no zero fill)."""
-    if total.dtype == gradient.dtype:
-        if start:
-            torch.mm(gradient.T, part, out=total)
-        else:
-            total.addmm_(gradient.T, part)
-    elif gradient.is_cuda and total.dtype == torch.float32:
-        if start:
-            torch.mm(gradient.T, part, out_dtype=torch.float32, out=total)
-        else:
-            torch.addmm(total, gradient.T, part, out_dtype=torch.float32, out=total)
+def _add(total: Tensor, left: Tensor, right: Tensor, start: bool, alpha: float) -> None:
+    """total += alpha * left @ right; at the start total is written only, so it needs no zeros."""
+    beta = 0 if start else 1
+    if total.dtype == left.dtype:
+        torch.addmm(total, left, right, beta=beta, alpha=alpha, out=total)
+    elif left.is_cuda and total.dtype == torch.float32:
+        torch.addmm(total, left, right, out_dtype=torch.float32, beta=beta, alpha=alpha, out=total)
     else:  # a temporary of a block, never one of V x D
         for block in _blocks(total, whole=False):
-            product = gradient[:, block].T @ part
-            if start:
-                total[block] = product
-            else:
-                total[block] += product
+            product = (left[block] @ right).to(total.dtype) * alpha
+            total[block] = product if start else total[block] + product
 
 
 def loss_and_gradient(

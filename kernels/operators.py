@@ -87,7 +87,8 @@ def _linear_cross_entropy(
     options, wanted = _split(rest)
     check_targets(targets, options.ignore_index, len(weight))
     scale = scale_of_mean(targets, options.ignore_index, class_weight) if mean else None
-    done = chunked(Inputs(hidden, weight, bias, targets, class_weight), scale, options, wanted)
+    inputs = Inputs(hidden, weight, bias, targets, class_weight)
+    done = chunked(inputs, scale, options, wanted, mean=mean)
     loss = done.losses.sum(dtype=torch.float64)
     if scale is not None:
         loss = loss * scale  # 0 * inf: NaN, as torch's mean over nothing is
