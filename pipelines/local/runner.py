@@ -4,12 +4,15 @@
 """
 
 import os
+import re
 import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import click
+import yaml
 
 
 @click.command()
@@ -30,7 +33,29 @@ def main(recipe: Path, artifacts: Path, compiled: Path | None) -> None:
         pipeline = components.load_component_from_file(str(compiled))
     else:
         from nudge.pipelines.train_and_serve import train_and_serve as pipeline
-    pipeline(recipe=recipe.read_text(encoding="utf-8"))
+    arguments = {"recipe": recipe.read_text(encoding="utf-8")}
+    settled(pipeline, arguments)(**arguments)
+
+
+def settled(pipeline: Any, arguments: dict[str, Any]) -> Any:
+    """The pipeline as `kfp.local` can run it: no retries, and images that are names.
+
+    A step that failed here is for the person who looks on; they run it again when it is mended.
+    `kfp.local` takes an image that is a parameter of the pipeline for the name of one.
+    """
+    from google.protobuf import json_format
+    from kfp import components
+
+    spec = json_format.MessageToDict(pipeline.pipeline_spec)
+    for component in (spec["root"], *spec["components"].values()):
+        for task in component.get("dag", {}).get("tasks", {}).values():
+            task.pop("retryPolicy", None)
+    defaults = spec["root"]["inputDefinitions"]["parameters"]
+    for executor in spec["deploymentSpec"]["executors"].values():
+        container = executor.get("container", {})
+        if name := re.search(r"parameters\['(?:pipelinechannel--)?(\w+)'\]", container["image"]):
+            container["image"] = arguments.get(name[1]) or defaults[name[1]]["defaultValue"]
+    return components.load_component_from_text(yaml.safe_dump(spec))
 
 
 def _end_with_parent() -> None:
