@@ -106,12 +106,31 @@ def recipes() -> None:
 
 @main.command("compile")
 @click.option("--check", is_flag=True, help="Change nothing; fail if a file is not current.")
-def compile_(check: bool) -> None:
-    """Write the YAML that a dashboard takes, and the steps' READMEs."""
-    from nudge.pipelines.compile import stale, write
+@click.option(
+    "--into",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write the pipelines alone, into this folder.",
+)
+@click.option(
+    "--digests",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Pin the images as this file says: data and train, each name@sha256:...; with --into.",
+)
+def compile_(check: bool, into: Path | None, digests: Path | None) -> None:
+    """Write the pipelines' YAML and the steps' READMEs.
 
+    A pipeline is written twice: for a dashboard's import box, and below kubernetes/ as Pipeline and
+    PipelineVersion resources for `oc apply` (in this repository: manifests/base/pipelines/).
+    """
+    from nudge.pipelines.compile import compiled, stale, write
+
+    if digests and not into:
+        raise UserError(
+            "--digests needs --into FOLDER: the YAML of this repository names no digest"
+        )
     if not check:
-        for path in write():
+        files = compiled(into, into / "kubernetes", digests) if into else None
+        for path in write(files):
             click.echo(path)
         return
     if old := stale():

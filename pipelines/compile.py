@@ -1,14 +1,20 @@
 """The files that are made from code: compiled pipelines and the steps' READMEs."""
 
+import hashlib
+import importlib
 import re
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
+from nudge.components.common.errors import UserError
+from nudge.components.common.images import DATA_IMAGE, TRAIN_IMAGE
 from nudge.components.common.provenance import ROOT
 from nudge.components.common.publish import write_atomic
 
 COMPILED = Path(__file__).parent / "compiled"
+RESOURCES = ROOT / "manifests" / "base" / "pipelines"
 
 README = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
     """\
@@ -35,13 +41,24 @@ Made from `component.py` by `nudge compile`.
 )
 
 
-def write() -> list[Path]:
-    """Write every file that is not current; returns those."""
+PIPELINES = ("train_and_serve",)
+"""The pipelines, each in the module of its name."""
+
+STEPS = (
+    *("ingest", "tokenize", "train", "evaluate"),
+    *("upload", "register", "deploy", "summary"),
+)
+
+PINNED = re.compile(r"[^@\s]+@sha256:[0-9a-f]{64}")
+
+
+def write(files: dict[Path, str] | None = None) -> list[Path]:
+    """Write every file that is not current (of ``made()`` unless given); returns those."""
     changed = []
-    for path, text in made().items():
+    for path, text in (made() if files is None else files).items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             write_atomic(path, text)
-            changed.append(path.relative_to(ROOT))
+            changed.append(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
     return changed
 
 
@@ -56,30 +73,73 @@ def stale() -> list[Path]:
 
 def made() -> dict[Path, str]:
     """Every made file with its text."""
-    from nudge.pipelines import train_and_serve as pipelines
-
-    files = {COMPILED / "train_and_serve.yaml": compiled_text(pipelines.train_and_serve)}
-    for name in (
-        *("ingest", "tokenize", "train", "evaluate"),
-        *("upload", "register", "deploy", "summary"),
-    ):
-        step = getattr(pipelines, name)
-        files[ROOT / "components" / name / "README.md"] = readme(step)
+    files = compiled(COMPILED, RESOURCES)
+    for name in STEPS:
+        face = importlib.import_module(f"nudge.components.{name}.component")
+        files[ROOT / "components" / name / "README.md"] = readme(getattr(face, name))
     return files
 
 
-def compiled_text(pipeline: Any) -> str:
-    """The IR YAML of a pipeline; raises AssertionError if a dashboard would not take it."""
+def compiled(folder: Path, resources: Path, digests: Path | None = None) -> dict[Path, str]:
+    """The YAML of every pipeline: for the import box below ``folder``, as resources of Kubernetes
+    below ``resources``; images pinned as the file ``digests`` says. Raises `UserError`."""
+    pinned = read_digests(digests) if digests else {}
+    files = {}
+    for name in PIPELINES:
+        pipeline = getattr(importlib.import_module(f"nudge.pipelines.{name}"), name)
+        text = _pinned(compiled_text(pipeline), pinned)
+        files[folder / f"{name}.yaml"] = text
+        # A version's spec cannot be changed, so each content is a version of its own.
+        version = f"{pipeline.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        files[resources / f"{name}.yaml"] = _pinned(compiled_text(pipeline, version), pinned)
+    return files
+
+
+def compiled_text(pipeline: Any, version: str = "") -> str:
+    """The IR YAML of a pipeline; given a ``version``, its Pipeline and PipelineVersion resources.
+
+    Raises AssertionError if a dashboard or a cluster would not take it.
+    """
     import tempfile
 
     from kfp import compiler
+    from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
+    as_resources = {
+        "kubernetes_manifest_format": True,
+        "kubernetes_manifest_options": KubernetesManifestOptions(
+            pipeline_version_name=version, include_pipeline_manifest=True
+        ),
+    }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"
-        compiler.Compiler().compile(pipeline, str(path))
+        compiler.Compiler().compile(pipeline, str(path), **(as_resources if version else {}))
         text = path.read_text(encoding="utf-8")
     assert text.isascii(), "the import box takes ASCII only"
     assert len(text) < 256 * 1024, "a workflow may hold 256 KB"
+    return text
+
+
+def read_digests(path: Path) -> dict[str, str]:
+    """Image to pinned image, from a YAML or JSON file of ``data`` and ``train``."""
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    wanted = {"data": DATA_IMAGE, "train": TRAIN_IMAGE}
+    for name in wanted:
+        value = given.get(name) if isinstance(given, dict) else None
+        if not isinstance(value, str) or not PINNED.fullmatch(value):
+            raise UserError(
+                f"{path}: {name} = {value!r}; expected an image by digest, such as "
+                "registry/name@sha256:<64 hex digits>"
+            )
+    return {image: given[name] for name, image in wanted.items()}
+
+
+def _pinned(text: str, pinned: dict[str, str]) -> str:
+    for image, by_digest in pinned.items():
+        text = text.replace(image, by_digest)
     return text
 
 

@@ -1,5 +1,10 @@
 """The compiled YAML is what a dashboard takes, and made files are current."""
 
+import hashlib
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +14,31 @@ from click.testing import CliRunner
 from nudge.pipelines import compile as compiling
 from nudge.pipelines.cli import main
 
-COMPILED = Path(__file__).parents[2] / "pipelines" / "compiled" / "train_and_serve.yaml"
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", params=compiling.PIPELINES)
+def documents(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    text = (ROOT / "pipelines" / "compiled" / f"{request.param}.yaml").read_text(encoding="ascii")
+    assert len(text) < 256 * 1024
+    return list(yaml.safe_load_all(text))
 
 
 @pytest.fixture(scope="module")
 def spec() -> dict[str, Any]:
-    return dict(yaml.safe_load(COMPILED.read_text(encoding="ascii")))
+    path = ROOT / "pipelines" / "compiled" / "train_and_serve.yaml"
+    return dict(next(yaml.safe_load_all(path.read_text(encoding="ascii"))))
 
 
-def test_a_dashboard_takes_it(spec: dict[str, Any]) -> None:
-    assert COMPILED.stat().st_size < 256 * 1024
+def tasks_by_group(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tasks of each DAG, by the name of its component; the root's under the empty name."""
+    groups = {"": spec["root"], **spec["components"]}
+    return {name: group["dag"]["tasks"] for name, group in groups.items() if "dag" in group}
+
+
+def test_a_dashboard_takes_it(documents: list[dict[str, Any]]) -> None:
+    spec = documents[0]
+    assert 0 < len(spec["pipelineInfo"]["description"]) <= 255
     parameters = spec["root"]["inputDefinitions"]["parameters"]
     assert 1 <= len(parameters) <= 15
     for name, parameter in parameters.items():
@@ -26,13 +46,67 @@ def test_a_dashboard_takes_it(spec: dict[str, Any]) -> None:
         assert "defaultValue" in parameter, name
 
 
-def test_nothing_is_installed_when_it_runs(spec: dict[str, Any]) -> None:
-    executors = spec["deploymentSpec"]["executors"].values()
-    assert len(executors) == 8
-    for executor in executors:
-        container = executor["container"]
-        assert "pip install" not in " ".join(container["command"])
-        assert "python" in container["image"]  # kfp.local warns about any other
+def test_nothing_is_installed_when_it_runs(documents: list[dict[str, Any]]) -> None:
+    for executor in documents[0]["deploymentSpec"]["executors"].values():
+        assert "pip install" not in " ".join(executor["container"]["command"])
+
+
+def test_every_step_says_what_it_needs(documents: list[dict[str, Any]]) -> None:
+    spec, platform = documents
+    placed = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    executors = spec["deploymentSpec"]["executors"]
+    assert set(placed) == set(executors)
+    for name, executor in executors.items():
+        resources, place = executor["container"]["resources"], placed[name]
+        for kind in ("CpuLimit", "CpuRequest", "MemoryLimit", "MemoryRequest"):
+            assert resources[f"resource{kind}"], (name, kind)
+        assert "_image" in executor["container"]["image"], name
+        assert 0 < int(place["activeDeadlineSeconds"]) <= 96 * 3600, name
+        assert place["configMapAsEnv"][0]["optional"] is True, name
+        if name.removeprefix("exec-") in ("train", "evaluate"):
+            (volume,) = place["emptyDirMounts"]
+            assert (volume["mountPath"], volume["medium"]) == ("/dev/shm", "Memory")
+            assert place["tolerations"][0]["tolerationJson"]["componentInputParameter"]
+            assert place["nodeSelector"]["nodeSelectorJson"]["componentInputParameter"]
+            assert "gpu_type" in resources["accelerator"]["resourceType"]
+            assert "gpu_count" in resources["accelerator"]["resourceCount"]
+    for tasks in tasks_by_group(spec).values():
+        for name, task in tasks.items():
+            if f"exec-{name}" in executors:
+                retry = task["retryPolicy"]
+                assert retry["maxRetryCount"] == 2
+                assert retry["backoffFactor"] > 1
+
+
+def test_secrets_are_named_by_a_parameter_and_never_held(
+    documents: list[dict[str, Any]],
+) -> None:
+    placed = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    for name, place in placed.items():
+        for secret in place.get("secretAsEnv", []):
+            assert "connection" in secret["secretNameParameter"]["componentInputParameter"], name
+            required = {pair["envVar"] for pair in secret["keyToEnv"] if not secret["optional"]}
+            # A connection made on the dashboard need not have the others.
+            assert required <= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_ENDPOINT"}
+    for executor in documents[0]["deploymentSpec"]["executors"].values():
+        assert "env" not in executor["container"]
+
+
+def test_every_parameter_reaches_the_group_that_uses_it(documents: list[dict[str, Any]]) -> None:
+    """The backend resolves what a task uses in the inputs of the DAG around it."""
+    spec, platform = documents
+    placed = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    for group, tasks in tasks_by_group(spec).items():
+        holder = spec["components"][group] if group else spec["root"]
+        known = set(holder["inputDefinitions"]["parameters"])
+        for name, task in tasks.items():
+            used = str([task.get("inputs", {}), placed.get(f"exec-{name}", {})])
+            wanted = set(re.findall(r"'componentInputParameter': '([^']+)'", used))
+            assert wanted <= known, (group, name)
+            # A parameter of the pipeline is named plainly only at the root.
+            inside = set(task.get("inputs", {}).get("parameters", {}))
+            named = re.findall(r"parameters\['([^']+)'\]", str(task.get("inputs", {})))
+            assert set(named) <= inside, (group, name)
 
 
 def test_what_changes_the_world_or_reads_it_is_never_cached(spec: dict[str, Any]) -> None:
@@ -66,6 +140,7 @@ def test_check_names_what_is_stale_and_compile_mends_it(
 ) -> None:
     monkeypatch.setattr(compiling, "ROOT", tmp_path)
     monkeypatch.setattr(compiling, "COMPILED", tmp_path / "compiled")
+    monkeypatch.setattr(compiling, "RESOURCES", tmp_path / "resources")
     check = CliRunner().invoke(main, ["compile", "--check"])
     assert check.exit_code == 1
     assert "compiled/train_and_serve.yaml" in check.stderr
@@ -81,8 +156,66 @@ def test_check_names_what_is_stale_and_compile_mends_it(
 
 def test_every_row_of_a_readme_says_something() -> None:
     pages = [text for path, text in compiling.made().items() if path.suffix == ".md"]
-    assert len(pages) == 8
+    assert len(pages) == len(compiling.STEPS)
     for page in pages:
         rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
         assert rows
         assert all(row[3].strip() for row in rows), page
+
+
+def test_images_are_pinned_by_digest_when_a_file_says_which(tmp_path: Path) -> None:
+    digits = {"data": "f" * 64, "train": "0" * 64}
+    pinned = {name: f"registry.local/nudge-{name}@sha256:{digits[name]}" for name in digits}
+    (tmp_path / "digests.yaml").write_text(yaml.safe_dump(pinned))
+    arguments = ["compile", "--digests", str(tmp_path / "digests.yaml")]
+    refused = CliRunner().invoke(main, arguments)
+    assert (refused.exit_code, "--into" in refused.stderr) == (2, True)
+    made = CliRunner().invoke(main, [*arguments, "--into", str(tmp_path / "made")])
+    assert made.exit_code == 0
+    texts = [path.read_text() for path in (tmp_path / "made").rglob("*.yaml")]
+    assert len(texts) == 2 * len(compiling.PIPELINES)
+    for text in texts:
+        assert "quay.io" not in text
+        images = re.findall(r"defaultValue: (\S*nudge-\S*image\S*|registry\.local/\S+)", text)
+        assert images
+        assert set(images) <= set(pinned.values())
+    assert compiling.stale() == []
+
+
+@pytest.mark.parametrize("text", ["[]", "{data: a@sha256:1, train: b}", "{", "data: x:latest"])
+def test_a_digest_file_that_pins_nothing_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "digests.yaml"
+    path.write_text(text)
+    arguments = ["compile", "--digests", str(path), "--into", str(tmp_path / "made")]
+    refused = CliRunner().invoke(main, arguments)
+    assert refused.exit_code == 2
+    assert "digests.yaml" in refused.stderr
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("name", compiling.PIPELINES)
+def test_the_resources_hold_the_same_pipeline_under_a_name_of_its_content(name: str) -> None:
+    pipeline, version = yaml.safe_load_all((compiling.RESOURCES / f"{name}.yaml").read_text())
+    text = (compiling.COMPILED / f"{name}.yaml").read_text()
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    assert (pipeline["kind"], version["kind"]) == ("Pipeline", "PipelineVersion")
+    assert version["metadata"]["name"] == f"{pipeline['metadata']['name']}-{digest[:12]}"
+    assert version["spec"]["pipelineName"] == pipeline["metadata"]["name"]
+    spec, platform = yaml.safe_load_all(text)
+    assert version["spec"]["pipelineSpec"] == spec
+    assert version["spec"]["platformSpec"] == platform
+
+
+def test_compiling_in_another_process_gives_the_same_bytes() -> None:
+    """The header's comments print defaults; those of sets and dicts once came in random order."""
+    code = (
+        "import sys; from nudge.pipelines import compile as c;"
+        "sys.stdout.write(''.join(c.compiled(c.COMPILED, c.RESOURCES).values()))"
+    )
+    hashes = set()
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", code]
+        made = subprocess.run(command, env=environment, capture_output=True, check=True)
+        hashes.add(hashlib.sha256(made.stdout).hexdigest())
+    assert len(hashes) == 1
