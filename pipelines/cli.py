@@ -8,6 +8,7 @@ from typing import Any
 import click
 from nudge.components.common.errors import UserError
 from nudge.pipelines import release
+from nudge.pipelines.cluster import commands
 
 
 class Errors(click.Group):
@@ -139,7 +140,10 @@ def compile_(check: bool, into: Path | None, digests: Path | None) -> None:
     click.echo("current")
 
 
-for command in (release.models, release.promote, release.split, release.rollback):
+for command in (
+    *(release.models, release.promote, release.split, release.rollback),
+    *(commands.upload, commands.submit, commands.schedule),
+):
     main.add_command(command)
 
 

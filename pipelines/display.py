@@ -3,10 +3,10 @@
 import json
 import shlex
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from nudge.components.common.progress import figures
-from nudge.pipelines.local.run import Run
+from nudge.pipelines.local.run import Run, StepState
 from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
@@ -15,10 +15,16 @@ from rich.text import Text
 MARKS = {"waiting": " ", "running": "›", "done": "✓", "reused": "↺", "skipped": "–", "failed": "✗"}
 
 
+class Followed(Protocol):
+    """What has steps to be shown; more of them may come to be known while it goes on."""
+
+    steps: dict[str, StepState]
+
+
 class Live:
     """Progress of each step: bars on a terminal, else a line when a step begins and ends."""
 
-    def __init__(self, console: Console, run: Run) -> None:
+    def __init__(self, console: Console, run: Followed) -> None:
         self._console, self._said = console, dict.fromkeys(run.steps, "waiting")
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -30,12 +36,14 @@ class Live:
                 TextColumn("{task.fields[figures]}", markup=False),
                 console=console,
             )
-            self._tasks = {
-                name: self._bars.add_task(
-                    name, total=None, start=False, mark=" ", figures="", clock=""
-                )
-                for name in run.steps
-            }
+            self._add_bars(run)
+
+    def _add_bars(self, run: Followed) -> None:
+        assert self._bars is not None
+        for name in [name for name in run.steps if name not in self._tasks]:
+            self._tasks[name] = self._bars.add_task(
+                name, total=None, start=False, mark=" ", figures="", clock=""
+            )
 
     def __enter__(self) -> "Live":
         if self._bars:
@@ -46,8 +54,10 @@ class Live:
         if self._bars:
             self._bars.stop()
 
-    def show(self, run: Run) -> None:
+    def show(self, run: Followed) -> None:
         """Draw the run as it stands now."""
+        if self._bars:
+            self._add_bars(run)
         for name, step in run.steps.items():
             if self._bars:
                 task = self._tasks[name]
@@ -66,7 +76,7 @@ class Live:
                 )
                 if ended:
                     self._bars.stop_task(task)
-            elif step.status != self._said[name]:
+            elif step.status != self._said.get(name, "waiting"):
                 took = f" {step.seconds:.1f} s" if step.seconds else ""
                 self._console.print(f"{name}: {step.status}{took}", markup=False, highlight=False)
             self._said[name] = step.status

@@ -1,0 +1,169 @@
+"""The way to a pipelines server: its address, a token, a CA, and its errors in one sentence each.
+
+What is not given is looked for as OpenShift AI has it: in a pod the service account's token and the
+service CA; on a workstation `oc whoami -t` and the route in the status of the project's DSPA.
+"""
+
+import json
+import os
+import shutil
+import ssl
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tenacity
+from nudge.components.common.errors import UserError
+
+ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+TIMEOUTS_S = (10.0, 60.0)
+"""Of connecting, and of waiting for an answer."""
+
+PATIENCE_S = 30.0
+"""How long a question that changes nothing is asked again."""
+
+PAGE = 100
+BUSY = (429, 500, 502, 503, 504)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A pipelines server; ``ca`` is a file of PEM certificates, empty for the system's own."""
+
+    url: str
+    token: str = field(default="", repr=False)
+    ca: str = ""
+    namespace: str = ""
+
+    def api(self, name: str) -> Any:
+        """A generated API of `kfp_server_api`, such as ``RunServiceApi``."""
+        import kfp_server_api
+
+        configuration = kfp_server_api.Configuration(host=self.url)
+        configuration.ssl_ca_cert = self.ca or None
+        configuration.retries = False  # what may be repeated is known in `read`
+        if self.token:
+            configuration.api_key["authorization"] = self.token
+            configuration.api_key_prefix["authorization"] = "Bearer"
+        return getattr(kfp_server_api, name)(kfp_server_api.ApiClient(configuration))
+
+    def change(self, doing: str, call: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        """One request, asked once; raises `UserError` about ``doing``."""
+        import kfp_server_api
+        import urllib3
+
+        try:
+            return call(*given, _request_timeout=TIMEOUTS_S, **named)
+        except kfp_server_api.ApiException as error:
+            raise UserError(self._told(doing, error)) from None
+        except urllib3.exceptions.HTTPError as error:
+            raise UserError(f"{doing}: {_unreachable(self.url, error)}") from None
+
+    def read(self, doing: str, call: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        """A question that changes nothing: asked again, with back-off, while the server is busy."""
+        import kfp_server_api
+        import urllib3
+
+        def worth_asking(error: BaseException) -> bool:
+            if isinstance(error, kfp_server_api.ApiException):
+                return error.status in BUSY
+            broken = isinstance(getattr(error, "reason", None), ssl.SSLError)
+            return isinstance(error, urllib3.exceptions.HTTPError) and not broken
+
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_delay(PATIENCE_S),
+            wait=tenacity.wait_random_exponential(0.2, max=5),
+            retry=tenacity.retry_if_exception(worth_asking),
+            reraise=True,
+        )
+        return self.change(doing, lambda *a, **k: retrying(call, *a, **k), *given, **named)
+
+    def every(self, doing: str, call: Callable[..., Any], key: str, **named: Any) -> list[Any]:
+        """Every item of a list that comes in pages."""
+        items: list[Any] = []
+        token = ""
+        while True:
+            page = self.read(doing, call, page_size=PAGE, page_token=token, **named)
+            items += getattr(page, key) or []
+            token = page.next_page_token or ""
+            if not token:
+                return items
+
+    def _told(self, doing: str, error: Any) -> str:
+        try:
+            body = json.loads(error.body or "{}")
+            said = str(body.get("error_message") or body.get("message") or body.get("error") or "")
+        except (ValueError, AttributeError):
+            said = ""
+        hint = {
+            401: "the token is missing or has ended; run `oc login`, or set NUDGE_PIPELINES_TOKEN",
+            403: "this account may not do that; ask the project's administrator for the role "
+            "that manifests/base gives (nudge-author)",
+            404: "it is not there",
+            409: "it is there already, or somebody changes it at this moment; look and run again",
+            429: "the server is busy; run it again in a minute",
+        }.get(error.status, "the server failed; its log is that of the pod ds-pipeline-<dspa>")
+        reason = f" ({' '.join(said.split())[:300]})" if said else ""
+        return f"{doing}: {self.url} answered {error.status}: {hint}{reason}"
+
+
+def connect(url: str = "") -> Server:
+    """The server given, or NUDGE_PIPELINES_URL, or that of the project that `oc` is logged in to.
+
+    Token: NUDGE_PIPELINES_TOKEN, the service account's, `oc whoami -t`. CA: NUDGE_PIPELINES_CA, the
+    service CA of a pod. Raises `UserError` if no server is known or the CA is not there.
+    """
+    found = url or os.environ.get("NUDGE_PIPELINES_URL", "") or _from_dspa()
+    if not found:
+        raise UserError(
+            "no pipelines server is known: give --url, set NUDGE_PIPELINES_URL, or log in with "
+            "`oc login` and choose a project that has a pipelines server"
+        )
+    if not found.startswith(("http://", "https://")):
+        found = f"https://{found}"
+    token_file, service_ca = ACCOUNT / "token", ACCOUNT / "service-ca.crt"
+    token = os.environ.get("NUDGE_PIPELINES_TOKEN", "")
+    if not token and token_file.is_file():
+        token = token_file.read_text(encoding="utf-8").strip()
+    ca = os.environ.get("NUDGE_PIPELINES_CA", "")
+    if ca and not Path(ca).is_file():
+        raise UserError(f"NUDGE_PIPELINES_CA = {ca}: there is no such file")
+    if not ca and ".svc" in found and service_ca.is_file():
+        ca = str(service_ca)
+    namespace_file = ACCOUNT / "namespace"
+    namespace = os.environ.get("NUDGE_NAMESPACE", "")
+    if not namespace and namespace_file.is_file():
+        namespace = namespace_file.read_text(encoding="utf-8").strip()
+    return Server(found.rstrip("/"), token or _oc("whoami", "-t"), ca, namespace)
+
+
+def _from_dspa() -> str:
+    path = "{.items[0].status.components.apiServer.externalUrl}"
+    return _oc("get", "datasciencepipelinesapplications", "-o", f"jsonpath={path}")
+
+
+def _oc(*arguments: str) -> str:
+    """What `oc` prints; empty if it is not here, not logged in or does not answer."""
+    if shutil.which("oc") is None:
+        return ""
+    try:
+        done = subprocess.run(
+            ["oc", "--request-timeout=10s", *arguments], capture_output=True, text=True, timeout=20
+        )
+    except subprocess.TimeoutExpired:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _unreachable(url: str, error: Exception) -> str:
+    cause = getattr(error, "reason", None) or error
+    if isinstance(cause, ssl.SSLError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return (
+            f"the certificate of {url} is not signed by a CA known here; set NUDGE_PIPELINES_CA "
+            "to the file of the cluster's CA"
+        )
+    if "timed out" in str(error).lower():
+        return f"{url} did not answer in time; is the address right, and the cluster reachable?"
+    return f"{url} cannot be reached; is the address right, and the cluster reachable?"

@@ -1,0 +1,218 @@
+"""Upload a pipeline, start a run of it, and follow the run."""
+
+import hashlib
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from nudge.components.common.errors import UserError, nearest
+from nudge.pipelines.cluster.connect import Server
+from nudge.pipelines.compile import COMPILED
+from nudge.pipelines.local.run import StepState
+
+EXPERIMENT = "nudge"
+POLL_S = 2.0
+ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
+STATES = {
+    "SUCCEEDED": "done",
+    "FAILED": "failed",
+    "CANCELED": "failed",
+    "SKIPPED": "skipped",
+    "RUNNING": "running",
+    "CANCELING": "running",
+}
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """A version of a pipeline on the server; ``fresh`` says that it was not there before."""
+
+    pipeline: str
+    pipeline_id: str
+    version: str
+    version_id: str
+    fresh: bool
+
+
+@dataclass
+class Following:
+    """A run on the server as it stands; ``steps`` has what `nudge.pipelines.display` shows."""
+
+    run_id: str
+    link: str
+    state: str = "PENDING"
+    error: str = ""
+    steps: dict[str, StepState] = field(default_factory=dict)
+    pods: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> StepState | None:
+        """The step that failed; None if none did."""
+        return next((step for step in self.steps.values() if step.status == "failed"), None)
+
+
+def upload(server: Server, file: Path) -> Uploaded:
+    """Upload a compiled pipeline as a version named by its content; one that is there stays."""
+    text = file.read_text(encoding="utf-8")
+    name, description = _named(file, text)
+    version = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    import kfp_server_api
+
+    pipelines = server.api("PipelineServiceApi")
+    entry = find_pipeline(server, name)
+    if entry is None:
+        fresh = kfp_server_api.V2beta1Pipeline(
+            name=name, display_name=name, description=description, namespace=server.namespace
+        )
+        create = pipelines.pipeline_service_create_pipeline
+        entry = server.change(f"create the pipeline {name}", create, fresh)
+    for known in versions(server, entry.pipeline_id):
+        if known.name == version or known.display_name == version:
+            where = (entry.pipeline_id, version, known.pipeline_version_id)
+            return Uploaded(name, *where, fresh=False)
+    uploads = server.api("PipelineUploadServiceApi")
+    made = server.change(
+        f"upload {version}",
+        uploads.upload_pipeline_version,
+        str(file),
+        name=version,
+        display_name=version,
+        pipelineid=entry.pipeline_id,
+        description=description,
+    )
+    return Uploaded(name, entry.pipeline_id, version, made.pipeline_version_id, fresh=True)
+
+
+def find_pipeline(server: Server, name: str) -> Any:
+    """The pipeline of this name, or None."""
+    listing = server.api("PipelineServiceApi").pipeline_service_list_pipelines
+    entries = server.every("list the pipelines", listing, "pipelines", namespace=server.namespace)
+    return next((e for e in entries if name in (e.name, e.display_name)), None)
+
+
+def known_pipeline(server: Server, name: str) -> Any:
+    """The pipeline of this name; raises `UserError` that names the nearest ones."""
+    listing = server.api("PipelineServiceApi").pipeline_service_list_pipelines
+    entries = server.every("list the pipelines", listing, "pipelines", namespace=server.namespace)
+    names = {str(entry.display_name): entry for entry in entries}
+    if name not in names:
+        raise UserError(
+            f"{server.url} has no pipeline {name!r}; {nearest(name, names)}; "
+            "`nudge upload` brings it there"
+        )
+    return names[name]
+
+
+def versions(server: Server, pipeline_id: str) -> list[Any]:
+    """The versions of a pipeline, newest first."""
+    listing = server.api("PipelineServiceApi").pipeline_service_list_pipeline_versions
+    found = server.every(
+        "list the versions",
+        lambda **named: listing(pipeline_id, **named),
+        "pipeline_versions",
+        sort_by="created_at desc",
+    )
+    return found
+
+
+def experiment(server: Server, name: str = EXPERIMENT) -> str:
+    """The id of the experiment of this name, made if it is not there."""
+    import kfp_server_api
+
+    api = server.api("ExperimentServiceApi")
+    listing = api.experiment_service_list_experiments
+    found = server.every("list the experiments", listing, "experiments", namespace=server.namespace)
+    for entry in found:
+        if entry.display_name == name:
+            return str(entry.experiment_id)
+    fresh = kfp_server_api.V2beta1Experiment(display_name=name, namespace=server.namespace)
+    create = api.experiment_service_create_experiment
+    return str(server.change(f"create the experiment {name}", create, fresh).experiment_id)
+
+
+def submit(server: Server, pipeline: str, name: str, parameters: dict[str, Any]) -> Following:
+    """Start a run of the newest version of a pipeline.
+
+    Raises `UserError` if the pipeline is not there or a parameter is not one of its own.
+    """
+    import kfp_server_api
+
+    entry = known_pipeline(server, pipeline)
+    newest = next(iter(versions(server, entry.pipeline_id)), None)
+    if newest is None:
+        raise UserError(f"{pipeline} has no version on {server.url}; `nudge upload` brings one")
+    check_parameters(newest, parameters)
+    body = kfp_server_api.V2beta1Run(
+        display_name=name,
+        experiment_id=experiment(server),
+        pipeline_version_reference=kfp_server_api.V2beta1PipelineVersionReference(
+            pipeline_id=entry.pipeline_id, pipeline_version_id=newest.pipeline_version_id
+        ),
+        runtime_config=kfp_server_api.V2beta1RuntimeConfig(parameters=parameters),
+    )
+    made = server.change(
+        f"start a run of {pipeline}", server.api("RunServiceApi").run_service_create_run, body
+    )
+    return Following(made.run_id, f"{server.url}/#/runs/details/{made.run_id}")
+
+
+def check_parameters(version: Any, parameters: dict[str, Any]) -> None:
+    """Raise `UserError` for a name that is not a parameter of this version."""
+    spec = version.pipeline_spec or {}
+    spec = spec.get("pipeline_spec", spec)
+    known = spec.get("root", {}).get("inputDefinitions", {}).get("parameters", {})
+    for name in parameters.keys() - known.keys():
+        raise UserError(f"{name} is no parameter of {version.display_name}; {nearest(name, known)}")
+
+
+def follow(server: Server, run: Following, poll_s: float = POLL_S) -> Generator[Following]:
+    """Ask for the run until it has ended; yields it each time."""
+    api = server.api("RunServiceApi")
+    while True:
+        found = server.read(f"look at the run {run.run_id}", api.run_service_get_run, run.run_id)
+        _take_in(run, found)
+        yield run
+        if run.state in ENDED:
+            return
+        time.sleep(poll_s)
+
+
+def _take_in(run: Following, found: Any) -> None:
+    run.state = found.state or "PENDING"
+    run.error = (found.error and found.error.message) or ""
+    details = found.run_details.task_details if found.run_details else None
+    # The driver of a step and its group are tasks too; a step has a pod and a plain name.
+    for task in details or []:
+        name = str(task.display_name or "")
+        if not name or name.endswith("-driver") or name in ("root", "executor"):
+            continue
+        step = run.steps.setdefault(name, StepState(name))
+        step.status = STATES.get(str(task.state), "waiting")
+        if task.start_time:
+            step.started = task.start_time.timestamp()
+        if task.start_time and task.end_time:
+            step.seconds = (task.end_time - task.start_time).total_seconds()
+        if step.status == "failed":
+            step.error = (task.error and task.error.message) or "it failed"
+        pods = [child.pod_name for child in task.child_tasks or [] if child.pod_name]
+        run.pods[name] = task.pod_name or next(iter(pods), "")
+
+
+def _named(file: Path, text: str) -> tuple[str, str]:
+    try:
+        spec = next(iter(yaml.safe_load_all(text)))
+        return str(spec["pipelineInfo"]["name"]), str(spec["pipelineInfo"].get("description", ""))
+    except (yaml.YAMLError, StopIteration, KeyError, TypeError):
+        raise UserError(f"{file} is no compiled pipeline; `nudge compile` makes them") from None
+
+
+def shipped(name: str) -> Path:
+    """The compiled YAML of a pipeline by its name; raises `UserError` with the nearest names."""
+    path = COMPILED / f"{name.replace('-', '_')}.yaml"
+    if not path.is_file():
+        known = [each.stem.replace("_", "-") for each in COMPILED.glob("*.yaml")]
+        raise UserError(f"there is no pipeline {name!r}; {nearest(name, known)}; or give a file")
+    return path

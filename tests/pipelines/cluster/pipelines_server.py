@@ -1,0 +1,201 @@
+"""A pipelines server for tests, over real HTTP: what the API's own description allows, and no more.
+
+Every request's body, query and path, and every answer, is held against the Swagger of Kubeflow
+Pipelines (kfp-v2beta1.swagger.json). ``breaks`` makes it answer wrongly, as a real one may.
+"""
+
+import contextlib
+import json
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+import uvicorn
+import yaml
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+SWAGGER = json.loads((Path(__file__).parent / "kfp-v2beta1.swagger.json").read_text())
+NOW = "2026-01-01T02:00:00Z"
+
+
+def strict(name: str) -> Any:
+    """A validator of one definition that refuses unknown fields."""
+    definitions = {
+        key: {**value, "additionalProperties": False} if "properties" in value else value
+        for key, value in SWAGGER["definitions"].items()
+        if key != "protobufAny"
+    }
+    definitions["protobufAny"] = {}
+    schema = {"definitions": definitions, "$ref": f"#/definitions/{name}"}
+    return jsonschema_rs.Draft7Validator(schema)
+
+
+class Pipelines:
+    """The server's state, its faults, and what was asked of it."""
+
+    def __init__(self) -> None:
+        self.pipelines: dict[str, dict[str, Any]] = {}
+        self.versions: dict[str, dict[str, Any]] = {}
+        self.experiments: dict[str, dict[str, Any]] = {}
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.recurring: dict[str, dict[str, Any]] = {}
+        self.asked: list[tuple[str, str]] = []
+        self.faults: list[str] = []
+        """What in a request the description does not allow."""
+        self.breaks: list[int] = []
+        """Statuses that the next requests are answered with; 0 hangs up."""
+        self.story: list[dict[str, Any]] = []
+        """What a run shows each time it is asked for; the last one stays."""
+        self.token = "sha256~canary-token"
+
+    async def answer(self, request: Request) -> Response:
+        method, path = request.method, request.url.path
+        self.asked.append((method, path))
+        if self.breaks:
+            status = self.breaks.pop(0)
+            if status:
+                return JSONResponse({"error_message": "as the test says"}, status_code=status)
+            time.sleep(3)
+        if request.headers.get("authorization") != f"Bearer {self.token}":
+            return JSONResponse({"error": "Unauthorized"}, status_code=401)
+        operation, named = self._operation(method, path)
+        if operation is None:
+            self.faults.append(f"{method} {path} is not in the API")
+            return JSONResponse({"error": "no such thing"}, status_code=404)
+        self._check_query(operation, request)
+        body = await self._body(operation, request)
+        result = self._do(operation["operationId"], named, body, dict(request.query_params))
+        if isinstance(result, int):
+            return JSONResponse({"code": 5, "message": "not found"}, status_code=result)
+        schema = operation["responses"]["200"].get("schema", {})
+        if "$ref" in schema:
+            strict(schema["$ref"].rpartition("/")[2]).validate(result)
+        return JSONResponse(result)
+
+    def _operation(self, method: str, path: str) -> tuple[Any, dict[str, str]]:
+        # Plain paths stand before those with a name in them, as in a router.
+        for template in sorted(SWAGGER["paths"], key=lambda each: each.count("{")):
+            pattern = re.sub(
+                r"\{([\w.]+)\}", lambda m: f"(?P<{m[1].replace('.', '_')}>[^/:]+)", template
+            )
+            found = re.fullmatch(pattern, path)
+            if found and method.lower() in SWAGGER["paths"][template]:
+                return SWAGGER["paths"][template][method.lower()], found.groupdict()
+        return None, {}
+
+    def _check_query(self, operation: Any, request: Request) -> None:
+        known = {p["name"] for p in operation.get("parameters", []) if p["in"] == "query"}
+        for name in request.query_params.keys() - known:
+            self.faults.append(f"{operation['operationId']}: {name} is no parameter")
+
+    async def _body(self, operation: Any, request: Request) -> Any:
+        given = [p for p in operation.get("parameters", []) if p["in"] in ("body", "formData")]
+        if not given:
+            return None
+        if given[0]["in"] == "formData":
+            form = await request.form()
+            return (await form["uploadfile"].read()).decode()  # type: ignore[union-attr]
+        body = await request.json()
+        reference = given[0]["schema"].get("$ref", "").rpartition("/")[2]
+        if reference:
+            for error in strict(reference).iter_errors(body):
+                self.faults.append(f"{operation['operationId']}: {error.message}")
+        return body
+
+    def _do(self, name: str, at: dict[str, str], body: Any, query: dict[str, str]) -> Any:
+        verb = name.partition("_")[2] or name
+        if verb.startswith("List"):
+            return self._list(verb, at, query)
+        if verb == "CreatePipeline":
+            return self._add(self.pipelines, "pipeline_id", {**body, "created_at": NOW})
+        if verb == "CreateExperiment":
+            return self._add(self.experiments, "experiment_id", body)
+        if verb == "UploadPipelineVersion":
+            documents = list(yaml.safe_load_all(body))
+            keys = ("pipeline_spec", "platform_spec")
+            spec = dict(zip(keys, documents, strict=False))
+            fields = {"name": query["name"], "display_name": query["display_name"]}
+            fields |= {"pipeline_id": query["pipelineid"], "created_at": NOW}
+            return self._add(
+                self.versions, "pipeline_version_id", {**fields, "pipeline_spec": spec}
+            )
+        if verb == "CreateRun":
+            return self._add(self.runs, "run_id", {**body, "state": "PENDING"})
+        if verb == "GetRun":
+            run = self.runs.get(at["run_id"])
+            if run is not None and self.story:
+                run.update(self.story.pop(0) if len(self.story) > 1 else self.story[0])
+            return 404 if run is None else run
+        if verb == "CreateRecurringRun":
+            enabled = body.pop("mode") == "ENABLE"
+            fields = {**body, "status": "ENABLED" if enabled else "DISABLED"}
+            return self._add(self.recurring, "recurring_run_id", fields)
+        if verb in ("EnableRecurringRun", "DisableRecurringRun", "DeleteRecurringRun"):
+            return self._recurring(verb, at["recurring_run_id"])
+        raise AssertionError(f"{name} is not played here")
+
+    def _recurring(self, verb: str, key: str) -> Any:
+        if key not in self.recurring:
+            return 404
+        if verb == "DeleteRecurringRun":
+            for run in self.runs.values():
+                if run.get("recurring_run_id") == key and run["state"] == "RUNNING":
+                    run["state"] = "CANCELED"  # as the real one does
+            del self.recurring[key]
+        else:
+            self.recurring[key]["status"] = verb.split("Recurring")[0].upper() + "D"
+        return {}
+
+    def _list(self, verb: str, at: dict[str, str], query: dict[str, str]) -> dict[str, Any]:
+        key, items = {
+            "ListPipelines": ("pipelines", self.pipelines),
+            "ListPipelineVersions": ("pipeline_versions", self.versions),
+            "ListExperiments": ("experiments", self.experiments),
+            "ListRuns": ("runs", self.runs),
+            "ListRecurringRuns": ("recurringRuns", self.recurring),
+        }[verb]
+        found = list(items.values())
+        if "pipeline_id" in at:
+            found = [each for each in found if each["pipeline_id"] == at["pipeline_id"]]
+        if "desc" in query.get("sort_by", ""):
+            found.reverse()
+        # Pages of two, so that whoever reads one page alone is found out.
+        start = int(query.get("page_token") or 0)
+        page: dict[str, Any] = {key: found[start : start + 2]}
+        if start + 2 < len(found):
+            page["next_page_token"] = str(start + 2)
+        return page
+
+    def _add(self, items: dict[str, Any], key: str, fields: dict[str, Any]) -> dict[str, Any]:
+        made = {**fields, key: str(uuid.uuid4())}
+        items[made[key]] = made
+        return made
+
+
+@contextlib.contextmanager
+def serving(state: Pipelines, **tls: Any) -> Iterator[str]:
+    """The address of the server while the block runs."""
+    methods = ["GET", "POST", "DELETE", "PATCH"]
+    app = Starlette(routes=[Route("/{path:path}", state.answer, methods=methods)])
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", **tls))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            scheme = "https" if tls else "http"
+            yield f"{scheme}://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
