@@ -1,0 +1,202 @@
+"""The API schemas that manifests and Kubernetes objects are held against, and how they are read.
+
+``tests/crds/*.json.gz`` are CustomResourceDefinitions as their projects publish them, without
+descriptions and deprecated versions; ``python -m tests.kubernetes_schemas FILE.yaml ...`` adds
+others. What has no CRD (Pod, Role, Secret, ...) is held against the models of the package
+`kubernetes`. Rules in CEL (x-kubernetes-validations) are not evaluated.
+
+    problems(body)       every reason why a cluster would refuse the object; empty if none
+    definition(body)     its CRD, or None
+"""
+
+import functools
+import gzip
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+
+FOLDER = Path(__file__).parent / "crds"
+Object = dict[str, Any]
+
+
+@functools.cache
+def definitions() -> dict[tuple[str, str], Object]:
+    """Every CRD by (apiVersion, kind); each as ``{"spec", "version"}`` of that one version."""
+    found = {}
+    for path in sorted(FOLDER.glob("*.json.gz")):
+        spec = json.loads(gzip.decompress(path.read_bytes()))["spec"]
+        for version in spec["versions"]:
+            key = (f"{spec['group']}/{version['name']}", spec["names"]["kind"])
+            found[key] = {"spec": spec, "version": version}
+    return found
+
+
+def definition(body: Object) -> Object | None:
+    """The CRD of an object's kind, or None if there is none here."""
+    return definitions().get((body.get("apiVersion", ""), body.get("kind", "")))
+
+
+def schema(found: Object) -> Object:
+    """The structural schema of a definition, as it stands in the CRD."""
+    return dict(found["version"]["schema"]["openAPIV3Schema"])
+
+
+def problems(body: Object) -> list[str]:
+    """Every reason why a cluster would refuse or silently cut the object: unknown fields, wrong
+    types, missing fields, values out of range."""
+    told = [] if body.get("metadata", {}).get("name") else ["metadata.name: is required"]
+    found = definition(body)
+    if found is None:
+        return told + _core_problems(body)
+    told += _model_problems(body.get("metadata", {}), "V1ObjectMeta", "metadata")
+    key = (body["apiVersion"], body["kind"])
+    for error in _validator(key).iter_errors(body):
+        path = ".".join(str(part) for part in error.instance_path)
+        told.append(f"{path or 'the object'}: {error.message}")
+    return told
+
+
+@functools.cache
+def _validator(key: tuple[str, str]) -> Any:
+    return jsonschema_rs.Draft7Validator(strict(schema(definitions()[key]), root=True))
+
+
+def strict(node: Any, root: bool = False) -> Any:
+    """A structural schema as a JSON schema that also refuses the fields it does not know."""
+    if isinstance(node, list):
+        return [strict(each) for each in node]
+    if not isinstance(node, dict):
+        return node
+    made: Object = {}
+    for key, value in node.items():
+        if key == "properties":
+            made[key] = {name: strict(each) for name, each in value.items()}
+        elif key in ("items", "additionalProperties", "allOf", "anyOf", "oneOf", "not"):
+            made[key] = strict(value)
+        elif not key.startswith("x-kubernetes") and key not in ("nullable", "default", "example"):
+            made[key] = value
+    if node.get("x-kubernetes-int-or-string"):
+        made.pop("type", None)
+        made.setdefault("anyOf", [{"type": "integer"}, {"type": "string"}])
+    if node.get("nullable") and "type" in made:
+        made["type"] = [made["type"], "null"]
+    open_ended = node.get("x-kubernetes-preserve-unknown-fields")
+    if "properties" in made and not open_ended and "additionalProperties" not in made:
+        made["additionalProperties"] = False
+    if root:
+        common = {"apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {}}
+        made["properties"] = {**made.get("properties", {}), **common}
+    return made
+
+
+def with_defaults(value: Any, node: Object) -> Any:
+    """The value with the defaults of its structural schema, as an API server fills them in."""
+    if isinstance(value, dict):
+        filled = dict(value)
+        for name, child in node.get("properties", {}).items():
+            if name not in filled and "default" in child:
+                filled[name] = child["default"]
+            if name in filled:
+                filled[name] = with_defaults(filled[name], child)
+        return filled
+    if isinstance(value, list) and "items" in node:
+        return [with_defaults(each, node["items"]) for each in value]
+    return value
+
+
+def _core_problems(body: Object) -> list[str]:
+    import kubernetes.client
+
+    kind = body.get("kind")
+    name = "CoreV1Event" if kind == "Event" else f"V1{kind}"
+    if not hasattr(kubernetes.client, name):
+        return [f"kind {kind} of {body.get('apiVersion')} is not known here"]
+    return _model_problems(body, name, "")
+
+
+def _model_problems(value: Any, type: str, path: str) -> list[str]:
+    """The same for one of the models of the package `kubernetes`, which say no more than types."""
+    import kubernetes.client
+
+    if match := re.fullmatch(r"list\[(.*)\]", type):
+        if not isinstance(value, list):
+            return [f"{path}: expected a list"]
+        each = [_model_problems(part, match[1], f"{path}.{i}") for i, part in enumerate(value)]
+        return [problem for part in each for problem in part]
+    if match := re.fullmatch(r"dict\(str, (.*)\)", type):
+        if not isinstance(value, dict):
+            return [f"{path}: expected a mapping"]
+        each = [_model_problems(part, match[1], f"{path}.{key}") for key, part in value.items()]
+        return [problem for part in each for problem in part]
+    plain = {"str": str, "datetime": str, "int": int, "float": (int, float), "bool": bool}
+    if type in plain:
+        right = isinstance(value, plain[type]) and (type == "bool" or not isinstance(value, bool))
+        return [] if right else [f"{path}: {value!r} is not of type {type}"]
+    model = getattr(kubernetes.client, type, None)
+    if model is None:  # "object": anything
+        return []
+    if not isinstance(value, dict):
+        return [f"{path}: expected a mapping"]
+    known = {key: model.openapi_types[name] for name, key in model.attribute_map.items()}
+    told = [f"{path}.{key}: unknown field".lstrip(".") for key in value.keys() - known.keys()]
+    for key, part in value.items():
+        if key in known:
+            told += _model_problems(part, known[key], f"{path}.{key}".lstrip("."))
+    lacking = (key for key in _required(model) if key not in value)
+    return told + [f"{path}.{key}: is required".lstrip(".") for key in lacking]
+
+
+@functools.cache
+def _required(model: Any) -> list[str]:
+    """The fields that a model's setters refuse to leave empty."""
+    import kubernetes.client
+
+    probe = model.__new__(model)
+    probe.local_vars_configuration = kubernetes.client.Configuration()
+    found = []
+    for name, key in model.attribute_map.items():
+        try:
+            setattr(probe, name, None)
+        except ValueError:
+            found.append(key)
+    return found
+
+
+def add(source: Path) -> Path:
+    """Put a CRD (YAML) here, without descriptions and versions that are not the newest served."""
+    import yaml
+
+    whole = yaml.load(source.read_text(encoding="utf-8"), yaml.CSafeLoader)
+    spec = whole["spec"]
+    kept = {key: spec[key] for key in ("group", "names", "scope") if key in spec}
+    kept["versions"] = [
+        _without_descriptions(version)
+        for version in spec["versions"]
+        if version.get("served", True) and not version.get("deprecated")
+    ]
+    made: Object = {"kind": "CustomResourceDefinition", "spec": kept}
+    path = FOLDER / f"{spec['names']['plural']}.{spec['group']}.json.gz"
+    text = json.dumps(made, separators=(",", ":"), sort_keys=True)
+    path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+    return path
+
+
+def _without_descriptions(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_without_descriptions(each) for each in node]
+    if not isinstance(node, dict):
+        return node
+    return {
+        key: _without_descriptions(value)
+        for key, value in node.items()
+        if not (key == "description" and isinstance(value, str))
+    }
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        print(add(Path(argument)))

@@ -1,0 +1,197 @@
+"""The manifests: kustomize builds each overlay, and a cluster would take every object of it."""
+
+import functools
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from tests.kubernetes_schemas import definition, problems
+
+ROOT = Path(__file__).parents[2] / "manifests"
+OVERLAYS = sorted(path.name for path in (ROOT / "overlays").iterdir())
+BUILDS = [*(f"overlays/{name}" for name in OVERLAYS), "cluster-admin", "data-connection"]
+KUBERNETES = "1.33"
+
+# Kinds whose schema is not at hand: they are built and read, and held against nothing.
+WITHOUT_SCHEMA = {"BuildConfig", "PrometheusRule"}
+
+
+@functools.cache
+def built(folder: str) -> list[dict[str, Any]]:
+    """The objects that `kubectl kustomize` builds of a folder; the connection from its example."""
+    kubectl = str(Path(sys.executable).parent / "kubectl")
+    command = [kubectl, "kustomize", str(_with_connection(folder))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "deprecated" not in done.stderr
+    return [each for each in yaml.safe_load_all(done.stdout) if each]
+
+
+def _with_connection(folder: str) -> Path:
+    if folder != "data-connection":
+        return ROOT / folder
+    import tempfile
+
+    copy = Path(tempfile.mkdtemp()) / folder
+    shutil.copytree(ROOT / folder, copy)
+    shutil.copy(copy / "data-connection.env.example", copy / "data-connection.env")
+    return copy
+
+
+@functools.cache
+def objects() -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Every object of every build, by build, kind and name."""
+    found = {}
+    for folder in BUILDS:
+        for each in built(folder):
+            key = (folder, str(each["kind"]), str(each["metadata"]["name"]))
+            assert key not in found, key
+            found[key] = each
+    return found
+
+
+def of_kind(*kinds: str) -> list[dict[str, Any]]:
+    return [each for (_, kind, _), each in objects().items() if kind in kinds]
+
+
+def test_there_is_an_overlay_for_each_use() -> None:
+    assert set(OVERLAYS) == {"dev", "gpu", "multi-node", "disconnected"}
+    kinds = {kind for _, kind, _ in objects()}
+    assert kinds >= {
+        *("Namespace", "DataSciencePipelinesApplication", "Secret", "ConfigMap", "ServiceAccount"),
+        *("Role", "RoleBinding", "ServingRuntime", "ResourceFlavor", "ClusterQueue", "LocalQueue"),
+        *("TrainingRuntime", "Notebook", "ImageStream", "PersistentVolumeClaim", "NetworkPolicy"),
+        *("Pipeline", "PipelineVersion", "BuildConfig", "ServiceMonitor", "PrometheusRule"),
+    }
+
+
+def test_a_cluster_takes_every_object() -> None:
+    checked, wrong = 0, []
+    for key, each in objects().items():
+        if each["kind"] in WITHOUT_SCHEMA:
+            continue
+        if definition(each) is not None:
+            wrong += [(key, problem) for problem in problems(each)]
+        else:
+            try:
+                kubernetes_validate.validate(each, KUBERNETES, strict=True)
+            except kubernetes_validate.ValidationError as error:
+                wrong.append((key, error.message))
+        checked += 1
+    assert wrong == []
+    assert checked > 90
+
+
+def test_wrong_objects_would_be_noticed() -> None:
+    runtime = dict(of_kind("ServingRuntime")[0])
+    assert problems({**runtime, "spec": {**runtime["spec"], "containres": []}})
+    policy = of_kind("NetworkPolicy")[0]
+    wrong = {**policy, "spec": {**policy["spec"], "podSelektor": {}}}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(wrong, KUBERNETES, strict=True)
+
+
+def test_every_object_of_an_overlay_lives_in_its_project() -> None:
+    for (folder, kind, name), each in objects().items():
+        if folder.startswith("overlays") and kind != "Namespace":
+            assert each["metadata"]["namespace"] == "nudge", name
+
+
+def pods(node: Any) -> list[dict[str, Any]]:
+    """Every mapping that looks like a pod's spec."""
+    if isinstance(node, list):
+        return [found for each in node for found in pods(each)]
+    if not isinstance(node, dict):
+        return []
+    mine = [node] if isinstance(node.get("containers"), list) else []
+    return mine + [found for each in node.values() for found in pods(each)]
+
+
+def test_restricted_pod_security_throughout() -> None:
+    seen = 0
+    for each in of_kind("Notebook", "ServingRuntime", "TrainingRuntime"):
+        for pod in pods(each["spec"]):
+            for container in pod["containers"]:
+                context = container["securityContext"]
+                assert context["allowPrivilegeEscalation"] is False
+                assert context["runAsNonRoot"] is True
+                assert context["capabilities"] == {"drop": ["ALL"]}
+                assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+                assert "privileged" not in context
+                seen += 1
+            for forbidden in ("hostNetwork", "hostPID", "hostIPC"):
+                assert forbidden not in pod
+            assert not any("hostPath" in volume for volume in pod.get("volumes", []))
+    assert seen >= 9
+    for namespace in of_kind("Namespace"):
+        labels = namespace["metadata"]["labels"]
+        assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+def test_roles_ask_for_what_they_name_and_no_secret() -> None:
+    for role in of_kind("Role"):
+        for rule in role["rules"]:
+            assert "*" not in str(rule), role["metadata"]["name"]
+            assert "secrets" not in rule["resources"]
+            assert not {"escalate", "bind", "impersonate"} & set(rule["verbs"])
+    assert of_kind("ClusterRole", "ClusterRoleBinding") == []
+
+
+def test_every_rule_is_justified_where_it_stands() -> None:
+    lines = (ROOT / "base" / "access.yaml").read_text().splitlines()
+    before = ""
+    for line in lines:
+        if line.strip().startswith("- apiGroups"):
+            same = before.strip().startswith(("verbs:", "#"))
+            assert same, line
+        before = line
+    assert sum(line.strip().startswith("#") for line in lines) >= 10
+
+
+def test_names_that_belong_together_agree() -> None:
+    from nudge.components.common.images import DATA_IMAGE, TRAIN_IMAGE
+    from nudge.pipelines.placement import CONNECTION, SETTINGS, SETTINGS_KEYS
+
+    found = objects()
+    assert ("data-connection", "Secret", CONNECTION) in found
+    settings = found["overlays/dev", "ConfigMap", SETTINGS]
+    assert set(settings["data"]) <= set(SETTINGS_KEYS)
+    server = found["overlays/dev", "DataSciencePipelinesApplication", "nudge"]
+    storage = server["spec"]["objectStorage"]["externalStorage"]
+    assert storage["s3CredentialsSecret"]["secretName"] == CONNECTION
+    for binding in of_kind("RoleBinding"):
+        if binding["metadata"]["name"] == "nudge-runner":
+            assert binding["subjects"][0]["name"] == "pipeline-runner-nudge"
+    (version,) = [
+        e for (f, k, _), e in found.items() if (f, k) == ("overlays/dev", "PipelineVersion")
+    ]
+    parameters = version["spec"]["pipelineSpec"]["root"]["inputDefinitions"]["parameters"]
+    assert parameters["data_image"]["defaultValue"] == DATA_IMAGE
+    runtime = found["overlays/multi-node", "TrainingRuntime", "nudge-torch"]
+    assert TRAIN_IMAGE in str(runtime)
+    queue = found["overlays/gpu", "LocalQueue", "default"]
+    assert ("cluster-admin", "ClusterQueue", queue["spec"]["clusterQueue"]) in found
+
+
+def test_a_disconnected_cluster_asks_no_registry_outside() -> None:
+    """But for the addresses of the steps' own face: those images are parameters, set here."""
+    for (folder, kind, name), each in objects().items():
+        if folder == "overlays/disconnected":
+            images = re.findall(
+                r"'(?:image|name|defaultValue)': '((?:quay|docker|registry)\.[^']+)'", str(each)
+            )
+            assert images == [], (kind, name)
+
+
+def test_no_secret_is_in_the_repository() -> None:
+    (secret,) = of_kind("Secret")
+    assert secret["data"]["AWS_SECRET_ACCESS_KEY"] in ("", None)
+    ignored = (ROOT.parent / ".gitignore").read_text()
+    assert "manifests/data-connection/data-connection.env\n" in ignored
