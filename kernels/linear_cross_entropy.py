@@ -4,6 +4,7 @@ Layers, from the outside in: this file checks and names things, `operators` is w
 torch.compile see, `chunked` does the work, `native` holds the CUDA kernel.
 """
 
+import math
 from typing import Any, Literal, overload
 
 import torch
@@ -91,10 +92,12 @@ def fused_linear_cross_entropy(
     Raises `ValueError`, naming the argument and what was given, for shapes, dtypes, devices or
     values that do not fit; N = 0 and V = 1 among them.
     """
-    device = hidden.device.type
+    device = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     compute = torch.get_autocast_dtype(device) if autocast else None
-    if hidden.dtype == torch.float64:  # as autocast itself leaves float64 alone
+    if (
+        isinstance(hidden, Tensor) and hidden.dtype == torch.float64
+    ):  # as autocast itself leaves float64 alone
         compute = None
     options = Options(
         ignore_index, label_smoothing, z_loss, logit_softcap, accum_dtype, compute, chunk_rows
@@ -165,6 +168,9 @@ def check_input(
     vocabulary: int | None = None,
 ) -> None:
     """Raises `ValueError` that names the argument and what was given; never synchronises."""
+    for name, given in (("hidden", hidden), ("weight", weight), ("targets", targets)):
+        if not isinstance(given, Tensor):
+            raise ValueError(f"{name} is a {type(given).__name__}: expected a tensor")
     if type(weight).__name__ == "DTensor":
         raise ValueError(
             "weight is a sharded DTensor: use FusedLinearCrossEntropy under fully_shard, which "
@@ -204,10 +210,10 @@ def check_input(
         raise ValueError(f"reduction {reduction!r}: expected 'mean', 'sum' or 'none'")
     if not 0 <= options.label_smoothing <= 1:
         raise ValueError(f"label_smoothing {options.label_smoothing}: expected 0 to 1")
-    if not options.z_loss >= 0:
-        raise ValueError(f"z_loss {options.z_loss}: expected 0 or more")
-    if not options.logit_softcap >= 0:
-        raise ValueError(f"logit_softcap {options.logit_softcap}: expected 0 or more")
+    if not 0 <= options.z_loss < math.inf:
+        raise ValueError(f"z_loss {options.z_loss}: expected 0 or more, and finite")
+    if not 0 <= options.logit_softcap < math.inf:
+        raise ValueError(f"logit_softcap {options.logit_softcap}: expected 0 or more, and finite")
     if options.chunk_rows is not None and options.chunk_rows < 1:
         raise ValueError(f"chunk_rows {options.chunk_rows}: expected at least 1")
     if options.accum_dtype is not None and options.accum_dtype not in DTYPES:

@@ -119,12 +119,22 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.set_materialize_grads(False)
 
 
+def _refuse_second_derivatives(saved: tuple[Tensor, ...]) -> None:
+    """Under create_graph what backward returns would pass for differentiable, and not be."""
+    if torch.is_grad_enabled() and all(type(value) is Tensor for value in saved):
+        raise RuntimeError(
+            "fused_linear_cross_entropy has no second derivatives: call backward without "
+            "create_graph=True, or take torch.nn.functional.cross_entropy for this loss"
+        )
+
+
 def _scale_gradients(ctx: Any, *outer: Tensor | None) -> tuple[Any, ...]:
     """Scales in place, unless the graph is kept for another backward, which must stay right, or is
     being traced, where in place has no meaning."""
     given = outer[0]
     gradients: list[Tensor | None] = [None, None, None]
     if given is not None:
+        _refuse_second_derivatives(ctx.saved_tensors)
         kept = torch._C._autograd._get_current_graph_task_keep_graph()
         for at, (saved, wanted) in enumerate(zip(ctx.saved_tensors, ctx.wants, strict=True)):
             if wanted and (kept or type(saved) is not Tensor):
@@ -207,6 +217,7 @@ def _recompute(ctx: Any, *outer: Tensor | None) -> tuple[Any, ...]:
     given = outer[0]
     gradients: tuple[Tensor | None, ...] = (None, None, None)
     if given is not None:
+        _refuse_second_derivatives((given.detach(),))
         made = linear_cross_entropy_grad(given, *ctx.saved_tensors, *ctx.rest)
         gradients = tuple(g if w else None for g, w in zip(made, ctx.rest[-1], strict=True))
     return *gradients, *([None] * 10)

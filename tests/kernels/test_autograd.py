@@ -1,11 +1,12 @@
 """What autograd, torch.compile and every option expect of the fused loss."""
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from nudge.kernels import FusedLinearCrossEntropy, fused_linear_cross_entropy
+from nudge.kernels import FusedLinearCrossEntropy, chunked, fused_linear_cross_entropy
 from torch import Tensor
 
 SHAPES = [(5, 123, 123), (1, 1, 2), (41, 7, 300)]
@@ -20,6 +21,13 @@ OPTIONS: list[dict[str, Any]] = [
         "label_smoothing": 0.2, "z_loss": 1e-2, "logit_softcap": 4.0, "class_weight": True,
         "bias": True, "ignore_index": 0,
     },
+]  # fmt: skip
+
+
+LEAVES = ("hidden", "weight", "bias")
+EXACTNESS: list[dict[str, Any]] = [
+    {}, {"bias": True}, {"label_smoothing": 0.1}, {"logit_softcap": 5.0, "bias": True},
+    {"z_loss": 1e-3},
 ]  # fmt: skip
 
 
@@ -192,15 +200,97 @@ def test_non_contiguous_input() -> None:
         torch.testing.assert_close(mine, wanted)
 
 
-def test_only_what_is_asked_for_gets_a_gradient() -> None:
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("asked", itertools.product([True, False], repeat=3), ids=str)
+def test_only_what_is_asked_for_gets_a_gradient(
+    asked: tuple[bool, bool, bool], reduction: str
+) -> None:
     made = make(8, 5, 20)
-    loss = fused_linear_cross_entropy(made["hidden"].detach(), made["weight"], made["targets"])
-    loss.backward()
-    assert made["weight"].grad is not None
-    assert made["hidden"].grad is None
-    assert not fused_linear_cross_entropy(
-        made["hidden"].detach(), made["weight"].detach(), made["targets"]
-    ).requires_grad
+    chosen = {**choose(made, {"bias": True}), "reduction": reduction, "chunk_rows": 3}
+    wanted = dict(zip(LEAVES, gradients(eager, chosen)[1:], strict=True))
+    for name, with_gradient in zip(LEAVES, asked, strict=True):
+        chosen[name] = chosen[name].detach().requires_grad_(with_gradient)
+    loss = fused_linear_cross_entropy(**chosen)
+    assert loss.requires_grad == any(asked)
+    if any(asked):
+        loss.backward(torch.linspace(0.5, 2.0, loss.numel(), dtype=loss.dtype).view_as(loss))
+    for name, with_gradient in zip(LEAVES, asked, strict=True):
+        if with_gradient:
+            torch.testing.assert_close(chosen[name].grad, wanted[name])
+        else:
+            assert chosen[name].grad is None
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_valid_target_leaves_zero_gradients(reduction: str) -> None:
+    chosen = {**choose(make(8, 5, 20), {"bias": True}), "reduction": reduction, "z_loss": 1e-2}
+    chosen["targets"] = torch.full((8,), -100)
+    loss, *made = gradients(fused_linear_cross_entropy, chosen)
+    assert loss.isnan() if reduction == "mean" else loss.eq(0).all()
+    assert all(value.eq(0).all() for value in made)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivatives_are_a_clear_error(reduction: str) -> None:
+    chosen = {**choose(make(5, 4, 9), {}), "reduction": reduction}
+    loss = fused_linear_cross_entropy(**chosen).sum() ** 2
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(loss, chosen["hidden"], create_graph=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_one_compilation_serves_every_number_of_rows(reduction: str) -> None:
+    compiled = torch.compile(
+        fused_linear_cross_entropy, fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for rows in (5, 11, 41):
+        chosen = {**choose(make(rows, 6, 37), {}), "reduction": reduction}
+        for mine, wanted in zip(gradients(compiled, chosen), gradients(eager, chosen), strict=True):
+            torch.testing.assert_close(mine, wanted)
+
+
+def test_the_operators_behind_backward_pass_opcheck() -> None:
+    made = make(5, 4, 9)
+    given = [made[key].detach() for key in ("hidden", "weight", "bias", "targets")]
+    rest = (-100, 0.1, 1e-2, 3.0, None, None, 2, [True, True, True])
+    row_scale = torch.rand(5, dtype=torch.float64)
+    torch.library.opcheck(
+        torch.ops.nudge.linear_cross_entropy_grad.default, (row_scale, *given, None, *rest)
+    )
+    torch.library.opcheck(
+        torch.ops.nudge.scale_unless_one_.default, (torch.rand(7), torch.tensor(2.0))
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("accum_dtype", [None, torch.float32])
+def test_chunks_and_blocks_do_not_change_what_comes_out(
+    dtype: torch.dtype, accum_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many blocks of the vocabulary and many chunks against one of each."""
+    chosen = choose(make(50, 24, 1003, dtype), {"bias": True})
+    whole = gradients(fused_linear_cross_entropy, {**chosen, "chunk_rows": 50})
+    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", 1)  # blocks of 128
+    parts = gradients(
+        fused_linear_cross_entropy, {**chosen, "chunk_rows": 7, "accum_dtype": accum_dtype}
+    )
+    for mine, wanted in zip(parts, whole, strict=True):
+        tolerance = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            mine, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item()
+        )
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "vocabulary"),
+    [(8192, 4096, 128256), (8192, 2304, 256000), (16384, 576, 49152)],
+)
+def test_chunks_on_a_gpu_stay_within_a_gibibyte_and_need_no_second_sum(
+    rows: int, size: int, vocabulary: int
+) -> None:
+    chosen = chunked.rows_on_cuda(rows, size, vocabulary * 2, processors=132)
+    assert chosen * vocabulary * 2 <= 2**30
+    assert -(-rows // chosen) <= chunked.CHUNKS_IN_WEIGHT_DTYPE
 
 
 def test_the_module_and_its_logsumexp() -> None:
@@ -219,21 +309,24 @@ def test_no_worse_than_eager(cases: int) -> None:
     """Errors against float64, summed over random cases, for loss and each gradient; 2 % for the
     order of sums."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        mine, theirs = torch.zeros(3), torch.zeros(3)
+        mine, theirs = torch.zeros(4), torch.zeros(4)
         for seed in range(cases):
             n, d, v = (int(x) for x in torch.randint(2, 60, (3,), generator=_at(seed)))
-            chosen = choose(make(n, d, v, dtype, seed), {})
-            exact = {k: x.detach().double().requires_grad_() for k, x in chosen.items()}
-            exact["targets"] = chosen["targets"]
+            chosen = choose(make(n, d, v, dtype, seed), EXACTNESS[seed % len(EXACTNESS)])
+            exact = {
+                k: x.detach().double().requires_grad_()
+                if isinstance(x, Tensor) and x.is_floating_point()
+                else x
+                for k, x in chosen.items()
+            }
             truth = gradients(eager, exact)
             for function, errors in ((fused_linear_cross_entropy, mine), (eager, theirs)):
                 made = gradients(function, chosen)
-                errors += torch.stack(
-                    [
-                        (a.double() - b).norm().float() / b.norm().float()
-                        for a, b in zip(made, truth, strict=True)
-                    ]
-                ).detach()
+                relative = [
+                    (a.double() - b).norm().float() / b.norm().float()
+                    for a, b in zip(made, truth, strict=True)
+                ]
+                errors[: len(relative)] += torch.stack(relative).detach()
         assert (mine <= theirs * 1.02).all(), (dtype, mine / cases, theirs / cases)
 
 
@@ -253,7 +346,14 @@ def _at(seed: int) -> torch.Generator:
         ({"class_weight": torch.zeros(9, dtype=torch.int64)}, "class_weight is torch.int64"),
         ({"label_smoothing": 1.5}, "label_smoothing 1.5"),
         ({"z_loss": -1.0}, "z_loss -1.0"),
+        ({"z_loss": float("inf")}, "z_loss inf"),
         ({"logit_softcap": float("nan")}, "logit_softcap nan"),
+        ({"hidden": [[0.0] * 4] * 6}, "hidden is a list"),
+        ({"targets": torch.zeros(6)}, r"targets \(6,\) torch.float32: expected int64 \[6\]"),
+        ({"hidden": torch.zeros(2, 3, 4)}, r"hidden \(2, 3, 4\) and weight \(9, 4\)"),
+        ({"hidden": torch.zeros(6, 0), "weight": torch.zeros(9, 0)}, r"hidden \(6, 0\)"),
+        ({"weight": torch.zeros(9, 4, device="meta")}, "weight is on meta: expected hidden's cpu"),
+        ({"class_weight": torch.zeros(8)}, r"class_weight \(8,\): expected \[9\]"),
         ({"accum_dtype": torch.int8}, "accum_dtype torch.int8"),
         ({"targets": torch.full((6,), -7)}, "targets hold -7"),
     ],
@@ -263,7 +363,7 @@ def test_bad_input_names_the_argument(change: dict[str, Any], message: str) -> N
         "hidden": torch.zeros(6, 4), "weight": torch.zeros(9, 4),
         "targets": torch.zeros(6, dtype=torch.int64), **change,
     }  # fmt: skip
-    if given["hidden"].shape[0] == 0:
+    if isinstance(given["hidden"], Tensor) and given["hidden"].shape[0] == 0:
         given["targets"] = given["targets"][:0]
     with pytest.raises(ValueError, match=message):
         fused_linear_cross_entropy(**given)
