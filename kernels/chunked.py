@@ -21,11 +21,12 @@ CUDA_LEAST_ROWS = 1024
 """Fewer rows no longer hide the update of an fp32 weight gradient behind its matrix product."""
 CUDA_TILE = (128, 192)
 """Rows and columns of the output tile that cuBLAS chooses on Hopper for the gradient of hidden."""
-SOFTMAX_ELEMENTS = 2**20
-"""Elements that the portable softmax takes at a time (4 MB of fp32: a core's share of cache)."""
+SOFTMAX_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+"""Elements that the portable softmax takes at a time: on a CPU what stays in cache (4 MB of fp32),
+on a GPU without the kernel what bounds its temporaries (256 MB)."""
 BLOCK_ELEMENTS = 2**20
-"""Elements of the weight's rows that a CPU's three matrix products take at a time: 4 MB that stay
-in cache from one to the next, and of which no product can need a large temporary."""
+"""Elements of the weight's rows that make a block of logits on a CPU: with 192 rows in a chunk the
+product in such blocks takes 0.71 s where the whole takes 0.91 (kernels/NOTES.md)."""
 CHUNKS_IN_WEIGHT_DTYPE = 4
 """With more chunks than this the weight's gradient is summed in fp32."""
 
@@ -218,35 +219,31 @@ def _chunks(
     unit = n if mean and compute == torch.float16 and n else 1
     scale = (row_scale.to(exact) * unit).expand(n)
 
-    parts = [slice(first, min(first + size, n)) for first in range(0, n, size)]
+    # A temporary of the weight in another dtype is of one block only.
     blocks = list(_blocks(weight, whole=hidden.is_cuda or held.itemsize < 4))
-    part = hidden[:size].to(held)
-    for block in blocks if parts else ():
-        _logits(part, table[block], buffer[: len(part), block])
-    for rows, following in zip(parts, [*parts, slice(n, n)][1:], strict=True):
-        logits, after = buffer[: len(part)], hidden[following].to(held)
+    of_hidden = blocks if table.dtype != held else [slice(0, vocabulary)]
+    for first in range(0, n, size):
+        rows = slice(first, min(first + size, n))
+        part = hidden[rows].to(held)
+        logits = buffer[: len(part)]
+        for block in blocks:
+            torch.mm(part, table[block].to(held).T, out=logits[:, block])
         loss_and_gradient(
             logits, targets[rows], class_weight, bias, scale[rows], options, losses[rows],
             lse[rows], any(wanted), combine,
         )  # fmt: skip
-        if d_bias is not None:
-            d_bias += logits.sum(0, dtype=exact) / unit
-        d_rows = d_part = None if d_hidden is None else d_hidden[rows]
-        if d_rows is not None and d_rows.dtype != held:
-            d_part = part.new_empty(part.shape)
-        # The next chunk's logits take the place of a block of gradients as soon as that is used:
-        # each block of the weight is fetched once a chunk.
-        for block in blocks:
-            if d_part is not None:
+        if d_hidden is not None:
+            d_rows = d_hidden[rows]
+            d_part = d_rows if d_rows.dtype == held else part.new_empty(part.shape)
+            for block in of_hidden:
                 factor = table[block].to(held)
                 _add(d_part, logits[:, block], factor, block.start == 0, 1 / unit)
-            if d_weight is not None:
-                _add(d_weight[block], logits[:, block].T, part, rows.start == 0, 1 / unit)
-            if len(after):
-                _logits(after, table[block], buffer[: len(after), block])
-        if d_rows is not None and d_part is not None and d_part is not d_rows:
-            d_rows.copy_(d_part)
-        part = after
+            if d_part is not d_rows:
+                d_rows.copy_(d_part)
+        if d_weight is not None:
+            _add(d_weight, logits.T, part, first == 0, 1 / unit)
+        if d_bias is not None:
+            d_bias += logits.sum(0, dtype=exact) / unit
     if combine is not None and d_hidden is not None:
         combine.sum(d_hidden)
     return Result(
@@ -262,15 +259,11 @@ def _accumulate_in(weight: Tensor, options: Options, chunks: int, upcast: bool) 
 
 
 def _blocks(weight: Tensor, whole: bool) -> Iterator[slice]:
-    """Slices of the vocabulary; one where products of 16 bits would be rounded at each."""
+    """Slices of the vocabulary, of BLOCK_ELEMENTS or all in one."""
     vocabulary, size = weight.shape
     step = vocabulary if whole else max(BLOCK_ELEMENTS // size // 128 * 128, 128)
     for first in range(0, vocabulary, step):
         yield slice(first, min(first + step, vocabulary))
-
-
-def _logits(part: Tensor, table: Tensor, out: Tensor) -> None:
-    torch.mm(part, table.to(out.dtype).T, out=out)
 
 
 def _add(total: Tensor, left: Tensor, right: Tensor, start: bool, alpha: float) -> None:
@@ -310,7 +303,8 @@ def loss_and_gradient(
             differentiate,
         )  # fmt: skip
         return
-    step = len(logits) if combine or logits.is_cuda else SOFTMAX_ELEMENTS // logits.shape[1] or 1
+    most = SOFTMAX_ELEMENTS["cuda" if logits.is_cuda else "cpu"]
+    step = len(logits) if combine else max(most // logits.shape[1], 1)
     for first in range(0, len(logits), step):
         rows = slice(first, first + step)
         _softmax_rows(

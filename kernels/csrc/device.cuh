@@ -49,8 +49,15 @@ __device__ inline unsigned char* shared_memory() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 __device__ inline int cluster_blocks() { return cooperative_groups::this_cluster().num_blocks(); }
 __device__ inline int cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
-__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// .aligned: all threads of a warp must come together, also after a branch that only some took.
+__device__ inline void cluster_arrive() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ inline void cluster_wait() {
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 template <typename T>
 __device__ inline const T* in_block(T* mine, int rank) {
   return cooperative_groups::this_cluster().map_shared_rank(mine, rank);
