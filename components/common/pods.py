@@ -1,0 +1,131 @@
+"""What pods tell: why they do not run, why they ended, and the lines of their logs as they come."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from nudge.components.common.errors import UserError
+from nudge.components.common.kube import EVENT, POD, Cluster
+
+TAIL_LINES = 20
+STAMPED = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?Z ?(.*)")
+
+
+def why(cluster: Cluster, labels: Mapping[str, str], owner: Mapping[str, Any] | None = None) -> str:
+    """Why the pods with these labels do not run or have failed, as plain lines.
+
+    Waiting and ended containers with their reasons, the end of the first failed container's log,
+    and warnings from the events of the pods and of ``owner``. Empty if nothing is wrong.
+    """
+    pods = cluster.list(POD, labels)
+    told: list[str] = []
+    ended: list[tuple[str, str, str]] = []
+    for pod in pods:
+        name, status = pod["metadata"]["name"], pod.get("status", {})
+        for found in status.get("conditions", []):
+            if found["type"] == "PodScheduled" and found["status"] == "False":
+                told.append(f"pod {name} is not scheduled: {found.get('message', '')}")
+        if status.get("reason"):  # the pod as a whole: Evicted, DeadlineExceeded, ...
+            told.append(f"pod {name}: {status['reason']} {status.get('message', '')}".rstrip())
+        for container in _containers(status):
+            said = _container(container)
+            if said:
+                told.append(f"pod {name}, container {container['name']}: {said}")
+            if end := _failed(container):
+                ended.append((str(end.get("finishedAt", "")), name, container["name"]))
+    for named in [*pods, *([owner] if owner else [])]:
+        told += warnings(cluster, named)
+    if ended:
+        # The first to fail is the cause; the others of a group end because of it.
+        _, pod_name, container_name = min(ended)
+        lines = end_of_log(cluster, pod_name, container_name)
+        if lines:
+            told += [f"the end of the log of pod {pod_name}:", *(f"  {line}" for line in lines)]
+    return "\n".join(dict.fromkeys(told))
+
+
+def warnings(cluster: Cluster, object: Mapping[str, Any]) -> list[str]:
+    """The warnings among an object's events, oldest first, or none where they may not be read."""
+    meta = object["metadata"]
+    try:
+        events = cluster.list(EVENT, involvedObject__uid=meta["uid"])
+    except UserError:  # a cause is told without them rather than hidden behind a missing right
+        return []
+    events.sort(key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or ""))
+    kind = object.get("kind", "Pod")
+    return [
+        f"{kind} {meta['name']}: {event.get('reason', '')}: {event.get('message', '')}"
+        for event in events
+        if event.get("type") == "Warning"
+    ]
+
+
+def end_of_log(cluster: Cluster, pod: str, container: str) -> list[str]:
+    """The last lines of a container's log, or none where it has none or may not be read."""
+    try:
+        return cluster.log(pod, container, tailLines=str(TAIL_LINES)).splitlines()
+    except UserError:
+        return []
+
+
+class LogTail:
+    """The lines of a container's log as they come, each once, also after a lost connection."""
+
+    def __init__(self, cluster: Cluster, pod: str, container: str) -> None:
+        self._cluster, self._pod, self._container = cluster, pod, container
+        self._last = ("", "")
+        self._seen = 0
+        """Lines given already that carry the stamp ``_last``."""
+
+    def lines(self) -> list[str]:
+        """The lines that came since the last call; none while the container has not started."""
+        query = {"timestamps": "true"}
+        if self._last[0]:
+            query["sinceTime"] = f"{self._last[0]}Z"  # of whole seconds, whatever is asked for
+        try:
+            text = self._cluster.log(self._pod, self._container, **query)
+        except UserError as error:
+            if "waiting to start" in str(error) or "not found" in str(error):
+                return []
+            raise
+        fresh, same = [], 0
+        for line in text.splitlines():
+            stamped = STAMPED.fullmatch(line)
+            if stamped is None:
+                continue
+            stamp = (stamped[1], (stamped[2] or ".").ljust(10, "0"))
+            if stamp < self._last:
+                continue
+            same = same + 1 if stamp == self._last else 1
+            if stamp == self._last and same <= self._seen:
+                continue
+            self._last, self._seen = stamp, same
+            fresh.append(stamped[3])
+        return fresh
+
+
+def _containers(status: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        *(status.get("initContainerStatuses") or []),
+        *(status.get("containerStatuses") or []),
+    ]
+
+
+def _container(status: Mapping[str, Any]) -> str:
+    """What is wrong with a container, or an empty string."""
+    waiting = status.get("state", {}).get("waiting") or {}
+    if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
+        return f"waits: {waiting['reason']} {waiting.get('message', '')}".rstrip()
+    if end := _failed(status):
+        code = end.get("exitCode")
+        hint = "; it needs more memory" if end.get("reason") == "OOMKilled" else ""
+        return f"ended with {end.get('reason', 'Error')}, status {code}{hint}"
+    return ""
+
+
+def _failed(status: Mapping[str, Any]) -> dict[str, Any] | None:
+    for place in ("state", "lastState"):
+        end = status.get(place, {}).get("terminated")
+        if end and end.get("exitCode"):
+            return dict(end)
+    return None
