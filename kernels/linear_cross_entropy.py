@@ -93,7 +93,8 @@ def fused_linear_cross_entropy(
     values that do not fit; N = 0 and V = 1 among them.
     """
     device = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # torch 2.11 cannot trace torch.amp.is_autocast_available.
+    autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
     compute = torch.get_autocast_dtype(device) if autocast else None
     if (
         isinstance(hidden, Tensor) and hidden.dtype == torch.float64

@@ -8,6 +8,7 @@ from nudge.kernels.chunked import Inputs, Options, Wanted, chunked
 from nudge.kernels.linear_cross_entropy import check_input
 from nudge.kernels.operators import scale_of_mean
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class _Ranks:
@@ -46,6 +47,7 @@ class _VocabParallel(torch.autograd.Function):
         return (loss if scale is None else loss * scale).to(done.losses.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> Any:  # type: ignore[override]
         made = [None if g is None else g * outer[0].to(g.dtype) for g in ctx.saved_tensors]
         if made[2] is not None:

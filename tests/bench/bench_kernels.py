@@ -105,7 +105,7 @@ def quack() -> Loss:
 def contenders() -> tuple[dict[str, Loss], dict[str, str]]:
     """Those that are here by name, and of the others why they are not."""
     here: dict[str, Loss] = {OURS: fused_linear_cross_entropy, EAGER: eager}
-    here[COMPILED] = torch.compile(eager)
+    here[COMPILED] = torch.compile(eager, dynamic=False)  # the peer at its best for each shape
     missing = {}
     for name, make, needs_gpu in (
         (TORCH, torchs_own, False), (LIGER, liger, True), (CCE, cut_cross_entropy, True),
@@ -316,6 +316,7 @@ def main() -> None:
         return
     if CUDA and (why := native.why_not(torch.cuda.current_device())):
         print(f"without the kernel: {why}")
+    torch._dynamo.config.recompile_limit = len(SHAPES) + len(ROWS) + len(VOCABULARIES) + 1
     here, missing = contenders()
     measures = [one for shape in SHAPES for one in measure(shape, here, missing)]
     if not CUDA:

@@ -3,7 +3,9 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from nudge.kernels import (
@@ -67,9 +69,31 @@ def _sharded(rank: int, meeting: str) -> None:
     head(hidden[rows], targets[rows]).backward()
     assert head.weight.grad is not None
     made = head.weight.grad.full_tensor()  # type: ignore[operator]
+    with pytest.raises(ValueError, match="weight is a sharded DTensor: use FusedLinear"):
+        head.reshard()
+        fused_linear_cross_entropy(hidden, head.weight, targets)
     whole = fused_linear_cross_entropy(hidden, weight, targets, reduction="sum") / 2
     torch.testing.assert_close(made, torch.autograd.grad(whole, weight)[0])
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"first_index": 25}, r"first_index 25: with weight \(5, 4\) expected 0 to 24"),
+        ({"first_index": -1}, "first_index -1"),
+        ({"reduction": "none"}, "reduction 'none'"),
+        ({"targets": torch.tensor([0, 29, 3])}, r"targets hold 29: expected 0 to 28 .*\(row 1\)"),
+        ({"weight": torch.zeros(5, 3)}, r"hidden \(3, 4\) and weight \(5, 3\)"),
+    ],
+)
+def test_bad_input_is_an_error_before_the_ranks_meet(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {
+        "hidden": torch.zeros(3, 4), "weight": torch.zeros(5, 4),
+        "targets": torch.zeros(3, dtype=torch.int64), "first_index": 0, "vocabulary": 29, **change,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        vocab_parallel_linear_cross_entropy(**given)
 
 
 def _on_two_ranks(case: str, meeting: Path) -> None:
