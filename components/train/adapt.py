@@ -1,61 +1,73 @@
 """What of a model is trained: all of it, or low-rank adapters beside frozen weights (LoRA)."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from nudge.components.common.errors import UserError
-from nudge.components.common.language_model import load_model
 from nudge.components.train.settings import TrainSettings
 
+PART_A, PART_B = "lora_A.default.weight", "lora_B.default.weight"
 
-def adapt(model: Any, settings: TrainSettings) -> Any:
+
+def adapt(model: Any, settings: TrainSettings, *, sharded: bool = False) -> Any:
     """Prepare ``model`` for training in the mode of the settings; returns it, changed in place.
 
     Raises `UserError` if LoRA's target modules are not in the model.
     """
     model.train()
-    if settings.mode == "full":
+    if settings.mode != "lora":
         return model
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
 
-    config = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=0.0,
-        target_modules=list(settings.lora_targets),
-    )
     try:
-        inject_adapter_in_model(config, model)
+        inject_adapter_in_model(lora_config(settings), model)
     except ValueError as error:
         raise UserError(f"train.lora_targets = {settings.lora_targets}: {error}") from None
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
-        if settings.precision == "bfloat16" and "lora_" not in name:
-            # Frozen weights are only ever read in bfloat16, so the cast is paid once, not a step.
+        # Frozen weights are only ever read in bfloat16, so the cast is paid once, not a step.
+        # FSDP does it by itself, and wants one dtype in a group.
+        if settings.precision == "bfloat16" and "lora_" not in name and not sharded:
             parameter.data = parameter.data.to(torch.bfloat16)
     return model
 
 
-def merged_state(model: Any, settings: TrainSettings, base: Path) -> dict[str, torch.Tensor]:
-    """The trained weights as a float32 state dict of the base architecture.
+def lora_config(settings: TrainSettings) -> Any:
+    """The settings of LoRA as peft has them."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=list(settings.lora_targets),
+        task_type="CAUSAL_LM",
+    )
+
+
+def merged_state(
+    state: dict[str, torch.Tensor], settings: TrainSettings, base: Any
+) -> dict[str, torch.Tensor]:
+    """The trained weights as a float32 state dict of the architecture of ``base``.
 
     LoRA is merged as Hu et al. (arXiv:2106.09685) give it, W + (alpha / r) B A, in float32 and into
     the base model's own float32 weights, since the frozen copies may have been cast for speed.
     """
-    if settings.mode == "full":
-        return {name: tensor.float() for name, tensor in model.state_dict().items()}
-    merged: dict[str, torch.Tensor] = load_model(base).state_dict()
+    if settings.mode != "lora":
+        return {name: tensor.float() for name, tensor in state.items()}
+    merged: dict[str, torch.Tensor] = base.state_dict()
     scale = settings.lora_alpha / settings.lora_rank
-    for name, down, up in _adapters(model):
-        merged[name] += scale * (up.float() @ down.float())
+    for name, down in state.items():
+        if name.endswith(PART_A):
+            stem = name.removesuffix(PART_A)
+            merged[f"{stem}weight"] += scale * (state[f"{stem}{PART_B}"].float() @ down.float())
     return merged
 
 
-def _adapters(model: Any) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    state = model.state_dict()
-    for name, down in state.items():
-        if name.endswith("lora_A.default.weight"):
-            stem = name.removesuffix("lora_A.default.weight")
-            yield f"{stem}weight", down, state[f"{stem}lora_B.default.weight"]
+def adapter_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The adapter alone, named as peft's own files name it."""
+    return {
+        f"base_model.model.{name.replace('.default.', '.')}": tensor.float().contiguous()
+        for name, tensor in state.items()
+        if name.endswith((PART_A, PART_B))
+    }

@@ -9,6 +9,8 @@ def train(
     tokens: dsl.Input[dsl.Dataset],
     model: dsl.Output[dsl.Model],
     history: dsl.Output[dsl.Artifact],
+    report: dsl.Output[dsl.HTML],
+    metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Train the base model on the tokens.
 
@@ -17,7 +19,9 @@ def train(
         base_model: The model to start from; empty means as the recipe says.
         tokens: What `tokenize` made.
         model: A Hugging Face folder that transformers and vLLM load.
-        history: Loss, learning rate and the watched prompt, step by step.
+        history: Loss, learning rate, speed and the watched prompt, step by step.
+        report: The loss curve and what it took, as a page.
+        metrics: The last losses and the speed.
     """
     from pathlib import Path
 
@@ -28,5 +32,12 @@ def train(
 
     with clean_end():
         settings = step_settings(TrainSettings, "train", recipe, base_model=base_model)
-        paths = {"model": Path(model.path), "history": Path(history.path)}
-        model.metadata.update(train(settings, tokens=Path(tokens.path), **paths))
+        paths = {
+            "model": Path(model.path),
+            "history": Path(history.path),
+            "report": Path(report.path),
+        }
+        results = train(settings, tokens=Path(tokens.path), **paths)
+        model.metadata.update(results)
+        for name, value in results.items():
+            metrics.log_metric(name, value)

@@ -1,36 +1,35 @@
 """The training loop: next-token prediction, AdamW, a schedule; every figure is kept."""
 
-import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from nudge.components.common.errors import UserError
-from nudge.components.common.language_model import (
-    head_weight,
-    hidden_states,
-    likeliest,
-    next_token_probabilities,
-    single_token,
-)
+from nudge.components.common.language_model import likeliest, single_token
 from nudge.components.common.progress import Progress
+from nudge.components.train.checkpoints import Checkpoints, State
 from nudge.components.train.data import IGNORED, PackedSplit, Rows
+from nudge.components.train.meter import Meter
+from nudge.components.train.network import Network
+from nudge.components.train.ranks import Ranks
+from nudge.components.train.record import NoRecord, Record
 from nudge.components.train.settings import TrainSettings
-from nudge.kernels import fused_linear_cross_entropy
+from nudge.components.train.stopping import Stopping
 
 
 @dataclass
-class Trained:
-    """What the loop did: optimizer steps, tokens trained on and seconds."""
+class Loss:
+    """The loss of one batch: nats per token, the valid tokens over all ranks, and what each
+    micro-batch of this rank added."""
 
-    steps: int
+    value: float
     tokens: int
-    seconds: float
+    parts: list[float] = field(default_factory=list)
 
 
 def planned_steps(settings: TrainSettings, rows: int) -> int:
@@ -55,136 +54,234 @@ def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
 
 
 def make_optimizer(model: Any, settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW that decays only tensors of two or more dimensions."""
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) that decays only tensors of two or more
+    dimensions; its state is made at once, so that a checkpoint can be read into it."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
+    optimizer = torch.optim.AdamW(
+        groups, lr=settings.learning_rate, betas=settings.betas, fused=True
+    )
+    for parameter in trained:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+        }
+    return optimizer
 
 
 def train_loop(
-    model: Any,
+    network: Network,
+    optimizer: torch.optim.Optimizer,
     tokenizer: Any,
     training: PackedSplit,
     validation: PackedSplit,
     settings: TrainSettings,
-    history: Path,
-    bar: Progress,
     steps: int,
-) -> Trained:
-    """Train ``model`` in place for ``steps`` optimizer steps; metrics.jsonl and probes.jsonl go to
-    ``history``.
+    record: Record | NoRecord,
+    checkpoints: Checkpoints,
+    bar: Progress,
+) -> State:
+    """Train the network's model in place up to optimizer step ``steps``, from where its newest
+    checkpoint stands if it has one; returns what was done.
 
-    Raises `UserError` before the step whose loss or gradient is not finite.
+    Raises `UserError` before the step whose loss or gradient is not finite, and on SIGTERM, once a
+    checkpoint is written.
     """
-    optimizer = make_optimizer(model, settings)
+    ranks = network.ranks
+    state = checkpoints.resume(network, optimizer, record) or State()
+    bar.advance(state.step)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    tokens, started = 0, time.monotonic()
-    with _writer(history / "metrics.jsonl") as log, _writer(history / "probes.jsonl") as log_probe:
-        watch(model, tokenizer, settings, 0, log_probe)
-        log({"step": 0, "validation_loss": validation_loss(model, validation, settings)})
-        for step in range(steps):
-            rows = training.batch(0, step * settings.batch_sequences, settings.batch_sequences)
-            loss, valid = accumulate(model, rows, settings)
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm))
-            if not math.isfinite(loss) or not math.isfinite(norm):
+    started = time.monotonic() - state.seconds
+    if state.step == 0:
+        _watch(network, tokenizer, settings, 0, record)
+        loss = validation_loss(network, validation, settings)
+        record.metric({"step": 0, "validation_loss": loss})
+    bfloat16 = settings.precision == "bfloat16"
+    meter = Meter(network.model, settings.sequence_length, bfloat16, ranks.device, ranks.world)
+    with (
+        Stopping(checkpoints.wanted) as stopping,
+        _batches(training, settings, ranks, state.step, steps) as next_batch,
+    ):
+        while state.step < steps and not _no_better(state, settings):
+            step = state.step
+            asked = time.monotonic()
+            rows = next_batch()
+            waited = time.monotonic() - asked
+            ranks.seed(settings.seed, step)
+            loss_of_batch = None
+            if not stopping.agreed(ranks):
+                loss_of_batch = accumulate(network, rows, settings, stopping)
+            if loss_of_batch is None:
+                optimizer.zero_grad()
+                checkpoints.save(network, optimizer, state, record)
                 raise UserError(
-                    f"training stopped before step {step + 1}: loss {loss}, gradient norm {norm} "
-                    f"(rows {step * settings.batch_sequences} and on of seed {settings.seed}); "
-                    f"lower train.learning_rate, now {settings.learning_rate:g}"
+                    f"stopped by SIGTERM after step {step}; its checkpoint is "
+                    f"{checkpoints.finish()}: run the same again and it goes on from there"
                 )
+            norm = _norm(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm))
+            if not math.isfinite(loss_of_batch.value) or not math.isfinite(norm):
+                raise UserError(_not_finite(settings, training, step, loss_of_batch, norm, ranks))
             rate = learning_rate(settings, step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
-            tokens += valid
-            seconds = time.monotonic() - started
-            figures = {"step": step + 1, "tokens": tokens, "loss": loss, "lr": rate}
-            log({**figures, "grad_norm": norm, "seconds": seconds})
-            left = seconds / (step + 1) * (steps - step - 1)
-            bar.advance(1, loss=loss, tokens_per_s=tokens / seconds, eta_s=round(left))
-            last = step + 1 == steps
-            if last or (step + 1) % settings.watch_every == 0:
-                watch(model, tokenizer, settings, step + 1, log_probe)
-            due = settings.validation_every and (step + 1) % settings.validation_every == 0
-            if last or due:
-                held_out = validation_loss(model, validation, settings)
-                log({"step": step + 1, "validation_loss": held_out})
-    return Trained(steps, tokens, time.monotonic() - started)
+            state.step, state.tokens = step + 1, state.tokens + loss_of_batch.tokens
+            state.seconds = time.monotonic() - started
+            speed = meter.step(loss_of_batch.tokens, waited, steps - state.step)
+            figures = {"step": state.step, "tokens": state.tokens, "loss": loss_of_batch.value}
+            record.metric(
+                {**figures, "lr": rate, "grad_norm": norm, "seconds": state.seconds, **speed}
+            )
+            _show(bar, loss_of_batch.value, speed)
+            if state.step == steps or state.step % settings.watch_every == 0:
+                _watch(network, tokenizer, settings, state.step, record)
+            better = False
+            every = settings.validation_every
+            if state.step == steps or (every and state.step % every == 0):
+                held_out = validation_loss(network, validation, settings)
+                record.metric({"step": state.step, "validation_loss": held_out})
+                better = state.validated(held_out)
+            due = state.step % settings.checkpoint_every == 0
+            if state.step < steps and (due or (better and settings.keeps_best)):
+                checkpoints.save(network, optimizer, state, record)
+    checkpoints.finish()
+    return state
 
 
-def accumulate(model: Any, rows: Rows, settings: TrainSettings) -> tuple[float, int]:
-    """Add the gradients of one batch, in micro-batches; returns its loss and its valid tokens.
+def accumulate(
+    network: Network, rows: Rows, settings: TrainSettings, stopping: Stopping | None = None
+) -> Loss | None:
+    """Add the gradients of one batch, in micro-batches; None if ``stopping`` was asked for.
 
-    The loss, in nats per token, is normalised by the valid tokens of the whole batch, so that the
-    size of the micro-batches does not change the result.
+    ``rows`` are this rank's. The loss is normalised by the valid tokens of the whole batch, over
+    micro-batches and ranks, so that neither their size nor their number changes the result.
     """
-    valid = int((rows.targets != IGNORED).sum())
-    loss = 0.0
-    for first in range(0, len(rows.inputs), settings.micro_batch_sequences):
-        micro = slice(first, first + settings.micro_batch_sequences)
-        part = _summed_loss(model, rows, micro, settings) / valid
-        part.backward()  # type: ignore[no-untyped-call]
-        loss += part.item()
-    return loss, valid
+    ranks = network.ranks
+    tokens = ranks.sum(int((rows.targets != IGNORED).sum()))[0]
+    parts: list[torch.Tensor] = []
+    for micro, last in _micro_batches(rows, settings.micro_batch_sequences):
+        if ranks.world == 1 and stopping is not None and stopping.asked:
+            return None
+        with network.last_of_batch(last):
+            part = network.summed_loss(micro) / tokens
+            # FSDP and DDP take the mean over ranks, and what is wanted is the sum.
+            (part * ranks.world if ranks.world > 1 else part).backward()
+        parts.append(part.detach())
+    added = [part.item() for part in parts]
+    return Loss(ranks.sum(sum(added))[0], int(tokens), added)
 
 
 @torch.no_grad()
-def validation_loss(model: Any, split: PackedSplit, settings: TrainSettings) -> float:
-    """Nats per token over the first `validation_sequences` rows of a split."""
-    model.eval()
-    rows = split.batch(0, 0, min(settings.validation_sequences, split.rows))
-    total = 0.0
-    for first in range(0, len(rows.inputs), settings.micro_batch_sequences):
-        micro = slice(first, first + settings.micro_batch_sequences)
-        total += _summed_loss(model, rows, micro, settings).item()
-    model.train()
-    return total / int((rows.targets != IGNORED).sum())
+def validation_loss(network: Network, split: PackedSplit, settings: TrainSettings) -> float:
+    """Nats per token over the first `validation_sequences` rows of a split, over all ranks."""
+    network.model.eval()
+    rows = rank_rows(split, 0, min(settings.validation_sequences, split.rows), network.ranks)
+    micro_batches = _micro_batches(rows, settings.micro_batch_sequences)
+    total = sum(network.summed_loss(micro).item() for micro, _ in micro_batches)
+    network.model.train()
+    total, tokens = network.ranks.sum(total, int((rows.targets != IGNORED).sum()))
+    return total / tokens
 
 
-def watch(
-    model: Any,
+def rank_rows(split: PackedSplit, step: int, count: int, ranks: Ranks) -> Rows:
+    """This rank's part of the ``count`` rows of ``step``, which all ranks share.
+
+    Every rank has as many rows, so that all meet as often: what is missing is padding.
+    """
+    rows = split.step_batch(step, count, ranks.rank, ranks.world)
+    missing = -(-count // ranks.world) - len(rows.inputs)
+    if missing == 0:
+        return rows
+    pad = torch.nn.functional.pad
+    return Rows(
+        pad(rows.inputs, (0, 0, 0, missing)),
+        pad(rows.targets, (0, 0, 0, missing), value=IGNORED),
+        pad(rows.positions, (0, 0, 0, missing)),
+    )
+
+
+def _micro_batches(rows: Rows, size: int) -> Iterator[tuple[Rows, bool]]:
+    """Parts of ``size`` rows, each with whether it is the last."""
+    for first in range(0, len(rows.inputs), size):
+        part = slice(first, first + size)
+        micro = Rows(rows.inputs[part], rows.targets[part], rows.positions[part])
+        yield micro, first + size >= len(rows.inputs)
+
+
+@contextmanager
+def _batches(
+    split: PackedSplit, settings: TrainSettings, ranks: Ranks, start: int, steps: int
+) -> Iterator[Callable[[], Rows]]:
+    """Yield a function that gives this rank's batches in turn; the next one is made meanwhile."""
+    size = settings.batch_sequences
+    with ThreadPoolExecutor(1) as worker:
+        waiting = [worker.submit(rank_rows, split, start, size, ranks)]
+
+        def next_batch() -> Rows:
+            nonlocal start
+            start += 1
+            rows = waiting.pop().result()
+            if start < steps:
+                waiting.append(worker.submit(rank_rows, split, start, size, ranks))
+            return rows
+
+        yield next_batch
+
+
+def _watch(
+    network: Network,
     tokenizer: Any,
     settings: TrainSettings,
     step: int,
-    log: Callable[[dict[str, Any]], None],
+    record: Record | NoRecord,
 ) -> None:
     """Write down what the model expects after the watched prompt, if there is one."""
     if settings.watch is None:
         return
-    model.eval()
-    with _precision(settings):
-        ids = tokenizer(settings.watch.prompt)["input_ids"]
-        probabilities = next_token_probabilities(model, ids)
-    model.train()
+    network.model.eval()
+    probabilities = network.probabilities(tokenizer(settings.watch.prompt)["input_ids"])
+    network.model.train()
     p = probabilities[single_token(tokenizer, settings.watch.target)].item()
-    log({"step": step, "p": p, "loss": -math.log(p), "top": likeliest(probabilities, tokenizer)})
+    top = likeliest(probabilities, tokenizer)
+    record.probe({"step": step, "p": p, "loss": -math.log(p), "top": top})
 
 
-def _summed_loss(model: Any, rows: Rows, micro: slice, settings: TrainSettings) -> torch.Tensor:
-    with _precision(settings):
-        hidden = hidden_states(model, rows.inputs[micro], rows.positions[micro])
-        weight = head_weight(model)
-        return fused_linear_cross_entropy(
-            hidden.flatten(0, 1),
-            weight,
-            rows.targets[micro].flatten(),
-            ignore_index=IGNORED,
-            reduction="sum",
-            logit_softcap=getattr(model.config, "final_logit_softcapping", None) or 0.0,
-        )
+def _no_better(state: State, settings: TrainSettings) -> bool:
+    return bool(settings.early_stopping) and state.worse_in_a_row >= settings.early_stopping
 
 
-def _precision(settings: TrainSettings) -> contextlib.AbstractContextManager[Any]:
-    if settings.precision == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast("cpu", torch.bfloat16)
+def _norm(norm: torch.Tensor) -> float:
+    whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return float(whole)
 
 
-@contextlib.contextmanager
-def _writer(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    with path.open("w", encoding="utf-8", buffering=1) as file:
-        yield lambda values: print(json.dumps(values), file=file)
+def _show(bar: Progress, loss: float, speed: dict[str, float | None]) -> None:
+    shown = {
+        "loss": loss,
+        "tokens_per_s": speed["tokens_per_s"],
+        "eta_s": round(speed["eta_s"] or 0),
+    }
+    bar.advance(1, **shown, mfu="n/a" if speed["mfu"] is None else speed["mfu"])
+
+
+def _not_finite(
+    settings: TrainSettings, split: PackedSplit, step: int, loss: Loss, norm: float, ranks: Ranks
+) -> str:
+    """What is known of the batch that ended the training."""
+    first = step * settings.batch_sequences
+    epoch, row = divmod(first, split.rows)
+    bad = [place for place, part in enumerate(loss.parts) if not math.isfinite(part)]
+    where = ""
+    if bad and ranks.world == 1:
+        begin = row + bad[0] * settings.micro_batch_sequences
+        where = f", the first such loss in the micro-batch of row {begin}"
+    return (
+        f"training stopped before step {step + 1}: loss {loss.value}, gradient norm {norm} (batch: "
+        f"{settings.batch_sequences} rows from row {row} of epoch {epoch}, seed {settings.seed}"
+        f"{where}); lower train.learning_rate, now {settings.learning_rate:g}"
+    )

@@ -1,7 +1,7 @@
 """The settings of the step `train`."""
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from nudge.components.common.settings import settings
 from pydantic import Field
@@ -17,8 +17,14 @@ class WatchedPrompt:
 
 @settings
 class TrainSettings:
-    base_model: str
-    mode: Literal["full", "lora"] = "full"
+    base_model: str = ""
+    """The model to start from; `scratch` needs none."""
+    mode: Literal["full", "lora", "scratch"] = "full"
+    """All weights of the base model, low-rank adapters beside them (LoRA), or fresh weights."""
+    model_size: str = ""
+    """For `scratch`: parameters of a Llama, such as 10M, 124M, 350M or 1B; its shape is derived."""
+    model_config: dict[str, Any] = field(default_factory=dict)
+    """For `scratch`: a config of transformers instead, such as {model_type: gpt2, n_layer: 4}."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the training tokens; `max_steps` may end it sooner."""
     max_steps: Annotated[int, Field(ge=0)] = 0
@@ -58,6 +64,14 @@ class TrainSettings:
     )
     precision: Literal["float32", "bfloat16"] = "float32"
     """What matrix products are computed in; weights and optimizer state stay float32."""
+    activation_checkpointing: bool = False
+    """Compute each layer's activations again in the backward pass, instead of keeping them."""
+    compile: bool = False
+    """Compile each layer with `torch.compile`: minutes at the start, faster steps after."""
+    processes: Annotated[int, Field(ge=0)] = 0
+    """Ranks that the step starts on this machine with torchrun; 0: one a GPU, else one."""
+    parallelism: Literal["fsdp", "ddp"] = "fsdp"
+    """With many ranks: weights and optimizer state in shards (FSDP2), or whole on each (DDP)."""
     export_dtype: Literal["float32", "bfloat16"] = "float32"
     watch: WatchedPrompt | None = None
     """The running example: its ten likeliest next tokens are kept every `watch_every` steps."""
@@ -65,6 +79,46 @@ class TrainSettings:
     validation_every: Annotated[int, Field(ge=0)] = 0
     """Steps between validation losses; 0 validates only at the start and the end."""
     validation_sequences: Annotated[int, Field(ge=1)] = 8
+    early_stopping: Annotated[int, Field(ge=0)] = 0
+    """End after so many validations in a row without a better loss, and keep the best weights; 0
+    never does."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights become the model: those of the last step, or of the best validation."""
+    checkpoints: str = ""
+    """A folder or s3:// URI for checkpoints to resume from, in a folder of its own for each run.
+    Empty: what NUDGE_CHECKPOINTS names (`nudge run` sets it), else none."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 50
+    """Steps between checkpoints."""
+    checkpoints_kept: Annotated[int, Field(ge=1)] = 2
+    """The newest ones that are kept, besides the best."""
+    resume: str = "auto"
+    """`auto`: from this run's newest checkpoint, if there is one; `never`; or a checkpoint's URI,
+    which is refused unless it is of the same data and settings."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads; 0 takes every core that the process may use."""
     seed: int = 1
+
+    def __post_init__(self) -> None:
+        if self.mode != "scratch" and not self.base_model:
+            raise ValueError(f"mode {self.mode} needs base_model; mode scratch does without")
+        if self.mode == "scratch" and bool(self.model_size) == bool(self.model_config):
+            raise ValueError("mode scratch needs either model_size (such as 10M) or model_config")
+        if (self.early_stopping or self.keep == "best") and not self.validation_every:
+            raise ValueError("early_stopping and keep: best need validation_every above 0")
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the weights of the best validation become the model."""
+        return self.keep == "best" or self.early_stopping > 0
+
+
+FREE_TO_CHANGE = frozenset(
+    {
+        "micro_batch_sequences", "activation_checkpointing", "compile", "processes", "parallelism",
+        "watch", "watch_every", "validation_every", "validation_sequences", "early_stopping",
+        "keep", "checkpoints", "checkpoint_every", "checkpoints_kept", "resume", "threads",
+        "export_dtype",
+    }
+)  # fmt: skip
+"""Settings that may differ when a run is resumed: they change how it is computed, what is looked at
+and where it is kept, not what is learnt (but for rounding)."""

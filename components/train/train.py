@@ -1,11 +1,11 @@
 """The step `train`: tokens and a base model in, a Hugging Face model folder out."""
 
+import contextlib
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.publish import published, write_manifest
+from nudge.components.common.publish import published, write_atomic, write_manifest
 from nudge.components.common.step import step
 from nudge.components.train.settings import TrainSettings
 
@@ -13,26 +13,59 @@ FORMAT, VERSION = "nudge.model", 1
 SPLITS = ("train", "validation")
 
 
-@step("train", outputs=("model", "history"))
-def train(settings: TrainSettings, *, tokens: Path, model: Path, history: Path) -> dict[str, Any]:
-    """Train a base model on token shards.
+@step("train", outputs=("model", "history", "report"))
+def train(
+    settings: TrainSettings, *, tokens: Path, model: Path, history: Path, report: Path
+) -> dict[str, Any]:
+    """Train a base model, or a fresh one, on token shards.
 
     ``tokens`` is a tokens artifact. ``model`` becomes a Hugging Face folder (config, tokenizer,
-    safetensors, model card) with ``nudge.json``, which tells what it was made of. ``history``
-    becomes a folder of ``metrics.jsonl`` (a line a step: loss in nats per token, learning rate,
-    gradient norm, tokens, seconds; validation losses) and ``probes.jsonl`` (the watched prompt).
-    Raises `UserError` on a tokenizer that does not fit the model and on a loss that is not finite.
+    safetensors, model card) with ``nudge.json``, which tells what it was made of; after LoRA the
+    adapter is beside it in ``adapter/``. ``history`` becomes a folder of ``metrics.jsonl`` (a line
+    a step: loss in nats per token, learning rate, gradient norm, tokens, speed, memory; validation
+    losses), ``probes.jsonl`` (the watched prompt) and ``tensorboard/``; ``report`` an HTML page.
+
+    Where torchrun's variables are set, this is one rank of several, and the first one writes.
+    Raises `UserError` on a tokenizer that does not fit the model, on a loss that is not finite, on
+    too little memory, and on checkpoints that are of another run.
     """
+    from nudge.components.train.result import results
+    from nudge.components.train.torchrun import processes_wanted, run_ranks
+
+    paths = {"tokens": tokens, "model": model, "history": history, "report": report}
+    if count := processes_wanted(settings):
+        run_ranks(count, settings, paths)
+    else:
+        train_rank(settings, **paths)
+    return results(model, history)
+
+
+def train_rank(
+    settings: TrainSettings, *, tokens: Path, model: Path, history: Path, report: Path
+) -> None:
+    """Train as this rank of those that torchrun's variables name, or alone; see `train`."""
+    from nudge.components.train.memory import told_what_to_lower
+    from nudge.components.train.ranks import joined_ranks
+
+    with told_what_to_lower(settings), joined_ranks() as ranks:
+        _train(settings, ranks, tokens, model, history, report)
+
+
+def _train(
+    settings: TrainSettings, ranks: Any, tokens: Path, model: Path, history: Path, report: Path
+) -> None:
     from nudge.components.common import language_model
-    from nudge.components.common.base_model import local_model, model_sha256
-    from nudge.components.common.errors import UserError
     from nudge.components.common.progress import progress
-    from nudge.components.common.provenance import code_version
     from nudge.components.common.tokens import read_tokens_manifest
-    from nudge.components.train.adapt import adapt, merged_state
-    from nudge.components.train.card import model_card
+    from nudge.components.train.adapt import adapt
+    from nudge.components.train.checkpoints import identity, open_checkpoints
     from nudge.components.train.data import PackedSplit
-    from nudge.components.train.loop import planned_steps, train_loop
+    from nudge.components.train.loop import make_optimizer, planned_steps, train_loop
+    from nudge.components.train.model import Start, check_vocabulary
+    from nudge.components.train.network import Network, check_document_masking
+    from nudge.components.train.record import NoBar, NoRecord, open_record
+    from nudge.components.train.report import render_report
+    from nudge.components.train.result import facts_of, write_model
 
     manifest = read_tokens_manifest(tokens)
     language_model.set_up_torch(settings.threads, settings.seed)
@@ -42,62 +75,49 @@ def train(settings: TrainSettings, *, tokens: Path, model: Path, history: Path) 
         PackedSplit(tokens, "validation", length, seed),
     ]
     steps = planned_steps(settings, split[0].rows)
-    with (
-        published(model) as model_part,
-        published(history) as history_part,
-        progress("train", total=steps, unit="steps") as bar,
-    ):
+    with contextlib.ExitStack() as stack:
+        bar: Any = NoBar()
+        model_part = history_part = Path()
+        if ranks.main:
+            bar = stack.enter_context(progress("train", total=steps, unit="steps"))
+            model_part = stack.enter_context(published(model))
+            history_part = stack.enter_context(published(history))
         bar.note(stage="loading the base model")
-        base = local_model(settings.base_model)
         tokenizer = language_model.load_tokenizer(tokens / "tokenizer")
-        network = language_model.load_model(base)
-        rows = language_model.head_weight(network).shape[0]
-        if manifest["vocab_size"] > rows:
-            raise UserError(
-                f"the tokens have a vocabulary of {manifest['vocab_size']}, the model "
-                f"{settings.base_model} has {rows}: tokenize again with this base model's tokenizer"
-            )
-        network = adapt(network, settings)
+        start = Start(settings, tokenizer, manifest["vocab_size"])
+        base = start.model(seed)
+        check_vocabulary(base, manifest["vocab_size"], settings)
+        network = Network(adapt(base, settings, sharded=ranks.world > 1), settings, ranks)
+        check_document_masking(network, manifest["vocab_size"])
+        optimizer = make_optimizer(network.model, settings)
+        facts = facts_of(settings, manifest, start, network)
+        facts["tokens"] = {name: part.tokens for name, part in zip(SPLITS, split, strict=True)}
+        record: Any = NoRecord()
+        if ranks.main:
+            plain = dataclasses.asdict(settings)
+            record = stack.enter_context(open_record(history_part, model.name, plain))
+        same = identity(settings, split[0], manifest["tokenizer_sha256"], start.sha256, steps)
+        checkpoints = stack.enter_context(open_checkpoints(settings, same, ranks))
         bar.note(stage="training")
-        done = train_loop(
-            network, tokenizer, split[0], split[1], settings, history_part, bar, steps
-        )
+        state = train_loop(
+            network, optimizer, tokenizer, split[0], split[1], settings, steps, record,
+            checkpoints, bar,
+        )  # fmt: skip
+        if settings.keeps_best:
+            checkpoints.restore_best(network, optimizer, state)
         bar.note(stage="writing the model")
-        trained = [p.numel() for p in network.parameters() if p.requires_grad]
-        facts = {
-            "base_model": {"uri": settings.base_model, "sha256": model_sha256(base)},
-            "data_fingerprint": manifest["corpus_fingerprint"],
-            "tokenizer_sha256": manifest["tokenizer_sha256"],
-            "tokens": {name: part.tokens for name, part in zip(SPLITS, split, strict=True)},
-            "settings": dataclasses.asdict(settings),
-            "seed": settings.seed,
-            "code_version": code_version(),
-            "training": {
-                "mode": settings.mode,
-                "steps": done.steps,
-                "tokens": done.tokens,
-                "seconds": done.seconds,
-                "tokens_per_s": done.tokens / done.seconds,
-                "parameters": sum(p.numel() for p in language_model.load_model(base).parameters()),
-                "trainable_parameters": sum(trained),
-            },
+        weights = network.full_state()
+        facts["training"] |= {
+            "steps": state.step,
+            "tokens": state.tokens,
+            "seconds": state.seconds,
+            "tokens_per_s": state.tokens / state.seconds,
+            "ranks": ranks.world,
+            "best_validation_loss": state.best_loss,
+            "weights_of_step": (state.best_step if settings.keeps_best else None) or state.step,
         }
-        _write_model(model_part, base, merged_state(network, settings, base), settings)
-        tokenizer.save_pretrained(model_part)
-        write_manifest(model_part / "nudge.json", FORMAT, VERSION, facts)
-        (model_part / "README.md").write_text(model_card(facts), encoding="utf-8")
-    return {"steps": done.steps, "tokens": done.tokens, "loss": _last_loss(history)}
-
-
-def _write_model(folder: Path, base: Path, state: dict[str, Any], settings: TrainSettings) -> None:
-    import torch
-    from nudge.components.common.language_model import load_model
-
-    model = load_model(base)
-    model.load_state_dict(state)
-    model.to(getattr(torch, settings.export_dtype)).save_pretrained(folder)
-
-
-def _last_loss(history: Path) -> float:
-    lines = (history / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return float([values for values in map(json.loads, lines) if "loss" in values][-1]["loss"])
+        if ranks.main:
+            write_model(model_part, start, weights, settings, tokenizer, facts)
+            write_manifest(model_part / "nudge.json", FORMAT, VERSION, facts)
+            write_atomic(report, render_report(facts, record.lines))
+    checkpoints.run_is_done()

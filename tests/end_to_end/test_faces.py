@@ -44,7 +44,16 @@ def made(place: Path, recipe: str) -> dict[str, Any]:
     found, report = artifact(dsl.HTML, "found"), artifact(dsl.HTML, "report")
     ingest.python_func(recipe=recipe, data_uri="", corpus=corpus, report=found)
     tokenize.python_func(recipe=recipe, base_model="", corpus=corpus, tokens=tokens)
-    train.python_func(recipe=recipe, base_model="", tokens=tokens, model=model, history=history)
+    curve, losses = artifact(dsl.HTML, "curve"), artifact(dsl.Metrics, "losses")
+    train.python_func(
+        recipe=recipe,
+        base_model="",
+        tokens=tokens,
+        model=model,
+        history=history,
+        report=curve,
+        metrics=losses,
+    )
     promote = evaluate.python_func(
         recipe=recipe,
         base_model="",

@@ -31,7 +31,8 @@ def test_training_on_a_full_disk_leaves_no_model(
     tokenize(step_settings(TokenizeSettings, "tokenize", recipe), corpus=corpus, tokens=tokens)
     small = disk.resize(100)
     with pytest.raises(UserError, match="train: no space is left on the disk of .*/disk;"):
-        train(settings, tokens=tokens, model=small / "model", history=small / "history")
+        paths = {name: small / name for name in ("model", "history", "report")}
+        train(settings, tokens=tokens, **paths)
     assert list(small.iterdir()) == []
 
 

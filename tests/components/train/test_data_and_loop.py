@@ -11,7 +11,8 @@ import torch
 from nudge.components.common.errors import UserError
 from nudge.components.common.tokens import TokenReader, token_dtype, write_shard
 from nudge.components.train.data import IGNORED, PackedSplit, Rows
-from nudge.components.train.loop import accumulate, learning_rate
+from nudge.components.train.loop import Loss, accumulate, learning_rate
+from nudge.components.train.network import Network
 from nudge.components.train.settings import TrainSettings
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,6 +42,13 @@ def model() -> LlamaForCausalLM:
 
 def settings(**values: object) -> TrainSettings:
     return TrainSettings(base_model="x", **values)  # type: ignore[arg-type]
+
+
+def batch_loss(model: LlamaForCausalLM, rows: Rows, **values: object) -> Loss:
+    given = settings(**values)
+    loss = accumulate(Network(model, given), rows, given)
+    assert loss is not None
+    return loss
 
 
 def test_a_row_holds_each_document_whole_with_positions_of_its_own(tokens: Path) -> None:
@@ -117,9 +125,9 @@ def test_micro_batches_give_the_gradient_of_the_large_batch(
     made = []
     for size in (split.rows, 2):
         model.zero_grad()
-        loss, valid = accumulate(model, rows, settings(micro_batch_sequences=size))
-        assert valid == sum(LENGTHS)
-        made.append((loss, [p.grad.clone() for p in model.parameters()]))
+        loss = batch_loss(model, rows, micro_batch_sequences=size)
+        assert loss.tokens == sum(LENGTHS)
+        made.append((loss.value, [p.grad.clone() for p in model.parameters()]))
     assert made[0][0] == pytest.approx(made[1][0], rel=1e-6)
     for whole, parts in zip(made[0][1], made[1][1], strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
@@ -129,9 +137,9 @@ def test_a_packed_document_does_not_see_the_one_before(model: LlamaForCausalLM) 
     ids = torch.from_numpy(np.random.default_rng(1).integers(1, 300, (1, 24)))
     targets = torch.cat((torch.full((1, 10), IGNORED), ids[:, 11:], ids[:, :1]), 1)
     positions = torch.cat((torch.arange(10), torch.arange(14)))[None]
-    packed, _ = accumulate(model, Rows(ids, targets, positions), settings())
+    packed = batch_loss(model, Rows(ids, targets, positions))
     alone = Rows(ids[:, 10:], targets[:, 10:], torch.arange(14)[None])
-    assert packed == pytest.approx(accumulate(model, alone, settings())[0], rel=1e-6)
+    assert packed.value == pytest.approx(batch_loss(model, alone).value, rel=1e-6)
 
 
 def test_the_schedules_at_known_steps() -> None:

@@ -1,0 +1,152 @@
+"""The model as the loop sees it: a summed loss for rows, on one rank or on many."""
+
+import contextlib
+from typing import Any
+
+import torch
+from nudge.components.common.errors import UserError
+from nudge.components.common.language_model import (
+    head_weight,
+    hidden_states,
+    next_token_probabilities,
+)
+from nudge.components.train.data import IGNORED, Rows
+from nudge.components.train.ranks import Ranks
+from nudge.components.train.settings import TrainSettings
+from nudge.kernels import fused_linear_cross_entropy
+from torch import nn
+
+
+class _NextToken(nn.Module):
+    """The model and its loss in one forward pass, so that FSDP gathers the head's weight for it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, rows: Rows | list[int]) -> torch.Tensor:
+        """The summed loss of rows in nats, or P(next token) [V] after a prompt's ids."""
+        if isinstance(rows, list):
+            return next_token_probabilities(self.model, rows)
+        hidden = hidden_states(self.model, rows.inputs, rows.positions)
+        return fused_linear_cross_entropy(
+            hidden.flatten(0, 1),
+            head_weight(self.model),
+            rows.targets.flatten(),
+            ignore_index=IGNORED,
+            reduction="sum",
+            logit_softcap=getattr(self.model.config, "final_logit_softcapping", None) or 0.0,
+        )
+
+
+class Network:
+    """A causal language model, prepared for training on these ranks; ``model`` is trained in place.
+
+    With many ranks its parameters are sharded (FSDP2: Zhao et al., arXiv:2304.11277, by
+    `fully_shard`) or replicated (DDP), as the settings say.
+    """
+
+    def __init__(self, model: Any, settings: TrainSettings, ranks: Ranks | None = None) -> None:
+        self.model, self.settings, self.ranks = model, settings, ranks or Ranks()
+        self.sharded = self.ranks.world > 1 and settings.parallelism == "fsdp"
+        model.to(self.ranks.device)
+        if settings.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if settings.compile:
+            for layer in self._layers():
+                layer.compile()
+        self._module: Any = _NextToken(model)
+        self._ddp: Any = None
+        if self.sharded:
+            self._shard()
+        elif self.ranks.world > 1:
+            devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
+            self._ddp = nn.parallel.DistributedDataParallel(self._module, device_ids=devices)
+
+    def summed_loss(self, rows: Rows) -> torch.Tensor:
+        """The loss summed over this rank's rows, in nats; gradients of it may be asked for."""
+        training = self._ddp is not None and torch.is_grad_enabled()
+        module = self._ddp if training else self._module
+        with self.precision():
+            loss: torch.Tensor = module(_on(rows, self.ranks.device))
+        self._shards_again()
+        return loss
+
+    @torch.no_grad()
+    def probabilities(self, ids: list[int]) -> torch.Tensor:
+        """P(next token) after a prompt, float32 [V]; every rank must ask."""
+        with self.precision():
+            probabilities: torch.Tensor = self._module(ids)
+        self._shards_again()
+        return probabilities
+
+    def _shards_again(self) -> None:
+        """FSDP keeps the root's weights gathered until a backward pass, which may not come; an
+        optimizer or a checkpoint made then would take those for the model's own."""
+        if self.sharded and not torch.is_grad_enabled():
+            self._module.reshard()
+
+    def last_of_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Around a micro-batch: ranks exchange gradients with the last one only."""
+        if self.sharded:
+            self._module.set_requires_gradient_sync(last)
+        elif self._ddp is not None and not last:
+            return self._ddp.no_sync()
+        return contextlib.nullcontext()
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Around computation: autocast to bfloat16, if the settings ask for it."""
+        if self.settings.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.ranks.device.type, torch.bfloat16)
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """The model's whole state dict on the CPU of the main rank; every rank must ask."""
+        if not self.sharded:
+            return dict(self.model.state_dict())
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state: dict[str, Any] = get_model_state_dict(self.model, options=options)
+        return state
+
+    def _layers(self) -> list[nn.Module]:
+        kinds = set(self.model._no_split_modules or ())
+        return [module for module in self.model.modules() if type(module).__name__ in kinds]
+
+    def _shard(self) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh = init_device_mesh(self.ranks.device.type, (self.ranks.world,))
+        policy = MixedPrecisionPolicy()
+        if self.settings.precision == "bfloat16":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for layer in self._layers():
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(self._module, mesh=mesh, mp_policy=policy)
+
+
+def _on(rows: Rows, device: torch.device) -> Rows:
+    moved = (part.to(device) for part in (rows.inputs, rows.targets, rows.positions))
+    return Rows(*moved)
+
+
+@torch.no_grad()
+def check_document_masking(network: Network, vocabulary: int) -> None:
+    """Raise `UserError` if a packed document sees the one before it in this architecture."""
+    length = 8
+    ids = torch.arange(2 * length)[None] % vocabulary
+    other = ids.clone()
+    other[0, :length] = (other[0, :length] + 1) % vocabulary
+    targets = ids.clone()
+    targets[0, :length] = IGNORED
+    positions = torch.arange(length).repeat(2)[None]
+    network.model.eval()
+    one, two = (network.summed_loss(Rows(given, targets, positions)) for given in (ids, other))
+    network.model.train()
+    if not torch.allclose(one, two, rtol=1e-6):
+        raise UserError(
+            f"{type(network.model).__name__} lets a packed document see the one before it: its "
+            "attention in transformers does not follow position ids; choose another architecture"
+        )

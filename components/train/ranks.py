@@ -1,0 +1,78 @@
+"""The processes that train together: who this one is, and the few things that they agree on."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others in one exchange before it gives up."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Rank ``rank`` of ``world``, computing on ``device``.
+
+    ``saving`` is a group of its own for checkpoints: they are written by another thread, whose
+    exchanges must not mix with those of the training.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    saving: Any = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the ranks, in float64; exact for counts."""
+        if self.world == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def wait(self) -> None:
+        """Return once every rank is here."""
+        self.sum(0.0)
+
+    def seed(self, seed: int, step: int) -> None:
+        """Seed torch as a pure function of the step, so that dropout needs no state to resume."""
+        torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + self.rank) % 2**63)
+
+
+@contextlib.contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """The ranks that torchrun's variables name, as a process group; one rank without them."""
+    cuda = torch.cuda.is_available()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.use_deterministic_algorithms(False)  # promised for a CPU alone
+    if world == 1:
+        yield Ranks(device=device)
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    try:
+        yield Ranks(
+            rank=dist.get_rank(),
+            world=world,
+            local_rank=local,
+            local_world=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            device=device,
+            saving=dist.new_group(backend="gloo", timeout=TIMEOUT),
+        )
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,85 @@
+"""What the step leaves: the Hugging Face folder, and the facts that its card tells."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from nudge.components.common.provenance import code_version
+from nudge.components.train.adapt import adapter_state, lora_config, merged_state
+from nudge.components.train.card import model_card
+from nudge.components.train.model import Start
+from nudge.components.train.network import Network
+from nudge.components.train.settings import TrainSettings
+
+
+def facts_of(
+    settings: TrainSettings, manifest: dict[str, Any], start: Start, network: Network
+) -> dict[str, Any]:
+    """What is known before training: origins, settings and sizes; ``manifest`` is the tokens'."""
+    named = dict(network.model.named_parameters())
+    trained = [p for p in named.values() if p.requires_grad]
+    return {
+        "base_model": {"uri": settings.base_model, "sha256": start.sha256},
+        "data_fingerprint": manifest["corpus_fingerprint"],
+        "tokenizer_sha256": manifest["tokenizer_sha256"],
+        "settings": dataclasses.asdict(settings),
+        "seed": settings.seed,
+        "code_version": code_version(),
+        "training": {
+            "mode": settings.mode,
+            "parameters": sum(p.numel() for name, p in named.items() if "lora_" not in name),
+            "trainable_parameters": sum(p.numel() for p in trained),
+            "decayed_parameters": sum(p.numel() for p in trained if p.dim() >= 2),
+            "device": _device(network.ranks.device),
+        },
+    }
+
+
+def write_model(
+    folder: Path,
+    start: Start,
+    state: dict[str, torch.Tensor],
+    settings: TrainSettings,
+    tokenizer: Any,
+    facts: dict[str, Any],
+) -> None:
+    """Save the trained model into ``folder``, as transformers and vLLM load it.
+
+    ``state`` is the network's whole state. After LoRA the adapter goes to ``adapter/`` beside it.
+    """
+    model = start.model(settings.seed)
+    weights = merged_state(state, settings, model)
+    model.load_state_dict(weights)
+    model.to(getattr(torch, settings.export_dtype)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if settings.mode == "lora":
+        from safetensors.torch import save_file
+
+        adapter = folder / "adapter"
+        config = lora_config(settings)
+        config.base_model_name_or_path = settings.base_model
+        config.save_pretrained(adapter)
+        save_file(adapter_state(state), adapter / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
+
+
+def results(model: Path, history: Path) -> dict[str, Any]:
+    """The step's small results, from its finished outputs."""
+    training = json.loads((model / "nudge.json").read_text(encoding="utf-8"))["training"]
+    lines = (history / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    values = [json.loads(line) for line in lines]
+    losses = [value["loss"] for value in values if "loss" in value]
+    held_out = [value["validation_loss"] for value in values if "validation_loss" in value]
+    return {
+        "steps": training["steps"],
+        "tokens": training["tokens"],
+        "loss": losses[-1],
+        "validation_loss": held_out[-1],
+        "tokens_per_s": training["tokens_per_s"],
+    }
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

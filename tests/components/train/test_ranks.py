@@ -1,0 +1,104 @@
+"""Two ranks under torchrun are one rank: the same samples, and losses but for rounding."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from nudge.components.common.errors import UserError
+from nudge.components.train.settings import TrainSettings
+from nudge.components.train.train import train
+
+from tests.components.train.conftest import command, lines, outputs, run, write_recipe
+
+Small = Callable[..., TrainSettings]
+
+
+@pytest.fixture(scope="module")
+def alone(tokens: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.components.train.conftest import SMALL
+
+    folder = tmp_path_factory.mktemp("alone")
+    train(TrainSettings(base_model=str(tiny_model), **SMALL), tokens=tokens, **outputs(folder))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"parallelism": "fsdp"},
+        pytest.param({"parallelism": "ddp"}, marks=pytest.mark.long),
+        # Three rows for two ranks: one of them has padding.
+        pytest.param({"batch_sequences": 3, "validation_sequences": 1}, marks=pytest.mark.long),
+        pytest.param({"mode": "lora", "precision": "bfloat16"}, marks=pytest.mark.long),
+    ],
+)
+def test_two_ranks_have_the_losses_of_one(
+    small: Small, tokens: Path, tmp_path: Path, values: dict[str, object]
+) -> None:
+    settings = small(**values)
+    run(settings, tokens, tmp_path / "two", ranks=2)
+    train(settings, tokens=tokens, **outputs(tmp_path / "one"))
+    tolerance = 2e-3 if values.get("precision") == "bfloat16" else 1e-5
+    for kind in ("loss", "validation_loss", "tokens"):
+        one, two = (lines(tmp_path / name, kind) for name in ("one", "two"))
+        assert two == pytest.approx(one, rel=tolerance)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(
+    small: Small, tokens: Path, alone: Path, tmp_path: Path
+) -> None:
+    settings = small(checkpoints=str(tmp_path / "checkpoints"), checkpoints_kept=9)
+    run(settings, tokens, tmp_path / "two", ranks=2)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    for later in ("step-000000009", "step-000000006"):
+        shutil.rmtree(folder / later)
+    train(settings, tokens=tokens, **outputs(tmp_path / "one"))
+    for kind in ("loss", "validation_loss"):
+        assert lines(tmp_path / "one", kind) == pytest.approx(lines(alone, kind), rel=1e-5)
+    assert lines(tmp_path / "one", "tokens") == lines(alone, "tokens")
+
+
+@pytest.mark.long
+def test_the_step_starts_its_ranks_itself(
+    small: Small, tokens: Path, alone: Path, tmp_path: Path
+) -> None:
+    results = train(small(processes=2), tokens=tokens, **outputs(tmp_path))
+    assert results["steps"] == 12
+    assert lines(tmp_path) == pytest.approx(lines(alone), rel=1e-5)
+
+
+def test_what_a_rank_says_is_what_the_step_says(small: Small, tokens: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lora_targets"):
+        train(
+            small(processes=2, mode="lora", lora_targets=["no_such"]),
+            tokens=tokens,
+            **outputs(tmp_path),
+        )
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.long
+def test_a_rank_that_dies_ends_the_run_and_the_next_goes_on(
+    small: Small, tokens: Path, tmp_path: Path
+) -> None:
+    values = {"max_steps": 300, "epochs": 99.0, "checkpoints": str(tmp_path / "checkpoints")}
+    recipe = write_recipe(tmp_path / "recipe.json", small(**values))
+    line = command(recipe, tokens, tmp_path / "cut", ranks=2)
+    with subprocess.Popen(line, stderr=subprocess.DEVNULL) as started:
+        while not list((tmp_path / "checkpoints").glob("*/step-*")):
+            assert started.poll() is None
+            time.sleep(0.05)
+        children = psutil.Process(started.pid).children(recursive=True)
+        ranks = [p for p in children if "nudge.components.train" in p.cmdline()]
+        os.kill(ranks[-1].pid, signal.SIGKILL)
+        assert started.wait(timeout=60) != 0
+    assert not (tmp_path / "cut" / "model").exists()
+    run(small(**values), tokens, tmp_path / "cut", ranks=2)
+    found = lines(tmp_path / "cut", "step")
+    assert sorted(set(found)) == sorted(range(301))
