@@ -36,7 +36,7 @@ def train_and_serve(
     tolerations: list = [],  # type: ignore[type-arg]  # noqa: B006
     node_selector: dict = {},  # type: ignore[type-arg]  # noqa: B006
 ) -> None:
-    """Ingest, tokenize, train, evaluate; if better: upload, register, deploy.
+    """Ingest; if there is new text: tokenize, train, evaluate; if better: upload, register, deploy.
 
     Args:
         recipe: Every setting, as YAML text or the URI of a file; what follows stands above it.
@@ -71,35 +71,41 @@ def train_and_serve(
     finish = small.put("summary", summary(**named))
     finish.set_caching_options(False)
     with dsl.ExitHandler(finish, name="train-and-serve"):
-        ingested = small.put("ingest", ingest(recipe=recipe, data_uri=data_uri))
+        ingested = ingest(recipe=recipe, data_uri=data_uri, model_name=model_name)
         # New text may stand behind the same URI.
-        ingested.set_caching_options(False)
+        small.put("ingest", ingested).set_caching_options(False)
         corpus = ingested.outputs["corpus"]
-        tokenized = tokenize(recipe=recipe, base_model=base_model, corpus=corpus)
-        small.put("tokenize", tokenized)
-        trained = train(recipe=recipe, base_model=base_model, tokens=tokenized.outputs["tokens"])
-        large.put("train", trained)
-        model = trained.outputs["model"]
-        evaluated = evaluate(
-            recipe=recipe,
-            base_model=base_model,
-            corpus=corpus,
-            model=model,
-            history=trained.outputs["history"],
-        )
-        large.put("evaluate", evaluated)
         # kfp.local resolves conditions only on an output that has no name of its own.
-        with dsl.If(evaluated.outputs["Output"] == 1, name="promote"):
-            uploaded = small.put("upload", upload(**named, model=model))
-            evaluation = evaluated.outputs["evaluation"]
-            registered = register(**named, uri=uploaded.output, model=model, evaluation=evaluation)
-            small.put("register", registered)
-            deployed = deploy(
+        with dsl.If(ingested.outputs["Output"] == 1, name="new-text"):
+            tokenized = tokenize(recipe=recipe, base_model=base_model, corpus=corpus)
+            small.put("tokenize", tokenized)
+            tokens = tokenized.outputs["tokens"]
+            trained = train(recipe=recipe, base_model=base_model, tokens=tokens)
+            large.put("train", trained)
+            model = trained.outputs["model"]
+            evaluated = evaluate(
                 recipe=recipe,
-                registered_model=registered.outputs["registered_model"],
-                version=registered.outputs["version"],
+                base_model=base_model,
+                corpus=corpus,
+                model=model,
+                history=trained.outputs["history"],
             )
-            small.put("deploy", deployed)
-            # These change the world; an answer from a cache would claim what did not happen.
-            for task in (uploaded, registered, deployed):
-                task.set_caching_options(False)
+            large.put("evaluate", evaluated)
+            with dsl.If(evaluated.outputs["Output"] == 1, name="promote"):
+                uploaded = small.put("upload", upload(**named, model=model))
+                registered = register(
+                    **named,
+                    uri=uploaded.output,
+                    model=model,
+                    evaluation=evaluated.outputs["evaluation"],
+                )
+                small.put("register", registered)
+                deployed = deploy(
+                    recipe=recipe,
+                    registered_model=registered.outputs["registered_model"],
+                    version=registered.outputs["version"],
+                )
+                small.put("deploy", deployed)
+                # These change the world; an answer from a cache would claim what did not happen.
+                for task in (uploaded, registered, deployed):
+                    task.set_caching_options(False)

@@ -2,7 +2,9 @@
 
 A base model is named by a URI: ``package://`` (a file in an installed package), ``file://`` or a
 path, ``s3://`` (a folder of the data connection), ``hf://<owner>/<name>`` (the Hugging Face hub or
-its local cache). A GGUF file is converted once, to float32 safetensors, into a cache.
+its local cache), ``incumbent://<model>?else=<URI>`` (the version of a registered model that is
+served now; before there is one, the model after ``else``). A GGUF file is converted once, to
+float32 safetensors, into a cache.
 """
 
 import hashlib
@@ -25,6 +27,7 @@ def local_model(uri: str) -> Path:
 
     Raises `UserError` if it cannot be found or is not a causal language model.
     """
+    uri = resolved(uri)
     if urlsplit(uri).scheme == "hf":
         folder = _from_hub(uri)
     elif is_local(uri):
@@ -36,6 +39,30 @@ def local_model(uri: str) -> Path:
         folder = _from_object_store(uri)
     _check_causal(folder, uri)
     return folder
+
+
+def resolved(uri: str) -> str:
+    """The URI of the model itself: of an ``incumbent://``, that of the version served now.
+
+    Raises `UserError` if nothing is served and no ``else`` is given, or the registry is silent.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme != "incumbent":
+        return uri
+    from nudge.components.common.registry import registry_url, with_registry
+    from nudge.components.common.releases import find_served, find_version
+
+    model, _, otherwise = uri.removeprefix("incumbent://").partition("?else=")
+    url = registry_url()
+    served = with_registry(url, find_served(model))
+    if served is not None:
+        return str(with_registry(url, find_version(model, served.main)).uri)
+    if not otherwise:
+        raise UserError(
+            f"base_model {uri}: nothing of {model!r} is served; give what the first version starts "
+            f"from, as in incumbent://{model}?else=hf://owner/name"
+        )
+    return otherwise
 
 
 def model_sha256(folder: Path) -> str:

@@ -83,6 +83,29 @@ def list_versions(model: str) -> Callable[[Any], Awaitable[list[Version]]]:
     return work
 
 
+def archive_older(model: str, keep: int) -> Callable[[Any], Awaitable[list[str]]]:
+    """Work that archives every version older than the newest ``keep``; gives their names.
+
+    What is served, or had all the traffic and may have it again, stays LIVE however old it is.
+    """
+
+    async def work(client: Any) -> list[str]:
+        import mr_openapi
+
+        served = await find_served(model)(client)
+        needed = {*served.shares, *served.history} if served else set()
+        live = [each for each in await list_versions(model)(client) if not each.archived]
+        live.sort(key=lambda each: each.created_ms)
+        old = [each for each in live[: max(0, len(live) - keep)] if each.name not in needed]
+        archived = mr_openapi.ModelVersionUpdate(state=mr_openapi.ModelVersionState.ARCHIVED)
+        async with client.get_client() as api:
+            for each in old:
+                await api.update_model_version(each.id, archived)
+        return [each.name for each in old]
+
+    return work
+
+
 def find_served(model: str) -> Callable[[Any], Awaitable[Served | None]]:
     """Work that gives what is `Served` of a model, or None if nothing is."""
 

@@ -157,6 +157,10 @@ def _fingerprint(value: Any) -> Any:
         plain = dataclasses.asdict(value)
         # What stands behind a path may have changed though the path has not.
         uri = plain.get("base_model", "")
+        if uri.startswith("incumbent://"):
+            from nudge.components.common.base_model import resolved
+
+            plain["base_model"] = uri = resolved(uri)
         if uri and is_local(uri) and (path := local_path(uri)).exists():
             plain["base_model"] = [uri, _fingerprint(path)]
         return plain

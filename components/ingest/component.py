@@ -4,15 +4,23 @@ from nudge.components.common.images import DATA_IMAGE
 
 @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
 def ingest(
-    recipe: str, data_uri: str, corpus: dsl.Output[dsl.Dataset], report: dsl.Output[dsl.HTML]
-) -> None:
+    recipe: str,
+    data_uri: str,
+    model_name: str,
+    corpus: dsl.Output[dsl.Dataset],
+    report: dsl.Output[dsl.HTML],
+) -> int:
     """Read text from its sources, clean it, drop duplicates and split it.
 
     Args:
         recipe: The recipe, as YAML text or a URI.
         data_uri: Where the text is; empty means as the recipe says.
+        model_name: The model whose served version counts; empty means as the recipe says.
         corpus: Documents for training and validation, with exact counts.
         report: What came in, what was dropped and why.
+
+    Returns:
+        0 if only new text counts (`only_new`) and the served version has seen all of it, else 1.
     """
     from pathlib import Path
 
@@ -22,5 +30,8 @@ def ingest(
     from nudge.components.ingest.settings import IngestSettings
 
     with clean_end():
-        settings = step_settings(IngestSettings, "ingest", recipe, data_uri=data_uri)
-        corpus.metadata.update(ingest(settings, corpus=Path(corpus.path), report=Path(report.path)))
+        given = {"data_uri": data_uri, "model_name": model_name}
+        settings = step_settings(IngestSettings, "ingest", recipe, **given)
+        result = ingest(settings, corpus=Path(corpus.path), report=Path(report.path))
+        corpus.metadata.update(result)
+    return int(result["new"])

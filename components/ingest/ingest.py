@@ -27,6 +27,7 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
     from nudge.components.common.corpus import Document, text_sha256, write_corpus
     from nudge.components.common.progress import progress
     from nudge.components.ingest.duplicates import signature
+    from nudge.components.ingest.novelty import is_new
     from nudge.components.ingest.report import render_report
     from nudge.components.ingest.sources import Undecodable, find_sources, read_records
 
@@ -91,6 +92,7 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
         "validation_documents": len(kept["validation"]),
         "bytes": counts["bytes"],
         "fingerprint": fingerprint,
+        "new": int(is_new(settings, fingerprint)),
     }
 
 

@@ -20,3 +20,9 @@ class IngestSettings:
     """Whether near duplicates are dropped as well as exact ones."""
     validation_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
     seed: int = 1
+    only_new: bool = False
+    """Whether a run ends here, before anything is trained, if the served version of `model_name`
+    was trained on the very same corpus."""
+    model_name: str = ""
+    registry_url: str = ""
+    """Asked if `only_new`; empty means NUDGE_REGISTRY_URL."""

@@ -33,6 +33,7 @@ def register(
     from model_registry.types import ModelArtifact, ModelVersion, RegisteredModel
     from nudge.components.common.progress import progress
     from nudge.components.common.registry import registry_url, with_registry
+    from nudge.components.common.releases import archive_older
 
     results = read_manifest(evaluation, "nudge.evaluation", 1)
     facts = read_manifest(model / "nudge.json", "nudge.model", 1)
@@ -80,12 +81,16 @@ def register(
             model_id, version_id = with_registry(url, complete)
         except UserError as error:
             raise UserError(f"{error}\nthe model itself is safe at {uri}") from None
+    archived: list[str] = []
+    if settings.keep_versions:
+        archived = with_registry(url, archive_older(settings.model_name, settings.keep_versions))
     return {
         "registered_model": settings.model_name,
         "registered_model_id": model_id,
         "version": version,
         "version_id": version_id,
         "registry": settings.registry_name,
+        "archived": archived,
     }
 
 

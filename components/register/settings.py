@@ -1,6 +1,9 @@
 """The settings of the step `register`."""
 
+from typing import Annotated
+
 from nudge.components.common.settings import settings
+from pydantic import Field
 
 
 @settings
@@ -12,3 +15,6 @@ class RegisterSettings:
     """The registry's name on the dashboard, for lineage."""
     author: str = "nudge"
     description: str = ""
+    keep_versions: Annotated[int, Field(ge=0)] = 0
+    """Archive older versions than the newest so many; 0 archives none. Never one that is served or
+    that a rollback may return to, and nothing is deleted: LIVE in the registry undoes it."""

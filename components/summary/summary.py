@@ -1,5 +1,7 @@
 """The exit handler's page: what became of a run, in Markdown."""
 
+import html
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,19 @@ from nudge.components.common.publish import write_atomic
 from nudge.components.common.releases import find_served
 from nudge.components.common.step import step
 
-PAGE = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(
+
+def plain(value: Any) -> str:
+    """A value as one line of Markdown that means nothing but its characters.
+
+    An error may quote a document, and a document may hold anything.
+    """
+    line = " ".join(str(value).split())
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(line, quote=False))
+
+
+PAGE = jinja2.Environment(
+    undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=plain
+).from_string(
     """\
 # Run {{ run_id }}: {{ state | lower }}
 
@@ -79,6 +93,8 @@ def _told_here() -> tuple[str, str, str]:
     events = {name: event for name, event in last_events().items() if name != "summary"}
     evaluated = events.get("evaluate", {}).get("results", {})
     verdict = "" if evaluated.get("promote", 1) else str(evaluated["reason"])
+    if events.get("ingest", {}).get("results", {}).get("new") == 0:
+        verdict = "there is no text that the served version was not trained on"
     for name, event in events.items():
         if event["event"] != "step_end":
             return name, str(event.get("error", "it was killed")), verdict

@@ -29,9 +29,12 @@ def train(
     Raises `UserError` on a tokenizer that does not fit the model, on a loss that is not finite, on
     too little memory, and on checkpoints that are of another run.
     """
+    from nudge.components.common.base_model import resolved
     from nudge.components.train.result import results
     from nudge.components.train.torchrun import processes_wanted, run_ranks
 
+    # What is served may change while this trains: all ranks and the lineage mean the same model.
+    settings = dataclasses.replace(settings, base_model=resolved(settings.base_model))
     paths = {"tokens": tokens, "model": model, "history": history, "report": report}
     if count := processes_wanted(settings):
         run_ranks(count, settings, paths)

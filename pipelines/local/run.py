@@ -19,6 +19,7 @@ from nudge.pipelines.recipes import Recipe
 
 STEPS = ("ingest", "tokenize", "train", "evaluate", "upload", "register", "deploy", "summary")
 POLL_S = 0.1
+NOTHING_NEW = "there is no new text: the served version was trained on all of it"
 
 
 @dataclass
@@ -158,6 +159,7 @@ def result(run: Run) -> dict[str, Any]:
     failed = run.failed
     names = ("nats_per_token", "token_perplexity", "bits_per_byte", "word_perplexity")
     counts = ("tokens", "bytes", "documents")
+    nothing_new = results["ingest"].get("new") == 0
     values = {
         "recipe": run.recipe.name,
         "run_id": run.run_id,
@@ -174,7 +176,7 @@ def result(run: Run) -> dict[str, Any]:
             for probe in evaluation.get("probes", [])
         ],
         "promoted": run.steps["deploy"].status == "done",
-        "reason": evaluation.get("verdict", {}).get("reason"),
+        "reason": NOTHING_NEW if nothing_new else evaluation.get("verdict", {}).get("reason"),
         "model_path": run.steps["train"].outputs.get("model"),
         "model_uri": results["upload"].get("uri"),
         "registered_model": results["register"].get("registered_model"),
@@ -189,6 +191,8 @@ def result(run: Run) -> dict[str, Any]:
     promote = evaluation.get("verdict", {}).get("promote")
     if promote and not failed and run.steps["upload"].status == "skipped":
         values["error"] = f"the verdict was to promote, but the engine skipped it; see {run.log}"
+    if results["ingest"].get("new") and not failed and run.steps["tokenize"].status == "skipped":
+        values["error"] = f"there is new text, but the engine skipped its training; see {run.log}"
     if run.exit_status and not failed:
         values["error"] = f"the pipeline ended with status {run.exit_status}; see {run.log}"
     return values

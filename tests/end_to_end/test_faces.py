@@ -42,7 +42,8 @@ def made(place: Path, recipe: str) -> dict[str, Any]:
     model, history = artifact(dsl.Model, "model"), artifact(dsl.Artifact, "history")
     evaluation, metrics = artifact(dsl.Artifact, "evaluation"), artifact(dsl.Metrics, "metrics")
     found, report = artifact(dsl.HTML, "found"), artifact(dsl.HTML, "report")
-    ingest.python_func(recipe=recipe, data_uri="", corpus=corpus, report=found)
+    named = {"recipe": recipe, "data_uri": "", "model_name": ""}
+    assert ingest.python_func(**named, corpus=corpus, report=found) == 1
     tokenize.python_func(recipe=recipe, base_model="", corpus=corpus, tokens=tokens)
     curve, losses = artifact(dsl.HTML, "curve"), artifact(dsl.Metrics, "losses")
     train.python_func(
@@ -118,7 +119,11 @@ def test_bad_input_ends_a_face_with_its_text_alone(
     report = dsl.HTML(name="none", uri=str(place / "none.html"), metadata={})
     with pytest.raises(SystemExit) as ended:
         ingest.python_func(
-            recipe=recipe, data_uri=str(place / "nowhere.txt"), corpus=corpus, report=report
+            recipe=recipe,
+            data_uri=str(place / "nowhere.txt"),
+            model_name="",
+            corpus=corpus,
+            report=report,
         )
     assert ended.value.code == 2
     errors = capfd.readouterr().err

@@ -122,11 +122,13 @@ def test_what_changes_the_world_or_reads_it_is_never_cached(spec: dict[str, Any]
 
 
 def test_the_promotion_gates_what_changes_the_world(spec: dict[str, Any]) -> None:
-    gated = [c["dag"]["tasks"] for n, c in spec["components"].items() if "condition" in n]
-    assert [set(tasks) for tasks in gated] == [{"upload", "register", "deploy"}]
-    inner = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
-    (condition,) = (task for name, task in inner.items() if "condition" in name)
-    assert "== 1" in condition["triggerPolicy"]["condition"]
+    groups = tasks_by_group(spec)
+    by_what = {tuple(sorted(set(tasks) - {"condition-3"})): tasks for tasks in groups.values()}
+    assert set(by_what) >= {("deploy", "register", "upload"), ("evaluate", "tokenize", "train")}
+    new_text = groups["comp-exit-handler-1"]["condition-2"]["triggerPolicy"]["condition"]
+    assert "ingest-Output'] == 1" in new_text.replace("int(", "").replace(")", "")
+    promote = groups["comp-condition-2"]["condition-3"]["triggerPolicy"]["condition"]
+    assert "evaluate-Output'] == 1" in promote.replace("int(", "").replace(")", "")
     summary = spec["root"]["dag"]["tasks"]["summary"]
     assert summary["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
 

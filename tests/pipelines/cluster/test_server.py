@@ -330,3 +330,13 @@ def test_token_ca_and_address_as_on_openshift(
     monkeypatch.setenv("NUDGE_PIPELINES_CA", "/nowhere/ca.crt")
     with pytest.raises(UserError, match="no such file"):
         connect.connect("x")
+
+
+def test_the_shipped_schedule_is_taken(state: Pipelines, url: str) -> None:
+    nudge("upload")
+    path = Path(__file__).parents[3] / "manifests" / "schedules" / "nightly.yaml"
+    assert "nightly created" in nudge("schedule", "apply", str(path)).stdout
+    (recurring,) = state.recurring.values()
+    recipe = yaml.safe_load(recurring["runtime_config"]["parameters"]["recipe"])
+    assert recipe["ingest"]["only_new"] is True
+    assert recipe["base_model"].startswith("incumbent://")
