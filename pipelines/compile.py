@@ -41,12 +41,12 @@ Made from `component.py` by `nudge compile`.
 )
 
 
-PIPELINES = ("train_and_serve",)
+PIPELINES = ("train_and_serve", "evaluate_only")
 """The pipelines, each in the module of its name."""
 
 STEPS = (
     *("ingest", "tokenize", "train", "evaluate"),
-    *("upload", "register", "deploy", "summary"),
+    *("upload", "register", "deploy", "summary", "fetch"),
 )
 
 PINNED = re.compile(r"[^@\s]+@sha256:[0-9a-f]{64}")

@@ -40,6 +40,7 @@ NEEDS = {
     "tokenize": Need(12, cpu="4", memory="16Gi"),
     "train": Need(96, gpu=True, shm="8Gi"),
     "evaluate": Need(12, gpu=True, shm="8Gi"),
+    "fetch": Need(6, cpu="2", memory="8Gi"),
     "upload": Need(6, cpu="2", memory="8Gi"),
     "register": Need(0.25, cpu="500m", memory="2Gi", connection=False),
     "deploy": Need(2, cpu="500m", memory="2Gi"),

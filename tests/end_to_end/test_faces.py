@@ -1,11 +1,14 @@
 """Each step by itself, through its face, on the output of the one before."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kfp import dsl
+from nudge.components.common.publish import sha256_file, write_manifest
+from nudge.components.fetch.component import fetch
 from nudge.pipelines.recipes import load
 from nudge.pipelines.train_and_serve import (
     deploy,
@@ -131,3 +134,36 @@ def test_bad_input_ends_a_face_with_its_text_alone(
     assert "nowhere.txt" in errors
     assert "Traceback" not in errors
     assert not Path(corpus.path).exists()
+
+
+def test_a_model_that_is_fetched_is_evaluated_as_it_was(
+    made: dict[str, Any], place: Path, recipe: str
+) -> None:
+    folder = place / "uploaded"
+    shutil.copytree(made["model"].path, folder)
+    files = {path.name: {"sha256": sha256_file(path)} for path in folder.iterdir()}
+    write_manifest(folder / "manifest.json", "nudge.upload", 1, {"files": files})
+    model = dsl.Model(name="again", uri=str(place / "again"), metadata={})
+    history = dsl.Artifact(name="empty", uri=str(place / "empty"), metadata={})
+    fetch.python_func(model_uri=str(folder), model=model, history=history)
+    evaluation = dsl.Artifact(name="evaluation", uri=str(place / "evaluation-again"), metadata={})
+    promote = evaluate.python_func(
+        recipe=recipe,
+        base_model="",
+        corpus=made["corpus"],
+        model=model,
+        history=history,
+        evaluation=evaluation,
+        metrics=dsl.Metrics(name="metrics-again", uri=str(place / "metrics-again"), metadata={}),
+        report=dsl.HTML(name="report-again", uri=str(place / "report-again"), metadata={}),
+    )
+    assert promote == made["promote"]
+    before, after = (
+        json.loads(Path(artifact.path).read_text())["metrics"]
+        for artifact in (made["evaluation"], evaluation)
+    )
+    assert after == before
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(SystemExit):
+        fetch.python_func(model_uri=str(folder), model=model, history=history)

@@ -169,9 +169,9 @@ def test_names_that_belong_together_agree() -> None:
     for binding in of_kind("RoleBinding"):
         if binding["metadata"]["name"] == "nudge-runner":
             assert binding["subjects"][0]["name"] == "pipeline-runner-nudge"
-    (version,) = [
+    version = next(
         e for (f, k, _), e in found.items() if (f, k) == ("overlays/dev", "PipelineVersion")
-    ]
+    )
     parameters = version["spec"]["pipelineSpec"]["root"]["inputDefinitions"]["parameters"]
     assert parameters["data_image"]["defaultValue"] == DATA_IMAGE
     runtime = found["overlays/multi-node", "TrainingRuntime", "nudge-torch"]

@@ -1,0 +1,37 @@
+"""The step `fetch`: a model that was trained before, as an artifact again."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nudge.components.common.errors import UserError
+from nudge.components.common.publish import published, read_manifest, verify_file
+from nudge.components.common.step import step
+
+
+@step("fetch", outputs=("model", "history"), reuse=False)
+def fetch(model_uri: str, *, model: Path, history: Path) -> dict[str, Any]:
+    """Copy the model at a URI into ``model``; ``history`` becomes empty.
+
+    The URI is any that a base model may have. A folder with the manifest of an upload is checked
+    against it. Raises `UserError` if it is damaged or was not trained here.
+    """
+    from nudge.components.common.base_model import local_model, resolved
+
+    uri = resolved(model_uri)
+    folder = local_model(uri)
+    read_manifest(folder / "nudge.json", "nudge.model", 1)
+    if (folder / "manifest.json").is_file():
+        for name, entry in read_manifest(folder / "manifest.json", "nudge.upload", 1)[
+            "files"
+        ].items():
+            path = (folder / name).resolve()
+            if not path.is_relative_to(folder.resolve()):
+                raise UserError(f"{uri}: its manifest names {name}, which leads out of the folder")
+            verify_file(path, entry["sha256"])
+    with published(model) as part:
+        shutil.copytree(folder, part, dirs_exist_ok=True)
+    with published(history) as part:
+        for name in ("metrics.jsonl", "probes.jsonl"):
+            (part / name).touch()
+    return {"uri": uri}
