@@ -16,6 +16,38 @@ class WatchedPrompt:
 
 
 @settings
+class LaunchSettings:
+    """Where and how large the job is that `launcher: trainjob` creates."""
+
+    namespace: str = ""
+    """Empty: that of the step's pod."""
+    runtime: str = "torch-distributed"
+    """A ClusterTrainingRuntime of Kubeflow Trainer."""
+    image: str = ""
+    """The image of the job's pods; empty: that of the step `train`."""
+    nodes: Annotated[int, Field(ge=1)] = 2
+    gpus_per_node: Annotated[int, Field(ge=0)] = 1
+    """Each GPU has a rank; 0 trains on CPUs, one rank a node."""
+    gpu_resource: str = "nvidia.com/gpu"
+    cpu: str = "8"
+    memory: str = "64Gi"
+    queue: str = ""
+    """A LocalQueue of Kueue in the namespace; empty: the job is not queued."""
+    priority_class: str = ""
+    """A WorkloadPriorityClass of Kueue."""
+    exchange: str = ""
+    """Where tokens, checkpoints and the model are handed over: an s3:// URI, or a folder below
+    `volume_path` that is mounted in the step too. Empty: ``nudge/jobs`` in AWS_S3_BUCKET."""
+    connection: str = "nudge-data-connection"
+    """The Secret with the object store's address and keys; empty: none."""
+    volume_claim: str = ""
+    """A PersistentVolumeClaim (ReadWriteMany) that the job's pods mount."""
+    volume_path: str = "/mnt/nudge"
+    deadline_hours: Annotated[float, Field(gt=0)] = 72.0
+    """From creation on, waiting in the queue included."""
+
+
+@settings
 class TrainSettings:
     base_model: str = ""
     """The model to start from; `scratch` needs none."""
@@ -72,6 +104,10 @@ class TrainSettings:
     """Ranks that the step starts on this machine with torchrun; 0: one a GPU, else one."""
     parallelism: Literal["fsdp", "ddp"] = "fsdp"
     """With many ranks: weights and optimizer state in shards (FSDP2), or whole on each (DDP)."""
+    launcher: Literal["local", "trainjob"] = "local"
+    """In the step's own pod, on all of its GPUs; or as a TrainJob of Kubeflow on many nodes."""
+    cluster: LaunchSettings = field(default_factory=LaunchSettings)
+    """The job, with `launcher: trainjob`."""
     export_dtype: Literal["float32", "bfloat16"] = "float32"
     watch: WatchedPrompt | None = None
     """The running example: its ten likeliest next tokens are kept every `watch_every` steps."""
@@ -115,6 +151,7 @@ class TrainSettings:
 FREE_TO_CHANGE = frozenset(
     {
         "micro_batch_sequences", "activation_checkpointing", "compile", "processes", "parallelism",
+        "launcher", "cluster",
         "watch", "watch_every", "validation_every", "validation_sequences", "early_stopping",
         "keep", "checkpoints", "checkpoint_every", "checkpoints_kept", "resume", "threads",
         "export_dtype",

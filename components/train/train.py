@@ -36,7 +36,11 @@ def train(
     # What is served may change while this trains: all ranks and the lineage mean the same model.
     settings = dataclasses.replace(settings, base_model=resolved(settings.base_model))
     paths = {"tokens": tokens, "model": model, "history": history, "report": report}
-    if count := processes_wanted(settings):
+    if settings.launcher == "trainjob":
+        from nudge.components.train.launch import launch
+
+        launch(settings, paths)
+    elif count := processes_wanted(settings):
         run_ranks(count, settings, paths)
     else:
         train_rank(settings, **paths)
