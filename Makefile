@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test test-long setup lint compile check bench wheel clean
+.PHONY: run test test-long setup lint compile check bench wheel images wheels requirements clean
 
 run: setup  ## the whole pipeline here, on the default recipe
 	$(BIN)/nudge run eiffel
@@ -50,6 +50,22 @@ bench: $(BENCHES)  ## every benchmark
 bench-%: setup  ## one benchmark: ours beside the named peer, in one run
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m tests.bench.bench_$*
+
+# make images BASE_IMAGE=... TORCH=cpu OFFLINE=1 PIP_CONF=... CA=... NETWORK=host
+images: setup  ## the container images, with podman, docker or buildah
+	$(BIN)/python images/build.py $(IMAGES) $(if $(BASE_IMAGE),--base-image $(BASE_IMAGE)) \
+		$(if $(TORCH),--torch $(TORCH)) $(if $(OFFLINE),--offline) \
+		$(if $(NETWORK),--network $(NETWORK)) \
+		$(if $(PIP_CONF),--pip-conf $(PIP_CONF)) $(if $(CA),--ca $(CA))
+
+wheels: setup  ## all that the images install, in images/wheels, for a build without a network
+	$(BIN)/pip download --quiet --no-deps --require-hashes --only-binary=:all: \
+		--python-version $(or $(PYTHON_VERSION),3.12) --dest images/wheels \
+		-r images/build.txt -r images/data/requirements.txt -r images/train/requirements.txt \
+		-r images/train/torch-$(or $(TORCH),cuda).txt
+
+requirements: setup  ## the images' hashed requirement files, from pyproject.toml
+	$(BIN)/python images/requirements.py
 
 clean:
 	rm -rf $(VENV) .nudge build dist *.egg-info kernels/build kernels/*.egg-info

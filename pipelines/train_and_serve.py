@@ -46,8 +46,8 @@ def train_and_serve(
         version: The name of the new version; empty: the run's id.
         connection: The Secret of the S3 data connection.
         settings: A ConfigMap that may hold NUDGE_REGISTRY_URL, NUDGE_REGISTRY_CA, HF_ENDPOINT.
-        data_image: The image of every step but train and evaluate.
-        train_image: The image of train and evaluate.
+        data_image: The image of every step but tokenize, train and evaluate.
+        train_image: The image of tokenize, train and evaluate.
         cpu: CPU cores of train and of evaluate.
         memory: Memory of train and of evaluate, shared memory counted in.
         gpu_type: The resource name of the GPUs, such as nvidia.com/gpu or amd.com/gpu.
@@ -78,7 +78,7 @@ def train_and_serve(
         # kfp.local resolves conditions only on an output that has no name of its own.
         with dsl.If(ingested.outputs["Output"] == 1, name="new-text"):
             tokenized = tokenize(recipe=recipe, base_model=base_model, corpus=corpus)
-            small.put("tokenize", tokenized)
+            Place(train_image, connection, settings).put("tokenize", tokenized)
             tokens = tokenized.outputs["tokens"]
             trained = train(recipe=recipe, base_model=base_model, tokens=tokens)
             large.put("train", trained)

@@ -1,8 +1,9 @@
 from kfp import dsl
-from nudge.components.common.images import DATA_IMAGE
+from nudge.components.common.images import TRAIN_IMAGE
 
 
-@dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
+# A base model may be a GGUF file, whose tokenizer comes through PyTorch.
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
 def tokenize(
     recipe: str, base_model: str, corpus: dsl.Input[dsl.Dataset], tokens: dsl.Output[dsl.Dataset]
 ) -> None:

@@ -1,0 +1,87 @@
+"""Build the images with docker, podman or buildah, whichever is here; `make images` runs this."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+from nudge.components.common.errors import UserError
+from nudge.components.common.images import DATA_IMAGE, TRAIN_IMAGE
+from nudge.components.common.provenance import code_version
+
+ROOT = Path(__file__).parents[1]
+IMAGES = {"data": DATA_IMAGE, "train": TRAIN_IMAGE}
+ENVIRONMENT = {**os.environ, "DOCKER_BUILDKIT": "1"}
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[data|train]...")
+@click.option("--base-image", default="", help="Default: as the Containerfiles say, by digest.")
+@click.option("--torch", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
+@click.option("--offline", is_flag=True, help="Install from images/wheels, without a network.")
+@click.option("--network", default="", help="The network that the build sees, such as host.")
+@click.option("--pip-conf", type=click.Path(exists=True), help="Names a mirror; in no layer.")
+@click.option("--ca", type=click.Path(exists=True), help="Its CA, at /run/secrets/ca.pem.")
+def main(names: tuple[str, ...], **options: str) -> None:
+    """Build the named images (all by default) and print their sizes."""
+    try:
+        program = engine()
+        for name in names or IMAGES:
+            build(program, name, **options)
+            click.echo(f"{IMAGES[name]}  {size_mb(program, IMAGES[name])} MB")
+    except UserError as error:
+        raise click.ClickException(str(error)) from None
+
+
+def engine() -> str:
+    """The first program here that can build; raises `UserError` if there is none."""
+    for folder in os.environ["PATH"].split(os.pathsep):
+        for name in ("podman", "docker", "buildah"):
+            program = shutil.which(name, path=folder)
+            if program is None:
+                continue
+            # Without BuildKit docker knows no secrets; newer clients bring it as a plugin.
+            done = subprocess.run(
+                [program, "build", "--help"], env=ENVIRONMENT, capture_output=True, text=True
+            )
+            if done.returncode == 0 and "--secret" in done.stdout:
+                return program
+    raise UserError(
+        "no podman, docker (with BuildKit: the package docker-buildx) or buildah that can build "
+        "was found on the PATH; install one"
+    )
+
+
+def build(program: str, name: str, **options: str) -> None:
+    """Build one image; raises `UserError` if the builder fails."""
+    arguments = {"CODE_VERSION": code_version()}
+    if options.get("base_image"):
+        arguments["BASE_IMAGE"] = options["base_image"]
+    if name == "train":
+        arguments["TORCH"] = options.get("torch") or "cuda"
+        for wheel in (ROOT / "dist").glob("nudge_kernels-*.whl"):  # `make wheel` was run
+            shutil.copy(wheel, ROOT / "images" / "wheels")
+    if options.get("offline"):
+        arguments["PIP_OPTIONS"] = "--no-index"
+    network = "none" if options.get("offline") else options.get("network")
+    command = [program, "build", "--file", f"images/{name}/Containerfile", "--tag", IMAGES[name]]
+    command += [f"--build-arg={key}={value}" for key, value in arguments.items()]
+    command += ["--network", network] if network else []
+    for key, secret in (("pip_conf", "pip.conf"), ("ca", "ca.pem")):
+        if options.get(key):
+            command += ["--secret", f"id={secret},src={options[key]}"]
+    if subprocess.run([*command, "."], cwd=ROOT, env=ENVIRONMENT, stdout=sys.stderr).returncode:
+        raise UserError(f"the build of {IMAGES[name]} failed; its output stands above")
+
+
+def size_mb(program: str, image: str) -> int:
+    """The size of an image and its base, in units of 10^6 bytes."""
+    command = [program, "inspect", "--type", "image", "--format", "{{.Size}}", image]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return round(int(done.stdout) / 1e6)
+
+
+if __name__ == "__main__":
+    main()
