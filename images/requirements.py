@@ -56,7 +56,9 @@ def compiled(names: tuple[str, ...], *options: str) -> str:
         command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", source, *options]
         command += ["--constraint", "constraints.txt", "--generate-hashes", "--universal"]
         command += ["--python-version", "3.11", "--no-header", "--no-annotate"]
-        return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+        return subprocess.run(
+            command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
 
 
 def blocks(text: str) -> dict[str, str]:
