@@ -100,6 +100,7 @@ def follow(
         "NUDGE_RECIPE": run.recipe.name,
         "NUDGE_EVENTS": str(events),
         "NUDGE_HOME": str(home),
+        "NUDGE_CHECKPOINTS": os.environ.get("NUDGE_CHECKPOINTS") or str(home / "checkpoints"),
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
         "PYTHONUNBUFFERED": "1",
     }

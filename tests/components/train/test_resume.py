@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 from nudge.components.common.errors import UserError
+from nudge.components.common.language_model import load_model
+from nudge.components.train.data import PackedSplit
+from nudge.components.train.loop import validation_loss
+from nudge.components.train.network import Network
 from nudge.components.train.record import Record
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
@@ -153,14 +157,6 @@ def test_the_best_weights_are_kept_and_training_ends_early(
     held_out = lines(tmp_path / "a", "validation_loss")
     best = min(held_out[1:])
     assert held_out.index(best) + 3 == found["steps"] < 60
-    at_best = {**values, "early_stopping": 0, "max_steps": 60}
-    from nudge.components.train.loop import validation_loss
-
-    del at_best
-    from nudge.components.common.language_model import load_model
-    from nudge.components.train.data import PackedSplit
-    from nudge.components.train.network import Network
-
     split = PackedSplit(tokens, "validation", 16, seed=1)
     settings = small(**values)
     kept = Network(load_model(tmp_path / "a" / "model"), settings)
