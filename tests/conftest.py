@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-for _name in ("NUDGE_HOME", "NUDGE_EVENTS", "NUDGE_REUSE", "NUDGE_RUN_ID", "NUDGE_REGISTRY_URL"):
+for _name in (
+    "NUDGE_HOME",
+    "NUDGE_EVENTS",
+    "NUDGE_REUSE",
+    "NUDGE_RUN_ID",
+    "NUDGE_REGISTRY_URL",
+    "NUDGE_CHECKPOINTS",
+):
     os.environ.pop(_name, None)
 
 
