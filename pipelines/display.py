@@ -135,13 +135,14 @@ def _probes(values: dict[str, Any]) -> Table:
 
 
 def _metrics(values: dict[str, Any]) -> Table:
-    base, candidate = values["metrics"]["base"], values["metrics"]["candidate"]
+    columns = {"base": "base", "incumbent": "served now", "candidate": "candidate"}
+    metrics = {name: values["metrics"][name] for name in columns if name in values["metrics"]}
     table = Table()
-    table.add_column(f"held-out text, {base['documents']} documents")
-    table.add_column("base", justify="right")
-    table.add_column("candidate", justify="right")
+    table.add_column(f"held-out text, {metrics['base']['documents']} documents")
+    for name in metrics:
+        table.add_column(columns[name], justify="right")
     for key in ("bits_per_byte", "token_perplexity", "word_perplexity"):
-        table.add_row(key.replace("_", " "), f"{base[key]:.4g}", f"{candidate[key]:.4g}")
+        table.add_row(key.replace("_", " "), *(f"{of[key]:.4g}" for of in metrics.values()))
     return table
 
 

@@ -65,8 +65,9 @@ def evaluate_only(
     evaluated = evaluate(
         recipe=recipe,
         base_model=base_model,
+        model_name="",
         corpus=ingested.outputs["corpus"],
         model=fetched.outputs["model"],
         history=fetched.outputs["history"],
     )
-    large.put("evaluate", evaluated)
+    large.put("evaluate", evaluated).set_caching_options(False)

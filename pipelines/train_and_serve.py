@@ -86,11 +86,14 @@ def train_and_serve(
             evaluated = evaluate(
                 recipe=recipe,
                 base_model=base_model,
+                model_name=model_name,
                 corpus=corpus,
                 model=model,
                 history=trained.outputs["history"],
             )
             large.put("evaluate", evaluated)
+            # Another version may be served by now.
+            evaluated.set_caching_options(False)
             with dsl.If(evaluated.outputs["Output"] == 1, name="promote"):
                 uploaded = small.put("upload", upload(**named, model=model))
                 registered = register(

@@ -6,6 +6,7 @@ from nudge.components.common.images import TRAIN_IMAGE
 def evaluate(
     recipe: str,
     base_model: str,
+    model_name: str,
     corpus: dsl.Input[dsl.Dataset],
     model: dsl.Input[dsl.Model],
     history: dsl.Input[dsl.Artifact],
@@ -13,11 +14,12 @@ def evaluate(
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
 ) -> int:
-    """Score base and candidate on held-out text and say whether to promote.
+    """Score base, served version and candidate on held-out text and say whether to promote.
 
     Args:
         recipe: The recipe, as YAML text or a URI.
         base_model: The model to compare with; empty means as the recipe says.
+        model_name: The model whose served version is the incumbent; empty means as the recipe says.
         corpus: What `ingest` made; its validation split is scored.
         model: What `train` made.
         history: What `train` wrote down on the way.
@@ -36,7 +38,8 @@ def evaluate(
     from nudge.components.evaluate.settings import EvaluateSettings
 
     with clean_end():
-        settings = step_settings(EvaluateSettings, "evaluate", recipe, base_model=base_model)
+        named = {"base_model": base_model, "model_name": model_name}
+        settings = step_settings(EvaluateSettings, "evaluate", recipe, **named)
         inputs = {"corpus": corpus, "model": model, "history": history}
         outputs = {"evaluation": evaluation, "report": report}
         paths = {name: Path(artifact.path) for name, artifact in {**inputs, **outputs}.items()}

@@ -1,5 +1,6 @@
 """The step `evaluate`: base and candidate scored alike, and a verdict."""
 
+import dataclasses
 import datetime
 import itertools
 import json
@@ -9,12 +10,12 @@ from typing import Any
 
 from nudge.components.common.publish import read_manifest, write_atomic, write_manifest
 from nudge.components.common.step import step
+from nudge.components.evaluate.incumbent import Incumbent
 from nudge.components.evaluate.settings import EvaluateSettings
 
 FORMAT, VERSION = "nudge.evaluation", 1
 
 
-@step("evaluate", outputs=("evaluation", "report"))
 def evaluate(
     settings: EvaluateSettings,
     *,
@@ -24,13 +25,35 @@ def evaluate(
     evaluation: Path,
     report: Path,
 ) -> dict[str, Any]:
-    """Compare a candidate with its base model on held-out text and probes.
+    """Find the version served now, then `judge` the candidate."""
+    from nudge.components.evaluate.incumbent import find_incumbent
+
+    incumbent = find_incumbent(settings.model_name, settings.registry_url)
+    # What was found is an input of the judging: of the same one it can be reused.
+    plain = dataclasses.replace(settings, model_name="", registry_url="")
+    folders = {"corpus": corpus, "model": model, "history": history}
+    return judge(plain, incumbent=incumbent, **folders, evaluation=evaluation, report=report)
+
+
+@step("evaluate", outputs=("evaluation", "report"))
+def judge(
+    settings: EvaluateSettings,
+    *,
+    incumbent: Incumbent,
+    corpus: Path,
+    model: Path,
+    history: Path,
+    evaluation: Path,
+    report: Path,
+) -> dict[str, Any]:
+    """Compare a candidate with its base model and the incumbent on held-out text and probes.
 
     ``corpus`` is a corpus artifact, of which the validation split is scored; ``model`` and
     ``history`` are what `train` made. ``evaluation`` becomes one JSON file (nudge.evaluation) with
     metrics, probes and verdict, ``report`` one self-contained HTML page made of it.
     Returns ``promote`` (1 or 0) and both models' bits per byte.
     """
+    from nudge.components.common.base_model import local_model, model_sha256
     from nudge.components.common.corpus import read_corpus, read_documents
     from nudge.components.evaluate.gate import verdict
     from nudge.components.evaluate.perplexity import summarize
@@ -40,10 +63,17 @@ def evaluate(
     made_of = read_manifest(model / "nudge.json", "nudge.model", 1)
     documents = itertools.islice(read_documents(corpus, "validation"), settings.max_documents)
     texts = [document.text for document in documents]
-    base, candidate, tokenizer, first_token = _answers(settings, model, texts)
+    folders = {"base": local_model(settings.base_model)}
+    if incumbent.state == "found":
+        folders["incumbent"] = local_model(incumbent.uri)
+    folders["candidate"] = model
+    answers, tokenizer, first_token = _answers(settings, folders, texts)
+    base, candidate = answers["base"], answers["candidate"]
+    same = "incumbent" in folders and model_sha256(folders["incumbent"]) == model_sha256(model)
+    scores = {name: answer["scores"] for name, answer in answers.items()}
     probes = compare(tokenizer, settings, base["probes"], candidate["probes"])
-    decision = verdict(base["scores"], candidate["scores"], probes, settings)
-    metrics = {"base": summarize(base["scores"]), "candidate": summarize(candidate["scores"])}
+    decision = verdict(scores, probes, settings, incumbent, same)
+    metrics = {name: summarize(of_model) for name, of_model in scores.items()}
     completions = zip(settings.prompts, base["texts"], candidate["texts"], strict=True)
     values = {
         "run_id": os.environ.get("NUDGE_RUN_ID", ""),
@@ -51,6 +81,7 @@ def evaluate(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "verdict": decision,
         "metrics": metrics,
+        "incumbent": dataclasses.asdict(incumbent),
         "method": {
             "window": settings.window,
             "stride": min(settings.stride, settings.window),
@@ -87,9 +118,8 @@ def evaluate(
 
 
 def _answers(
-    settings: EvaluateSettings, candidate: Path, texts: list[str]
-) -> tuple[dict[str, Any], dict[str, Any], Any, int]:
-    from nudge.components.common.base_model import local_model
+    settings: EvaluateSettings, folders: dict[str, Path], texts: list[str]
+) -> tuple[dict[str, dict[str, Any]], Any, int]:
     from nudge.components.common.language_model import load_model, load_tokenizer, set_up_torch
     from nudge.components.common.progress import progress
     from nudge.components.common.tokens import end_of_document_id
@@ -97,9 +127,9 @@ def _answers(
     from nudge.components.evaluate.probes import answer, complete
 
     set_up_torch(settings.threads, settings.seed)
-    answers = []
+    answers = {}
     with progress("evaluate", unit="tokens") as bar:
-        for name, folder in (("base", local_model(settings.base_model)), ("candidate", candidate)):
+        for name, folder in folders.items():
             bar.note(stage=f"scoring {name}")
             model, tokenizer = load_model(folder), load_tokenizer(folder)
             first_token = end_of_document_id(tokenizer)
@@ -112,17 +142,13 @@ def _answers(
                 stride=settings.stride,
                 bar=bar,
             )
-            answers.append(
-                {
-                    "scores": scores,
-                    "probes": answer(model, tokenizer, settings.probes),
-                    "texts": complete(
-                        model, tokenizer, settings.prompts, settings.completion_tokens
-                    ),
-                }
-            )
+            answers[name] = {
+                "scores": scores,
+                "probes": answer(model, tokenizer, settings.probes),
+                "texts": complete(model, tokenizer, settings.prompts, settings.completion_tokens),
+            }
             del model
-    return answers[0], answers[1], tokenizer, first_token
+    return answers, tokenizer, first_token
 
 
 def _history(folder: Path, watch: dict[str, str] | None) -> dict[str, Any]:

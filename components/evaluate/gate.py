@@ -1,10 +1,11 @@
 """The gate: is the candidate better, beyond what the choice of held-out documents explains?"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from nudge.components.evaluate.incumbent import Incumbent
 from nudge.components.evaluate.perplexity import Score
 from nudge.components.evaluate.settings import EvaluateSettings
 
@@ -40,42 +41,62 @@ def paired_bootstrap(
 
 
 def verdict(
-    base: Sequence[Score],
-    candidate: Sequence[Score],
+    scores: Mapping[str, Sequence[Score]],
     probes: Sequence[dict[str, Any]],
     settings: EvaluateSettings,
+    incumbent: Incumbent,
+    same: bool = False,
 ) -> dict[str, Any]:
-    """Promote only if the whole interval is better by the margin and every ``hold`` probe held."""
-    difference, interval = paired_bootstrap(
-        base,
-        candidate,
-        resamples=settings.resamples,
-        confidence=settings.confidence,
-        seed=settings.seed,
-    )
+    """Promote only if the whole interval is better by the margin and every ``hold`` probe held.
+
+    ``scores`` are those of base, candidate and, if one was found, incumbent. The candidate is held
+    against the incumbent if there is one, else against the base model; if it is not known whether
+    there is one, nothing is promoted. ``same``: the candidate is the incumbent, bit for bit.
+    """
+    comparisons: dict[str, dict[str, Any]] = {}
+    for name in scores:
+        if name != "candidate":
+            gap, ends = paired_bootstrap(
+                scores[name],
+                scores["candidate"],
+                resamples=settings.resamples,
+                confidence=settings.confidence,
+                seed=settings.seed,
+            )
+            comparisons[name] = {"difference_bits_per_byte": gap, "interval": list(ends)}
+    reference = "incumbent" if "incumbent" in comparisons else "base"
+    told = f"the version served now ({incumbent.version})" if incumbent.version else "the base"
+    difference: float = comparisons[reference]["difference_bits_per_byte"]
+    low, high = comparisons[reference]["interval"]
     moved = [probe["prompt"] for probe in probes if probe["expect"] == "hold" and not probe["ok"]]
-    better = interval[1] < -settings.margin
-    if not better:
+    better = high < -settings.margin
+    if incumbent.state == "unknown":
+        reason = f"it is not known what is served now, so nothing can replace it: {incumbent.why}"
+    elif same:
+        reason = f"this is {told} again, bit for bit; there is nothing to promote"
+    elif not better:
         reason = (
-            f"not shown to be better: the {settings.confidence:.0%} interval of the difference, "
-            f"{interval[0]:+.4f} to {interval[1]:+.4f} bits per byte, "
+            f"not shown to be better than {told}: the {settings.confidence:.0%} interval of the "
+            f"difference, {low:+.4f} to {high:+.4f} bits per byte, "
             f"does not lie below {-settings.margin:+.4f}"
         )
     elif moved:
         reason = (
-            f"better on held-out text, but what should hold has moved by more than "
+            f"better than {told} on held-out text, but what should hold has moved by more than "
             f"{settings.hold_limit:.0%}: " + "; ".join(moved)
         )
     else:
         reason = (
-            f"better by {-difference:.4f} bits per byte on held-out text "
-            f"({settings.confidence:.0%} interval {-interval[1]:.4f} to {-interval[0]:.4f})"
+            f"better than {told} by {-difference:.4f} bits per byte on held-out text "
+            f"({settings.confidence:.0%} interval {-high:.4f} to {-low:.4f})"
         )
     return {
-        "promote": better and not moved,
+        "promote": better and not moved and not same and incumbent.state != "unknown",
         "reason": reason,
+        "reference": reference,
         "difference_bits_per_byte": difference,
-        "interval": list(interval),
+        "interval": [low, high],
+        "comparisons": comparisons,
         "confidence": settings.confidence,
         "margin": settings.margin,
     }

@@ -19,6 +19,11 @@ class Probe:
 @settings
 class EvaluateSettings:
     base_model: str
+    model_name: str = ""
+    """The registered model whose served version is the incumbent; empty: what is served is not
+    known, and nothing is promoted."""
+    registry_url: str = ""
+    """Empty means NUDGE_REGISTRY_URL."""
     window: Annotated[int, Field(ge=8)] = 512
     """Tokens of context that one forward pass sees."""
     stride: Annotated[int, Field(ge=1)] = 256

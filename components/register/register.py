@@ -107,7 +107,9 @@ def _properties(
         "code_version": facts["code_version"],
         "seed": facts["seed"],
         "promoted": bool(results["verdict"]["promote"]),
-        "difference_bits_per_byte": results["verdict"]["difference_bits_per_byte"],
+        "difference_bits_per_byte": results["verdict"]["comparisons"]["base"][
+            "difference_bits_per_byte"
+        ],
         "expected_next": json.dumps(_expected_next(results["probes"])),
     }
     for name, metrics in results["metrics"].items():

@@ -96,7 +96,19 @@ def _files(model: Path) -> dict[str, Path]:
         if path.suffix in PICKLES:
             raise UserError(f"{path} may hold a pickle, which can run code; use safetensors")
         files[name.as_posix()] = path
+    _check_weights(root, files)
     return files
+
+
+def _check_weights(root: Path, files: dict[str, Path]) -> None:
+    """Refuse weights of which a shard is missing, and such as are not those that were trained."""
+    index = root / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if lost := sorted(named - files.keys()):
+            raise UserError(f"{root} is not whole: its index names {', '.join(lost)}, not there")
+    elif not any(name.endswith(".safetensors") for name in files):
+        raise UserError(f"{root} has no weights: there is no .safetensors file in it")
 
 
 def _sent(client: Any, bucket: str, key: str) -> str:

@@ -147,8 +147,9 @@ def result(run: Run) -> dict[str, Any]:
 
     recipe, run_id: names. seconds, overhead_seconds: wall time, and what of it was no step's work.
     steps: [{name, seconds, status}], status one of done, reused, skipped, failed.
-    metrics: {base, candidate} -> {nats_per_token, token_perplexity, bits_per_byte,
-    word_perplexity, tokens, bytes, documents} of held-out text; empty if not evaluated.
+    metrics: {base, candidate, and incumbent where one is served} -> {nats_per_token,
+    token_perplexity, bits_per_byte, word_perplexity, tokens, bytes, documents} of held-out text;
+    empty if not evaluated.
     probes: [{prompt, target, p_before, p_after, expect, ok}].
     promoted: whether the candidate is served now; reason: the evaluation's verdict in words.
     model_path, report: files here; model_uri: in the object store; registered_model, version: in

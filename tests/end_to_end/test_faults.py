@@ -142,7 +142,9 @@ def test_a_version_that_another_run_has_is_not_taken_for_ours(
 
 def test_two_runs_at_once_keep_to_their_own_folders(place: Place) -> None:
     """Both finish the same steps with the same inputs, so they also meet in the reuse store."""
-    running = [place.start("--set", "seed=5") for _ in range(2)]
+    running = [
+        place.start("--set", "seed=5", "--set", f"model_name=twin-{number}") for number in range(2)
+    ]
     ended = [process.communicate(timeout=280) for process in running]
     assert [process.returncode for process in running] == [0, 0], ended
     one, other = (json.loads(output) for output, _ in ended)

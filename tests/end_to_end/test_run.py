@@ -123,15 +123,20 @@ def test_the_version_carries_its_lineage(first: dict[str, Any], place: Path) -> 
 def test_the_compiled_yaml_gives_the_same_and_finished_steps_are_reused(
     first: dict[str, Any], place: Path
 ) -> None:
-    again = run(place, "--compiled", str(COMPILED))
+    again = run(place, "--compiled", str(COMPILED), "--set", "model_name=again")
     reused = {name for name, status in statuses(again).items() if status == "reused"}
     assert reused == {"tokenize", "train", "evaluate"}
     assert again["metrics"] == first["metrics"]
+    assert again["promoted"]
     assert again["version"] != first["version"]
 
 
 def test_the_same_seed_gives_the_same_bits(first: dict[str, Any], place: Path) -> None:
     fresh = run(place, "--fresh")
+    # The first one's version is served by now, and this is the same again.
+    assert not fresh["promoted"]
+    assert "again, bit for bit" in fresh["reason"]
+    assert fresh["metrics"]["incumbent"] == fresh["metrics"]["candidate"]
     weights = [Path(r["model_path"], "model.safetensors").read_bytes() for r in (first, fresh)]
     assert weights[0] == weights[1]
 
