@@ -72,6 +72,11 @@ def serve(settings: DeploySettings, model: str, shares: dict[str, int]) -> dict[
 
 
 def _target(settings: DeploySettings) -> Target:
+    if settings.target == "kserve":
+        from nudge.components.common.kube import connect
+        from nudge.components.deploy.kserve import KServe
+
+        return KServe(connect(settings.kserve.namespace), settings)
     from nudge.components.common.processes import nudge_home
     from nudge.components.deploy.local_serving import LocalServing
 

@@ -17,6 +17,7 @@ from nudge.components.common.releases import Version
 from nudge.components.common.storage import download_folder
 from nudge.components.deploy import gateway
 from nudge.components.deploy.settings import DeploySettings
+from nudge.components.deploy.smoke import Server
 
 KEPT_VERSIONS = 3
 """Downloaded versions kept on disk, newest first: the way back needs no download."""
@@ -40,13 +41,13 @@ class LocalServing:
         route = gateway.routes(self._home).get(model)
         return set(route.shares) if route else set()
 
-    def bring_up(self, version: Version) -> str:
+    def bring_up(self, version: Version) -> Server:
         """Download and check a version, and start its server unless it runs."""
         folder = self._fetch(version)
         record = self._running(version.model, version.name)
         if record is None:
             record = self._serve(folder, version.model, version.name)
-        return record.address
+        return Server(record.address)
 
     def move(self, model: str, shares: dict[str, int]) -> str:
         """Route the model's address to its versions' servers."""

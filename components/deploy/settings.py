@@ -1,18 +1,59 @@
 """The settings of the step `deploy`."""
 
-from typing import Annotated, Literal
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
 from nudge.components.common.settings import settings
 from pydantic import Field
 
 
 @settings
+class KServe:
+    """Where and on what a version runs on a cluster; each version has servers of its own."""
+
+    namespace: str = ""
+    """Empty means the one that this runs in, or that of the kubeconfig's context."""
+    connection: str = ""
+    """The data connection (a Secret's name) through which KServe reads s3:// models."""
+    runtime: str = "nudge-vllm"
+    """The ServingRuntime; it must speak the OpenAI API on port 8080, as vLLM's do."""
+    arguments: list[str] = field(default_factory=list)
+    """More arguments for the server, such as ``--max-model-len=4096``."""
+    hardware_profile: str = ""
+    """A hardware profile of the dashboard, ``name`` or ``namespace/name``. It stands in the place
+    of cpu, memory, gpus, gpu_type, node_selector and tolerations."""
+    cpu: str = "4"
+    memory: str = "16Gi"
+    gpus: Annotated[int, Field(ge=0)] = 1
+    gpu_type: str = "nvidia.com/gpu"
+    node_selector: dict[str, str] = field(default_factory=dict)
+    tolerations: list[dict[str, Any]] = field(default_factory=list)
+    """As in a pod, such as ``{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}``."""
+    replicas: Annotated[int, Field(ge=1)] = 1
+    """Of each version that has a share of the traffic."""
+    authentication: bool = True
+    """Ask users for the token of an account that may ``get`` the InferenceService."""
+    request_timeout_s: Annotated[int, Field(ge=1)] = 600
+    """How long a request may take; also how long one under way may delay a server's end."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """For a node, the image, the model's download and its load together."""
+
+
+@settings
 class DeploySettings:
-    target: Literal["local"] = "local"
+    target: Literal["local", "kserve"] = "local"
+    """This machine, or the cluster (KServe, as on OpenShift AI)."""
     registry_url: str = ""
     """Empty means NUDGE_REGISTRY_URL."""
+    registry_name: str = "model-registry"
+    """The registry's name on the dashboard, which ties a deployment to its version there."""
     smoke_prompt: str = "The Eiffel Tower is located in"
     smoke_tokens: Annotated[int, Field(ge=1, le=256)] = 8
+    smoke_tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """How far a probe's probability may be from the evaluated one, where the server tells it;
+    serving in bfloat16 moves it by one or two hundredths."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """The endpoint's port; 0 has a free one chosen."""
+    """The endpoint's port on this machine; 0 has a free one chosen."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 180.0
+    """For a server on this machine."""
+    kserve: KServe = field(default_factory=KServe)

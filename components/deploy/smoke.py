@@ -1,6 +1,11 @@
 """The smoke test: does a served version answer, and as the evaluated model did?"""
 
 import json
+import math
+import os
+import ssl
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from nudge.components.common.errors import UserError
@@ -9,45 +14,133 @@ from nudge.components.deploy.settings import DeploySettings
 
 SURE = 0.5
 """A next token that the evaluation found likelier than this must be the one served."""
+TOP = 5
+"""Likeliest tokens asked for; vLLM gives up to 20, the OpenAI API up to 5."""
 TIMEOUT_S = 120.0
 
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
-def smoke_test(address: str, version: Version, settings: DeploySettings) -> str:
+
+@dataclass(frozen=True)
+class Server:
+    """Where a version answers, and the token that it asks for (none on this machine).
+
+    ``settles_s`` is how long the way to a server that is ready may still be opened: a cluster's
+    router takes some seconds to learn of it.
+    """
+
+    address: str
+    token: str = field(default="", repr=False)
+    settles_s: float = 0
+
+    def client(self, timeout_s: float = TIMEOUT_S) -> Any:
+        """An httpx client of this server; its certificate is checked (see `trusted`)."""
+        import httpx
+
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        verify = trusted() if self.address.startswith("https:") else True
+        return httpx.Client(
+            base_url=self.address, headers=headers, timeout=timeout_s, verify=verify
+        )
+
+
+def trusted() -> ssl.SSLContext:
+    """The authorities of this system, of the cluster that this runs in, and of NUDGE_SERVING_CA."""
+    context = ssl.create_default_context()
+    given = os.environ.get("NUDGE_SERVING_CA")
+    if given and not Path(given).is_file():
+        raise UserError(f"NUDGE_SERVING_CA names {given}, and there is no such file")
+    for path in (*SERVICE_ACCOUNT.glob("*.crt"), *([Path(given)] if given else [])):
+        context.load_verify_locations(path)
+    return context
+
+
+def smoke_test(server: Server, version: Version, settings: DeploySettings) -> str:
     """Ask the server for completions; returns the answer to the smoke prompt.
 
-    The probes' likeliest next tokens, which registration wrote down, must come back wherever the
-    evaluation was sure of them: a served model that is not the evaluated one is found out. Raises
-    `UserError` that says what was asked and what came.
+    The probes' likeliest next tokens, which registration wrote down, are held against the served
+    model, so that one which is not the evaluated one is found out: by their probabilities where the
+    server tells them (vLLM), else by the token itself wherever the evaluation was sure of it.
+    Raises `UserError` that says what was asked and what came.
     """
-    name, prompt = version.model, settings.smoke_prompt
-    answer = _complete(address, name, prompt, settings.smoke_tokens)
-    if not answer.strip():
-        raise UserError(f"the smoke test of {name} failed: an empty answer to {prompt!r}")
-    for expected in json.loads(str(version.properties.get("expected_next", "[]"))):
-        if expected["p"] <= SURE:
-            continue
-        got = _complete(address, name, expected["prompt"], 1)
-        if got.strip() != expected["token"].strip():
+    prompt = settings.smoke_prompt
+    with server.client() as client:
+        _wait(client, server)
+        answer = _complete(client, version.model, prompt, settings.smoke_tokens)["text"]
+        if not answer.strip():
             raise UserError(
-                f"the smoke test of {name} {version.name} failed: after {expected['prompt']!r} the "
-                f"evaluated model says {expected['token']!r} (P {expected['p']:.2f}), the served "
-                f"one {got!r}; what is served is not what was evaluated"
+                f"the smoke test of {version.model} failed: an empty answer to {prompt!r}"
             )
-    return answer
+        for expected in json.loads(str(version.properties.get("expected_next", "[]"))):
+            _hold(client, version, expected, settings.smoke_tolerance)
+    return str(answer)
 
 
-def _complete(address: str, model: str, prompt: str, tokens: int) -> str:
+def _wait(client: Any, server: Server) -> None:
+    """Wait until something behind the router answers, whatever it says."""
+    import httpx
+    import tenacity
+
+    def reached() -> bool:
+        try:
+            return client.get("/health").status_code not in (502, 503, 504)
+        except httpx.TransportError:
+            return False
+
+    tenacity.Retrying(
+        stop=tenacity.stop_after_delay(server.settles_s),
+        wait=tenacity.wait_fixed(1.0),
+        retry=tenacity.retry_if_result(lambda ok: not ok),
+        # What does not answer is told by the first question.
+        retry_error_callback=lambda _: None,
+    )(reached)
+
+
+def _hold(client: Any, version: Version, expected: dict[str, Any], tolerance: float) -> None:
+    """Raise unless the served model says of a probe's next token what the evaluated one said."""
+    token, p = expected["token"], expected["p"]
+    choice = _complete(client, version.model, expected["prompt"], 1, probabilities=True)
+    likeliest = _likeliest(choice)
+    if likeliest is None:
+        got = choice["text"]
+        ok, told = p <= SURE or got.strip() == token.strip(), repr(got)
+    else:
+        # A token that is not listed is no likelier than the last one that is.
+        served = likeliest.get(token, 0.0)
+        last = 0.0 if token in likeliest else min(likeliest.values())
+        ok = served - tolerance <= p <= max(served, last) + tolerance
+        told = ", ".join(f"{name!r} (P {value:.2f})" for name, value in likeliest.items())
+    if not ok:
+        raise UserError(
+            f"the smoke test of {version.model} {version.name} failed: after "
+            f"{expected['prompt']!r} the evaluated model says {token!r} (P {p:.2f}), the served one "
+            f"{told}; what is served is not what was evaluated"
+        )
+
+
+def _likeliest(choice: dict[str, Any]) -> dict[str, float] | None:
+    """The likeliest first tokens with their probabilities, or None if the server gave none."""
+    listed = ((choice.get("logprobs") or {}).get("top_logprobs") or [None])[0]
+    return {token: math.exp(value) for token, value in listed.items()} if listed else None
+
+
+def _complete(
+    client: Any, model: str, prompt: str, tokens: int, probabilities: bool = False
+) -> dict[str, Any]:
+    """The first choice of a greedy completion, with probabilities if the server knows them."""
     import httpx
 
-    body: dict[str, Any] = {
-        "model": model,
-        "prompt": prompt,
-        "max_tokens": tokens,
-        "temperature": 0.0,
-    }
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0.0}
     try:
-        answer = httpx.post(f"{address}/v1/completions", json=body, timeout=TIMEOUT_S)
+        answer = client.post(
+            "/v1/completions", json={**body, "logprobs": TOP} if probabilities else body
+        )
+        if probabilities and answer.status_code in (400, 422):
+            # transformers serve refuses a field that it does not know.
+            answer = client.post("/v1/completions", json=body)
         answer.raise_for_status()
-        return str(answer.json()["choices"][0]["text"])
+        return dict(answer.json()["choices"][0])
     except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:
-        raise UserError(f"the smoke test of {model} at {address} failed: {error}") from None
+        raise UserError(
+            f"the smoke test of {model} at {client.base_url} failed: {error}"
+        ) from None

@@ -18,7 +18,7 @@ from nudge.components.common.releases import (
     note_served,
 )
 from nudge.components.deploy.settings import DeploySettings
-from nudge.components.deploy.smoke import smoke_test
+from nudge.components.deploy.smoke import Server, smoke_test
 
 
 class Target(Protocol):
@@ -34,8 +34,8 @@ class Target(Protocol):
     def live(self, model: str) -> set[str]:
         """The versions that the traffic goes to now."""
 
-    def bring_up(self, version: Version) -> str:
-        """Serve a version beside what is served; returns its own address once it is ready."""
+    def bring_up(self, version: Version) -> Server:
+        """Serve a version beside what is served; returns its own server once it is ready."""
 
     def move(self, model: str, shares: dict[str, int]) -> str:
         """Send traffic by share to versions that are up; at once and whole. Returns the URL."""
@@ -77,9 +77,9 @@ def shift(
         try:
             for name, version in versions.items():
                 note(f"starting {name}")
-                address = target.bring_up(version)
+                server = target.bring_up(version)
                 note(f"asking {name}")
-                answers[name] = smoke_test(address, version, settings)
+                answers[name] = smoke_test(server, version, settings)
         except UserError:
             target.retire(model, serving)
             raise

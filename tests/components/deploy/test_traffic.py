@@ -12,6 +12,7 @@ from nudge.components.common.registry import with_registry
 from nudge.components.common.releases import Served, Version, find_served, list_versions
 from nudge.components.deploy import traffic
 from nudge.components.deploy.settings import DeploySettings
+from nudge.components.deploy.smoke import Server
 from nudge.pipelines.local import services
 
 
@@ -41,11 +42,11 @@ class Place:
     def live(self, model: str) -> set[str]:
         return set(self.shares)
 
-    def bring_up(self, version: Version) -> str:
+    def bring_up(self, version: Version) -> Server:
         self._change()
         self.up.add(version.name)
         self._change()
-        return f"http://{version.name}"
+        return Server(f"http://{version.name}")
 
     def move(self, model: str, shares: dict[str, int]) -> str:
         self._change()
@@ -85,7 +86,7 @@ def shift(
     archived.state = type(archived.state).ARCHIVED
     client.update(archived)
 
-    def smoke(at: str, version: Version, _: DeploySettings) -> str:
+    def smoke(at: Server, version: Version, _: DeploySettings) -> str:
         if version.name == "v3":
             raise UserError("v3 says nothing")
         return "an answer"

@@ -1,0 +1,196 @@
+"""The objects of serving on KServe, as plain dicts made from settings and a version.
+
+Each version is an InferenceService of its own, and one OpenShift Route a model shares the requests
+among them by weight. KServe's own split would be one object fewer, but ``spec.canary`` came only
+with OpenShift AI 3.5 (in Standard mode the older ``canaryTrafficPercent`` is silently ignored,
+https://github.com/kserve/kserve/issues/4074), forbids autoscaling and more replicas than the stable
+version has, and ties all of a split to one version of the registry. A Route means the same on every
+release, changes all weights in one request, and keeps its address whatever stands behind it.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from nudge.components.common.errors import UserError
+from nudge.components.common.releases import Version
+from nudge.components.common.storage import split_s3_uri
+from nudge.components.deploy.settings import DeploySettings, KServe
+
+Object = dict[str, Any]
+
+MODEL, VERSION = "nudge-lm/model", "nudge-lm/version"
+"""Annotations with the names as the registry has them."""
+
+AUTHENTICATION = "security.opendatahub.io/enable-auth"
+HTTP_PORT, AUTHENTICATED_PORT = 8080, 8443
+"""Ports of a version's pods: vLLM's, and that of the proxy that checks tokens before it."""
+
+MAX_BACKENDS = 4
+"""A Route has one backend and at most three alternate ones."""
+
+
+def service_name(model: str, version: str) -> str:
+    """The InferenceService of a version: its names as far as they fit, and a hash of them whole.
+
+    At most 48 characters; KServe allows 53, and a host's first label (name and namespace) 63.
+    """
+    digest = hashlib.sha256(f"{model}\0{version}".encode()).hexdigest()[:6]
+    return f"{_slug(model, 20)}-{_slug(version, 20)}-{digest}"
+
+
+def endpoint_name(model: str) -> str:
+    """The model's Route and Lease, and the label of all that belongs to it; at most 40 characters.
+
+    The model's name itself where Kubernetes allows it, else with a hash.
+    """
+    if model == _slug(model, 40):
+        return model
+    return f"{_slug(model, 33)}-{hashlib.sha256(model.encode()).hexdigest()[:6]}"
+
+
+def owned(model: str) -> dict[str, str]:
+    """The labels of the objects that serve a model."""
+    return {
+        "app.kubernetes.io/managed-by": "nudge",
+        "app.kubernetes.io/instance": endpoint_name(model),
+    }
+
+
+def inference_service(version: Version, settings: DeploySettings) -> Object:
+    """A version on KServe, as the OpenShift AI dashboard writes one and ties it to the registry.
+
+    Raises `UserError` if the model's URI cannot be served from, or no connection is given.
+    """
+    place = settings.kserve
+    annotations = {
+        MODEL: version.model,
+        VERSION: version.name,
+        "openshift.io/display-name": f"{version.model} {version.name}",
+        "openshift.io/description": f"{version.uri}, served by nudge",
+        "serving.kserve.io/deploymentMode": "RawDeployment",
+        AUTHENTICATION: str(place.authentication).lower(),
+        "opendatahub.io/model-type": "generative",
+    }
+    labels = {
+        **owned(version.model),
+        "opendatahub.io/dashboard": "true",
+        # The smoke test comes through the version's own Route, from here or from a laptop.
+        "networking.kserve.io/visibility": "exposed",
+        "modelregistry.opendatahub.io/registered-model-id": version.model_id,
+        "modelregistry.opendatahub.io/model-version-id": version.id,
+        "modelregistry.opendatahub.io/name": settings.registry_name,
+    }
+    served = {
+        "modelFormat": {"name": "vLLM"},
+        "runtime": place.runtime,
+        # Users ask for the model, whichever version answers; the version's own name is for those
+        # who ask it alone. The last --served-model-name stands, and ours comes after the runtime's.
+        "args": ["--served-model-name", version.model, service_name(version.model, version.name)]
+        + place.arguments,
+    }
+    predictor: Object = {
+        "minReplicas": place.replicas,
+        "maxReplicas": place.replicas,
+        "timeout": place.request_timeout_s,
+    }
+    if version.uri.startswith("s3://"):
+        served["storage"] = _storage(version, place)
+        annotations["opendatahub.io/connections"] = place.connection
+        annotations["opendatahub.io/connection-path"] = served["storage"]["path"]
+    elif version.uri.startswith(("oci://", "pvc://", "hf://")):
+        served["storageUri"] = version.uri
+    else:
+        raise UserError(
+            f"KServe cannot serve {version.model} {version.name} from {version.uri}: expected s3://, "
+            "oci://, pvc:// or hf://; upload it to the cluster's object store and register it again"
+        )
+    if place.hardware_profile:
+        namespace, _, profile = place.hardware_profile.rpartition("/")
+        annotations["opendatahub.io/hardware-profile-name"] = profile
+        if namespace:
+            annotations["opendatahub.io/hardware-profile-namespace"] = namespace
+    else:
+        amounts = {"cpu": place.cpu, "memory": place.memory}
+        if place.gpus:
+            amounts[place.gpu_type] = str(place.gpus)
+        served["resources"] = {"requests": amounts, "limits": amounts}
+        predictor |= {"nodeSelector": place.node_selector, "tolerations": place.tolerations}
+    return {
+        "apiVersion": "serving.kserve.io/v1beta1",
+        "kind": "InferenceService",
+        "metadata": {
+            "name": service_name(version.model, version.name),
+            "labels": labels,
+            "annotations": annotations,
+        },
+        "spec": {"predictor": {**predictor, "model": served}},
+    }
+
+
+def route(model: str, shares: Mapping[str, int], place: KServe) -> Object:
+    """The model's address, with every version's share; raises `UserError` if there are too many."""
+    if len(shares) > MAX_BACKENDS:
+        raise UserError(
+            f"{len(shares)} versions are to share the traffic of {model}; "
+            f"a Route takes at most {MAX_BACKENDS}"
+        )
+    first, *others = (
+        {"kind": "Service", "name": f"{service_name(model, version)}-predictor", "weight": share}
+        for version, share in shares.items()
+    )
+    return {
+        "apiVersion": "route.openshift.io/v1",
+        "kind": "Route",
+        "metadata": {
+            "name": endpoint_name(model),
+            "labels": owned(model),
+            "annotations": {
+                MODEL: model,
+                "openshift.io/display-name": model,
+                "haproxy.router.openshift.io/timeout": f"{place.request_timeout_s}s",
+                # By request, not by client: a cookie would hold clients on a version that has gone.
+                "haproxy.router.openshift.io/disable_cookies": "true",
+                "haproxy.router.openshift.io/balance": "roundrobin",
+            },
+        },
+        "spec": {
+            "to": first,
+            "alternateBackends": others,
+            # A number, because named ports are looked up in each Service by itself.
+            "port": {"targetPort": AUTHENTICATED_PORT if place.authentication else HTTP_PORT},
+            "tls": {
+                "termination": "reencrypt" if place.authentication else "edge",
+                "insecureEdgeTerminationPolicy": "Redirect",
+            },
+            "wildcardPolicy": "None",
+        },
+    }
+
+
+def weights(route: Object) -> dict[str, int]:
+    """The requests' weight of each InferenceService behind a Route, without those that get none."""
+    backends = [route["spec"]["to"], *(route["spec"].get("alternateBackends") or [])]
+    return {
+        backend["name"].removesuffix("-predictor"): backend.get("weight", 100)
+        for backend in backends
+        if backend.get("weight", 100)
+    }
+
+
+def _storage(version: Version, place: KServe) -> Object:
+    bucket, path = split_s3_uri(version.uri)
+    if not place.connection:
+        raise UserError(
+            f"{version.uri} is read through a data connection, and none is named: set "
+            "deploy.kserve.connection to the name of its Secret in the namespace"
+        )
+    # The bucket is written as well, for a connection may name another one.
+    return {"key": place.connection, "path": path, "parameters": {"bucket": bucket}}
+
+
+def _slug(name: str, length: int) -> str:
+    """``name`` as a DNS label of at most ``length`` characters."""
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:length].strip("-")
+    return plain if plain[:1].isalpha() else f"m-{plain}"[:length].strip("-")
