@@ -15,6 +15,11 @@ RECIPE = click.option(
     default="",
     help="Take the section `deploy` (target, smoke prompt, ...) of this recipe.",
 )
+TARGET = click.option(
+    "--target",
+    type=click.Choice(["local", "kserve"]),
+    help="This machine, or the cluster; default: as the recipe says, else this machine.",
+)
 
 
 @click.command()
@@ -52,20 +57,22 @@ def models(model: str, as_json: bool) -> None:
 @click.argument("version")
 @MODEL
 @RECIPE
-def promote(version: str, model: str, recipe_name: str) -> None:
+@TARGET
+def promote(version: str, model: str, recipe_name: str, target: str | None) -> None:
     """Give VERSION all of the model's traffic.
 
     It is brought up beside what is served, tested, and only then the traffic moves. Safe to repeat:
     what a killed one left undone, the next one does.
     """
-    _shift(model, recipe_name, {version: 100})
+    _shift(_settings(recipe_name, target), model, {version: 100})
 
 
 @click.command()
 @click.argument("shares", nargs=-1, required=True, metavar="VERSION=PERCENT...")
 @MODEL
 @RECIPE
-def split(shares: tuple[str, ...], model: str, recipe_name: str) -> None:
+@TARGET
+def split(shares: tuple[str, ...], model: str, recipe_name: str, target: str | None) -> None:
     """Share the traffic between versions, such as `nudge split v1=90 v2=10`."""
     wanted: dict[str, int] = {}
     for given in shares:
@@ -73,28 +80,28 @@ def split(shares: tuple[str, ...], model: str, recipe_name: str) -> None:
         if not version or not percent.isdigit():
             raise UserError(f"{given!r}: expected VERSION=PERCENT, such as v2=10")
         wanted[version] = int(percent)
-    _shift(model, recipe_name, wanted)
+    _shift(_settings(recipe_name, target), model, wanted)
 
 
 @click.command()
 @click.option("--to", "version", default="", help="Default: the version served before.")
 @MODEL
 @RECIPE
-def rollback(version: str, model: str, recipe_name: str) -> None:
+@TARGET
+def rollback(version: str, model: str, recipe_name: str, target: str | None) -> None:
     """Go back to the version that had all of the traffic before this one."""
     from nudge.components.deploy.deploy import rollback as roll_back
 
-    name = _model(model)
-    _connect()
-    _tell(roll_back(_settings(recipe_name), registered_model=name, version=version))
+    settings = _settings(recipe_name, target)
+    _connect(settings)
+    _tell(roll_back(settings, registered_model=_model(model), version=version))
 
 
-def _shift(model: str, recipe_name: str, shares: dict[str, int]) -> None:
+def _shift(settings: Any, model: str, shares: dict[str, int]) -> None:
     from nudge.components.deploy.deploy import serve
 
-    name = _model(model)
-    _connect()
-    _tell(serve(_settings(recipe_name), name, shares))
+    _connect(settings)
+    _tell(serve(settings, _model(model), shares))
 
 
 def _tell(result: dict[str, Any]) -> None:
@@ -102,9 +109,18 @@ def _tell(result: dict[str, Any]) -> None:
     click.echo(f"{result['served_model']}: {shares} at {result['endpoint']}")
 
 
-def _connect() -> None:
-    """The data connection and the registry of this machine, unless others are given."""
+def _connect(settings: Any = None) -> None:
+    """The data connection and the registry of this machine, unless others are given.
+
+    A cluster has its own registry: for one, raises `UserError` if none is given.
+    """
     import os
+
+    if settings is not None:
+        from nudge.components.common.registry import registry_url
+
+        if settings.registry_url or settings.target == "kserve":
+            os.environ["NUDGE_REGISTRY_URL"] = registry_url(settings.registry_url)
 
     from nudge.components.common.processes import nudge_home
     from nudge.pipelines.local import services
@@ -113,12 +129,13 @@ def _connect() -> None:
         os.environ.update(services.up(nudge_home()))
 
 
-def _settings(recipe_name: str) -> Any:
+def _settings(recipe_name: str, target: str | None) -> Any:
     from nudge.components.common.recipe import step_settings
     from nudge.components.deploy.settings import DeploySettings
     from nudge.pipelines.recipes import load
 
-    return step_settings(DeploySettings, "deploy", load(recipe_name).text if recipe_name else "{}")
+    recipe = load(recipe_name).text if recipe_name else "{}"
+    return step_settings(DeploySettings, "deploy", recipe, target=target or "")
 
 
 def _model(given: str) -> str:

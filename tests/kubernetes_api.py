@@ -50,6 +50,7 @@ CORE = {
     "v1": ("ConfigMap", "Event", "PersistentVolumeClaim", "Pod", "Secret", "Service"),
     "apps/v1": ("Deployment",),
     "batch/v1": ("Job",),
+    "coordination.k8s.io/v1": ("Lease",),
 }
 REASONS = {
     400: "BadRequest",

@@ -184,6 +184,12 @@ class Cluster:
         path = POD.path(self.namespace, pod, "log")
         return self._text(POD, "GET", path, pod, query, subresource="log") or ""
 
+    def token(self) -> str:
+        """The bearer token that this asks with; empty where it has none (client certificates)."""
+        headers: dict[str, str] = {}
+        self._api.update_params_for_auth(headers, [], ["BearerToken"])
+        return headers.get("authorization", "").removeprefix("Bearer ")
+
     def schema(self, kind: Kind) -> Object | None:
         """The JSON schema that this cluster has of a kind, or None if it does not know the kind.
 

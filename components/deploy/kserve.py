@@ -58,9 +58,7 @@ class KServe:
     def live(self, model: str) -> set[str]:
         """The versions behind the model's Route."""
         weights = self._weights(model)
-        return {
-            version for version, service in self._services(model) if _name(service) in weights
-        }
+        return {version for version, service in self._services(model) if _name(service) in weights}
 
     def bring_up(self, version: Version) -> Server:
         """Create the version's InferenceService, or bring it up to the settings, and wait for it.

@@ -82,13 +82,13 @@ def inference_service(version: Version, settings: DeploySettings) -> Object:
         "modelregistry.opendatahub.io/model-version-id": version.id,
         "modelregistry.opendatahub.io/name": settings.registry_name,
     }
-    served = {
+    name = service_name(version.model, version.name)
+    served: Object = {
         "modelFormat": {"name": "vLLM"},
         "runtime": place.runtime,
         # Users ask for the model, whichever version answers; the version's own name is for those
         # who ask it alone. The last --served-model-name stands, and ours comes after the runtime's.
-        "args": ["--served-model-name", version.model, service_name(version.model, version.name)]
-        + place.arguments,
+        "args": ["--served-model-name", version.model, name, *place.arguments],
     }
     predictor: Object = {
         "minReplicas": place.replicas,
@@ -103,8 +103,8 @@ def inference_service(version: Version, settings: DeploySettings) -> Object:
         served["storageUri"] = version.uri
     else:
         raise UserError(
-            f"KServe cannot serve {version.model} {version.name} from {version.uri}: expected s3://, "
-            "oci://, pvc:// or hf://; upload it to the cluster's object store and register it again"
+            f"KServe cannot serve {version.model} {version.name} from {version.uri}: expected "
+            "s3://, oci://, pvc:// or hf://; upload it to the cluster's store and register it again"
         )
     if place.hardware_profile:
         namespace, _, profile = place.hardware_profile.rpartition("/")
@@ -121,7 +121,7 @@ def inference_service(version: Version, settings: DeploySettings) -> Object:
         "apiVersion": "serving.kserve.io/v1beta1",
         "kind": "InferenceService",
         "metadata": {
-            "name": service_name(version.model, version.name),
+            "name": name,
             "labels": labels,
             "annotations": annotations,
         },

@@ -13,7 +13,7 @@ class KServe:
 
     namespace: str = ""
     """Empty means the one that this runs in, or that of the kubeconfig's context."""
-    connection: str = ""
+    connection: str = "nudge-data-connection"
     """The data connection (a Secret's name) through which KServe reads s3:// models."""
     runtime: str = "nudge-vllm"
     """The ServingRuntime; it must speak the OpenAI API on port 8080, as vLLM's do."""

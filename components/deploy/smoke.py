@@ -113,8 +113,8 @@ def _hold(client: Any, version: Version, expected: dict[str, Any], tolerance: fl
     if not ok:
         raise UserError(
             f"the smoke test of {version.model} {version.name} failed: after "
-            f"{expected['prompt']!r} the evaluated model says {token!r} (P {p:.2f}), the served one "
-            f"{told}; what is served is not what was evaluated"
+            f"{expected['prompt']!r} the evaluated model says {token!r} (P {p:.2f}), the served "
+            f"one {told}; what is served is not what was evaluated"
         )
 
 
@@ -141,6 +141,4 @@ def _complete(
         answer.raise_for_status()
         return dict(answer.json()["choices"][0])
     except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:
-        raise UserError(
-            f"the smoke test of {model} at {client.base_url} failed: {error}"
-        ) from None
+        raise UserError(f"the smoke test of {model} at {client.base_url} failed: {error}") from None

@@ -1,8 +1,6 @@
 """Local serving under a steady stream of requests: a promote, a split and a rollback lose none."""
 
-import concurrent.futures
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from nudge.components.upload.upload import upload
 from nudge.pipelines.local import services
 from nudge.pipelines.release import _rows
 
+from tests.components.deploy.stream import Stream
 from tests.tiny import make_tiny_model
 
 NAME = "stream"
@@ -68,38 +67,6 @@ def _expected(folder: Path) -> list[dict[str, Any]]:
     return [{"prompt": PROMPT, "token": tokenizer.decode([int(logits.argmax())]), "p": 0.9}]
 
 
-class Stream:
-    """Clients that ask without a pause until told to stop."""
-
-    def __init__(self, endpoint: str, clients: int = 3) -> None:
-        self.texts: list[str] = []
-        self.faults: list[str] = []
-        self._stop = threading.Event()
-        self._pool = concurrent.futures.ThreadPoolExecutor(clients)
-        self._ended = [self._pool.submit(self._ask, endpoint) for _ in range(clients)]
-
-    def _ask(self, endpoint: str) -> None:
-        body = {"model": NAME, "prompt": PROMPT, "max_tokens": 4, "temperature": 0.0}
-        with httpx.Client(timeout=60.0) as client:
-            while not self._stop.is_set():
-                try:
-                    answer = client.post(f"{endpoint}/v1/completions", json=body)
-                    answer.raise_for_status()
-                    self.texts.append(answer.json()["choices"][0]["text"])
-                except (httpx.HTTPError, KeyError) as error:
-                    self.faults.append(repr(error))
-
-    def seen(self) -> set[str]:
-        """The different answers since the last look."""
-        texts, self.texts = self.texts, []
-        return set(texts)
-
-    def stop(self) -> None:
-        self._stop.set()
-        concurrent.futures.wait(self._ended)
-        self._pool.shutdown()
-
-
 def ask(endpoint: str) -> str:
     body = {"model": NAME, "prompt": PROMPT, "max_tokens": 4, "temperature": 0.0}
     answer = httpx.post(f"{endpoint}/v1/completions", json=body, timeout=60.0)
@@ -111,7 +78,7 @@ def test_a_stream_of_requests_loses_none(registered: str, home: Path) -> None:
     first = deploy(settings, registered_model=NAME, version="v1")
     endpoint = first["endpoint"]
     one = ask(endpoint)
-    stream = Stream(endpoint)
+    stream = Stream(endpoint, NAME, prompt=PROMPT)
     try:
         second = deploy(settings, registered_model=NAME, version="v2")
         assert second["endpoint"] == endpoint

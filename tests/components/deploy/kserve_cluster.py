@@ -1,0 +1,321 @@
+"""A small OpenShift for serving: KServe's controller and the router, over the stand-in API server.
+
+Each InferenceService gets a real server that speaks the OpenAI API as vLLM does (tokens, names,
+log-probabilities, metrics); the router is Caddy with TLS, which learns of weights a moment after
+a Route was changed, as OpenShift's does. Versions named ``bad...`` do not load, ``odd...`` answer
+as another model would.
+"""
+
+import asyncio
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import uvicorn
+from nudge.components.common import processes
+from nudge.components.deploy import kserve_objects as objects
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from tests.kubernetes_api import KubernetesApi
+
+PROMPT, TOKEN, P = "The Eiffel Tower is located in", " Paris", 0.8
+EXPECTED = [{"prompt": PROMPT, "token": TOKEN, "p": P}]
+ROUTER_DELAY_S = 0.5
+ANSWER_S = 0.2
+
+
+class ModelServer:
+    """One version's server; `kill` ends it at once, with whatever is under way."""
+
+    def __init__(self, service: dict[str, Any], token: str) -> None:
+        meta = service["metadata"]
+        self.version = meta["annotations"][objects.VERSION]
+        self._names = _names(service["spec"]["predictor"]["model"]["args"])
+        asks = meta["annotations"][objects.AUTHENTICATION] == "true"
+        self._authorization = f"Bearer {token}" if asks else None
+        self._running = 0
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
+        routes = [
+            Route("/health", self._health),
+            Route("/metrics", self._metrics),
+            Route("/v1/completions", self._complete, methods=["POST"]),
+        ]
+        config = uvicorn.Config(Starlette(routes=routes), log_level="critical", lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True
+        )
+        self._thread.start()
+
+    def kill(self) -> None:
+        self._server.should_exit = self._server.force_exit = True
+        self._thread.join(20)
+        self._socket.close()
+
+    async def _health(self, _: Request) -> Response:
+        return PlainTextResponse("")
+
+    async def _metrics(self, request: Request) -> Response:
+        if refused := self._refused(request):
+            return refused
+        return PlainTextResponse(
+            f'vllm:num_requests_running{{engine="0"}} {self._running}.0\n'
+            'vllm:num_requests_waiting{engine="0"} 0.0\n'
+        )
+
+    async def _complete(self, request: Request) -> Response:
+        if refused := self._refused(request):
+            return refused
+        body = await request.json()
+        if body["model"] not in self._names:
+            return JSONResponse({"error": f"no model {body['model']}"}, 404)
+        self._running += 1
+        try:
+            await asyncio.sleep(ANSWER_S)
+        finally:
+            self._running -= 1
+        choice: dict[str, Any] = {"text": f" {self.version}"}
+        if "logprobs" in body:
+            p = 0.1 if self.version.startswith("odd") else P + 0.02
+            top = {TOKEN: math.log(p), " the": math.log(0.05)}
+            choice["logprobs"] = {"top_logprobs": [top]}
+        return JSONResponse({"choices": [choice]})
+
+    def _refused(self, request: Request) -> Response | None:
+        given = request.headers.get("authorization")
+        return None if self._authorization in (None, given) else PlainTextResponse("no", 401)
+
+
+class Router:
+    """Caddy with TLS on one port, started when the first Route comes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._admin = f"127.0.0.1:{processes.free_port()}"
+        self.host = f"localhost:{processes.free_port()}"
+        self.authority = folder / "caddy" / "pki" / "authorities" / "local" / "root.crt"
+        folders = [str(Path(sys.executable).parent), os.environ["PATH"]]
+        caddy = shutil.which("caddy", path=os.pathsep.join(folders))
+        assert caddy
+        home = {"XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
+        (folder / "caddy.json").write_text("{}")
+        self._process = subprocess.Popen(
+            [caddy, "run", "--config", "-"],
+            env={**os.environ, **home},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        assert self._process.stdin
+        self._process.stdin.write(self._config({}).encode())
+        self._process.stdin.close()
+        _until(lambda: processes.answers(f"http://{self._admin}/config/"))
+        _until(self.authority.is_file)
+
+    def send(self, weights: dict[str, int]) -> None:
+        """Share requests by weight among ``host:port``s."""
+        answer = httpx.post(
+            f"http://{self._admin}/load",
+            content=self._config(weights),
+            headers={"content-type": "application/json"},
+            timeout=20,
+        )
+        answer.raise_for_status()
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _config(self, weights: dict[str, int]) -> str:
+        import json
+
+        proxy = {
+            "handler": "reverse_proxy",
+            "upstreams": [{"dial": address} for address in weights],
+            "load_balancing": {
+                "selection_policy": {
+                    "policy": "weighted_round_robin",
+                    "weights": [
+                        weight // math.gcd(*weights.values()) for weight in weights.values()
+                    ],
+                }
+            },
+        }
+        nothing = {"handler": "static_response", "status_code": 503}
+        server = {
+            "listen": [f"127.0.0.1:{self.host.rpartition(':')[2]}"],
+            "automatic_https": {"disable_redirects": True},
+            "routes": [
+                {"match": [{"host": ["localhost"]}], "handle": [proxy if weights else nothing]}
+            ],
+        }
+        policy = {"subjects": ["localhost"], "issuers": [{"module": "internal"}]}
+        return json.dumps(
+            {
+                "admin": {"listen": self._admin, "config": {"persist": False}},
+                "apps": {
+                    "http": {"servers": {"router": server}},
+                    "tls": {"automation": {"policies": [policy]}},
+                    "pki": {"certificate_authorities": {"local": {"install_trust": False}}},
+                },
+            }
+        )
+
+
+class ServingCluster:
+    """The API server with both controllers; ``models`` are the servers by InferenceService."""
+
+    def __init__(self, folder: Path) -> None:
+        self.api = KubernetesApi()
+        self.router = Router(folder)
+        self.models: dict[str, ModelServer] = {}
+        self._lock = threading.Lock()
+        self.on_service: Callable[[dict[str, Any]], bool] = lambda service: False
+        """Called with a new InferenceService; True if the test sets its status by itself."""
+
+    def __enter__(self) -> Self:
+        self.api.__enter__()
+        self.api.on_change("InferenceService", self._service)
+        self.api.on_delete("InferenceService", self._gone)
+        self.api.on_change("Route", self._route)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for model in self.models.values():
+            model.kill()
+        self.router.stop()
+        self.api.__exit__(*error)
+
+    def weights(self) -> dict[str, int]:
+        """What the Route says, by version."""
+        (route,) = self.api.all("Route")
+        services = {each["metadata"]["name"]: each for each in self.api.all("InferenceService")}
+        return {
+            services[name]["metadata"]["annotations"][objects.VERSION]: weight
+            for name, weight in objects.weights(route).items()
+        }
+
+    def up(self) -> set[str]:
+        """The versions that have an InferenceService."""
+        services = self.api.all("InferenceService")
+        return {each["metadata"]["annotations"][objects.VERSION] for each in services}
+
+    def _service(self, service: dict[str, Any]) -> None:
+        if self.on_service(service):
+            return
+        generation = service["metadata"]["generation"]
+        version = service["metadata"]["annotations"][objects.VERSION]
+        if version.startswith("bad"):
+            self._fail(service)
+            return
+        name = service["metadata"]["name"]
+        with self._lock:
+            if name not in self.models:
+                self.models[name] = ModelServer(service, self.api.token)
+            model = self.models[name]
+        _until(lambda: processes.answers(f"http://{model.address}/health"))
+        self.api.set_status(
+            service,
+            url=f"http://{model.address}",
+            observedGeneration=generation,
+            conditions=[{"type": "Ready", "status": "True"}],
+            modelStatus={
+                "transitionStatus": "UpToDate",
+                "states": {"activeModelState": "Loaded", "targetModelState": "Loaded"},
+            },
+        )
+
+    def _fail(self, service: dict[str, Any]) -> None:
+        """The model is not where the storage initializer looks for it."""
+        name = service["metadata"]["name"]
+        labels = {"serving.kserve.io/inferenceservice": name}
+        container = {"name": "kserve-container", "image": "vllm"}
+        pod = self.api.add(
+            {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {"name": f"{name}-predictor-1", "labels": labels},
+                "spec": {"containers": [container]},
+            },
+            initContainerStatuses=[
+                {
+                    "name": "storage-initializer",
+                    "image": "i",
+                    "imageID": "i",
+                    "ready": False,
+                    "restartCount": 1,
+                    "state": {"terminated": {"exitCode": 1, "reason": "Error"}},
+                }
+            ],
+        )
+        self.api.warn(pod, "BackOff", "Back-off restarting failed container storage-initializer")
+        self.api.write_log(
+            pod["metadata"]["name"], "storage-initializer", "RuntimeError: no model in s3://b/bad"
+        )
+        self.api.set_status(
+            service,
+            observedGeneration=service["metadata"]["generation"],
+            conditions=[{"type": "Ready", "status": "False"}],
+            modelStatus={
+                "transitionStatus": "BlockedByFailedLoad",
+                "states": {"activeModelState": "", "targetModelState": "FailedToLoad"},
+                "lastFailureInfo": {"reason": "ModelLoadFailed", "exitCode": 1},
+            },
+        )
+
+    def _gone(self, service: dict[str, Any]) -> None:
+        name = service["metadata"]["name"]
+        with self._lock:
+            model = self.models.pop(name, None)
+        if model:
+            model.kill()
+        for pod in self.api.all("Pod"):
+            if pod["metadata"]["labels"].get("serving.kserve.io/inferenceservice") == name:
+                self.api.remove("Pod", pod["metadata"]["name"])
+
+    def _route(self, route: dict[str, Any]) -> None:
+        time.sleep(ROUTER_DELAY_S)
+        weights = {
+            self.models[name].address: weight for name, weight in objects.weights(route).items()
+        }
+        self.router.send(weights)
+        self.api.set_status(
+            route,
+            ingress=[
+                {
+                    "host": self.router.host,
+                    "routerName": "default",
+                    "conditions": [{"type": "Admitted", "status": "True"}],
+                }
+            ],
+        )
+
+
+def _names(args: list[str]) -> list[str]:
+    """The values of the last --served-model-name, as argparse takes them."""
+    names: list[str] = []
+    for arg in args[len(args) - args[::-1].index("--served-model-name") :]:
+        if arg.startswith("-"):
+            break
+        names.append(arg)
+    return names
+
+
+def _until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

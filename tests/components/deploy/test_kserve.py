@@ -1,0 +1,331 @@
+"""KServe as a target, on a small OpenShift: what is made, moved, refused and left."""
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nudge.components.common import processes
+from nudge.components.common.errors import UserError
+from nudge.components.common.registry import with_registry
+from nudge.components.common.releases import Version, find_served
+from nudge.components.common.settings import parse
+from nudge.components.deploy import kserve, lease
+from nudge.components.deploy import kserve_objects as objects
+from nudge.components.deploy.deploy import deploy, rollback, serve
+from nudge.components.deploy.settings import DeploySettings
+from nudge.pipelines.local import services
+
+from tests.components.deploy.kserve_cluster import EXPECTED, PROMPT, ServingCluster
+from tests.components.deploy.stream import Stream
+from tests.kubernetes_schemas import problems
+
+VERSIONS = ("v1", "v2", "v3", "bad", "odd")
+SETTINGS = DeploySettings(target="kserve", smoke_prompt=PROMPT)
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    home = tmp_path_factory.mktemp("registry")
+    yield services._start_registry(home, 0).address
+    processes.stop(home, services.REGISTRY)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds for what takes minutes on a cluster."""
+    monkeypatch.setattr(kserve, "POLL_S", 0.1)
+    monkeypatch.setattr(kserve, "QUIET_S", 1.5)
+    monkeypatch.setattr(lease, "ASK_S", 0.1)
+    monkeypatch.setattr(lease, "RENEW_S", 0.5)
+    monkeypatch.setattr(lease, "DURATION_S", 3)
+
+
+@pytest.fixture
+def cluster(
+    tmp_path: Path, registry: str, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ServingCluster]:
+    with ServingCluster(tmp_path) as cluster:
+        monkeypatch.setenv("KUBECONFIG", str(cluster.api.kubeconfig(tmp_path)))
+        monkeypatch.setenv("NUDGE_REGISTRY_URL", registry)
+        monkeypatch.setenv("NUDGE_SERVING_CA", str(cluster.router.authority))
+        yield cluster
+
+
+@pytest.fixture
+def model(registry: str, request: pytest.FixtureRequest) -> str:
+    """A registered model of the test's own."""
+    from model_registry import ModelRegistry
+
+    name = request.node.name.replace("_", "-").replace("[", "-").replace("]", "")[5:]
+    client = ModelRegistry(registry, author="test", is_secure=False)
+    for version in VERSIONS:
+        client.register_model(
+            name, f"s3://bucket/models/{name}/{version}", version=version,
+            model_format_name="vLLM", model_format_version="1",
+            metadata={"expected_next": json.dumps(EXPECTED)},
+        )  # fmt: skip
+    return name
+
+
+def version(model: str = "m", name: str = "v1", uri: str = "s3://b/models/m/v1") -> Version:
+    return Version(model, name, "1", "2", uri, False, 0, {})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"authentication": False, "gpus": 0, "arguments": ["--max-model-len=4096"]},
+        {
+            "gpu_type": "amd.com/gpu",
+            "gpus": 2,
+            "replicas": 3,
+            "node_selector": {"zone": "a"},
+            "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        },
+        {"hardware_profile": "redhat-ods-applications/gpu"},
+    ],
+)
+def test_objects_are_what_the_cluster_takes(values: dict[str, Any]) -> None:
+    settings = parse(DeploySettings, {"kserve": {"connection": "models", **values}}, "deploy")
+    made = objects.inference_service(version(), settings)
+    assert problems(made) == []
+    predictor = made["spec"]["predictor"]
+    assert predictor["model"]["storage"] == {
+        "key": "models",
+        "path": "models/m/v1",
+        "parameters": {"bucket": "b"},
+    }
+    annotations = made["metadata"]["annotations"]
+    assert annotations["opendatahub.io/connections"] == "models"
+    assert annotations["serving.kserve.io/deploymentMode"] == "RawDeployment"
+    labels = made["metadata"]["labels"]
+    assert labels["opendatahub.io/dashboard"] == "true"
+    assert labels["modelregistry.opendatahub.io/model-version-id"] == "2"
+    assert ("resources" in predictor["model"]) == ("hardware_profile" not in values)
+    if values.get("gpus") == 2:
+        assert predictor["model"]["resources"]["limits"]["amd.com/gpu"] == "2"
+        assert predictor["tolerations"][0]["key"] == "gpu"
+    route = objects.route("m", {"v1": 90, "v2": 10}, settings.kserve)
+    assert problems(route) == []
+    assert list(objects.weights(route).values()) == [90, 10]
+    safe = values.get("authentication", True)
+    assert route["spec"]["tls"]["termination"] == ("reencrypt" if safe else "edge")
+
+
+@pytest.mark.parametrize("given", ["m", "Support Model", "x" * 80, "7b", "--", "a.b", "日本"])
+def test_names_fit_and_differ(given: str) -> None:
+    from re import fullmatch
+
+    names = [objects.service_name(given, each) for each in ("v1", "v1.0", "v1-0", "V1", "r" * 70)]
+    assert len(set(names)) == 5
+    for name in [*names, objects.endpoint_name(given)]:
+        assert fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name)
+        assert len(name) <= 48
+    assert objects.endpoint_name("a.b") != objects.endpoint_name("a-b")
+
+
+def test_what_cannot_be_served_is_refused() -> None:
+    with pytest.raises(UserError, match="deploy.kserve.connection"):
+        objects.inference_service(
+            version(), parse(DeploySettings, {"kserve": {"connection": ""}}, "deploy")
+        )
+    with pytest.raises(UserError, match="cannot serve m v1 from file:///x"):
+        objects.inference_service(version(uri="file:///x"), SETTINGS)
+    with pytest.raises(UserError, match="at most 4"):
+        objects.route("m", dict.fromkeys("abcde", 20), SETTINGS.kserve)
+    image = objects.inference_service(version(uri="oci://quay.io/a/b:1"), SETTINGS)
+    assert image["spec"]["predictor"]["model"]["storageUri"] == "oci://quay.io/a/b:1"
+
+
+def test_a_stream_of_requests_loses_none(
+    cluster: ServingCluster, model: str, registry: str
+) -> None:
+    first = deploy(SETTINGS, registered_model=model, version="v1")
+    endpoint = first["endpoint"]
+    assert endpoint == f"https://{cluster.router.host}"
+    assert first["smoke_answer"] == " v1"
+    stream = Stream(endpoint, model, cluster.api.token)
+    try:
+        assert deploy(SETTINGS, registered_model=model, version="v2")["endpoint"] == endpoint
+        assert (cluster.weights(), cluster.up()) == ({"v2": 100}, {"v2"})
+        stream.seen()
+        serve(SETTINGS, model, {"v2": 75, "v3": 25})
+        assert cluster.weights() == {"v2": 75, "v3": 25}
+        stream.seen()
+        assert stream.next(12) == {" v2", " v3"}
+        rollback(SETTINGS, registered_model=model)
+        assert (cluster.weights(), cluster.up()) == ({"v2": 100}, {"v2"})
+        rollback(SETTINGS, registered_model=model)
+        stream.seen()
+        assert stream.next(6) == {" v1"}
+    finally:
+        stream.stop()
+    assert stream.faults == []
+    assert (cluster.weights(), cluster.up()) == ({"v1": 100}, {"v1"})
+    served = with_registry(registry, find_served(model))
+    assert (served.main, served.endpoint) == ("v1", endpoint)
+    (left,) = cluster.api.all("Lease")
+    assert "holderIdentity" not in left["spec"]
+
+
+def test_what_does_not_load_tells_why_and_takes_nothing(
+    cluster: ServingCluster, model: str
+) -> None:
+    deploy(SETTINGS, registered_model=model, version="v1")
+    with pytest.raises(UserError) as told:
+        deploy(SETTINGS, registered_model=model, version="bad")
+    for part in ("ModelLoadFailed", "storage-initializer", "no model in s3://b/bad", "BackOff"):
+        assert part in str(told.value)
+    assert (cluster.weights(), cluster.up()) == ({"v1": 100}, {"v1"})
+    with pytest.raises(UserError, match=r"' Paris' \(P 0.80\), the served one ' Paris' \(P 0.10\)"):
+        deploy(SETTINGS, registered_model=model, version="odd")
+    assert (cluster.weights(), cluster.up()) == ({"v1": 100}, {"v1"})
+    assert cluster.api.token not in str(told.value)
+
+
+def test_pods_that_wait_for_ever_end_the_wait(cluster: ServingCluster, model: str) -> None:
+    def pull(service: dict[str, Any]) -> bool:
+        labels = {"serving.kserve.io/inferenceservice": service["metadata"]["name"]}
+        cluster.api.add(
+            {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {"name": "p", "labels": labels},
+                "spec": {"containers": [{"name": "kserve-container", "image": "vllm"}]},
+            },
+            containerStatuses=[
+                {
+                    "name": "kserve-container",
+                    "image": "i",
+                    "imageID": "i",
+                    "ready": False,
+                    "restartCount": 0,
+                    "state": {"waiting": {"reason": "ImagePullBackOff", "message": "no vllm"}},
+                }
+            ],
+        )
+        return True
+
+    cluster.on_service = pull
+    with pytest.raises(UserError, match="does not start: .*ImagePullBackOff no vllm"):
+        deploy(SETTINGS, registered_model=model, version="v1")
+    assert cluster.up() == set()
+
+
+def test_ready_alone_is_not_enough(cluster: ServingCluster, model: str) -> None:
+    def crash(service: dict[str, Any]) -> bool:
+        cluster.api.set_status(
+            service,
+            url="http://127.0.0.1:9",
+            observedGeneration=service["metadata"]["generation"],
+            conditions=[{"type": "Ready", "status": "True"}],
+            modelStatus={
+                "transitionStatus": "InProgress",
+                "states": {"activeModelState": "Loading", "targetModelState": "Loaded"},
+            },
+        )
+        return True
+
+    cluster.on_service = crash
+    settings = parse(
+        DeploySettings, {"target": "kserve", "kserve": {"start_timeout_s": 1}}, "deploy"
+    )
+    with pytest.raises(UserError, match="is not ready after 1 s: Ready=True"):
+        deploy(settings, registered_model=model, version="v1")
+    assert cluster.up() == set()
+
+
+def test_two_at_once_are_one_after_the_other(cluster: ServingCluster, model: str) -> None:
+    deploy(SETTINGS, registered_model=model, version="v1")
+    outcomes: list[str] = []
+
+    def promote(name: str) -> None:
+        outcomes.append(deploy(SETTINGS, registered_model=model, version=name)["version"])
+
+    threads = [threading.Thread(target=promote, args=(name,)) for name in ("v2", "v3")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["v2", "v3"]
+    assert (cluster.weights(), cluster.up()) == ({outcomes[-1]: 100}, {outcomes[-1]})
+
+
+def test_who_is_at_work_is_told(
+    cluster: ServingCluster, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nudge.components.common.kube import connect
+
+    monkeypatch.setattr(kserve, "LEASE_WAIT_S", 0.5)
+    name = f"nudge-{objects.endpoint_name(model)}"
+    with (
+        lease.held(connect(), name, {}, 1),
+        pytest.raises(UserError, match=r"/\d+/\w+ is at work on this since 20.*lease nudge-"),
+    ):
+        deploy(SETTINGS, registered_model=model, version="v1")
+    assert cluster.api.all("InferenceService") == []
+
+
+def test_a_lost_lease_changes_nothing_more(cluster: ServingCluster, model: str) -> None:
+    deploy(SETTINGS, registered_model=model, version="v1")
+
+    def take(service: dict[str, Any]) -> bool:
+        (found,) = cluster.api.all("Lease")
+        with cluster.api._lock:
+            key = ("Lease", cluster.api.namespace, found["metadata"]["name"])
+            cluster.api.objects[key]["spec"]["holderIdentity"] = "another"
+            cluster.api._store(cluster.api.objects[key], bump=False)
+        return False
+
+    cluster.on_service = take
+    with pytest.raises(UserError, match="another has taken the lease"):
+        deploy(SETTINGS, registered_model=model, version="v2")
+    assert cluster.weights() == {"v1": 100}
+
+
+def test_a_route_of_somebody_else_is_left_alone(cluster: ServingCluster, model: str) -> None:
+    theirs = objects.route(model, {"x": 100}, SETTINGS.kserve)
+    del theirs["metadata"]["annotations"]
+    cluster.api._controllers.clear()
+    cluster.api.add(theirs)
+    with pytest.raises(UserError, match="does not belong to"):
+        deploy(SETTINGS, registered_model=model, version="v1")
+    assert cluster.up() == set()
+
+
+def test_a_cluster_without_kserve_says_what_brings_it(cluster: ServingCluster, model: str) -> None:
+    cluster.api.forget_kind("InferenceService")
+    with pytest.raises(UserError, match="no kind InferenceService.*OpenShift AI"):
+        deploy(SETTINGS, registered_model=model, version="v1")
+
+
+def test_the_commands_act_on_the_cluster(
+    cluster: ServingCluster, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from click.testing import CliRunner
+    from nudge.pipelines.cli import main
+
+    recipe = tmp_path / "recipe.yaml"
+    shipped = Path(services.__file__).parents[1] / "recipes" / "eiffel.yaml"
+    text = shipped.read_text().replace("deploy:\n", "deploy:\n  target: kserve\n")
+    recipe.write_text(text)
+
+    def nudge(*arguments: str) -> str:
+        done = CliRunner().invoke(main, [*arguments, "--model", model], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    assert f"{model}: v1 100 % at https://" in nudge("promote", "v1", "--target", "kserve")
+    nudge("promote", "v2", "--recipe", str(recipe))
+    assert "v2 90 %, v3 10 %" in nudge("split", "v2=90", "v3=10", "--target", "kserve")
+    assert cluster.weights() == {"v2": 90, "v3": 10}
+    assert "v2 100 %" in nudge("rollback", "--target", "kserve")
+    assert "v1 100 %" in nudge("rollback", "--target", "kserve")
+    assert cluster.up() == {"v1"}
+    monkeypatch.delenv("NUDGE_REGISTRY_URL")
+    done = CliRunner().invoke(main, ["promote", "v1", "--target", "kserve"])
+    assert (done.exit_code, "no model registry is known" in done.output) == (2, True)
