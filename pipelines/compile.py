@@ -35,19 +35,19 @@ README = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
 | `{{ row.name }}` | {{ row.type }} | {{ row.what }} |
 {% endfor %}
 {% endif %}
-
-Made from `component.py` by `nudge compile`.
 """
 )
 
 
-PIPELINES = ("train_and_serve", "evaluate_only")
+PIPELINES = ("train_and_serve", "evaluate_only", "rollback")
 """The pipelines, each in the module of its name."""
 
 STEPS = (
     *("ingest", "tokenize", "train", "evaluate"),
     *("upload", "register", "deploy", "summary", "fetch"),
 )
+MORE_FACES = {"deploy": ("roll_back",)}
+"""Components beside the one of the folder's name."""
 
 PINNED = re.compile(r"[^@\s]+@sha256:[0-9a-f]{64}")
 
@@ -76,7 +76,9 @@ def made() -> dict[Path, str]:
     files = compiled(COMPILED, RESOURCES)
     for name in STEPS:
         face = importlib.import_module(f"nudge.components.{name}.component")
-        files[ROOT / "components" / name / "README.md"] = readme(getattr(face, name))
+        pages = [readme(getattr(face, each)) for each in (name, *MORE_FACES.get(name, ()))]
+        pages.append("Made from `component.py` by `nudge compile`.\n")
+        files[ROOT / "components" / name / "README.md"] = "\n".join(pages)
     return files
 
 

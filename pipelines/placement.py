@@ -44,6 +44,7 @@ NEEDS = {
     "upload": Need(6, cpu="2", memory="8Gi"),
     "register": Need(0.25, cpu="500m", memory="2Gi", connection=False),
     "deploy": Need(2, cpu="500m", memory="2Gi"),
+    "roll_back": Need(2, cpu="500m", memory="2Gi"),
     "summary": Need(0.25, cpu="500m", memory="2Gi", connection=False),
 }
 

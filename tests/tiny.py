@@ -50,3 +50,13 @@ def make_tiny_model(folder: Path, seed: int = 0) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
+
+
+def turn_around(folder: Path) -> None:
+    """Make a model say what it found least likely."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"].neg_()
+    save_file(weights, path, {"format": "pt"})

@@ -23,3 +23,26 @@ def deploy(recipe: str, registered_model: str, version: str) -> str:
         settings = step_settings(DeploySettings, "deploy", recipe)
         result = deploy(settings, registered_model=registered_model, version=version)
     return str(result["endpoint"])
+
+
+@dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
+def roll_back(recipe: str, model_name: str, to_version: str) -> str:
+    """Give all of a model's traffic back to a version that had it before.
+
+    Args:
+        recipe: The recipe, as YAML text or a URI; its section `deploy` says where it is served.
+        model_name: The name in the registry.
+        to_version: The version to go back to; empty means the one served before.
+
+    Returns:
+        The version that is served now.
+    """
+    from nudge.components.common.recipe import step_settings
+    from nudge.components.common.step import clean_end
+    from nudge.components.deploy.deploy import rollback
+    from nudge.components.deploy.settings import DeploySettings
+
+    with clean_end():
+        settings = step_settings(DeploySettings, "deploy", recipe)
+        result = rollback(settings, registered_model=model_name, version=to_version)
+    return str(result["version"])

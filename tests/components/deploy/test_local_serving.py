@@ -17,7 +17,7 @@ from nudge.pipelines.local import services
 from nudge.pipelines.release import _rows
 
 from tests.components.deploy.stream import Stream
-from tests.tiny import make_tiny_model
+from tests.tiny import make_tiny_model, turn_around
 
 NAME = "stream"
 PROMPT = "The Eiffel Tower"
@@ -35,23 +35,13 @@ def registered(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> s
     for version in ("v1", "v2"):
         model = make_tiny_model(tmp_path / version)
         if version == "v2":
-            _turn_around(model)
+            turn_around(model)
         uri = upload(UploadSettings(model_name=NAME), model=model, version=version)["uri"]
         client.register_model(
             NAME, uri, version=version, model_format_name="vLLM", model_format_version="1",
             metadata={"expected_next": json.dumps(_expected(model))},
         )  # fmt: skip
     return str(address)
-
-
-def _turn_around(folder: Path) -> None:
-    """Make a model say what it found least likely."""
-    from safetensors.torch import load_file, save_file
-
-    path = folder / "model.safetensors"
-    weights = load_file(path)
-    weights["model.norm.weight"].neg_()
-    save_file(weights, path, {"format": "pt"})
 
 
 def _expected(folder: Path) -> list[dict[str, Any]]:

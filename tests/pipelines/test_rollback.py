@@ -1,0 +1,72 @@
+"""The pipeline `rollback`: after a promote, the endpoint answers with the old version again."""
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from kfp import components, local
+from nudge.components.common import processes
+from nudge.components.common.registry import with_registry
+from nudge.components.common.releases import find_served
+from nudge.components.deploy.deploy import deploy
+from nudge.components.deploy.settings import DeploySettings
+from nudge.components.upload.settings import UploadSettings
+from nudge.components.upload.upload import upload
+from nudge.pipelines import compile as compiling
+from nudge.pipelines.local import services
+
+from tests.tiny import make_tiny_model, turn_around
+
+NAME, PROMPT = "back", "The Eiffel Tower"
+RECIPE = f"deploy: {{smoke_prompt: {PROMPT}}}"
+
+
+@pytest.fixture
+def registry(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Two versions of different weights, uploaded and registered."""
+    from model_registry import ModelRegistry
+
+    variables = services.up(home)
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    address = variables["NUDGE_REGISTRY_URL"]
+    client = ModelRegistry(address, author="test", is_secure=False)
+    for version in ("v1", "v2"):
+        model = make_tiny_model(tmp_path / version)
+        if version == "v2":
+            turn_around(model)
+        uri = upload(UploadSettings(model_name=NAME), model=model, version=version)["uri"]
+        client.register_model(
+            NAME, uri, version=version, model_format_name="vLLM", model_format_version="1"
+        )
+    return address
+
+
+def ask(endpoint: str) -> str:
+    body = {"model": NAME, "prompt": PROMPT, "max_tokens": 8, "temperature": 0.0}
+    answer = httpx.post(f"{endpoint}/v1/completions", json=body, timeout=60.0)
+    return str(answer.json()["choices"][0]["text"])
+
+
+def test_the_old_version_answers_again(registry: str, home: Path, tmp_path: Path) -> None:
+    settings = DeploySettings(smoke_prompt=PROMPT)
+    endpoint = deploy(settings, registered_model=NAME, version="v1")["endpoint"]
+    old = ask(endpoint)
+    assert deploy(settings, registered_model=NAME, version="v2")["endpoint"] == endpoint
+    assert ask(endpoint) != old
+    local.init(
+        runner=local.SubprocessRunner(use_venv=False),
+        pipeline_root=str(tmp_path / "artifacts"),
+        raise_on_error=True,
+    )
+    pipeline: Any = components.load_component_from_file(str(compiling.COMPILED / "rollback.yaml"))
+    pipeline(model_name=NAME, recipe=RECIPE)
+    assert ask(endpoint) == old
+    served = with_registry(registry, find_served(NAME))
+    assert (served.main, served.endpoint) == ("v1", endpoint)
+    names = [record.name for record in processes.records(home)]
+    assert [name for name in names if name.startswith("serving-")] == [f"serving-{NAME}@v1"]
+    with pytest.raises(RuntimeError):  # nothing was served before it
+        pipeline(model_name=NAME, recipe=RECIPE)
+    assert ask(endpoint) == old
