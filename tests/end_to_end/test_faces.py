@@ -152,6 +152,7 @@ def test_a_model_that_is_fetched_is_evaluated_as_it_was(
     promote = evaluate.python_func(
         recipe=recipe,
         base_model="",
+        model_name="",
         corpus=made["corpus"],
         model=model,
         history=history,
