@@ -48,4 +48,6 @@ def _sentence(where: str, problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{key} is required and was not given"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
+    message = f"{message[0].lower()}{message[1:]}"
+    # What is wrong between several values has no key and no value of its own.
+    return f"{key} = {problem['input']!r}: {message}" if problem["loc"] else f"{key}: {message}"
