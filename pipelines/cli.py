@@ -193,7 +193,7 @@ def _show_services() -> None:
         return
     table = Table()
     for name in ("name", "state", "address", "pid", "resident_mb"):
-        table.add_column(name.replace("_", " "))
+        table.add_column(name.replace("_", " "), overflow="fold")
     for row in rows:
         table.add_row(*(str(row[str(c.header).replace(" ", "_")] or "") for c in table.columns))
     Console().print(table)
