@@ -79,6 +79,8 @@ class Place:
         kubernetes.set_timeout(task, int(need.hours * 3600))
         keys = dict(zip(SETTINGS_KEYS, SETTINGS_KEYS, strict=True))
         kubernetes.use_config_map_as_env(task, self.settings, keys, optional=True)
+        # The API server labels every pod of a run with its id (a parameter would spoil the cache).
+        kubernetes.use_field_path_as_env(task, "NUDGE_RUN_ID", "metadata.labels['pipeline/runid']")
         if need.connection:
             for names, optional in ((REQUIRED_KEYS, False), (OPTIONAL_KEYS, True)):
                 keys = dict(zip(names, names, strict=True))
