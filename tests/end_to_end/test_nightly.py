@@ -85,6 +85,8 @@ def made_from(result: dict[str, Any]) -> str:
     return str(facts["base_model"]["uri"])
 
 
+@pytest.mark.long
+@pytest.mark.timeout(900)
 def test_nights(nights: Nights, tiny_model: Path) -> None:
     first = nights.run()
     assert first["promoted"]

@@ -61,7 +61,9 @@ def left(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator
 
     well = nudge("run", "canary.yaml", "--json")
     assert well.returncode == 0, well.stderr
-    failed = nudge("run", "canary.yaml", "--json", "--set", "upload.bucket=nowhere")
+    # Of another name: nothing is served under it, so that the same model gets to the upload.
+    changed = ["--set", "model_name=other", "--set", "upload.bucket=nowhere"]
+    failed = nudge("run", "canary.yaml", "--json", *changed)
     assert failed.returncode == 1
     shown = [ended.stdout + ended.stderr for ended in (well, failed, nudge("models"))]
     (folder / "home" / "shown.txt").write_text("\n".join(shown))
@@ -82,6 +84,7 @@ def found_in(folder: Path, secrets: list[str], but: set[Path]) -> list[str]:
     return told
 
 
+@pytest.mark.long
 def test_nothing_that_a_run_leaves_holds_a_secret(left: Path) -> None:
     credentials = left / "services" / "credentials"
     keys = json.loads(credentials.read_text())
@@ -92,6 +95,7 @@ def test_nothing_that_a_run_leaves_holds_a_secret(left: Path) -> None:
         assert any((left / place).rglob("*")), place  # the search had something to search
 
 
+@pytest.mark.long
 def test_the_search_would_find_one(left: Path) -> None:
     planted = left / "runs" / "planted.log.gz"
     planted.write_bytes(gzip.compress(f"token {METADATA}".encode()))

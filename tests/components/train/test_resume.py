@@ -164,7 +164,7 @@ def test_the_best_weights_are_kept_and_training_ends_early(
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_fifty_kills_end_in_the_same_bits(small: Small, tokens: Path, tmp_path: Path) -> None:
     import random
 
