@@ -19,7 +19,10 @@ def test_a_misspelt_key_names_its_neighbour() -> None:
     [
         ({"base_model": "x", "epochs": "many"}, r"train\.epochs = 'many'"),
         ({"base_model": "x", "learning_rate": -1}, r"train\.learning_rate = -1: .* greater than 0"),
-        ({"base_model": "x", "mode": "qlora"}, r"train\.mode = 'qlora': .*'full', 'lora' or 'scratch'"),
+        (
+            {"base_model": "x", "mode": "qlora"},
+            r"train\.mode = 'qlora': .*'full', 'lora' or 'scratch'",
+        ),
         ({"base_model": "x", "watch": {"prompt": "a"}}, r"train\.watch\.target is required"),
         ({}, r"train: mode full needs base_model"),
     ],
