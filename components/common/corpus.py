@@ -5,9 +5,10 @@ sha256; a shard is ``<split>-00000.jsonl.zst``, a document a line: ``{"id", "tex
 """
 
 import hashlib
+import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from nudge.components.common.publish import (
 )
 
 if sys.version_info >= (3, 14):
-    from compression import zstd
+    from compression import zstd as zstd
 else:
-    from backports import zstd
+    from backports import zstd as zstd
 
 FORMAT, VERSION = "nudge.corpus", 1
 SPLITS = ("train", "validation")
-SHARD_DOCUMENTS = 100_000
+SHARD_DOCUMENTS, SHARD_BYTES = 100_000, 256 << 20
 
 
 @dataclass(frozen=True)
@@ -53,25 +54,26 @@ def read_documents(corpus: Path, split: str) -> Iterator[Document]:
                 yield Document(**json.loads(line))
 
 
-def write_corpus(folder: Path, documents: dict[str, list[Document]], facts: dict[str, Any]) -> str:
+def write_corpus(
+    folder: Path, documents: Mapping[str, Iterable[Document]], facts: dict[str, Any]
+) -> str:
     """Write shards and manifest into ``folder``; returns the fingerprint.
 
-    Documents are stored in the order of their text's sha256, so that neither the order of the
-    sources nor timing changes a byte. ``facts`` are further values of the manifest.
+    The documents of each split come in the order of their text's sha256, so that neither the order
+    of the sources nor timing changes a byte. ``facts`` are further values of the manifest.
     """
     splits: dict[str, Any] = {}
     digest = hashlib.sha256()
     for split in SPLITS:
-        ordered = sorted(documents[split], key=lambda document: text_sha256(document.text))
-        for document in ordered:
-            digest.update(f"{split} {text_sha256(document.text)}\n".encode())
+        shards: list[dict[str, Any]] = []
+        left = iter(documents[split])
+        while first := list(itertools.islice(left, 1)):
+            path = folder / f"{split}-{len(shards):05d}.jsonl.zst"
+            shards.append(_write_shard(path, itertools.chain(first, left), split, digest))
         splits[split] = {
-            "documents": len(ordered),
-            "bytes": sum(len(document.text.encode()) for document in ordered),
-            "shards": [
-                _write_shard(folder / f"{split}-{number:05d}.jsonl.zst", part)
-                for number, part in enumerate(_parts(ordered, SHARD_DOCUMENTS))
-            ],
+            "documents": sum(shard["documents"] for shard in shards),
+            "bytes": sum(shard["bytes"] for shard in shards),
+            "shards": shards,
         }
     fingerprint = digest.hexdigest()
     body = {**facts, "fingerprint": fingerprint, "splits": splits}
@@ -84,17 +86,16 @@ def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _write_shard(path: Path, documents: list[Document]) -> dict[str, Any]:
+def _write_shard(
+    path: Path, documents: Iterator[Document], split: str, digest: Any
+) -> dict[str, Any]:
+    """Write documents until the shard is full; the rest stays in the iterator."""
+    count = size = 0
     with zstd.open(path, "wt", level=6, encoding="utf-8", newline="\n") as lines:
         for document in documents:
+            digest.update(f"{split} {text_sha256(document.text)}\n".encode())
             lines.write(json.dumps(asdict(document), ensure_ascii=False) + "\n")
-    return {
-        "file": path.name,
-        "sha256": sha256_file(path),
-        "documents": len(documents),
-        "bytes": sum(len(document.text.encode()) for document in documents),
-    }
-
-
-def _parts(documents: list[Document], size: int) -> Iterable[list[Document]]:
-    return (documents[first : first + size] for first in range(0, len(documents), size))
+            count, size = count + 1, size + len(document.text.encode())
+            if count >= SHARD_DOCUMENTS or size >= SHARD_BYTES:
+                break
+    return {"file": path.name, "sha256": sha256_file(path), "documents": count, "bytes": size}

@@ -1,11 +1,21 @@
-"""Near duplicates by MinHash and locality-sensitive hashing.
+"""Exact and near duplicates, in tables on disk, so that memory does not grow with the documents.
+
+Two documents are near duplicates if they share a MinHash key, and so is what hangs together by
+such pairs: a cluster, found by large-star and small-star (Kiveris et al., "Connected components in
+MapReduce and beyond", 2014). Of a cluster, the document with the largest keyed hash is kept. That
+hash also decides the split, small values being held out: so a document never moves, and if any of
+a cluster was ever trained on, what is kept of it is trained on too, whatever comes later.
 
 Signatures as in Broder, "On the resemblance and containment of documents" (1997); the parameters
 are datatrove's defaults: word 5-grams, 14 buckets of 8 hashes, which finds pairs of a Jaccard
 similarity of about 0.7 and more.
 """
 
+import contextlib
 import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,8 +34,8 @@ def _coefficients() -> tuple[np.ndarray, np.ndarray]:
 FACTORS, OFFSETS = _coefficients()
 
 
-def signature(text: str) -> list[bytes]:
-    """One key a bucket; two texts that share a key are near duplicates."""
+def signature(text: str) -> list[int]:
+    """One key of 64 bits a bucket; two texts that share one are near duplicates."""
     words = text.lower().split()
     grams = {
         " ".join(words[first : first + NGRAM]) for first in range(max(1, len(words) - NGRAM + 1))
@@ -36,6 +46,152 @@ def signature(text: str) -> list[bytes]:
     )
     smallest = ((FACTORS * hashes + OFFSETS) % PRIME).min(axis=1)
     return [
-        bytes([bucket]) + smallest[bucket * ROWS : (bucket + 1) * ROWS].tobytes()
-        for bucket in range(BUCKETS)
+        int.from_bytes(hashlib.blake2b(part.tobytes(), digest_size=8).digest())
+        for part in smallest.reshape(BUCKETS, ROWS)
     ]
+
+
+KEYS = [f"k{bucket}" for bucket in range(BUCKETS)]
+COLUMNS = {
+    "doc": "BIGINT",
+    "object": "INTEGER",
+    "id": "VARCHAR",
+    "text": "VARCHAR",
+    "sha256": "VARCHAR",
+    "share": "DOUBLE",
+    "raw_bytes": "BIGINT",
+    "bytes": "BIGINT",
+    **dict.fromkeys(KEYS, "UBIGINT"),
+}
+MEMORY = "384MB"
+BATCH_BYTES = 8 << 20
+
+
+class Documents:
+    """The clean documents of a run, in a DuckDB file of ``folder``; rows are numbered as added."""
+
+    def __init__(self, folder: Path) -> None:
+        import duckdb
+
+        settings: dict[str, Any] = {
+            "memory_limit": MEMORY,
+            "threads": 2,
+            "temp_directory": str(folder / "spill"),
+        }
+        self._database = duckdb.connect(str(folder / "documents.duckdb"), config=settings)
+        self._database.execute("SET preserve_insertion_order = false")
+        columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
+        self._database.execute(f"CREATE TABLE docs ({columns})")
+        self._rows: list[tuple[Any, ...]] = []
+        self._held = self._count = 0
+
+    def add(self, values: tuple[Any, ...], size: int) -> None:
+        """Add a row of `COLUMNS` but the first; ``size`` bytes count towards the next write."""
+        self._rows.append((self._count, *values))
+        self._count, self._held = self._count + 1, self._held + size
+        if self._held >= BATCH_BYTES or len(self._rows) >= 20_000:
+            self._flush()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Rows added in the block stay together, or are forgotten if it raises."""
+        count = self._count
+        self._database.begin()
+        try:
+            yield
+            self._flush()
+        except BaseException:
+            self._rows, self._held, self._count = [], 0, count
+            self._database.rollback()
+            raise
+        self._database.commit()
+
+    def close(self) -> None:
+        self._database.close()
+
+    def query(self, sql: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
+        """The rows of a query, some at a time."""
+        cursor = self._database.cursor().execute(sql, list(values))
+        while rows := cursor.fetchmany(256):
+            yield from rows
+
+    def find_duplicates(self, near: bool) -> None:
+        """Make the table ``verdicts``: each doc with its reason, NULL for those that are kept."""
+        run = self._database.execute
+        run("CREATE TABLE firsts AS SELECT sha256, min(doc) AS doc FROM docs GROUP BY sha256")
+        run("CREATE TABLE edges (u BIGINT, v BIGINT)")
+        for key in KEYS if near else ():
+            run(
+                f"""INSERT INTO edges
+                WITH keys AS (SELECT {key} AS k, doc FROM docs SEMI JOIN firsts USING (doc)),
+                    shared AS (SELECT k, min(doc) AS u FROM keys GROUP BY k HAVING count(*) > 1)
+                SELECT u, doc FROM keys JOIN shared USING (k) WHERE doc <> u"""
+            )
+        self._join_clusters()
+        run(
+            """CREATE TABLE verdicts AS
+            WITH members AS (
+                SELECT u AS cluster, v AS doc FROM edges UNION SELECT u, u FROM edges
+            ), kept AS (
+                SELECT cluster, arg_max(doc, (share, sha256)) AS best
+                FROM members JOIN docs USING (doc) GROUP BY cluster
+            )
+            SELECT docs.doc AS doc,
+                CASE WHEN firsts.doc IS NULL THEN 'duplicate'
+                    WHEN kept.best <> docs.doc THEN 'near_duplicate' END AS reason
+            FROM docs LEFT JOIN firsts ON docs.doc = firsts.doc
+                LEFT JOIN members ON docs.doc = members.doc
+                LEFT JOIN kept ON members.cluster = kept.cluster"""
+        )
+
+    def _join_clusters(self) -> None:
+        """Turn ``edges`` into stars: each member v beside the smallest, u, of its cluster."""
+        before = None
+        while before != (now := self._stars()):
+            before = now
+            # Large star: to each larger neighbour, the smallest of all neighbours and itself.
+            self._replace(
+                """SELECT DISTINCT m.lowest, e.v FROM pairs e JOIN m USING (u)
+                WHERE e.v > e.u AND m.lowest <> e.v"""
+            )
+            # Small star: to each neighbour not larger and itself, the smallest of those.
+            self._replace(
+                """WITH small AS (SELECT u, v FROM pairs WHERE v < u),
+                    low AS (SELECT u, min(v) AS lowest FROM small GROUP BY u),
+                    around AS (SELECT u, v FROM small UNION SELECT u, u FROM small)
+                SELECT DISTINCT low.lowest, around.v FROM around JOIN low USING (u)
+                WHERE low.lowest <> around.v"""
+            )
+
+    def _stars(self) -> tuple[Any, ...]:
+        sql = "SELECT count(*), sum(hash(u, v)::HUGEINT) FROM edges"
+        row = self._database.execute(sql).fetchone()
+        return tuple(row or ())
+
+    def _replace(self, select: str) -> None:
+        pairs = "pairs AS (SELECT u, v FROM edges UNION SELECT v, u FROM edges)"
+        least = "m AS (SELECT u, least(min(v), u) AS lowest FROM pairs GROUP BY u)"
+        self._database.execute(
+            f"CREATE TABLE next AS WITH {pairs}, {least} SELECT * FROM ({select}) AS made(u, v)"
+        )
+        self._database.execute("DROP TABLE edges")
+        self._database.execute("ALTER TABLE next RENAME TO edges")
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        import pyarrow
+
+        columns = zip(*self._rows, strict=True)
+        types = {"BIGINT": "int64", "INTEGER": "int32", "DOUBLE": "float64", "UBIGINT": "uint64"}
+        batch = pyarrow.table(
+            [
+                pyarrow.array(column, types.get(kind, "string"))
+                for column, kind in zip(columns, COLUMNS.values(), strict=True)
+            ],
+            names=list(COLUMNS),
+        )
+        self._database.register("batch", batch)
+        self._database.execute("INSERT INTO docs SELECT * FROM batch")
+        self._database.unregister("batch")
+        self._rows, self._held = [], 0

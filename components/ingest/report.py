@@ -22,8 +22,8 @@ blockquote { margin: .5rem 0; padding-left: .8rem; border-left: 3px solid var(--
 </style></head><body>
 <h1>Corpus</h1>
 <p><strong>{{ counts.documents }}</strong> of {{ counts.documents_in }} documents kept,
-{{ counts.bytes }} bytes of text: {{ kept.train | length }} to train on,
-{{ kept.validation | length }} held out. Fingerprint <code>{{ fingerprint }}</code>.</p>
+{{ counts.bytes }} bytes of text: {{ counts.train_documents }} to train on,
+{{ counts.validation_documents }} held out. Fingerprint <code>{{ fingerprint }}</code>.</p>
 <h2>Dropped</h2>
 {% if counts.dropped %}
 <table><tr><th>reason</th><th class="n">documents</th></tr>
@@ -36,10 +36,12 @@ blockquote { margin: .5rem 0; padding-left: .8rem; border-left: 3px solid var(--
 {% endfor %}
 {% else %}<p>Nothing.</p>{% endif %}
 <h2>Sources</h2>
-<table><tr><th>source</th><th class="n">in</th><th class="n">kept</th></tr>
+<table><tr><th>source</th><th class="n">in</th><th class="n">kept</th><th>dropped</th></tr>
 {% for source in counts.sources %}
 <tr><td>{{ source.uri }}</td><td class="n">{{ source.documents_in }}</td>
-<td class="n">{{ source.documents }}</td></tr>
+<td class="n">{{ source.documents }}</td>
+<td>{% for reason, number in source.dropped.items() %}
+{{ reason }} {{ number }}{{ ", " if not loop.last }}{% endfor %}</td></tr>
 {% endfor %}</table>
 <h2>Lengths</h2>
 <table><tr><th>characters</th><th></th><th class="n">documents</th></tr>
@@ -49,8 +51,8 @@ blockquote { margin: .5rem 0; padding-left: .8rem; border-left: 3px solid var(--
 <td class="n">{{ number }}</td></tr>
 {% endfor %}</table>
 <h2>Some held-out documents</h2>
-{% for document in kept.validation[:3] %}
-<blockquote>{{ document.text[:600] }}</blockquote>{% endfor %}
+{% for text in held_out %}
+<blockquote>{{ text }}</blockquote>{% endfor %}
 </body></html>
 """
 )
@@ -59,17 +61,16 @@ blockquote { margin: .5rem 0; padding-left: .8rem; border-left: 3px solid var(--
 def render_report(
     counts: dict[str, Any],
     fingerprint: str,
-    kept: dict[str, list[Any]],
+    lengths: dict[int, int],
     samples: dict[str, list[str]],
+    held_out: list[str],
 ) -> str:
-    """One self-contained HTML page; everything from data is escaped."""
-    by_length: dict[int, int] = {}
-    for part in kept.values():
-        for document in part:
-            low = 1 << (len(document.text).bit_length() - 1)
-            by_length[low] = by_length.get(low, 0) + 1
-    most = max(by_length.values())
-    lengths = [(low, n, round(100 * n / most)) for low, n in sorted(by_length.items())]
+    """One self-contained HTML page; everything from data is escaped.
+
+    ``lengths`` counts documents by the power of two of characters that they reach.
+    """
+    most = max(lengths.values())
+    bars = [(low, n, round(100 * n / most)) for low, n in lengths.items()]
     return PAGE.render(
-        counts=counts, fingerprint=fingerprint, kept=kept, samples=samples, lengths=lengths
+        counts=counts, fingerprint=fingerprint, held_out=held_out, samples=samples, lengths=bars
     )

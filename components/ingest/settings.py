@@ -1,6 +1,6 @@
 """The settings of the step `ingest`."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from nudge.components.common.settings import settings
 from pydantic import Field
@@ -16,6 +16,15 @@ class IngestSettings:
     """The column or key that names a document; where it is missing, its place names it."""
     min_characters: Annotated[int, Field(ge=1)] = 20
     max_characters: Annotated[int, Field(ge=1)] = 10_000_000
+    filters: tuple[Literal["unicode", "length", "repetition", "language", "pii"], ...] = (
+        "unicode",
+        "length",
+    )
+    """What each text goes through, in this order; a drop is counted under the filter's reason."""
+    languages: tuple[str, ...] = ()
+    """The languages that the filter ``language`` keeps, as ISO 639-1 codes."""
+    pii: Literal["replace", "drop"] = "replace"
+    """Whether the filter ``pii`` masks personal data or drops the document that holds some."""
     near_duplicates: bool = True
     """Whether near duplicates are dropped as well as exact ones."""
     validation_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1

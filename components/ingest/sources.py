@@ -1,35 +1,58 @@
-"""Where text comes from: files behind URIs, opened by fsspec, read by their suffix."""
+"""Where text comes from: objects behind URIs, found and read by fsspec.
 
-import ast
-import csv
+An object is read in ranges; a range that fails is asked for again, at the same offset of the same
+version (ETag, or size and time), and an object that changed meanwhile is told apart.
+"""
+
+import asyncio
+import contextlib
 import io
-import json
 import os
 import posixpath
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import IO, Any
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
+import aiohttp
+import botocore.exceptions
 import fsspec
+import tenacity
 from nudge.components.common.errors import UserError
 from nudge.components.common.uris import package_path
+from nudge.components.ingest.formats import (
+    COMPRESSED,
+    READERS,
+    Records,
+    read_stream,
+    suffix_of,
+)
 from nudge.components.ingest.settings import IngestSettings
 
-COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
-csv.field_size_limit(1 << 30)
+BLOCK_BYTES = 8 << 20
+ATTEMPTS = 10
+CHANGES = 3
+"""An object that changes while it is read is read again, this many times in all."""
+TRANSIENT = (
+    OSError,
+    asyncio.TimeoutError,
+    aiohttp.ClientError,
+    botocore.exceptions.BotoCoreError,
+    botocore.exceptions.HTTPClientError,
+)
 
 
-@dataclass(frozen=True)
-class Undecodable:
-    """A record that is there but cannot be read; counted under ``reason`` and left out."""
+class Changed(Exception):
+    """An object is no longer the version that was begun."""
 
-    reason: str
+
+class Vanished(Exception):
+    """An object is gone."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file: its public name, and how it is opened."""
+    """One object: its public name, and where it is."""
 
     uri: str
     file_system: Any
@@ -38,19 +61,96 @@ class Source:
     @property
     def suffix(self) -> str:
         """The suffix that tells the format, without that of the compression."""
-        name = PurePosixPath(self.path)
-        return PurePosixPath(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
+        return suffix_of(urlsplit(self.path).path)
 
-    def open(self) -> IO[bytes]:
-        compression = COMPRESSED.get(PurePosixPath(self.path).suffix)
-        file = fsspec.core.OpenFile(
-            self.file_system, self.path, mode="rb", compression=compression
-        ).open()
-        return file  # type: ignore[no-any-return]
+    def version(self) -> tuple[str, int]:
+        """What names this state of the object (ETag or time of change), and its bytes as stored."""
+        info = _again(lambda: self.file_system.info(self.path), self.uri)
+        keys = ("ETag", "etag", "blob_id", "mtime", "LastModified", "Last-Modified")
+        name = next((str(info[key]) for key in keys if info.get(key)), "")
+        return name, int(info.get("size") or 0)
 
-    def size(self) -> int:
-        """Bytes as stored, before any decompression."""
-        return int(self.file_system.size(self.path) or 0)
+
+class ResumableFile(io.RawIOBase):
+    """An object as a seekable file, read in ranges, each tried again from where it stood."""
+
+    def __init__(self, source: Source) -> None:
+        self._source, self._at = source, 0
+        self.version, self.size = source.version()
+        self._file: Any = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {0: 0, 1: self._at, 2: self.size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(0, min(len(buffer), self.size - self._at))
+        data = _again(lambda: self._range(wanted), self._source.uri) if wanted else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def check(self) -> None:
+        """Raise `Changed` if the object is no longer the one that was opened."""
+        if self._source.version() != (self.version, self.size):
+            raise Changed
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        super().close()
+
+    def _range(self, wanted: int) -> bytes:
+        if self._file is None:
+            options = {"block_size": BLOCK_BYTES} if self._source.uri[:4] != "file" else {}
+            self._file = self._source.file_system.open(self._source.path, "rb", **options)
+        try:
+            self._file.seek(self._at)
+            data = bytes(self._file.read(wanted))
+            if len(data) != wanted:
+                self.check()
+                raise OSError(f"{len(data)} of {wanted} bytes came")
+        except TRANSIENT:
+            self._file.close()
+            self._file = None
+            self.check()
+            raise
+        return data
+
+
+def _again(work: Any, uri: str) -> Any:
+    """Do what a store may refuse for a while; raises `Vanished`, or `UserError` if it never can."""
+
+    def temporary(error: BaseException) -> bool:
+        # fsspec's HTTP says "not found" of any failure, and keeps the true one as its cause.
+        if isinstance(error, FileNotFoundError):
+            return getattr(error.__cause__, "status", 404) not in (404, 410)
+        return isinstance(error, TRANSIENT) and not isinstance(error, PermissionError)
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(temporary),
+        stop=tenacity.stop_after_attempt(ATTEMPTS),
+        wait=tenacity.wait_exponential_jitter(0.1, 20),
+        reraise=True,
+    )
+    try:
+        return retrying(work)
+    except FileNotFoundError as error:
+        if temporary(error):
+            raise UserError(f"{uri}: cannot be read, tried {ATTEMPTS} times") from None
+        raise Vanished from None
+    except TRANSIENT as error:
+        raise UserError(f"{uri}: cannot be read: {error}") from None
 
 
 def find_sources(data_uri: str) -> list[Source]:
@@ -64,17 +164,25 @@ def find_sources(data_uri: str) -> list[Source]:
     return [found[uri] for uri in sorted(found)]
 
 
-def read_records(source: Source, settings: IngestSettings) -> "Records":
-    """The (name, text) of every document of a file; `Undecodable` stands for an unreadable text."""
-    yield from READERS[source.suffix](source, settings)
+@contextlib.contextmanager
+def opened(source: Source, settings: IngestSettings) -> Iterator[tuple[Records, ResumableFile]]:
+    """The records of one version of an object, and its file.
+
+    Raises `Changed` at the end if the object changed meanwhile, `Vanished` if it is gone.
+    """
+    with ResumableFile(source) as file:
+        stream = io.BufferedReader(file, BLOCK_BYTES)
+        yield read_stream(stream, urlsplit(source.path).path, settings), file
+        file.check()
 
 
 def s3_options() -> dict[str, Any]:
-    """fsspec's options for a data connection, from the AWS_* variables."""
+    """fsspec's options for a data connection, from the AWS_* variables; AWS_CA_BUNDLE is a CA."""
     endpoint = os.environ.get("AWS_S3_ENDPOINT")
     return {
         "key": os.environ.get("AWS_ACCESS_KEY_ID"),
         "secret": os.environ.get("AWS_SECRET_ACCESS_KEY"),
+        "use_listings_cache": False,
         "client_kwargs": {
             "endpoint_url": endpoint,
             "region_name": os.environ.get("AWS_DEFAULT_REGION"),
@@ -92,11 +200,13 @@ def _expand(uri: str) -> list[Source]:
     options = s3_options() if scheme == "s3" else {}
     try:
         file_system, path = fsspec.core.url_to_fs(target, **options)
+        if scheme in ("http", "https") and suffix_of(urlsplit(uri).path) in READERS:
+            return [Source(_public(uri, path), file_system, path)]
         is_folder = not any(mark in path for mark in "*?[") and file_system.isdir(path)
         pattern = posixpath.join(path, "**") if is_folder else path
         # Some stores list a folder as a file of its own name; those end in a slash.
         paths = sorted(p for p in file_system.glob(pattern) if not file_system.isdir(p))
-    except (OSError, ValueError, ImportError) as error:
+    except (*TRANSIENT, ValueError, ImportError) as error:
         raise UserError(f"ingest.data_uri {uri}: cannot be listed: {error}") from None
     if is_folder:
         paths = [p for p in paths if Source("", None, p).suffix in READERS]
@@ -110,132 +220,19 @@ def _expand(uri: str) -> list[Source]:
 
 
 def _public(uri: str, path: str) -> str:
-    """A name for a file that is the same on every machine: the URI's, as far as that goes."""
+    """A name for a file that is the same on every machine, without what may be a secret."""
     if uri.startswith("package://"):
         fixed = uri.removeprefix("package://").split("/")
         inside = package_path("package://" + fixed[0])
         return f"package://{fixed[0]}/{os.path.relpath(path, inside)}"
     if "://" not in uri or uri.startswith("file://"):
         return f"file://{path}"
+    if uri.startswith("http"):
+        parts = urlsplit(path)
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
     return f"{uri.split('://', 1)[0]}://{path.split('://', 1)[-1]}"
 
 
 def accepted() -> str:
     """The suffixes that are read, for messages."""
     return ", ".join(sorted(READERS)) + " (each also " + ", ".join(sorted(COMPRESSED)) + ")"
-
-
-Records = Iterator[tuple[str, str | Undecodable]]
-
-
-def _decode(raw: bytes) -> str | Undecodable:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return Undecodable("not_utf8")
-
-
-def _plain(source: Source, _: IngestSettings) -> Records:
-    with source.open() as file:
-        yield PurePosixPath(source.path).name, _decode(file.read())
-
-
-def _html(source: Source, _: IngestSettings) -> Records:
-    import trafilatura
-
-    with source.open() as file:
-        text = _decode(file.read())
-    if isinstance(text, str):
-        text = trafilatura.extract(text) or Undecodable("no_main_text")
-    yield PurePosixPath(source.path).name, text
-
-
-def _json_lines(source: Source, settings: IngestSettings) -> Records:
-    with source.open() as file:
-        for number, raw in enumerate(file, 1):
-            if not raw.strip():
-                continue
-            line = _decode(raw)
-            if not isinstance(line, str):
-                yield str(number), line
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError:
-                yield str(number), Undecodable("bad_record")
-                continue
-            if not isinstance(record, dict):
-                yield str(number), Undecodable("bad_record")
-                continue
-            _need_column(source, settings, list(record), number == 1)
-            text = record.get(settings.text_column)
-            name = str(record.get(settings.id_column, number))
-            yield name, text if isinstance(text, str) else Undecodable("no_text")
-
-
-def _csv(source: Source, settings: IngestSettings) -> Records:
-    with source.open() as file:
-        text = _decode(file.read())
-    if not isinstance(text, str):
-        yield "", text
-        return
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    _need_column(source, settings, list(rows.fieldnames or []), True)
-    for number, row in enumerate(rows, 1):
-        value = row.get(settings.text_column)
-        name = str(row.get(settings.id_column) or number)
-        yield name, value if isinstance(value, str) else Undecodable("no_text")
-
-
-def _parquet(source: Source, settings: IngestSettings) -> Records:
-    import pyarrow.parquet
-
-    with source.open() as file:
-        table = pyarrow.parquet.ParquetFile(file)
-        names = table.schema_arrow.names
-        _need_column(source, settings, names, True)
-        columns = [name for name in (settings.text_column, settings.id_column) if name in names]
-        number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                text = row[settings.text_column]
-                name = str(row.get(settings.id_column) or number)
-                yield name, text if isinstance(text, str) else Undecodable("no_text")
-
-
-def _python_literal(source: Source, _: IngestSettings) -> Records:
-    """A Python module that is one mapping of names to texts; it is read, never executed."""
-    with source.open() as file:
-        text = _decode(file.read())
-    if not isinstance(text, str):
-        raise UserError(f"{source.uri}: a .py source must be UTF-8")
-    try:
-        nodes = [n.value for n in ast.parse(text).body if isinstance(n, ast.Assign | ast.Expr)]
-        mappings = [ast.literal_eval(node) for node in nodes if isinstance(node, ast.Dict)]
-    except (SyntaxError, ValueError, TypeError):
-        mappings = []
-    if len(mappings) != 1:
-        raise UserError(f"{source.uri}: a .py source must hold one literal mapping of name to text")
-    for name, value in mappings[0].items():
-        yield str(name), value if isinstance(value, str) else Undecodable("no_text")
-
-
-def _need_column(source: Source, settings: IngestSettings, columns: list[str], first: bool) -> None:
-    if first and settings.text_column not in columns:
-        raise UserError(
-            f"{source.uri} has no column {settings.text_column!r}, it has: {', '.join(columns)}; "
-            "set ingest.text_column"
-        )
-
-
-READERS: dict[str, Callable[[Source, IngestSettings], Records]] = {
-    ".txt": _plain,
-    ".md": _plain,
-    ".html": _html,
-    ".htm": _html,
-    ".jsonl": _json_lines,
-    ".csv": _csv,
-    ".parquet": _parquet,
-    ".py": _python_literal,
-}

@@ -1,0 +1,343 @@
+"""How a file becomes records, by its suffix; what cannot be read is counted, never fatal.
+
+A reader takes a stream and yields (name, text); an `Unreadable` stands for a text that is there
+and cannot be had. No reader holds more than one record of `RECORD_BYTES`, and none trusts a size.
+"""
+
+import ast
+import bz2
+import csv
+import gzip
+import io
+import itertools
+import json
+import lzma
+import re
+import shutil
+import struct
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+from nudge.components.common.corpus import zstd
+from nudge.components.ingest.settings import IngestSettings
+
+RECORD_BYTES = 64 << 20
+"""A longer line or file is counted as too_long, and is never held in memory whole."""
+BOMB_RATIO, BOMB_BYTES = 250, 256 << 20
+"""More output than both, relative to what was read and in all, is a decompression bomb."""
+DAMAGED_ARCHIVE = (ValueError, IndexError, NotImplementedError, RuntimeError, struct.error)
+"""What zipfile raises beside BadZipFile on an index of nonsense; fuzzing found them."""
+DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zstd.ZstdError, zipfile.BadZipFile)
+"""What a damaged stream raises; a store that does not answer raises no OSError (`sources`)."""
+csv.field_size_limit(RECORD_BYTES)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A record that is there but cannot be read; counted under ``reason`` and left out."""
+
+    reason: str
+    detail: str = ""
+
+
+class Bomb(Exception):
+    """A stream grows beyond what any text does."""
+
+
+Records = Iterator[tuple[str, str | Unreadable]]
+Reader = Callable[[IO[bytes], str, IngestSettings], Records]
+
+
+class _Bounded(io.RawIOBase):
+    """A decompressed stream that refuses to grow out of all proportion to what it was read from."""
+
+    def __init__(self, inner: Any, compressed: IO[bytes]) -> None:
+        self._inner, self._compressed, self._out = inner, compressed, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._inner.read1(len(buffer))  # read() of a cut stream loses what it has
+        self._out += len(data)
+        if self._out > BOMB_BYTES and self._out > BOMB_RATIO * max(1, self._compressed.tell()):
+            raise Bomb
+        buffer[: len(data)] = data
+        return len(data)
+
+
+COMPRESSED: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".zst": zstd.ZstdFile,
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+}
+
+
+def suffix_of(name: str) -> str:
+    """The suffix that tells the format, without that of the compression."""
+    path = PurePosixPath(name)
+    return (PurePosixPath(path.stem).suffix if path.suffix in COMPRESSED else path.suffix).lower()
+
+
+def read_stream(stream: IO[bytes], name: str, settings: IngestSettings) -> Records:
+    """Every record of a stream whose format ``name`` tells; ends with what broke it, if so."""
+    opener = COMPRESSED.get(PurePosixPath(name).suffix)
+    try:
+        if opener is not None:
+            stream = io.BufferedReader(_Bounded(opener(stream), stream), 1 << 20)
+        yield from READERS[suffix_of(name)](stream, name, settings)
+    except Bomb:
+        yield name, Unreadable("decompression_bomb")
+    except DAMAGE as error:
+        yield name, Unreadable("damaged", f"{type(error).__name__}: {error}")
+
+
+def _decode(raw: bytes) -> str | Unreadable:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return Unreadable("not_utf8")
+
+
+def _whole(stream: IO[bytes]) -> bytes | Unreadable:
+    raw = stream.read(RECORD_BYTES + 1)
+    return Unreadable("too_long") if len(raw) > RECORD_BYTES else raw
+
+
+def _whole_text(stream: IO[bytes]) -> str | Unreadable:
+    raw = _whole(stream)
+    return raw if isinstance(raw, Unreadable) else _decode(raw)
+
+
+def _plain(stream: IO[bytes], name: str, _: IngestSettings) -> Records:
+    yield PurePosixPath(name).name, _whole_text(stream)
+
+
+def _html(stream: IO[bytes], name: str, _: IngestSettings) -> Records:
+    import trafilatura
+
+    text = _whole_text(stream)
+    if isinstance(text, str):
+        text = trafilatura.extract(text) or Unreadable("no_main_text")
+    yield PurePosixPath(name).name, text
+
+
+def _pdf(stream: IO[bytes], name: str, _: IngestSettings) -> Records:
+    import pypdfium2
+
+    raw = _whole(stream)
+    text: str | Unreadable
+    if isinstance(raw, Unreadable):
+        text = raw
+    else:
+        try:
+            with pypdfium2.PdfDocument(raw) as document:
+                pages = [page.get_textpage().get_text_bounded() for page in document]
+            text = "\n\n".join(pages).strip() or Unreadable("no_main_text")
+        except pypdfium2.PdfiumError as error:
+            text = Unreadable("damaged", str(error))
+    yield PurePosixPath(name).name, text
+
+
+def _lines(stream: IO[bytes]) -> Iterator[bytes | Unreadable]:
+    while line := stream.readline(RECORD_BYTES + 1):
+        if len(line) <= RECORD_BYTES:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(1 << 20)
+        yield Unreadable("too_long")
+
+
+def _json_lines(stream: IO[bytes], _: str, settings: IngestSettings) -> Records:
+    for number, raw in enumerate(_lines(stream), 1):
+        line = raw if isinstance(raw, Unreadable) else _decode(raw)
+        if isinstance(line, Unreadable):
+            yield str(number), line
+            continue
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):  # a deep nesting is a RecursionError
+            yield str(number), Unreadable("bad_record")
+            continue
+        if not isinstance(record, dict):
+            yield str(number), Unreadable("bad_record")
+            continue
+        yield _record(record, number, settings)
+
+
+def _csv(stream: IO[bytes], _: str, settings: IngestSettings) -> Records:
+    broken: list[Unreadable] = []
+
+    def decoded() -> Iterator[str]:
+        for line in _lines(stream):
+            if isinstance(line, Unreadable):
+                broken.append(line)
+                yield "\n"
+            else:
+                yield line.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+
+    rows = csv.reader(decoded())
+    try:
+        header = next(rows, [])
+    except csv.Error:
+        header = []
+    number = 0
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            number += 1
+            broken.clear()
+            yield str(number), Unreadable("bad_record", str(error))
+            continue
+        if not row and not broken:
+            continue
+        number += 1
+        name, text = _record(dict(itertools.zip_longest(header, row)), number, settings)
+        if broken:  # a line of this row was left out
+            text = broken.pop()
+            broken.clear()
+        elif isinstance(text, str) and re.search("[\udc80-\udcff]", text):
+            text = Unreadable("not_utf8")
+        yield name, text
+    for lost in broken:
+        number += 1
+        yield str(number), lost
+
+
+def _parquet(stream: IO[bytes], name: str, settings: IngestSettings) -> Records:
+    import pyarrow
+    import pyarrow.parquet
+
+    with _seekable(stream) as file:
+        try:
+            table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+        except (pyarrow.ArrowException, OSError) as error:
+            yield name, Unreadable("damaged", str(error))
+            return
+        names = table.schema_arrow.names
+        columns = [n for n in (settings.text_column, settings.id_column) if n in names]
+        number = 0
+        for group in range(table.num_row_groups):
+            left = table.metadata.row_group(group).num_rows
+            if settings.text_column not in names:
+                for absent in range(number + 1, number + left + 1):
+                    yield str(absent), Unreadable("no_column", ", ".join(names))
+                number += left
+                continue
+            try:
+                batches = table.iter_batches(1024, row_groups=[group], columns=columns)
+                for batch in batches:
+                    for row in _rows(batch):
+                        number, left = number + 1, left - 1
+                        yield _record(row, number, settings)
+            except (pyarrow.ArrowException, OSError) as error:
+                for lost in range(number + 1, number + left + 1):
+                    yield str(lost), Unreadable("damaged", str(error))
+                number += left
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any]]:
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:  # raised before the first row: a column is converted as a whole
+        for index in range(batch.num_rows):
+            try:
+                yield batch.slice(index, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                yield {name: Unreadable("not_utf8") for name in batch.schema.names}
+
+
+def _seekable(stream: IO[bytes]) -> IO[bytes]:
+    """The stream itself, or a temporary copy of one that cannot jump cheaply."""
+    if not isinstance(stream, zipfile.ZipExtFile) and stream.seekable():
+        return io.BufferedReader(stream) if isinstance(stream, io.RawIOBase) else stream
+    copy = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
+    shutil.copyfileobj(stream, copy, 1 << 20)
+    copy.seek(0)
+    return copy
+
+
+def _zip(stream: IO[bytes], name: str, settings: IngestSettings) -> Records:
+    try:
+        yield from _members(stream, settings)
+    except DAMAGED_ARCHIVE as error:
+        yield name, Unreadable("damaged", str(error))
+
+
+def _members(stream: IO[bytes], settings: IngestSettings) -> Records:
+    with zipfile.ZipFile(stream) as archive:
+        for member in archive.infolist():
+            inner = member.filename
+            if inner.endswith("/"):
+                continue
+            if PurePosixPath(inner).is_absolute() or ".." in re.split(r"[/\\]", inner):
+                yield inner, Unreadable("unsafe_path")
+            elif member.flag_bits & 1:
+                yield inner, Unreadable("encrypted")
+            elif suffix_of(inner) not in READERS or suffix_of(inner) == ".zip":
+                yield inner, Unreadable("unknown_kind")
+            elif member.file_size > max(BOMB_BYTES, BOMB_RATIO * member.compress_size):
+                yield inner, Unreadable("decompression_bomb")
+            else:
+                try:
+                    with archive.open(member) as file:
+                        for record, text in read_stream(file, inner, settings):
+                            whole = record in (inner, PurePosixPath(inner).name)
+                            yield inner if whole else f"{inner}:{record}", text
+                except (NotImplementedError, zipfile.BadZipFile) as error:
+                    yield inner, Unreadable("damaged", str(error))
+
+
+def _python_literal(stream: IO[bytes], name: str, _: IngestSettings) -> Records:
+    """A Python module that is one mapping of names to texts; it is read, never executed."""
+    text = _whole_text(stream)
+    if isinstance(text, Unreadable):
+        yield name, text
+        return
+    try:
+        nodes = [n.value for n in ast.parse(text).body if isinstance(n, ast.Assign | ast.Expr)]
+        mappings = [ast.literal_eval(node) for node in nodes if isinstance(node, ast.Dict)]
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        mappings = []
+    if len(mappings) != 1:
+        yield name, Unreadable("bad_record", "not one literal mapping of name to text")
+        return
+    for key, value in mappings[0].items():
+        yield str(key), value if isinstance(value, str) else Unreadable("no_text")
+
+
+def _record(row: dict[str, Any], number: int, settings: IngestSettings) -> tuple[str, Any]:
+    given = row.get(settings.id_column)
+    name = str(number) if given is None or given == "" else str(given)
+    if isinstance(given, Unreadable):
+        name = str(number)
+    if settings.text_column not in row:
+        return name, Unreadable("no_column", ", ".join(map(str, row)))
+    text = row[settings.text_column]
+    return name, text if isinstance(text, str | Unreadable) else Unreadable("no_text")
+
+
+READERS: dict[str, Reader] = {
+    ".txt": _plain,
+    ".md": _plain,
+    ".html": _html,
+    ".htm": _html,
+    ".pdf": _pdf,
+    ".jsonl": _json_lines,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".zip": _zip,
+    ".py": _python_literal,
+}

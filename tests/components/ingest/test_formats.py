@@ -1,0 +1,169 @@
+"""Whatever stands in a file: read, or counted under a reason; never a crash, never a loss."""
+
+import csv
+import gzip
+import io
+import json
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from nudge.components.common.corpus import zstd
+from nudge.components.ingest import formats
+from nudge.components.ingest.formats import READERS, Unreadable, read_stream
+from nudge.components.ingest.settings import IngestSettings
+
+SETTINGS = IngestSettings(data_uri="x")
+PDF = (
+    b"%PDF-1.1\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n"
+    b"2 0 obj<</Type/Pages/Kids[3 0 R]/Count 1>>endobj\n"
+    b"3 0 obj<</Type/Page/Parent 2 0 R/MediaBox[0 0 300 99]/Contents 4 0 R/Resources"
+    b"<</Font<</F<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>>>>>>>endobj\n"
+    b"4 0 obj<</Length 44>>stream\nBT /F 18 Tf 9 40 Td (The tower is in Paris) Tj ET\n"
+    b"endstream endobj\ntrailer<</Root 1 0 R>>"
+)
+
+
+def read(raw: bytes, name: str) -> list[tuple[str, str | Unreadable]]:
+    return list(read_stream(io.BufferedReader(io.BytesIO(raw)), name, SETTINGS))  # type: ignore[type-var]
+
+
+def counted(raw: bytes, name: str) -> Counter[str]:
+    return Counter(t.reason if isinstance(t, Unreadable) else "read" for _, t in read(raw, name))
+
+
+def lines(count: int) -> bytes:
+    return b"".join(b'{"text": "number %d", "id": "n%d"}\n' % (n, n) for n in range(count))
+
+
+def archive(members: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, raw in members.items():
+            file.writestr(name, raw)
+    return out.getvalue()
+
+
+def test_a_truncated_stream_keeps_what_came_before() -> None:
+    whole = gzip.compress(lines(20_000))
+    found = counted(whole[: len(whole) // 2], "a.jsonl.gz")
+    assert found["damaged"] == 1
+    assert 5_000 < found["read"] < 20_000
+    assert counted(zstd.compress(lines(9))[:-8], "a.jsonl.zst")["damaged"] == 1
+    assert counted(b"no gzip at all", "a.txt.gz") == {"damaged": 1}
+
+
+def test_lines_that_are_no_record_are_counted_one_by_one() -> None:
+    raw = lines(2) + b'not json\n{"body": "x"}\n{"text": null}\n[1]\n{"text": "\xff"}\n\n'
+    raw += b"[" * 100_000 + b"\n" + b'{"text": "last"}'
+    reasons = {"read": 3, "bad_record": 3, "no_column": 1, "no_text": 1, "not_utf8": 1}
+    assert counted(raw, "a.jsonl") == reasons
+
+
+def test_a_line_without_end_is_counted_and_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "RECORD_BYTES", 1000)
+    long = b'{"text": "' + b"x" * 3_000_000 + b'"}\n'
+    assert counted(lines(1) + long + lines(1), "a.jsonl") == {"read": 2, "too_long": 1}
+    assert counted(long, "a.txt") == {"too_long": 1}
+    rows = b"text\none\n" + b"y" * 5000 + b"\nthree\n"
+    assert counted(rows, "a.csv")["read"] == 2
+
+
+def test_csv_rows_with_bad_bytes_leave_their_neighbours_whole() -> None:
+    raw = b'id,text\n1,"two\nlines"\n2,\xff\xfe\n3\n4,nul\0here\n'
+    assert read(raw, "a.csv") == [
+        ("1", "two\nlines"),
+        ("2", Unreadable("not_utf8")),
+        ("3", Unreadable("no_text")),
+        ("4", "nul\0here"),
+    ]
+
+
+def test_each_row_of_a_corrupt_row_group_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"id": list(range(300)), "text": [f"text {n}" * 9 for n in range(300)]})
+    pyarrow.parquet.write_table(table, path, row_group_size=100, compression="zstd")
+    raw = bytearray(path.read_bytes())
+    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(1)
+    start = column.dictionary_page_offset or column.data_page_offset
+    raw[start : start + column.total_compressed_size] = b"\xa5" * column.total_compressed_size
+    assert counted(bytes(raw), "a.parquet") == {"read": 200, "damaged": 100}
+    assert counted(bytes(raw[:-9]), "a.parquet") == {"damaged": 1}
+    assert counted(gzip.compress(path.read_bytes()), "a.parquet.gz") == {"read": 300}
+
+
+def test_archives_give_their_members_and_nothing_leaves_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    good = {"a.txt": b"one", "in/b.jsonl": lines(2), "c.jsonl.gz": gzip.compress(lines(1))}
+    found = read(archive(good), "a.zip")
+    assert [n for n, _ in found] == ["a.txt", "in/b.jsonl:n0", "in/b.jsonl:n1", "c.jsonl.gz:n0"]
+    bad = {"../../x.txt": b"x", "/etc/x.txt": b"x", "x.exe": b"x", "y.zip": archive(good)}
+    assert counted(archive(bad), "a.zip") == {"unsafe_path": 2, "unknown_kind": 2}
+    monkeypatch.setattr(formats, "BOMB_BYTES", 1 << 20)
+    bomb = {"a.txt": bytes(9 << 20), "b.txt": b"fine"}
+    assert counted(archive(bomb), "a.zip") == {"decompression_bomb": 1, "read": 1}
+    assert counted(gzip.compress(bytes(99 << 20)), "a.jsonl.gz")["decompression_bomb"] == 1
+    assert counted(archive(good)[:-30], "a.zip") == {"damaged": 1}
+
+
+def test_pdf_and_web_pages() -> None:
+    assert read(PDF, "a.pdf") == [("a.pdf", "The tower is in Paris")]
+    assert counted(b"%PDF-1.7 broken", "a.pdf") == {"damaged": 1}
+    page = b"<html><body><nav>menu</nav><article><p>%s</p></article></body></html>"
+    ((_, text),) = read(page % (b"A long sentence about the tower. " * 20), "a.html")
+    assert isinstance(text, str)
+    assert text.startswith("A long sentence")
+    assert "menu" not in text
+
+
+SEEDS = {
+    ".jsonl": lines(3),
+    ".csv": b'id,text\n1,"a\nb"\n2,c\n',
+    ".pdf": PDF,
+    ".zip": archive({"a.txt": b"one", "b.jsonl": lines(2)}),
+    ".html": b"<html><body><p>text</p></body></html>",
+    ".txt": "täxt".encode(),
+    ".py": b"x = {'a': 'b'}",
+}
+TABLE = io.BytesIO()
+pyarrow.parquet.write_table(pyarrow.table({"id": ["1"], "text": ["abc"]}), TABLE)
+SEEDS[".parquet"] = TABLE.getvalue()
+
+
+@pytest.mark.parametrize("suffix", sorted({*READERS} - {".md", ".htm"}))
+@hypothesis_settings(
+    max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+@given(
+    cuts=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 4), st.binary(max_size=6)), max_size=4),
+    packed=st.sampled_from(["", ".gz", ".zst"]),
+)
+def test_no_bytes_crash_a_reader(suffix: str, cuts: list[tuple], packed: str) -> None:  # type: ignore[type-arg]
+    raw = SEEDS[suffix]
+    for place, removed, added in cuts:
+        at = int(place * len(raw))
+        raw = raw[:at] + added + raw[at + removed :]
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstd.compress}[packed]
+    for name, text in read(pack(raw), f"a{suffix}{packed}"):
+        assert isinstance(name, str)
+        assert isinstance(text, str | Unreadable)
+
+
+@hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.text(min_size=1), min_size=1, max_size=5))
+def test_what_was_written_is_read(texts: list[str]) -> None:
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]
+    raw = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    assert [text for _, text in read(raw, "a.jsonl")] == texts
+    out = io.StringIO(newline="")
+    writer = csv.writer(out)
+    writer.writerows([["text"], *([text.replace("\r", "")] for text in texts)])
+    read_back = [text for _, text in read(out.getvalue().encode(), "a.csv")]
+    assert read_back == [text.replace("\r", "") for text in texts if text.replace("\r", "")]
