@@ -1,4 +1,4 @@
-"""Take out of the packages of the Python that runs this what no step uses, while an image is built."""
+"""Take out of the packages of the Python that runs this what no step uses."""
 
 import shutil
 import sysconfig
