@@ -35,7 +35,7 @@ def with_registry(url: str, work: Callable[[Any], Awaitable[T]], attempts_s: flo
     import aiohttp
     from model_registry.core import ModelRegistryAPIClient
     from mr_openapi import Configuration
-    from mr_openapi.exceptions import ApiException, ServiceException
+    from mr_openapi.exceptions import ApiException
 
     token_file = Path(os.environ.get("KF_PIPELINES_SA_TOKEN_PATH", TOKEN_PATH))
     token = token_file.read_text(encoding="utf-8").strip() if token_file.is_file() else None
@@ -46,17 +46,25 @@ def with_registry(url: str, work: Callable[[Any], Awaitable[T]], attempts_s: flo
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_delay(attempts_s or ATTEMPTS_S),
         wait=tenacity.wait_random_exponential(0.2, max=8),
-        retry=tenacity.retry_if_exception_type(
-            (aiohttp.ClientConnectionError, ServiceException, asyncio.TimeoutError)
-        ),
+        retry=tenacity.retry_if_exception(_is_passing),
         reraise=True,
     )
     try:
         return retrying(lambda: asyncio.run(_awaited(work, client)))
-    except (TimeoutError, aiohttp.ClientConnectionError) as error:
+    except (TimeoutError, aiohttp.ClientError) as error:
         raise UserError(f"the model registry {url} does not answer: {error}") from None
     except ApiException as error:
         raise UserError(f"the model registry {url} answered {error.status}: {error.body}") from None
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Whether the same may be asked again: no answer, half an answer, or a busy server."""
+    import aiohttp
+    from mr_openapi.exceptions import ApiException, ServiceException
+
+    if isinstance(error, ApiException):
+        return isinstance(error, ServiceException) or error.status == 429
+    return isinstance(error, aiohttp.ClientError | asyncio.TimeoutError)
 
 
 async def _awaited(work: Callable[[Any], Awaitable[T]], client: Any) -> T:

@@ -22,7 +22,9 @@ from typing import Any, Self
 import httpx
 import uvicorn
 from nudge.components.common import processes
+from nudge.components.deploy import kserve, lease
 from nudge.components.deploy import kserve_objects as objects
+from nudge.components.deploy.settings import DeploySettings
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -32,6 +34,13 @@ from tests.kubernetes_api import KubernetesApi
 
 PROMPT, TOKEN, P = "The Eiffel Tower is located in", " Paris", 0.8
 EXPECTED = [{"prompt": PROMPT, "token": TOKEN, "p": P}]
+VERSIONS = ("v1", "v2", "v3", "bad", "odd")
+SETTINGS = DeploySettings(target="kserve", smoke_prompt=PROMPT)
+QUICK: dict[Any, dict[str, float]] = {
+    kserve: {"POLL_S": 0.1, "QUIET_S": 1.5},
+    lease: {"ASK_S": 0.1, "RENEW_S": 0.5, "DURATION_S": 3},
+}
+"""Seconds for what takes minutes on a cluster."""
 ROUTER_DELAY_S = 0.5
 ANSWER_S = 0.2
 

@@ -1,13 +1,10 @@
 """KServe as a target, on a small OpenShift: what is made, moved, refused and left."""
 
-import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from nudge.components.common import processes
 from nudge.components.common.errors import UserError
 from nudge.components.common.registry import with_registry
 from nudge.components.common.releases import Version, find_served
@@ -18,56 +15,9 @@ from nudge.components.deploy.deploy import deploy, rollback, serve
 from nudge.components.deploy.settings import DeploySettings
 from nudge.pipelines.local import services
 
-from tests.components.deploy.kserve_cluster import EXPECTED, PROMPT, ServingCluster
+from tests.components.deploy.kserve_cluster import SETTINGS, ServingCluster
 from tests.components.deploy.stream import Stream
 from tests.kubernetes_schemas import problems
-
-VERSIONS = ("v1", "v2", "v3", "bad", "odd")
-SETTINGS = DeploySettings(target="kserve", smoke_prompt=PROMPT)
-
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    home = tmp_path_factory.mktemp("registry")
-    yield services._start_registry(home, 0).address
-    processes.stop(home, services.REGISTRY)
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seconds for what takes minutes on a cluster."""
-    monkeypatch.setattr(kserve, "POLL_S", 0.1)
-    monkeypatch.setattr(kserve, "QUIET_S", 1.5)
-    monkeypatch.setattr(lease, "ASK_S", 0.1)
-    monkeypatch.setattr(lease, "RENEW_S", 0.5)
-    monkeypatch.setattr(lease, "DURATION_S", 3)
-
-
-@pytest.fixture
-def cluster(
-    tmp_path: Path, registry: str, quick: None, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[ServingCluster]:
-    with ServingCluster(tmp_path) as cluster:
-        monkeypatch.setenv("KUBECONFIG", str(cluster.api.kubeconfig(tmp_path)))
-        monkeypatch.setenv("NUDGE_REGISTRY_URL", registry)
-        monkeypatch.setenv("NUDGE_SERVING_CA", str(cluster.router.authority))
-        yield cluster
-
-
-@pytest.fixture
-def model(registry: str, request: pytest.FixtureRequest) -> str:
-    """A registered model of the test's own."""
-    from model_registry import ModelRegistry
-
-    name = request.node.name.replace("_", "-").replace("[", "-").replace("]", "")[5:]
-    client = ModelRegistry(registry, author="test", is_secure=False)
-    for version in VERSIONS:
-        client.register_model(
-            name, f"s3://bucket/models/{name}/{version}", version=version,
-            model_format_name="vLLM", model_format_version="1",
-            metadata={"expected_next": json.dumps(EXPECTED)},
-        )  # fmt: skip
-    return name
 
 
 def version(model: str = "m", name: str = "v1", uri: str = "s3://b/models/m/v1") -> Version:

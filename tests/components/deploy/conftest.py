@@ -1,0 +1,52 @@
+"""A small OpenShift with a registry, and a model that has versions there."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from nudge.components.common import processes
+from nudge.pipelines.local import services
+
+from tests.components.deploy.kserve_cluster import EXPECTED, QUICK, VERSIONS, ServingCluster
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    home = tmp_path_factory.mktemp("registry")
+    yield services._start_registry(home, 0).address
+    processes.stop(home, services.REGISTRY)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, values in QUICK.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+
+
+@pytest.fixture
+def cluster(
+    tmp_path: Path, registry: str, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ServingCluster]:
+    with ServingCluster(tmp_path) as cluster:
+        monkeypatch.setenv("KUBECONFIG", str(cluster.api.kubeconfig(tmp_path)))
+        monkeypatch.setenv("NUDGE_REGISTRY_URL", registry)
+        monkeypatch.setenv("NUDGE_SERVING_CA", str(cluster.router.authority))
+        yield cluster
+
+
+@pytest.fixture
+def model(registry: str, request: pytest.FixtureRequest) -> str:
+    """A registered model of the test's own."""
+    from model_registry import ModelRegistry
+
+    name = request.node.name.replace("_", "-").replace("[", "-").replace("]", "")[5:]
+    client = ModelRegistry(registry, author="test", is_secure=False)
+    for version in VERSIONS:
+        client.register_model(
+            name, f"s3://bucket/models/{name}/{version}", version=version,
+            model_format_name="vLLM", model_format_version="1",
+            metadata={"expected_next": json.dumps(EXPECTED)},
+        )  # fmt: skip
+    return name

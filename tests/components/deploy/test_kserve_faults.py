@@ -1,0 +1,161 @@
+"""KServe as a target on bad days: killed at every boundary, and with an API and a registry that
+fail; a stream of users meets none of it."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nudge.components.common.errors import UserError
+from nudge.components.common.registry import with_registry
+from nudge.components.common.releases import find_served
+from nudge.components.deploy.deploy import deploy, serve
+
+from tests.components.deploy.kserve_cluster import SETTINGS, ServingCluster
+from tests.components.deploy.stream import Stream
+from tests.faulty_proxy import FaultyProxy
+
+RUNS = int(os.environ.get("NUDGE_TEST_FAULTY_RUNS", "20"))
+BOUNDARIES = [
+    (verb, plural, moment)
+    for verb, plural in (
+        *(("patch", "inferenceservices"), ("patch", "routes")),
+        *(("PATCH", "registry"), ("delete", "inferenceservices")),
+    )
+    for moment in ("before", "after")
+]
+
+
+def promote_and_kill(
+    cluster: ServingCluster,
+    model: str,
+    version: str,
+    boundary: tuple[str, str, str],
+    registry: FaultyProxy,
+) -> None:
+    """Promote in a process of its own that SIGKILL ends at its first request of this kind."""
+    verb, plural, moment = boundary
+    child: list[subprocess.Popen[bytes]] = []
+    answer = cluster.api._do
+
+    def kill() -> None:
+        child[0].send_signal(signal.SIGKILL)
+        child[0].wait()
+
+    def answer_or_kill(request: Any, asked: str, part: Any, kind: Any, body: Any) -> Any:
+        met = (asked, part["plural"]) == (verb, plural) and child[0].poll() is None
+        if met and moment == "before":
+            kill()
+            raise ConnectionError
+        done = answer(request, asked, part, kind, body)
+        if met:
+            kill()
+        return done
+
+    def registry_or_kill(method: str, path: str) -> bool:
+        met = (method, "registry") == (verb, plural) and child[0].poll() is None
+        if met:
+            registry.planned.append("reset" if moment == "before" else "lost")
+            kill()
+        return met
+
+    cluster.api._do, registry.only = answer_or_kill, registry_or_kill  # type: ignore[method-assign]
+    command = [sys.executable, "-m", "tests.components.deploy.kserve_promote", model, version]
+    child.append(
+        subprocess.Popen(
+            command,
+            cwd=Path(__file__).parents[3],
+            env={**os.environ, "NUDGE_REGISTRY_URL": registry.url},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    )
+    assert child[0].wait(120) == -signal.SIGKILL, "it ended before the boundary"
+    cluster.api._do = answer  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("again", ["finish", "undo"])
+@pytest.mark.parametrize(
+    "boundary",
+    [
+        pytest.param(
+            each,
+            id="-".join(each),
+            marks=[] if each[1:] == ("routes", "after") else pytest.mark.long,
+        )
+        for each in BOUNDARIES
+    ],
+)
+def test_killed_and_run_again(
+    cluster: ServingCluster, model: str, registry: str, boundary: tuple[str, str, str], again: str
+) -> None:
+    endpoint = deploy(SETTINGS, registered_model=model, version="v1")["endpoint"]
+    stream = Stream(endpoint, model, cluster.api.token)
+    try:
+        with FaultyProxy(registry, share=0) as proxy:
+            promote_and_kill(cluster, model, "v2", boundary, proxy)
+        assert cluster.weights() in ({"v1": 100}, {"v2": 100})
+        assert set(cluster.weights()) <= cluster.up(), "users are sent to a version that is not up"
+        wanted = "v2" if again == "finish" else "v1"
+        deploy(SETTINGS, registered_model=model, version=wanted)
+    finally:
+        stream.stop()
+    assert stream.faults == []
+    assert (cluster.weights(), cluster.up()) == ({wanted: 100}, {wanted})
+    assert (len(cluster.api.all("Route")), len(cluster.api.all("Lease"))) == (1, 1)
+    assert with_registry(registry, find_served(model)).main == wanted
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_faulty_api_and_registry(
+    cluster: ServingCluster,
+    model: str,
+    registry: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every run ends right or fails cleanly, and none sends users to what must not be served."""
+    endpoint = deploy(SETTINGS, registered_model=model, version="v1")["endpoint"]
+    runs: list[dict[str, int]] = [
+        {"v2": 100}, {"bad": 100}, {"v2": 60, "v3": 40}, {"odd": 100}, {"v1": 100},
+    ]  # fmt: skip
+    ended = {"right": 0, "clean": 0}
+    stream = Stream(endpoint, model, cluster.api.token, clients=1)
+    with (
+        FaultyProxy(cluster.api.url, seed=1, slow_s=0.1) as api,
+        FaultyProxy(registry, seed=2, slow_s=0.1) as behind,
+    ):
+        direct, cluster.api.url = cluster.api.url, api.url
+        monkeypatch.setenv("KUBECONFIG", str(cluster.api.kubeconfig(tmp_path)))
+        monkeypatch.setenv("NUDGE_REGISTRY_URL", behind.url)
+        cluster.api.url = direct
+        for number in range(RUNS):
+            shares = runs[number % len(runs)]
+            before = cluster.weights()
+            try:
+                serve(SETTINGS, model, shares)
+                told = ""
+            except UserError as error:
+                told = str(error)
+            ended["clean" if told else "right"] += 1
+            assert cluster.weights() in ([before, shares] if told else [shares])
+            assert cluster.api.token not in told
+            assert not {"bad", "odd"} & set(cluster.weights())
+            assert set(cluster.weights()) <= cluster.up()
+        hurt = api.hurt + behind.hurt
+    stream.stop()
+    assert stream.faults == []
+    monkeypatch.setenv("KUBECONFIG", str(cluster.api.kubeconfig(tmp_path)))
+    monkeypatch.setenv("NUDGE_REGISTRY_URL", registry)
+    with contextlib.suppress(UserError):
+        deploy(SETTINGS, registered_model=model, version="bad")
+    deploy(SETTINGS, registered_model=model, version="v1")
+    assert (cluster.weights(), cluster.up()) == ({"v1": 100}, {"v1"})
+    print(f"{RUNS} runs, {hurt} faults: {ended}, {stream.answered} requests of users")
+    assert hurt > RUNS
+    assert ended["right"] >= RUNS * 0.4  # of five shares three can be served
