@@ -28,6 +28,17 @@ BOUNDARIES = [
     )
     for moment in ("before", "after")
 ]
+CASES = [
+    pytest.param(
+        boundary,
+        again,
+        id=f"{'-'.join(boundary)}-{again}",
+        # One of them, at the worst moment, is for every day.
+        marks=[] if boundary[1:] == ("routes", "after") and again == "finish" else pytest.mark.long,
+    )
+    for boundary in BOUNDARIES
+    for again in ("finish", "undo")
+]
 
 
 def promote_and_kill(
@@ -78,18 +89,7 @@ def promote_and_kill(
     cluster.api._do = answer  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("again", ["finish", "undo"])
-@pytest.mark.parametrize(
-    "boundary",
-    [
-        pytest.param(
-            each,
-            id="-".join(each),
-            marks=[] if each[1:] == ("routes", "after") else pytest.mark.long,
-        )
-        for each in BOUNDARIES
-    ],
-)
+@pytest.mark.parametrize(("boundary", "again"), CASES)
 def test_killed_and_run_again(
     cluster: ServingCluster, model: str, registry: str, boundary: tuple[str, str, str], again: str
 ) -> None:
