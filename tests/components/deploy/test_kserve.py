@@ -253,6 +253,7 @@ def test_a_cluster_without_kserve_says_what_brings_it(cluster: ServingCluster, m
         deploy(SETTINGS, registered_model=model, version="v1")
 
 
+@pytest.mark.long
 def test_the_commands_act_on_the_cluster(
     cluster: ServingCluster, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
