@@ -15,6 +15,7 @@ from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
 from nudge.pipelines import compile as compiling
 from nudge.pipelines.local import services
+from nudge.pipelines.local.runner import settled
 
 from tests.tiny import make_tiny_model, turn_around
 
@@ -49,9 +50,6 @@ def ask(endpoint: str) -> str:
     return str(answer.json()["choices"][0]["text"])
 
 
-@pytest.mark.skip(
-    reason="on the merged tree it waits without an end (perhaps kfp.local retries): to be mended"
-)
 def test_the_old_version_answers_again(registry: str, home: Path, tmp_path: Path) -> None:
     settings = DeploySettings(smoke_prompt=PROMPT)
     endpoint = deploy(settings, registered_model=NAME, version="v1")["endpoint"]
@@ -63,13 +61,15 @@ def test_the_old_version_answers_again(registry: str, home: Path, tmp_path: Path
         pipeline_root=str(tmp_path / "artifacts"),
         raise_on_error=True,
     )
-    pipeline: Any = components.load_component_from_file(str(compiling.COMPILED / "rollback.yaml"))
-    pipeline(model_name=NAME, recipe=RECIPE)
+    compiled: Any = components.load_component_from_file(str(compiling.COMPILED / "rollback.yaml"))
+    arguments = {"model_name": NAME, "recipe": RECIPE}
+    pipeline = settled(compiled, arguments)
+    pipeline(**arguments)
     assert ask(endpoint) == old
     served = with_registry(registry, find_served(NAME))
     assert (served.main, served.endpoint) == ("v1", endpoint)
     names = [record.name for record in processes.records(home)]
     assert [name for name in names if name.startswith("serving-")] == [f"serving-{NAME}@v1"]
     with pytest.raises(RuntimeError):  # nothing was served before it
-        pipeline(model_name=NAME, recipe=RECIPE)
+        pipeline(**arguments)
     assert ask(endpoint) == old
