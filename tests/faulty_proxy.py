@@ -195,6 +195,9 @@ class FaultyProxy:
             return self._reset(request, "lost")
         if length is None:
             response.enable_chunked_encoding()
+        if fault != "cut-download":
+            # Before the body: who has its last byte may look at the counts at once.
+            self._count("slow" if fault == "slow" else "passed")
         await response.prepare(request)
         left = (length or 2) // 2 if fault == "cut-download" else None
         async for chunk in answer.content.iter_any():
@@ -208,7 +211,8 @@ class FaultyProxy:
                 await asyncio.sleep(self.slow_s / 10)
                 chunk = chunk[half:]
             await response.write(chunk)
-        self._count("slow" if fault == "slow" else "passed")
+        if fault == "cut-download":
+            self._count("passed")
         await response.write_eof()
         return response
 
