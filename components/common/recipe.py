@@ -40,11 +40,14 @@ def read_recipe(recipe: str) -> dict[str, Any]:
     return values
 
 
-def step_settings(kind: type[T], section: str, recipe: str, **given: Any) -> T:
+def step_settings(
+    kind: type[T], section: str, recipe: str, *, partly: bool = False, **given: Any
+) -> T:
     """The settings ``kind`` of the step ``section``, from the recipe's text.
 
     ``given`` are values that stand above the recipe, such as pipeline parameters; an empty string
-    means "as the recipe says". Raises `UserError` as `parse` does.
+    means "as the recipe says". ``partly`` is for a step that reads a few keys of another's section
+    and leaves the rest of it to that. Raises `UserError` as `parse` does.
     """
     values = read_recipe(recipe)
     known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -53,6 +56,6 @@ def step_settings(kind: type[T], section: str, recipe: str, **given: Any) -> T:
     if not isinstance(given_here, dict):
         kind_name = type(given_here).__name__
         raise UserError(f"{section} is a YAML {kind_name}, expected a mapping of settings")
-    merged |= given_here
+    merged |= {key: each for key, each in given_here.items() if key in known or not partly}
     merged |= {key: value for key, value in given.items() if value != ""}
     return parse(kind, merged, section)

@@ -26,11 +26,12 @@ def summary(
     from nudge.components.common.provenance import this_run
     from nudge.components.common.recipe import step_settings
     from nudge.components.common.step import clean_end
-    from nudge.components.register.settings import RegisterSettings
+    from nudge.components.summary.settings import SummarySettings
     from nudge.components.summary.summary import summary
 
     with clean_end():
-        settings = step_settings(RegisterSettings, "register", recipe, model_name=model_name)
+        named = {"model_name": model_name}
+        settings = step_settings(SummarySettings, "register", recipe, partly=True, **named)
         run = this_run(run_id)
         summary(
             settings.model_name,
