@@ -118,7 +118,7 @@ def recipes() -> None:
     help="Pin the images as this file says: data and train, each name@sha256:...; with --into.",
 )
 def compile_(check: bool, into: Path | None, digests: Path | None) -> None:
-    """Write the pipelines' YAML and the steps' READMEs.
+    """Write the pipelines' YAML, the steps' READMEs, and what a disconnected cluster mirrors.
 
     A pipeline is written twice: for a dashboard's import box, and below kubernetes/ as Pipeline and
     PipelineVersion resources for `oc apply` (in this repository: manifests/base/pipelines/).

@@ -1,4 +1,4 @@
-"""The files that are made from code: compiled pipelines and the steps' READMEs."""
+"""The files that are made: compiled pipelines, the steps' READMEs, what is to be mirrored."""
 
 import hashlib
 import importlib
@@ -10,8 +10,12 @@ import jinja2
 import yaml
 from nudge.components.common.errors import UserError
 from nudge.components.common.images import DATA_IMAGE, TRAIN_IMAGE
-from nudge.components.common.provenance import ROOT
+from nudge.components.common.provenance import ROOT as CHECKOUT
 from nudge.components.common.publish import write_atomic
+from nudge.pipelines import mirror
+
+ROOT = CHECKOUT
+"""Where the files are written."""
 
 COMPILED = Path(__file__).parent / "compiled"
 RESOURCES = ROOT / "manifests" / "base" / "pipelines"
@@ -79,7 +83,7 @@ def made() -> dict[Path, str]:
         pages = [readme(getattr(face, each)) for each in (name, *MORE_FACES.get(name, ()))]
         pages.append("Made from `component.py` by `nudge compile`.\n")
         files[ROOT / "components" / name / "README.md"] = "\n".join(pages)
-    return files
+    return files | {ROOT / path: text for path, text in mirror.pages(CHECKOUT).items()}
 
 
 def compiled(folder: Path, resources: Path, digests: Path | None = None) -> dict[Path, str]:

@@ -58,7 +58,10 @@ def test_imports_go_one_way() -> None:
 @pytest.mark.parametrize(
     ("path", "line"),
     [
-        ("components/summary/component.py", "def f():\n    from nudge.components.register import a"),
+        (
+            "components/summary/component.py",
+            "def f():\n    from nudge.components import register",
+        ),
         ("components/common/step.py", "from nudge.components.train.train import train"),
         ("components/train/train.py", "import nudge.pipelines.cli"),
         ("kernels/native.py", "from nudge.components import common"),

@@ -195,3 +195,47 @@ def test_no_secret_is_in_the_repository() -> None:
     assert secret["data"]["AWS_SECRET_ACCESS_KEY"] in ("", None)
     ignored = (ROOT.parent / ".gitignore").read_text()
     assert "manifests/data-connection/data-connection.env\n" in ignored
+
+
+def mirrored() -> set[str]:
+    text = (ROOT / "overlays" / "disconnected" / "imageset.yaml").read_text()
+    wanted = yaml.safe_load(text)
+    assert (wanted["apiVersion"], wanted["kind"]) == (
+        "mirror.openshift.io/v2alpha1",
+        "ImageSetConfiguration",
+    )
+    return {each["name"] for each in wanted["mirror"]["additionalImages"]}
+
+
+def test_every_image_that_a_cluster_pulls_is_on_the_list_to_mirror() -> None:
+    pulled = {
+        image
+        for (folder, _, _), each in objects().items()
+        if folder.startswith("overlays/") and folder != "overlays/disconnected"
+        for image in re.findall(r"'((?:quay|docker|registry)\.[^' ]+[:@][^' ]+)'", str(each))
+    }
+    assert len(pulled) >= 4
+    assert pulled <= mirrored()
+
+
+def test_what_is_mirrored_has_the_name_that_the_disconnected_overlay_asks_for() -> None:
+    asked = {
+        image
+        for (folder, _, _), each in objects().items()
+        if folder == "overlays/disconnected"
+        for image in re.findall(r"'mirror\.example\.com/([^' ]+)'", str(each))
+    }
+    assert len(asked) >= 4
+    assert asked <= {image.partition("/")[2] for image in mirrored()}
+
+
+def test_the_page_for_a_disconnected_cluster_lists_every_pin_of_the_images() -> None:
+    page = (ROOT / "overlays" / "disconnected" / "README.md").read_text()
+    rows = set(re.findall(r"^\| (\S+) \| (\S+) \|", page, re.MULTILINE))
+    pins = set()
+    for file in sorted((ROOT.parent / "images").rglob("*.txt")):
+        if file.name != "torch-cpu.txt":
+            lines = [line for line in file.read_text().splitlines() if "==" in line.split(";")[0]]
+            pins |= {tuple(line.split(" ")[0].lower().split("==")) for line in lines}
+    assert len(pins) > 150
+    assert {(re.sub(r"\[.*\]", "", name), version) for name, version in pins} <= rows
