@@ -40,22 +40,30 @@ def read_recipe(recipe: str) -> dict[str, Any]:
     return values
 
 
-def step_settings(
-    kind: type[T], section: str, recipe: str, *, partly: bool = False, **given: Any
-) -> T:
+def step_settings(kind: type[T], section: str, recipe: str, **given: Any) -> T:
     """The settings ``kind`` of the step ``section``, from the recipe's text.
 
     ``given`` are values that stand above the recipe, such as pipeline parameters; an empty string
-    means "as the recipe says". ``partly`` is for a step that reads a few keys of another's section
-    and leaves the rest of it to that. Raises `UserError` as `parse` does.
+    means "as the recipe says". Raises `UserError` as `parse` does.
     """
-    values = read_recipe(recipe)
+    return parse(kind, _values(kind, section, recipe, given), section)
+
+
+def some_settings(kind: type[T], section: str, recipe: str, **given: Any) -> T:
+    """The same for a step that reads a few keys of another's section: the others are left to it."""
     known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values = _values(kind, section, recipe, given)
+    return parse(kind, {key: each for key, each in values.items() if key in known}, section)
+
+
+def _values(kind: type, section: str, recipe: str, given: dict[str, Any]) -> dict[str, Any]:
+    values = read_recipe(recipe)
+    known = {field.name for field in dataclasses.fields(kind)}
     merged = {key: values[key] for key in SHARED if key in values and key in known}
     given_here = values.get(section) or {}
     if not isinstance(given_here, dict):
         kind_name = type(given_here).__name__
         raise UserError(f"{section} is a YAML {kind_name}, expected a mapping of settings")
-    merged |= {key: each for key, each in given_here.items() if key in known or not partly}
+    merged |= given_here
     merged |= {key: value for key, value in given.items() if value != ""}
-    return parse(kind, merged, section)
+    return merged

@@ -24,14 +24,13 @@ def summary(
     from pathlib import Path
 
     from nudge.components.common.provenance import this_run
-    from nudge.components.common.recipe import step_settings
+    from nudge.components.common.recipe import some_settings
     from nudge.components.common.step import clean_end
     from nudge.components.summary.settings import SummarySettings
     from nudge.components.summary.summary import summary
 
     with clean_end():
-        named = {"model_name": model_name}
-        settings = step_settings(SummarySettings, "register", recipe, partly=True, **named)
+        settings = some_settings(SummarySettings, "register", recipe, model_name=model_name)
         run = this_run(run_id)
         summary(
             settings.model_name,
