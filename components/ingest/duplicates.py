@@ -8,11 +8,16 @@ a cluster was ever trained on, what is kept of it is trained on too, whatever co
 
 Signatures as in Broder, "On the resemblance and containment of documents" (1997); the parameters
 are datatrove's defaults: word 5-grams, 14 buckets of 8 hashes, which finds pairs of a Jaccard
-similarity of about 0.7 and more.
+similarity of about 0.7 and more. A gram is hashed from the hashes of its words, and those once for
+each distinct word; the 112 hashes of a gram are multiply-shift ones (Dietzfelbinger et al., "A
+reliable randomized algorithm for the closest-pair problem", 1997), whose high bits count.
 """
 
 import contextlib
 import hashlib
+import re
+import string
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,35 +25,65 @@ from typing import Any
 import numpy as np
 
 NGRAM, BUCKETS, ROWS = 5, 14, 8
-PRIME = np.uint64((1 << 61) - 1)
+CHUNK = 128
+"""Grams that are hashed at once; 112 hashes of each stay in a core's cache."""
+WORDS_HELD = 1 << 16
+MARKS = string.punctuation + "“”„‘’‚«»‹›…–—"
+ALONE = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff])")
+"""Letters of scripts that put no spaces between words (Thai, Khmer, Chinese, ...): each a word."""
 
 
-def _coefficients() -> tuple[np.ndarray, np.ndarray]:
-    generator = np.random.Generator(np.random.Philox(key=1))
-    # 29-bit factors times 32-bit hashes stay below 2**61, so that uint64 never wraps.
-    factors = generator.integers(1, 1 << 29, BUCKETS * ROWS, dtype=np.uint64)
-    offsets = generator.integers(0, 1 << 60, BUCKETS * ROWS, dtype=np.uint64)
-    return factors[:, None], offsets[:, None]
+# Odd ones; a hash is such a factor times the gram, modulo 2**64.
+FACTORS = np.random.Generator(np.random.Philox(key=1)).integers(
+    0, 1 << 63, BUCKETS * ROWS, dtype=np.uint64
+) * np.uint64(2) + np.uint64(1)
+STEP, MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
 
 
-FACTORS, OFFSETS = _coefficients()
+class _Words(dict[str, int]):
+    """Hashes of words, without case, accents and the punctuation around them; 0 if none is left."""
+
+    def __missing__(self, word: str) -> int:
+        plain = word.strip(MARKS).lower()
+        if not plain.isascii():
+            apart = unicodedata.normalize("NFD", plain)
+            plain = "".join(c for c in apart if not unicodedata.combining(c))
+        if len(self) >= WORDS_HELD:
+            self.clear()
+        digest = hashlib.blake2b(plain.encode(), digest_size=8).digest()
+        self[word] = value = int.from_bytes(digest) if plain else 0
+        return value
+
+
+_words = _Words()
 
 
 def signature(text: str) -> list[int]:
     """One key of 64 bits a bucket; two texts that share one are near duplicates."""
-    words = text.lower().split()
-    grams = {
-        " ".join(words[first : first + NGRAM]) for first in range(max(1, len(words) - NGRAM + 1))
-    }
-    hashes = np.array(
-        [int.from_bytes(hashlib.blake2b(g.encode(), digest_size=4).digest()) for g in grams],
-        dtype=np.uint64,
-    )
-    smallest = ((FACTORS * hashes + OFFSETS) % PRIME).min(axis=1)
-    return [
-        int.from_bytes(hashlib.blake2b(part.tobytes(), digest_size=8).digest())
-        for part in smallest.reshape(BUCKETS, ROWS)
-    ]
+    if not text.isascii():
+        text = ALONE.sub(r" \1 ", text)
+    words = np.fromiter(map(_words.__getitem__, text.split()), np.uint64)
+    words = words[words != 0]
+    width = min(NGRAM, len(words))
+    count = len(words) - width + 1
+    grams = np.zeros(count, np.uint64)
+    for first in range(width):
+        grams = grams * STEP + words[first : first + count]
+    grams = _mixed(grams)
+    smallest = np.full(BUCKETS * ROWS, np.iinfo(np.uint64).max)
+    for start in range(0, count, CHUNK):
+        hashes = grams[start : start + CHUNK, None] * FACTORS
+        np.minimum(smallest, hashes.min(axis=0), out=smallest)
+    keys = np.zeros(BUCKETS, np.uint64)
+    for row in smallest.reshape(BUCKETS, ROWS).T:
+        keys = _mixed((keys ^ row) * STEP)
+    return list(keys.tolist())
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """Spread each bit over all (the finaliser of SplitMix64, Steele et al. 2014, shortened)."""
+    values = (values ^ (values >> np.uint64(30))) * MIX
+    return values ^ (values >> np.uint64(27))
 
 
 KEYS = [f"k{bucket}" for bucket in range(BUCKETS)]

@@ -1,0 +1,164 @@
+"""Near duplicates and their clusters, beside plain reference computations; the split stays."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from nudge.components.common.corpus import read_documents
+from nudge.components.ingest import duplicates
+from nudge.components.ingest.duplicates import BUCKETS, NGRAM, ROWS, Documents, signature
+from nudge.components.ingest.ingest import ingest, split_of
+from nudge.components.ingest.settings import IngestSettings
+
+
+def words(count: int, choice: random.Random) -> list[str]:
+    return [f"w{choice.randrange(10**6)}" for _ in range(count)]
+
+
+def changed(text: list[str], count: int, choice: random.Random) -> list[str]:
+    places = set(choice.sample(range(len(text)), count))
+    return [f"x{choice.randrange(10**6)}" if n in places else w for n, w in enumerate(text)]
+
+
+def jaccard(one: list[str], other: list[str]) -> float:
+    grams = [{tuple(t[n : n + NGRAM]) for n in range(len(t) - NGRAM + 1)} for t in (one, other)]
+    return len(grams[0] & grams[1]) / len(grams[0] | grams[1])
+
+
+@pytest.mark.parametrize("edits", [10, 15, 20, 30])
+def test_pairs_are_found_as_often_as_minhash_promises(edits: int) -> None:
+    choice = random.Random(edits)
+    found, promised = 0, []
+    for _ in range(150):
+        text = words(400, choice)
+        other = changed(text, edits, choice)
+        promised.append(1 - (1 - jaccard(text, other) ** ROWS) ** BUCKETS)
+        keys = zip(signature(" ".join(text)), signature(" ".join(other)), strict=True)
+        found += any(a == b for a, b in keys)
+    spread = sum(p * (1 - p) for p in promised) ** 0.5
+    assert abs(found - sum(promised)) < 4 * spread + 1
+
+
+def test_what_is_not_the_text_itself_does_not_count() -> None:
+    text = "Le café, près de l’église: “ouvert” dès huit heures, tous les jours sauf lundi."
+    assert signature(text) == signature(text.upper().replace(",", " ,").replace("É", "E"))
+    assert signature("one two") != signature("two one")
+    assert signature("") == signature(" ")
+
+
+def test_scripts_without_spaces_have_near_duplicates_too() -> None:
+    choice = random.Random(2)
+    text = "".join(chr(choice.randrange(0x4E00, 0x9FFF)) for _ in range(400))
+    other = text[:200] + "\u4e00" + text[200:]
+    assert set(signature(text)) & set(signature(other))
+
+
+def test_a_long_text_is_hashed_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = " ".join(words(1000, random.Random(1)))
+    whole = signature(text)
+    monkeypatch.setattr(duplicates, "CHUNK", 7)
+    monkeypatch.setattr(duplicates, "WORDS_HELD", 100)
+    duplicates._words.clear()
+    assert signature(text) == whole
+
+
+def union_find(rows: list[tuple[str, list[int]]]) -> list[int]:
+    """The cluster of each row, as its smallest member: rows that share a key, or that are equal."""
+    parent = list(range(len(rows)))
+
+    def root(node: int) -> int:
+        while parent[node] != node:
+            node = parent[node]
+        return node
+
+    seen: dict[tuple[int, int] | str, int] = {}
+    for number, (sha256, keys) in enumerate(rows):
+        for mark in (sha256, *enumerate(keys)):
+            one, other = root(seen.setdefault(mark, number)), root(number)
+            parent[max(one, other)] = min(one, other)
+    return [root(number) for number in range(len(rows))]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_clusters_are_those_of_union_find(tmp_path: Path, seed: int) -> None:
+    # Few values in some buckets make long chains and large clusters.
+    choice = random.Random(seed)
+    rows: list[tuple[str, list[int]]] = []
+    for number in range(400):
+        if rows and choice.random() < 0.1:
+            rows.append(choice.choice(rows))
+            continue
+        keys = [choice.randrange(10**9) for _ in range(BUCKETS)]
+        for _ in range(choice.choice([0, 1, 1, 2])):
+            keys[choice.randrange(BUCKETS)] = choice.randrange(25)
+        rows.append((f"{number:05d}", keys))
+    shares = {sha256: choice.random() for sha256, _ in rows}
+    documents = Documents(tmp_path)
+    for sha256, keys in rows:
+        documents.add((0, "id", "text", sha256, shares[sha256], 4, 4, *keys), 4)
+    with documents.transaction():
+        pass
+    documents.find_duplicates(near=True)
+    verdicts = dict(documents.query("SELECT doc, reason FROM verdicts"))
+    documents.close()
+
+    clusters: dict[int, list[int]] = {}
+    for number, cluster in enumerate(union_find(rows)):
+        clusters.setdefault(cluster, []).append(number)
+    assert len(verdicts) == len(rows)
+    assert max(map(len, clusters.values())) > 10
+    for members in clusters.values():
+        first = {rows[n][0]: n for n in reversed(members)}
+        best = max(members, key=lambda n: (shares[rows[n][0]], rows[n][0]))
+        kept = first[rows[best][0]]
+        for number in members:
+            expected = None if number == kept else "near_duplicate"
+            if first[rows[number][0]] != number:
+                expected = "duplicate"
+            assert verdicts[number] == expected
+
+
+def test_a_document_never_moves_between_splits(tmp_path: Path) -> None:
+    """A corpus grows by new texts, copies and variants that join clusters: what was trained on is
+    never held out later, and neither is a variant of it."""
+    choice = random.Random(7)
+    settings = IngestSettings(data_uri=str(tmp_path / "*.txt"), validation_share=0.3)
+    texts: list[list[str]] = []
+    places: dict[str, str] = {}
+    moved = 0
+    for night in range(4):
+        for number in range(60):
+            if texts and choice.random() < 0.5:
+                made = changed(choice.choice(texts), choice.choice([0, 1, 3, 9]), choice)
+            else:
+                made = words(80, choice)
+            texts.append(made)
+            (tmp_path / f"{night}-{number}.txt").write_text(" ".join(made))
+        ingest(settings, corpus=tmp_path / "corpus", report=tmp_path / "report.html")
+        splits = {
+            split: [d.text for d in read_documents(tmp_path / "corpus", split)]
+            for split in ("train", "validation")
+        }
+        keys = {split: {*map(tuple, map(pairs, kept))} for split, kept in splits.items()}
+        shared = {k for row in keys["train"] for k in row} & {
+            k for row in keys["validation"] for k in row
+        }
+        assert not shared
+        for split, kept in splits.items():
+            for text in kept:
+                assert split_of(text, settings) == split
+                assert places.setdefault(text, split) == split
+        trained = {k for t, s in places.items() if s == "train" for k in pairs(t)}
+        moved += len({k for row in keys["validation"] for k in row} & trained)
+    assert moved == 0
+    assert len(places) > 100
+
+
+def pairs(text: str) -> list[tuple[int, int]]:
+    return list(enumerate(signature(text)))
+
+
+def test_signatures_are_the_same_everywhere() -> None:
+    keys = np.array(signature("a b c d e f g"), np.uint64)
+    assert int(np.bitwise_xor.reduce(keys)) == 13756489652655180688
