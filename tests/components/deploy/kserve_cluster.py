@@ -7,6 +7,7 @@ as another model would.
 """
 
 import asyncio
+import json
 import math
 import os
 import shutil
@@ -19,10 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-import httpx
 import uvicorn
 from nudge.components.common import processes
-from nudge.components.deploy import kserve, lease
+from nudge.components.deploy import gateway, kserve, lease
 from nudge.components.deploy import kserve_objects as objects
 from nudge.components.deploy.settings import DeploySettings
 from starlette.applications import Starlette
@@ -120,68 +120,41 @@ class Router:
         caddy = shutil.which("caddy", path=os.pathsep.join(folders))
         assert caddy
         home = {"XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
-        (folder / "caddy.json").write_text("{}")
+        (folder / "caddy.json").write_text(json.dumps(self._config()))
         self._process = subprocess.Popen(
-            [caddy, "run", "--config", "-"],
+            [caddy, "run", "--config", "caddy.json"],
+            cwd=folder,
             env={**os.environ, **home},
-            stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        assert self._process.stdin
-        self._process.stdin.write(self._config({}).encode())
-        self._process.stdin.close()
         _until(lambda: processes.answers(f"http://{self._admin}/config/"))
         _until(self.authority.is_file)
 
     def send(self, weights: dict[str, int]) -> None:
-        """Share requests by weight among ``host:port``s."""
-        answer = httpx.post(
-            f"http://{self._admin}/load",
-            content=self._config(weights),
-            headers={"content-type": "application/json"},
-            timeout=20,
-        )
-        answer.raise_for_status()
+        """Share requests by percent among ``host:port``s."""
+        servers = {address: address for address in weights}
+        gateway.switch(self._folder, gateway.Route(0, weights, servers))
 
     def stop(self) -> None:
         self._process.kill()
         self._process.wait()
 
-    def _config(self, weights: dict[str, int]) -> str:
-        import json
-
-        proxy = {
-            "handler": "reverse_proxy",
-            "upstreams": [{"dial": address} for address in weights],
-            "load_balancing": {
-                "selection_policy": {
-                    "policy": "weighted_round_robin",
-                    "weights": [
-                        weight // math.gcd(*weights.values()) for weight in weights.values()
-                    ],
-                }
-            },
-        }
-        nothing = {"handler": "static_response", "status_code": 503}
+    def _config(self) -> dict[str, Any]:
         server = {
             "listen": [f"127.0.0.1:{self.host.rpartition(':')[2]}"],
             "automatic_https": {"disable_redirects": True},
-            "routes": [
-                {"match": [{"host": ["localhost"]}], "handle": [proxy if weights else nothing]}
-            ],
+            "routes": [{"match": [{"host": ["localhost"]}], "handle": [gateway.by_share("now")]}],
         }
         policy = {"subjects": ["localhost"], "issuers": [{"module": "internal"}]}
-        return json.dumps(
-            {
-                "admin": {"listen": self._admin, "config": {"persist": False}},
-                "apps": {
-                    "http": {"servers": {"router": server}},
-                    "tls": {"automation": {"policies": [policy]}},
-                    "pki": {"certificate_authorities": {"local": {"install_trust": False}}},
-                },
-            }
-        )
+        return {
+            "admin": {"listen": self._admin, "config": {"persist": False}},
+            "apps": {
+                "http": {"servers": {"router": server}},
+                "tls": {"automation": {"policies": [policy]}},
+                "pki": {"certificate_authorities": {"local": {"install_trust": False}}},
+            },
+        }
 
 
 class ServingCluster:
@@ -191,7 +164,7 @@ class ServingCluster:
         self.api = KubernetesApi()
         self.router = Router(folder)
         self.models: dict[str, ModelServer] = {}
-        self._lock = threading.Lock()
+        self._lock, self._routing = threading.Lock(), threading.Lock()
         self.on_service: Callable[[dict[str, Any]], bool] = lambda service: False
         """Called with a new InferenceService; True if the test sets its status by itself."""
 
@@ -297,10 +270,11 @@ class ServingCluster:
 
     def _route(self, route: dict[str, Any]) -> None:
         time.sleep(ROUTER_DELAY_S)
-        weights = {
-            self.models[name].address: weight for name, weight in objects.weights(route).items()
-        }
-        self.router.send(weights)
+        with self._routing:
+            # As a controller does: what the Route says now, whichever change this call is about.
+            (route,) = self.api.all("Route")
+            weights = objects.weights(route)
+            self.router.send({self.models[name].address: weights[name] for name in weights})
         self.api.set_status(
             route,
             ingress=[

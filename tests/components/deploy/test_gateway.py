@@ -1,0 +1,74 @@
+"""The gateway's own promises: exact shares, and no request lost however often they change."""
+
+import collections
+import itertools
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+from nudge.components.common import processes
+from nudge.components.deploy import gateway
+
+from tests.components.deploy.stream import Stream
+
+CHANGES = 200
+
+
+def _serve(version: str) -> ThreadingHTTPServer:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            body = f'{{"choices": [{{"text": "{version}"}}]}}'.encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+@pytest.fixture
+def servers() -> Iterator[dict[str, str]]:
+    started = {version: _serve(version) for version in ("v1", "v2")}
+    yield {version: f"127.0.0.1:{server.server_port}" for version, server in started.items()}
+    for server in started.values():
+        server.shutdown()
+        server.server_close()
+
+
+def test_shares_are_exact(home: Path, servers: dict[str, str]) -> None:
+    endpoint = gateway.route(home, "m", servers, {"v1": 93, "v2": 7}, 0)
+    with httpx.Client() as client:
+        answers = [client.post(f"{endpoint}/v1/completions", json={}) for _ in range(100)]
+    texts = [answer.json()["choices"][0]["text"] for answer in answers]
+    assert collections.Counter(texts) == {"v1": 93, "v2": 7}
+    # A small share comes evenly, not in a row.
+    places = [place for place, text in enumerate(texts) if text == "v2"]
+    assert max(b - a for a, b in itertools.pairwise(places)) < 20
+    (route,) = gateway.routes(home).values()
+    assert (route.shares, route.servers) == ({"v1": 93, "v2": 7}, servers)
+
+
+def test_no_change_loses_a_request(home: Path, servers: dict[str, str]) -> None:
+    """A reload of Caddy per change lost about one in ten changes here."""
+    endpoint = gateway.route(home, "m", servers, {"v1": 100}, 0)
+    stream = Stream(endpoint, "m", clients=4)
+    for change in range(CHANGES):
+        wanted = "v2" if change % 2 else "v1"
+        assert gateway.route(home, "m", servers, {wanted: 100}, 0) == endpoint
+    stream.stop()
+    assert stream.faults == []
+    assert stream.seen() == {"v1", "v2"}
+    assert gateway.drained(home, "m", servers["v1"])
+    processes.stop(home, "gateway-m")
+    assert not processes.records(home)
