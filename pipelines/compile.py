@@ -43,14 +43,14 @@ README = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
 )
 
 
-PIPELINES = ("train_and_serve", "evaluate_only", "rollback")
+PIPELINES = ("train_and_serve", "distributed_training", "evaluate_only", "rollback")
 """The pipelines, each in the module of its name."""
 
 STEPS = (
     *("ingest", "tokenize", "train", "evaluate"),
     *("upload", "register", "deploy", "summary", "fetch"),
 )
-MORE_FACES = {"deploy": ("roll_back",)}
+MORE_FACES = {"train": ("train_on_nodes",), "deploy": ("roll_back",)}
 """Components beside the one of the folder's name."""
 
 PINNED = re.compile(r"[^@\s]+@sha256:[0-9a-f]{64}")

@@ -3,11 +3,15 @@
 `kfp.local` ignores all of this but the image; on a laptop the services' variables are inherited.
 """
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import Parameter
 from typing import Any
 
-from kfp import kubernetes
+from kfp import dsl, kubernetes
 from kfp.dsl.pipeline_channel import PipelineChannel
+from nudge.components.common.images import DATA_IMAGE, TRAIN_IMAGE
 
 CONNECTION = "nudge-data-connection"
 SETTINGS = "nudge-settings"
@@ -39,6 +43,8 @@ NEEDS = {
     "ingest": Need(12, cpu="4", memory="16Gi"),
     "tokenize": Need(12, cpu="4", memory="16Gi"),
     "train": Need(96, gpu=True, shm="8Gi"),
+    # It hands over to a job of the cluster, which has the GPUs, and follows it.
+    "train_on_nodes": Need(96, cpu="2", memory="8Gi"),
     "evaluate": Need(12, gpu=True, shm="8Gi"),
     "fetch": Need(6, cpu="2", memory="8Gi"),
     "upload": Need(6, cpu="2", memory="8Gi"),
@@ -94,3 +100,76 @@ class Place:
             kubernetes.add_toleration_json(task, self.tolerations)
             kubernetes.add_node_selector_json(task, self.node_selector)
         return task
+
+
+PARAMETERS: dict[str, tuple[type, Any, str]] = {
+    "connection": (str, CONNECTION, "The Secret of the S3 data connection."),
+    "settings": (
+        str,
+        SETTINGS,
+        "A ConfigMap that may hold NUDGE_REGISTRY_URL, NUDGE_REGISTRY_CA, HF_ENDPOINT.",
+    ),
+    "data_image": (str, DATA_IMAGE, "The image of the steps that need no PyTorch."),
+    "train_image": (str, TRAIN_IMAGE, "The image of {trains}."),
+    "cpu": (str, "8", "CPU cores of {large}."),
+    "memory": (str, "32Gi", "Memory of {large}, shared memory counted in."),
+    "gpu_type": (
+        str,
+        "nvidia.com/gpu",
+        "The resource name of the GPUs, such as nvidia.com/gpu or amd.com/gpu.",
+    ),
+    "gpu_count": (str, "1", "GPUs of {gpus}; 0 for none."),
+    "tolerations": (list, [], "Tolerations of {large}, a JSON list as in a pod."),
+    "node_selector": (dict, {}, "Node selector of {large}, a JSON object of labels."),
+}
+"""The parameters that say where steps run: type, default, and what the dashboard says of each."""
+
+SMALL = ("connection", "settings", "data_image")
+"""Those of a pipeline whose steps need no PyTorch."""
+
+
+class Places:
+    """The places that a pipeline's parameters make, in ``values`` by their names."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+        around = {"connection": values["connection"], "settings": values["settings"]}
+        self.small = Place(values["data_image"], **around)
+        self.with_torch = Place(values.get("train_image"), **around)
+        left = ("connection", "settings", "data_image", "train_image")
+        more = {name: value for name, value in values.items() if name not in left}
+        self.large = Place(values.get("train_image"), **around, **more)
+
+
+def pipeline(
+    name: str, description: str, *, trains: str = "", large: str = "", gpus: str = ""
+) -> Callable[[Callable[..., None]], Any]:
+    """A pipeline that takes the parameters of `PARAMETERS` beside those of the function's own.
+
+    The function gets `Places` first. ``trains``, ``large`` and ``gpus`` say which steps the train
+    image, the sizes and the GPUs are for; a pipeline without them takes the `SMALL` ones alone.
+    """
+    words = {"trains": trains, "large": large, "gpus": gpus or large}
+    names = tuple(PARAMETERS) if large else SMALL
+
+    def decorate(function: Callable[..., None]) -> Any:
+        own = list(inspect.signature(function).parameters.values())[1:]
+        more = [
+            Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=kind)
+            for name, (kind, default, _) in PARAMETERS.items()
+            if name in names
+        ]
+        signature = inspect.Signature([*own, *more])
+
+        def build(*given: Any, **named: Any) -> None:
+            arguments = signature.bind(*given, **named).arguments
+            values = {name: arguments.pop(name) for name in names}
+            function(Places(values), **arguments)
+
+        told = [f"    {name}: {PARAMETERS[name][2].format(**words)}" for name in names]
+        build.__name__ = function.__name__
+        build.__doc__ = "\n".join([inspect.getdoc(function) or "", *told])
+        build.__signature__ = signature  # type: ignore[attr-defined]
+        return dsl.pipeline(name=name, description=description)(build)
+
+    return decorate

@@ -1,22 +1,17 @@
 """The way back as a pipeline of its own: what `nudge rollback` does, for the dashboard."""
 
-from kfp import dsl
-from nudge.components.common.images import DATA_IMAGE
 from nudge.components.deploy.component import roll_back
-from nudge.pipelines.placement import CONNECTION, SETTINGS, Place
+from nudge.pipelines.placement import Places, pipeline
 
 
-@dsl.pipeline(
-    name="rollback",
-    description="Give a model's traffic back to the version served before, or to a named one.",
+@pipeline(
+    "rollback", "Give a model's traffic back to the version served before, or to a named one."
 )
 def rollback(
+    places: Places,
     model_name: str,
     to_version: str = "",
     recipe: str = "package://nudge.pipelines.recipes/eiffel.yaml",
-    connection: str = CONNECTION,
-    settings: str = SETTINGS,
-    data_image: str = DATA_IMAGE,
 ) -> None:
     """Bring the older version up, test it, and move the traffic; then the newer one ends.
 
@@ -24,12 +19,8 @@ def rollback(
         model_name: The model, by its name in the registry.
         to_version: The version to go back to; empty: the one that was served before.
         recipe: The recipe that it was deployed with, as YAML text or the URI of a file.
-        connection: The Secret of the S3 data connection.
-        settings: A ConfigMap that may hold NUDGE_REGISTRY_URL, NUDGE_REGISTRY_CA.
-        data_image: The image of the step.
     """
-    place = Place(data_image, connection, settings)
     # The component's name differs from the pipeline's: kfp takes the one for the other on loading.
     rolled = roll_back(recipe=recipe, model_name=model_name, to_version=to_version)
     # It changes the world; an answer from a cache would claim what did not happen.
-    place.put("roll_back", rolled).set_caching_options(False)
+    places.small.put("roll_back", rolled).set_caching_options(False)

@@ -1,9 +1,11 @@
 """The settings of the step `train`."""
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from nudge.components.common.settings import settings
+from nudge.components.common.settings import parse, settings
 from pydantic import Field
 
 
@@ -22,7 +24,9 @@ class LaunchSettings:
     namespace: str = ""
     """Empty: that of the step's pod."""
     runtime: str = "torch-distributed"
-    """A ClusterTrainingRuntime of Kubeflow Trainer."""
+    """A runtime of Kubeflow Trainer; the multi-node overlay of the manifests has nudge-torch."""
+    runtime_kind: Literal["ClusterTrainingRuntime", "TrainingRuntime"] = "ClusterTrainingRuntime"
+    """The cluster's, or one of the namespace, as nudge-torch is."""
     image: str = ""
     """The image of the job's pods; empty: that of the step `train`."""
     nodes: Annotated[int, Field(ge=1)] = 2
@@ -43,6 +47,10 @@ class LaunchSettings:
     volume_claim: str = ""
     """A PersistentVolumeClaim (ReadWriteMany) that the job's pods mount."""
     volume_path: str = "/mnt/nudge"
+    tolerations: list[dict[str, Any]] = field(default_factory=list)
+    """Of the job's pods, as in a pod; Kueue adds those of the flavor that it admits the job to."""
+    node_selector: dict[str, str] = field(default_factory=dict)
+    """Labels of the nodes that the job's pods may run on."""
     deadline_hours: Annotated[float, Field(gt=0)] = 72.0
     """From creation on, waiting in the queue included."""
 
@@ -146,6 +154,19 @@ class TrainSettings:
     def keeps_best(self) -> bool:
         """Whether the weights of the best validation become the model."""
         return self.keep == "best" or self.early_stopping > 0
+
+
+def on_nodes(settings: TrainSettings, job: Mapping[str, Any]) -> TrainSettings:
+    """The same training as a job of the cluster: the recipe's launcher, a TrainJob where it names
+    none. ``job`` has fields of `LaunchSettings` that stand above the recipe; an empty value means
+    as the recipe says. Raises `UserError` as `parse` does.
+    """
+    given = {key: value for key, value in job.items() if value not in ("", [], {})}
+    cluster = parse(
+        LaunchSettings, {**dataclasses.asdict(settings.cluster), **given}, "train.cluster"
+    )
+    launcher = "trainjob" if settings.launcher == "local" else settings.launcher
+    return dataclasses.replace(settings, launcher=launcher, cluster=cluster)
 
 
 FREE_TO_CHANGE = frozenset(

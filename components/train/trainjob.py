@@ -65,7 +65,7 @@ def train_job(
     # It was an int-or-string ("auto", "gpu") in older releases and is a number in newer ones.
     trainer["numProcPerNode"] = max(1, settings.gpus_per_node)
     spec: dict[str, Any] = {
-        "runtimeRef": {"name": settings.runtime},
+        "runtimeRef": {"name": settings.runtime, "kind": settings.runtime_kind},
         "trainer": trainer,
     }
     if "activeDeadlineSeconds" in known:
@@ -108,12 +108,15 @@ def _environment(settings: LaunchSettings) -> list[dict[str, Any]]:
 
 
 def _pods(settings: LaunchSettings) -> dict[str, Any]:
-    """What the pods have besides the trainer's fields: the shared volume, where there is one."""
-    if not settings.volume_claim:
-        return {}
-    mount = {"name": "shared", "mountPath": settings.volume_path}
-    claim = {"claimName": settings.volume_claim}
-    return {
-        "volumes": [{"name": "shared", "persistentVolumeClaim": claim}],
-        "containers": [{"name": CONTAINER, "volumeMounts": [mount]}],
-    }
+    """What the pods have besides the trainer's fields: where they run, and the shared volume."""
+    pods: dict[str, Any] = {}
+    if settings.tolerations:
+        pods["tolerations"] = settings.tolerations
+    if settings.node_selector:
+        pods["nodeSelector"] = settings.node_selector
+    if settings.volume_claim:
+        claim = {"claimName": settings.volume_claim}
+        mount = {"name": "shared", "mountPath": settings.volume_path}
+        pods["volumes"] = [{"name": "shared", "persistentVolumeClaim": claim}]
+        pods["containers"] = [{"name": CONTAINER, "volumeMounts": [mount]}]
+    return pods

@@ -8,18 +8,16 @@ from typing import Any
 import pytest
 from kfp import dsl
 from nudge.components.common.publish import sha256_file, write_manifest
+from nudge.components.deploy.component import deploy
+from nudge.components.evaluate.component import evaluate
 from nudge.components.fetch.component import fetch
+from nudge.components.ingest.component import ingest
+from nudge.components.register.component import register
+from nudge.components.summary.component import summary
+from nudge.components.tokenize.component import tokenize
+from nudge.components.train.component import train
+from nudge.components.upload.component import upload
 from nudge.pipelines.recipes import load
-from nudge.pipelines.train_and_serve import (
-    deploy,
-    evaluate,
-    ingest,
-    register,
-    summary,
-    tokenize,
-    train,
-    upload,
-)
 
 RECIPE = Path(__file__).parent / "tiny.yaml"
 

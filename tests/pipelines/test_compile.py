@@ -121,6 +121,42 @@ def test_what_changes_the_world_or_reads_it_is_never_cached(spec: dict[str, Any]
     assert cached == {"tokenize", "train"}
 
 
+def test_the_pipelines_that_train_differ_in_the_step_that_does() -> None:
+    graphs = []
+    for name, step in (("train_and_serve", "train"), ("distributed_training", "train-on-nodes")):
+        text = (ROOT / "pipelines" / "compiled" / f"{name}.yaml").read_text()
+        groups = tasks_by_group(next(yaml.safe_load_all(text)))
+        order = {
+            task.replace("-on-nodes", ""): [
+                each.replace("-on-nodes", "") for each in found.get("dependentTasks", [])
+            ]
+            for tasks in groups.values()
+            for task, found in tasks.items()
+            if not task.startswith("exit-handler")
+        }
+        assert step in str(groups)
+        graphs.append(order)
+    assert graphs[0] == graphs[1]
+    assert graphs[0]["train"] == ["tokenize"]
+
+
+def test_training_on_nodes_holds_no_gpu_while_its_job_does() -> None:
+    text = (ROOT / "pipelines" / "compiled" / "distributed_training.yaml").read_text()
+    spec, _ = yaml.safe_load_all(text)
+    containers = {
+        name: each["container"] for name, each in spec["deploymentSpec"]["executors"].items()
+    }
+    assert "accelerator" not in containers["exec-train-on-nodes"]["resources"]
+    assert "accelerator" in containers["exec-evaluate"]["resources"]
+    (inputs,) = [
+        tasks["train-on-nodes"]["inputs"]["parameters"]
+        for tasks in tasks_by_group(spec).values()
+        if "train-on-nodes" in tasks
+    ]
+    given = {name for name, value in inputs.items() if "componentInputParameter" in value}
+    assert given >= {"nodes", "gpus_per_node", "gpu_type", "cpu", "memory", "tolerations", "image"}
+
+
 def test_the_promotion_gates_what_changes_the_world(spec: dict[str, Any]) -> None:
     groups = tasks_by_group(spec)
     by_what = {tuple(sorted(set(tasks) - {"condition-3"})): tasks for tasks in groups.values()}

@@ -1,0 +1,52 @@
+"""The pipeline with its training on many nodes: a job of the cluster, which the step follows."""
+
+from typing import Any
+
+from nudge.components.train.component import train_on_nodes
+from nudge.pipelines.placement import Places, pipeline
+from nudge.pipelines.retrain import Named, retrain
+
+
+@pipeline(
+    "distributed-training",
+    "Retrain a language model on many nodes; serve it if it is shown to be better.",
+    trains="tokenize, evaluate and the nodes",
+    large="each node and of evaluate",
+    gpus="evaluate",
+)
+def distributed_training(
+    places: Places,
+    recipe: str = "package://nudge.pipelines.recipes/eiffel.yaml",
+    data_uri: str = "",
+    model_name: str = "",
+    nodes: str = "2",
+    gpus_per_node: str = "1",
+) -> None:
+    """Train and serve, with the training as a TrainJob or what else `train.launcher` names.
+
+    Args:
+        recipe: Every setting, as YAML text or the URI of a file; what follows stands above it.
+        data_uri: Where the text is (s3://, https://, package://, ...); empty: as the recipe says.
+        model_name: The name to register and serve under; empty: as the recipe says.
+        nodes: Nodes that train together.
+        gpus_per_node: GPUs of each node, a rank each; 0 trains on CPUs, one rank a node.
+    """
+    at = places.values
+
+    def trained(tokens: Any) -> Any:
+        task = train_on_nodes(
+            recipe=recipe,
+            nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            gpu_type=at["gpu_type"],
+            cpu=at["cpu"],
+            memory=at["memory"],
+            image=at["train_image"],
+            connection=at["connection"],
+            tolerations=at["tolerations"],
+            node_selector=at["node_selector"],
+            tokens=tokens,
+        )
+        return places.with_torch.put("train_on_nodes", task)
+
+    retrain("distributed-training", places, Named(recipe, data_uri, model_name=model_name), trained)

@@ -1,0 +1,82 @@
+"""From text to a served model: what the pipelines that train have in common."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from kfp import dsl
+from nudge.components.deploy.component import deploy
+from nudge.components.evaluate.component import evaluate
+from nudge.components.ingest.component import ingest
+from nudge.components.register.component import register
+from nudge.components.summary.component import summary
+from nudge.components.tokenize.component import tokenize
+from nudge.components.upload.component import upload
+from nudge.pipelines.placement import Places
+
+RUN_ID = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+
+
+@dataclass(frozen=True)
+class Named:
+    """The recipe and what a pipeline's parameters put above it; empty means as the recipe says."""
+
+    recipe: Any
+    data_uri: Any
+    base_model: Any = ""
+    model_name: Any = ""
+    version: Any = ""
+
+
+def retrain(name: str, places: Places, given: Named, train: Callable[[Any], Any]) -> None:
+    """Ingest; if there is new text: tokenize, train, evaluate; if better: upload, register, deploy.
+
+    ``train`` makes the task that trains, in its place, from the artifact of the tokens.
+    """
+    recipe, model_name = given.recipe, given.model_name
+    small = places.small
+    run = {
+        "recipe": recipe, "model_name": model_name, "version": given.version, "run_id": RUN_ID,
+    }  # fmt: skip
+    finish = small.put("summary", summary(**run))
+    finish.set_caching_options(False)
+    with dsl.ExitHandler(finish, name=name):
+        ingested = ingest(recipe=recipe, data_uri=given.data_uri, model_name=model_name)
+        # New text may stand behind the same URI.
+        small.put("ingest", ingested).set_caching_options(False)
+        corpus = ingested.outputs["corpus"]
+        # kfp.local resolves conditions only on an output that has no name of its own.
+        with dsl.If(ingested.outputs["Output"] == 1, name="new-text"):
+            tokenized = tokenize(recipe=recipe, base_model=given.base_model, corpus=corpus)
+            places.with_torch.put("tokenize", tokenized)
+            trained = train(tokenized.outputs["tokens"])
+            model = trained.outputs["model"]
+            evaluated = evaluate(
+                recipe=recipe,
+                base_model=given.base_model,
+                model_name=model_name,
+                corpus=corpus,
+                model=model,
+                history=trained.outputs["history"],
+            )
+            places.large.put("evaluate", evaluated)
+            # Another version may be served by now.
+            evaluated.set_caching_options(False)
+            with dsl.If(evaluated.outputs["Output"] == 1, name="promote"):
+                uploaded = small.put("upload", upload(**run, model=model))
+                registered = register(
+                    **run,
+                    uri=uploaded.output,
+                    model=model,
+                    evaluation=evaluated.outputs["evaluation"],
+                )
+                small.put("register", registered)
+                deployed = deploy(
+                    recipe=recipe,
+                    registered_model=registered.outputs["registered_model"],
+                    version=registered.outputs["version"],
+                )
+                small.put("deploy", deployed)
+                # These change the world; an answer from a cache would claim what did not happen.
+                for task in (uploaded, registered, deployed):
+                    task.set_caching_options(False)
