@@ -1,7 +1,8 @@
 """The corpus artifact: documents of two splits in compressed JSON lines, under one manifest.
 
 ``manifest.json`` (nudge.corpus, version 1) holds the fingerprint, the counts and each shard's
-sha256; a shard is ``<split>-00000.jsonl.zst``, a document a line: ``{"id", "text", "source"}``.
+sha256; a shard is ``<split>-00000.jsonl.zst``, a document a line: ``{"id", "text", "source"}``, and
+``"license"`` and ``"origin"`` where its data said so.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,13 @@ SHARD_DOCUMENTS, SHARD_BYTES = 100_000, 256 << 20
 
 @dataclass(frozen=True)
 class Document:
-    """One document; ``source`` is the URI that it was read from."""
+    """One document; ``source`` is the URI that it was read from, ``origin`` what its data says."""
 
     id: str
     text: str
     source: str
+    license: str = ""
+    origin: str = ""
 
 
 def read_corpus(corpus: Path) -> dict[str, Any]:
@@ -94,7 +97,8 @@ def _write_shard(
     with zstd.open(path, "wt", level=6, encoding="utf-8", newline="\n") as lines:
         for document in documents:
             digest.update(f"{split} {text_sha256(document.text)}\n".encode())
-            lines.write(json.dumps(asdict(document), ensure_ascii=False) + "\n")
+            values = {k: v for k, v in vars(document).items() if v or k in ("id", "text", "source")}
+            lines.write(json.dumps(values, ensure_ascii=False) + "\n")
             count, size = count + 1, size + len(document.text.encode())
             if count >= SHARD_DOCUMENTS or size >= SHARD_BYTES:
                 break

@@ -18,11 +18,14 @@ import hashlib
 import re
 import string
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from nudge.components.ingest.cleaning import Row
 
 NGRAM, BUCKETS, ROWS = 5, 14, 8
 CHUNK = 128
@@ -40,6 +43,10 @@ FACTORS = np.random.Generator(np.random.Philox(key=1)).integers(
 STEP, MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
 
 
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
 class _Words(dict[str, int]):
     """Hashes of words, without case, accents and the punctuation around them; 0 if none is left."""
 
@@ -50,8 +57,7 @@ class _Words(dict[str, int]):
             plain = "".join(c for c in apart if not unicodedata.combining(c))
         if len(self) >= WORDS_HELD:
             self.clear()
-        digest = hashlib.blake2b(plain.encode(), digest_size=8).digest()
-        self[word] = value = int.from_bytes(digest) if plain else 0
+        self[word] = value = _hash(plain) if plain else 0
         return value
 
 
@@ -64,6 +70,8 @@ def signature(text: str) -> list[int]:
         text = ALONE.sub(r" \1 ", text)
     words = np.fromiter(map(_words.__getitem__, text.split()), np.uint64)
     words = words[words != 0]
+    if not len(words):
+        words = np.array([_hash(text)], np.uint64)
     width = min(NGRAM, len(words))
     count = len(words) - width + 1
     grams = np.zeros(count, np.uint64)
@@ -92,18 +100,22 @@ COLUMNS = {
     "object": "INTEGER",
     "id": "VARCHAR",
     "text": "VARCHAR",
+    "license": "VARCHAR",
+    "origin": "VARCHAR",
     "sha256": "VARCHAR",
     "share": "DOUBLE",
     "raw_bytes": "BIGINT",
     "bytes": "BIGINT",
     **dict.fromkeys(KEYS, "UBIGINT"),
 }
-MEMORY = "384MB"
-BATCH_BYTES = 8 << 20
+PLACES = 32
+"""Bits of ``doc`` that hold the place in the object; those above are the object's number."""
+MEMORY = "256MB"
+BATCH_BYTES, BATCH_ROWS = 4 << 20, 10_000
 
 
 class Documents:
-    """The clean documents of a run, in a DuckDB file of ``folder``; rows are numbered as added."""
+    """The clean documents of a run, in a DuckDB file of ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         import duckdb
@@ -118,28 +130,42 @@ class Documents:
         columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
         self._database.execute(f"CREATE TABLE docs ({columns})")
         self._rows: list[tuple[Any, ...]] = []
-        self._held = self._count = 0
+        self._held = 0
+        self._written = -1
 
-    def add(self, values: tuple[Any, ...], size: int) -> None:
-        """Add a row of `COLUMNS` but the first; ``size`` bytes count towards the next write."""
-        self._rows.append((self._count, *values))
-        self._count, self._held = self._count + 1, self._held + size
-        if self._held >= BATCH_BYTES or len(self._rows) >= 20_000:
-            self._flush()
+    def add(self, number: int, place: int, row: "Row") -> None:
+        """Add the document that stands at ``place`` of object ``number``; objects come in order."""
+        *values, keys = row
+        self._rows.append(((number << PLACES) | place, number, *values, *keys))
+        self._held += row.bytes
+        if self._held >= BATCH_BYTES or len(self._rows) >= BATCH_ROWS:
+            self.flush()
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Rows added in the block stay together, or are forgotten if it raises."""
-        count = self._count
-        self._database.begin()
-        try:
-            yield
-            self._flush()
-        except BaseException:
-            self._rows, self._held, self._count = [], 0, count
-            self._database.rollback()
-            raise
-        self._database.commit()
+    def remove(self, number: int) -> None:
+        """Forget every document of an object."""
+        self._rows = [row for row in self._rows if row[1] != number]
+        if number <= self._written:
+            self._database.execute("DELETE FROM docs WHERE object = ?", [number])
+
+    def save(self, path: Path, numbers: Sequence[int]) -> None:
+        """Write the documents of some objects into a Parquet file."""
+        self.flush()
+        with self._named(wanted={"object": numbers}):
+            self._database.execute(
+                "COPY (SELECT docs.* FROM docs SEMI JOIN wanted USING (object)) TO "
+                f"'{_quoted(path)}' (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 4096)"
+            )
+
+    def load(self, path: Path, numbers: Mapping[int, int]) -> None:
+        """Add what `save` wrote of some objects; ``numbers`` are theirs there and here."""
+        rest = ", ".join(f"saved.{name}" for name in list(COLUMNS)[2:])
+        with self._named(moved={"there": list(numbers), "here": list(numbers.values())}):
+            self._database.execute(
+                f"INSERT INTO docs SELECT (here::BIGINT << {PLACES}) | "
+                f"(saved.doc & {(1 << PLACES) - 1}), here, {rest} "
+                f"FROM read_parquet('{_quoted(path)}') AS saved "
+                "JOIN moved ON saved.object = moved.there"
+            )
 
     def close(self) -> None:
         self._database.close()
@@ -152,6 +178,7 @@ class Documents:
 
     def find_duplicates(self, near: bool) -> None:
         """Make the table ``verdicts``: each doc with its reason, NULL for those that are kept."""
+        self.flush()
         run = self._database.execute
         run("CREATE TABLE firsts AS SELECT sha256, min(doc) AS doc FROM docs GROUP BY sha256")
         run("CREATE TABLE edges (u BIGINT, v BIGINT)")
@@ -212,21 +239,34 @@ class Documents:
         self._database.execute("DROP TABLE edges")
         self._database.execute("ALTER TABLE next RENAME TO edges")
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write what waits in memory."""
         if not self._rows:
             return
+        columns = zip(*self._rows, strict=True)
+        with self._named(batch=dict(zip(COLUMNS, columns, strict=True))):
+            self._database.execute("INSERT INTO docs SELECT * FROM batch")
+        self._written = max(self._written, self._rows[-1][1])
+        self._rows, self._held = [], 0
+
+    @contextlib.contextmanager
+    def _named(self, **tables: Mapping[str, Sequence[Any]]) -> Iterator[None]:
+        """Let the database see columns of values as tables."""
         import pyarrow
 
-        columns = zip(*self._rows, strict=True)
         types = {"BIGINT": "int64", "INTEGER": "int32", "DOUBLE": "float64", "UBIGINT": "uint64"}
-        batch = pyarrow.table(
-            [
-                pyarrow.array(column, types.get(kind, "string"))
-                for column, kind in zip(columns, COLUMNS.values(), strict=True)
-            ],
-            names=list(COLUMNS),
-        )
-        self._database.register("batch", batch)
-        self._database.execute("INSERT INTO docs SELECT * FROM batch")
-        self._database.unregister("batch")
-        self._rows, self._held = [], 0
+        for name, columns in tables.items():
+            arrays = [
+                pyarrow.array(values, types.get(COLUMNS.get(column, "INTEGER"), "string"))
+                for column, values in columns.items()
+            ]
+            self._database.register(name, pyarrow.table(arrays, names=list(columns)))
+        try:
+            yield
+        finally:
+            for name in tables:
+                self._database.unregister(name)
+
+
+def _quoted(path: Path) -> str:
+    return str(path).replace("'", "''")

@@ -1,6 +1,6 @@
 """How a file becomes records, by its suffix; what cannot be read is counted, never fatal.
 
-A reader takes a stream and yields (name, text); an `Unreadable` stands for a text that is there
+A reader takes a stream and yields a `Record` each; an `Unreadable` stands for a text that is there
 and cannot be had. No reader holds more than one record of `RECORD_BYTES`, and none trusts a size.
 """
 
@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from nudge.components.common.corpus import zstd
 from nudge.components.ingest.settings import IngestSettings
@@ -43,13 +43,24 @@ class Unreadable:
 
     reason: str
     detail: str = ""
+    bytes: int = 0
+    """The bytes that stand there, where that is known."""
+
+
+class Record(NamedTuple):
+    """One document as it was read; ``name`` is unique in its file, if the file's own ids are."""
+
+    name: str
+    text: str | Unreadable
+    license: str = ""
+    origin: str = ""
 
 
 class Bomb(Exception):
     """A stream grows beyond what any text does."""
 
 
-Records = Iterator[tuple[str, str | Unreadable]]
+Records = Iterator[Record]
 Reader = Callable[[IO[bytes], str, IngestSettings], Records]
 
 
@@ -93,21 +104,26 @@ def read_stream(stream: IO[bytes], name: str, settings: IngestSettings) -> Recor
             stream = io.BufferedReader(_Bounded(opener(stream), stream), 1 << 20)
         yield from READERS[suffix_of(name)](stream, name, settings)
     except Bomb:
-        yield name, Unreadable("decompression_bomb")
+        yield Record(name, Unreadable("decompression_bomb"))
     except DAMAGE as error:
-        yield name, Unreadable("damaged", f"{type(error).__name__}: {error}")
+        yield Record(name, Unreadable("damaged", f"{type(error).__name__}: {error}"))
 
 
 def _decode(raw: bytes) -> str | Unreadable:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return Unreadable("not_utf8")
+        return Unreadable("not_utf8", bytes=len(raw))
 
 
 def _whole(stream: IO[bytes]) -> bytes | Unreadable:
     raw = stream.read(RECORD_BYTES + 1)
-    return Unreadable("too_long") if len(raw) > RECORD_BYTES else raw
+    if len(raw) <= RECORD_BYTES:
+        return raw
+    size, more = len(raw), raw
+    while more := stream.read(1 << 20):
+        size += len(more)
+    return Unreadable("too_long", bytes=size)
 
 
 def _whole_text(stream: IO[bytes]) -> str | Unreadable:
@@ -116,7 +132,7 @@ def _whole_text(stream: IO[bytes]) -> str | Unreadable:
 
 
 def _plain(stream: IO[bytes], name: str, _: IngestSettings) -> Records:
-    yield PurePosixPath(name).name, _whole_text(stream)
+    yield Record(PurePosixPath(name).name, _whole_text(stream))
 
 
 def _html(stream: IO[bytes], name: str, _: IngestSettings) -> Records:
@@ -124,8 +140,9 @@ def _html(stream: IO[bytes], name: str, _: IngestSettings) -> Records:
 
     text = _whole_text(stream)
     if isinstance(text, str):
-        text = trafilatura.extract(text) or Unreadable("no_main_text")
-    yield PurePosixPath(name).name, text
+        size = len(text.encode())
+        text = trafilatura.extract(text) or Unreadable("no_main_text", bytes=size)
+    yield Record(PurePosixPath(name).name, text)
 
 
 def _pdf(stream: IO[bytes], name: str, _: IngestSettings) -> Records:
@@ -139,10 +156,10 @@ def _pdf(stream: IO[bytes], name: str, _: IngestSettings) -> Records:
         try:
             with pypdfium2.PdfDocument(raw) as document:
                 pages = [page.get_textpage().get_text_bounded() for page in document]
-            text = "\n\n".join(pages).strip() or Unreadable("no_main_text")
+            text = "\n\n".join(pages).strip() or Unreadable("no_main_text", bytes=len(raw))
         except pypdfium2.PdfiumError as error:
-            text = Unreadable("damaged", str(error))
-    yield PurePosixPath(name).name, text
+            text = Unreadable("damaged", str(error), len(raw))
+    yield Record(PurePosixPath(name).name, text)
 
 
 def _lines(stream: IO[bytes]) -> Iterator[bytes | Unreadable]:
@@ -150,26 +167,28 @@ def _lines(stream: IO[bytes]) -> Iterator[bytes | Unreadable]:
         if len(line) <= RECORD_BYTES:
             yield line
             continue
+        size = len(line)
         while line and not line.endswith(b"\n"):
             line = stream.readline(1 << 20)
-        yield Unreadable("too_long")
+            size += len(line)
+        yield Unreadable("too_long", bytes=size)
 
 
 def _json_lines(stream: IO[bytes], _: str, settings: IngestSettings) -> Records:
     for number, raw in enumerate(_lines(stream), 1):
         line = raw if isinstance(raw, Unreadable) else _decode(raw)
         if isinstance(line, Unreadable):
-            yield str(number), line
+            yield Record(str(number), line)
             continue
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):  # a deep nesting is a RecursionError
-            yield str(number), Unreadable("bad_record")
+            yield Record(str(number), Unreadable("bad_record", bytes=len(line.encode())))
             continue
         if not isinstance(record, dict):
-            yield str(number), Unreadable("bad_record")
+            yield Record(str(number), Unreadable("bad_record", bytes=len(line.encode())))
             continue
         yield _record(record, number, settings)
 
@@ -199,21 +218,22 @@ def _csv(stream: IO[bytes], _: str, settings: IngestSettings) -> Records:
         except csv.Error as error:
             number += 1
             broken.clear()
-            yield str(number), Unreadable("bad_record", str(error))
+            yield Record(str(number), Unreadable("bad_record", str(error)))
             continue
         if not row and not broken:
             continue
         number += 1
-        name, text = _record(dict(itertools.zip_longest(header, row)), number, settings)
+        record = _record(dict(itertools.zip_longest(header, row)), number, settings)
         if broken:  # a line of this row was left out
-            text = broken.pop()
+            record = record._replace(text=broken.pop())
             broken.clear()
-        elif isinstance(text, str) and re.search("[\udc80-\udcff]", text):
-            text = Unreadable("not_utf8")
-        yield name, text
+        elif isinstance(record.text, str) and re.search("[\udc80-\udcff]", record.text):
+            size = len(record.text.encode("utf-8", "surrogateescape"))
+            record = record._replace(text=Unreadable("not_utf8", bytes=size))
+        yield record
     for lost in broken:
         number += 1
-        yield str(number), lost
+        yield Record(str(number), lost)
 
 
 def _parquet(stream: IO[bytes], name: str, settings: IngestSettings) -> Records:
@@ -224,16 +244,16 @@ def _parquet(stream: IO[bytes], name: str, settings: IngestSettings) -> Records:
         try:
             table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
         except (pyarrow.ArrowException, OSError) as error:
-            yield name, Unreadable("damaged", str(error))
+            yield Record(name, Unreadable("damaged", str(error)))
             return
         names = table.schema_arrow.names
-        columns = [n for n in (settings.text_column, settings.id_column) if n in names]
+        columns = [name for name in named_columns(settings) if name in names]
         number = 0
         for group in range(table.num_row_groups):
             left = table.metadata.row_group(group).num_rows
             if settings.text_column not in names:
                 for absent in range(number + 1, number + left + 1):
-                    yield str(absent), Unreadable("no_column", ", ".join(names))
+                    yield Record(str(absent), Unreadable("no_column", ", ".join(names)))
                 number += left
                 continue
             try:
@@ -244,7 +264,7 @@ def _parquet(stream: IO[bytes], name: str, settings: IngestSettings) -> Records:
                         yield _record(row, number, settings)
             except (pyarrow.ArrowException, OSError) as error:
                 for lost in range(number + 1, number + left + 1):
-                    yield str(lost), Unreadable("damaged", str(error))
+                    yield Record(str(lost), Unreadable("damaged", str(error)))
                 number += left
 
 
@@ -273,7 +293,7 @@ def _zip(stream: IO[bytes], name: str, settings: IngestSettings) -> Records:
     try:
         yield from _members(stream, settings)
     except DAMAGED_ARCHIVE as error:
-        yield name, Unreadable("damaged", str(error))
+        yield Record(name, Unreadable("damaged", str(error)))
 
 
 def _members(stream: IO[bytes], settings: IngestSettings) -> Records:
@@ -283,28 +303,29 @@ def _members(stream: IO[bytes], settings: IngestSettings) -> Records:
             if inner.endswith("/"):
                 continue
             if PurePosixPath(inner).is_absolute() or ".." in re.split(r"[/\\]", inner):
-                yield inner, Unreadable("unsafe_path")
+                yield Record(inner, Unreadable("unsafe_path"))
             elif member.flag_bits & 1:
-                yield inner, Unreadable("encrypted")
+                yield Record(inner, Unreadable("encrypted"))
             elif suffix_of(inner) not in READERS or suffix_of(inner) == ".zip":
-                yield inner, Unreadable("unknown_kind")
+                yield Record(inner, Unreadable("unknown_kind"))
             elif member.file_size > max(BOMB_BYTES, BOMB_RATIO * member.compress_size):
-                yield inner, Unreadable("decompression_bomb")
+                yield Record(inner, Unreadable("decompression_bomb"))
             else:
                 try:
                     with archive.open(member) as file:
-                        for record, text in read_stream(file, inner, settings):
-                            whole = record in (inner, PurePosixPath(inner).name)
-                            yield inner if whole else f"{inner}:{record}", text
+                        for record in read_stream(file, inner, settings):
+                            whole = record.name in (inner, PurePosixPath(inner).name)
+                            name = inner if whole else f"{inner}:{record.name}"
+                            yield record._replace(name=name)
                 except (NotImplementedError, zipfile.BadZipFile) as error:
-                    yield inner, Unreadable("damaged", str(error))
+                    yield Record(inner, Unreadable("damaged", str(error)))
 
 
 def _python_literal(stream: IO[bytes], name: str, _: IngestSettings) -> Records:
     """A Python module that is one mapping of names to texts; it is read, never executed."""
     text = _whole_text(stream)
     if isinstance(text, Unreadable):
-        yield name, text
+        yield Record(name, text)
         return
     try:
         nodes = [n.value for n in ast.parse(text).body if isinstance(n, ast.Assign | ast.Expr)]
@@ -312,21 +333,41 @@ def _python_literal(stream: IO[bytes], name: str, _: IngestSettings) -> Records:
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         mappings = []
     if len(mappings) != 1:
-        yield name, Unreadable("bad_record", "not one literal mapping of name to text")
+        why = "not one literal mapping of name to text"
+        yield Record(name, Unreadable("bad_record", why, len(text.encode())))
         return
     for key, value in mappings[0].items():
-        yield str(key), value if isinstance(value, str) else Unreadable("no_text")
+        yield Record(str(key), value if isinstance(value, str) else Unreadable("no_text"))
 
 
-def _record(row: dict[str, Any], number: int, settings: IngestSettings) -> tuple[str, Any]:
-    given = row.get(settings.id_column)
-    name = str(number) if given is None or given == "" else str(given)
-    if isinstance(given, Unreadable):
-        name = str(number)
+def named_columns(settings: IngestSettings) -> list[str]:
+    """The columns that are read of a table."""
+    named = (
+        settings.text_column,
+        settings.id_column,
+        settings.license_column,
+        settings.source_column,
+    )
+    return [name for name in named if name]
+
+
+def _record(row: dict[str, Any], number: int, settings: IngestSettings) -> Record:
+    text = row.get(settings.text_column)
     if settings.text_column not in row:
-        return name, Unreadable("no_column", ", ".join(map(str, row)))
-    text = row[settings.text_column]
-    return name, text if isinstance(text, str | Unreadable) else Unreadable("no_text")
+        text = Unreadable("no_column", ", ".join(map(str, row)))
+    elif not isinstance(text, str | Unreadable):
+        text = Unreadable("no_text")
+    return Record(
+        _plain_value(row, settings.id_column) or str(number),
+        text,
+        _plain_value(row, settings.license_column),
+        _plain_value(row, settings.source_column),
+    )
+
+
+def _plain_value(row: dict[str, Any], column: str) -> str:
+    value = row.get(column) if column else None
+    return "" if value is None or isinstance(value, Unreadable) else str(value)
 
 
 READERS: dict[str, Reader] = {

@@ -1,7 +1,6 @@
 """The step `ingest`: sources in, a clean, deduplicated and split corpus out."""
 
-import hashlib
-import hmac
+import copy
 import math
 import tempfile
 from collections import Counter
@@ -16,12 +15,15 @@ from nudge.components.ingest.settings import IngestSettings
 
 if TYPE_CHECKING:
     from nudge.components.common.corpus import Document
+    from nudge.components.common.progress import Progress
+    from nudge.components.ingest.cleaning import Cleaner, Tally
     from nudge.components.ingest.duplicates import Documents
-    from nudge.components.ingest.filters import Filter
     from nudge.components.ingest.sources import Source
 
-SAMPLES = 5
 KEPT = "FROM docs JOIN verdicts USING (doc) WHERE reason IS NULL"
+GROUPS = 100
+"""Licences, and origins, that are counted one by one; the smaller ones are counted together."""
+LANGUAGE_SAMPLE, LANGUAGE_CHARACTERS = 500, 2000
 
 
 @step("ingest", outputs=("corpus", "report"), reuse=False)
@@ -29,9 +31,12 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
     """Read every source, drop what cannot be used, split the rest.
 
     ``corpus`` becomes a corpus artifact (`nudge.components.common.corpus`), ``report`` a page.
-    ``documents_in`` is ``documents`` plus every count in ``dropped``, in all and for each source.
+    In all and for each source, ``documents_in`` is ``documents`` plus every count in ``dropped``,
+    and ``text_bytes_in`` is ``text_bytes_kept`` plus every count in ``dropped_bytes``; ``bytes``
+    are those of the kept texts after cleaning.
     Documents wait in tables beside ``corpus``, so that memory does not grow with their number.
-    Raises `UserError` if a source is missing or nothing that could be split is left.
+    With ``settings.state_uri`` only objects that are new or changed are read; the corpus is the
+    same. Raises `UserError` if a source is missing or nothing that could be split is left.
     """
     from nudge.components.common.corpus import SPLITS, write_corpus
     from nudge.components.common.progress import progress
@@ -40,28 +45,32 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
     from nudge.components.ingest.novelty import is_new
     from nudge.components.ingest.report import render_report
     from nudge.components.ingest.sources import find_sources
+    from nudge.components.ingest.state import State
 
-    filters = make_filters(settings)
+    make_filters(settings)
     sources = find_sources(settings.data_uri)
     corpus.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".ingest-", dir=corpus.parent) as folder:
         documents = Documents(Path(folder))
-        facts = []
-        samples: dict[str, list[str]] = {}
+        state = State(settings.state_uri, settings, Path(folder)) if settings.state_uri else None
         with progress("ingest", total=len(sources), unit="files") as bar:
-            for number, source in enumerate(sources):
-                facts.append(_read(source, number, settings, filters, documents, samples))
-                bar.advance(1, documents=sum(fact["documents_in"] for fact in facts))
+            old = state.restore(sources, documents) if state else {}
+            read = _read_all(sources, old, settings, documents, bar)
             bar.note(stage="looking for duplicates")
             documents.find_duplicates(settings.near_duplicates)
-            _count_duplicates(documents, sources, facts, samples)
-            counts = _counts(settings, documents, facts)
+            facts = [copy.deepcopy(read[number]) for number in range(len(sources))]
             columns = [fact.pop("columns") for fact in facts]
+            samples = _samples([fact.pop("samples") for fact in facts])
+            samples |= _count_duplicates(documents, sources, facts)
+            counts = _counts(settings, documents, facts)
             _check(settings, counts, next(filter(None, columns), ""))
             bar.note(stage="writing")
             with published(corpus) as part:
                 kept = {split: _kept(documents, split, sources, settings) for split in SPLITS}
                 fingerprint = write_corpus(part, kept, counts)
+            if state:
+                lasting = {n: fact for n, fact in read.items() if not fact["lost"]}
+                state.keep(sources, lasting, set(old), documents)
         lengths = documents.query(
             f"SELECT 1::BIGINT << floor(log2(length(text)))::INT AS low, count(*) {KEPT} "
             "GROUP BY low ORDER BY low"
@@ -80,164 +89,169 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
         "train_documents": counts["train_documents"],
         "validation_documents": counts["validation_documents"],
         "bytes": counts["bytes"],
+        "objects": len(sources),
+        "objects_read": len(sources) - len(old),
         "fingerprint": fingerprint,
         "new": int(is_new(settings, fingerprint)),
     }
 
 
-def split_of(text: str, settings: IngestSettings) -> str:
-    """The split of a document: a keyed hash of its text, so it stays there as the corpus grows."""
-    return "validation" if share_of(text, settings) < settings.validation_share else "train"
-
-
-def share_of(text: str, settings: IngestSettings) -> float:
-    """The keyed hash of a text, in [0, 1)."""
-    digest = hmac.digest(str(settings.seed).encode(), text.encode(), "sha256")
-    return int.from_bytes(digest[:8]) / 2**64
-
-
-def _read(
-    source: "Source",
-    number: int,
+def _read_all(
+    sources: "list[Source]",
+    known: dict[int, dict[str, Any]],
     settings: IngestSettings,
-    filters: "list[Filter]",
     documents: "Documents",
-    samples: dict[str, list[str]],
-) -> dict[str, Any]:
-    """Add one object's documents and return its facts; all are of one version of the object."""
-    from nudge.components.ingest.formats import Unreadable
+    bar: "Progress",
+) -> dict[int, dict[str, Any]]:
+    """Read each object that is not ``known`` already; returns the facts of all, by number."""
+    from nudge.components.ingest.cleaning import Cleaner
+
+    tallies = []
+    with Cleaner(settings, documents) as cleaner:
+        bar.advance(len(known), unchanged=len(known))
+        for number, source in enumerate(sources):
+            if number not in known:
+                tallies.append(_read(source, number, settings, cleaner))
+                bar.advance(1, documents=cleaner.documents_in)
+    return {**known, **{tally.number: tally.facts() for tally in tallies}}
+
+
+def _read(source: "Source", number: int, settings: IngestSettings, cleaner: "Cleaner") -> "Tally":
+    """Put one object's records into the cleaner; all are of one version of the object."""
+    from nudge.components.ingest.cleaning import Tally
+    from nudge.components.ingest.formats import Record, Unreadable
     from nudge.components.ingest.sources import CHANGES, Changed, Vanished, opened
 
     lost = ""
     for _ in range(CHANGES):
-        told: dict[str, list[str]] = {}
+        tally = Tally(number, source.uri)
         try:
-            with documents.transaction(), opened(source, settings) as (records, file):
-                fact = _clean(records, number, settings, filters, documents, told)
-            fact |= {"uri": source.uri, "bytes": file.size}
-            break
+            with opened(source, settings) as (records, file):
+                for record in records:
+                    cleaner.put(tally, record)
+            tally.stored_bytes = file.size
+            return tally
         except Changed:
             lost = "changed_while_read"
         except Vanished:
             lost = "vanished"
-    else:
-        told = {}
-        gone = [("", Unreadable(lost))]
-        fact = _clean(iter(gone), number, settings, filters, documents, told)
-        fact |= {"uri": source.uri, "bytes": 0}
-    for reason, examples in told.items():
-        shown = samples.setdefault(reason, [])
-        shown += [f"{source.uri} {example}" for example in examples[: SAMPLES - len(shown)]]
-    return fact
+        cleaner.forget(tally)
+    tally = Tally(number, source.uri)
+    tally.lost = True
+    cleaner.put(tally, Record("", Unreadable(lost)))
+    return tally
 
 
-def _clean(
-    records: Any,
-    number: int,
-    settings: IngestSettings,
-    filters: "list[Filter]",
-    documents: "Documents",
-    samples: dict[str, list[str]],
-) -> dict[str, Any]:
-    from nudge.components.common.corpus import text_sha256
-    from nudge.components.ingest.duplicates import BUCKETS, signature
-    from nudge.components.ingest.filters import normalise
-    from nudge.components.ingest.formats import Unreadable
+def _samples(told: list[dict[str, list[str]]]) -> dict[str, list[str]]:
+    """The first samples of each reason over all objects."""
+    from nudge.components.ingest.cleaning import SAMPLES
 
-    digest, documents_in, bytes_in, columns = hashlib.sha256(), 0, 0, ""
-    dropped: Counter[str] = Counter()
-    for name, raw in records:
-        documents_in += 1
-        text: str | Unreadable = raw
-        raw_bytes = 0
-        if isinstance(raw, str):
-            raw_bytes = len(raw.encode("utf-8", "replace"))
-            text = normalise(raw)
-        bytes_in += raw_bytes
-        for apply in filters:
-            if not isinstance(text, str):
-                break
-            text = apply(text)
-        if isinstance(text, str) and not text:
-            text = Unreadable("too_short")
-        if not isinstance(text, str):
-            dropped[text.reason] += 1
-            shown = samples.setdefault(text.reason, [])
-            if text.reason == "no_column":
-                columns = columns or text.detail
-            if len(shown) < SAMPLES:
-                said = raw[:120] if isinstance(raw, str) else text.detail
-                shown.append(f"{normalise(name)}: {normalise(said)}")
-            continue
-        sha256, size = text_sha256(text), len(text.encode())
-        digest.update(sha256.encode())
-        keys = signature(text) if settings.near_duplicates else [0] * BUCKETS
-        share = share_of(text, settings)
-        row = (number, normalise(name), text, sha256, share, raw_bytes, size, *keys)
-        documents.add(row, size)
-    return {
-        "documents_in": documents_in,
-        "text_bytes_in": bytes_in,
-        "dropped": dict(dropped),
-        "sha256": digest.hexdigest(),
-        "columns": columns,
-    }
+    merged: dict[str, list[str]] = {}
+    for samples in told:
+        for reason, examples in samples.items():
+            shown = merged.setdefault(reason, [])
+            shown += examples[: SAMPLES - len(shown)]
+    return merged
 
 
 def _count_duplicates(
-    documents: "Documents",
-    sources: "list[Source]",
-    facts: list[dict[str, Any]],
-    samples: dict[str, list[str]],
-) -> None:
-    """Complete each source's facts with what `find_duplicates` told of its documents."""
+    documents: "Documents", sources: "list[Source]", facts: list[dict[str, Any]]
+) -> dict[str, list[str]]:
+    """Complete each source's facts with what `find_duplicates` told of its documents; returns
+    samples of those that are dropped."""
+    from nudge.components.ingest.cleaning import SAMPLE_CHARACTERS, SAMPLES
+
     for fact in facts:
-        fact |= {"documents": 0, "kept_bytes": 0}
+        fact |= {"documents": 0, "kept_bytes": 0, "text_bytes_kept": 0}
     told = documents.query(
-        "SELECT object, reason, count(*), sum(bytes) FROM docs JOIN verdicts USING (doc) "
-        "GROUP BY ALL ORDER BY object, reason"
+        "SELECT object, reason, count(*), sum(bytes)::BIGINT, sum(raw_bytes)::BIGINT "
+        "FROM docs JOIN verdicts USING (doc) GROUP BY ALL ORDER BY object, reason"
     )
-    for number, reason, count, size in told:
+    for number, reason, count, size, raw_size in told:
         fact = facts[number]
         if reason is None:
-            fact |= {"documents": count, "kept_bytes": int(size)}
+            fact |= {"documents": count, "kept_bytes": size, "text_bytes_kept": raw_size}
         else:
             fact["dropped"][reason] = count
+            fact["dropped_bytes"][reason] = raw_size
     for fact in facts:
-        fact["dropped"] = dict(sorted(fact["dropped"].items()))
+        for key in ("dropped", "dropped_bytes"):
+            fact[key] = dict(sorted(fact[key].items()))
+    samples = {}
     for reason in ("duplicate", "near_duplicate"):
         rows = documents.query(
-            "SELECT object, id, left(text, 120) FROM docs JOIN verdicts USING (doc) "
-            f"WHERE reason = ? ORDER BY doc LIMIT {SAMPLES}",
+            f"SELECT object, id, left(text, {SAMPLE_CHARACTERS}) FROM docs JOIN verdicts USING "
+            f"(doc) WHERE reason = ? ORDER BY doc LIMIT {SAMPLES}",
             [reason],
         )
         if shown := [f"{sources[number].uri} {name}: {text}" for number, name, text in rows]:
             samples[reason] = shown
+    return samples
 
 
 def _counts(
     settings: IngestSettings, documents: "Documents", facts: list[dict[str, Any]]
 ) -> dict[str, Any]:
     dropped: Counter[str] = Counter()
+    dropped_bytes: Counter[str] = Counter()
     for fact in facts:
+        assert not fact.pop("lost") or not fact["documents"], fact
         dropped.update(fact["dropped"])
+        dropped_bytes.update(fact["dropped_bytes"])
     held_out = next(
         documents.query(f"SELECT count(*) {KEPT} AND share < ?", [settings.validation_share])
     )[0]
     kept = sum(fact["documents"] for fact in facts)
-    counts = {
+    counts: dict[str, Any] = {
         "documents_in": sum(fact["documents_in"] for fact in facts),
         "documents": kept,
         "bytes": sum(fact["kept_bytes"] for fact in facts),
         "text_bytes_in": sum(fact["text_bytes_in"] for fact in facts),
+        "text_bytes_kept": sum(fact["text_bytes_kept"] for fact in facts),
         "dropped": dict(sorted(dropped.items())),
+        "dropped_bytes": dict(sorted(dropped_bytes.items())),
         "sources": facts,
         "train_documents": kept - held_out,
         "validation_documents": held_out,
+        "languages": _languages(documents),
     }
     for fact in (*facts, counts):
         assert fact["documents_in"] == fact["documents"] + sum(fact["dropped"].values()), fact
+        lost_bytes = sum(fact["dropped_bytes"].values())
+        assert fact["text_bytes_in"] == fact["text_bytes_kept"] + lost_bytes, fact
+    if settings.license_column:
+        counts["licenses"] = _groups(documents, "license", kept)
+    if settings.source_column:
+        counts["origins"] = _groups(documents, "origin", kept)
     return counts
+
+
+def _groups(documents: "Documents", column: str, total: int) -> list[dict[str, Any]]:
+    """Kept documents by a column's values, the largest group first; the last may be of many."""
+    rows = documents.query(
+        f"SELECT {column}, count(*) AS n, sum(bytes)::BIGINT {KEPT} "
+        f"GROUP BY {column} ORDER BY n DESC, {column} LIMIT {GROUPS}"
+    )
+    groups = [{"value": v or None, "documents": n, "bytes": size} for v, n, size in rows]
+    size, values = next(
+        documents.query(f"SELECT sum(bytes)::BIGINT, count(DISTINCT {column}) {KEPT}")
+    )
+    if rest := total - sum(group["documents"] for group in groups):
+        others = {"documents": rest, "bytes": size - sum(group["bytes"] for group in groups)}
+        groups.append({"value": None, "values": values - GROUPS, **others})
+    return groups
+
+
+def _languages(documents: "Documents") -> dict[str, int]:
+    """The languages of kept documents, the most frequent first; of a sample, drawn by hash."""
+    import py3langid
+
+    rows = documents.query(
+        f"SELECT left(text, {LANGUAGE_CHARACTERS}) FROM docs SEMI JOIN (SELECT doc {KEPT} "
+        f"ORDER BY sha256 LIMIT {LANGUAGE_SAMPLE}) USING (doc)"
+    )
+    found = Counter(py3langid.classify(text)[0] for (text,) in rows)
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _kept(
@@ -247,11 +261,11 @@ def _kept(
 
     side = "<" if split == "validation" else ">="
     rows = documents.query(
-        f"SELECT id, text, object {KEPT} AND share {side} ? ORDER BY sha256",
+        f"SELECT id, text, object, license, origin {KEPT} AND share {side} ? ORDER BY sha256",
         [settings.validation_share],
     )
-    for name, text, number in rows:
-        yield Document(name, text, sources[number].uri)
+    for name, text, number, license, origin in rows:
+        yield Document(name, text, sources[number].uri, license, origin)
 
 
 def _check(settings: IngestSettings, counts: dict[str, Any], columns: str) -> None:
@@ -266,6 +280,12 @@ def _check(settings: IngestSettings, counts: dict[str, Any], columns: str) -> No
         )
     if count == 0:
         raise UserError(f"no document is left of {documents_in}; dropped: {reasons}")
+    for key, setting in (("licenses", "license_column"), ("origins", "source_column")):
+        if not any(group["value"] for group in counts.get(key, [{"value": True}])):
+            raise UserError(
+                f"ingest.{setting} is {getattr(settings, setting)!r}, and no document of "
+                f"{settings.data_uri} has a value there; give the column's name, or leave it out"
+            )
     train, validation = counts["train_documents"], counts["validation_documents"]
     if not train or not validation:
         need = math.ceil(3 / settings.validation_share)

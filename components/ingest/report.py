@@ -4,7 +4,10 @@ from typing import Any
 
 import jinja2
 
-PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+SOURCES_SHOWN = 200
+PAGE = jinja2.Environment(
+    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+).from_string(
     """\
 <!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -24,24 +27,51 @@ blockquote { margin: .5rem 0; padding-left: .8rem; border-left: 3px solid var(--
 <p><strong>{{ counts.documents }}</strong> of {{ counts.documents_in }} documents kept,
 {{ counts.bytes }} bytes of text: {{ counts.train_documents }} to train on,
 {{ counts.validation_documents }} held out. Fingerprint <code>{{ fingerprint }}</code>.</p>
-<h2>Dropped</h2>
-{% if counts.dropped %}
-<table><tr><th>reason</th><th class="n">documents</th></tr>
+<h2>Where it went</h2>
+<table><tr><th></th><th class="n">documents</th><th class="n">bytes of text</th></tr>
+<tr><td>read</td><td class="n">{{ counts.documents_in }}</td>
+<td class="n">{{ counts.text_bytes_in }}</td></tr>
 {% for reason, number in counts.dropped.items() %}
-<tr><td>{{ reason }}</td><td class="n">{{ number }}</td></tr>
-{% endfor %}</table>
+<tr><td>dropped: {{ reason }}</td><td class="n">{{ number }}</td>
+<td class="n">{{ counts.dropped_bytes[reason] }}</td></tr>
+{% endfor %}
+<tr><td>kept</td><td class="n">{{ counts.documents }}</td>
+<td class="n">{{ counts.text_bytes_kept }}</td></tr>
+</table>
+<p>Cleaning made {{ counts.bytes }} bytes of the {{ counts.text_bytes_kept }} that are kept.</p>
 {% for reason, examples in samples.items() %}
 <details><summary>{{ reason }}: some of them</summary>
 {% for example in examples %}<blockquote>{{ example }}</blockquote>{% endfor %}</details>
 {% endfor %}
-{% else %}<p>Nothing.</p>{% endif %}
 <h2>Sources</h2>
 <table><tr><th>source</th><th class="n">in</th><th class="n">kept</th><th>dropped</th></tr>
-{% for source in counts.sources %}
-<tr><td>{{ source.uri }}</td><td class="n">{{ source.documents_in }}</td>
-<td class="n">{{ source.documents }}</td>
+{% for source in counts.sources[:sources_shown] %}
+<tr><td>{{ source.uri }}</td>
+<td class="n">{{ source.documents_in }}<br><small>{{ source.text_bytes_in }} B</small></td>
+<td class="n">{{ source.documents }}<br><small>{{ source.text_bytes_kept }} B</small></td>
 <td>{% for reason, number in source.dropped.items() %}
-{{ reason }} {{ number }}{{ ", " if not loop.last }}{% endfor %}</td></tr>
+{{ reason }} {{ number }} <small>({{ source.dropped_bytes[reason] }} B)</small>
+{{- ", " if not loop.last }}{% endfor %}</td></tr>
+{% endfor %}</table>
+{% if counts.sources | length > sources_shown %}
+<p>And {{ counts.sources | length - sources_shown }} more, all in the corpus's manifest.</p>
+{% endif %}
+{% for title, groups in (("Licences", counts.licenses), ("Origins", counts.origins)) if groups %}
+<h2>{{ title }}</h2>
+<table><tr><th>value</th><th class="n">documents kept</th><th class="n">bytes</th></tr>
+{% for group in groups %}
+<tr><td>{% if group.value %}{{ group.value }}{% elif group["values"] %}
+{{ group["values"] }} others{% else %}not given{% endif %}</td>
+<td class="n">{{ group.documents }}</td><td class="n">{{ group.bytes }}</td></tr>
+{% endfor %}</table>
+{% endfor %}
+<h2>Languages</h2>
+<p>Of {{ counts.languages.values() | sum }} kept documents, drawn by the hash of their text.</p>
+<table><tr><th>language</th><th></th><th class="n">documents</th></tr>
+{% for language, number in counts.languages.items() %}
+<tr><td>{{ language }}</td><td style="width:50%"><div class="bar"
+ style="width:{{ 100 * number // (counts.languages.values() | max) }}%"></div></td>
+<td class="n">{{ number }}</td></tr>
 {% endfor %}</table>
 <h2>Lengths</h2>
 <table><tr><th>characters</th><th></th><th class="n">documents</th></tr>
@@ -72,5 +102,10 @@ def render_report(
     most = max(lengths.values())
     bars = [(low, n, round(100 * n / most)) for low, n in lengths.items()]
     return PAGE.render(
-        counts=counts, fingerprint=fingerprint, held_out=held_out, samples=samples, lengths=bars
+        counts={"licenses": [], "origins": [], **counts},
+        fingerprint=fingerprint,
+        held_out=held_out,
+        samples=samples,
+        lengths=bars,
+        sources_shown=SOURCES_SHOWN,
     )

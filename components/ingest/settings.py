@@ -14,6 +14,11 @@ class IngestSettings:
     """The column or key that holds the text, in csv, jsonl and parquet."""
     id_column: str = "id"
     """The column or key that names a document; where it is missing, its place names it."""
+    license_column: str = ""
+    """The column or key that holds a document's licence; empty: none is kept."""
+    source_column: str = ""
+    """The column or key that says where a document is from (kept as its ``origin``); empty: none
+    is kept. The file it was read from is always kept."""
     min_characters: Annotated[int, Field(ge=1)] = 20
     max_characters: Annotated[int, Field(ge=1)] = 10_000_000
     filters: tuple[Literal["unicode", "length", "repetition", "language", "pii"], ...] = (
@@ -29,6 +34,11 @@ class IngestSettings:
     """Whether near duplicates are dropped as well as exact ones."""
     validation_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
     seed: int = 1
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that clean; 0 means one for each core. The result is the same with any number."""
+    state_uri: str = ""
+    """A folder (a path, file:// or s3://) of this step's own, where it keeps what it read: the next
+    run reads only objects that are new or changed. Empty: each run reads everything."""
     only_new: bool = False
     """Whether a run ends here, before anything is trained, if the served version of `model_name`
     was trained on the very same corpus."""

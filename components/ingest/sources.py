@@ -6,6 +6,7 @@ version (ETag, or size and time), and an object that changed meanwhile is told a
 
 import asyncio
 import contextlib
+import dataclasses
 import io
 import os
 import posixpath
@@ -52,11 +53,12 @@ class Vanished(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """One object: its public name, and where it is."""
+    """One object: its public name, where it is, and its version where the listing told it."""
 
     uri: str
     file_system: Any
     path: str
+    listed: str = ""
 
     @property
     def suffix(self) -> str:
@@ -65,10 +67,8 @@ class Source:
 
     def version(self) -> tuple[str, int]:
         """What names this state of the object (ETag or time of change), and its bytes as stored."""
-        info = _again(lambda: self.file_system.info(self.path), self.uri)
-        keys = ("ETag", "etag", "blob_id", "mtime", "LastModified", "Last-Modified")
-        name = next((str(info[key]) for key in keys if info.get(key)), "")
-        return name, int(info.get("size") or 0)
+        info = again(lambda: self.file_system.info(self.path), self.uri)
+        return _version_name(info), int(info.get("size") or 0)
 
 
 class ResumableFile(io.RawIOBase):
@@ -94,7 +94,7 @@ class ResumableFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         wanted = max(0, min(len(buffer), self.size - self._at))
-        data = _again(lambda: self._range(wanted), self._source.uri) if wanted else b""
+        data = again(lambda: self._range(wanted), self._source.uri) if wanted else b""
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -128,7 +128,12 @@ class ResumableFile(io.RawIOBase):
         return data
 
 
-def _again(work: Any, uri: str) -> Any:
+def _version_name(info: dict[str, Any]) -> str:
+    keys = ("ETag", "etag", "blob_id", "mtime", "LastModified", "Last-Modified")
+    return next((str(info[key]) for key in keys if info.get(key)), "")
+
+
+def again(work: Any, uri: str) -> Any:
     """Do what a store may refuse for a while; raises `Vanished`, or `UserError` if it never can."""
 
     def temporary(error: BaseException) -> bool:
@@ -194,29 +199,58 @@ def s3_options() -> dict[str, Any]:
     }
 
 
+def file_system_of(uri: str, setting: str) -> tuple[Any, str]:
+    """fsspec's file system for a URI, and the path in it; ``setting`` is whose URI it is."""
+    options = s3_options() if uri.startswith("s3://") else {}
+    try:
+        file_system, path = fsspec.core.url_to_fs(uri, **options)
+    except (*TRANSIENT, ValueError, ImportError) as error:
+        raise UserError(f"{setting} {uri}: cannot be opened: {error}") from None
+    return file_system, path.rstrip("/") or path
+
+
 def _expand(uri: str) -> list[Source]:
     target = str(package_path(uri)) if uri.startswith("package://") else uri
-    scheme = uri.split("://", 1)[0] if "://" in uri else "file"
-    options = s3_options() if scheme == "s3" else {}
+    file_system, path = file_system_of(target, "ingest.data_uri")
+    if uri.startswith(("http://", "https://")) and suffix_of(urlsplit(uri).path) in READERS:
+        source = Source(_public(uri, path), file_system, path)
+        try:
+            return [dataclasses.replace(source, listed=_listed(*source.version()))]
+        except Vanished:
+            raise UserError(f"ingest.data_uri {source.uri}: there is no such file") from None
     try:
-        file_system, path = fsspec.core.url_to_fs(target, **options)
-        if scheme in ("http", "https") and suffix_of(urlsplit(uri).path) in READERS:
-            return [Source(_public(uri, path), file_system, path)]
         is_folder = not any(mark in path for mark in "*?[") and file_system.isdir(path)
         pattern = posixpath.join(path, "**") if is_folder else path
-        # Some stores list a folder as a file of its own name; those end in a slash.
-        paths = sorted(p for p in file_system.glob(pattern) if not file_system.isdir(p))
-    except (*TRANSIENT, ValueError, ImportError) as error:
+        found = file_system.glob(pattern, detail=True)
+    except (*TRANSIENT, ValueError) as error:
         raise UserError(f"ingest.data_uri {uri}: cannot be listed: {error}") from None
+    # Some stores list a folder as a file of its own name; those end in a slash.
+    infos = {
+        p: info
+        for p, info in sorted(found.items())
+        if info.get("type") != "directory" and not p.endswith("/")
+    }
     if is_folder:
-        paths = [p for p in paths if Source("", None, p).suffix in READERS]
-    if not paths:
+        infos = {p: info for p, info in infos.items() if Source("", None, p).suffix in READERS}
+    if not infos:
         raise UserError(f"ingest.data_uri {uri}: no file found; accepted are {accepted()}")
-    sources = [Source(_public(uri, p), file_system, p) for p in paths]
+    sources = [
+        Source(
+            _public(uri, p),
+            file_system,
+            p,
+            _listed(_version_name(info), int(info.get("size") or 0)),
+        )
+        for p, info in infos.items()
+    ]
     for source in sources:
         if source.suffix not in READERS:
             raise UserError(f"{source.uri}: unknown kind of file; accepted are {accepted()}")
     return sources
+
+
+def _listed(name: str, size: int) -> str:
+    return f"{name} {size}" if name else ""
 
 
 def _public(uri: str, path: str) -> str:

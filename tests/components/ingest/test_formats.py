@@ -31,7 +31,8 @@ PDF = (
 
 
 def read(raw: bytes, name: str) -> list[tuple[str, str | Unreadable]]:
-    return list(read_stream(io.BufferedReader(io.BytesIO(raw)), name, SETTINGS))  # type: ignore[type-var]
+    stream = io.BufferedReader(io.BytesIO(raw))  # type: ignore[type-var]
+    return [(r.name, r.text) for r in read_stream(stream, name, SETTINGS)]
 
 
 def counted(raw: bytes, name: str) -> Counter[str]:
@@ -79,7 +80,7 @@ def test_csv_rows_with_bad_bytes_leave_their_neighbours_whole() -> None:
     raw = b'id,text\n1,"two\nlines"\n2,\xff\xfe\n3\n4,nul\0here\n'
     assert read(raw, "a.csv") == [
         ("1", "two\nlines"),
-        ("2", Unreadable("not_utf8")),
+        ("2", Unreadable("not_utf8", bytes=2)),
         ("3", Unreadable("no_text")),
         ("4", "nul\0here"),
     ]

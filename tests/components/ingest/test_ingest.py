@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from nudge.components.common.corpus import read_corpus, read_documents, zstd
 from nudge.components.common.errors import UserError
-from nudge.components.ingest.ingest import ingest, split_of
+from nudge.components.ingest.cleaning import split_of
+from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
 
 

@@ -1,0 +1,228 @@
+"""From a record as read to a row as kept, or the reason why not; over several processes if it pays.
+
+What becomes of a record depends on it and the settings alone, so that neither the number of
+processes nor their timing changes anything.
+"""
+
+import collections
+import hashlib
+import hmac
+import multiprocessing
+import os
+from collections import Counter
+from concurrent.futures import Future, ProcessPoolExecutor
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from nudge.components.common.corpus import text_sha256
+from nudge.components.ingest.duplicates import BUCKETS, Documents, signature
+from nudge.components.ingest.filters import Filter, make_filters, normalise
+from nudge.components.ingest.formats import Record, Unreadable
+from nudge.components.ingest.settings import IngestSettings
+
+SAMPLES, SAMPLE_CHARACTERS = 5, 120
+BATCH_BYTES, BATCH_RECORDS = 1 << 20, 1000
+ALONE_BYTES = 8 << 20
+"""So much text is cleaned in this process before others are started, which takes a second."""
+AHEAD_BYTES = 32 << 20
+"""Text that waits for other processes; no more is read before some of it is done."""
+
+
+class Row(NamedTuple):
+    """A clean document; ``share`` is the keyed hash of its text, in [0, 1)."""
+
+    id: str
+    text: str
+    license: str
+    origin: str
+    sha256: str
+    share: float
+    raw_bytes: int
+    bytes: int
+    keys: tuple[int, ...]
+
+
+class Drop(NamedTuple):
+    """A record that is left out; ``raw_bytes`` are those of its text, or of what stood there."""
+
+    reason: str
+    raw_bytes: int
+    sample: str
+    detail: str
+
+
+def share_of(text: str, settings: IngestSettings) -> float:
+    """The keyed hash of a text, in [0, 1)."""
+    digest = hmac.digest(str(settings.seed).encode(), text.encode(), "sha256")
+    return int.from_bytes(digest[:8]) / 2**64
+
+
+def split_of(text: str, settings: IngestSettings) -> str:
+    """The split of a document: a keyed hash of its text, so it stays there as the corpus grows."""
+    return "validation" if share_of(text, settings) < settings.validation_share else "train"
+
+
+def clean(record: Record, filters: list[Filter], settings: IngestSettings) -> Row | Drop:
+    """What becomes of one record."""
+    raw = record.text
+    text: str | Unreadable = raw
+    size = raw.bytes if isinstance(raw, Unreadable) else len(raw.encode("utf-8", "replace"))
+    if isinstance(raw, str):
+        text = normalise(raw)
+    for apply in filters:
+        if not isinstance(text, str):
+            break
+        text = apply(text)
+    if isinstance(text, str) and not text:
+        text = Unreadable("too_short")
+    name = normalise(record.name)
+    if not isinstance(text, str):
+        said = raw[:SAMPLE_CHARACTERS] if isinstance(raw, str) else text.detail
+        return Drop(text.reason, size, f"{name}: {normalise(said)}", text.detail)
+    return Row(
+        name,
+        text,
+        normalise(record.license),
+        normalise(record.origin),
+        text_sha256(text),
+        share_of(text, settings),
+        size,
+        len(text.encode()),
+        tuple(signature(text)) if settings.near_duplicates else (0,) * BUCKETS,
+    )
+
+
+class Tally:
+    """What one version of an object was found to hold."""
+
+    def __init__(self, number: int, uri: str) -> None:
+        self.number, self.uri = number, uri
+        self.stored_bytes = self.documents_in = self.text_bytes_in = 0
+        self.dropped: Counter[str] = Counter()
+        self.dropped_bytes: Counter[str] = Counter()
+        self.samples: dict[str, list[str]] = {}
+        self.columns = ""
+        self.void = self.lost = False
+        self._digest = hashlib.sha256()
+
+    def take(self, result: Row | Drop) -> None:
+        """Count one record; they come in the order in which they were read."""
+        self.documents_in += 1
+        self.text_bytes_in += result.raw_bytes
+        if isinstance(result, Row):
+            self._digest.update(result.sha256.encode())
+            return
+        self.dropped[result.reason] += 1
+        self.dropped_bytes[result.reason] += result.raw_bytes
+        if result.reason == "no_column":
+            self.columns = self.columns or result.detail
+        shown = self.samples.setdefault(result.reason, [])
+        if len(shown) < SAMPLES:
+            shown.append(f"{self.uri} {result.sample}")
+
+    def facts(self) -> dict[str, Any]:
+        """The object's entry in the manifest, and beside it what the report shows."""
+        return {
+            "uri": self.uri,
+            "bytes": self.stored_bytes,
+            "documents_in": self.documents_in,
+            "text_bytes_in": self.text_bytes_in,
+            "dropped": dict(self.dropped),
+            "dropped_bytes": dict(self.dropped_bytes),
+            "sha256": self._digest.hexdigest(),
+            "lost": self.lost,
+            "columns": self.columns,
+            "samples": self.samples,
+        }
+
+
+class Cleaner:
+    """Takes records in order and brings the rows of those that are kept to ``documents``."""
+
+    def __init__(self, settings: IngestSettings, documents: Documents) -> None:
+        self._settings, self._documents = settings, documents
+        self._filters = make_filters(settings)
+        self._workers = settings.workers or len(os.sched_getaffinity(0))
+        self._pool: ProcessPoolExecutor | None = None
+        self._batch: list[tuple[Tally, Record]] = []
+        self._sent: collections.deque[tuple[list[Tally], int, Future[list[Row | Drop]]]] = (
+            collections.deque()
+        )
+        self._held = self._ahead = self._alone = 0
+        self.documents_in = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finish()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def put(self, tally: Tally, record: Record) -> None:
+        """Take one record of an object."""
+        self._batch.append((tally, record))
+        self._held += len(record.text) if isinstance(record.text, str) else 0
+        if self._held >= BATCH_BYTES or len(self._batch) >= BATCH_RECORDS:
+            self._send()
+
+    def forget(self, tally: Tally) -> None:
+        """Let nothing of an object stay, nor of what is still under way."""
+        tally.void = True
+        self._documents.remove(tally.number)
+
+    def finish(self) -> None:
+        """Wait for all that was put."""
+        self._send()
+        while self._sent:
+            self._receive()
+
+    def _send(self) -> None:
+        batch, size = self._batch, self._held
+        self._batch, self._held = [], 0
+        tallies, records = [tally for tally, _ in batch], [record for _, record in batch]
+        if self._workers == 1 or self._alone < ALONE_BYTES:
+            self._alone += size
+            for tally, record in batch:
+                self._take(tally, clean(record, self._filters, self._settings))
+            return
+        if self._pool is None:
+            # Not forked: DuckDB and fsspec run threads here.
+            self._pool = ProcessPoolExecutor(
+                self._workers,
+                multiprocessing.get_context("spawn"),
+                initializer=_begin,
+                initargs=(self._settings,),
+            )
+        self._sent.append((tallies, size, self._pool.submit(_clean_batch, records)))
+        self._ahead += size
+        while self._ahead > AHEAD_BYTES or len(self._sent) > 4 * self._workers:
+            self._receive()
+
+    def _receive(self) -> None:
+        tallies, size, future = self._sent.popleft()
+        for tally, result in zip(tallies, future.result(), strict=True):
+            self._take(tally, result)
+        self._ahead -= size
+
+    def _take(self, tally: Tally, result: Row | Drop) -> None:
+        if tally.void:
+            return
+        self.documents_in += 1
+        if isinstance(result, Row):
+            self._documents.add(tally.number, tally.documents_in, result)
+        tally.take(result)
+
+
+_worker: dict[str, Any] = {}
+
+
+def _begin(settings: IngestSettings) -> None:
+    _worker.update(settings=settings, filters=make_filters(settings))
+
+
+def _clean_batch(records: list[Record]) -> list[Row | Drop]:
+    return [clean(record, _worker["filters"], _worker["settings"]) for record in records]

@@ -1,0 +1,164 @@
+"""What ingest keeps between runs, so that the next one reads only what is new or changed.
+
+``state_uri`` holds ``manifest.json`` (nudge.ingest-state, version 1) and Parquet files of clean
+documents (those that are dropped as duplicates too, for what they are duplicates of may go). The
+manifest names each object by URI and version (ETag or time, and size) with its facts and the file
+that its documents are in. A file is used if its sha256 is right and what cleans is the same: these
+settings, this code, these libraries; else the objects in it are read again. The manifest is written
+last, and what it does not name is removed.
+"""
+
+import contextlib
+import hashlib
+import json
+import posixpath
+import uuid
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from nudge.components.common.errors import UserError
+from nudge.components.common.publish import read_manifest, sha256_file, write_manifest
+from nudge.components.common.uris import is_local, local_path
+from nudge.components.ingest.duplicates import Documents
+from nudge.components.ingest.settings import IngestSettings
+from nudge.components.ingest.sources import Source, Vanished, again, file_system_of
+
+FORMAT, VERSION = "nudge.ingest-state", 1
+MANIFEST = "manifest.json"
+FILES = 16
+"""When there are more, all are written anew as one."""
+CLEANING = (
+    "text_column",
+    "id_column",
+    "license_column",
+    "source_column",
+    "min_characters",
+    "max_characters",
+    "filters",
+    "languages",
+    "pii",
+    "near_duplicates",
+    "seed",
+)
+LIBRARIES = (
+    "ftfy",
+    "phonenumbers",
+    "py3langid",
+    "pyarrow",
+    "pypdfium2",
+    "python-stdnum",
+    "trafilatura",
+)
+
+
+class State:
+    """The state at a URI; ``folder`` is a place on this machine for its files.
+
+    Raises `UserError` if something else stands there.
+    """
+
+    def __init__(self, uri: str, settings: IngestSettings, folder: Path) -> None:
+        self._uri, self._folder = uri, folder
+        place = str(local_path(uri).resolve()) if is_local(uri) else uri
+        self._file_system, self._root = file_system_of(place, "ingest.state_uri")
+        self._cleaning = _cleaning(settings)
+        self._before: dict[str, Any] = {"objects": {}, "files": {}}
+        with contextlib.suppress(Vanished):
+            manifest = read_manifest(self._fetch(MANIFEST), FORMAT, VERSION)
+            if manifest["cleaning"] == self._cleaning:
+                self._before = manifest
+
+    def restore(self, sources: list[Source], documents: Documents) -> dict[int, dict[str, Any]]:
+        """Add the documents of objects that did not change; returns their facts by number."""
+        unchanged: dict[str, dict[int, int]] = {}
+        facts = {}
+        for number, source in enumerate(sources):
+            known = self._before["objects"].get(source.uri)
+            if known and source.listed and known["version"] == source.listed:
+                unchanged.setdefault(known["file"], {})[known["number"]] = number
+                facts[number] = known["facts"]
+        for name, numbers in unchanged.items():
+            try:
+                path = self._fetch(name)
+                if sha256_file(path) != self._before["files"][name]["sha256"]:
+                    raise Vanished
+            except Vanished:
+                facts = {n: fact for n, fact in facts.items() if n not in numbers.values()}
+                continue
+            documents.load(path, numbers)
+            path.unlink()
+        return facts
+
+    def keep(
+        self,
+        sources: list[Source],
+        facts: dict[int, dict[str, Any]],
+        old: set[int],
+        documents: Documents,
+    ) -> None:
+        """Keep for the next run what was read: the objects that have ``facts``, of which `restore`
+        brought the ``old`` ones."""
+        before, files = self._before["objects"], {}
+        for number in old:
+            name = before[sources[number].uri]["file"]
+            files[name] = self._before["files"][name]
+        new = [number for number in facts if number not in old]
+        if not new and len(before) == len(old):
+            return
+        objects_kept = sum(1 for entry in before.values() if entry["file"] in files)
+        if len(files) >= FILES or len(old) < objects_kept / 2:
+            new, files, old = list(facts), {}, set()
+        name = f"documents-{uuid.uuid4().hex}.parquet"
+        if new:
+            path = self._folder / name
+            documents.save(path, new)
+            files[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+            self._put(path)
+            path.unlink()
+        objects = {sources[number].uri: before[sources[number].uri] for number in old}
+        for number in new:
+            fact, version = facts[number], sources[number].listed
+            entry = {"version": version, "file": name, "number": number, "facts": fact}
+            objects[sources[number].uri] = entry
+        body = {"cleaning": self._cleaning, "objects": objects, "files": files}
+        self._publish(body)
+        with self._told("tidied"):
+            for path in again(lambda: self._file_system.ls(self._root, detail=False), self._uri):
+                name = posixpath.basename(path)
+                if name.startswith("documents-") and name not in files:
+                    self._file_system.rm_file(path)
+
+    def _publish(self, body: dict[str, Any]) -> None:
+        if is_local(self._uri):
+            write_manifest(Path(self._root) / MANIFEST, FORMAT, VERSION, body)
+        else:
+            write_manifest(self._folder / MANIFEST, FORMAT, VERSION, body)
+            self._put(self._folder / MANIFEST)
+
+    def _fetch(self, name: str) -> Path:
+        path = self._folder / name
+        again(lambda: self._file_system.get_file(f"{self._root}/{name}", str(path)), self._uri)
+        return path
+
+    def _put(self, path: Path) -> None:
+        self._file_system.makedirs(self._root, exist_ok=True)
+        with self._told("written"):
+            target = f"{self._root}/{path.name}"
+            again(lambda: self._file_system.put_file(str(path), target), self._uri)
+
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, Vanished) as error:
+            raise UserError(f"ingest.state_uri {self._uri} cannot be {what}: {error}") from None
+
+
+def _cleaning(settings: IngestSettings) -> str:
+    """The sha256 of all that decides what becomes of a record."""
+    versions = {name: metadata.version(name) for name in LIBRARIES}
+    code = [sha256_file(path) for path in sorted(Path(__file__).parent.glob("*.py"))]
+    values = {name: getattr(settings, name) for name in CLEANING}
+    return hashlib.sha256(json.dumps([values, code, versions]).encode()).hexdigest()
