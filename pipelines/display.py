@@ -3,15 +3,17 @@
 import json
 import shlex
 import time
+from collections.abc import Iterable
 from typing import Any, Protocol
 
-from nudge.components.common.progress import figures
+from nudge.components.common.progress import SHOWN, figures
 from nudge.pipelines.local.run import Run, StepState
 from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+PLAIN = (str, int, float)
 MARKS = {"waiting": " ", "running": "›", "done": "✓", "reused": "↺", "skipped": "–", "failed": "✗"}
 
 
@@ -80,6 +82,27 @@ class Live:
                 took = f" {step.seconds:.1f} s" if step.seconds else ""
                 self._console.print(f"{name}: {step.status}{took}", markup=False, highlight=False)
             self._said[name] = step.status
+
+    def lines(self, lines: Iterable[tuple[str, str]]) -> None:
+        """Write lines of the steps' logs above the bars; those that a bar shows are left out."""
+        for name, line in lines:
+            if self._bars is None or not SHOWN.fullmatch(line.strip()):
+                self._console.print(f"{name} | {line}", markup=False, highlight=False)
+
+
+def followed(run: Followed) -> Table:
+    """The table of a run on a cluster: its steps and what came out of each."""
+    table = Table()
+    table.add_column("step")
+    table.add_column("seconds", justify="right")
+    table.add_column("status")
+    table.add_column("what came out", overflow="fold")
+    for name, step in run.steps.items():
+        plain = {key: each for key, each in step.results.items() if isinstance(each, PLAIN)}
+        seconds = f"{step.seconds:.1f}" if step.seconds else ""
+        status = f"{MARKS[step.status]} {step.status}"
+        table.add_row(name, seconds, status, Text(figures(plain)))
+    return table
 
 
 def summary(values: dict[str, Any], run: Run) -> Group:

@@ -11,12 +11,19 @@ one JSON line appended to it: ``{"time", "step", "event", "done", "total", "unit
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 EVENTS_VARIABLE = "NUDGE_EVENTS"
+SHOWN = re.compile(r"(\w+): ([\d.e+]+)(?:/([\d.e+]+))? (\S+) ?(.*)")
+"""A line of progress in a pod's log, such as ``train: 12/60 steps loss 2.31``."""
+
+RESULTS = ": results "
+"""Stands in a pod's log between a step's name and its small results, as JSON."""
+
 PLAIN_INTERVAL_S = 10.0
 EVENT_INTERVAL_S = 0.2
 
@@ -80,6 +87,13 @@ def emit_event(step: str, event: str, **values: Any) -> None:
         # One write in append mode: lines of steps that share the file never mix.
         with open(events, "ab", buffering=0) as file:
             file.write(line.encode())
+
+
+def tell_results(step: str, results: dict[str, Any]) -> None:
+    """Write a step's small results to its log, for whoever follows a run on a cluster; does nothing
+    where events tell them."""
+    if not os.environ.get(EVENTS_VARIABLE):
+        print(f"{step}{RESULTS}{json.dumps(results)}", file=sys.stderr, flush=True)
 
 
 def last_events() -> dict[str, dict[str, Any]]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from nudge.components.common.errors import UserError
-from nudge.components.common.progress import emit_event
+from nudge.components.common.progress import emit_event, tell_results
 from nudge.components.common.provenance import code_fingerprint
 from nudge.components.common.publish import published, sha256_file, sha256_tree
 from nudge.components.common.uris import is_local, local_path
@@ -71,6 +71,7 @@ def step(
             paths = {key: str(given.arguments[key]) for key in outputs}
             values = {"status": status, "seconds": seconds, "outputs": paths, "results": fields}
             emit_event(name, "step_end", **values)
+            tell_results(name, fields)
             return result
 
         return run

@@ -73,9 +73,15 @@ def submit(
         with display.Live(Console(stderr=True), run) as live:
             for current in runs.follow(server, run):
                 live.show(current)
+                live.lines(current.lines)
     except KeyboardInterrupt:
         click.echo(f"not followed any more; the run goes on: {run.link}", err=True)
         sys.exit(130)
+    except UserError as error:
+        raise UserError(f"{error}; not followed any more, the run goes on: {run.link}") from None
+    if run.silent:
+        click.echo(f"no logs were shown: {run.silent}", err=True)
+    Console().print(display.followed(run))
     click.echo(run.state.lower())
     if run.state != "SUCCEEDED":
         failed = run.failed

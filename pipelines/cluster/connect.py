@@ -58,6 +58,12 @@ class Server:
             return call(*given, _request_timeout=TIMEOUTS_S, **named)
         except kfp_server_api.ApiException as error:
             raise UserError(self._told(doing, error)) from None
+        except AttributeError as error:
+            # The generated client decodes the body of every failure; one of TLS has none.
+            failed = error.__context__
+            if not isinstance(failed, kfp_server_api.ApiException) or failed.status:
+                raise
+            raise UserError(f"{doing}: {_unreachable(self.url, failed)}") from None
         except urllib3.exceptions.HTTPError as error:
             raise UserError(f"{doing}: {_unreachable(self.url, error)}") from None
 
@@ -130,6 +136,8 @@ def connect(url: str = "") -> Server:
     ca = os.environ.get("NUDGE_PIPELINES_CA", "")
     if ca and not Path(ca).is_file():
         raise UserError(f"NUDGE_PIPELINES_CA = {ca}: there is no such file")
+    if ca:
+        _check_ca(ca)
     if not ca and ".svc" in found and service_ca.is_file():
         ca = str(service_ca)
     namespace_file = ACCOUNT / "namespace"
@@ -137,6 +145,15 @@ def connect(url: str = "") -> Server:
     if not namespace and namespace_file.is_file():
         namespace = namespace_file.read_text(encoding="utf-8").strip()
     return Server(found.rstrip("/"), token or _oc("whoami", "-t"), ca, namespace)
+
+
+def _check_ca(path: str) -> None:
+    try:
+        ssl.create_default_context(cafile=path)
+    except (ssl.SSLError, OSError) as error:
+        raise UserError(
+            f"NUDGE_PIPELINES_CA = {path} cannot be read as PEM certificates: {error}"
+        ) from None
 
 
 def _from_dspa() -> str:
@@ -158,12 +175,31 @@ def _oc(*arguments: str) -> str:
 
 
 def _unreachable(url: str, error: Exception) -> str:
-    cause = getattr(error, "reason", None) or error
-    if isinstance(cause, ssl.SSLError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
+    told = f"{getattr(error, 'reason', None) or ''} {error}"
+    if "not valid for" in told or "mismatch" in told.lower():
+        return f"the certificate of {url} is for another name; is the address right?"
+    if "CERTIFICATE_VERIFY_FAILED" in told:
         return (
             f"the certificate of {url} is not signed by a CA known here; set NUDGE_PIPELINES_CA "
             "to the file of the cluster's CA"
         )
-    if "timed out" in str(error).lower():
+    if "SSLError" in told:
+        return f"{url} does not speak TLS as it should; is it http:// in the place of https://?"
+    if "timed out" in told.lower():
         return f"{url} did not answer in time; is the address right, and the cluster reachable?"
     return f"{url} cannot be reached; is the address right, and the cluster reachable?"
+
+
+def run_link(server: Server, run_id: str) -> str:
+    """Where a browser shows a run: on the dashboard that NUDGE_DASHBOARD_URL or the cluster's
+    ConsoleLink names, else on the pipelines server's own pages.
+
+    Newer dashboards lead this path on to theirs (opendatahub-io/odh-dashboard, routes/pipelines).
+    """
+    dashboard = os.environ.get("NUDGE_DASHBOARD_URL", "") or _oc(
+        "get", "consolelink", "rhodslink", "-o", "jsonpath={.spec.href}"
+    )
+    namespace = server.namespace or (_oc("project", "-q") if dashboard else "")
+    if dashboard and namespace:
+        return f"{dashboard.rstrip('/')}/pipelineRuns/{namespace}/runs/{run_id}"
+    return f"{server.url}/#/runs/details/{run_id}"

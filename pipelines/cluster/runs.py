@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 from nudge.components.common.errors import UserError, nearest
-from nudge.pipelines.cluster.connect import Server
+from nudge.pipelines.cluster.connect import Server, run_link
+from nudge.pipelines.cluster.logs import Logs
 from nudge.pipelines.compile import COMPILED
 from nudge.pipelines.local.run import StepState
 
@@ -47,6 +48,10 @@ class Following:
     error: str = ""
     steps: dict[str, StepState] = field(default_factory=dict)
     pods: dict[str, str] = field(default_factory=dict)
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    """What came in the logs since the last time, each line with its step's name."""
+    silent: str = ""
+    """Why no logs are shown; empty if they are."""
 
     @property
     def failed(self) -> StepState | None:
@@ -156,24 +161,58 @@ def submit(server: Server, pipeline: str, name: str, parameters: dict[str, Any])
     made = server.change(
         f"start a run of {pipeline}", server.api("RunServiceApi").run_service_create_run, body
     )
-    return Following(made.run_id, f"{server.url}/#/runs/details/{made.run_id}")
+    steps = {name: StepState(name) for name in steps_of(newest)}
+    return Following(made.run_id, run_link(server, made.run_id), steps=steps)
 
 
 def check_parameters(version: Any, parameters: dict[str, Any]) -> None:
     """Raise `UserError` for a name that is not a parameter of this version."""
-    spec = version.pipeline_spec or {}
-    spec = spec.get("pipeline_spec", spec)
-    known = spec.get("root", {}).get("inputDefinitions", {}).get("parameters", {})
+    known = _spec(version).get("root", {}).get("inputDefinitions", {}).get("parameters", {})
     for name in parameters.keys() - known.keys():
         raise UserError(f"{name} is no parameter of {version.display_name}; {nearest(name, known)}")
 
 
+def steps_of(version: Any) -> list[str]:
+    """The names of a version's steps, each after those that it depends on."""
+    spec = _spec(version)
+    components, found = spec.get("components", {}), []
+
+    def visit(dag: dict[str, Any]) -> None:
+        tasks, seen = dag.get("tasks", {}), set()
+
+        def add(name: str) -> None:
+            if name in seen:
+                return
+            seen.add(name)
+            for before in tasks[name].get("dependentTasks", []):
+                add(before)
+            component = components.get(tasks[name]["componentRef"]["name"], {})
+            if "dag" in component:
+                visit(component["dag"])
+            else:
+                found.append(name)
+
+        for name in tasks:
+            add(name)
+
+    visit(spec.get("root", {}).get("dag", {}))
+    return found
+
+
+def _spec(version: Any) -> dict[str, Any]:
+    spec = version.pipeline_spec or {}
+    return dict(spec.get("pipeline_spec", spec))
+
+
 def follow(server: Server, run: Following, poll_s: float = POLL_S) -> Generator[Following]:
-    """Ask for the run until it has ended; yields it each time."""
+    """Ask for the run, and for the logs of its steps, until it has ended; yields it each time."""
     api = server.api("RunServiceApi")
+    logs = Logs(server, run.run_id)
     while True:
         found = server.read(f"look at the run {run.run_id}", api.run_service_get_run, run.run_id)
         _take_in(run, found)
+        run.lines = list(logs.lines(run.steps, run.pods))
+        run.silent = logs.problem
         yield run
         if run.state in ENDED:
             return
@@ -184,21 +223,44 @@ def _take_in(run: Following, found: Any) -> None:
     run.state = found.state or "PENDING"
     run.error = (found.error and found.error.message) or ""
     details = found.run_details.task_details if found.run_details else None
-    # The driver of a step and its group are tasks too; a step has a pod and a plain name.
+    nodes = {_end(task.pod_name): task for task in details or [] if task.pod_name}
     for task in details or []:
-        name = str(task.display_name or "")
-        if not name or name.endswith("-driver") or name in ("root", "executor"):
+        # Groups, the drivers of steps and the pods inside of them are tasks too.
+        if (name := str(task.display_name or "")) not in run.steps:
             continue
-        step = run.steps.setdefault(name, StepState(name))
+        step, pod = run.steps[name], _newest_pod(task, nodes)
         step.status = STATES.get(str(task.state), "waiting")
+        if step.status == "done" and str(getattr(pod, "state", "")) == "SKIPPED":
+            step.status = "reused"  # from the engine's cache: its pod never ran
         if task.start_time:
             step.started = task.start_time.timestamp()
         if task.start_time and task.end_time:
             step.seconds = (task.end_time - task.start_time).total_seconds()
         if step.status == "failed":
             step.error = (task.error and task.error.message) or "it failed"
-        pods = [child.pod_name for child in task.child_tasks or [] if child.pod_name]
-        run.pods[name] = task.pod_name or next(iter(pods), "")
+        if pod is not None:
+            run.pods[name] = pod.pod_name
+    if run.state in ENDED:
+        for step in run.steps.values():
+            step.status = "skipped" if step.status == "waiting" else step.status
+
+
+def _newest_pod(task: Any, nodes: dict[str, Any]) -> Any:
+    """What ran a step, the newest of its tries: a task, or a child that has a pod's name alone."""
+    inner = [child for child in task.child_tasks or [] if child.pod_name]
+    known = [nodes[_end(child.pod_name)] for child in inner if _end(child.pod_name) in nodes]
+    tries = [each for each in known if str(each.display_name).startswith("executor")]
+    if tries:
+        last = max(tries, key=lambda each: each.start_time.timestamp() if each.start_time else 0)
+        return _newest_pod(last, nodes)
+    if str(task.display_name).startswith("executor") or not inner:
+        return task if task.pod_name else None
+    return inner[-1]
+
+
+def _end(node: str) -> str:
+    """What a node's name and its pod's have in common: the number at the end."""
+    return node.rpartition("-")[2]
 
 
 def _named(file: Path, text: str) -> tuple[str, str]:

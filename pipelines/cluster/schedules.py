@@ -162,6 +162,14 @@ def _known(server: Server, name: str) -> list[Any]:
 
 
 def _switch(server: Server, schedule: Any, *, on: bool) -> None:
+    """Enable or disable a schedule; its runs that are under way go on.
+
+    The API's description says that to disable "stops a recurring run and all its associated runs".
+    The server does not: it sets ``spec.enabled`` of the ScheduledWorkflow, which its controller
+    asks only before it starts a new run (kubeflow/pipelines 2.17, resource_manager.go
+    ChangeJobMode; scheduled_workflow.go GetNextScheduledEpoch). To delete one does end its runs:
+    the ScheduledWorkflow owns their Workflows, which the cluster collects with it.
+    """
     if (schedule.status == "ENABLED") == on:
         return
     api = server.api("RecurringRunServiceApi")

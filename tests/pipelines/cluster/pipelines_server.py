@@ -55,6 +55,10 @@ class Pipelines:
         """Statuses that the next requests are answered with; 0 hangs up."""
         self.story: list[dict[str, Any]] = []
         """What a run shows each time it is asked for; the last one stays."""
+        self.logs: dict[str, str] = {}
+        """The log of each pod; what is asked of another is answered as the real one does."""
+        self.no_logs = 0
+        """A status that every request for a log is answered with; 0 answers them."""
         self.token = "sha256~canary-token"
 
     async def answer(self, request: Request) -> Response:
@@ -67,6 +71,9 @@ class Pipelines:
             time.sleep(3)
         if request.headers.get("authorization") != f"Bearer {self.token}":
             return JSONResponse({"error": "Unauthorized"}, status_code=401)
+        # Not in the description: the server hands logs out beside it.
+        if log := re.fullmatch(r"/apis/v1alpha1/runs/([^/]+)/nodes/([^/]+)/log", path):
+            return self._log(log[1], log[2])
         operation, named = self._operation(method, path)
         if operation is None:
             self.faults.append(f"{method} {path} is not in the API")
@@ -80,6 +87,14 @@ class Pipelines:
         if "$ref" in schema:
             strict(schema["$ref"].rpartition("/")[2]).validate(result)
         return JSONResponse(result)
+
+    def _log(self, run: str, pod: str) -> Response:
+        if self.no_logs:
+            return JSONResponse({"error_message": "no logs here"}, status_code=self.no_logs)
+        if run not in self.runs or pod not in self.logs:
+            told = f"Failed to read logs for run {run}"
+            return Response(json.dumps({"error_message": told, "error_details": told}))
+        return Response(self.logs[pod], media_type="text/plain")
 
     def _operation(self, method: str, path: str) -> tuple[Any, dict[str, str]]:
         # Plain paths stand before those with a name in them, as in a router.

@@ -1,16 +1,19 @@
 """upload, submit and schedule against a server that holds every request against the real API."""
 
 import datetime
+import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 import yaml
 from click.testing import CliRunner, Result
 from nudge.components.common.errors import UserError
 from nudge.pipelines.cli import main
-from nudge.pipelines.cluster import connect, runs, schedules
+from nudge.pipelines.cluster import connect, logs, runs, schedules
 
 from tests.pipelines.cluster.pipelines_server import Pipelines, serving
 
@@ -102,6 +105,137 @@ def test_a_run_is_followed_to_its_end(state: Pipelines, url: str) -> None:
     assert f"{url}/#/runs/details/{run['run_id']}" in done.stdout
 
 
+START, END = "2026-01-01T00:00:00Z", "2026-01-01T00:00:42Z"
+
+
+def node(number: int, name: str, state: str, *children: int, **more: Any) -> dict[str, Any]:
+    """A task as the server makes it of a workflow's node: its children by the nodes' own names,
+    itself by its pod's, which have only the number at the end in common."""
+    made = {"display_name": name, "state": state, "pod_name": f"run-abc-template-{number}"}
+    made["child_tasks"] = [{"pod_name": f"run-abc-{child}"} for child in children]
+    if state != "PENDING":
+        made["start_time"] = START
+    if state in ("SUCCEEDED", "FAILED"):
+        made["end_time"] = END
+    return {**made, **more}
+
+
+def shown(state: str, *tasks: dict[str, Any]) -> dict[str, Any]:
+    return {"state": state, "run_details": {"task_details": list(tasks)}}
+
+
+def test_logs_and_figures_of_the_steps_are_shown(
+    state: Pipelines, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps inside of groups, tries of a step, what came from the cache, what never began."""
+    monkeypatch.setattr(logs, "INTERVAL_S", 0.0)
+    around = [
+        node(1, "train-and-serve-x", "RUNNING", 2),
+        node(2, "ingest-driver", "SUCCEEDED", 3),
+        node(3, "ingest", "SUCCEEDED", 4),
+        node(4, "executor", "SUCCEEDED", 9),
+        node(9, "condition-2", "RUNNING", 10),
+        node(10, "tokenize", "SUCCEEDED", 11),
+        node(11, "executor", "SKIPPED", 12),
+        node(12, "train", "RUNNING", 13),
+        node(13, "executor", "RUNNING", 14, 15),
+        node(14, "executor(0)", "FAILED"),
+    ]
+    state.logs = {
+        "run-abc-template-4": 'ingest: 9/9 files\ningest: results {"documents": 9}\n',
+        "run-abc-template-14": "the first try\n",
+        "run-abc-template-15": "train: 1/2 steps loss 3.1\n\x1b[2Jhalf a li",
+    }
+    running = [*around, node(15, "executor(1)", "RUNNING", start_time=END)]
+    ended = [each for each in around if each["display_name"] != "train"]
+    ended += [node(12, "train", "SUCCEEDED", 13), node(15, "executor(1)", "SUCCEEDED")]
+    ended[-1]["start_time"] = END
+    state.story = [shown("RUNNING", *running), shown("SUCCEEDED", *ended)]
+    nudge("upload")
+
+    answer = state._log
+
+    def grows(run: str, pod: str) -> Any:
+        made = answer(run, pod)
+        if pod == "run-abc-template-15":
+            state.logs[pod] += 'ne\ntrain: results {"loss": 2.5, "steps": 2, "more": [1]}\n'
+        return made
+
+    monkeypatch.setattr(state, "_log", grows)
+    done = nudge("submit")
+    assert done.exit_code == 0, done.output
+    lines = [line for line in done.stderr.splitlines() if " | " in line]
+    assert lines[:3] == [
+        "ingest | ingest: 9/9 files",
+        'ingest | ingest: results {"documents": 9}',
+        "train | train: 1/2 steps loss 3.1",
+    ]
+    assert lines[3] == "train | [2Jhalf a line"
+    assert len(lines) == 5
+    assert "the first try" not in done.output
+    table = {row.split()[1]: row for row in done.stdout.splitlines() if row.count("│") == 5}
+    assert list(table) == [
+        *("ingest", "tokenize", "train", "evaluate", "upload", "register", "deploy", "summary"),
+    ]
+    assert "documents 9" in table["ingest"]
+    assert "reused" in table["tokenize"]
+    assert "loss 2.5  steps 2" in table["train"]
+    assert "skipped" in table["deploy"]
+
+
+def test_a_server_that_goes_away_does_not_end_the_run(
+    state: Pipelines, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connect, "PATIENCE_S", 0.0)
+    state.story = [shown("RUNNING")]
+    nudge("upload")
+    answer = state._do
+
+    def break_when_followed(name: str, *given: Any) -> Any:
+        if name.endswith("GetRun"):
+            state.breaks = [504]
+        return answer(name, *given)
+
+    monkeypatch.setattr(state, "_do", break_when_followed)
+    done = nudge("submit")
+    assert done.exit_code == 2
+    assert "answered 504" in done.stderr
+    assert f"the run goes on: {url}/#/runs/details/{next(iter(state.runs))}" in done.stderr
+
+
+@pytest.mark.parametrize(("status", "asked"), [(403, 1), (404, 1), (500, 3)])
+def test_a_run_is_followed_where_its_logs_cannot_be_had(
+    state: Pipelines, url: str, monkeypatch: pytest.MonkeyPatch, status: int, asked: int
+) -> None:
+    monkeypatch.setattr(logs, "INTERVAL_S", 0.0)
+    tasks = [node(3, "ingest", "RUNNING", 4), node(4, "executor", "RUNNING")]
+    ended = [node(3, "ingest", "SUCCEEDED", 4), node(4, "executor", "SUCCEEDED")]
+    state.story = [shown("RUNNING", *tasks)] * 2 + [shown("SUCCEEDED", *ended)]
+    state.no_logs = status
+    nudge("upload")
+    done = nudge("submit")
+    assert done.exit_code == 0, done.output
+    assert ("no logs were shown" in done.stderr) is (asked == 1)
+    assert sum(path.endswith("/log") for _, path in state.asked) == asked
+
+
+def test_the_link_leads_to_the_dashboard_where_one_is_known(
+    state: Pipelines, url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nudge("upload")
+    monkeypatch.setenv("NUDGE_NAMESPACE", "nudge")
+    monkeypatch.setenv("NUDGE_DASHBOARD_URL", "https://dashboard.example/")
+    done = nudge("submit", "--no-follow")
+    run, link = done.stdout.split()
+    assert link == f"https://dashboard.example/pipelineRuns/nudge/runs/{run}"
+    monkeypatch.delenv("NUDGE_DASHBOARD_URL")
+    program = tmp_path / "oc"
+    program.write_text('#!/bin/sh\ncase "$*" in *consolelink*) echo https://rhoai.example;; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert "https://rhoai.example/pipelineRuns/nudge/runs/" in nudge("submit", "--no-follow").stdout
+
+
 def test_a_failed_run_says_which_step_and_where_its_log_is(state: Pipelines, url: str) -> None:
     failed = {"display_name": "train", "state": "FAILED", "error": {"message": "out of memory"}}
     failed["child_tasks"] = [{"pod_name": "train-and-serve-x-123"}]
@@ -158,14 +292,17 @@ def test_a_changed_schedule_replaces_the_old_one_and_its_run_goes_on(
         **{str(n): {"run_id": str(n), "state": "SUCCEEDED"} for n in range(3)},
         "r": {**running, "state": "RUNNING"},
     }
-    done = nudge("schedule", "apply", schedule_file(tmp_path, cron="0 0 4 * * *", overlap="allow"))
+    changed = {"cron": "0 0 4 * * *", "overlap": "allow", "catch_up": True}
+    done = nudge("schedule", "apply", schedule_file(tmp_path, **changed))
     assert "nightly replaced" in done.stdout
+    (new,) = [each for key, each in state.recurring.items() if key != old]
+    assert (new["max_concurrency"], new["no_catchup"]) == ("10", False)
     assert state.runs["r"]["state"] == "RUNNING"
     statuses = {key: each["status"] for key, each in state.recurring.items()}
     assert statuses.pop(old) == "DISABLED"
     assert list(statuses.values()) == ["ENABLED"]
     state.runs["r"]["state"] = "SUCCEEDED"
-    nudge("schedule", "apply", schedule_file(tmp_path, cron="0 0 4 * * *", overlap="allow"))
+    nudge("schedule", "apply", schedule_file(tmp_path, **changed))
     assert old not in state.recurring
 
 
@@ -203,8 +340,13 @@ def test_pause_list_and_delete(state: Pipelines, url: str, tmp_path: Path) -> No
             "apply",
             schedule_file(tmp_path, name=f"other-{number}", cron="", interval_minutes=90),
         )
-    listed = nudge("schedule", "list").stdout
-    assert all(name in listed for name in ("nightly", "other-0", "other-2", "every 90"))
+    listed = CliRunner(env={"COLUMNS": "200"}).invoke(main, ["schedule", "list"]).stdout
+    rows = {row.split()[1]: row for row in listed.splitlines() if row.startswith("│")}
+    assert list(rows) == ["nightly", "other-0", "other-1", "other-2"]
+    for said in ("enabled", "0 30 2 * * *", "02:30:00 UTC (", "here)", "forbidden", "dropped"):
+        assert said in rows["nightly"], said
+    assert rows["nightly"].split()[-2] == "latest"
+    assert "every 90 min" in rows["other-2"]
     assert nudge("schedule", "pause", "nightly").exit_code == 0
     (nightly,) = [each for each in state.recurring.values() if each["display_name"] == "nightly"]
     assert nightly["status"] == "DISABLED"
@@ -268,16 +410,28 @@ def test_six_fields_have_their_seconds_first() -> None:
     ],
 )
 def test_a_refusal_is_one_sentence_that_says_what_to_do(
-    state: Pipelines, url: str, monkeypatch: pytest.MonkeyPatch, status: int, says: str
+    state: Pipelines,
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    says: str,
 ) -> None:
     monkeypatch.setattr(connect, "PATIENCE_S", 0.0)
-    state.breaks = [status] * 9
-    refused = nudge("upload")
-    assert refused.exit_code == 2
-    assert f"answered {status}" in refused.stderr
-    assert says in refused.stderr
-    assert len(refused.stderr.strip().splitlines()) == 1
-    assert state.token not in refused.output
+    nudge("upload")
+    asked, file = ("pause", "delete"), schedule_file(tmp_path)
+    for command in (
+        *(["upload"], ["submit"], ["schedule", "apply", file], ["schedule", "list"]),
+        *(["schedule", verb, "nightly"] for verb in asked),
+    ):
+        state.breaks = [status]
+        refused = nudge(*command)
+        assert refused.exit_code == 2, command
+        assert f"answered {status}" in refused.stderr
+        assert says in refused.stderr
+        assert len(refused.stderr.strip().splitlines()) == 1
+        assert state.token not in refused.output
+    assert state.runs == state.recurring == {}
 
 
 def test_a_question_is_asked_again_and_a_change_is_not(state: Pipelines, url: str) -> None:
@@ -306,6 +460,89 @@ def test_a_server_that_is_away_slow_or_unknown(
     assert "set NUDGE_PIPELINES_URL" in nudge("upload").stderr
 
 
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def secure(
+    state: Pipelines, authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """A server behind TLS as a cluster's is; its name there leads to this machine."""
+    name = "ds-pipeline-nudge.nudge.svc"
+    certificate = authority.issue_cert(name, "127.0.0.1")
+    certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
+    authority.cert_pem.write_to_path(tmp_path / "ca.crt")
+    known = socket.getaddrinfo
+
+    def here(host: str, *given: Any, **named: Any) -> Any:
+        return known("127.0.0.1" if host == name else host, *given, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", here)
+    monkeypatch.setattr(connect, "PATIENCE_S", 0.0)
+    monkeypatch.setenv("NUDGE_PIPELINES_TOKEN", state.token)
+    pem = str(tmp_path / "server.pem")
+    with serving(state, ssl_certfile=pem, ssl_keyfile=pem) as address:
+        yield address.replace("127.0.0.1", name)
+
+
+def test_a_cluster_s_own_ca_is_trusted_when_it_is_named(
+    state: Pipelines, secure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = nudge("upload", "--url", secure)
+    assert unknown.exit_code == 2
+    assert "is not signed by a CA known here; set NUDGE_PIPELINES_CA" in unknown.stderr
+    assert state.asked == []
+    monkeypatch.setenv("NUDGE_PIPELINES_CA", str(tmp_path / "ca.crt"))
+    assert "uploaded" in nudge("upload", "--url", secure).stdout
+    trustme.CA().cert_pem.write_to_path(tmp_path / "other.crt")
+    monkeypatch.setenv("NUDGE_PIPELINES_CA", str(tmp_path / "other.crt"))
+    assert "is not signed by a CA known here" in nudge("upload", "--url", secure).stderr
+    monkeypatch.setenv("NUDGE_PIPELINES_CA", __file__)
+    assert "cannot be read as PEM" in nudge("upload", "--url", secure).stderr
+
+
+def test_the_certificate_must_be_of_the_name_that_was_asked_for(
+    state: Pipelines, secure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUDGE_PIPELINES_CA", str(tmp_path / "ca.crt"))
+    port = secure.rpartition(":")[2]
+    other = nudge("upload", "--url", f"https://localhost:{port}")
+    assert "is for another name" in other.stderr
+    with serving(state) as plain:
+        turned = nudge("upload", "--url", plain.replace("http:", "https:"))
+    assert "does not speak TLS as it should" in turned.stderr
+    assert state.asked == []
+
+
+def test_a_pod_speaks_with_its_service_account(
+    state: Pipelines, secure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NUDGE_PIPELINES_TOKEN")
+    account = tmp_path / "account"
+    account.mkdir()
+    (account / "token").write_text(f"{state.token}\n")
+    (account / "namespace").write_text("nudge")
+    shutil.copy(tmp_path / "ca.crt", account / "service-ca.crt")
+    monkeypatch.setattr(connect, "ACCOUNT", account)
+    assert "uploaded" in nudge("upload", "--url", secure).stdout
+    assert state.faults == []
+
+
+def test_a_person_speaks_with_the_token_of_oc(
+    state: Pipelines, secure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NUDGE_PIPELINES_TOKEN")
+    monkeypatch.setenv("NUDGE_PIPELINES_CA", str(tmp_path / "ca.crt"))
+    program = tmp_path / "oc"
+    answers = f"*whoami*) echo {state.token};; *externalUrl*) echo {secure};;"
+    program.write_text(f'#!/bin/sh\ncase "$*" in {answers} esac\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert "uploaded" in nudge("upload").stdout
+
+
 def test_token_ca_and_address_as_on_openshift(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,7 +558,8 @@ def test_token_ca_and_address_as_on_openshift(
     found = connect.connect()
     assert (found.url, found.token) == ("https://ds-pipeline.example", "sha256~mine")
     assert "sha256~mine" not in repr(found)
-    for name in ("token", "namespace", "service-ca.crt"):
+    trustme.CA().cert_pem.write_to_path(tmp_path / "service-ca.crt")
+    for name in ("token", "namespace"):
         (tmp_path / name).write_text(f"in-pod-{name}\n")
     monkeypatch.setattr(connect, "ACCOUNT", tmp_path)
     inside = connect.connect("https://ds-pipeline.project.svc:8443")
