@@ -65,6 +65,23 @@ REASONS = {
 }
 
 
+def rights(role: str) -> set[tuple[str, str, str]]:
+    """What a Role of the manifests gives: (API group, resource, verb)."""
+    path = Path(__file__).parents[1] / "manifests" / "base" / "access.yaml"
+    (found,) = [
+        each
+        for each in yaml.safe_load_all(path.read_text(encoding="utf-8"))
+        if (each["kind"], each["metadata"]["name"]) == ("Role", role)
+    ]
+    return {
+        (group, resource, verb)
+        for rule in found["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+
+
 class Refused(Exception):
     """What the server answers instead of the object."""
 
@@ -88,8 +105,10 @@ class Fault:
 class KubernetesApi:
     """The server; ``objects`` and ``requests`` (verb, resource, name) are there for assertions."""
 
-    def __init__(self, namespace: str = NAMESPACE) -> None:
+    def __init__(self, namespace: str = NAMESPACE, role: str = "") -> None:
+        """``role`` names one of manifests/base/access.yaml: whoever asks may do what it gives."""
         self.namespace = namespace
+        self._given = rights(role) if role else None
         self.token = secrets.token_urlsafe(32)
         self.objects: dict[Key, Object] = {}
         self.requests: list[tuple[str, str, str]] = []
@@ -311,8 +330,9 @@ class KubernetesApi:
 
     def _check_right(self, verb: str, part: dict[str, Any]) -> None:
         resource = part["plural"] + (f"/{part['subresource']}" if part["subresource"] else "")
-        if (verb, resource) in self._forbidden:
-            group = part["group"] or ""
+        group = part["group"] or ""
+        lacking = self._given is not None and (group, resource, verb) not in self._given
+        if lacking or (verb, resource) in self._forbidden:
             name = f' "{part["name"]}"' if part["name"] else ""
             raise Refused(
                 403,

@@ -2,8 +2,10 @@
 
 ``tests/crds/*.json.gz`` are CustomResourceDefinitions as their projects publish them, without
 descriptions and deprecated versions; ``python -m tests.kubernetes_schemas FILE.yaml ...`` adds
-others. What has no CRD (Pod, Role, Secret, ...) is held against the models of the package
-`kubernetes`. Rules in CEL (x-kubernetes-validations) are not evaluated.
+others. What OpenShift serves without a CRD comes in the same form out of openshift/api's
+openapi.json: ``python -m tests.kubernetes_schemas openapi.json build.v1.BuildConfig``. All else
+(Pod, Role, Secret, ...) is held against the models of the package `kubernetes`. Rules in CEL
+(x-kubernetes-validations) are not evaluated.
 
     problems(body)       every reason why a cluster would refuse the object; empty if none
     definition(body)     its CRD, or None
@@ -73,6 +75,8 @@ def strict(node: Any, root: bool = False) -> Any:
         return node
     made: Object = {}
     for key, value in node.items():
+        if key == "pattern" and "(?i)" in value:
+            continue  # Go's; JSON Schema's regular expressions have no flags
         if key == "properties":
             made[key] = {name: strict(each) for name, each in value.items()}
         elif key in ("items", "additionalProperties", "allOf", "anyOf", "oneOf", "not"):
@@ -178,11 +182,7 @@ def add(source: Path) -> Path:
         for version in spec["versions"]
         if version.get("served", True) and not version.get("deprecated")
     ]
-    made: Object = {"kind": "CustomResourceDefinition", "spec": kept}
-    path = FOLDER / f"{spec['names']['plural']}.{spec['group']}.json.gz"
-    text = json.dumps(made, separators=(",", ":"), sort_keys=True)
-    path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
-    return path
+    return _write({"spec": kept})
 
 
 def _without_descriptions(node: Any) -> Any:
@@ -197,6 +197,49 @@ def _without_descriptions(node: Any) -> Any:
     }
 
 
+def add_openshift(openapi: Path, name: str) -> Path:
+    """Put a kind here from OpenShift's OpenAPI; ``name`` is such as ``build.v1.BuildConfig``."""
+    known = json.loads(openapi.read_text(encoding="utf-8"))["definitions"]
+    group, version, kind = name.split(".")
+    loose = ("IntOrString", "resource.Quantity")
+
+    def whole(node: Any) -> Any:
+        if isinstance(node, list):
+            return [whole(each) for each in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            target = str(node["$ref"]).rpartition("/")[2]
+            if target.endswith(loose):
+                return {"x-kubernetes-int-or-string": True}
+            return whole(known[target])
+        return {key: whole(value) for key, value in node.items() if key != "default"}
+
+    found = known[f"com.github.openshift.api.{name}"]
+    parts = {key: whole(found["properties"][key]) for key in ("spec", "status")}
+    schema = {"type": "object", "required": ["spec"], "properties": parts}
+    plural = f"{kind.lower()}s"
+    spec = {
+        "group": f"{group}.openshift.io",
+        "names": {"kind": kind, "plural": plural},
+        "scope": "Namespaced",
+        "versions": [{"name": version, "served": True, "schema": {"openAPIV3Schema": schema}}],
+    }
+    return _write({"spec": {**spec, "versions": _without_descriptions(spec["versions"])}})
+
+
+def _write(made: Object) -> Path:
+    spec = made["spec"]
+    path = FOLDER / f"{spec['names']['plural']}.{spec['group']}.json.gz"
+    whole = {"kind": "CustomResourceDefinition", **made}
+    text = json.dumps(whole, separators=(",", ":"), sort_keys=True)
+    path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+    return path
+
+
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print(add(Path(argument)))
+    if sys.argv[1].endswith(".json"):
+        print(add_openshift(Path(sys.argv[1]), sys.argv[2]))
+    else:
+        for argument in sys.argv[1:]:
+            print(add(Path(argument)))

@@ -161,7 +161,7 @@ class ServingCluster:
     """The API server with both controllers; ``models`` are the servers by InferenceService."""
 
     def __init__(self, folder: Path) -> None:
-        self.api = KubernetesApi()
+        self.api = KubernetesApi(role="nudge-runner")
         self.router = Router(folder)
         self.models: dict[str, ModelServer] = {}
         self._lock, self._routing = threading.Lock(), threading.Lock()

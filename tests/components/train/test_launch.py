@@ -32,7 +32,7 @@ SCHEMA_OF = {"apiVersion": TRAIN_JOB.api_version, "kind": "TrainJob"}
 def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesApi]:
     monkeypatch.setattr(launching, "POLL_S", 0.05)
     monkeypatch.setenv("NUDGE_RUN_ID", "run-1")
-    with KubernetesApi() as api:
+    with KubernetesApi(role="nudge-runner") as api:
         monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path)))
         yield api
 

@@ -35,7 +35,7 @@ GIVEN = {
 def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesApi]:
     monkeypatch.setattr(launching, "POLL_S", 0.05)
     monkeypatch.setenv("NUDGE_RUN_ID", "run-1")
-    with KubernetesApi() as api:
+    with KubernetesApi(role="nudge-runner") as api:
         monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path)))
         yield api
 
