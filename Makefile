@@ -58,11 +58,18 @@ images: setup  ## the container images, with podman, docker or buildah
 		$(if $(NETWORK),--network $(NETWORK)) \
 		$(if $(PIP_CONF),--pip-conf $(PIP_CONF)) $(if $(CA),--ca $(CA))
 
+# make wheels IMAGES=data PYTHON_VERSION=3.11.2 TORCH=cpu ARCH=aarch64
+WHEELS_OF := $(or $(IMAGES),data train workbench)
+WHEELS := $(addprefix _2_,$(shell seq 5 34)) 2014 2010 1
 wheels: setup  ## all that the images install, in images/wheels, for a build without a network
 	$(BIN)/pip download --quiet --no-deps --require-hashes --only-binary=:all: \
-		--python-version $(or $(PYTHON_VERSION),3.12) --dest images/wheels \
-		-r images/build.txt -r images/data/requirements.txt -r images/train/requirements.txt \
-		-r images/train/torch-$(or $(TORCH),cuda).txt
+		--python-version $(or $(PYTHON_VERSION),3.12.0) --implementation cp \
+		$(foreach glibc,$(WHEELS),--platform manylinux$(glibc)_$(or $(ARCH),x86_64)) \
+		--dest images/wheels -r images/requirements/build.txt \
+		$(WHEELS_OF:%=-r images/requirements/%.txt) \
+		$(if $(filter-out data,$(WHEELS_OF)),-r images/requirements/torch-$(or $(TORCH),cuda).txt)
+	$(BIN)/pip download --quiet --no-deps --require-hashes --no-binary=:all: \
+		--dest images/wheels $(WHEELS_OF:%=-r images/requirements/%-source.txt)
 
 requirements: setup  ## the images' hashed requirement files, from pyproject.toml
 	$(BIN)/python images/requirements.py

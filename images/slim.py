@@ -1,5 +1,10 @@
-"""Take out of the packages of the Python that runs this what no step uses."""
+"""Take out of the packages of the Python that runs this what no step uses.
 
+Beside PyTorch, bytecode is little: it is written then, since a step on an unwritable root would
+compile what it imports at every start.
+"""
+
+import compileall
 import shutil
 import sysconfig
 from pathlib import Path
@@ -25,6 +30,8 @@ def main() -> None:
     for folder in folders:
         shutil.rmtree(folder)
     print(f"{len(folders)} folders that no step uses are left out")
+    if (packages / "torch").is_dir():
+        compileall.compile_dir(packages, quiet=2, workers=0)
 
 
 if __name__ == "__main__":

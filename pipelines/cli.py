@@ -47,8 +47,20 @@ def main() -> None:
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="Run this compiled YAML in the place of the pipeline's definition.",
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["process", "docker"]),
+    default="process",
+    show_default=True,
+    help="docker: each step in its image, from the compiled YAML, as on a cluster.",
+)
 def run(
-    recipe: str, overrides: tuple[str, ...], as_json: bool, fresh: bool, compiled: Path | None
+    recipe: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    fresh: bool,
+    compiled: Path | None,
+    engine: str,
 ) -> None:
     """Run the whole pipeline here: ingest, tokenize, train, evaluate, upload, register, deploy.
 
@@ -68,9 +80,19 @@ def run(
     loaded = load(recipe, overrides)
     home = nudge_home()
     console = Console(stderr=True)
+    if engine == "docker":
+        from nudge.pipelines.local import containers
+
+        compiled = compiled or containers.COMPILED
+        containers.check(compiled)
+        containers.check_paths(loaded.text, home)
     started = services.up(home)
+    if engine == "docker":
+        started |= services.open_serving(home, started)
     current = local_run.new_run(loaded, home)
-    following = local_run.follow(current, home, started, reuse=not fresh, compiled=compiled)
+    following = local_run.follow(
+        current, home, started, reuse=not fresh, compiled=compiled, engine=engine
+    )
     try:
         with display.Live(console, current) as live:
             for current in following:

@@ -1,6 +1,6 @@
 """What a cluster without the internet needs mirrored: images, packages, models; as a page.
 
-Everything in it is read from the files that name it: the manifests, the Containerfiles, the images'
+Everything in it is read from the files that name it: the manifests, the Containerfile, the images'
 requirement files and the recipes that ship with nudge.
 """
 
@@ -17,13 +17,13 @@ from nudge.pipelines import recipes
 
 OVERLAY = Path("manifests") / "overlays" / "disconnected"
 REQUIREMENTS = {
-    "data": ("data/requirements.txt",),
-    "train": ("train/requirements.txt", "train/torch-cuda.txt"),
-    "workbench": ("workbench/requirements.txt",),
-    "build": ("build.txt",),
+    "data": ("data", "data-source"),
+    "train": ("train", "train-source", "torch-cuda"),
+    "workbench": ("workbench", "workbench-source", "torch-cuda"),
+    "build": ("build",),
 }
-"""The files of each image, below images/; ``build`` is what builds nudge itself, in none of them.
-A workbench has what train has, and this on top."""
+"""The files of each image, in images/requirements; ``build`` is what builds nudge itself, in none
+of them."""
 
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?==([^\s;\\]+)", re.MULTILINE)
 
@@ -33,7 +33,7 @@ PAGE = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
 
 What a cluster needs of nudge that cannot reach the internet, and how it gets there. OpenShift AI
 itself, its operators, and Kueue and Kubeflow Trainer where they are used, are mirrored as their
-own documentation says. Made by `nudge compile` from the manifests, the Containerfiles, the images'
+own documentation says. Made by `nudge compile` from the manifests, the Containerfile, the images'
 requirement files and the recipes.
 
 ## Images
@@ -80,8 +80,7 @@ aws s3 cp --recursive NAME s3://nudge/base/NAME
 ## Packages
 
 No step installs anything when it runs, so packages are needed only where the images are built.
-`make wheels` puts those of the data and train images, checked against their hashes, into
-`images/wheels`; `make images OFFLINE=1` builds from that folder without a network. A mirror of the
+`make wheels` puts them, checked against their hashes, into `images/wheels`; `make images OFFLINE=1` builds from that folder without a network. A mirror of the
 package index does as well: `make images PIP_CONF=pip.conf`.
 
 Python 3.11 and 3.12 on x86_64 and aarch64; {{ counts.items() | map('join', ' ') | join(', ') }}
@@ -139,10 +138,9 @@ def needed_images(root: Path) -> dict[str, list[str]]:
         for each in yaml.safe_load_all(path.read_text(encoding="utf-8")):
             for image in _images_in(each):
                 note(image, f"{each['kind']} {each['metadata']['name']}")
-    for path in sorted((root / "images").glob("*/Containerfile")):
-        for image in re.findall(r"^ARG BASE_IMAGE=(\S+)", path.read_text(), re.MULTILINE):
-            if "/" in image:
-                note(image, f"base of images/{path.parent.name}")
+    text = (root / "images" / "Containerfile").read_text(encoding="utf-8")
+    for image in re.findall(r"^ARG BASE_IMAGE=(\S+)", text, re.MULTILINE):
+        note(image, "base of the images")
     return {image: sorted(found[image]) for image in sorted(found)}
 
 
@@ -164,7 +162,8 @@ def pinned_packages(root: Path) -> dict[tuple[str, str], set[str]]:
     found: dict[tuple[str, str], set[str]] = {}
     for image, files in REQUIREMENTS.items():
         for file in files:
-            text = (root / "images" / file).read_text(encoding="ascii")
+            path = root / "images" / "requirements" / f"{file}.txt"
+            text = path.read_text(encoding="ascii")
             for name, version in PIN.findall(text):
                 found.setdefault((name.lower(), version), set()).add(image)
     return dict(sorted(found.items()))

@@ -1,5 +1,6 @@
 """The step `deploy`: a registered version becomes a served, tested endpoint; and the way back."""
 
+import os
 from typing import Any
 
 from nudge.components.common.errors import UserError
@@ -77,6 +78,10 @@ def _target(settings: DeploySettings) -> Target:
         from nudge.components.deploy.kserve import KServe
 
         return KServe(connect(settings.kserve.namespace), settings)
+    from nudge.components.deploy import host_serving
+
+    if url := os.environ.get(host_serving.URL):
+        return host_serving.HostServing(url, os.environ[host_serving.TOKEN], settings)
     from nudge.components.common.processes import nudge_home
     from nudge.components.deploy.local_serving import LocalServing
 

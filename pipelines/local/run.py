@@ -85,11 +85,18 @@ def new_run(recipe: Recipe, home: Path) -> Run:
 
 
 def follow(
-    run: Run, home: Path, services: dict[str, str], *, reuse: bool, compiled: Path | None = None
+    run: Run,
+    home: Path,
+    services: dict[str, str],
+    *,
+    reuse: bool,
+    compiled: Path | None = None,
+    engine: str = "process",
 ) -> Generator[Run, None, None]:
     """Run the pipeline; yields the run each time something of it is new, and when it has ended.
 
-    The pipeline runs in a process group of its own, which is ended when this generator is closed.
+    ``engine`` is "process", or "docker": each step in a container. The pipeline runs in a process
+    group of its own, which is ended when this generator is closed.
     """
     events = run.folder / "events.jsonl"
     events.touch()
@@ -109,7 +116,7 @@ def follow(
         environment["NUDGE_REUSE"] = str(home / "reuse")
     command = [sys.executable, "-m", "nudge.pipelines.local.runner"]
     command += ["--recipe", str(run.folder / "recipe.yaml")]
-    command += ["--artifacts", str(run.folder / "artifacts")]
+    command += ["--artifacts", str(run.folder / "artifacts"), "--engine", engine]
     command += ["--compiled", str(compiled)] if compiled else []
     started = time.monotonic()
     with run.log.open("ab") as log, events.open(encoding="utf-8") as lines:
@@ -190,11 +197,14 @@ def result(run: Run) -> dict[str, Any]:
         "overhead_seconds": round(run.seconds - sum(s.seconds for s in run.steps.values()), 3),
         "error": failed.error if failed else None,
     }
-    promote = evaluation.get("verdict", {}).get("promote")
-    if promote and not failed and run.steps["upload"].status == "skipped":
-        values["error"] = f"the verdict was to promote, but the engine skipped it; see {run.log}"
-    if results["ingest"].get("new") and not failed and run.steps["tokenize"].status == "skipped":
-        values["error"] = f"there is new text, but the engine skipped its training; see {run.log}"
+    due = ["ingest", "summary"]
+    due += ["tokenize", "train", "evaluate"] if results["ingest"].get("new") else []
+    due += ["upload", "register", "deploy"] if evaluation.get("verdict", {}).get("promote") else []
+    # The engine takes a condition that it cannot evaluate for false, and a container that is gone
+    # when it asks for one that ended well.
+    skipped = [name for name in run.steps if name in due and run.steps[name].status == "skipped"]
+    if skipped and not failed:
+        values["error"] = f"the engine skipped {', '.join(skipped)}, which were due; see {run.log}"
     if run.exit_status and not failed:
         values["error"] = f"the pipeline ended with status {run.exit_status}; see {run.log}"
     return values

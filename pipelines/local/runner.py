@@ -1,11 +1,14 @@
 """Run the pipeline here with `kfp.local`; `nudge run` starts this as a process of its own.
 
-``python -m nudge.pipelines.local.runner --recipe FILE --artifacts FOLDER [--compiled YAML]``
+``python -m nudge.pipelines.local.runner --recipe FILE --artifacts FOLDER [--compiled YAML]
+[--engine docker]``
 """
 
+import atexit
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,21 +22,27 @@ import yaml
 @click.option("--recipe", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--artifacts", type=click.Path(path_type=Path), required=True)
 @click.option("--compiled", type=click.Path(path_type=Path, exists=True), default=None)
-def main(recipe: Path, artifacts: Path, compiled: Path | None) -> None:
+@click.option("--engine", type=click.Choice(["process", "docker"]), default="process")
+def main(recipe: Path, artifacts: Path, compiled: Path | None, engine: str) -> None:
     """Run train-and-serve, or the same pipeline from its compiled YAML, with a recipe."""
     _end_with_parent()
     from kfp import components, local
 
-    local.init(
-        runner=local.SubprocessRunner(use_venv=False),
-        pipeline_root=str(artifacts),
-        raise_on_error=True,
-    )
+    text = recipe.read_text(encoding="utf-8")
+    runner = local.SubprocessRunner(use_venv=False)
+    if engine == "docker":
+        from nudge.pipelines.local import containers
+
+        # The daemon would let the containers of a run that is stopped run on.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        atexit.register(containers.end, os.environ["NUDGE_RUN_ID"])
+        runner = containers.runner(text, artifacts)
+    local.init(runner=runner, pipeline_root=str(artifacts), raise_on_error=True)
     if compiled is not None:
         pipeline = components.load_component_from_file(str(compiled))
     else:
         from nudge.pipelines.train_and_serve import train_and_serve as pipeline
-    arguments = {"recipe": recipe.read_text(encoding="utf-8")}
+    arguments = {"recipe": text}
     settled(pipeline, arguments)(**arguments)
 
 

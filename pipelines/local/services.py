@@ -4,6 +4,7 @@ They stand for an S3 data connection and the Model Registry of a cluster, and ar
 same way: through the AWS_* variables and a registry URL.
 """
 
+import hmac
 import json
 import os
 import secrets
@@ -17,7 +18,7 @@ from nudge.components.common import processes
 from nudge.components.common.errors import UserError
 
 BUCKET = "nudge"
-STORE, REGISTRY = "object-store", "model-registry"
+STORE, REGISTRY, SERVING = "object-store", "model-registry", "host-serving"
 START_TIMEOUT_S = 60.0
 STORE_PORTS = (
     "s3.port",
@@ -53,6 +54,21 @@ def up(home: Path, ports: dict[str, int] | None = None) -> dict[str, str]:
         }
         _make_bucket(environment)
     return environment
+
+
+def open_serving(home: Path, environment: dict[str, str]) -> dict[str, str]:
+    """Open this machine's serving to steps in containers; returns the variables that lead there.
+
+    ``environment`` is what `up` gave. The token follows from the object store's secret key, which
+    every step has anyway.
+    """
+    from nudge.components.deploy.host_serving import TOKEN, URL
+
+    secret = environment["AWS_SECRET_ACCESS_KEY"].encode()
+    token = hmac.new(secret, SERVING.encode(), "sha256").hexdigest()
+    with processes.locked(home, "up"):
+        record = _running(home, SERVING) or _start_serving(home, {**environment, TOKEN: token})
+    return {URL: record.address, TOKEN: token}
 
 
 def down(home: Path) -> list[str]:
@@ -137,6 +153,21 @@ def _start_registry(home: Path, asked: int) -> processes.Record:
         address=address,
         ready=lambda: processes.answers(f"{address}/health"),
         timeout_s=START_TIMEOUT_S,
+    )
+
+
+def _start_serving(home: Path, environment: dict[str, str]) -> processes.Record:
+    port = _ports(home, SERVING, ("port",), 0)["port"]
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "nudge.pipelines.local.host_serving", "--home", str(home)]
+    return processes.start(
+        home,
+        SERVING,
+        [*command, "--port", str(port)],
+        address=address,
+        ready=lambda: processes.answers(f"{address}/health"),
+        timeout_s=START_TIMEOUT_S,
+        environment=environment,
     )
 
 

@@ -1,35 +1,24 @@
 """The images, really built on a Debian base made here, and run as OpenShift runs them."""
 
 import importlib.metadata
-import importlib.util
 import json
-import os
 import re
-import shutil
 import subprocess
 import tarfile
-import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-from nudge.components.common.errors import UserError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parents[2]
-IMAGES = ROOT / "images"
-BASE = "localhost/nudge-test-base-python:bookworm"
-CANARY = "AKIA" + "C4N4RYC4N4RY" + "C4N4"  # never whole in a file that an image may hold
-CA = Path("/etc/ssl/certs/ca-certificates.crt")
-TORCH = "torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl"
+from tests.images.building import CANARY, IMAGES, ROOT, call, run, tool
+
+REQUIREMENTS = IMAGES / "requirements"
 
 
-def pins(path: Path) -> dict[str, str]:
-    text = path.read_text(encoding="ascii")
+def pins(name: str) -> dict[str, str]:
+    text = (REQUIREMENTS / f"{name}.txt").read_text(encoding="ascii")
     found = re.findall(r"^([a-z0-9.-]+)(?:\[[^]]*\])?==([^ \\]+)", text, flags=re.MULTILINE)
-    assert text.count("==") >= len(found) > 0
+    assert text.count("==") >= len(found) > 0 or text == "# Nothing.\n"
     for block in re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE)[1:]:
         assert "--hash=sha256:" in block, block
     return {canonicalize_name(name): version for name, version in found}
@@ -56,117 +45,26 @@ def needed(extras: tuple[str, ...]) -> set[str]:
 def test_requirements_are_those_of_pyproject_and_of_the_constraints() -> None:
     lines = (ROOT / "constraints.txt").read_text().split()
     known = {canonicalize_name(n): v for n, v in (line.split("==") for line in lines)}
-    for path in (IMAGES / "build.txt", *IMAGES.glob("*/*.txt")):
-        for name, version in pins(path).items():
+    for path in REQUIREMENTS.glob("*.txt"):
+        for name, version in pins(path.stem).items():
             if name != "setuptools":
                 assert version.removesuffix("+cpu") == known[name], (path, name)
-    data = pins(IMAGES / "data" / "requirements.txt")
-    train = pins(IMAGES / "train" / "requirements.txt")
+    data, train, workbench = pins("data"), pins("train"), pins("workbench")
     assert needed(("data", "release")) <= set(data)
     assert needed(("data", "release", "train")) - {"torch"} <= set(train)
-    assert not {"torch", "triton"} & {*data, *train}
+    more = needed(("data", "release", "train", "pipeline", "local")) | {"jupyterlab"}
+    assert more - {"torch"} <= {*workbench, *pins("workbench-source")}
+    assert not {"torch", "triton"} & {*data, *train, *workbench}
 
 
-def test_the_base_is_named_by_digest_and_the_same_everywhere() -> None:
-    files = [IMAGES / name / "Containerfile" for name in ("data", "train")]
-    bases = {re.findall(r"^ARG BASE_IMAGE=(.*)$", f.read_text(), re.MULTILINE)[0] for f in files}
-    assert len(bases) == 1
-    assert re.fullmatch(r"registry\.access\.redhat\.com/ubi9/[\w./:-]+@sha256:[0-9a-f]{64}", *bases)
-
-
-def tool() -> Any:
-    """The module images/build.py, which lies outside of the package."""
-    spec = importlib.util.spec_from_file_location("build", IMAGES / "build.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def call(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=True, **options)
-
-
-@pytest.fixture(scope="module")
-def docker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Docker's client with its daemon running and a base image; skips where neither can be had."""
-    try:
-        program = str(tool().engine())
-    except UserError as error:
-        pytest.skip(str(error))
-    daemon = None
-    if subprocess.run([program, "info"], capture_output=True).returncode:
-        if os.getuid() != 0 or shutil.which("dockerd") is None:
-            pytest.skip("no container daemon answers, and none can be started here")
-        log = (tmp_path_factory.mktemp("dockerd") / "log").open("w")
-        daemon = subprocess.Popen(["dockerd"], stdout=log, stderr=log)
-        deadline = time.monotonic() + 60
-        while subprocess.run([program, "info"], capture_output=True).returncode:
-            if daemon.poll() is not None or time.monotonic() > deadline:
-                pytest.skip(f"dockerd does not come up here; its log is {log.name}")
-            time.sleep(0.5)
-    try:
-        if subprocess.run([program, "inspect", BASE], capture_output=True).returncode:
-            make_base(program, tmp_path_factory.mktemp("base"))
-        yield program
-    finally:
-        if daemon is not None:
-            daemon.terminate()
-            daemon.wait()
-
-
-def make_base(program: str, folder: Path) -> None:
-    if os.getuid() != 0 or shutil.which("debootstrap") is None:
-        pytest.skip("a base image needs debootstrap, and root to run it")
-    include = "--include=python3,python3-venv,ca-certificates"
-    made = subprocess.run(
-        ["debootstrap", "--variant=minbase", include, "bookworm", str(folder / "root")],
-        capture_output=True,
-        text=True,
-    )
-    if made.returncode:
-        pytest.skip(f"debootstrap cannot make a base: {made.stdout[-300:]}")
-    for waste in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale"):
-        shutil.rmtree(folder / "root" / waste)
-    call("tar", "-C", str(folder / "root"), "-cf", str(folder / "base.tar"), ".")
-    call(program, "import", str(folder / "base.tar"), BASE)
-
-
-@pytest.fixture(scope="module")
-def built(docker: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Both images by name, built with secrets lying about where a careless build takes them in."""
-    build = tool()
-    folder = tmp_path_factory.mktemp("secrets")
-    conf = folder / "pip.conf"
-    conf.write_text(f"[global]\ncert = /run/secrets/ca.pem\ntimeout = 180\n# {CANARY}\n")
-    wheels = [Path(os.environ.get("PIP_FIND_LINKS", "/nowhere")) / TORCH, IMAGES / "wheels" / TORCH]
-    wheel = next((path for path in wheels if path.is_file()), None)
-    if wheel is None:
-        pytest.skip(f"the CPU build of PyTorch is in no wheel folder here ({TORCH})")
-    if not (IMAGES / "wheels" / TORCH).is_file():
-        shutil.copy(wheel, IMAGES / "wheels" / TORCH)
-    planted = [ROOT / ".env", ROOT / "components" / ".env", ROOT / "pipelines" / "prod.env"]
-    build.ENVIRONMENT.update(AWS_ACCESS_KEY_ID=CANARY, AWS_SECRET_ACCESS_KEY=CANARY * 2)
-    try:
-        for path in planted:
-            path.write_text(f"AWS_ACCESS_KEY_ID={CANARY}\n")
-        for name in build.IMAGES:
-            options = {"base_image": BASE, "torch": "cpu", "network": "host", "pip_conf": str(conf)}
-            build.build(docker, name, **options, ca=str(CA))
-    finally:
-        for path in planted:
-            path.unlink(missing_ok=True)
-    return dict(build.IMAGES)
-
-
-def run(docker: str, image: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """As OpenShift runs it: an id that nobody has, group 0, an unwritable root; and no network."""
-    options = ["--rm", "--network=none", "--read-only", "--tmpfs=/tmp", "--user=1000760000:0"]
-    options += ["--cap-drop=ALL", "--security-opt=no-new-privileges"]
-    return subprocess.run(
-        [docker, "run", *options, image, *command], capture_output=True, text=True
-    )
+def test_the_base_is_named_by_digest() -> None:
+    text = (IMAGES / "Containerfile").read_text()
+    (base,) = re.findall(r"^ARG BASE_IMAGE=(.*)$", text, re.MULTILINE)
+    assert re.fullmatch(r"registry\.access\.redhat\.com/ubi9/[\w./:-]+@sha256:[0-9a-f]{64}", base)
+    # What a build runs is named nowhere else.
+    assert set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) <= {
+        *("${BASE_IMAGE}", "${IMAGE}", "packages", "data")
+    }
 
 
 @pytest.mark.long
@@ -222,7 +120,7 @@ def test_the_data_image_is_small_and_each_says_what_is_in_it(
     for name, image in built.items():
         shown = run(docker, image, "cat", "/opt/nudge/share/nudge/sbom.cdx.json")
         found = {canonicalize_name(c["name"]) for c in json.loads(shown.stdout)["components"]}
-        assert set(pins(IMAGES / name / "requirements.txt")) - {"backports-zstd"} <= found
+        assert set(pins(name)) - {"backports-zstd", "overrides"} <= found
         (config,) = json.loads(call(docker, "inspect", image).stdout)
         config = config["Config"]
         assert config["User"] == "1001"

@@ -89,7 +89,7 @@ def test_a_promotion_that_the_engine_skipped_is_an_error(run: Run) -> None:
         run.steps[name].status = "skipped"
     values = result(run)
     assert values["promoted"] is False
-    assert "the engine skipped it" in values["error"]
+    assert "the engine skipped upload" in values["error"]
 
 
 def test_a_better_model_that_was_not_deployed_is_not_promoted(run: Run) -> None:

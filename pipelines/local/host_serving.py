@@ -1,0 +1,96 @@
+"""``python -m nudge.pipelines.local.host_serving --home FOLDER --port PORT``.
+
+The local serving of this machine for steps that run in containers: each request is one method of
+`nudge.components.deploy.local_serving.LocalServing`, see `nudge.components.deploy.host_serving`.
+"""
+
+import os
+import secrets
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated
+
+import anyio
+import click
+import uvicorn
+from fastapi import Body, Depends, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, Response
+from nudge.components.common.errors import UserError
+from nudge.components.common.releases import Version
+from nudge.components.deploy.host_serving import TOKEN
+from nudge.components.deploy.local_serving import LocalServing
+from nudge.components.deploy.settings import DeploySettings
+from starlette.types import Receive, Scope, Send
+
+Model = Annotated[str, Body()]
+
+
+class Held(Response):
+    """An answer whose first byte says that a lock is held; it lasts until who asked is gone."""
+
+    def __init__(self, lock: AbstractContextManager[None]) -> None:
+        super().__init__(media_type="text/plain")
+        self._lock = lock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # A thread that waits for the lock is not given up: it would hold it for nobody.
+        await anyio.to_thread.run_sync(self._lock.__enter__)
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b".", "more_body": True})
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        finally:
+            self._lock.__exit__(None, None, None)
+
+
+def create_app(home: Path, token: str) -> FastAPI:
+    """The application; every request but /health needs the bearer token."""
+
+    def authorized(request: Request) -> None:
+        given = request.headers.get("authorization", "")
+        if not secrets.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            raise HTTPException(401, "the bearer token is missing or wrong")
+
+    def exclusive(model: Model, settings: DeploySettings) -> Held:
+        return Held(LocalServing(home, settings).exclusive(model))
+
+    def live(model: Model, settings: DeploySettings) -> list[str]:
+        return sorted(LocalServing(home, settings).live(model))
+
+    def bring_up(version: Version, settings: DeploySettings) -> str:
+        return LocalServing(home, settings).bring_up(version).address
+
+    def move(model: Model, shares: dict[str, int], settings: DeploySettings) -> str:
+        return LocalServing(home, settings).move(model, shares)
+
+    def retire(model: Model, keep: list[str], settings: DeploySettings) -> None:
+        LocalServing(home, settings).retire(model, set(keep))
+
+    app = FastAPI(title="nudge serving", openapi_url=None)
+    app.add_api_route("/health", lambda: {"status": "ok"})
+    for handler in (exclusive, live, bring_up, move, retire):
+        app.add_api_route(
+            f"/{handler.__name__}",
+            handler,
+            methods=["POST"],
+            dependencies=[Depends(authorized)],
+            response_model=None,
+        )
+    app.add_exception_handler(
+        UserError, lambda _, error: JSONResponse({"detail": str(error)}, status_code=409)
+    )
+    return app
+
+
+@click.command()
+@click.option("--home", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--port", type=int, required=True)
+def main(home: Path, port: int) -> None:
+    """Open the local serving below a home to whoever has the token."""
+    app = create_app(home, os.environ[TOKEN])
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()
