@@ -80,8 +80,9 @@ aws s3 cp --recursive NAME s3://nudge/base/NAME
 ## Packages
 
 No step installs anything when it runs, so packages are needed only where the images are built.
-`make wheels` puts them, checked against their hashes, into `images/wheels`; `make images OFFLINE=1` builds from that folder without a network. A mirror of the
-package index does as well: `make images PIP_CONF=pip.conf`.
+`make wheels` puts them, checked against their hashes, into `images/wheels`; `make images OFFLINE=1`
+builds from that folder without a network. A mirror of the package index does as well:
+`make images PIP_CONF=pip.conf`.
 
 Python 3.11 and 3.12 on x86_64 and aarch64; {{ counts.items() | map('join', ' ') | join(', ') }}
 packages.
