@@ -39,7 +39,8 @@ def target(url: str) -> HostServing:
 
 def test_what_the_host_serves_is_known(target: HostServing, tmp_path: Path) -> None:
     assert target.live("m") == set()
-    gateway._keep(tmp_path, {"m": gateway.Route(1, {"v1": 60, "v2": 40}, {})})
+    shares, servers = {"v1": 60, "v2": 40}, {"v1": "127.0.0.1:1", "v2": "127.0.0.1:2"}
+    gateway.switch(tmp_path / "gateway" / "m", gateway.Route(1, shares, servers))
     assert target.live("m") == {"v1", "v2"}
 
 
