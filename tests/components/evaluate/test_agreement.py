@@ -53,7 +53,7 @@ def test_the_hugging_face_stride_recipe_gives_the_same(tiny_model: Path) -> None
 @pytest.mark.long
 def test_lm_evaluation_harness_gives_the_same(tiny_model: Path) -> None:
     """Its rolling log-likelihood, whose windows follow one another without overlap."""
-    pytest.importorskip("lm_eval", reason="pip install lm-eval (the extra bench)")
+    pytest.importorskip("lm_eval", reason="pip install lm-eval (the extra tasks)")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
