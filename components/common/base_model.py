@@ -7,9 +7,12 @@ served now; before there is one, the model after ``else``). A GGUF file is conve
 float32 safetensors, into a cache.
 """
 
+import contextlib
+import functools
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +24,9 @@ from nudge.components.common.uris import is_local, local_path
 CONVERSION = 1
 """Raise this when the conversion changes, so that folders converted before are not taken again."""
 
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+
 
 def local_model(uri: str) -> Path:
     """The Hugging Face folder (config, tokenizer, safetensors) of a base model.
@@ -29,7 +35,7 @@ def local_model(uri: str) -> Path:
     """
     uri = resolved(uri)
     if urlsplit(uri).scheme == "hf":
-        folder = _from_hub(uri)
+        folder = _from_hub(uri, MODEL_FILES)
     elif is_local(uri):
         path = local_path(uri)
         if not path.exists():
@@ -37,6 +43,26 @@ def local_model(uri: str) -> Path:
         folder = _from_gguf(path) if path.suffix == ".gguf" else path
     else:
         folder = _from_object_store(uri)
+    _check_causal(folder, uri)
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"base_model {uri}: {folder} has no .safetensors (pickles are refused)")
+    return folder
+
+
+def local_tokenizer(uri: str) -> Path:
+    """The folder of a base model's tokenizer; what weights it has elsewhere stay there.
+
+    Raises `UserError` as `local_model` does.
+    """
+    uri = resolved(uri)
+    if urlsplit(uri).scheme == "hf":
+        folder = _from_hub(uri, TOKENIZER_FILES)
+    elif not is_local(uri):
+        folder = _from_object_store(uri, TOKENIZER_FILES, "-tokenizer")
+    elif (path := local_path(uri)).suffix == ".gguf" and path.is_file():
+        return _tokenizer_from_gguf(path)
+    else:
+        return local_model(uri)
     _check_causal(folder, uri)
     return folder
 
@@ -96,8 +122,6 @@ def _check_causal(folder: Path, uri: str) -> None:
             f"base_model {uri} is {', '.join(names) or config.model_type}, "
             "not a causal language model (such as LlamaForCausalLM); give one that is"
         )
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"base_model {uri}: {folder} has no .safetensors (pickles are refused)")
 
 
 def _from_gguf(path: Path) -> Path:
@@ -105,14 +129,12 @@ def _from_gguf(path: Path) -> Path:
     if target.is_dir():
         return target
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    try:
+    with _gguf_errors(path), _read_once():
         quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as a GGUF causal language model: {error}") from None
+        tokenizer = _gguf_tokenizer(path)
     # transformers refuses to save a model that it loaded from GGUF, so its weights go into a fresh
     # one whose config has forgotten the quantization.
     forget = ("quantization_config", "_pre_quantization_dtype")
@@ -127,14 +149,54 @@ def _from_gguf(path: Path) -> Path:
     return target
 
 
-def _from_hub(uri: str) -> Path:
+def _tokenizer_from_gguf(path: Path) -> Path:
+    target = cache_folder() / f"{path.stem}-{sha256_file(path)[:16]}-{CONVERSION}-tokenizer"
+    if not target.is_dir():
+        with _gguf_errors(path):
+            tokenizer = _gguf_tokenizer(path)
+        with published(target) as part:
+            tokenizer.save_pretrained(part)
+    return target
+
+
+def _gguf_tokenizer(path: Path) -> Any:
+    # AutoTokenizer would read the whole file first, only to look up this class: 8 s of 9.
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+
+
+@contextlib.contextmanager
+def _gguf_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read as a GGUF causal language model: {error}") from None
+
+
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """Keep what transformers asks gguf for again and again while it loads one file: the file's
+    vocabulary, read id by id (twice), and the names of its tensors (once for each module)."""
+    import gguf
+
+    slow = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, function in slow.items():
+            setattr(gguf, name, functools.cache(function))
+        yield
+    finally:
+        for name, function in slow.items():
+            setattr(gguf, name, function)
+
+
+def _from_hub(uri: str, files: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     name = uri.removeprefix("hf://")
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
         raise UserError(
             f"base_model {uri}: not in the local cache and the hub cannot give it ({error}); "
@@ -142,11 +204,12 @@ def _from_hub(uri: str) -> Path:
         ) from None
 
 
-def _from_object_store(uri: str) -> Path:
+def _from_object_store(uri: str, files: tuple[str, ...] = ("*",), kind: str = "") -> Path:
     from nudge.components.common.storage import download_folder
 
     target = cache_folder() / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    target = target.with_name(target.name + kind)
     shutil.rmtree(target, ignore_errors=True)  # what stands behind a URI may have changed
     with published(target) as part:
-        download_folder(uri, part)
+        download_folder(uri, part, files)
     return target

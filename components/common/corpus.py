@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nudge.components.common.publish import (
     read_manifest,
@@ -55,6 +55,13 @@ def read_documents(corpus: Path, split: str) -> Iterator[Document]:
         with zstd.open(path, "rt", encoding="utf-8") as lines:
             for line in lines:
                 yield Document(**json.loads(line))
+
+
+def read_lines(shard: BinaryIO, block_bytes: int) -> Iterator[bytes]:
+    """The JSON lines of an open shard in blocks of whole lines, each of about ``block_bytes``."""
+    with zstd.open(shard, "rb") as lines:
+        while block := lines.readlines(block_bytes):
+            yield b"".join(block)
 
 
 def write_corpus(

@@ -7,6 +7,7 @@ used again by another program is never taken for it), address, log. Starting twi
 import contextlib
 import fcntl
 import json
+import math
 import os
 import socket
 import subprocess
@@ -45,6 +46,16 @@ class Record:
 def nudge_home() -> Path:
     """The folder of this installation's state: NUDGE_HOME, or ``.nudge`` in the current folder."""
     return Path(os.environ.get("NUDGE_HOME", ".nudge")).resolve()
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: by its affinity, and by the CPU limit of its container
+    (cgroup v2), which a pod on a large node has."""
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))  # "max": no number, no limit
+    return cores
 
 
 class _Ended(tenacity.stop.stop_base):

@@ -1,6 +1,7 @@
 """The object store of a data connection: its address and keys from the AWS_* variables."""
 
 import contextlib
+import fnmatch
 import os
 import random
 from collections.abc import Iterator
@@ -89,8 +90,11 @@ def list_keys(client: Any, bucket: str, prefix: str) -> dict[str, int]:
     return {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
 
 
-def download_folder(uri: str, folder: Path) -> None:
-    """Download every object below an ``s3://`` URI; raises `UserError` if there is none."""
+def download_folder(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> None:
+    """Download what is below an ``s3://`` URI and has a name like one of ``files``.
+
+    Raises `UserError` if there is nothing at all.
+    """
     bucket, prefix = split_s3_uri(uri)
     client = s3_client()
     with s3_errors(f"download {uri}"):
@@ -98,6 +102,8 @@ def download_folder(uri: str, folder: Path) -> None:
         if not keys:
             raise UserError(f"{uri}: there is nothing")
         for key in keys:
+            if not any(fnmatch.fnmatch(key, pattern) for pattern in files):
+                continue
             path = (folder / key.removeprefix(prefix + "/")).resolve()
             if not path.is_relative_to(folder.resolve()):
                 raise UserError(f"{uri}: the key {key} leads out of the folder")

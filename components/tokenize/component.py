@@ -7,7 +7,7 @@ from nudge.components.common.images import TRAIN_IMAGE
 def tokenize(
     recipe: str, base_model: str, corpus: dsl.Input[dsl.Dataset], tokens: dsl.Output[dsl.Dataset]
 ) -> None:
-    """Turn a corpus into token shards with the base model's tokenizer.
+    """Turn a corpus into token shards, with the base model's tokenizer or one trained on it.
 
     Args:
         recipe: The recipe, as YAML text or a URI.

@@ -2,64 +2,80 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nudge.components.common.publish import published, sha256_file, sha256_tree, write_manifest
+from nudge.components.common.errors import UserError
+from nudge.components.common.publish import (
+    published,
+    sha256_file,
+    sha256_tree,
+    verify_file,
+    write_manifest,
+)
 from nudge.components.common.step import step
 from nudge.components.tokenize.settings import TokenizeSettings
 
 if TYPE_CHECKING:
-    import numpy as np
+    from nudge.components.tokenize.encode import Encoding
 
-SHARD_TOKENS = 100_000_000
-"""A shard is closed when it holds this many tokens, which bounds the memory of writing it."""
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard of the corpus, and the shard of tokens that is made of it and of nothing else."""
+
+    split: str
+    corpus: Path
+    sha256: str
+    documents: int
+    bytes: int
+    tokens: Path
 
 
 @step("tokenize", outputs=("tokens",))
 def tokenize(settings: TokenizeSettings, *, corpus: Path, tokens: Path) -> dict[str, Any]:
-    """Tokenize both splits with the base model's tokenizer.
+    """Tokenize both splits with the base model's tokenizer, or with one trained on the corpus.
 
     ``tokens`` becomes a tokens artifact (`nudge.components.common.tokens`): each document's ids
-    with one end-of-document token, uint16 or uint32 by the size of the vocabulary, and the
-    tokenizer's folder. Raises `UserError` if the corpus or the tokenizer cannot be read.
+    with one end-of-document token, uint16 or uint32 by the size of the vocabulary, a shard for each
+    shard of the corpus, and the tokenizer's folder. Neither the number of processes nor the engine
+    changes a byte, and memory does not grow with the corpus. Raises `UserError` if the corpus or
+    the tokenizer cannot be read.
     """
-    from nudge.components.common.base_model import local_model
     from nudge.components.common.corpus import SPLITS, read_corpus
     from nudge.components.common.progress import progress
-    from nudge.components.common.tokens import (
-        FORMAT,
-        VERSION,
-        end_of_document_id,
-        token_dtype,
-        write_shard,
-    )
-    from transformers import AutoTokenizer
+    from nudge.components.common.tokens import FORMAT, VERSION, end_of_document_id, token_dtype
+    from nudge.components.tokenize.encode import Encoding
 
     source = read_corpus(corpus)
-    tokenizer = AutoTokenizer.from_pretrained(
-        local_model(settings.base_model), local_files_only=True
-    )
-    end = end_of_document_id(tokenizer)
-    dtype = token_dtype(len(tokenizer))
-    splits: dict[str, Any] = {}
     with (
         published(tokens) as part,
         progress("tokenize", total=source["documents"], unit="documents") as bar,
     ):
-        for split in SPLITS:
-            shards, counts = [], [0, 0]
-            documents = _tokenized(corpus, split, tokenizer, end, settings.batch_documents, bar)
-            for number, shard in enumerate(_shards(documents)):
-                path = part / f"{split}-{number:05d}.tokens"
-                write_shard(path, shard, dtype)
-                shards.append({"file": path.name, "sha256": sha256_file(path)})
-                counts[0] += len(shard)
-                counts[1] += sum(map(len, shard))
-            splits[split] = {"documents": counts[0], "tokens": counts[1], "shards": shards}
-        tokenizer.save_pretrained(part / "tokenizer")
+        tokenizer = _tokenizer(settings, corpus, part / "tokenizer", bar)
+        end, dtype = end_of_document_id(tokenizer), token_dtype(len(tokenizer))
+        text = (part / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
+        shards = [
+            Shard(split, corpus / shard["file"], shard["sha256"], shard["documents"],
+                  shard["bytes"], part / f"{split}-{number:05d}.tokens")
+            for split in SPLITS
+            for number, shard in enumerate(source["splits"][split]["shards"])
+        ]  # fmt: skip
+        bar.note(stage="tokenizing")
+        _write(settings, shards, Encoding(text, end, dtype.str), bar)
+        made = {split: [_entry(one) for one in shards if one.split == split] for split in SPLITS}
+        splits = {
+            split: {
+                "documents": sum(entry["documents"] for entry in entries),
+                "tokens": sum(entry["tokens"] for entry in entries),
+                "shards": entries,
+            }
+            for split, entries in made.items()
+        }
         body = {
             "corpus_fingerprint": source["fingerprint"],
+            "tokenizer": settings.tokenizer,
             "tokenizer_sha256": sha256_tree(part / "tokenizer"),
             "vocab_size": len(tokenizer),
             "dtype": dtype.name,
@@ -74,29 +90,83 @@ def tokenize(settings: TokenizeSettings, *, corpus: Path, tokens: Path) -> dict[
     }
 
 
-def _tokenized(
-    corpus: Path, split: str, tokenizer: Any, end: int, size: int, bar: Any
-) -> Iterator["np.ndarray"]:
+def _tokenizer(settings: TokenizeSettings, corpus: Path, folder: Path, bar: Any) -> Any:
+    """The tokenizer as transformers reads it; it is saved into ``folder`` too."""
+    if settings.tokenizer == "train":
+        from nudge.components.common.corpus import read_documents
+        from nudge.components.tokenize.learn import train_tokenizer
+
+        bar.note(stage="training the tokenizer")
+        texts = (document.text for document in read_documents(corpus, "train"))
+        return train_tokenizer(texts, settings, folder)
+    from nudge.components.common.base_model import local_tokenizer
+    from transformers import AutoTokenizer
+
+    bar.note(stage="loading the tokenizer")
+    found = local_tokenizer(settings.base_model)
+    tokenizer = AutoTokenizer.from_pretrained(found, local_files_only=True)
+    tokenizer.save_pretrained(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"base_model {settings.base_model}: its {type(tokenizer).__name__} cannot be saved as "
+            "tokenizer.json; give a model with a fast tokenizer (Hugging Face tokenizers)"
+        )
+    return tokenizer
+
+
+def _write(settings: TokenizeSettings, shards: list[Shard], encoding: "Encoding", bar: Any) -> None:
+    """Make the file of every shard."""
+    from nudge.components.common.processes import usable_cores
+    from nudge.components.tokenize.encode import BLOCK_BYTES
+
+    processes = settings.processes or usable_cores()
+    if settings.engine == "ray":
+        from nudge.components.tokenize.on_ray import write_on_ray
+
+        write_on_ray(shards, encoding, settings.ray_address, processes, bar)
+        return
+    # A process starts in about the time that four blocks take.
+    worth = sum(shard.bytes for shard in shards) // (4 * BLOCK_BYTES)
+    _write_here(shards, encoding, max(1, min(processes, worth)), bar)
+
+
+def _write_here(shards: list[Shard], encoding: "Encoding", processes: int, bar: Any) -> None:
     import numpy as np
-    from nudge.components.common.corpus import read_documents
+    from nudge.components.common.tokens import ShardWriter
+    from nudge.components.tokenize.encode import encode_all
 
-    documents = read_documents(corpus, split)
+    encoded = encode_all(_blocks(shards), encoding, processes)
     done = 0
-    while batch := [document.text for document in itertools.islice(documents, size)]:
-        for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
-            done += len(ids) + 1
-            yield np.array([*ids, end])
-        bar.advance(len(batch), tokens=done)
+    for shard, parts in itertools.groupby(encoded, key=lambda pair: pair[0]):
+        with shard.tokens.open("wb") as file:
+            writer = ShardWriter(file, np.dtype(encoding.dtype))
+            for _, part in parts:
+                writer.append(part.ids, part.lengths)
+                done += int(part.lengths.sum())
+                bar.advance(len(part.lengths), tokens=done)
+            writer.finish()
 
 
-def _shards(documents: Iterator["np.ndarray"]) -> Iterator[list["np.ndarray"]]:
-    shard: list[np.ndarray] = []
-    held = 0
-    for document in documents:
-        shard.append(document)
-        held += len(document)
-        if held >= SHARD_TOKENS:
-            yield shard
-            shard, held = [], 0
-    if shard:
-        yield shard
+def _blocks(shards: list[Shard]) -> Iterator[tuple[Shard, bytes]]:
+    from nudge.components.common.corpus import read_lines
+    from nudge.components.tokenize.encode import BLOCK_BYTES
+
+    for shard in shards:
+        verify_file(shard.corpus, shard.sha256)
+        with shard.corpus.open("rb") as file:
+            for block in read_lines(file, BLOCK_BYTES):
+                yield shard, block
+
+
+def _entry(shard: Shard) -> dict[str, Any]:
+    """What the manifest tells of a shard; raises if a document was lost on the way."""
+    from nudge.components.common.tokens import shard_counts
+
+    documents, tokens = shard_counts(shard.tokens)
+    assert documents == shard.documents, f"{documents} of {shard.documents} documents of {shard}"
+    return {
+        "file": shard.tokens.name,
+        "sha256": sha256_file(shard.tokens),
+        "documents": documents,
+        "tokens": tokens,
+    }

@@ -39,6 +39,16 @@ class Start:
         return AutoModelForCausalLM.from_config(self._config, dtype=torch.float32)
 
 
+def check_tokenizer(manifest: dict[str, Any], settings: TrainSettings) -> None:
+    """Raise `UserError` if a base model would meet ids that mean something else to it."""
+    if manifest.get("tokenizer") == "train" and settings.mode != "scratch":
+        raise UserError(
+            f"train.mode {settings.mode}: the tokens' tokenizer was trained on the corpus, and the "
+            "base model knows other ids; tokenize with tokenizer: base_model, or train with "
+            "mode: scratch"
+        )
+
+
 def check_vocabulary(model: Any, vocabulary: int, settings: TrainSettings) -> None:
     """Raise `UserError` if tokens of this vocabulary cannot be looked up in the model."""
     rows = head_weight(model).shape[0]

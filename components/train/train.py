@@ -63,18 +63,19 @@ def _train(
 ) -> None:
     from nudge.components.common import language_model
     from nudge.components.common.progress import progress
-    from nudge.components.common.tokens import read_tokens_manifest
+    from nudge.components.common.tokens import read_tokens_manifest, verified_tokenizer
     from nudge.components.train.adapt import adapt
     from nudge.components.train.checkpoints import identity, open_checkpoints
     from nudge.components.train.data import PackedSplit
     from nudge.components.train.loop import make_optimizer, planned_steps, train_loop
-    from nudge.components.train.model import Start, check_vocabulary
+    from nudge.components.train.model import Start, check_tokenizer, check_vocabulary
     from nudge.components.train.network import Network, check_document_masking
     from nudge.components.train.record import NoBar, NoRecord, open_record
     from nudge.components.train.report import render_report
     from nudge.components.train.result import facts_of, write_model
 
     manifest = read_tokens_manifest(tokens)
+    check_tokenizer(manifest, settings)
     language_model.set_up_torch(settings.threads, settings.seed)
     length, seed = settings.sequence_length, settings.seed
     split = [
@@ -90,7 +91,7 @@ def _train(
             model_part = stack.enter_context(published(model))
             history_part = stack.enter_context(published(history))
         bar.note(stage="loading the base model")
-        tokenizer = language_model.load_tokenizer(tokens / "tokenizer")
+        tokenizer = language_model.load_tokenizer(verified_tokenizer(tokens))
         start = Start(settings, tokenizer, manifest["vocab_size"])
         base = start.model(seed)
         check_vocabulary(base, manifest["vocab_size"], settings)

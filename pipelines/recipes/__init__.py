@@ -91,11 +91,18 @@ def check(values: Mapping[str, Any]) -> None:
         if key not in TOP
     ]
     text = yaml.safe_dump(dict(values))
+    made: dict[str, Any] = {}
     for section, kind in kinds().items():
         try:
-            step_settings(kind, section, text)
+            made[section] = step_settings(kind, section, text)
         except UserError as error:
             problems.append(str(error))
+    own = "tokenize" in made and made["tokenize"].tokenizer == "train"
+    if own and "train" in made and made["train"].mode != "scratch":
+        problems.append(
+            "tokenize.tokenizer: train needs train.mode: scratch; a base model knows only the ids "
+            "of its own tokenizer"
+        )
     if problems:
         raise UserError("\n".join(problems))
 

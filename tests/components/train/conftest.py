@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nudge.components.common.publish import sha256_tree
 from nudge.components.common.tokens import token_dtype, write_shard
 from nudge.components.train.settings import TrainSettings
 from transformers import AutoTokenizer
@@ -38,7 +39,8 @@ def write_tokens(folder: Path, tiny_model: Path, documents: int = 40) -> Path:
     vocabulary = len(AutoTokenizer.from_pretrained(tiny_model))
     manifest = {
         "format": "nudge.tokens", "version": 1, "end_of_document_id": 0, "vocab_size": vocabulary,
-        "corpus_fingerprint": "c" * 64, "tokenizer_sha256": "t" * 64, "splits": splits,
+        "corpus_fingerprint": "c" * 64, "splits": splits,
+        "tokenizer_sha256": sha256_tree(folder / "tokenizer"),
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder

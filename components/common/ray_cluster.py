@@ -1,0 +1,45 @@
+"""Joining a Ray cluster (KubeRay), or starting a Ray of this machine; for those who ask for it."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from nudge.components.common.errors import UserError
+
+
+@contextlib.contextmanager
+def joined_ray(step: str, address: str, cores: int) -> Iterator[Any]:
+    """Yield the module ``ray``, joined to a cluster with Ray Data ready; left when the block ends.
+
+    ``address`` is that of a running cluster; if it is empty and RAY_ADDRESS is not set, a Ray of
+    ``cores`` cores is started on this machine and ended with the block. Raises `UserError` naming
+    the setting of ``step`` if Ray is not installed or the cluster cannot be reached.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise UserError(
+            f"{step}.engine: ray needs Ray, which is not installed ({error}); install "
+            f"nudge-lm[ray] here and in the cluster's image, or set {step}.engine: local"
+        ) from None
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            ray.init(num_cpus=cores, include_dashboard=False, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{step}.ray_address {address or 'is empty'}: no Ray can be joined there: {error}"
+        ) from None
+    # The step tells its own progress.
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()

@@ -1,0 +1,57 @@
+"""Tokenizing over Ray Data: each shard of the corpus is a task, on any node of a Ray cluster.
+
+This process reads and writes the files, a shard at a time, and Ray's object store carries them, so
+that the nodes need no disk in common with it; only nudge has to be in their image.
+"""
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from nudge.components.common.corpus import read_lines
+from nudge.components.common.publish import verify_file
+from nudge.components.common.ray_cluster import joined_ray
+from nudge.components.common.tokens import ShardWriter
+from nudge.components.tokenize.encode import BLOCK_BYTES, Encoding, encode
+
+if TYPE_CHECKING:
+    from nudge.components.tokenize.tokenize import Shard
+
+
+def write_on_ray(
+    shards: "list[Shard]", encoding: Encoding, address: str, processes: int, bar: Any
+) -> None:
+    """Make the file of every shard, the same bytes as without Ray.
+
+    ``address`` and ``processes`` are those of `joined_ray`, which says what is raised.
+    """
+    import pyarrow
+
+    with joined_ray("tokenize", address, processes) as ray:
+        handed = []
+        for number, shard in enumerate(shards):
+            verify_file(shard.corpus, shard.sha256)
+            row = {"number": number, "corpus": shard.corpus.read_bytes()}
+            handed.append(ray.put(pyarrow.Table.from_pylist([row])))
+        dataset = ray.data.from_arrow_refs(handed)
+        made = dataset.map(_encode_shard, fn_kwargs={"encoding": encoding}, num_cpus=1)
+        done = 0
+        for row in made.iter_rows():
+            shards[row["number"]].tokens.write_bytes(row["shard"])
+            done += row["tokens"]
+            bar.advance(row["documents"], tokens=done)
+
+
+def _encode_shard(row: dict[str, Any], encoding: Encoding) -> dict[str, Any]:
+    made = io.BytesIO()
+    writer = ShardWriter(made, np.dtype(encoding.dtype))
+    for lines in read_lines(io.BytesIO(row["corpus"]), BLOCK_BYTES):
+        part = encode(lines, encoding)
+        writer.append(part.ids, part.lengths)
+    documents, tokens = writer.finish()
+    return {
+        "number": row["number"],
+        "shard": made.getvalue(),
+        "documents": documents,
+        "tokens": tokens,
+    }

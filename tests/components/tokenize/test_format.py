@@ -1,0 +1,156 @@
+"""The shard's format: as documented, and refused where it is broken."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from nudge.components.common.errors import UserError
+from nudge.components.common.tokens import (
+    TokenReader,
+    read_tokens_manifest,
+    token_dtype,
+    verified_tokenizer,
+    write_shard,
+)
+
+Run = Callable[..., Path]
+DOCUMENTS = [[5, 1, 0], [0], [299, 17, 4, 2, 0]]
+
+
+def artifact(folder: Path, dtype: Any = "<u2", documents: list[list[int]] = DOCUMENTS) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "a.tokens"
+    write_shard(path, [np.array(ids) for ids in documents], np.dtype(dtype))
+    describe(folder, documents=len(documents), tokens=sum(map(len, documents)))
+    return folder
+
+
+def describe(folder: Path, **counts: int) -> None:
+    """A manifest with the sha256 that the shard has now."""
+    digest = hashlib.sha256((folder / "a.tokens").read_bytes()).hexdigest()
+    shards = {"shards": [{"file": "a.tokens", "sha256": digest, **counts}]}
+    manifest = {"format": "nudge.tokens", "version": 1, "splits": {"train": shards}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(("dtype", "code"), [("<u2", "H"), ("<u4", "I")])
+def test_a_shard_reads_by_what_its_documentation_says(
+    tmp_path: Path, dtype: str, code: str
+) -> None:
+    data = (artifact(tmp_path, dtype) / "a.tokens").read_bytes()
+    width = struct.calcsize(code)
+    assert data[:8] == b"NUDGETOK"
+    assert struct.unpack_from("<4I", data, 8) == (1, width, 0, 0)
+    assert struct.unpack_from("<2Q", data, 24) == (3, 9)
+    assert struct.unpack_from(f"<9{code}", data, 40) == (5, 1, 0, 0, 299, 17, 4, 2, 0)
+    index = 40 + 9 * width
+    assert set(data[index : index + -index % 8]) <= {0}
+    assert struct.unpack_from("<4q", data, index + -index % 8) == (0, 3, 4, 9)
+    assert len(data) == index + -index % 8 + 4 * 8
+
+
+def test_the_width_of_an_id_follows_from_the_vocabulary(tmp_path: Path) -> None:
+    assert [token_dtype(size).itemsize for size in (300, 65_536, 65_537)] == [2, 2, 4]
+    large = [[65_535, 65_536, 200_000, 0]]
+    reader = TokenReader(artifact(tmp_path / "wide", "<u4", large), "train")
+    assert reader.document(0).tolist() == large[0]
+    with pytest.raises(AssertionError):
+        artifact(tmp_path / "narrow", "<u2", large)
+
+
+def test_the_documents_come_back(tmp_path: Path) -> None:
+    reader = TokenReader(artifact(tmp_path), "train")
+    assert [reader.document(i).tolist() for i in range(3)] == DOCUMENTS
+    assert reader.lengths().tolist() == [3, 1, 5]
+    assert (reader.documents, reader.tokens) == (3, 9)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "told"),
+    [
+        (0, b"NUDGETOX", "no token shard of version 1"),
+        (8, struct.pack("<I", 2), "no token shard of version 1"),
+        (12, struct.pack("<I", 3), "no token shard of version 1"),
+        (12, struct.pack("<I", 4), "is cut short"),
+        (24, struct.pack("<Q", 4), "is cut short"),
+        (32, struct.pack("<Q", 90), "is cut short"),
+        (40 + 24, struct.pack("<q", 1), "its index of documents does not fit its 9 tokens"),
+        (40 + 24 + 8, struct.pack("<q", 7), "its index of documents does not fit its 9 tokens"),
+        (40 + 24 + 24, struct.pack("<q", 8), "its index of documents does not fit its 9 tokens"),
+    ],
+)
+def test_a_wrong_header_or_index_is_refused(
+    tmp_path: Path, place: int, value: bytes, told: str
+) -> None:
+    """The sha256 is that of the broken file, so that it is not what tells."""
+    path = artifact(tmp_path) / "a.tokens"
+    data = bytearray(path.read_bytes())
+    data[place : place + len(value)] = value
+    path.write_bytes(data)
+    describe(tmp_path)
+    with pytest.raises(UserError, match=told):
+        TokenReader(tmp_path, "train")
+
+
+@pytest.mark.parametrize("kept", [0, 39, 40, 60, -1])
+def test_a_shard_cut_anywhere_is_refused(tmp_path: Path, kept: int) -> None:
+    path = artifact(tmp_path) / "a.tokens"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"a.tokens is damaged: sha256"):
+        TokenReader(tmp_path, "train")
+    describe(tmp_path)
+    with pytest.raises(UserError, match="cut short|shorter than a header"):
+        TokenReader(tmp_path, "train")
+
+
+def test_one_flipped_bit_is_refused(tmp_path: Path) -> None:
+    path = artifact(tmp_path) / "a.tokens"
+    data = bytearray(path.read_bytes())
+    data[50] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"a.tokens is damaged: sha256"):
+        TokenReader(tmp_path, "train")
+
+
+@pytest.mark.parametrize(("key", "value"), [("documents", 4), ("tokens", 8)])
+def test_counts_other_than_the_manifest_s_are_refused(tmp_path: Path, key: str, value: int) -> None:
+    artifact(tmp_path)
+    describe(tmp_path, **{key: value})
+    with pytest.raises(UserError, match=f"{key}, its manifest says {value}"):
+        TokenReader(tmp_path, "train")
+
+
+def test_a_missing_shard_and_another_format_are_refused(tmp_path: Path) -> None:
+    artifact(tmp_path)
+    (tmp_path / "a.tokens").rename(tmp_path / "b.tokens")
+    with pytest.raises(UserError, match=r"a.tokens is missing"):
+        TokenReader(tmp_path, "train")
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    for change, told in (
+        ({"version": 2}, "nudge.tokens version 2, expected nudge.tokens version 1"),
+        ({"format": "nudge.corpus"}, "nudge.corpus version 1, expected nudge.tokens"),
+    ):
+        (tmp_path / "manifest.json").write_text(json.dumps({**manifest, **change}))
+        with pytest.raises(UserError, match=told):
+            TokenReader(tmp_path, "train")
+
+
+@pytest.mark.parametrize("change", ["other", "missing", "more"])
+def test_another_tokenizer_is_refused(run: Run, change: str) -> None:
+    tokens = run()
+    assert verified_tokenizer(tokens) == tokens / "tokenizer"
+    path = tokens / "tokenizer" / "tokenizer.json"
+    if change == "other":
+        path.write_text(path.read_text().replace("Eiffel", "Eifel", 1).replace(" ", "  ", 1))
+    elif change == "missing":
+        path.unlink()
+    else:
+        (tokens / "tokenizer" / "added_tokens.json").write_text('{"<new>": 5}')
+    with pytest.raises(UserError, match="is not the tokenizer of these tokens"):
+        verified_tokenizer(tokens)
+    assert read_tokens_manifest(tokens)["tokenizer_sha256"]
