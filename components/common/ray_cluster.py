@@ -25,7 +25,7 @@ def joined_ray(step: str, address: str, cores: int) -> Iterator[Any]:
             f"{step}.engine: ray needs Ray, which is not installed ({error}); install "
             f"nudge-lm[ray] here and in the cluster's image, or set {step}.engine: local"
         ) from None
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = address or os.environ.get("RAY_ADDRESS", "")
     try:
         if address:
@@ -38,7 +38,7 @@ def joined_ray(step: str, address: str, cores: int) -> Iterator[Any]:
         ) from None
     # The step tells its own progress.
     ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         yield ray
     finally:

@@ -11,7 +11,8 @@ A shard is one file, little-endian:
 | padding to a multiple of 8 | zeros |
 | (documents + 1) x int64 | where each document begins, in tokens; last, their number |
 
-``manifest.json`` (nudge.tokens, version 1) holds sha256 and counts of each shard, the tokenizer's hash.
+``manifest.json`` (nudge.tokens, version 1) holds each shard's sha256 and counts, the tokenizer's
+sha256, and its end-of-document id.
 """
 
 import hashlib
