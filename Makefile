@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test test-long setup lint compile check bench wheel images wheels requirements clean
+.PHONY: run test test-long setup lint compile check audit bench wheel images wheels requirements clean
 
 run: setup  ## the whole pipeline here, on the default recipe
 	$(BIN)/nudge run eiffel
@@ -38,6 +38,9 @@ compile: setup  ## write pipelines/compiled
 check: setup lint  ## what CI runs
 	$(BIN)/nudge compile --check
 	$(BIN)/pytest
+
+audit:  ## the pins against the known advisories; says so where none can be had
+	$(PYTHON) .ci/audit.py
 
 # Not after `setup`, which needs the network: any Python with torch, setuptools and pip will do.
 WHEEL_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
