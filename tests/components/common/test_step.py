@@ -96,3 +96,13 @@ def test_of_two_runs_that_finish_the_same_step_the_first_is_kept(tmp_path: Path)
     same = [tmp_path / "two" / "deep" / "text", kept / "out" / "deep" / "text"]
     assert same[0].samefile(same[1])
     assert (tmp_path / "one" / "deep" / "text").read_text() == "abc"
+
+
+def test_a_pod_s_log_ends_with_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    double(2, source=tmp_path / "a", out=tmp_path / "one")
+    assert capfd.readouterr().err == ""  # `nudge run` has them from the events
+    monkeypatch.delenv("NUDGE_EVENTS")
+    double(2, source=tmp_path / "a", out=tmp_path / "two")
+    assert capfd.readouterr().err == 'double: results {"length": 4}\n'
