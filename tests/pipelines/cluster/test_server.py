@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from nudge.components.common.errors import UserError
 from nudge.pipelines.cli import main
 from nudge.pipelines.cluster import connect, logs, runs, schedules
+from nudge.pipelines.compile import PIPELINES
 
 from tests.pipelines.cluster.pipelines_server import Pipelines, serving
 
@@ -64,6 +65,15 @@ def test_a_version_is_uploaded_once(state: Pipelines, url: str) -> None:
         "pipeline_spec": documents[0],
         "platform_spec": documents[1],
     }
+
+
+def test_every_pipeline_that_ships_can_be_uploaded(state: Pipelines, url: str) -> None:
+    names = [name.replace("_", "-") for name in PIPELINES]
+    for name in names:
+        assert "uploaded" in nudge("upload", name).stdout
+    assert [each["name"] for each in state.pipelines.values()] == names
+    unknown = nudge("upload", "train-and-sevre")
+    assert (unknown.exit_code, "did you mean 'train-and-serve'" in unknown.stderr) == (2, True)
 
 
 def test_a_changed_pipeline_is_a_new_version_of_the_same(
