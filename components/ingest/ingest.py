@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nudge.components.ingest.sources import Source
 
 KEPT = "FROM docs JOIN verdicts USING (doc) WHERE reason IS NULL"
-GROUPS = 100
+GROUPS = 30
 """Licences, and origins, that are counted one by one; the smaller ones are counted together."""
 LANGUAGE_SAMPLE, LANGUAGE_CHARACTERS = 500, 2000
 
@@ -238,7 +238,7 @@ def _groups(documents: "Documents", column: str, total: int) -> list[dict[str, A
     )
     if rest := total - sum(group["documents"] for group in groups):
         others = {"documents": rest, "bytes": size - sum(group["bytes"] for group in groups)}
-        groups.append({"value": None, "values": values - GROUPS, **others})
+        groups.append({"value": None, "others": values - GROUPS, **others})
     return groups
 
 

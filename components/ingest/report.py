@@ -6,7 +6,10 @@ import jinja2
 
 SOURCES_SHOWN = 200
 PAGE = jinja2.Environment(
-    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    finalize=lambda value: f"{value:,}" if isinstance(value, int) else value,
 ).from_string(
     """\
 <!doctype html>
@@ -38,7 +41,8 @@ blockquote { margin: .5rem 0; padding-left: .8rem; border-left: 3px solid var(--
 <tr><td>kept</td><td class="n">{{ counts.documents }}</td>
 <td class="n">{{ counts.text_bytes_kept }}</td></tr>
 </table>
-<p>Cleaning made {{ counts.bytes }} bytes of the {{ counts.text_bytes_kept }} that are kept.</p>
+<p>Cleaning made {{ counts.bytes }} bytes of the {{ counts.text_bytes_kept }} that are kept. What
+could not be read counts with the bytes that stood there, or with 0 where damage hides how many.</p>
 {% for reason, examples in samples.items() %}
 <details><summary>{{ reason }}: some of them</summary>
 {% for example in examples %}<blockquote>{{ example }}</blockquote>{% endfor %}</details>
@@ -60,8 +64,8 @@ blockquote { margin: .5rem 0; padding-left: .8rem; border-left: 3px solid var(--
 <h2>{{ title }}</h2>
 <table><tr><th>value</th><th class="n">documents kept</th><th class="n">bytes</th></tr>
 {% for group in groups %}
-<tr><td>{% if group.value %}{{ group.value }}{% elif group["values"] %}
-{{ group["values"] }} others{% else %}not given{% endif %}</td>
+<tr><td>{% if group.value %}{{ group.value }}{% elif "others" in group %}
+{{ group.others }} others{% else %}not given{% endif %}</td>
 <td class="n">{{ group.documents }}</td><td class="n">{{ group.bytes }}</td></tr>
 {% endfor %}</table>
 {% endfor %}
