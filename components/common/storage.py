@@ -60,6 +60,15 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
     return parts.netloc, parts.path.strip("/")
 
 
+HINTS = {
+    "InvalidAccessKeyId": "the access key is not known there; check AWS_ACCESS_KEY_ID",
+    "SignatureDoesNotMatch": "the secret is wrong; check AWS_SECRET_ACCESS_KEY",
+    "AccessDenied": "this key may not do that",
+    "NoSuchBucket": "there is no such bucket; check AWS_S3_BUCKET",
+    "InsufficientStorage": "the store is full",
+}
+
+
 @contextlib.contextmanager
 def s3_errors(doing: str) -> Iterator[None]:
     """Turn what the object store refuses into a `UserError` of one sentence about ``doing``."""
@@ -74,13 +83,7 @@ def s3_errors(doing: str) -> Iterator[None]:
         raise UserError(f"{doing}: the object store {endpoint} does not answer") from None
     except botocore.exceptions.ClientError as error:
         code = error.response.get("Error", {}).get("Code", "")
-        hint = {
-            "InvalidAccessKeyId": "the access key is not known there; check AWS_ACCESS_KEY_ID",
-            "SignatureDoesNotMatch": "the secret is wrong; check AWS_SECRET_ACCESS_KEY",
-            "AccessDenied": "this key may not do that",
-            "NoSuchBucket": "there is no such bucket; check AWS_S3_BUCKET",
-            "InsufficientStorage": "the store is full",
-        }.get(code, error.response.get("Error", {}).get("Message", "refused"))
+        hint = HINTS.get(code, error.response.get("Error", {}).get("Message", "refused"))
         raise UserError(f"{doing}: {code} from {endpoint}: {hint}") from None
 
 

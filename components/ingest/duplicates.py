@@ -110,7 +110,7 @@ COLUMNS = {
 }
 PLACES = 32
 """Bits of ``doc`` that hold the place in the object; those above are the object's number."""
-MEMORY = "128MB"
+MEMORY = "192MB"
 BATCH_BYTES, BATCH_ROWS = 4 << 20, 10_000
 
 

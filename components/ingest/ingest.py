@@ -66,7 +66,8 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
             _check(settings, counts, next(filter(None, columns), ""))
             bar.note(stage="writing")
             with published(corpus) as part:
-                kept = {split: _kept(documents, split, sources, settings) for split in SPLITS}
+                place = Path(folder)
+                kept = {s: _kept(documents, s, sources, settings, place) for s in SPLITS}
                 fingerprint = write_corpus(part, kept, counts)
             if state:
                 lasting = {n: fact for n, fact in read.items() if not fact["lost"]}
@@ -108,7 +109,8 @@ def _read_all(
 
     tallies = []
     with Cleaner(settings, documents) as cleaner:
-        bar.advance(len(known), unchanged=len(known))
+        if known:
+            bar.advance(len(known), unchanged=len(known))
         for number, source in enumerate(sources):
             if number not in known:
                 tallies.append(_read(source, number, settings, cleaner))
@@ -255,16 +257,20 @@ def _languages(documents: "Documents") -> dict[str, int]:
 
 
 def _kept(
-    documents: "Documents", split: str, sources: "list[Source]", settings: IngestSettings
+    documents: "Documents",
+    split: str,
+    sources: "list[Source]",
+    settings: IngestSettings,
+    folder: Path,
 ) -> "Iterator[Document]":
     from nudge.components.common.corpus import Document
+    from nudge.components.ingest.ordering import in_hash_order
 
-    side = "<" if split == "validation" else ">="
-    rows = documents.query(
-        f"SELECT id, text, object, license, origin {KEPT} AND share {side} ? ORDER BY sha256",
-        [settings.validation_share],
-    )
-    for name, text, number, license, origin in rows:
+    kept = f"{KEPT} AND share {'<' if split == 'validation' else '>='} ?"
+    edge = [settings.validation_share]
+    size = next(documents.query(f"SELECT coalesce(sum(bytes), 0)::BIGINT {kept}", edge))[0]
+    rows = documents.query(f"SELECT sha256, id, text, object, license, origin {kept}", edge)
+    for _, name, text, number, license, origin in in_hash_order(rows, size, folder):
         yield Document(name, text, sources[number].uri, license, origin)
 
 

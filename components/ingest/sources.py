@@ -10,6 +10,7 @@ import dataclasses
 import io
 import os
 import posixpath
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ import botocore.exceptions
 import fsspec
 import tenacity
 from nudge.components.common.errors import UserError
+from nudge.components.common.storage import HINTS
 from nudge.components.common.uris import package_path
 from nudge.components.ingest.formats import (
     COMPRESSED,
@@ -32,6 +34,8 @@ from nudge.components.ingest.settings import IngestSettings
 
 BLOCK_BYTES = 8 << 20
 ATTEMPTS = 10
+STORE_ATTEMPTS = 8
+"""How often botocore itself tries a request, before it counts as one of `ATTEMPTS`."""
 CHANGES = 3
 """An object that changes while it is read is read again, this many times in all."""
 TRANSIENT = (
@@ -40,6 +44,18 @@ TRANSIENT = (
     aiohttp.ClientError,
     botocore.exceptions.BotoCoreError,
     botocore.exceptions.HTTPClientError,
+)
+
+NO_CREDENTIALS = (
+    botocore.exceptions.NoCredentialsError,
+    botocore.exceptions.PartialCredentialsError,
+)
+LASTING = (
+    PermissionError,
+    *NO_CREDENTIALS,
+    # Asked for `STORE_ATTEMPTS` times already.
+    botocore.exceptions.EndpointConnectionError,
+    botocore.exceptions.SSLError,
 )
 
 
@@ -65,19 +81,24 @@ class Source:
         """The suffix that tells the format, without that of the compression."""
         return suffix_of(urlsplit(self.path).path)
 
-    def version(self) -> tuple[str, int]:
-        """What names this state of the object (ETag or time of change), and its bytes as stored."""
-        info = again(lambda: self.file_system.info(self.path), self.uri)
-        return _version_name(info), int(info.get("size") or 0)
+    def version(self) -> tuple[str, int | None]:
+        """What names this state of the object (ETag or time of change), and its bytes as stored,
+        where its store tells them."""
+        return _version(again(lambda: self.file_system.info(self.path), self.uri))
 
 
 class ResumableFile(io.RawIOBase):
-    """An object as a seekable file, read in ranges, each tried again from where it stood."""
+    """An object as a seekable file, read in ranges, each tried again from where it stood.
+
+    What cannot be read in ranges (some HTTP servers) is copied to this machine's disk first.
+    """
 
     def __init__(self, source: Source) -> None:
         self._source, self._at = source, 0
-        self.version, self.size = source.version()
+        self.version = source.version()
         self._file: Any = None
+        size = self.version[1]
+        self.size = self._copy() if size is None else size
 
     def readable(self) -> bool:
         return True
@@ -101,7 +122,7 @@ class ResumableFile(io.RawIOBase):
 
     def check(self) -> None:
         """Raise `Changed` if the object is no longer the one that was opened."""
-        if self._source.version() != (self.version, self.size):
+        if self._source.version() != self.version:
             raise Changed
 
     def close(self) -> None:
@@ -117,20 +138,34 @@ class ResumableFile(io.RawIOBase):
         try:
             self._file.seek(self._at)
             data = bytes(self._file.read(wanted))
-            if len(data) != wanted:
-                self.check()
-                raise OSError(f"{len(data)} of {wanted} bytes came")
-        except TRANSIENT:
+            if len(data) == wanted:
+                return data
+            fault: BaseException = OSError(f"{len(data)} of {wanted} bytes came")
+        except TRANSIENT as error:
+            fault = error
+        except ValueError:  # fsspec's HTTP met a server without ranges
             self._file.close()
-            self._file = None
-            self.check()
-            raise
-        return data
+            if self._copy() != self.size:
+                raise Changed from None
+            self._file.seek(self._at)
+            return bytes(self._file.read(wanted))
+        self._file.close()
+        self._file = None
+        self.check()
+        raise fault
+
+    def _copy(self) -> int:
+        """Copy the object to a file of this machine, and read from there; returns its bytes."""
+        with tempfile.NamedTemporaryFile(prefix="nudge-") as copy:
+            get = self._source.file_system.get_file
+            again(lambda: get(self._source.path, copy.name), self._source.uri)
+            self._file = open(copy.name, "rb")  # noqa: SIM115  outlives its name
+            return os.fstat(self._file.fileno()).st_size
 
 
-def _version_name(info: dict[str, Any]) -> str:
+def _version(info: dict[str, Any]) -> tuple[str, int | None]:
     keys = ("ETag", "etag", "blob_id", "mtime", "LastModified", "Last-Modified")
-    return next((str(info[key]) for key in keys if info.get(key)), "")
+    return next((str(info[key]) for key in keys if info.get(key)), ""), info.get("size")
 
 
 def again(work: Any, uri: str) -> Any:
@@ -140,7 +175,7 @@ def again(work: Any, uri: str) -> Any:
         # fsspec's HTTP says "not found" of any failure, and keeps the true one as its cause.
         if isinstance(error, FileNotFoundError):
             return getattr(error.__cause__, "status", 404) not in (404, 410)
-        return isinstance(error, TRANSIENT) and not isinstance(error, PermissionError)
+        return isinstance(error, TRANSIENT) and not isinstance(error, LASTING)
 
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(temporary),
@@ -155,7 +190,31 @@ def again(work: Any, uri: str) -> Any:
             raise UserError(f"{uri}: cannot be read, tried {ATTEMPTS} times") from None
         raise Vanished from None
     except TRANSIENT as error:
-        raise UserError(f"{uri}: cannot be read: {error}") from None
+        raise UserError(f"{uri}: cannot be read: {why(error)}") from None
+
+
+def why(error: BaseException) -> str:
+    """What a store's error comes down to, and what to do about it."""
+    endpoint = os.environ.get("AWS_S3_ENDPOINT", "")
+    credentials = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    if isinstance(error, NO_CREDENTIALS):
+        missing = [name for name in credentials if not os.environ.get(name)]
+        return (
+            f"{' and '.join(missing)} not set; attach a data connection, or run "
+            "`nudge services up` on a laptop"
+        )
+    if isinstance(error, botocore.exceptions.EndpointConnectionError):
+        return f"the object store {endpoint} does not answer; check AWS_S3_ENDPOINT"
+    if isinstance(error, botocore.exceptions.SSLError):
+        return f"the certificate of {endpoint} is not trusted; name its CA's file in AWS_CA_BUNDLE"
+    if isinstance(error, ValueError) and "Invalid endpoint" in str(error):
+        return f"AWS_S3_ENDPOINT is {endpoint!r}; expected http://host:port or https://host"
+    # s3fs keeps the store's own words, but the code only in the cause.
+    cause: Any = error.__cause__ or error
+    if isinstance(cause, botocore.exceptions.ClientError):
+        code = cause.response.get("Error", {}).get("Code", "")
+        return f"{code} from {endpoint or 'S3'}: {HINTS.get(code, error)}"
+    return str(error) or type(error).__name__
 
 
 def find_sources(data_uri: str) -> list[Source]:
@@ -188,13 +247,15 @@ def s3_options() -> dict[str, Any]:
         "key": os.environ.get("AWS_ACCESS_KEY_ID"),
         "secret": os.environ.get("AWS_SECRET_ACCESS_KEY"),
         "use_listings_cache": False,
+        # Another connection or another day's credentials are no reason to use the last ones.
+        "skip_instance_cache": True,
         "client_kwargs": {
             "endpoint_url": endpoint,
             "region_name": os.environ.get("AWS_DEFAULT_REGION"),
         },
         "config_kwargs": {
             "s3": {"addressing_style": "path"} if endpoint else {},
-            "retries": {"max_attempts": 8, "mode": "standard"},
+            "retries": {"max_attempts": STORE_ATTEMPTS, "mode": "standard"},
         },
     }
 
@@ -205,25 +266,32 @@ def file_system_of(uri: str, setting: str) -> tuple[Any, str]:
     try:
         file_system, path = fsspec.core.url_to_fs(uri, **options)
     except (*TRANSIENT, ValueError, ImportError) as error:
-        raise UserError(f"{setting} {uri}: cannot be opened: {error}") from None
+        raise UserError(f"{setting} {uri}: cannot be opened: {why(error)}") from None
     return file_system, path.rstrip("/") or path
 
 
 def _expand(uri: str) -> list[Source]:
     target = str(package_path(uri)) if uri.startswith("package://") else uri
     file_system, path = file_system_of(target, "ingest.data_uri")
-    if uri.startswith(("http://", "https://")) and suffix_of(urlsplit(uri).path) in READERS:
+    is_web = uri.startswith(("http://", "https://"))
+    if is_web and "*" not in uri and suffix_of(urlsplit(uri).path) in READERS:
         source = Source(_public(uri, path), file_system, path)
         try:
             return [dataclasses.replace(source, listed=_listed(*source.version()))]
         except Vanished:
             raise UserError(f"ingest.data_uri {source.uri}: there is no such file") from None
     try:
-        is_folder = not any(mark in path for mark in "*?[") and file_system.isdir(path)
+        is_folder = not any(mark in path for mark in "*?[") and again(
+            lambda: file_system.isdir(path), uri
+        )
         pattern = posixpath.join(path, "**") if is_folder else path
-        found = file_system.glob(pattern, detail=True)
-    except (*TRANSIENT, ValueError) as error:
-        raise UserError(f"ingest.data_uri {uri}: cannot be listed: {error}") from None
+        found = again(lambda: file_system.glob(pattern, detail=True), uri)
+    except Vanished:
+        found, is_folder = {}, False
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"ingest.data_uri {uri}: cannot be listed: {why(error)}") from None
     # Some stores list a folder as a file of its own name; those end in a slash.
     infos = {
         p: info
@@ -233,13 +301,18 @@ def _expand(uri: str) -> list[Source]:
     if is_folder:
         infos = {p: info for p, info in infos.items() if Source("", None, p).suffix in READERS}
     if not infos:
+        if uri.startswith("s3://") and not file_system.exists(bucket := path.partition("/")[0]):
+            raise UserError(
+                f"ingest.data_uri {uri}: there is no bucket {bucket!r} at "
+                f"{os.environ.get('AWS_S3_ENDPOINT') or 'S3'}, or this key may not see it"
+            )
         raise UserError(f"ingest.data_uri {uri}: no file found; accepted are {accepted()}")
     sources = [
         Source(
             _public(uri, p),
             file_system,
             p,
-            _listed(_version_name(info), int(info.get("size") or 0)),
+            _listed(*_version(info)),
         )
         for p, info in infos.items()
     ]
@@ -249,7 +322,7 @@ def _expand(uri: str) -> list[Source]:
     return sources
 
 
-def _listed(name: str, size: int) -> str:
+def _listed(name: str, size: int | None) -> str:
     return f"{name} {size}" if name else ""
 
 

@@ -1,12 +1,13 @@
 """Near duplicates and their clusters, beside plain reference computations; the split stays."""
 
+import hashlib
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 from nudge.components.common.corpus import read_documents
-from nudge.components.ingest import duplicates
+from nudge.components.ingest import duplicates, ordering
 from nudge.components.ingest.cleaning import Row, split_of
 from nudge.components.ingest.duplicates import BUCKETS, NGRAM, ROWS, Documents, signature
 from nudge.components.ingest.ingest import ingest
@@ -162,3 +163,14 @@ def pairs(text: str) -> list[tuple[int, int]]:
 def test_signatures_are_the_same_everywhere() -> None:
     keys = np.array(signature("a b c d e f g"), np.uint64)
     assert int(np.bitwise_xor.reduce(keys)) == 13756489652655180688
+
+
+@pytest.mark.parametrize("part_bytes", [1, 200, 4000, 1 << 20])
+def test_rows_come_in_the_order_of_their_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_bytes: int
+) -> None:
+    monkeypatch.setattr(ordering, "PART_BYTES", part_bytes)
+    rows = [(hashlib.sha256(b"%d" % n).hexdigest(), n, "text") for n in range(500)]
+    ordered = ordering.in_hash_order(iter(rows), 500 * 68, tmp_path)
+    assert list(ordered) == sorted(rows)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,124 @@
+"""Small web servers: files with ranges, without them, of unknown length; the hub's API."""
+
+import asyncio
+import hashlib
+import threading
+from pathlib import Path
+from typing import Any, Self
+
+from aiohttp import web
+
+Handler = Any
+
+
+class Server:
+    """An aiohttp application in a thread of its own, from ``with`` to its end."""
+
+    def __init__(self, *routes: tuple[str, str, Handler]) -> None:
+        self._routes = routes
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        assert self._ready.wait(30)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(30)
+
+    def _serve(self) -> None:
+        app = web.Application()
+        for method, path, handler in self._routes:
+            app.router.add_route(method, path, handler)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        self._loop.run_until_complete(runner.setup())
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        self._loop.run_until_complete(site.start())
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        self._ready.set()
+        self._loop.run_forever()
+        self._loop.run_until_complete(runner.cleanup())
+        self._loop.close()
+
+
+def files(folder: Path) -> tuple[str, str, Handler]:
+    """Files with ETag and ranges, under /files/."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        path = folder / request.match_info["name"]
+        return web.FileResponse(path) if path.is_file() else web.Response(status=404)
+
+    return "*", "/files/{name}", answer
+
+
+def whole(folder: Path) -> tuple[str, str, Handler]:
+    """Files of a server that knows no ranges, under /whole/."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        return web.Response(body=(folder / request.match_info["name"]).read_bytes())
+
+    return "*", "/whole/{name}", answer
+
+
+def streamed(folder: Path) -> tuple[str, str, Handler]:
+    """Files that are made as they are sent, so that nobody knows their length, under /streamed/."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        response.enable_chunked_encoding()
+        await response.prepare(request)
+        if request.method != "HEAD":
+            raw = (folder / request.match_info["name"]).read_bytes()
+            for start in range(0, len(raw), 10_000):
+                await response.write(raw[start : start + 10_000])
+        await response.write_eof()
+        return response
+
+    return "*", "/streamed/{name}", answer
+
+
+def hub(folder: Path, name: str) -> list[tuple[str, str, Handler]]:
+    """The part of the Hugging Face hub's API that reading a data set takes, over a local copy."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def entry(path: Path) -> dict[str, Any]:
+        inside = path.relative_to(folder).as_posix()
+        if path.is_dir():
+            return {"type": "directory", "path": inside, "oid": "0" * 40, "size": 0}
+        oid = hashlib.sha1(path.read_bytes()).hexdigest()
+        return {"type": "file", "path": inside, "oid": oid, "size": path.stat().st_size}
+
+    async def info(_: web.Request) -> web.Response:
+        return web.json_response({"id": name, "sha": commit, "private": False, "siblings": []})
+
+    async def tree(request: web.Request) -> web.Response:
+        place = folder / request.match_info.get("path", "")
+        if not place.is_dir():
+            headers = {"X-Error-Code": "EntryNotFound"}
+            return web.json_response({"error": "none"}, status=404, headers=headers)
+        deep = request.query.get("recursive", "").lower() in ("1", "true")
+        found = sorted(place.rglob("*") if deep else place.iterdir())
+        return web.json_response([entry(path) for path in found])
+
+    async def paths(request: web.Request) -> web.Response:
+        asked = await (request.json() if request.content_type.endswith("json") else request.post())
+        given = asked.getall("paths") if hasattr(asked, "getall") else asked["paths"]
+        return web.json_response([entry(folder / p) for p in given if (folder / p).exists()])
+
+    async def resolve(request: web.Request) -> web.StreamResponse:
+        path = folder / request.match_info["path"]
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{entry(path)["oid"]}"'}
+        return web.FileResponse(path, headers=headers)
+
+    api = f"/api/datasets/{name}"
+    return [
+        ("GET", api, info),
+        ("GET", f"{api}/revision/{{revision}}", info),
+        ("GET", f"{api}/tree/{{revision}}", tree),
+        ("GET", f"{api}/tree/{{revision}}/{{path:.+}}", tree),
+        ("POST", f"{api}/paths-info/{{revision}}", paths),
+        ("*", f"/datasets/{name}/resolve/{{revision}}/{{path:.+}}", resolve),
+    ]
