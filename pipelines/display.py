@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from nudge.components.common.progress import SHOWN, figures
+from nudge.components.common.progress import RESULTS, SHOWN, figures
 from nudge.pipelines.local.run import Run, StepState
 from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -84,9 +84,10 @@ class Live:
             self._said[name] = step.status
 
     def lines(self, lines: Iterable[tuple[str, str]]) -> None:
-        """Write lines of the steps' logs above the bars; those that a bar shows are left out."""
+        """Write lines of the steps' logs above the bars, but for those that a bar or the table at
+        the end shows."""
         for name, line in lines:
-            if self._bars is None or not SHOWN.fullmatch(line.strip()):
+            if self._bars is None or not (SHOWN.fullmatch(line.strip()) or RESULTS in line):
                 self._console.print(f"{name} | {line}", markup=False, highlight=False)
 
 

@@ -166,10 +166,21 @@ def submit(server: Server, pipeline: str, name: str, parameters: dict[str, Any])
 
 
 def check_parameters(version: Any, parameters: dict[str, Any]) -> None:
-    """Raise `UserError` for a name that is not a parameter of this version."""
+    """Raise `UserError` for a name that is no parameter of this version, and for one that is
+    required and not given."""
     known = _spec(version).get("root", {}).get("inputDefinitions", {}).get("parameters", {})
     for name in parameters.keys() - known.keys():
         raise UserError(f"{name} is no parameter of {version.display_name}; {nearest(name, known)}")
+    lacking = [
+        name
+        for name, parameter in known.items()
+        if name not in parameters
+        and "defaultValue" not in parameter
+        and not parameter.get("isOptional")
+    ]
+    if lacking:
+        told = ", ".join(f"{name} ({known[name].get('description', '')})" for name in lacking)
+        raise UserError(f"{version.display_name} needs {told}; give -p NAME=VALUE")
 
 
 def steps_of(version: Any) -> list[str]:

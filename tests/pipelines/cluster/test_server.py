@@ -268,6 +268,10 @@ def test_what_the_pipeline_does_not_know_is_said_before_anything_runs(
     assert wrong.exit_code == 2
     assert "did you mean 'gpu_count'" in wrong.stderr
     assert "did you mean 'train-and-serve'" in nudge("submit", "--pipeline", "train-serve").stderr
+    nudge("upload", "evaluate-only")
+    lacking = nudge("submit", "--pipeline", "evaluate-only")
+    assert lacking.exit_code == 2
+    assert "needs model_uri (The model, as a run uploaded it" in lacking.stderr
     assert state.runs == {}
 
 
