@@ -592,3 +592,12 @@ def test_the_shipped_schedule_is_taken(state: Pipelines, url: str) -> None:
     recipe = yaml.safe_load(recurring["runtime_config"]["parameters"]["recipe"])
     assert recipe["ingest"]["only_new"] is True
     assert recipe["base_model"].startswith("incumbent://")
+
+
+def test_a_log_is_given_once_in_whole_lines_also_when_it_is_begun_anew() -> None:
+    seen = logs._Seen()
+    assert logs._fresh(seen, "one\ntw", over=False) == ["one"]
+    assert logs._fresh(seen, "", over=False) == []  # it could not be had this time
+    assert logs._fresh(seen, "one\ntwo\nthree\n", over=False) == ["two", "three"]
+    assert logs._fresh(seen, "anew\n", over=False) == ["anew"]  # the node keeps so much and no more
+    assert logs._fresh(seen, "anew\nlast words", over=True) == ["last words"]
