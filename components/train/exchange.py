@@ -94,6 +94,21 @@ class Exchange:
                     (part / file).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(here / file, part / file)
 
+    def clear(self) -> None:
+        """Remove all of it: what is complete first, so that nobody takes a part for the whole."""
+        if is_local(self.uri):
+            for path in local_path(self.uri).glob("*.json"):
+                path.unlink()
+            shutil.rmtree(local_path(self.uri), ignore_errors=True)
+            return
+        from nudge.components.common.storage import list_keys, s3_client, s3_errors, split_s3_uri
+
+        client, (bucket, prefix) = s3_client(), split_s3_uri(self.uri)
+        with s3_errors(f"remove {self.uri}"):
+            keys = list_keys(client, bucket, prefix)
+            for key in sorted(keys, key=lambda key: not key.endswith(".json")):
+                client.delete_object(Bucket=bucket, Key=key)
+
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())

@@ -20,60 +20,62 @@ from typing import Any
 
 from nudge.components.common.errors import UserError
 from nudge.components.common.images import TRAIN_IMAGE
-from nudge.components.common.kube import POD, Cluster, Conflict, condition, connect, describe
+from nudge.components.common.kube import POD, Cluster, Conflict, connect
 from nudge.components.common.pods import LogTail, why
 from nudge.components.common.progress import Progress, progress
 from nudge.components.common.provenance import this_run
+from nudge.components.train import rayjob, trainjob
 from nudge.components.train.exchange import Exchange
+from nudge.components.train.jobs import RUN_LABEL, Engine, job_name
 from nudge.components.train.settings import TrainSettings
-from nudge.components.train.trainjob import (
-    CONTAINER,
-    POD_LABEL,
-    RUN_LABEL,
-    TRAIN_JOB,
-    job_name,
-    train_job,
-)
 from nudge.components.train.worker import OUTPUTS
 
 SHOWN = re.compile(r"train: (\d+)/(\d+) steps ?(.*)")
 """A line of progress in a pod's log."""
 
-FIRST_NODE = {"batch.kubernetes.io/job-completion-index": "0"}
+ENGINES: dict[str, Engine] = {"trainjob": trainjob, "rayjob": rayjob}
 POLL_S = 5.0
 
 
 def launch(settings: TrainSettings, paths: dict[str, Path]) -> None:
-    """Train as a TrainJob; ``paths`` are the tokens and the outputs on this machine.
+    """Train as a job of the cluster; ``paths`` are the tokens and the outputs on this machine.
 
     Raises `UserError` with the cause (conditions, events, the end of the log) if the job fails, is
     deleted by somebody, is never admitted by its queue, or is not done by its deadline.
     """
-    run_id = this_run("")
+    engine, run_id = ENGINES[settings.launcher], this_run("")
     if not run_id:
-        raise UserError("launcher: trainjob needs a run's id in NUDGE_RUN_ID, to name its job by")
-    name, cluster = job_name(run_id), connect(settings.cluster.namespace)
+        raise UserError(
+            f"launcher: {settings.launcher} needs a run's id in NUDGE_RUN_ID, to name its job by"
+        )
+    kind, name, cluster = engine.KIND, job_name(run_id), connect(settings.cluster.namespace)
     exchange = Exchange(f"{_root(settings)}/{name}")
-    schema = cluster.schema(TRAIN_JOB)
+    schema = cluster.schema(engine.KIND)
     if schema is None:
-        raise UserError(f"this cluster has no TrainJob; it comes with {TRAIN_JOB.needs}")
+        raise UserError(
+            f"this cluster has no {engine.KIND.name}; it comes with {engine.KIND.needs}"
+        )
     with progress("train", unit="steps") as bar, _cancelled() as stop:
         bar.note(stage="handing over the tokens")
         _send(exchange, settings, paths["tokens"])
-        body = train_job(
+        body = engine.body(
             settings.cluster, name=name, exchange=exchange.uri,
             image=settings.cluster.image or TRAIN_IMAGE, schema=schema, owner=_this_pod(),
         )  # fmt: skip
-        job = _created(cluster, body)
+        job = _created(cluster, engine, body)
         try:
-            _follow(cluster, job, settings, bar)
+            _follow(cluster, engine, job, settings, bar)
         except (_Late, stop):
-            cluster.delete(TRAIN_JOB, name, uid=job["metadata"]["uid"])
+            cluster.delete(kind, name, uid=job["metadata"]["uid"])
             raise
         bar.note(stage="bringing the model back")
         for output in OUTPUTS:
             exchange.fetch(output, paths[output])
-        cluster.delete(TRAIN_JOB, name, uid=job["metadata"]["uid"])
+        cluster.delete(kind, name, uid=job["metadata"]["uid"])
+        try:
+            exchange.clear()
+        except UserError as error:  # the model is here; what is left there costs space only
+            print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
 class _Late(UserError):
@@ -132,60 +134,63 @@ def _this_pod() -> dict[str, Any] | None:
     return {"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid}
 
 
-def _created(cluster: Cluster, body: dict[str, Any]) -> dict[str, Any]:
+def _created(cluster: Cluster, engine: Engine, body: dict[str, Any]) -> dict[str, Any]:
     """The job: the one that this run began before, or a new one (also where that one failed)."""
-    name = body["metadata"]["name"]
-    there = cluster.get(TRAIN_JOB, name)
-    if there is not None and _is(there, "Failed"):
-        cluster.delete(TRAIN_JOB, name, uid=there["metadata"]["uid"])
-        cluster.poll(TRAIN_JOB, name, lambda job: job is None or None, timeout_s=120)
+    kind, name = engine.KIND, body["metadata"]["name"]
+    there = cluster.get(kind, name)
+    if there is not None and engine.stage(there) == "failed":
+        cluster.delete(kind, name, uid=there["metadata"]["uid"])
+        cluster.poll(kind, name, lambda job: job is None or None, timeout_s=120)
         there = None
     if there is None:
         try:
-            return cluster.create(TRAIN_JOB, body)
+            return cluster.create(kind, body)
         except Conflict:  # made by a request whose answer was lost, or by a step beside this one
-            there = cluster.get(TRAIN_JOB, name)
+            there = cluster.get(kind, name)
     ours = there is not None and there["metadata"].get("labels", {}).get(RUN_LABEL) == name
-    if (
-        there is None
-        or not ours
-        or there["spec"]["trainer"]["args"] != body["spec"]["trainer"]["args"]
-    ):
+    if there is None or not ours or engine.started_with(there) != engine.started_with(body):
         raise UserError(
-            f"the TrainJob {name} in namespace {cluster.namespace} is not of this run; delete it, "
-            "or start the run again under another id"
+            f"the {kind.name} {name} in namespace {cluster.namespace} is not of this run; delete "
+            "it, or start the run again under another id"
         )
     return there
 
 
-def _follow(cluster: Cluster, job: dict[str, Any], settings: TrainSettings, bar: Progress) -> None:
+def _follow(
+    cluster: Cluster, engine: Engine, job: dict[str, Any], settings: TrainSettings, bar: Progress
+) -> None:
     """Show the job's log and progress until it is complete."""
-    name = job["metadata"]["name"]
+    kind, name = engine.KIND, job["metadata"]["name"]
     tail: list[LogTail] = []
 
     def judge(found: dict[str, Any] | None) -> bool | None:
         if found is None or found["metadata"]["uid"] != job["metadata"]["uid"]:
-            raise UserError(f"the TrainJob {name} was deleted before it was complete")
-        if _is(found, "Suspended"):
+            raise UserError(f"the {kind.name} {name} was deleted before it was complete")
+        stage = engine.stage(found)
+        if stage == "suspended":
             queue = settings.cluster.queue
             bar.note(stage=f"waiting in the queue {queue}" if queue else "suspended")
+            tail.clear()  # what is admitted again has other pods
         else:
-            _show(cluster, name, tail, bar)
-        if _is(found, "Failed"):
-            cause = why(cluster, {POD_LABEL: name}, found)
-            raise UserError(f"the TrainJob {name} failed: {describe(found)}\n{cause}".rstrip())
-        return True if _is(found, "Complete") else None
+            _show(cluster, engine, name, tail, bar)
+        if stage == "failed":
+            cause = why(cluster, engine.pods(name), found)
+            raise UserError(
+                f"the {kind.name} {name} failed: {engine.told(found)}\n{cause}".rstrip()
+            )
+        return True if stage == "complete" else None
 
     def late() -> str:
-        found = cluster.get(TRAIN_JOB, name)
+        found = cluster.get(kind, name)
+        if found is None:
+            return "it is not there"
         waits = f"queue {settings.cluster.queue or '(none)'} never admitted it: "
-        cause = why(cluster, {POD_LABEL: name}, found)
-        told = waits if found and _is(found, "Suspended") else ""
-        return f"{told}{describe(found)}\n{cause}".rstrip()
+        queued = waits if engine.stage(found) == "suspended" else ""
+        return f"{queued}{engine.told(found)}\n{why(cluster, engine.pods(name), found)}".rstrip()
 
     try:
         cluster.poll(
-            TRAIN_JOB, name, judge,
+            kind, name, judge,
             timeout_s=settings.cluster.deadline_hours * 3600, interval_s=POLL_S, late=late,
         )  # fmt: skip
     except UserError as error:
@@ -194,22 +199,19 @@ def _follow(cluster: Cluster, job: dict[str, Any], settings: TrainSettings, bar:
         raise
 
 
-def _show(cluster: Cluster, name: str, tail: list[LogTail], bar: Progress) -> None:
-    """New lines of the first node's log, and the progress that they tell."""
+def _show(cluster: Cluster, engine: Engine, name: str, tail: list[LogTail], bar: Progress) -> None:
+    """New lines of the log, and the progress that they tell."""
+    labels, container = engine.LOG
     if not tail:
-        pods = cluster.list(POD, {POD_LABEL: name, **FIRST_NODE})
+        pods = cluster.list(POD, {**engine.pods(name), **labels})
         if not pods:
             bar.note(stage="waiting for the pods")
             return
-        tail.append(LogTail(cluster, pods[-1]["metadata"]["name"], CONTAINER))
+        tail.append(LogTail(cluster, pods[-1]["metadata"]["name"], container))
         bar.note(stage="training")
-    for line in tail[0].lines():
+    for line in map(engine.plain, tail[0].lines()):
         if match := SHOWN.fullmatch(line.strip()):
             bar.total = float(match[2])
             bar.advance(float(match[1]) - bar.done, job=match[3])
         else:
             print(f"{name}: {line}", file=sys.stderr, flush=True)
-
-
-def _is(job: dict[str, Any], type: str) -> bool:
-    return (condition(job, type) or {}).get("status") == "True"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others in one exchange before it gives up."""
 
@@ -64,7 +65,9 @@ def joined_ranks() -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(device=device)
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    joined = dist.is_initialized()  # Ray Train has joined them, and parts them too
+    if not joined:
+        dist.init_process_group(BACKENDS[device.type], timeout=TIMEOUT)
     try:
         yield Ranks(
             rank=dist.get_rank(),
@@ -75,4 +78,5 @@ def joined_ranks() -> Iterator[Ranks]:
             saving=dist.new_group(backend="gloo", timeout=TIMEOUT),
         )
     finally:
-        dist.destroy_process_group()
+        if not joined:
+            dist.destroy_process_group()

@@ -19,12 +19,13 @@ class WatchedPrompt:
 
 @settings
 class LaunchSettings:
-    """Where and how large the job is that `launcher: trainjob` creates."""
+    """Where and how large the job of the cluster is that another launcher than `local` creates."""
 
     namespace: str = ""
     """Empty: that of the step's pod."""
     runtime: str = "torch-distributed"
-    """A runtime of Kubeflow Trainer; the multi-node overlay of the manifests has nudge-torch."""
+    """For `trainjob`, a runtime of Kubeflow Trainer; the multi-node overlay of the manifests has
+    nudge-torch."""
     runtime_kind: Literal["ClusterTrainingRuntime", "TrainingRuntime"] = "ClusterTrainingRuntime"
     """The cluster's, or one of the namespace, as nudge-torch is."""
     image: str = ""
@@ -112,10 +113,11 @@ class TrainSettings:
     """Ranks that the step starts on this machine with torchrun; 0: one a GPU, else one."""
     parallelism: Literal["fsdp", "ddp"] = "fsdp"
     """With many ranks: weights and optimizer state in shards (FSDP2), or whole on each (DDP)."""
-    launcher: Literal["local", "trainjob"] = "local"
-    """In the step's own pod, on all of its GPUs; or as a TrainJob of Kubeflow on many nodes."""
+    launcher: Literal["local", "trainjob", "rayjob"] = "local"
+    """In the step's own pod, on all of its GPUs; or on many nodes, as a TrainJob of Kubeflow or
+    as a RayJob of KubeRay."""
     cluster: LaunchSettings = field(default_factory=LaunchSettings)
-    """The job, with `launcher: trainjob`."""
+    """The job, with another launcher than `local`."""
     export_dtype: Literal["float32", "bfloat16"] = "float32"
     watch: WatchedPrompt | None = None
     """The running example: its ten likeliest next tokens are kept every `watch_every` steps."""

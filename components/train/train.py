@@ -36,7 +36,7 @@ def train(
     # What is served may change while this trains: all ranks and the lineage mean the same model.
     settings = dataclasses.replace(settings, base_model=resolved(settings.base_model))
     paths = {"tokens": tokens, "model": model, "history": history, "report": report}
-    if settings.launcher == "trainjob":
+    if settings.launcher != "local":
         from nudge.components.train.launch import launch
 
         launch(settings, paths)

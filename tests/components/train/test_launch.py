@@ -1,4 +1,4 @@
-"""A TrainJob against the stand-in API server; its controller runs the real training command."""
+"""TrainJobs and RayJobs against the stand-in API server; a controller really trains."""
 
 import json
 import os
@@ -15,17 +15,22 @@ import pytest
 from nudge.components.common.errors import UserError
 from nudge.components.common.kube import connect
 from nudge.components.train import launch as launching
+from nudge.components.train import rayjob, trainjob
 from nudge.components.train.exchange import Exchange
+from nudge.components.train.jobs import Engine, job_name
 from nudge.components.train.launch import launch
 from nudge.components.train.settings import LaunchSettings, TrainSettings
-from nudge.components.train.trainjob import TRAIN_JOB, job_name, train_job
 
 from tests.components.train.conftest import lines, outputs, run, weights
 from tests.kubernetes_api import KubernetesApi
 from tests.kubernetes_schemas import definition, problems, schema
 
 NAME = job_name("run-1")
-SCHEMA_OF = {"apiVersion": TRAIN_JOB.api_version, "kind": "TrainJob"}
+
+
+@pytest.fixture(params=["trainjob", "rayjob"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return launching.ENGINES[request.param]
 
 
 @pytest.fixture
@@ -38,13 +43,33 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesA
 
 
 @pytest.fixture
-def settings(small: Callable[..., TrainSettings], tmp_path: Path) -> TrainSettings:
-    return on_cluster(small, tmp_path)
+def settings(engine: Engine, small: Callable[..., TrainSettings], tmp_path: Path) -> TrainSettings:
+    return on_cluster(engine, small, tmp_path)
 
 
-def on_cluster(small: Callable[..., TrainSettings], tmp_path: Path, **more: Any) -> TrainSettings:
+def on_cluster(
+    engine: Engine, small: Callable[..., TrainSettings], tmp_path: Path, **more: Any
+) -> TrainSettings:
     given = {"exchange": str(tmp_path / "shared"), "nodes": 1, "gpus_per_node": 0, **more}
-    return small(launcher="trainjob", cluster=LaunchSettings(**given))
+    return small(launcher=engine.KIND.name.lower(), cluster=LaunchSettings(**given))
+
+
+def reaches(api: KubernetesApi, job: dict[str, Any], stage: str, message: str = "") -> None:
+    """Let the job's controller say where it stands, as Kubeflow Trainer or KubeRay says it."""
+    if job["kind"] == "TrainJob":
+        type = {"suspended": "Suspended", "complete": "Complete", "failed": "Failed"}.get(stage)
+        told = [state(type, "JobsEnded", message)] if type else []
+        api.set_status(job, conditions=told)
+        return
+    deployment, of_the_job = {
+        "suspended": ("Suspended", ""),
+        "running": ("Running", "RUNNING"),
+        "complete": ("Complete", "SUCCEEDED"),
+        # KubeRay's word for what has ended, however it ended, is older than Failed.
+        "failed": ("Complete", "FAILED"),
+    }[stage]
+    told = {"reason": "JobsEnded", "message": message} if stage in ("failed", "suspended") else {}
+    api.set_status(job, jobDeploymentStatus=deployment, jobStatus=of_the_job, **told)
 
 
 def state(type: str, reason: str = "", message: str = "") -> dict[str, Any]:
@@ -52,15 +77,18 @@ def state(type: str, reason: str = "", message: str = "") -> dict[str, Any]:
     return {"type": type, "status": "True", "reason": reason or type, "message": message, **at}
 
 
-def pod_of(api: KubernetesApi, job: dict[str, Any]) -> str:
-    name = f"{job['metadata']['name']}-node-0-0"
-    labels = {launching.POD_LABEL: job["metadata"]["name"], **launching.FIRST_NODE}
-    owner = {"apiVersion": TRAIN_JOB.api_version, "kind": "TrainJob"}
-    owner |= {"name": job["metadata"]["name"], "uid": job["metadata"]["uid"]}
-    meta = {"name": name, "labels": labels, "ownerReferences": [owner]}
-    spec = {"containers": [{"name": "node", "image": "i"}]}
+def pod_of(api: KubernetesApi, job: dict[str, Any]) -> tuple[str, str]:
+    """A pod of the job and the container in it whose log is followed."""
+    name = job["metadata"]["name"]
+    engine = launching.ENGINES[job["kind"].lower()]
+    labels, container = engine.LOG
+    owner = {"apiVersion": job["apiVersion"], "kind": job["kind"]}
+    owner |= {"name": name, "uid": job["metadata"]["uid"]}
+    pod = {"name": f"{name}-0", "labels": {**engine.pods(name), **labels}}
+    meta = {**pod, "ownerReferences": [owner]}
+    spec = {"containers": [{"name": container, "image": "i"}]}
     api.add({"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec})
-    return name
+    return pod["name"], container
 
 
 def really_trains(api: KubernetesApi) -> Callable[[dict[str, Any]], None]:
@@ -70,15 +98,15 @@ def really_trains(api: KubernetesApi) -> Callable[[dict[str, Any]], None]:
         api.set_status(job, conditions=[state("Suspended", "Queued")])
         time.sleep(0.3)
         api.set_status(job, conditions=[])
-        pod, trainer = pod_of(api, job), job["spec"]["trainer"]
+        (pod, container), trainer = pod_of(api, job), job["spec"]["trainer"]
         command = [sys.executable, *trainer["command"][1:], *trainer["args"]]
         # As the runtime of Kubeflow Trainer does for torchrun.
         placed = {"PET_NNODES": str(trainer["numNodes"]), "PET_NPROC_PER_NODE": "1"}
         done = subprocess.run(
             command, env={**os.environ, **placed}, capture_output=True, text=True, timeout=200
         )
-        api.write_log(pod, "node", *done.stderr.splitlines())
-        api.write_log(pod, "node", "train: 12/12 steps loss 5.1")
+        api.write_log(pod, container, *done.stderr.splitlines())
+        api.write_log(pod, container, "train: 12/12 steps loss 5.1")
         time.sleep(0.3)
         end = "Complete" if done.returncode == 0 else "Failed"
         api.set_status(job, conditions=[state(end, "JobsEnded", f"status {done.returncode}")])
@@ -88,7 +116,6 @@ def really_trains(api: KubernetesApi) -> Callable[[dict[str, Any]], None]:
 
 def test_a_trained_model_comes_back(
     api: KubernetesApi,
-    settings: TrainSettings,
     small: Callable[..., TrainSettings],
     tokens: Path,
     tmp_path: Path,
@@ -96,6 +123,7 @@ def test_a_trained_model_comes_back(
 ) -> None:
     monkeypatch.setenv("NUDGE_EVENTS", str(tmp_path / "events.jsonl"))
     api.on_change("TrainJob", really_trains(api))
+    settings = on_cluster(launching.ENGINES["trainjob"], small, tmp_path)
     launch(settings, {"tokens": tokens, **outputs(tmp_path)})
     run(small(), tokens, tmp_path / "alone")
     assert weights(tmp_path) == weights(tmp_path / "alone")
@@ -106,12 +134,13 @@ def test_a_trained_model_comes_back(
     assert "suspended" in stages
     assert events[-1]["event"] == "end"
     assert (events[-1]["done"], events[-1]["total"]) == (12, 12)
+    assert not (tmp_path / "shared" / NAME).exists()
 
 
 @pytest.mark.parametrize("older", [False, True])
 def test_the_object_fits_the_schema_of_newer_and_older_releases(older: bool) -> None:
     given = LaunchSettings(queue="gpus", priority_class="low", volume_claim="shared")
-    found = definition(SCHEMA_OF)
+    found = definition({"apiVersion": trainjob.KIND.api_version, "kind": "TrainJob"})
     assert found
     known = schema(found)
     if older:
@@ -120,7 +149,7 @@ def test_the_object_fits_the_schema_of_newer_and_older_releases(older: bool) -> 
         spec["properties"] = {k: v for k, v in spec["properties"].items() if k not in left}
         known = {"properties": {"spec": spec}}
     owner = {"apiVersion": "v1", "kind": "Pod", "name": "p", "uid": "u"}
-    body = train_job(given, name="n", exchange="s3://b/k", image="i", schema=known, owner=owner)
+    body = trainjob.body(given, name="n", exchange="s3://b/k", image="i", schema=known, owner=owner)
     assert body["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
     assert body["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "low"
     assert body["metadata"]["ownerReferences"] == [owner]
@@ -136,6 +165,13 @@ def test_names_are_of_the_run_alone() -> None:
     assert len(job_name("x" * 300)) <= 50
 
 
+def exchange_of(job: dict[str, Any]) -> Exchange:
+    """Where the job's pods are told to look."""
+    if job["kind"] == "TrainJob":
+        return Exchange(job["spec"]["trainer"]["args"][0])
+    return Exchange(job["spec"]["entrypoint"].split()[-1])
+
+
 def hands_over(api: KubernetesApi, place: Path) -> Callable[[dict[str, Any]], None]:
     """A controller whose job is complete at once, with a model of one file."""
 
@@ -143,91 +179,107 @@ def hands_over(api: KubernetesApi, place: Path) -> Callable[[dict[str, Any]], No
         for name in ("model", "history", "report"):
             (place / name).mkdir(parents=True, exist_ok=True)
             (place / name / "config.json").write_text("{}")
-            Exchange(job["spec"]["trainer"]["args"][0]).send(name, place / name)
-        api.set_status(job, conditions=[state("Complete", "JobsEnded")])
+            exchange_of(job).send(name, place / name)
+        reaches(api, job, "complete")
 
     return control
 
 
 def fails(api: KubernetesApi) -> Callable[[dict[str, Any]], None]:
     def control(job: dict[str, Any]) -> None:
-        pod = pod_of(api, job)
-        api.write_log(pod, "node", "CUDA out of memory")
+        pod, container = pod_of(api, job)
+        api.write_log(pod, container, "CUDA out of memory")
         end = {"terminated": {"exitCode": 1, "reason": "Error"}}
         common = {"image": "i", "imageID": "", "ready": False, "restartCount": 0}
         found = api.find("Pod", pod)
         assert found
-        api.set_status(found, containerStatuses=[{"name": "node", "state": end, **common}])
-        api.set_status(job, conditions=[state("Failed", "JobsFailed")])
+        api.set_status(found, containerStatuses=[{"name": container, "state": end, **common}])
+        reaches(api, job, "failed")
 
     return control
 
 
+def creations(api: KubernetesApi, engine: Engine) -> int:
+    asked = [verb for verb, plural, _ in api.requests if plural == engine.KIND.plural]
+    return asked.count("create")
+
+
 def test_a_failure_tells_its_cause_and_a_retry_trains_again(
-    api: KubernetesApi, settings: TrainSettings, tokens: Path, tmp_path: Path
+    api: KubernetesApi, engine: Engine, settings: TrainSettings, tokens: Path, tmp_path: Path
 ) -> None:
-    api.on_change("TrainJob", fails(api))
+    api.on_change(engine.KIND.name, fails(api))
     paths = {"tokens": tokens, **outputs(tmp_path)}
-    with pytest.raises(UserError, match="JobsFailed[^$]*status 1[^$]*CUDA out of memory"):
+    with pytest.raises(UserError, match="JobsEnded[^$]*status 1[^$]*CUDA out of memory"):
         launch(settings, paths)
     assert not (tmp_path / "model").exists()
-    api.on_change("TrainJob", hands_over(api, tmp_path / "made"))
+    api.on_change(engine.KIND.name, hands_over(api, tmp_path / "made"))
     launch(settings, paths)
     assert (tmp_path / "model" / "config.json").is_file()
-    assert [verb for verb, kind, _ in api.requests if kind == "trainjobs"].count("create") == 2
+    assert [verb for verb, kind, _ in api.requests if kind == engine.KIND.plural].count(
+        "create"
+    ) == 2
 
 
 def test_a_retry_adopts_the_job_that_runs(
-    api: KubernetesApi, settings: TrainSettings, tokens: Path, tmp_path: Path
+    api: KubernetesApi, engine: Engine, settings: TrainSettings, tokens: Path, tmp_path: Path
 ) -> None:
     """The step died while its job went on; also an answer that was lost made a job."""
     api.lose_next(verb="create")
-    api.on_change("TrainJob", hands_over(api, tmp_path / "made"))
+    api.on_change(engine.KIND.name, hands_over(api, tmp_path / "made"))
     launch(settings, {"tokens": tokens, **outputs(tmp_path)})
-    assert [verb for verb, kind, _ in api.requests if kind == "trainjobs"].count("create") == 2
+    assert [verb for verb, kind, _ in api.requests if kind == engine.KIND.plural].count(
+        "create"
+    ) == 2
     assert (tmp_path / "model" / "config.json").is_file()
 
 
 def test_a_job_of_somebody_else_under_this_name(
-    api: KubernetesApi, settings: TrainSettings, tokens: Path, tmp_path: Path
+    api: KubernetesApi, engine: Engine, settings: TrainSettings, tokens: Path, tmp_path: Path
 ) -> None:
-    spec = {"runtimeRef": {"name": "r"}, "trainer": {"args": ["x"]}}
-    theirs = api.add({**SCHEMA_OF, "metadata": {"name": NAME}, "spec": spec})
+    spec: dict[str, Any] = {"entrypoint": "x"}
+    if engine.KIND.name == "TrainJob":
+        spec = {"runtimeRef": {"name": "r"}, "trainer": {"args": ["x"]}}
+    kind = {"apiVersion": engine.KIND.api_version, "kind": engine.KIND.name}
+    theirs = api.add({**kind, "metadata": {"name": NAME}, "spec": spec})
     with pytest.raises(UserError, match="is not of this run"):
         launch(settings, {"tokens": tokens, **outputs(tmp_path)})
-    assert api.find("TrainJob", NAME) == theirs
+    assert api.find(engine.KIND.name, NAME) == theirs
 
 
 def test_a_job_deleted_by_hand(
-    api: KubernetesApi, settings: TrainSettings, tokens: Path, tmp_path: Path
+    api: KubernetesApi, engine: Engine, settings: TrainSettings, tokens: Path, tmp_path: Path
 ) -> None:
     def delete(job: dict[str, Any]) -> None:
         time.sleep(0.2)
-        api.remove("TrainJob", job["metadata"]["name"])
+        api.remove(engine.KIND.name, job["metadata"]["name"])
 
-    api.on_change("TrainJob", delete)
-    with pytest.raises(UserError, match=f"the TrainJob {NAME} was deleted before"):
+    api.on_change(engine.KIND.name, delete)
+    with pytest.raises(UserError, match=f"{engine.KIND.name} {NAME} was deleted before"):
         launch(settings, {"tokens": tokens, **outputs(tmp_path)})
 
 
 def test_quota_that_is_never_given(
-    api: KubernetesApi, small: Callable[..., TrainSettings], tokens: Path, tmp_path: Path
+    api: KubernetesApi,
+    engine: Engine,
+    small: Callable[..., TrainSettings],
+    tokens: Path,
+    tmp_path: Path,
 ) -> None:
     def queue(job: dict[str, Any]) -> None:
-        api.set_status(job, conditions=[state("Suspended", "QuotaReserved", "needs 9 GPUs")])
+        reaches(api, job, "suspended", "needs 9 GPUs")
 
-    api.on_change("TrainJob", queue)
-    settings = on_cluster(small, tmp_path, queue="gpus", deadline_hours=0.0003)
+    api.on_change(engine.KIND.name, queue)
+    settings = on_cluster(engine, small, tmp_path, queue="gpus", deadline_hours=0.0003)
     with pytest.raises(UserError, match="queue gpus never admitted it: .*needs 9 GPUs"):
         launch(settings, {"tokens": tokens, **outputs(tmp_path)})
-    assert api.find("TrainJob", NAME) is None
+    assert api.find(engine.KIND.name, NAME) is None
 
 
 def test_cancelling_the_step_deletes_its_job(
-    api: KubernetesApi, settings: TrainSettings, tokens: Path, tmp_path: Path
+    api: KubernetesApi, engine: Engine, settings: TrainSettings, tokens: Path, tmp_path: Path
 ) -> None:
     begun = threading.Event()
-    api.on_change("TrainJob", lambda job: begun.set())
+    api.on_change(engine.KIND.name, lambda job: begun.set())
 
     def cancel() -> None:
         begun.wait(60)
@@ -238,22 +290,27 @@ def test_cancelling_the_step_deletes_its_job(
     with pytest.raises(SystemExit) as ended:
         launch(settings, {"tokens": tokens, **outputs(tmp_path)})
     assert ended.value.code == 143
-    assert api.find("TrainJob", NAME) is None
+    assert api.find(engine.KIND.name, NAME) is None
 
 
 def test_a_missing_right_and_a_missing_kind(
-    api: KubernetesApi, settings: TrainSettings, tokens: Path, tmp_path: Path
+    api: KubernetesApi, engine: Engine, settings: TrainSettings, tokens: Path, tmp_path: Path
 ) -> None:
-    api.forbid("create", "trainjobs")
-    with pytest.raises(UserError, match=r'"resources": \["trainjobs"\], "verbs": \["create"\]'):
+    api.forbid("create", engine.KIND.plural)
+    with pytest.raises(
+        UserError, match=rf'"resources": \["{engine.KIND.plural}"\], "verbs": \["create"\]'
+    ):
         launch(settings, {"tokens": tokens, **outputs(tmp_path)})
-    api.forget_kind("TrainJob")
-    with pytest.raises(UserError, match="no TrainJob; it comes with Kubeflow Trainer"):
+    api.forget_kind(engine.KIND.name)
+    with pytest.raises(
+        UserError, match=f"no {engine.KIND.name}; it comes with {engine.KIND.needs[:5]}"
+    ):
         launch(settings, {"tokens": tokens, **outputs(tmp_path)})
 
 
 def test_the_job_belongs_to_the_steps_pod(
     api: KubernetesApi,
+    engine: Engine,
     settings: TrainSettings,
     tokens: Path,
     tmp_path: Path,
@@ -264,10 +321,10 @@ def test_the_job_belongs_to_the_steps_pod(
     step = api.add({"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec})
     monkeypatch.setenv("KFP_POD_NAME", "step")
     monkeypatch.setenv("KFP_POD_UID", step["metadata"]["uid"])
-    api.on_change("TrainJob", lambda job: api.remove("Pod", "step"))
+    api.on_change(engine.KIND.name, lambda job: api.remove("Pod", "step"))
     with pytest.raises(UserError, match="was deleted before it was complete"):
         launch(settings, {"tokens": tokens, **outputs(tmp_path)})
-    assert connect().get(TRAIN_JOB, NAME) is None
+    assert connect().get(engine.KIND, NAME) is None
 
 
 def test_what_is_damaged_on_the_way_is_refused(tmp_path: Path) -> None:
@@ -281,3 +338,76 @@ def test_what_is_damaged_on_the_way_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is damaged"):
         exchange.fetch("model", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_rayjob_fits_the_schema_of_newer_and_older_releases() -> None:
+    gpu = {"key": "nvidia.com/gpu", "operator": "Exists"}
+    given = LaunchSettings(
+        nodes=3, gpus_per_node=4, queue="gpus", priority_class="low", volume_claim="shared",
+        tolerations=[gpu], node_selector={"zone": "a"},
+    )  # fmt: skip
+    found = definition({"apiVersion": rayjob.KIND.api_version, "kind": "RayJob"})
+    assert found
+    known = schema(found)
+    owner = {"apiVersion": "v1", "kind": "Pod", "name": "p", "uid": "u"}
+    body = rayjob.body(given, name="n", exchange="s3://b/k", image="i", schema=known, owner=owner)
+    assert problems(body) == []
+    assert body["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+    assert body["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "low"
+    assert body["metadata"]["ownerReferences"] == [owner]
+    assert body["spec"]["entrypoint"].endswith("nudge.components.train.ray_driver s3://b/k")
+    cluster = body["spec"]["rayClusterSpec"]
+    (group,) = cluster["workerGroupSpecs"]
+    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == 3
+    (worker,) = group["template"]["spec"]["containers"]
+    assert worker["resources"]["limits"]["nvidia.com/gpu"] == "4"
+    assert "nvidia.com/gpu" not in str(cluster["headGroupSpec"]["template"]["spec"]["containers"])
+    submitter = body["spec"]["submitterPodTemplate"]
+    for template in (group["template"], cluster["headGroupSpec"]["template"], submitter):
+        assert template["metadata"]["labels"]["nudge/run"] == "n"
+        assert template["spec"]["tolerations"] == [gpu]
+        assert template["spec"]["containers"][0]["volumeMounts"]
+    older = {"backoffLimit", "activeDeadlineSeconds"}
+    spec = known["properties"]["spec"]["properties"]
+    left = {"properties": {"spec": {"properties": {k: spec[k] for k in spec if k not in older}}}}
+    body = rayjob.body(given, name="n", exchange="s3://b/k", image="i", schema=left, owner=None)
+    assert not older & set(body["spec"])
+
+
+def test_lines_of_a_worker_are_those_of_the_training() -> None:
+    line = "train: 3/12 steps loss 5.1"
+    assert rayjob.plain(f"\x1b[36m(RayTrainWorker pid=7, ip=10.0.0.1)\x1b[0m {line}") == line
+    assert rayjob.plain(f"(RayTrainWorker pid=7) {line}") == line
+    assert rayjob.plain(line) == line
+
+
+def test_a_rayjob_is_followed_from_the_queue_to_its_model(
+    api: KubernetesApi,
+    small: Callable[..., TrainSettings],
+    tokens: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NUDGE_EVENTS", str(tmp_path / "events.jsonl"))
+    settings = on_cluster(launching.ENGINES["rayjob"], small, tmp_path, queue="gpus")
+
+    def control(job: dict[str, Any]) -> None:
+        assert problems(job) == []
+        assert exchange_of(job).read("tokens")
+        reaches(api, job, "suspended", "waits")
+        time.sleep(0.3)
+        reaches(api, job, "running")
+        pod, container = pod_of(api, job)
+        api.write_log(pod, container, "(RayTrainWorker pid=7) train: 5/12 steps loss 5.1")
+        time.sleep(0.5)
+        hands_over(api, tmp_path / "made")(job)
+
+    api.on_change("RayJob", control)
+    launch(settings, {"tokens": tokens, **outputs(tmp_path)})
+    assert (tmp_path / "model" / "config.json").is_file()
+    assert api.find("RayJob", NAME) is None
+    assert api.all("Pod") == []
+    assert not (tmp_path / "shared" / NAME).exists()
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert "waiting in the queue gpus" in [event["fields"].get("stage") for event in events]
+    assert any((event["done"], event["total"]) == (5, 12) for event in events if "done" in event)

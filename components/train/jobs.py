@@ -1,0 +1,113 @@
+"""What the jobs of the cluster have in common, whichever engine runs them."""
+
+import hashlib
+import re
+from typing import Any, Literal, Protocol
+
+from nudge.components.common.kube import Kind
+from nudge.components.train.settings import LaunchSettings
+
+QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
+RUN_LABEL = "nudge/run"
+OWNED_LABEL = {"app.kubernetes.io/managed-by": "nudge"}
+CONNECTION_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_ENDPOINT")
+OPTIONAL_KEYS = ("AWS_S3_BUCKET", "AWS_DEFAULT_REGION", "HF_TOKEN")
+
+Stage = Literal["suspended", "starting", "running", "complete", "failed"]
+
+
+class Engine(Protocol):
+    """What the launcher asks of `trainjob` and `rayjob`, each a module."""
+
+    KIND: Kind
+    LOG: tuple[dict[str, str], str]
+    """The pod and the container whose log is followed: labels besides the run's, and a name."""
+
+    def body(
+        self,
+        settings: LaunchSettings,
+        *,
+        name: str,
+        exchange: str,
+        image: str,
+        schema: dict[str, Any],
+        owner: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """The job for a cluster that has this ``schema`` of its kind."""
+        ...
+
+    def pods(self, name: str) -> dict[str, str]:
+        """Labels of all pods of the job of this name."""
+        ...
+
+    def stage(self, job: dict[str, Any]) -> Stage: ...
+
+    def told(self, job: dict[str, Any]) -> str:
+        """What its controller says of it, in one line."""
+        ...
+
+    def started_with(self, job: dict[str, Any]) -> Any:
+        """What makes a job that of a run besides its name."""
+        ...
+
+    def plain(self, line: str) -> str:
+        """A line of the log as the training wrote it."""
+        ...
+
+
+def job_name(run_id: str) -> str:
+    """A name that a retry of the same run finds again, and no other run has."""
+    stem = re.sub(r"[^a-z0-9]+", "-", run_id.lower()).strip("-")[:24].strip("-") or "run"
+    return f"nudge-{stem}-{hashlib.sha256(run_id.encode()).hexdigest()[:8]}"
+
+
+def labels_of(settings: LaunchSettings, name: str) -> dict[str, str]:
+    """The labels of a job: whose it is, and what Kueue goes by."""
+    labels = {**OWNED_LABEL, RUN_LABEL: name}
+    if settings.queue:
+        labels[QUEUE] = settings.queue
+    if settings.priority_class:
+        labels[PRIORITY] = settings.priority_class
+    return labels
+
+
+def resources(settings: LaunchSettings) -> dict[str, str]:
+    """What a node of the job asks for."""
+    asked = {"cpu": settings.cpu, "memory": settings.memory}
+    if settings.gpus_per_node:
+        asked[settings.gpu_resource] = str(settings.gpus_per_node)
+    return asked
+
+
+def environment(settings: LaunchSettings) -> list[dict[str, Any]]:
+    """The variables of the object store, from the connection's Secret."""
+    if not settings.connection:
+        return []
+    return [
+        {
+            "name": key,
+            "valueFrom": {
+                "secretKeyRef": {
+                    "name": settings.connection,
+                    "key": key,
+                    "optional": key in OPTIONAL_KEYS,
+                }
+            },
+        }
+        for key in (*CONNECTION_KEYS, *OPTIONAL_KEYS)
+    ]
+
+
+def pod_spec(settings: LaunchSettings, container: str) -> dict[str, Any]:
+    """Where a pod runs, and the shared volume in its container; empty where nothing is asked."""
+    spec: dict[str, Any] = {}
+    if settings.tolerations:
+        spec["tolerations"] = settings.tolerations
+    if settings.node_selector:
+        spec["nodeSelector"] = settings.node_selector
+    if settings.volume_claim:
+        claim = {"claimName": settings.volume_claim}
+        mount = {"name": "shared", "mountPath": settings.volume_path}
+        spec["volumes"] = [{"name": "shared", "persistentVolumeClaim": claim}]
+        spec["containers"] = [{"name": container, "volumeMounts": [mount]}]
+    return spec
