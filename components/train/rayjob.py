@@ -29,6 +29,14 @@ LOG = ({PART_LABEL: "submitter"}, SUBMITTER)
 HEAD = {"cpu": "2", "memory": "8Gi"}
 """The driver and Ray's own services; Ray's guide to large clusters starts there."""
 SMALL = {"cpu": "1", "memory": "1Gi"}
+RESTRICTED = {
+    "allowPrivilegeEscalation": False,
+    "runAsNonRoot": True,
+    "capabilities": {"drop": ["ALL"]},
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+"""What a namespace of the pod security level `restricted` asks of a container."""
+
 GONE_AFTER_S = 60
 """Its pods stay so long after the end, for their logs and events to be read."""
 
@@ -155,6 +163,7 @@ def _pod(
         "image": image,
         "env": variables,
         "resources": {"requests": asked, "limits": asked},
+        "securityContext": RESTRICTED,
     }
     spec = pod_spec(settings, container)
     (mounted,) = spec.pop("containers", [{}])

@@ -157,7 +157,7 @@ VERBS = {
 
 def asked_for() -> set[tuple[str, str, str]]:
     """(API group, resource, verb) of every call of a cluster in the steps; where a call's kind is
-    not a constant, it may be each kind that its module knows."""
+    not a constant, it may be each kind that its module, or what it chooses from, knows."""
     found = set()
     for path in sorted((ROOT.parent / "components").rglob("*.py")):
         name = ".".join(("nudge", *path.relative_to(ROOT.parent).with_suffix("").parts))
@@ -172,7 +172,8 @@ def asked_for() -> set[tuple[str, str, str]]:
             if method not in VERBS or name == Kind.__module__:
                 continue
             known = vars(importlib.import_module(name))
-            kinds = [each for each in known.values() if isinstance(each, Kind)]
+            engines = [each.KIND for each in known.values() if hasattr(each, "KIND")]
+            kinds = engines or [each for each in known.values() if isinstance(each, Kind)]
             given = known.get(ast.unparse(node.args[0]))
             for kind in [given] if isinstance(given, Kind) else kinds:
                 found |= {(kind.group, kind.plural, verb) for verb in VERBS[method]}
