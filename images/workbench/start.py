@@ -6,8 +6,8 @@ ask ``<NB_PREFIX>/api`` on port 8888. Whoever signs in is checked in front of th
 """
 
 import os
-import shlex
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 WALK = Path(__file__).with_name("walk.ipynb")
@@ -21,9 +21,11 @@ def main() -> None:
     os.execvp("jupyter", command(os.environ))
 
 
-def command(environment: os._Environ[str] | dict[str, str]) -> list[str]:
-    """The command line; what the dashboard asks for stands above what is set here."""
-    arguments = {
+def command(environment: Mapping[str, str]) -> list[str]:
+    """The command line; what the dashboard asks for stands in the place of what is set here."""
+    # Split as a shell splits a variable, which takes no quotes away: they are for JupyterLab.
+    asked = environment.get("NOTEBOOK_ARGS", "").split()
+    own = {
         "port": environment.get("NOTEBOOK_PORT", "8888"),
         "base_url": environment.get("NB_PREFIX", "/"),
         "root_dir": environment.get("NOTEBOOK_ROOT_DIR", str(Path.home())),
@@ -31,8 +33,10 @@ def command(environment: os._Environ[str] | dict[str, str]) -> list[str]:
         "allow_origin": "*",
         "open_browser": "False",
     }
-    own = [f"--ServerApp.{name}={value}" for name, value in arguments.items()]
-    return ["jupyter", "lab", *own, *shlex.split(environment.get("NOTEBOOK_ARGS", ""))]
+    named = {argument.partition("=")[0] for argument in asked}
+    options = {f"--ServerApp.{name}": value for name, value in own.items()}
+    kept = [f"{name}={value}" for name, value in options.items() if name not in named]
+    return ["jupyter", "lab", *kept, *asked]
 
 
 if __name__ == "__main__":
