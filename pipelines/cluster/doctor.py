@@ -15,13 +15,16 @@ DISK_GB = 10.0
 """What the default recipe, its caches and its services take, with room to spare."""
 
 PREFIXES = ("v1", "v1alpha3")
-NEEDED = (
+DSPA = "datasciencepipelinesapplications.datasciencepipelinesapplications.opendatahub.io"
+TO_SUBMIT = (("get", DSPA), ("get", f"{DSPA}/api"), ("create", f"{DSPA}/api"), ("get", "pods/log"))
+"""What whoever uploads, submits and schedules must be able to do: the role nudge-author."""
+
+TO_PROMOTE = (
     ("create", "inferenceservices.serving.kserve.io"),
     ("patch", "routes.route.openshift.io"),
     ("create", "leases.coordination.k8s.io"),
-    ("get", "pods/log"),
 )
-"""What a run's account must be able to do to serve a model; manifests/base/access.yaml gives it."""
+"""What promote, split and rollback ask for from here: nudge-runner, which a run's account has."""
 
 
 @dataclass(frozen=True)
@@ -174,16 +177,21 @@ def _permissions() -> Finding:
     if shutil.which("oc") is None:
         return Finding("permissions", "not used", "no `oc` here")
     lacking = []
-    for verb, resource in NEEDED:
-        command = ["oc", "--request-timeout=10s", "auth", "can-i", verb, resource]
+    for verb, resource in (*TO_SUBMIT, *TO_PROMOTE):
+        name, _, subresource = resource.partition("/")
+        more = [f"--subresource={subresource}"] if subresource else []
+        command = ["oc", "--request-timeout=10s", "auth", "can-i", verb, name, *more]
         asked = subprocess.run(command, capture_output=True, text=True, timeout=20)
         if asked.stdout.strip() not in ("yes", "no"):
             mend = "oc login, and oc project <yours>"
             return Finding("permissions", "missing", "the cluster does not answer `oc`", mend)
         if asked.stdout.strip() == "no":
-            lacking.append(f"{verb} {resource}")
+            lacking.append((verb, resource))
+    told = ", ".join(f"{verb} {resource}" for verb, resource in lacking)
     if not lacking:
-        return Finding("permissions", "ok", "all that serving needs")
-    return Finding(
-        "permissions", "missing", ", ".join(lacking), "oc apply -k manifests/overlays/gpu"
-    )
+        return Finding("permissions", "ok", "to submit, and to promote from here")
+    if set(lacking) <= set(TO_PROMOTE):
+        found = f"to submit; promote, split and rollback from here (nudge-runner) lack {told}"
+        return Finding("permissions", "ok", found)
+    mend = "oc apply -k manifests/overlays/gpu, or ask the administrator for the role nudge-author"
+    return Finding("permissions", "missing", told, mend)

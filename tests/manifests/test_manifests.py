@@ -14,6 +14,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from nudge.components.common.kube import Kind
+from nudge.pipelines.cluster.doctor import TO_PROMOTE, TO_SUBMIT
 
 from tests.kubernetes_api import rights
 from tests.kubernetes_schemas import definition, problems
@@ -184,6 +185,16 @@ def test_a_run_may_do_what_its_steps_ask_for_and_nothing_else() -> None:
     asked = asked_for()
     assert ("serving.kserve.io", "inferenceservices", "patch") in asked
     assert rights("nudge-runner") == asked
+
+
+def test_the_roles_give_what_the_doctor_asks_for() -> None:
+    for role, asked in (("nudge-author", TO_SUBMIT), ("nudge-runner", TO_PROMOTE)):
+        given = rights(role)
+        for verb, resource in asked:
+            name, _, subresource = resource.partition("/")
+            plural, _, group = name.partition(".")
+            right = (group, f"{plural}/{subresource}" if subresource else plural, verb)
+            assert right in given, role
 
 
 def test_every_rule_is_justified_where_it_stands() -> None:

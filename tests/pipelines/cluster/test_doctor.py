@@ -66,6 +66,25 @@ def test_everything_missing_comes_with_what_mends_it(
     assert "oc apply -k" in shown.output
 
 
+@pytest.mark.parametrize(
+    ("allowed", "state", "says"),
+    [
+        ("*", "ok", "to submit, and to promote from here"),
+        ("*datasciencepipelines*|*pods*log*", "ok", "lack create inferenceservices.serving"),
+        ("*inferenceservices*", "missing", "create datasciencepipelinesapplications"),
+        ("nothing", "missing", "get pods/log"),
+    ],
+)
+def test_the_rights_of_an_author_and_of_a_run_are_told_apart(
+    tmp_path: Path, allowed: str, state: str, says: str
+) -> None:
+    program(tmp_path, "oc", f'case "$*" in {allowed}) echo yes;; *) echo no;; esac')
+    found = states()["permissions"]
+    assert found.state == state
+    assert says in found.found
+    assert bool(found.mend) is (state == "missing")
+
+
 def test_a_pipelines_server_is_asked(server: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
     assert states()["pipelines server"].state == "ok"
     monkeypatch.setenv("NUDGE_PIPELINES_TOKEN", "stale")
