@@ -127,6 +127,8 @@ class Documents:
         }
         self._database = duckdb.connect(str(folder / "documents.duckdb"), config=settings)
         self._database.execute("SET preserve_insertion_order = false")
+        # It would stand in what a step prints.
+        self._database.execute("SET enable_progress_bar = false")
         columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
         self._database.execute(f"CREATE TABLE docs ({columns})")
         self._rows: list[tuple[Any, ...]] = []

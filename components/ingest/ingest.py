@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 KEPT = "FROM docs JOIN verdicts USING (doc) WHERE reason IS NULL"
 GROUPS = 30
 """Licences, and origins, that are counted one by one; the smaller ones are counted together."""
-LANGUAGE_SAMPLE, LANGUAGE_CHARACTERS = 500, 2000
+LANGUAGE_SAMPLE, LANGUAGE_CHARACTERS = 300, 1000
 
 
 @step("ingest", outputs=("corpus", "report"), reuse=False)

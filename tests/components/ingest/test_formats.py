@@ -1,9 +1,12 @@
 """Whatever stands in a file: read, or counted under a reason; never a crash, never a loss."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
+import tracemalloc
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -28,6 +31,15 @@ PDF = (
     b"4 0 obj<</Length 44>>stream\nBT /F 18 Tf 9 40 Td (The tower is in Paris) Tj ET\n"
     b"endstream endobj\ntrailer<</Root 1 0 R>>"
 )
+
+
+PACKERS = {
+    ".gz": gzip.compress,
+    ".zst": lambda raw: zstd.compress(raw, options=CHECKED),
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+CHECKED = {zstd.CompressionParameter.checksum_flag: 1}
 
 
 def read(raw: bytes, name: str) -> list[tuple[str, str | Unreadable]]:
@@ -60,10 +72,22 @@ def test_a_truncated_stream_keeps_what_came_before() -> None:
     assert counted(b"no gzip at all", "a.txt.gz") == {"damaged": 1}
 
 
+@pytest.mark.parametrize("suffix", sorted(PACKERS))
+def test_each_compression_is_read_whole_cut_and_spoilt(suffix: str) -> None:
+    pack, name = PACKERS[suffix], f"a.jsonl{suffix}"
+    assert counted(pack(lines(900)), name) == {"read": 900}
+    assert counted(pack(lines(9)) + pack(lines(5)), name) == {"read": 14}
+    assert counted(pack(lines(900))[:-20], name)["damaged"] == 1
+    raw = bytearray(pack(lines(900)))
+    raw[len(raw) // 2] ^= 0xFF
+    assert counted(bytes(raw), name)["damaged"] == 1
+
+
 def test_lines_that_are_no_record_are_counted_one_by_one() -> None:
     raw = lines(2) + b'not json\n{"body": "x"}\n{"text": null}\n[1]\n{"text": "\xff"}\n\n'
+    raw += b'{"text": "nul\0here"}\n{"text": "escaped nul\\u0000"}\n'
     raw += b"[" * 100_000 + b"\n" + b'{"text": "last"}'
-    reasons = {"read": 3, "bad_record": 3, "no_column": 1, "no_text": 1, "not_utf8": 1}
+    reasons = {"read": 4, "bad_record": 4, "no_column": 1, "no_text": 1, "not_utf8": 1}
     assert counted(raw, "a.jsonl") == reasons
 
 
@@ -74,6 +98,23 @@ def test_a_line_without_end_is_counted_and_not_held(monkeypatch: pytest.MonkeyPa
     assert counted(long, "a.txt") == {"too_long": 1}
     rows = b"text\none\n" + b"y" * 5000 + b"\nthree\n"
     assert counted(rows, "a.csv")["read"] == 2
+
+
+def test_a_line_of_100_mb_is_counted_with_its_bytes_and_not_held() -> None:
+    long = b'{"text": "' + b"x" * 100_000_000 + b'"}\n'
+    raw = gzip.compress(lines(1) + long + lines(1), 1)
+    size = len(long)
+    del long
+    tracemalloc.start()
+    found = read(raw, "a.jsonl.gz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [text if isinstance(text, Unreadable) else "read" for _, text in found] == [
+        "read",
+        Unreadable("too_long", bytes=size),
+        "read",
+    ]
+    assert peak < 2.5 * formats.RECORD_BYTES
 
 
 def test_csv_rows_with_bad_bytes_leave_their_neighbours_whole() -> None:
@@ -144,14 +185,14 @@ SEEDS[".parquet"] = TABLE.getvalue()
 )
 @given(
     cuts=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 4), st.binary(max_size=6)), max_size=4),
-    packed=st.sampled_from(["", ".gz", ".zst"]),
+    packed=st.sampled_from(["", *PACKERS]),
 )
 def test_no_bytes_crash_a_reader(suffix: str, cuts: list[tuple], packed: str) -> None:  # type: ignore[type-arg]
     raw = SEEDS[suffix]
     for place, removed, added in cuts:
         at = int(place * len(raw))
         raw = raw[:at] + added + raw[at + removed :]
-    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstd.compress}[packed]
+    pack = {"": bytes, **PACKERS}[packed]
     for name, text in read(pack(raw), f"a{suffix}{packed}"):
         assert isinstance(name, str)
         assert isinstance(text, str | Unreadable)
