@@ -5,16 +5,20 @@ processes nor their timing changes anything.
 """
 
 import collections
+import contextlib
 import hashlib
 import hmac
 import multiprocessing
-import os
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from nudge.components.common.corpus import text_sha256
+from nudge.components.common.errors import UserError
+from nudge.components.common.processes import usable_cores
 from nudge.components.ingest.duplicates import BUCKETS, Documents, signature
 from nudge.components.ingest.filters import Filter, make_filters, normalise
 from nudge.components.ingest.formats import Record, Unreadable
@@ -142,7 +146,7 @@ class Cleaner:
     def __init__(self, settings: IngestSettings, documents: Documents) -> None:
         self._settings, self._documents = settings, documents
         self._filters = make_filters(settings)
-        self._workers = settings.workers or len(os.sched_getaffinity(0))
+        self._workers = settings.workers or usable_cores()
         self._pool: ProcessPoolExecutor | None = None
         self._batch: list[tuple[Tally, Record]] = []
         self._sent: collections.deque[tuple[list[Tally], int, Future[list[Row | Drop]]]] = (
@@ -197,16 +201,30 @@ class Cleaner:
                 initializer=_begin,
                 initargs=(self._settings,),
             )
-        self._sent.append((tallies, size, self._pool.submit(_clean_batch, records)))
+        with self._killed_told():
+            future = self._pool.submit(_clean_batch, records)
+        self._sent.append((tallies, size, future))
         self._ahead += size
         while self._ahead > AHEAD_BYTES or len(self._sent) > 4 * self._workers:
             self._receive()
 
     def _receive(self) -> None:
         tallies, size, future = self._sent.popleft()
-        for tally, result in zip(tallies, future.result(), strict=True):
+        with self._killed_told():
+            results = future.result()
+        for tally, result in zip(tallies, results, strict=True):
             self._take(tally, result)
         self._ahead -= size
+
+    @contextlib.contextmanager
+    def _killed_told(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenProcessPool:
+            raise UserError(
+                f"one of the {self._workers} processes that clean was killed, most likely for want "
+                "of memory; give the step more of it, or set ingest.workers to fewer"
+            ) from None
 
     def _take(self, tally: Tally, result: Row | Drop) -> None:
         if tally.void:

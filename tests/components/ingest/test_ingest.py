@@ -2,11 +2,14 @@
 
 import gzip
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from nudge.components.common.corpus import read_corpus, read_documents, zstd
 from nudge.components.common.errors import UserError
+from nudge.components.ingest import cleaning
 from nudge.components.ingest.cleaning import split_of
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
@@ -98,3 +101,38 @@ def test_missing_and_unknown_sources_are_named(tmp_path: Path) -> None:
         run(tmp_path, str(tmp_path / "a.docx"))
     with pytest.raises(UserError, match="'nowhere_at_all' is not installed"):
         run(tmp_path, "package://nowhere_at_all/x.txt")
+
+
+def test_any_number_of_processes_makes_the_same_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        write(
+            tmp_path,
+            [*texts(200), "short", f"Only in file {number}, said once."],
+            f"{number}.jsonl",
+        )
+    made = []
+    for workers in (1, 2):
+        folder = tmp_path / str(workers)
+        run(folder, f"{tmp_path}/*.jsonl", workers=workers)
+        made.append([(p.name, p.read_bytes()) for p in sorted((folder / "corpus").iterdir())])
+        # From here on nothing is cleaned in this process, and batches end within files.
+        monkeypatch.setattr(cleaning, "ALONE_BYTES", 0)
+        monkeypatch.setattr(cleaning, "BATCH_BYTES", 1000)
+    assert made[0] == made[1]
+
+
+def killed(_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cleaning, "ALONE_BYTES", 0)
+    monkeypatch.setattr(cleaning, "_clean_batch", killed)
+    path = write(tmp_path, texts(20))
+    with pytest.raises(UserError, match="one of the 2 processes that clean was killed"):
+        run(tmp_path, str(path), workers=2)
+    assert not (tmp_path / "corpus").exists()
