@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import boto3
 import botocore.config
 import botocore.exceptions
+import s3transfer.exceptions
 from nudge.components.common.errors import UserError
 
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_ENDPOINT", "AWS_S3_BUCKET")
@@ -81,6 +82,12 @@ def s3_errors(doing: str) -> Iterator[None]:
         botocore.exceptions.HTTPClientError,
     ):
         raise UserError(f"{doing}: the object store {endpoint} does not answer") from None
+    except (
+        boto3.exceptions.RetriesExceededError,
+        s3transfer.exceptions.RetriesExceededError,
+        s3transfer.exceptions.S3DownloadFailedError,
+    ) as error:
+        raise UserError(f"{doing}: {endpoint} did not give it whole: {error}") from None
     except botocore.exceptions.ClientError as error:
         code = error.response.get("Error", {}).get("Code", "")
         hint = HINTS.get(code, error.response.get("Error", {}).get("Message", "refused"))

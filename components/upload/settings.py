@@ -13,3 +13,7 @@ class UploadSettings:
     bucket: str = ""
     """Empty means the data connection's own, AWS_S3_BUCKET."""
     prefix: str = "models"
+    read_back: bool = False
+    """Read every object back and compare its sha256 before the version becomes visible. The store
+    checks a checksum of each part without it; this asks it what it kept, and takes as long again.
+    """

@@ -1,19 +1,19 @@
 """The step `upload`: a model folder to the object store, complete or invisible."""
 
+import contextlib
+import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from nudge.components.common.errors import UserError
-from nudge.components.common.publish import sha256_file
 from nudge.components.common.step import step
 from nudge.components.upload.settings import UploadSettings
 
 FORMAT, VERSION = "nudge.upload", 1
 MANIFEST = "manifest.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-PART_BYTES = 16 << 20
 
 
 @step("upload", reuse=False)
@@ -21,14 +21,14 @@ def upload(settings: UploadSettings, *, model: Path, version: str) -> dict[str, 
     """Upload a model folder to ``s3://bucket/prefix/<model_name>/<version>/``.
 
     ``manifest.json`` there lists each file with its size and sha256. It is written last and only
-    if there is none yet, so a version is complete or invisible and is never overwritten; the same
-    content again is no error, and files that are there already are not sent again. Raises
-    `UserError` on other content under the same version, on pickles and on links out of the folder.
+    if there is none yet, and no object is ever replaced, so a version is complete or invisible and
+    is never overwritten. The same content again is no error: files and parts of files that are
+    there already are not sent again. Raises `UserError` on other content under the same version,
+    on a file that changes meanwhile, on pickles and on links out of the folder.
     """
-    import boto3.s3.transfer
-    import botocore.exceptions
     from nudge.components.common.progress import progress
-    from nudge.components.common.storage import list_keys, s3_client, s3_errors
+    from nudge.components.common.storage import s3_client, s3_errors
+    from nudge.components.upload.sending import Sender
 
     files = _files(model)
     bucket = settings.bucket or os.environ.get("AWS_S3_BUCKET", "")
@@ -36,49 +36,77 @@ def upload(settings: UploadSettings, *, model: Path, version: str) -> dict[str, 
         raise UserError("upload.bucket is empty and AWS_S3_BUCKET is not set; give one of them")
     prefix = f"{settings.prefix.strip('/')}/{settings.model_name}/{version}"
     uri = f"s3://{bucket}/{prefix}"
-    listing: dict[str, dict[str, Any]] = {
-        name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for name, path in files.items()
-    }
-    manifest = {"format": FORMAT, "version": VERSION, "files": listing}
-    size = sum(entry["bytes"] for entry in listing.values())
+    size = sum(path.stat().st_size for path in files.values())
     client = s3_client()
-    transfer = boto3.s3.transfer.TransferConfig(
-        multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=4
-    )
-    with s3_errors(f"upload to {uri}"), progress("upload", total=size, unit="bytes") as bar:
-        there = list_keys(client, bucket, prefix)
+    with (
+        s3_errors(f"upload to {uri}"),
+        progress("upload", total=size, unit="bytes") as bar,
+        contextlib.closing(Sender(client, bucket, bar.advance)) as sender,
+    ):
+        listing = _send(sender, client, files, uri, bar)
+        if settings.read_back:
+            bar.note(stage="reading back")
+            for name, entry in listing.items():
+                if sender.read_back(f"{prefix}/{name}") != entry["sha256"]:
+                    raise UserError(
+                        f"{uri}/{name} does not come back as it was sent: its sha256 is not "
+                        f"{entry['sha256']}; the version stays invisible, delete it there and ask "
+                        "who keeps the store"
+                    )
+        _publish(client, uri, {"format": FORMAT, "version": VERSION, "files": listing})
+        sender.forget(prefix)
+    return {"uri": uri, "files": len(files), "bytes": size}
+
+
+def _send(
+    sender: Any, client: Any, files: dict[str, Path], uri: str, bar: Any
+) -> dict[str, dict[str, Any]]:
+    """Bring every file there; gives the manifest's entries, of the bytes that are in the store."""
+    from nudge.components.common.storage import list_keys, split_s3_uri
+    from nudge.components.upload.sending import Taken, unchanged
+
+    bucket, prefix = split_s3_uri(uri)
+    there = list_keys(client, bucket, prefix)
+    complete = f"{prefix}/{MANIFEST}" in there
+    begun = {} if complete else sender.begun(prefix)
+    listing = {}
+    with contextlib.ExitStack() as stack:
+        for path in files.values():
+            stack.enter_context(unchanged(path))
         for name, path in files.items():
-            key, sha256 = f"{prefix}/{name}", listing[name]["sha256"]
-            if there.get(key) == listing[name]["bytes"] and _sent(client, bucket, key) == sha256:
-                bar.advance(listing[name]["bytes"])
-                continue
-            if f"{prefix}/{MANIFEST}" in there:
+            key = f"{prefix}/{name}"
+            if complete and key not in there:
                 raise _taken(uri)
             try:
-                client.upload_file(
-                    str(path),
-                    bucket,
-                    key,
-                    ExtraArgs={"Metadata": {"sha256": sha256}, "ChecksumAlgorithm": "CRC32"},
-                    Config=transfer,
-                    Callback=bar.advance,
-                )
-            except boto3.exceptions.S3UploadFailedError as error:
-                raise UserError(
-                    f"upload to {uri} failed at {name}: {error}; nothing of it is visible, "
-                    "run it again to go on where it stopped"
-                ) from None
-        body = json.dumps(manifest, indent=2, sort_keys=True).encode()
-        try:
-            client.put_object(Bucket=bucket, Key=f"{prefix}/{MANIFEST}", Body=body, IfNoneMatch="*")
-        except botocore.exceptions.ClientError as error:
-            if error.response["Error"]["Code"] != "PreconditionFailed":
-                raise
-            stored = client.get_object(Bucket=bucket, Key=f"{prefix}/{MANIFEST}")["Body"].read()
-            if json.loads(stored) != manifest:
-                raise _taken(uri) from None
-    return {"uri": uri, "files": len(files), "bytes": size}
+                if key in there:
+                    sent = sender.found(path, key)
+                    bar.advance(sent.bytes)
+                else:
+                    sent = sender.send(path, key, begun.get(key, []))
+            except Taken:
+                raise _taken(uri) if complete else _mixed(uri, name) from None
+            listing[name] = {"bytes": sent.bytes, "sha256": sent.sha256}
+    return listing
+
+
+def _publish(client: Any, uri: str, manifest: dict[str, Any]) -> None:
+    """Make the version visible, unless it is; raises `UserError` if it is another one."""
+    import botocore.exceptions
+    from nudge.components.common.storage import split_s3_uri
+    from nudge.components.upload.sending import LOST
+
+    bucket, prefix = split_s3_uri(uri)
+    key = f"{prefix}/{MANIFEST}"
+    body = json.dumps(manifest, indent=2, sort_keys=True).encode()
+    try:
+        client.put_object(Bucket=bucket, Key=key, Body=body, IfNoneMatch="*")
+    except botocore.exceptions.ClientError as error:
+        if error.response["Error"]["Code"] not in LOST:
+            raise
+        stored = io.BytesIO()
+        client.download_fileobj(bucket, key, stored)
+        if json.loads(stored.getvalue()) != manifest:
+            raise _taken(uri) from None
 
 
 def _files(model: Path) -> dict[str, Path]:
@@ -111,9 +139,13 @@ def _check_weights(root: Path, files: dict[str, Path]) -> None:
         raise UserError(f"{root} has no weights: there is no .safetensors file in it")
 
 
-def _sent(client: Any, bucket: str, key: str) -> str:
-    return str(client.head_object(Bucket=bucket, Key=key)["Metadata"].get("sha256", ""))
-
-
 def _taken(uri: str) -> UserError:
     return UserError(f"{uri} holds another model already; a version is never overwritten")
+
+
+def _mixed(uri: str, name: str) -> UserError:
+    return UserError(
+        f"{uri}/{name} holds other bytes, of an upload that is under way or ended before it was "
+        "complete; give another version, or, if nothing uploads there now, delete what is below "
+        f"{uri}/ and run it again"
+    )

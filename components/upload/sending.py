@@ -1,0 +1,283 @@
+"""A file to an object store in parts that are hashed as they are read, and sent once.
+
+boto3's own transfer cannot go on with an upload that another process began, so the parts are sent
+here. An object is only ever made, never replaced (a conditional write): of two writers of one key
+one wins, and the other learns what is there.
+"""
+
+import base64
+import contextlib
+import hashlib
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import BoundedSemaphore, Event, Lock
+from typing import Any
+
+import botocore.exceptions
+from nudge.components.common.errors import UserError
+
+PART_BYTES = 16 << 20
+MOST_PARTS = 10_000
+"""https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html"""
+CONCURRENCY = 4
+"""Parts on their way at once; with the one being read they are all that is held in memory."""
+
+LOST = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchUpload", "InvalidPart")
+"""What a writer hears that was not the first; also one whose own first answer was lost."""
+
+
+class Taken(Exception):
+    """Other bytes stand under the key."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A file's size and sha256, of the very bytes that are in the store."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """An upload that was begun, and the parts of it that hold this file's bytes, by number."""
+
+    id: str
+    etags: dict[int, str] = field(default_factory=dict)
+
+
+class Sender:
+    """Sends files to one bucket; ``advance`` is told of each part's bytes."""
+
+    def __init__(self, client: Any, bucket: str, advance: Callable[[float], None]) -> None:
+        self._client, self._bucket, self._advance = client, bucket, advance
+        self._free, self._counting = BoundedSemaphore(CONCURRENCY), Lock()
+        self._pool = ThreadPoolExecutor(CONCURRENCY, thread_name_prefix="upload")
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def send(self, path: Path, key: str, begun: list[str]) -> Sent:
+        """Make ``key`` of a file, going on with one of the uploads ``begun`` if it is of this file.
+
+        Raises `Taken` if the key holds other bytes by then, and `UserError` if the file changed.
+        """
+        size = path.stat().st_size
+        part_bytes = part_size(size)
+        try:
+            if size <= part_bytes:
+                return self._send_whole(path, key)
+            with unchanged(path):
+                unfinished = self._adopt(path, key, begun, part_bytes) or self._begin(key)
+                sent, parts = self._send_parts(path, key, unfinished, part_bytes)
+            self._client.complete_multipart_upload(
+                Bucket=self._bucket,
+                Key=key,
+                UploadId=unfinished.id,
+                MultipartUpload={"Parts": parts},
+                IfNoneMatch="*",
+            )
+        except botocore.exceptions.ClientError as error:
+            if error.response["Error"]["Code"] not in LOST:
+                raise
+            return self.found(path, key)
+        return sent
+
+    def found(self, path: Path, key: str) -> Sent:
+        """The file as the object ``key`` that is there already; raises `Taken` if it is another."""
+        try:
+            head = self._client.head_object(Bucket=self._bucket, Key=key)
+        except botocore.exceptions.ClientError as error:
+            if error.response["Error"]["Code"] != "404":
+                raise
+            raise UserError(f"another program ended the upload of {key}; run it again") from None
+        size = path.stat().st_size
+        if head["ContentLength"] != size:
+            raise Taken(key)
+        sent, etag = _local(path, part_size(size))
+        # A store that encrypts gives ETags that are no MD5 of the content: look at the content.
+        if head["ETag"].strip('"') != etag and self.read_back(key) != sent.sha256:
+            raise Taken(key)
+        return sent
+
+    def read_back(self, key: str) -> str:
+        """The sha256 of the bytes that the store gives for a key."""
+        digest = _Digest()
+        self._client.download_fileobj(self._bucket, key, digest)
+        return digest.sha256.hexdigest()
+
+    def begun(self, prefix: str) -> dict[str, list[str]]:
+        """The ids of unfinished uploads below a prefix, by key, the newest first."""
+        pages = self._client.get_paginator("list_multipart_uploads")
+        uploads: list[dict[str, Any]] = []
+        # Who may not list them sends everything again.
+        with _allowed():
+            for page in pages.paginate(Bucket=self._bucket, Prefix=prefix + "/"):
+                uploads += page.get("Uploads", [])
+        ids: dict[str, list[str]] = {}
+        for upload in sorted(uploads, key=lambda each: each["Initiated"], reverse=True):
+            ids.setdefault(upload["Key"], []).append(upload["UploadId"])
+        return ids
+
+    def forget(self, prefix: str) -> None:
+        """Take away what unfinished uploads left below the prefix of a complete version."""
+        for key, ids in self.begun(prefix).items():
+            for upload in ids:
+                with _allowed("NoSuchUpload"):
+                    self._client.abort_multipart_upload(
+                        Bucket=self._bucket, Key=key, UploadId=upload
+                    )
+
+    def _count(self, size: int) -> None:
+        with self._counting:
+            self._advance(size)
+
+    def _send_whole(self, path: Path, key: str) -> Sent:
+        body = path.read_bytes()
+        self._client.put_object(
+            Bucket=self._bucket,
+            Key=key,
+            Body=body,
+            IfNoneMatch="*",
+            ChecksumCRC32=_crc32(body),
+        )
+        self._count(len(body))
+        return Sent(len(body), hashlib.sha256(body).hexdigest())
+
+    def _begin(self, key: str) -> Unfinished:
+        answer = self._client.create_multipart_upload(
+            Bucket=self._bucket, Key=key, ChecksumAlgorithm="CRC32"
+        )
+        return Unfinished(answer["UploadId"])
+
+    def _adopt(self, path: Path, key: str, begun: list[str], part_bytes: int) -> Unfinished | None:
+        """The upload of which every part that is there holds this file's bytes."""
+        pages = self._client.get_paginator("list_parts")
+        for upload in begun:
+            parts: list[dict[str, Any]] = []
+            with _allowed("NoSuchUpload"):
+                for page in pages.paginate(Bucket=self._bucket, Key=key, UploadId=upload):
+                    parts += page.get("Parts", [])
+            etags = {part["PartNumber"]: part["ETag"].strip('"') for part in parts}
+            if etags and all(_md5(path, n, part_bytes) == etag for n, etag in etags.items()):
+                return Unfinished(upload, etags)
+        return None
+
+    def _send_parts(
+        self, path: Path, key: str, unfinished: Unfinished, part_bytes: int
+    ) -> tuple[Sent, list[dict[str, Any]]]:
+        """Send the parts that are not there; also gives what completes the upload."""
+        sha256, size, failed = hashlib.sha256(), 0, Event()
+
+        def ended(future: Future[dict[str, Any]]) -> None:
+            self._free.release()
+            if future.cancelled() or future.exception():
+                failed.set()
+
+        parts: list[Future[dict[str, Any]] | dict[str, Any]] = []
+        for number, body in enumerate(_parts(path, part_bytes), 1):
+            sha256.update(body)
+            size += len(body)
+            if etag := unfinished.etags.get(number):
+                parts.append({"PartNumber": number, "ETag": etag, "ChecksumCRC32": _crc32(body)})
+                self._count(len(body))
+                continue
+            self._free.acquire()
+            if failed.is_set():
+                self._free.release()
+                break
+            future = self._pool.submit(self._send_part, key, unfinished.id, number, body)
+            future.add_done_callback(ended)
+            parts.append(future)
+        done = [part.result() if isinstance(part, Future) else part for part in parts]
+        return Sent(size, sha256.hexdigest()), done
+
+    def _send_part(self, key: str, upload: str, number: int, body: bytes) -> dict[str, Any]:
+        crc32 = _crc32(body)
+        answer = self._client.upload_part(
+            Bucket=self._bucket,
+            Key=key,
+            UploadId=upload,
+            PartNumber=number,
+            Body=body,
+            ChecksumCRC32=crc32,
+        )
+        self._count(len(body))
+        return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumCRC32": crc32}
+
+
+def part_size(size: int) -> int:
+    """Bytes a part of a file of ``size`` bytes; a file of no more than one is sent whole."""
+    return max(PART_BYTES, -(-size // MOST_PARTS))
+
+
+@contextlib.contextmanager
+def unchanged(path: Path) -> Iterator[None]:
+    """Raise `UserError` if the file is another one at the block's end than at its beginning."""
+    before = path.stat()
+    yield
+    if _identity(before) != _identity(path.stat()):
+        raise UserError(
+            f"{path} changed while it was uploaded; nothing of this version is visible. Upload it "
+            "as another version when nothing writes there"
+        )
+
+
+def _identity(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+@contextlib.contextmanager
+def _allowed(*codes: str) -> Iterator[None]:
+    """Pass over a refusal by the store that costs no more than time."""
+    try:
+        yield
+    except botocore.exceptions.ClientError as error:
+        if error.response["Error"]["Code"] not in ("AccessDenied", "NotImplemented", *codes):
+            raise
+
+
+class _Digest:
+    """A file that keeps nothing of what is written into it but its sha256."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return len(data)
+
+
+def _parts(path: Path, part_bytes: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while body := file.read(part_bytes):
+            yield body
+
+
+def _md5(path: Path, number: int, part_bytes: int) -> str:
+    with path.open("rb") as file:
+        file.seek((number - 1) * part_bytes)
+        return hashlib.md5(file.read(part_bytes), usedforsecurity=False).hexdigest()
+
+
+def _crc32(body: bytes) -> str:
+    return base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
+
+
+def _local(path: Path, part_bytes: int) -> tuple[Sent, str]:
+    """What a file comes to, and the ETag that S3 gives it where it does not encrypt."""
+    sha256, size, digests = hashlib.sha256(), 0, []
+    for body in _parts(path, part_bytes):
+        sha256.update(body)
+        size += len(body)
+        digests.append(hashlib.md5(body, usedforsecurity=False))
+    if size <= part_bytes:
+        etag = (digests or [hashlib.md5(usedforsecurity=False)])[0].hexdigest()
+    else:
+        together = b"".join(digest.digest() for digest in digests)
+        etag = f"{hashlib.md5(together, usedforsecurity=False).hexdigest()}-{len(digests)}"
+    return Sent(size, sha256.hexdigest()), etag
