@@ -34,6 +34,8 @@ SHOWN = re.compile(r"train: (\d+)/(\d+) steps ?(.*)")
 """A line of progress in a pod's log."""
 
 ENGINES: dict[str, Engine] = {"trainjob": trainjob, "rayjob": rayjob}
+STEP_CONTAINER = "main"
+"""What Kubeflow Pipelines calls the container of a step."""
 POLL_S = 5.0
 
 
@@ -60,7 +62,7 @@ def launch(settings: TrainSettings, paths: dict[str, Path]) -> None:
         _send(exchange, settings, paths["tokens"])
         body = engine.body(
             settings.cluster, name=name, exchange=exchange.uri,
-            image=settings.cluster.image or TRAIN_IMAGE, schema=schema, owner=_this_pod(),
+            image=settings.cluster.image or _image(cluster), schema=schema, owner=_this_pod(),
         )  # fmt: skip
         job = _created(cluster, engine, body)
         try:
@@ -132,6 +134,16 @@ def _this_pod() -> dict[str, Any] | None:
     if not (name and uid):
         return None
     return {"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid}
+
+
+def _image(cluster: Cluster) -> str:
+    """The image that this step runs in."""
+    if name := os.environ.get("KFP_POD_NAME"):
+        for pod in cluster.list(POD, metadata__name=name):
+            for container in pod["spec"]["containers"]:
+                if container["name"] == STEP_CONTAINER:
+                    return str(container["image"])
+    return TRAIN_IMAGE
 
 
 def _created(cluster: Cluster, engine: Engine, body: dict[str, Any]) -> dict[str, Any]:

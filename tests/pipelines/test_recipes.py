@@ -11,7 +11,7 @@ from nudge.pipelines.recipes import load, shipped
 
 
 def test_every_shipped_recipe_is_named_as_its_file_and_valid() -> None:
-    assert set(shipped()) == {"eiffel", "nightly", "python-docs"}
+    assert set(shipped()) == {"eiffel", "many-nodes", "nightly", "one-gpu", "python-docs"}
     for name, title in shipped().items():
         assert load(name).name == name
         assert title

@@ -308,7 +308,7 @@ def test_a_missing_right_and_a_missing_kind(
         launch(settings, {"tokens": tokens, **outputs(tmp_path)})
 
 
-def test_the_job_belongs_to_the_steps_pod(
+def test_the_job_belongs_to_the_steps_pod_and_has_its_image(
     api: KubernetesApi,
     engine: Engine,
     settings: TrainSettings,
@@ -317,14 +317,21 @@ def test_the_job_belongs_to_the_steps_pod(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     meta = {"name": "step"}
-    spec = {"containers": [{"name": "main", "image": "i"}]}
+    spec = {"containers": [{"name": "main", "image": "registry/step@sha256:1"}]}
     step = api.add({"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec})
     monkeypatch.setenv("KFP_POD_NAME", "step")
     monkeypatch.setenv("KFP_POD_UID", step["metadata"]["uid"])
-    api.on_change(engine.KIND.name, lambda job: api.remove("Pod", "step"))
+    made: list[dict[str, Any]] = []
+
+    def remove(job: dict[str, Any]) -> None:
+        made.append(job)
+        api.remove("Pod", "step")
+
+    api.on_change(engine.KIND.name, remove)
     with pytest.raises(UserError, match="was deleted before it was complete"):
         launch(settings, {"tokens": tokens, **outputs(tmp_path)})
     assert connect().get(engine.KIND, NAME) is None
+    assert "registry/step@sha256:1" in str(made[0]["spec"])
 
 
 def test_what_is_damaged_on_the_way_is_refused(tmp_path: Path) -> None:
