@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from nudge.components.common.errors import UserError
-from nudge.components.common.publish import published, sha256_file
+from nudge.components.common.publish import published, read_manifest, sha256_file
 from nudge.components.common.uris import is_local, local_path
 
 CONVERSION = 1
@@ -97,6 +97,27 @@ def model_sha256(folder: Path) -> str:
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())
     return digest.hexdigest()
+
+
+def verify_upload(folder: Path, uri: str) -> None:
+    """Hold a folder against the manifest of its upload, if it has one.
+
+    Raises `UserError` if a file is missing, is not what was uploaded, or lies out of the folder.
+    """
+    if not (folder / "manifest.json").is_file():
+        return
+    manifest = read_manifest(folder / "manifest.json", "nudge.upload", 1)
+    for name, entry in manifest["files"].items():
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder.resolve()):
+            raise UserError(f"{uri}: its manifest names {name}, which leads out of the folder")
+        if not path.is_file():
+            raise UserError(f"{uri}: {name} is missing, which its manifest lists")
+        if (actual := sha256_file(path)) != entry["sha256"]:
+            raise UserError(
+                f"{uri}: {name} has the sha256 {actual}, its manifest says {entry['sha256']}: it "
+                "was changed since it was uploaded"
+            )
 
 
 def cache_folder() -> Path:

@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
-import ssl
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from nudge.components.common.errors import UserError
 from nudge.components.common.releases import Version
+from nudge.components.common.trust import trusted
 from nudge.components.deploy.settings import DeploySettings
 
 SURE = 0.5
@@ -17,8 +15,6 @@ SURE = 0.5
 TOP = 5
 """Likeliest tokens asked for; vLLM gives up to 20, the OpenAI API up to 5."""
 TIMEOUT_S = 120.0
-
-SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
 @dataclass(frozen=True)
@@ -42,17 +38,6 @@ class Server:
         return httpx.Client(
             base_url=self.address, headers=headers, timeout=timeout_s, verify=verify
         )
-
-
-def trusted() -> ssl.SSLContext:
-    """The authorities of this system, of the cluster that this runs in, and of NUDGE_SERVING_CA."""
-    context = ssl.create_default_context()
-    given = os.environ.get("NUDGE_SERVING_CA")
-    if given and not Path(given).is_file():
-        raise UserError(f"NUDGE_SERVING_CA names {given}, and there is no such file")
-    for path in (*SERVICE_ACCOUNT.glob("*.crt"), *([Path(given)] if given else [])):
-        context.load_verify_locations(path)
-    return context
 
 
 def smoke_test(server: Server, version: Version, settings: DeploySettings) -> str:

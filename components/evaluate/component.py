@@ -13,6 +13,7 @@ def evaluate(
     evaluation: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
+    scores: dsl.Output[dsl.Dataset],
 ) -> int:
     """Score base, served version and candidate on held-out text and say whether to promote.
 
@@ -26,10 +27,12 @@ def evaluate(
         evaluation: Metrics, probes and verdict, as JSON.
         metrics: The figures that the dashboard shows.
         report: One page: is it better, and can I trust that?
+        scores: Every document's score under every model, as Parquet.
 
     Returns:
         1 if the candidate is shown to be better and nothing guarded has moved, else 0.
     """
+    import math
     from pathlib import Path
 
     from nudge.components.common.recipe import step_settings
@@ -41,9 +44,10 @@ def evaluate(
         named = {"base_model": base_model, "model_name": model_name}
         settings = step_settings(EvaluateSettings, "evaluate", recipe, **named)
         inputs = {"corpus": corpus, "model": model, "history": history}
-        outputs = {"evaluation": evaluation, "report": report}
+        outputs = {"evaluation": evaluation, "report": report, "scores": scores}
         paths = {name: Path(artifact.path) for name, artifact in {**inputs, **outputs}.items()}
         result = evaluate(settings, **paths)
         for name in ("promote", "base_bits_per_byte", "candidate_bits_per_byte"):
-            metrics.log_metric(name, result[name])
+            if math.isfinite(result[name]):
+                metrics.log_metric(name, result[name])
     return int(result["promote"])

@@ -1,9 +1,10 @@
-"""The step `evaluate`: base and candidate scored alike, and a verdict."""
+"""The step `evaluate`: base, served version and candidate scored alike, and a verdict."""
 
 import dataclasses
 import datetime
 import itertools
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,14 @@ from nudge.components.evaluate.incumbent import Incumbent
 from nudge.components.evaluate.settings import EvaluateSettings
 
 FORMAT, VERSION = "nudge.evaluation", 1
+LINEAGE = (
+    "base_model",
+    "data_fingerprint",
+    "tokenizer_sha256",
+    "code_version",
+    "seed",
+    "settings",
+)
 
 
 def evaluate(
@@ -24,89 +33,145 @@ def evaluate(
     history: Path,
     evaluation: Path,
     report: Path,
+    scores: Path,
 ) -> dict[str, Any]:
-    """Find the version served now, then `judge` the candidate."""
-    from nudge.components.evaluate.incumbent import find_incumbent
+    """Find the version served now and the guards' texts, then `judge` the candidate."""
+    from nudge.components.evaluate.incumbent import bring, find_incumbent
+    from nudge.components.evaluate.tasks import check_tasks
+    from nudge.components.evaluate.texts import guard_documents
 
-    incumbent = find_incumbent(settings.model_name, settings.registry_url)
+    check_tasks(settings)
+    incumbent, served = bring(find_incumbent(settings.model_name, settings.registry_url))
     # What was found is an input of the judging: of the same one it can be reused.
     plain = dataclasses.replace(settings, model_name="", registry_url="")
-    folders = {"corpus": corpus, "model": model, "history": history}
-    return judge(plain, incumbent=incumbent, **folders, evaluation=evaluation, report=report)
+    guards = {
+        guard.name: [dataclasses.asdict(document) for document in guard_documents(guard)]
+        for guard in settings.guards
+    }
+    inputs = {"corpus": corpus, "model": model, "history": history}
+    outputs = {"evaluation": evaluation, "report": report, "scores": scores}
+    return judge(plain, incumbent=incumbent, served=served, guards=guards, **inputs, **outputs)
 
 
-@step("evaluate", outputs=("evaluation", "report"))
+@step("evaluate", outputs=("evaluation", "report", "scores"))
 def judge(
     settings: EvaluateSettings,
     *,
     incumbent: Incumbent,
+    served: Path | None,
+    guards: dict[str, list[dict[str, Any]]],
     corpus: Path,
     model: Path,
     history: Path,
     evaluation: Path,
     report: Path,
+    scores: Path,
 ) -> dict[str, Any]:
-    """Compare a candidate with its base model and the incumbent on held-out text and probes.
+    """Compare a candidate with its base model and the incumbent on held-out text, guards, probes.
 
     ``corpus`` is a corpus artifact, of which the validation split is scored; ``model`` and
-    ``history`` are what `train` made. ``evaluation`` becomes one JSON file (nudge.evaluation) with
-    metrics, probes and verdict, ``report`` one self-contained HTML page made of it.
+    ``history`` are what `train` made; ``served`` is the incumbent's folder, ``guards`` the
+    documents of each guard. ``evaluation`` becomes one JSON file (nudge.evaluation) with metrics,
+    probes and verdict, ``report`` one self-contained HTML page made of it, ``scores`` a Parquet
+    file (nudge.scores) of every document under every model.
     Returns ``promote`` (1 or 0) and both models' bits per byte.
     """
-    from nudge.components.common.base_model import local_model, model_sha256
-    from nudge.components.common.corpus import read_corpus, read_documents
-    from nudge.components.evaluate.gate import verdict
+    from nudge.components.common.base_model import local_model, model_sha256, resolved
+    from nudge.components.common.corpus import Document, read_corpus, read_documents
+    from nudge.components.evaluate import checks
+    from nudge.components.evaluate.answers import ask
+    from nudge.components.evaluate.completions import completion_checks
+    from nudge.components.evaluate.gate import compare, verdict
     from nudge.components.evaluate.perplexity import summarize
-    from nudge.components.evaluate.probes import compare
+    from nudge.components.evaluate.probes import compare as compare_probes
     from nudge.components.evaluate.report import render_report
+    from nudge.components.evaluate.scores import write_scores
+    from nudge.components.evaluate.tasks import compare_tasks
+    from nudge.components.evaluate.texts import HELD_OUT, texts_sha256
 
     made_of = read_manifest(model / "nudge.json", "nudge.model", 1)
-    documents = itertools.islice(read_documents(corpus, "validation"), settings.max_documents)
-    texts = [document.text for document in documents]
-    folders = {"base": local_model(settings.base_model)}
-    if incumbent.state == "found":
-        folders["incumbent"] = local_model(incumbent.uri)
+    held_out = itertools.islice(read_documents(corpus, "validation"), settings.max_documents)
+    documents = {
+        HELD_OUT: list(held_out),
+        **{name: [Document(**each) for each in of_guard] for name, of_guard in guards.items()},
+    }
+    uris = {"base": resolved(settings.base_model)}
+    same_place = served is not None and uris["base"] == incumbent.uri
+    folders = {"base": served if served and same_place else local_model(uris["base"])}
+    if served is not None:
+        folders["incumbent"], uris["incumbent"] = served, incumbent.uri
     folders["candidate"] = model
-    answers, tokenizer, first_token = _answers(settings, folders, texts)
-    base, candidate = answers["base"], answers["candidate"]
-    same = "incumbent" in folders and model_sha256(folders["incumbent"]) == model_sha256(model)
-    scores = {name: answer["scores"] for name, answer in answers.items()}
-    probes = compare(tokenizer, settings, base["probes"], candidate["probes"])
-    decision = verdict(scores, probes, settings, incumbent, same)
-    metrics = {name: summarize(of_model) for name, of_model in scores.items()}
-    completions = zip(settings.prompts, base["texts"], candidate["texts"], strict=True)
+    sha256 = {name: model_sha256(folder) for name, folder in folders.items()}
+    reference = "incumbent" if "incumbent" in folders else "base"
+    texts = {name: [document.text for document in each] for name, each in documents.items()}
+    answers = ask(settings, folders, texts)
+    candidate = answers["candidate"]
+    of_sets = {
+        name: {model: answer.scores[name] for model, answer in answers.items()} for name in texts
+    }
+    probes = compare_probes(candidate.tokenizer, settings, answers["base"].probes, candidate.probes)
+    guarded = [
+        {
+            "name": guard.name,
+            "uri": guard.uri,
+            "limit": guard.limit,
+            "metrics": {model: summarize(each) for model, each in of_sets[guard.name].items()},
+            **(differs := compare(of_sets[guard.name], settings)[reference]),
+            "ok": differs["interval"][1] <= guard.limit,
+        }
+        for guard in settings.guards
+    ]
+    tasks = compare_tasks(settings, {n: each.tasks for n, each in answers.items()}, reference)
+    decision = verdict(
+        of_sets[HELD_OUT],
+        [
+            *checks.loss_checks(of_sets),
+            *checks.probe_checks(probes),
+            *checks.guard_checks(guarded),
+            *completion_checks(candidate.completions),
+            *checks.task_checks(tasks),
+        ],
+        settings,
+        incumbent,
+        same=sha256.get("incumbent") == sha256["candidate"],
+    )
+    metrics = {name: summarize(of_model) for name, of_model in of_sets[HELD_OUT].items()}
     values = {
         "run_id": os.environ.get("NUDGE_RUN_ID", ""),
         "recipe": os.environ.get("NUDGE_RECIPE", ""),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "verdict": decision,
         "metrics": metrics,
+        "guards": guarded,
+        "tasks": tasks,
         "incumbent": dataclasses.asdict(incumbent),
+        "models": {
+            name: {"uri": uris.get(name, ""), "sha256": sha256[name], "first_token": each.first}
+            for name, each in answers.items()
+        },
         "method": {
             "window": settings.window,
             "stride": min(settings.stride, settings.window),
-            "first_token": f"each document by itself, after {tokenizer.decode([first_token])!r}",
+            "first_token": settings.first_token,
+            "resamples": settings.resamples,
+            "seed": settings.seed,
+            "texts_sha256": {name: texts_sha256(each) for name, each in texts.items()},
+            **candidate.ran,
         },
+        "scores": write_scores(scores, documents, of_sets),
         "probes": probes,
         "samples": [
-            {"prompt": prompt, "before": before, "after": after}
-            for prompt, before, after in completions
+            {"prompt": before.prompt, "before": before.text, "after": after.text}
+            for before, after in zip(
+                answers["base"].completions, candidate.completions, strict=True
+            )
         ],
         "history": _history(history, made_of["settings"].get("watch")),
         "corpus": _counts(read_corpus(corpus), made_of["tokens"]),
-        "lineage": {
-            key: made_of[key]
-            for key in (
-                "base_model",
-                "data_fingerprint",
-                "tokenizer_sha256",
-                "code_version",
-                "seed",
-                "settings",
-            )
-        },
+        "lineage": {key: made_of[key] for key in LINEAGE},
         "training": made_of["training"],
     }
+    values = _plain(values)
     write_manifest(evaluation, FORMAT, VERSION, values)
     write_atomic(report, render_report({"format": FORMAT, "version": VERSION, **values}))
     return {
@@ -117,38 +182,13 @@ def judge(
     }
 
 
-def _answers(
-    settings: EvaluateSettings, folders: dict[str, Path], texts: list[str]
-) -> tuple[dict[str, dict[str, Any]], Any, int]:
-    from nudge.components.common.language_model import load_model, load_tokenizer, set_up_torch
-    from nudge.components.common.progress import progress
-    from nudge.components.common.tokens import end_of_document_id
-    from nudge.components.evaluate.perplexity import score
-    from nudge.components.evaluate.probes import answer, complete
-
-    set_up_torch(settings.threads, settings.seed)
-    answers = {}
-    with progress("evaluate", unit="tokens") as bar:
-        for name, folder in folders.items():
-            bar.note(stage=f"scoring {name}")
-            model, tokenizer = load_model(folder), load_tokenizer(folder)
-            first_token = end_of_document_id(tokenizer)
-            scores = score(
-                model,
-                tokenizer,
-                texts,
-                first_token=first_token,
-                window=settings.window,
-                stride=settings.stride,
-                bar=bar,
-            )
-            answers[name] = {
-                "scores": scores,
-                "probes": answer(model, tokenizer, settings.probes),
-                "texts": complete(model, tokenizer, settings.prompts, settings.completion_tokens),
-            }
-            del model
-    return answers, tokenizer, first_token
+def _plain(value: Any) -> Any:
+    """``value`` with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _history(folder: Path, watch: dict[str, str] | None) -> dict[str, Any]:

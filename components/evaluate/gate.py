@@ -1,10 +1,13 @@
-"""The gate: is the candidate better, beyond what the choice of held-out documents explains?"""
+"""The gate: is the candidate better, beyond what the choice of held-out documents explains, and
+does all else hold?"""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from nudge.components.evaluate.checks import Check
 from nudge.components.evaluate.incumbent import Incumbent
 from nudge.components.evaluate.perplexity import Score
 from nudge.components.evaluate.settings import EvaluateSettings
@@ -40,19 +43,10 @@ def paired_bootstrap(
     return float(gain.sum() / size.sum()), (float(low), float(high))
 
 
-def verdict(
-    scores: Mapping[str, Sequence[Score]],
-    probes: Sequence[dict[str, Any]],
-    settings: EvaluateSettings,
-    incumbent: Incumbent,
-    same: bool = False,
-) -> dict[str, Any]:
-    """Promote only if the whole interval is better by the margin and every ``hold`` probe held.
-
-    ``scores`` are those of base, candidate and, if one was found, incumbent. The candidate is held
-    against the incumbent if there is one, else against the base model; if it is not known whether
-    there is one, nothing is promoted. ``same``: the candidate is the incumbent, bit for bit.
-    """
+def compare(
+    scores: Mapping[str, Sequence[Score]], settings: EvaluateSettings
+) -> dict[str, dict[str, Any]]:
+    """The candidate's difference to each other model on one set of documents, by that model."""
     comparisons: dict[str, dict[str, Any]] = {}
     for name in scores:
         if name != "candidate":
@@ -64,34 +58,51 @@ def verdict(
                 seed=settings.seed,
             )
             comparisons[name] = {"difference_bits_per_byte": gap, "interval": list(ends)}
+    return comparisons
+
+
+def verdict(
+    scores: Mapping[str, Sequence[Score]],
+    checks: Sequence[Check],
+    settings: EvaluateSettings,
+    incumbent: Incumbent,
+    same: bool = False,
+) -> dict[str, Any]:
+    """Promote only if the whole interval is better by the margin and every check is ok.
+
+    ``scores`` are those of base, candidate and, if one was found, incumbent. The candidate is held
+    against the incumbent if there is one, else against the base model; if it is not known whether
+    there is one, nothing is promoted. ``same``: the candidate is the incumbent, bit for bit.
+    """
+    comparisons = compare(scores, settings)
     reference = "incumbent" if "incumbent" in comparisons else "base"
     told = f"the version served now ({incumbent.version})" if incumbent.version else "the base"
     difference: float = comparisons[reference]["difference_bits_per_byte"]
     low, high = comparisons[reference]["interval"]
-    moved = [probe["prompt"] for probe in probes if probe["expect"] == "hold" and not probe["ok"]]
+    failed = [check for check in checks if not check.ok]
     better = high < -settings.margin
     if incumbent.state == "unknown":
         reason = f"it is not known what is served now, so nothing can replace it: {incumbent.why}"
     elif same:
         reason = f"this is {told} again, bit for bit; there is nothing to promote"
+    elif any(check.kind == "loss" for check in failed):
+        reason = "; ".join(check.told for check in failed if check.kind == "loss")
     elif not better:
         reason = (
             f"not shown to be better than {told}: the {settings.confidence:.0%} interval of the "
             f"difference, {low:+.4f} to {high:+.4f} bits per byte, "
             f"does not lie below {-settings.margin:+.4f}"
         )
-    elif moved:
-        reason = (
-            f"better than {told} on held-out text, but what should hold has moved by more than "
-            f"{settings.hold_limit:.0%}: " + "; ".join(moved)
-        )
+    elif failed:
+        what = "; ".join(check.told for check in failed)
+        reason = f"better than {told} on held-out text, but {what}"
     else:
         reason = (
             f"better than {told} by {-difference:.4f} bits per byte on held-out text "
             f"({settings.confidence:.0%} interval {-high:.4f} to {-low:.4f})"
         )
     return {
-        "promote": better and not moved and not same and incumbent.state != "unknown",
+        "promote": better and not failed and not same and incumbent.state != "unknown",
         "reason": reason,
         "reference": reference,
         "difference_bits_per_byte": difference,
@@ -99,4 +110,5 @@ def verdict(
         "comparisons": comparisons,
         "confidence": settings.confidence,
         "margin": settings.margin,
+        "checks": [dataclasses.asdict(check) for check in checks],
     }

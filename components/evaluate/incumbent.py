@@ -1,9 +1,15 @@
 """The version that users meet now: found, none, or not known; three different answers."""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 from nudge.components.common.errors import UserError
+from nudge.components.common.trust import trusted
+
+TIMEOUT_S = 10.0
+ATTEMPTS = 4
+"""How often an endpoint is asked before it is called silent."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,6 +19,8 @@ class Incumbent:
     state: Literal["found", "none", "unknown"]
     version: str = ""
     uri: str = ""
+    sha256: str = ""
+    """Of its weights, as the registry has it from the run that made it; empty if it has none."""
     why: str = ""
 
 
@@ -34,21 +42,63 @@ def find_incumbent(model_name: str, registry_url: str = "") -> Incumbent:
         version = with_registry(url, find_version(model_name, served.main))
     except UserError as error:
         return Incumbent("unknown", why=str(error))
-    if not _answers(served.endpoint):
+    if silent := _silent(served.endpoint):
         return Incumbent(
             "unknown",
             version=served.main,
-            why=f"{model_name} {served.main} should be served at {served.endpoint}, which does not "
-            f"answer; bring it back (`nudge promote {served.main} --model {model_name}`)",
+            why=f"{model_name} {served.main} should be served at {served.endpoint}, which does "
+            f"not answer ({silent}); bring it back "
+            f"(`nudge promote {served.main} --model {model_name}`)",
         )
-    return Incumbent("found", version=served.main, uri=version.uri)
+    sha256 = str(version.properties.get("model_sha256", ""))
+    return Incumbent("found", version=served.main, uri=version.uri, sha256=sha256)
 
 
-def _answers(endpoint: str) -> bool:
-    """Whether a server is there: asking for a key is an answer, a gateway's 5xx is none."""
-    import httpx
+def bring(incumbent: Incumbent) -> tuple[Incumbent, Path | None]:
+    """The incumbent with its folder here; an ``unknown`` one with none if it cannot be had whole.
 
+    A folder of an upload is held against the upload's manifest, and its weights against the hash in
+    the registry: what was changed since is not what users meet.
+    """
+    from nudge.components.common.base_model import local_model, model_sha256
+
+    if incumbent.state != "found":
+        return incumbent, None
     try:
-        return httpx.get(f"{endpoint}/health", timeout=10.0).status_code < 500
-    except httpx.HTTPError:
-        return False
+        folder = local_model(incumbent.uri)
+        actual = model_sha256(folder)
+        if incumbent.sha256 not in ("", actual):
+            raise UserError(
+                f"the weights at {incumbent.uri} have the sha256 {actual}, the registry says "
+                f"{incumbent.sha256}: they were changed since they were registered"
+            )
+    except UserError as error:
+        why = f"{incumbent.version} cannot be compared with: {error}"
+        return dataclasses.replace(incumbent, state="unknown", why=why), None
+    return incumbent, folder
+
+
+def _silent(endpoint: str) -> str:
+    """What came in the place of an answer, or nothing if a server is there.
+
+    Asking for a key is an answer; a gateway's 5xx or 404 is none, asked again for a while.
+    """
+    import httpx
+    import tenacity
+
+    def reached() -> str:
+        try:
+            answer = httpx.get(f"{endpoint}/health", timeout=TIMEOUT_S, verify=trusted())
+        except httpx.HTTPError as error:
+            return f"{type(error).__name__}: {error}"
+        status = answer.status_code
+        return f"status {status}" if status >= 500 or status == 404 else ""
+
+    return str(
+        tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(ATTEMPTS),
+            wait=tenacity.wait_random_exponential(0.2, max=3),
+            retry=tenacity.retry_if_result(bool),
+            retry_error_callback=lambda state: state.outcome and state.outcome.result(),
+        )(reached)
+    )

@@ -1,8 +1,8 @@
 """Perplexity as ratios of sums over a whole set, scored with a sliding window.
 
-Each document is scored by itself. Its first token is predicted from an end-of-document token, as
-in training; a document longer than the window is scored in windows that overlap by
-``window - stride`` tokens (https://huggingface.co/docs/transformers/perplexity), each token once.
+Each document is scored by itself. Its first token is predicted from what `first_token_id` says; a
+document longer than the window is scored in windows that overlap by ``window - stride`` tokens
+(https://huggingface.co/docs/transformers/perplexity), each token once.
 """
 
 import math
@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from nudge.components.common.errors import UserError
 from nudge.components.common.language_model import head_weight, hidden_states
 from nudge.components.common.progress import Progress
+from nudge.components.common.tokens import END_OF_DOCUMENT, end_of_document_id
 from nudge.kernels import fused_linear_cross_entropy
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of one forward pass; windows of like length are scored together."""
 
 
@@ -48,45 +50,81 @@ def windows(tokens: int, window: int, stride: int) -> list[Window]:
     return made
 
 
+def first_token_id(tokenizer: Any, setting: str) -> int | None:
+    """The id that stands before a document's first token, or None for nothing.
+
+    ``bos`` and ``end`` are the tokenizer's BOS and end-of-document tokens; ``auto`` is BOS for a
+    tokenizer that puts it before a text by itself, else the end of the document before, as in
+    training, or nothing if there is no such token. Raises `UserError` if the tokenizer lacks the
+    token that is asked for.
+    """
+    bos = tokenizer.bos_token_id
+    if setting == "bos" and bos is None:
+        raise UserError("evaluate.first_token = 'bos': the tokenizer has no BOS; give end or auto")
+    if setting == "bos" or (setting == "auto" and adds_bos(tokenizer)):
+        return int(bos)
+    ends = tokenizer.eos_token is not None or END_OF_DOCUMENT in tokenizer.get_vocab()
+    if setting == "none" or (setting == "auto" and not ends):
+        return None
+    return end_of_document_id(tokenizer)
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer begins a text with its BOS unasked, as those of Gemma and Llama 3."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+
+
 @torch.no_grad()
 def score(
     model: Any,
     tokenizer: Any,
     texts: Sequence[str],
     *,
-    first_token: int,
+    first_token: int | None,
     window: int,
     stride: int,
     bar: Progress,
+    batch_tokens: int = 0,
 ) -> list[Score]:
-    """Score every text; ``first_token`` is the id that stands before a document's first token."""
-    tokenized = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    """Score every text; ``first_token`` is the id that stands before a document's first token.
+
+    With none, a document's first token is context alone: its nats and its count as a token are left
+    out, its bytes are not. ``batch_tokens`` 0 means `BATCH_TOKENS` of the model's device.
+    """
+    most = batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"])
+    before = [] if first_token is None else [first_token]
+    tokenized = [
+        before + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for text in texts
+    ]
     jobs = [
         (index, part)
         for index, ids in enumerate(tokenized)
-        for part in windows(len(ids), window, min(stride, window))
+        for part in windows(max(0, len(ids) - 1), window, min(stride, window))
     ]
     jobs.sort(key=lambda job: job[1].end - job[1].begin)
     nats = [0.0] * len(texts)
-    for batch in _batches(jobs):
+    for batch in _batches(jobs, most):
         length = max(part.end - part.begin for _, part in batch)
         # Padding stands on the right, where causal attention never looks back from.
-        inputs = torch.full((len(batch), length), first_token)
+        inputs = torch.zeros((len(batch), length), dtype=torch.int64)
         targets = torch.zeros((len(batch), length), dtype=torch.int64)
         counted = torch.zeros((len(batch), length), dtype=torch.bool)
         for row, (index, part) in enumerate(batch):
-            ids = torch.tensor([first_token, *tokenized[index]])
+            ids = torch.tensor(tokenized[index][part.begin : part.end + 1])
             size = part.end - part.begin
-            inputs[row, :size] = ids[part.begin : part.end]
-            targets[row, :size] = ids[part.begin + 1 : part.end + 1]
+            inputs[row, :size] = ids[:-1]
+            targets[row, :size] = ids[1:]
             counted[row, part.scored_from - part.begin : size] = True
-        losses = _losses(model, inputs, targets)
-        sums = (losses * counted).sum(dim=1, dtype=torch.float64)
-        for row, (index, part) in enumerate(batch):
-            nats[index] += float(sums[row])
+        losses = _losses(model, inputs, targets, counted).cpu().double()
+        for (index, part), of_window in zip(
+            batch, losses.split(counted.sum(1).tolist()), strict=True
+        ):
+            nats[index] += float(of_window.sum())
             bar.advance(part.end - part.scored_from)
     return [
-        Score(nat, len(ids), len(text.encode()), len(text.split()))
+        Score(nat, max(0, len(ids) - 1), len(text.encode()), len(text.split()))
         for nat, ids, text in zip(nats, tokenized, texts, strict=True)
     ]
 
@@ -97,6 +135,11 @@ def summarize(scores: Sequence[Score]) -> dict[str, float | int]:
     tokens = sum(score.tokens for score in scores)
     count = sum(score.bytes for score in scores)
     words = sum(score.words for score in scores)
+    if not tokens or not words:
+        raise UserError(
+            f"the {len(scores)} documents to score hold {tokens} tokens and {words} words that can "
+            "be scored; give more text, or longer ones"
+        )
     return {
         "nats_per_token": nats / tokens,
         "token_perplexity": math.exp(nats / tokens),
@@ -109,24 +152,29 @@ def summarize(scores: Sequence[Score]) -> dict[str, float | int]:
     }
 
 
-def _losses(model: Any, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    positions = torch.arange(inputs.shape[1]).expand_as(inputs)
-    hidden = hidden_states(model, inputs, positions)
-    losses = fused_linear_cross_entropy(
-        hidden.flatten(0, 1),
+def _losses(
+    model: Any, inputs: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor
+) -> torch.Tensor:
+    """The losses of the targets that count, row after row; the head is spared the others."""
+    device = model.device
+    positions = torch.arange(inputs.shape[1], device=device).expand_as(inputs)
+    hidden = hidden_states(model, inputs.to(device), positions)
+    counted = counted.to(device)
+    losses: torch.Tensor = fused_linear_cross_entropy(
+        hidden[counted],
         head_weight(model),
-        targets.flatten(),
+        targets.to(device)[counted],
         reduction="none",
         logit_softcap=getattr(model.config, "final_logit_softcapping", None) or 0.0,
     )
-    return losses.view_as(targets)
+    return losses
 
 
-def _batches(jobs: list[tuple[int, Window]]) -> list[list[tuple[int, Window]]]:
+def _batches(jobs: list[tuple[int, Window]], most: int) -> list[list[tuple[int, Window]]]:
     batches: list[list[tuple[int, Window]]] = []
     for job in jobs:  # sorted by length, so the newest job sets the width of its batch
         width = job[1].end - job[1].begin
-        if not batches or (len(batches[-1]) + 1) * width > BATCH_TOKENS:
+        if not batches or (len(batches[-1]) + 1) * width > most:
             batches.append([])
         batches[-1].append(job)
     return batches

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from nudge.components.common.language_model import (
     likeliest,
     next_token_probabilities,
@@ -54,20 +53,3 @@ def compare(
             }
         )
     return compared
-
-
-@torch.no_grad()
-def complete(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -> list[str]:
-    """Greedy completions of at most ``tokens`` tokens, without their prompts."""
-    texts = []
-    for prompt in prompts:
-        encoded = tokenizer(prompt, return_tensors="pt")
-        made = model.generate(
-            **encoded,
-            max_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        )
-        fresh = made[0, encoded["input_ids"].shape[1] :]
-        texts.append(tokenizer.decode(fresh, skip_special_tokens=True))
-    return texts

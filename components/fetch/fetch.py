@@ -4,8 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.errors import UserError
-from nudge.components.common.publish import published, read_manifest, verify_file
+from nudge.components.common.publish import published, read_manifest
 from nudge.components.common.step import step
 
 
@@ -16,19 +15,12 @@ def fetch(model_uri: str, *, model: Path, history: Path) -> dict[str, Any]:
     The URI is any that a base model may have. A folder with the manifest of an upload is checked
     against it. Raises `UserError` if it is damaged or was not trained here.
     """
-    from nudge.components.common.base_model import local_model, resolved
+    from nudge.components.common.base_model import local_model, resolved, verify_upload
 
     uri = resolved(model_uri)
     folder = local_model(uri)
     read_manifest(folder / "nudge.json", "nudge.model", 1)
-    if (folder / "manifest.json").is_file():
-        for name, entry in read_manifest(folder / "manifest.json", "nudge.upload", 1)[
-            "files"
-        ].items():
-            path = (folder / name).resolve()
-            if not path.is_relative_to(folder.resolve()):
-                raise UserError(f"{uri}: its manifest names {name}, which leads out of the folder")
-            verify_file(path, entry["sha256"])
+    verify_upload(folder, uri)
     with published(model) as part:
         shutil.copytree(folder, part, dirs_exist_ok=True)
     with published(history) as part:

@@ -102,6 +102,7 @@ def _properties(
         "run_id": run_id,
         "base_model": facts["base_model"]["uri"],
         "base_model_sha256": facts["base_model"]["sha256"],
+        "model_sha256": results["models"]["candidate"]["sha256"],
         "data_fingerprint": facts["data_fingerprint"],
         "tokenizer_sha256": facts["tokenizer_sha256"],
         "code_version": facts["code_version"],

@@ -43,6 +43,7 @@ def made(place: Path, recipe: str) -> dict[str, Any]:
     model, history = artifact(dsl.Model, "model"), artifact(dsl.Artifact, "history")
     evaluation, metrics = artifact(dsl.Artifact, "evaluation"), artifact(dsl.Metrics, "metrics")
     found, report = artifact(dsl.HTML, "found"), artifact(dsl.HTML, "report")
+    scores = artifact(dsl.Dataset, "scores")
     named = {"recipe": recipe, "data_uri": "", "model_name": ""}
     assert ingest.python_func(**named, corpus=corpus, report=found) == 1
     tokenize.python_func(recipe=recipe, base_model="", corpus=corpus, tokens=tokens)
@@ -66,6 +67,7 @@ def made(place: Path, recipe: str) -> dict[str, Any]:
         evaluation=evaluation,
         metrics=metrics,
         report=report,
+        scores=scores,
     )
     return {**locals(), "promote": promote}
 
@@ -157,6 +159,7 @@ def test_a_model_that_is_fetched_is_evaluated_as_it_was(
         evaluation=evaluation,
         metrics=dsl.Metrics(name="metrics-again", uri=str(place / "metrics-again"), metadata={}),
         report=dsl.HTML(name="report-again", uri=str(place / "report-again"), metadata={}),
+        scores=dsl.Dataset(name="scores-again", uri=str(place / "scores-again"), metadata={}),
     )
     assert promote == made["promote"]
     before, after = (

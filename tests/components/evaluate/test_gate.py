@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from nudge.components.evaluate.gate import paired_bootstrap, verdict
+from nudge.components.evaluate.checks import Check, guard_checks, loss_checks, probe_checks
+from nudge.components.evaluate.gate import compare, paired_bootstrap, verdict
 from nudge.components.evaluate.incumbent import Incumbent
 from nudge.components.evaluate.perplexity import Score
 from nudge.components.evaluate.settings import EvaluateSettings
@@ -33,7 +34,7 @@ def passes(gain: float, seed: int) -> bool:
 def judged(
     gain: float,
     seed: int,
-    probes: Sequence[dict[str, Any]] = (),
+    checks: Sequence[Check] = (),
     settings: EvaluateSettings = SETTINGS,
     incumbent: Incumbent = NONE,
     **more: Any,
@@ -42,7 +43,7 @@ def judged(
     scores = {"base": base, "candidate": candidate}
     if incumbent.state == "found":
         scores["incumbent"] = more.pop("served")
-    return verdict(scores, probes, settings, incumbent, **more)
+    return verdict(scores, checks, settings, incumbent, **more)
 
 
 def test_equal_models_pass_no_more_often_than_the_level_says() -> None:
@@ -71,10 +72,51 @@ def test_a_worse_model_is_not_promoted_and_the_reason_says_so() -> None:
 
 
 def test_a_moved_guard_probe_stops_a_better_model() -> None:
-    probe: dict[str, Any] = {"prompt": "The Pacific", "expect": "hold", "ok": False}
-    decision = judged(0.1, 5, [probe])
+    moved = {"p_before": 0.5, "p_after": 0.1, "limit": 0.2, "target": " Ocean", "ok": False}
+    probe = {"prompt": "The Pacific", "expect": "hold", **moved}
+    checks = probe_checks([probe, {**probe, "expect": "rise"}])
+    assert len(checks) == 1
+    decision = judged(0.1, 5, checks)
     assert not decision["promote"]
-    assert "The Pacific" in decision["reason"]
+    assert "P(' Ocean') after 'The Pacific' went from 0.5 to 0.1" in decision["reason"]
+    assert decision["checks"][0]["ok"] is False
+
+
+def guarded(gain: float, limit: float) -> dict[str, Any]:
+    """A better model, of which a guard set says ``gain`` nats a byte (below 0 is worse)."""
+    base, candidate = documents(gain, 11)
+    differs = compare({"base": base, "candidate": candidate}, SETTINGS)["base"]
+    ok = differs["interval"][1] <= limit
+    return judged(0.1, 5, guard_checks([{"name": "code", "limit": limit, "ok": ok, **differs}]))
+
+
+def test_a_guard_set_that_gets_worse_past_its_limit_stops_a_better_model() -> None:
+    assert guarded(0.0, limit=0.02)["promote"]
+    assert guarded(-0.01, limit=0.05)["promote"]  # worse by 0.0144 bits, and 0.05 may be lost
+    decision = guarded(-0.1, limit=0.05)
+    assert not decision["promote"]
+    assert "better than the base on held-out text, but +0.1" in decision["reason"]
+    assert "bits per byte on code" in decision["reason"]
+    assert "at most +0.0500 is allowed" in decision["reason"]
+
+
+def test_a_guard_whose_loss_is_not_ruled_out_stops_too() -> None:
+    """The difference lies within the limit, the worse end of its interval does not."""
+    decision = guarded(-0.012, limit=0.018)
+    told = decision["checks"][0]["told"]
+    assert -0.012 / np.log(2) < 0.018
+    assert not decision["promote"], told
+
+
+def test_a_loss_that_is_no_number_promotes_nothing() -> None:
+    for wrong in (float("nan"), float("-inf")):
+        base, candidate = documents(0.1, 5)
+        candidate[3] = Score(wrong, 10, 40, 6)
+        of_models = {"base": base, "candidate": candidate}
+        checks = loss_checks({"held-out": of_models})
+        decision = verdict(of_models, checks, SETTINGS, NONE)
+        assert not decision["promote"]
+        assert "the loss of 1 documents of held-out is no finite number" in decision["reason"]
 
 
 def test_the_margin_is_asked_for() -> None:

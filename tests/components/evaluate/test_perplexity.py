@@ -2,12 +2,24 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from nudge.components.common.errors import UserError
 from nudge.components.common.language_model import load_model, load_tokenizer
 from nudge.components.common.progress import progress
-from nudge.components.evaluate.perplexity import Score, Window, score, summarize, windows
+from nudge.components.evaluate import perplexity
+from nudge.components.evaluate.perplexity import (
+    Score,
+    Window,
+    first_token_id,
+    score,
+    summarize,
+    windows,
+)
+from tokenizers import processors
 
 
 @pytest.mark.parametrize(
@@ -64,3 +76,69 @@ def test_scores_equal_plain_transformers(tiny_model: Path) -> None:
         assert scored.nats == pytest.approx(nats, rel=1e-5)
         assert scored.tokens == len(ids) - 1
         assert scored.bytes == len(text.encode())
+
+
+def with_bos(folder: Path, name: str) -> Any:
+    """The tiny tokenizer, made to put its BOS before a text as those of Gemma and Llama 3."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{name} $A", special_tokens=[(name, tokenizer.convert_tokens_to_ids(name))]
+    )
+    return tokenizer
+
+
+def test_the_first_token_is_the_tokenizers_own_policy(tiny_model: Path) -> None:
+    plain, bos = load_tokenizer(tiny_model), with_bos(tiny_model, "<|im_start|>")
+    named = plain.convert_tokens_to_ids
+    assert first_token_id(plain, "auto") == named("<|endoftext|>")
+    assert first_token_id(bos, "auto") == named("<|im_start|>")
+    assert first_token_id(plain, "bos") == named("<|im_start|>")
+    assert first_token_id(bos, "end") == named("<|endoftext|>")
+    assert first_token_id(bos, "none") is None
+    # A tokenizer with another token in front has not said that its BOS belongs there.
+    assert first_token_id(with_bos(tiny_model, "<|im_end|>"), "auto") == named("<|endoftext|>")
+
+
+def test_a_tokenizer_without_such_tokens(tiny_model: Path) -> None:
+    bare = load_tokenizer(tiny_model)
+    bare.bos_token = bare.eos_token = None
+    assert first_token_id(bare, "end") == 0  # <|endoftext|>
+    with pytest.raises(UserError, match="has no BOS; give end or auto"):
+        first_token_id(bare, "bos")
+
+
+@pytest.mark.parametrize(
+    ("first", "inputs", "targets"),
+    [
+        (7, [[7, 20, 21, 22], [20, 21, 22, 23]], [[20, 21, 22, 23], [24]]),
+        (None, [[20, 21, 22, 23]], [[21, 22, 23, 24]]),
+    ],
+)
+def test_the_literal_windows_of_a_document(
+    monkeypatch: pytest.MonkeyPatch,
+    first: int | None,
+    inputs: list[list[int]],
+    targets: list[list[int]],
+) -> None:
+    """A document of the tokens 20 to 24, in windows of 4 that move by 2."""
+    seen: list[tuple[list[int], list[int]]] = []
+
+    def losses(model: Any, rows: Any, wanted: Any, counted: Any) -> torch.Tensor:
+        for row, of_row, counts in zip(rows, wanted, counted, strict=True):
+            seen.append((row.tolist(), of_row[counts].tolist()))
+        return torch.ones(int(counted.sum()))
+
+    monkeypatch.setattr(perplexity, "_losses", losses)
+    model = SimpleNamespace(device=torch.device("cpu"))
+    tokens = {"input_ids": [20, 21, 22, 23, 24]}
+    with progress("test") as bar:
+        (scored,) = score(
+            model, lambda *_, **__: tokens, ["text"], first_token=first, window=4, stride=2, bar=bar
+        )
+    assert seen == list(zip(inputs, targets, strict=True))
+    assert scored == Score(float(scored.tokens), 5 if first == 7 else 4, 4, 1)
+
+
+def test_nothing_to_score_is_said() -> None:
+    with pytest.raises(UserError, match="the 1 documents to score hold 0 tokens"):
+        summarize([Score(0.0, 0, 1, 1)])

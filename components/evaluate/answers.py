@@ -1,0 +1,92 @@
+"""Asking each model everything, one model in memory at a time."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from nudge.components.common.language_model import load_model, load_tokenizer, set_up_torch
+from nudge.components.common.progress import progress
+from nudge.components.evaluate.completions import Completion, complete
+from nudge.components.evaluate.perplexity import Score, first_token_id, score
+from nudge.components.evaluate.probes import answer
+from nudge.components.evaluate.settings import EvaluateSettings
+from nudge.components.evaluate.tasks import Measured, run_tasks
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one model said: scores by set of texts, probes, completions, tasks.
+
+    ``first`` is the token that stood before a document's first one, as text; None for nothing.
+    ``ran`` says on what it ran: device, precision, versions.
+    """
+
+    scores: dict[str, list[Score]]
+    probes: list[dict[str, Any]]
+    completions: list[Completion]
+    tasks: dict[str, Measured]
+    tokenizer: Any
+    first: str | None
+    ran: dict[str, str]
+
+
+def ask(
+    settings: EvaluateSettings, folders: Mapping[str, Path], texts: Mapping[str, Sequence[str]]
+) -> dict[str, Answers]:
+    """The answers of the models in ``folders``, by name, to the same ``texts`` by set.
+
+    On the first GPU if torch sees one, else on the CPU.
+    """
+    set_up_torch(settings.threads, settings.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    answers = {}
+    with progress("evaluate", unit="tokens") as bar:
+        for name, folder in folders.items():
+            tokenizer = load_tokenizer(folder)
+            first = first_token_id(tokenizer, settings.first_token)
+            bar.note(stage=f"loading {name}")
+            model = load_model(folder).to(device, getattr(torch, settings.precision))
+            scores = {}
+            for of_set, each in texts.items():
+                bar.note(stage=f"scoring {name}, {of_set}")
+                scores[of_set] = score(
+                    model,
+                    tokenizer,
+                    each,
+                    first_token=first,
+                    window=settings.window,
+                    stride=settings.stride,
+                    bar=bar,
+                    batch_tokens=settings.batch_tokens,
+                )
+            bar.note(stage=f"asking {name}")
+            answers[name] = Answers(
+                scores=scores,
+                probes=answer(model, tokenizer, settings.probes),
+                completions=complete(
+                    model,
+                    tokenizer,
+                    settings.prompts,
+                    settings.completion_tokens,
+                    twice=name == "candidate",
+                ),
+                tasks=run_tasks(model, tokenizer, settings),
+                tokenizer=tokenizer,
+                first=None if first is None else tokenizer.convert_ids_to_tokens(first),
+                ran=_ran(device, settings),
+            )
+            del model
+    return answers
+
+
+def _ran(device: torch.device, settings: EvaluateSettings) -> dict[str, str]:
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else "CPU",
+        "precision": settings.precision,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

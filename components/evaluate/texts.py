@@ -1,0 +1,88 @@
+"""The texts that are scored: the held-out split, and each guard's own."""
+
+import gzip
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from nudge.components.common.corpus import Document, text_sha256
+from nudge.components.common.errors import UserError
+from nudge.components.common.uris import is_local, local_path
+from nudge.components.evaluate.settings import Guard
+
+HELD_OUT = "held-out"
+"""The set that the verdict rests on; the others are guards, by their names."""
+
+
+def guard_documents(guard: Guard) -> list[Document]:
+    """The documents of a guard's files, in the order of the files' names.
+
+    Raises `UserError` if there are none, or if a file is not what its name says.
+    """
+    if is_local(guard.uri):
+        return _documents(guard, _files(local_path(guard.uri)))
+    if urlsplit(guard.uri).scheme != "s3":
+        raise UserError(
+            f"evaluate.guards {guard.name}: {guard.uri} is no place that guards are read from; "
+            "give package://, file://, a path or an s3:// folder"
+        )
+    from nudge.components.common.storage import download_folder
+
+    with tempfile.TemporaryDirectory() as folder:
+        download_folder(guard.uri, Path(folder))
+        return _documents(guard, _files(Path(folder)))
+
+
+def texts_sha256(texts: list[str]) -> str:
+    """Hex sha256 of a list of texts: of the sha256 of each, one a line."""
+    return text_sha256("".join(f"{text_sha256(text)}\n" for text in texts))
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    return sorted(p for p in path.parent.glob(path.name) if p.is_file())
+
+
+def _documents(guard: Guard, files: list[Path]) -> list[Document]:
+    read = (
+        Document(text_sha256(text)[:16], text, guard.uri)
+        for path in files
+        for text in _texts(guard, path)
+        if text.strip()
+    )
+    documents = list(itertools.islice(read, guard.max_documents))
+    if len(documents) < 2:
+        raise UserError(
+            f"evaluate.guards {guard.name}: {guard.uri} holds {len(documents)} documents with text;"
+            " an interval needs 2, and a useful one some dozens"
+        )
+    return documents
+
+
+def _texts(guard: Guard, path: Path) -> Iterator[str]:
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        if not path.name.removesuffix(".gz").endswith(".jsonl"):
+            yield text
+            return
+        for line in text.split("\n"):
+            if line.strip():
+                yield _text(json.loads(line))
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"evaluate.guards {guard.name}: {path.name} of {guard.uri} cannot be read ({error}); "
+            'give UTF-8 text, or JSON lines of {"text": ...}'
+        ) from None
+
+
+def _text(line: Any) -> str:
+    text = line["text"]
+    if not isinstance(text, str):
+        raise TypeError(f"text is a {type(text).__name__}")
+    return text

@@ -1,0 +1,235 @@
+"""The step by itself: what it leaves, and that its figures can be worked out again from that."""
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import scipy.stats
+import torch
+from nudge.components.common.corpus import Document, write_corpus
+from nudge.components.common.errors import UserError
+from nudge.components.common.publish import write_manifest
+from nudge.components.evaluate import incumbent
+from nudge.components.evaluate.evaluate import evaluate
+from nudge.components.evaluate.incumbent import Incumbent
+from nudge.components.evaluate.scores import read_scores
+from nudge.components.evaluate.settings import EvaluateSettings, Guard, Probe
+
+WORDS = ["the", "tower", "of", "Paris", "stands", "on", "a", "river", "and", "is", "old"]
+OUTPUTS = ("evaluation", "report", "scores")
+
+
+def sentences(seed: int, count: int) -> list[str]:
+    generator = np.random.default_rng(seed)
+    return [" ".join(generator.choice(WORDS, generator.integers(8, 40))) for _ in range(count)]
+
+
+def train(folder: Path, texts: list[str]) -> None:
+    """Some steps on the texts: better than the base model is all that is asked."""
+    from nudge.components.common.language_model import load_model, load_tokenizer
+
+    torch.manual_seed(1)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for text in texts:
+        ids = torch.tensor([[0, *tokenizer(text)["input_ids"]]])
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+
+
+@dataclasses.dataclass
+class Place:
+    """A corpus, a base model, a candidate that learnt, and a place for what the step makes."""
+
+    folder: Path
+    base: Path
+
+    def run(self, candidate: str = "candidate", **changes: Any) -> dict[str, Any]:
+        settings = EvaluateSettings(
+            base_model=str(self.base), **{"window": 64, "stride": 32, "resamples": 2000, **changes}
+        )
+        inputs = {"corpus": "corpus", "model": candidate, "history": "history"}
+        paths = {key: self.folder / name for key, name in inputs.items()}
+        outputs = {name: self.folder / name for name in OUTPUTS}
+        evaluate(settings, **paths, **outputs)
+        return dict(json.loads(outputs["evaluation"].read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="module")
+def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("evaluate")
+    documents = {
+        split: [Document(f"{split}-{n}", text, "file://corpus") for n, text in enumerate(texts)]
+        for split, texts in {"train": sentences(1, 30), "validation": sentences(2, 12)}.items()
+    }
+    (folder / "corpus").mkdir()
+    counts = {"documents_in": 42, "documents": 42, "bytes": 1, "dropped": {}, "sources": []}
+    write_corpus(folder / "corpus", documents, counts)
+    (folder / "history").mkdir()
+    for name in ("metrics.jsonl", "probes.jsonl"):
+        (folder / "history" / name).touch()
+    shutil.copytree(tiny_model, folder / "candidate")
+    train(folder / "candidate", [document.text for document in documents["train"]])
+    facts = dict.fromkeys(("data_fingerprint", "tokenizer_sha256", "code_version"), "")
+    body = {
+        **facts,
+        "base_model": {"uri": str(tiny_model), "sha256": ""},
+        "seed": 1,
+        "settings": {},
+        "training": {},
+        "tokens": {"train": 1, "validation": 1},
+    }
+    write_manifest(folder / "candidate" / "nudge.json", "nudge.model", 1, body)
+    return Place(folder, tiny_model)
+
+
+@pytest.fixture(autouse=True)
+def served_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[Incumbent], None]:
+    """Sets what the registry says is served: at first, nothing."""
+
+    def say(found: Incumbent) -> None:
+        monkeypatch.setattr(incumbent, "find_incumbent", lambda *_: found)
+
+    say(Incumbent("none"))
+    return say
+
+
+def test_the_interval_can_be_worked_out_again_from_the_scores(
+    place: Place, served_is: Callable[[Incumbent], None]
+) -> None:
+    """With pyarrow, numpy and scipy's bootstrap alone, of base and of the version served now."""
+    served = place.folder / "served"
+    shutil.copytree(place.folder / "candidate", served)
+    train(served, sentences(7, 3))
+    served_is(Incumbent("found", version="v1", uri=str(served)))
+    result = place.run(resamples=9999)
+    table = pyarrow.parquet.read_table(place.folder / "scores").to_pylist()
+    assert len(table) == result["scores"]["rows"] == 3 * 12
+    columns = {
+        name: {row["document"]: row for row in table if row["model"] == name}
+        for name in ("base", "incumbent", "candidate")
+    }
+    assert [columns["base"][n]["id"][:11] for n in range(12)] == ["validation-"] * 12
+    for reference in ("base", "incumbent"):
+        nats = [columns["candidate"][n]["nats"] - columns[reference][n]["nats"] for n in range(12)]
+        size = [columns["base"][n]["bytes"] for n in range(12)]
+
+        def difference(gain: Any, size: Any, axis: int = -1) -> Any:
+            return np.sum(gain, axis=axis) / np.sum(size, axis=axis) / math.log(2)
+
+        again = scipy.stats.bootstrap(
+            (nats, size),
+            difference,
+            paired=True,
+            n_resamples=20_000,
+            method="percentile",
+            random_state=np.random.default_rng(5),
+        )
+        told = result["verdict"]["comparisons"][reference]
+        assert told["difference_bits_per_byte"] == pytest.approx(difference(nats, size))
+        low, high = again.confidence_interval
+        assert told["interval"] == pytest.approx([low, high], abs=0.05 * (high - low))
+    assert result["verdict"]["reference"] == "incumbent"
+
+
+def test_scores_that_were_changed_are_refused(place: Place) -> None:
+    sha256 = place.run()["scores"]["sha256"]
+    path = place.folder / "scores"
+    assert set(read_scores(path, sha256)) == {"held-out"}
+    assert len(read_scores(path)["held-out"]["candidate"]) == 12
+    changed = bytearray(path.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    path.write_bytes(changed)
+    with pytest.raises(UserError, match="is damaged: sha256"):
+        read_scores(path, sha256)
+    path.write_text("no table")
+    with pytest.raises(UserError, match="is no nudge.scores file"):
+        read_scores(path)
+
+
+def test_what_was_done_is_written_down(place: Place) -> None:
+    result = place.run(
+        probes=[Probe(prompt="the tower of", target=" Paris")], prompts=["the tower of"]
+    )
+    assert result["verdict"]["promote"], result["verdict"]["reason"]
+    assert result["models"]["base"]["first_token"] == "<|endoftext|>"
+    assert result["models"]["candidate"]["sha256"] != result["models"]["base"]["sha256"]
+    method = result["method"]
+    assert (method["window"], method["stride"], method["first_token"]) == (64, 32, "auto")
+    assert (method["device"], method["precision"]) == ("CPU", "float32")
+    assert len(method["texts_sha256"]["held-out"]) == 64
+    assert [check["kind"] for check in result["verdict"]["checks"]] == ["loss", "completion"]
+    other = place.run(first_token="none")
+    assert other["models"]["base"]["first_token"] is None
+    assert other["metrics"]["base"]["tokens"] == result["metrics"]["base"]["tokens"] - 12
+    assert other["metrics"]["base"]["bytes"] == result["metrics"]["base"]["bytes"]
+
+
+def test_a_guard_set_is_scored_and_stops(place: Place, tmp_path: Path) -> None:
+    """The candidate learnt words; of digits it knows less than before."""
+    generator = np.random.default_rng(3)
+    numbers = [" ".join(map(str, generator.integers(0, 999, 20))) for _ in range(10)]
+    path = tmp_path / "numbers.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in numbers))
+    guard = {"name": "numbers", "uri": f"file://{path}"}
+    result = place.run(guards=[Guard(**guard, limit=0.0)])
+    (told,) = result["guards"]
+    assert told["metrics"]["base"]["documents"] == 10
+    assert told["interval"][1] > 0
+    assert not result["verdict"]["promote"]
+    assert "bits per byte on numbers" in result["verdict"]["reason"]
+    assert set(read_scores(place.folder / "scores")) == {"held-out", "numbers"}
+    assert place.run(guards=[Guard(**guard, limit=99.0)])["verdict"]["promote"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("one.txt", b"a single text", "holds 1 documents with text; an interval needs 2"),
+        ("bad.jsonl", b'{"text": 1}\n', "bad.jsonl of .* cannot be read .*text is a int"),
+        ("bad.jsonl", b"{", "cannot be read .*give UTF-8 text, or JSON lines"),
+        ("bad.txt", b"\xff\xfe", "cannot be read"),
+        ("bad.jsonl.gz", b"no gzip", "cannot be read"),
+    ],
+)
+def test_guards_that_cannot_be_read(
+    place: Place, tmp_path: Path, name: str, content: bytes, told: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"evaluate.guards code: .*{told}"):
+        place.run(guards=[Guard(name="code", uri=str(tmp_path / name))])
+
+
+def test_guards_from_nowhere_and_of_one_name(place: Place, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds 0 documents"):
+        place.run(guards=[Guard(name="code", uri=str(tmp_path / "nothing" / "*.py"))])
+    with pytest.raises(UserError, match="ftp://x is no place that guards are read from"):
+        place.run(guards=[Guard(name="code", uri="ftp://x")])
+    with pytest.raises(ValueError, match="two guards are named code"):
+        place.run(guards=[Guard(name="code", uri="a"), Guard(name="code", uri="b")])
+
+
+def test_a_candidate_that_is_no_number_is_not_promoted(place: Place) -> None:
+    """The artifact stays strict JSON, and the reason says what is wrong."""
+    broken = place.folder / "broken"
+    shutil.copytree(place.folder / "candidate", broken)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"].fill_(torch.nan)
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    result = place.run("broken", prompts=["the tower"])
+    assert not result["verdict"]["promote"]
+    assert "the loss of 12 documents of held-out is no finite number" in result["verdict"]["reason"]
+    assert result["metrics"]["candidate"]["bits_per_byte"] is None
+    assert "NaN" not in (place.folder / "evaluation").read_text()
+    assert "not available" in (place.folder / "report").read_text()
