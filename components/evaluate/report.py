@@ -226,6 +226,27 @@ def _groups(probes: Sequence[Any]) -> list[dict[str, Any]]:
     return groups
 
 
+CHECKS = {
+    "loss": ("Numbers", "every loss is finite."),
+    "probe": ("Probes that should hold", "{} of {} did."),
+    "guard": ("Guard sets of other text", "{} of {} held within their limits."),
+    "completion": ("Smoke completions", "{} of {} are those of a working model."),
+    "task": ("Tasks with a limit", "{} of {} held."),
+}
+"""What each kind of check is called, and what is said when all of a kind are ok."""
+
+
+def _checks(checks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The checks by kind: their name, how many there are, and those that failed."""
+    kinds = []
+    for kind, (name, fine) in CHECKS.items():
+        members = [check for check in checks if check.get("kind") == kind]
+        failed = [check for check in members if not check.get("ok")]
+        told = fine.format(len(members) - len(failed), len(members))
+        kinds.append({"name": name, "count": len(members), "failed": failed, "fine": told})
+    return kinds
+
+
 def _reconcile(corpus: Mapping[str, Any]) -> dict[str, int] | None:
     """What is unexplained between documents in, dropped, kept and split; None if not counted."""
     dropped = sum((corpus.get("dropped") or {}).values())
@@ -275,6 +296,7 @@ def render_report(evaluation: dict[str, Any]) -> str:
         interval=_interval(verdict),
         example=_example(probes, history),
         groups=_groups(probes),
+        checks=_checks(verdict.get("checks") or []),
         losses=_losses(history),
         unexplained=_reconcile(corpus),
         settings=json.dumps(lineage.get("settings") or {}, indent=2, ensure_ascii=False),
