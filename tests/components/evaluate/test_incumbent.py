@@ -1,0 +1,183 @@
+"""What is served now, asked of a registry and an endpoint on a bad day: never taken for nothing."""
+
+import http.server
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nudge.components.common import processes, registry, storage
+from nudge.components.common.publish import sha256_file, write_manifest
+from nudge.components.common.registry import with_registry
+from nudge.components.common.releases import Served, find_version, note_served
+from nudge.components.evaluate import incumbent
+from nudge.components.evaluate.incumbent import Incumbent, bring, find_incumbent
+from nudge.pipelines.local import services
+
+from tests.faulty_proxy import FAULTS, Fault, FaultyProxy
+
+MODEL = "served"
+
+
+class Health(http.server.BaseHTTPRequestHandler):
+    """A server that is well; under /elsewhere nothing is."""
+
+    def do_GET(self) -> None:
+        body = json.dumps({"status": "ok"}).encode()
+        self.send_response(404 if self.path.startswith("/elsewhere") else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[FaultyProxy]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with FaultyProxy(f"http://127.0.0.1:{server.server_address[1]}", share=0) as proxy:
+            yield proxy
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def known(endpoint: FaultyProxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyProxy]:
+    """A registry in which v1 of a model is served at the endpoint."""
+    from model_registry import ModelRegistry
+
+    home = tmp_path_factory.mktemp("registry")
+    url = services._start_registry(home, 0).address
+    ModelRegistry(url, author="test", is_secure=False).register_model(
+        MODEL,
+        "s3://bucket/models/served/v1",
+        version="v1",
+        model_format_name="vLLM",
+        model_format_version="1",
+        metadata={"model_sha256": "of-the-run"},
+    )
+    version = with_registry(url, find_version(MODEL, "v1"))
+    served = Served(MODEL, endpoint.url, {"v1": 100}, ("v1",))
+    with_registry(url, note_served(version, served, "test", "vllm"))
+    with FaultyProxy(url, share=0) as proxy:
+        yield proxy
+    processes.stop(home, services.REGISTRY)
+
+
+@pytest.fixture(autouse=True)
+def _quick(
+    endpoint: FaultyProxy, known: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    monkeypatch.setattr(registry, "ATTEMPTS_S", 0.5)
+    monkeypatch.setattr(incumbent, "ATTEMPTS", 2)
+    yield
+    for proxy in (endpoint, known):
+        proxy.share, proxy.faults = 0.0, FAULTS
+        proxy.planned.clear()
+
+
+def test_what_is_served_is_found(known: FaultyProxy) -> None:
+    found = find_incumbent(MODEL, known.url)
+    assert found == Incumbent("found", "v1", "s3://bucket/models/served/v1", "of-the-run")
+    assert find_incumbent("another", known.url) == Incumbent("none")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_registry_that_stays_ill_gives_unknown(known: FaultyProxy, fault: Fault) -> None:
+    known.share, known.faults = 1.0, (fault,)
+    for model in (MODEL, "another"):
+        found = find_incumbent(model, known.url)
+        if fault == "slow":
+            assert found.state == ("found" if model == MODEL else "none")
+        else:
+            assert found.state == "unknown"
+            assert f"the model registry {known.url}" in found.why
+
+
+def test_a_registry_that_is_not_there_gives_unknown() -> None:
+    found = find_incumbent(MODEL, "http://127.0.0.1:9")
+    assert found.state == "unknown"
+    assert "does not answer" in found.why
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_endpoint_that_stays_ill_gives_unknown(
+    known: FaultyProxy, endpoint: FaultyProxy, fault: Fault
+) -> None:
+    endpoint.share, endpoint.faults = 1.0, (fault,)
+    found = find_incumbent(MODEL, known.url)
+    if fault in ("429", "slow"):  # somebody is there
+        assert found.state == "found"
+    else:
+        assert (found.state, found.version) == ("unknown", "v1")
+        assert f"{endpoint.url}, which does not answer" in found.why
+        assert "nudge promote v1" in found.why
+
+
+def test_an_endpoint_slower_than_the_patience_gives_unknown(
+    known: FaultyProxy, endpoint: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(incumbent, "TIMEOUT_S", 0.1)
+    monkeypatch.setattr(endpoint, "slow_s", 2.0)
+    endpoint.share, endpoint.faults = 1.0, ("slow",)
+    found = find_incumbent(MODEL, known.url)
+    assert found.state == "unknown"
+    assert "Timeout" in found.why
+
+
+def test_a_gateway_without_a_route_is_no_server(endpoint: FaultyProxy) -> None:
+    assert incumbent._silent(f"{endpoint.url}/elsewhere") == "status 404"
+
+
+def test_one_bad_answer_is_asked_again(known: FaultyProxy, endpoint: FaultyProxy) -> None:
+    endpoint.planned.append("503")
+    known.planned.append("503")
+    assert find_incumbent(MODEL, known.url).state == "found"
+
+
+def test_no_fault_makes_a_served_model_look_unserved(
+    known: FaultyProxy, endpoint: FaultyProxy
+) -> None:
+    known.share = endpoint.share = 0.5
+    states = {find_incumbent(MODEL, known.url).state for _ in range(12)}
+    assert states <= {"found", "unknown"}
+
+
+def test_weights_that_were_changed_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """By the manifest of the upload, and by the registry where that was changed along."""
+    remote = tmp_path / "remote"
+    shutil.copytree(tiny_model, remote)
+    files = {path.name: {"sha256": sha256_file(path)} for path in remote.iterdir()}
+    write_manifest(remote / "manifest.json", "nudge.upload", 1, {"files": files})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NUDGE_HOME", str(tmp_path / "home"))
+        patch.setattr(
+            storage,
+            "download_folder",
+            lambda uri, folder: shutil.copytree(remote, folder, dirs_exist_ok=True),
+        )
+        served = Incumbent("found", version="v1", uri="s3://bucket/v1")
+        found, folder = bring(served)
+        assert found == served
+        assert folder is not None
+        with (remote / "model.safetensors").open("r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"\x01")
+        found, folder = bring(served)
+        assert (found.state, folder) == ("unknown", None)
+        assert "model.safetensors has the sha256" in found.why
+        assert "was changed since it was uploaded" in found.why
+        (remote / "model.safetensors").unlink()
+        assert "model.safetensors is missing" in bring(served)[0].why
+    local = Incumbent("found", version="v1", uri=str(tiny_model), sha256="of-another")
+    found, folder = bring(local)
+    assert (found.state, folder) == ("unknown", None)
+    assert "the registry says of-another" in found.why
+    gone = bring(Incumbent("found", version="v1", uri=str(tmp_path / "gone")))[0]
+    assert gone.state == "unknown"
+    assert "does not exist" in gone.why
