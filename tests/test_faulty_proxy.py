@@ -1,8 +1,6 @@
 """The proxy that tests hurt others with does what it says, and nothing else."""
 
-import asyncio
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,50 +11,29 @@ from nudge.components.common.storage import s3_client
 from nudge.pipelines.local import services
 
 from tests.faulty_proxy import FAULTS, FaultyProxy
+from tests.web_server import Server
 
 Proxied = Callable[..., FaultyProxy]
 BODY = bytes(range(256)) * 1000
 
 
-class Echo:
+class Echo(Server):
     """Answers each request with its own body, and counts what arrived whole."""
 
     def __init__(self) -> None:
+        super().__init__(("*", "/{anything:.*}", self._answer))
         self.whole = 0
-        self._loop = asyncio.new_event_loop()
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-        assert self._ready.wait(30)
 
-    def _serve(self) -> None:
-        async def answer(request: web.Request) -> web.Response:
-            body = await request.read()
-            self.whole += 1
-            return web.Response(body=body or b"empty", headers={"Seen-Host": request.host})
-
-        app = web.Application(client_max_size=1 << 30)
-        app.router.add_route("*", "/{anything:.*}", answer)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-        self._loop.run_until_complete(runner.setup())
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        self._loop.run_until_complete(site.start())
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        self._ready.set()
-        self._loop.run_forever()
-        self._loop.run_until_complete(runner.cleanup())
-        self._loop.close()
-
-    def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(30)
+    async def _answer(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        self.whole += 1
+        return web.Response(body=body or b"empty", headers={"Seen-Host": request.host})
 
 
 @pytest.fixture
 def echo() -> Iterator[Echo]:
-    echo = Echo()
-    yield echo
-    echo.stop()
+    with Echo() as echo:
+        yield echo
 
 
 def test_without_faults_all_passes_as_it_was_sent(echo: Echo, faulty_proxy: Proxied) -> None:

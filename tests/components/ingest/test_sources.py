@@ -27,8 +27,9 @@ from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
 
 from tests.components.ingest.test_state import tree
-from tests.components.ingest.web import Server, files, hub, streamed, whole
+from tests.components.ingest.web import files, hub, streamed, whole
 from tests.faulty_proxy import FaultyProxy
+from tests.web_server import Server
 
 Store = Callable[..., FaultyProxy]
 BLOCK = 1 << 16

@@ -1,50 +1,15 @@
-"""Small web servers: files with ranges, without them, of unknown length; the hub's API."""
+"""What small web servers answer: files with ranges, without, of unknown length; the hub's API."""
 
-import asyncio
 import hashlib
-import threading
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from aiohttp import web
 
-Handler = Any
+from tests.web_server import Route
 
 
-class Server:
-    """An aiohttp application in a thread of its own, from ``with`` to its end."""
-
-    def __init__(self, *routes: tuple[str, str, Handler]) -> None:
-        self._routes = routes
-        self._loop = asyncio.new_event_loop()
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        assert self._ready.wait(30)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(30)
-
-    def _serve(self) -> None:
-        app = web.Application()
-        for method, path, handler in self._routes:
-            app.router.add_route(method, path, handler)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-        self._loop.run_until_complete(runner.setup())
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        self._loop.run_until_complete(site.start())
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        self._ready.set()
-        self._loop.run_forever()
-        self._loop.run_until_complete(runner.cleanup())
-        self._loop.close()
-
-
-def files(folder: Path) -> tuple[str, str, Handler]:
+def files(folder: Path) -> Route:
     """Files with ETag and ranges, under /files/."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -54,7 +19,7 @@ def files(folder: Path) -> tuple[str, str, Handler]:
     return "*", "/files/{name}", answer
 
 
-def whole(folder: Path) -> tuple[str, str, Handler]:
+def whole(folder: Path) -> Route:
     """Files of a server that knows no ranges, under /whole/."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -63,7 +28,7 @@ def whole(folder: Path) -> tuple[str, str, Handler]:
     return "*", "/whole/{name}", answer
 
 
-def streamed(folder: Path) -> tuple[str, str, Handler]:
+def streamed(folder: Path) -> Route:
     """Files that are made as they are sent, so that nobody knows their length, under /streamed/."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -80,7 +45,7 @@ def streamed(folder: Path) -> tuple[str, str, Handler]:
     return "*", "/streamed/{name}", answer
 
 
-def hub(folder: Path, name: str) -> list[tuple[str, str, Handler]]:
+def hub(folder: Path, name: str) -> list[Route]:
     """The part of the Hugging Face hub's API that reading a data set takes, over a local copy."""
     commit = "0123456789abcdef0123456789abcdef01234567"
 

@@ -1,0 +1,49 @@
+"""A small web server for tests: an aiohttp application in a thread of its own."""
+
+import asyncio
+import threading
+from typing import Any, Self
+
+from aiohttp import web
+
+Route = tuple[str, str, Any]
+"""Method (or ``*``), path and handler."""
+
+
+class Server:
+    """Serves on 127.0.0.1, at ``url``, from ``start`` (or ``with``) to ``stop``."""
+
+    def __init__(self, *routes: Route) -> None:
+        self._routes = routes
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def start(self) -> Self:
+        self._thread.start()
+        assert self._ready.wait(30)
+        return self
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(30)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _serve(self) -> None:
+        app = web.Application(client_max_size=1 << 30)
+        for method, path, handler in self._routes:
+            app.router.add_route(method, path, handler)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        self._loop.run_until_complete(runner.setup())
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        self._loop.run_until_complete(site.start())
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        self._ready.set()
+        self._loop.run_forever()
+        self._loop.run_until_complete(runner.cleanup())
+        self._loop.close()
