@@ -103,6 +103,9 @@ class _Folder:
             if path.name not in keep:
                 (path / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(path)
+        if not keep:
+            with contextlib.suppress(OSError):  # not there yet, or somebody else's files in it
+                self.root.rmdir()
 
 
 class _Bucket:

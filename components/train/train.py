@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def _train(
 
     manifest = read_tokens_manifest(tokens)
     check_tokenizer(manifest, settings)
-    language_model.set_up_torch(settings.threads, settings.seed)
+    threads = settings.threads or len(os.sched_getaffinity(0))
+    language_model.set_up_torch(max(1, threads // ranks.local_world), settings.seed)
     length, seed = settings.sequence_length, settings.seed
     split = [
         PackedSplit(tokens, "train", length, seed, settings.prefix_share),

@@ -149,6 +149,15 @@ def test_sigterm_writes_a_checkpoint_and_the_next_run_goes_on(
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
+def test_a_finished_run_leaves_nothing_where_checkpoints_were(
+    small: Small, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "checkpoints"
+    monkeypatch.setenv("NUDGE_CHECKPOINTS", str(place))
+    train(small(), tokens=tokens, **outputs(tmp_path / "a"))
+    assert list(place.iterdir()) == []
+
+
 def test_the_best_weights_are_kept_and_training_ends_early(
     small: Small, tokens: Path, tmp_path: Path
 ) -> None:
