@@ -334,19 +334,6 @@ def test_the_job_belongs_to_the_steps_pod_and_has_its_image(
     assert "registry/step@sha256:1" in str(made[0]["spec"])
 
 
-def test_what_is_damaged_on_the_way_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a").write_text("abc")
-    exchange = Exchange(str(tmp_path / "shared"))
-    with pytest.raises(UserError, match="holds no complete model"):
-        exchange.fetch("model", tmp_path / "out")
-    exchange.send("model", tmp_path / "in")
-    (tmp_path / "shared" / "model" / "a").write_text("abd")
-    with pytest.raises(UserError, match="is damaged"):
-        exchange.fetch("model", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_rayjob_fits_the_schema_of_newer_and_older_releases() -> None:
     gpu = {"key": "nvidia.com/gpu", "operator": "Exists"}
     given = LaunchSettings(
