@@ -16,7 +16,7 @@ def set_up_torch(threads: int, seed: int) -> None:
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
     # Nothing reads memory that it has not written; filling it took 7 % of a training step on a CPU.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def load_model(folder: Path) -> Any:
