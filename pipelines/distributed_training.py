@@ -11,16 +11,16 @@ from nudge.pipelines.retrain import Named, retrain
     "distributed-training",
     "Retrain a language model on many nodes; serve it if it is shown to be better.",
     trains="tokenize, evaluate and the nodes",
-    large="each node and of evaluate",
-    gpus="evaluate",
+    large="evaluate",
+    placed="each node and of evaluate",
 )
 def distributed_training(
     places: Places,
     recipe: str = "package://nudge.pipelines.recipes/eiffel.yaml",
     data_uri: str = "",
     model_name: str = "",
-    nodes: str = "2",
-    gpus_per_node: str = "1",
+    nodes: str = "",
+    gpus_per_node: str = "",
 ) -> None:
     """Train and serve, with the training as a TrainJob or what else `train.launcher` names.
 
@@ -28,8 +28,8 @@ def distributed_training(
         recipe: Every setting, as YAML text or the URI of a file; what follows stands above it.
         data_uri: Where the text is (s3://, https://, package://, ...); empty: as the recipe says.
         model_name: The name to register and serve under; empty: as the recipe says.
-        nodes: Nodes that train together.
-        gpus_per_node: GPUs of each node, a rank each; 0 trains on CPUs, one rank a node.
+        nodes: Nodes that train together; empty: as the recipe says (train.cluster).
+        gpus_per_node: GPUs of each node, a rank each; 0: CPUs alone; empty: as the recipe says.
     """
     at = places.values
 
@@ -39,8 +39,6 @@ def distributed_training(
             nodes=nodes,
             gpus_per_node=gpus_per_node,
             gpu_type=at["gpu_type"],
-            cpu=at["cpu"],
-            memory=at["memory"],
             image=at["train_image"],
             connection=at["connection"],
             tolerations=at["tolerations"],

@@ -118,9 +118,9 @@ PARAMETERS: dict[str, tuple[type, Any, str]] = {
         "nvidia.com/gpu",
         "The resource name of the GPUs, such as nvidia.com/gpu or amd.com/gpu.",
     ),
-    "gpu_count": (str, "1", "GPUs of {gpus}; 0 for none."),
-    "tolerations": (list, [], "Tolerations of {large}, a JSON list as in a pod."),
-    "node_selector": (dict, {}, "Node selector of {large}, a JSON object of labels."),
+    "gpu_count": (str, "1", "GPUs of {large}; 0 for none."),
+    "tolerations": (list, [], "Tolerations of {placed}, a JSON list as in a pod."),
+    "node_selector": (dict, {}, "Node selector of {placed}, a JSON object of labels."),
 }
 """The parameters that say where steps run: type, default, and what the dashboard says of each."""
 
@@ -142,14 +142,15 @@ class Places:
 
 
 def pipeline(
-    name: str, description: str, *, trains: str = "", large: str = "", gpus: str = ""
+    name: str, description: str, *, trains: str = "", large: str = "", placed: str = ""
 ) -> Callable[[Callable[..., None]], Any]:
     """A pipeline that takes the parameters of `PARAMETERS` beside those of the function's own.
 
-    The function gets `Places` first. ``trains``, ``large`` and ``gpus`` say which steps the train
-    image, the sizes and the GPUs are for; a pipeline without them takes the `SMALL` ones alone.
+    The function gets `Places` first. ``trains``, ``large`` and ``placed`` say which steps the train
+    image, the sizes, and tolerations and node selector are for (``large`` unless given); a pipeline
+    without them takes the `SMALL` ones alone.
     """
-    words = {"trains": trains, "large": large, "gpus": gpus or large}
+    words = {"trains": trains, "large": large, "placed": placed or large}
     names = tuple(PARAMETERS) if large else SMALL
 
     def decorate(function: Callable[..., None]) -> Any:

@@ -49,8 +49,6 @@ def train_on_nodes(
     nodes: str,
     gpus_per_node: str,
     gpu_type: str,
-    cpu: str,
-    memory: str,
     image: str,
     connection: str,
     tolerations: list,  # type: ignore[type-arg]
@@ -65,11 +63,9 @@ def train_on_nodes(
 
     Args:
         recipe: The recipe, as YAML text or a URI; `train.cluster` has what is not given here.
-        nodes: Nodes that train together.
-        gpus_per_node: GPUs of each node; 0 trains on CPUs.
+        nodes: Nodes that train together; empty means as the recipe says.
+        gpus_per_node: GPUs of each node; 0 trains on CPUs; empty means as the recipe says.
         gpu_type: The resource name of the GPUs.
-        cpu: CPU cores of each node.
-        memory: Memory of each node.
         image: The image of the job's pods.
         connection: The Secret of the S3 data connection.
         tolerations: Tolerations of the job's pods.
@@ -92,8 +88,6 @@ def train_on_nodes(
             "nodes": nodes,
             "gpus_per_node": gpus_per_node,
             "gpu_resource": gpu_type,
-            "cpu": cpu,
-            "memory": memory,
             "image": image,
             "connection": connection,
             "tolerations": tolerations,

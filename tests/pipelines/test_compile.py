@@ -154,7 +154,10 @@ def test_training_on_nodes_holds_no_gpu_while_its_job_does() -> None:
         if "train-on-nodes" in tasks
     ]
     given = {name for name, value in inputs.items() if "componentInputParameter" in value}
-    assert given >= {"nodes", "gpus_per_node", "gpu_type", "cpu", "memory", "tolerations", "image"}
+    assert given >= {"nodes", "gpus_per_node", "gpu_type", "tolerations", "image", "connection"}
+    # A default would stand above what a recipe says of its job.
+    defaults = spec["root"]["inputDefinitions"]["parameters"]
+    assert [defaults[name]["defaultValue"] for name in ("nodes", "gpus_per_node")] == ["", ""]
 
 
 def test_the_promotion_gates_what_changes_the_world(spec: dict[str, Any]) -> None:

@@ -28,9 +28,10 @@ def test_a_job_of_the_cluster_trains_what_is_served(
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("NUDGE_RUN_ID", "run-1")
     monkeypatch.setenv("NUDGE_EVENTS", str(tmp_path / "events.jsonl"))
-    changes = [f"base_model={tiny_model}", f"train.cluster.exchange={tmp_path / 'shared'}"]
+    exchange = f"train.cluster.exchange={tmp_path / 'shared'}"
+    changes = [f"base_model={tiny_model}", exchange, 'train.cluster.cpu="1"']
     recipe = load(str(TINY), changes).text
-    arguments = {"recipe": recipe, "nodes": "1", "gpus_per_node": "0", "cpu": "1"}
+    arguments = {"recipe": recipe, "nodes": "1", "gpus_per_node": "0"}
     path = compiling.COMPILED / "distributed_training.yaml"
     compiled: Any = components.load_component_from_file(str(path))
     jobs: list[dict[str, Any]] = []

@@ -22,8 +22,6 @@ GIVEN = {
     "nodes": "1",
     "gpus_per_node": "0",
     "gpu_type": "nvidia.com/gpu",
-    "cpu": "3",
-    "memory": "5Gi",
     "image": "registry.local/train@sha256:0",
     "connection": "another-connection",
     "tolerations": [GPU],
@@ -51,7 +49,7 @@ def test_parameters_become_the_job_and_its_model_comes_back(
         trains(job)
 
     api.on_change("TrainJob", control)
-    cluster = {"exchange": str(tmp_path / "shared"), "queue": "gpus"}
+    cluster = {"exchange": str(tmp_path / "shared"), "queue": "gpus", "nodes": 7, "cpu": "3"}
     recipe = {"base_model": str(tiny_model), "train": {**SMALL, "cluster": cluster}}
 
     def artifact(kind: Any, name: str) -> Any:
@@ -74,7 +72,7 @@ def test_parameters_become_the_job_and_its_model_comes_back(
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
     trainer = job["spec"]["trainer"]
     assert (trainer["numNodes"], trainer["image"]) == (1, GIVEN["image"])
-    assert trainer["resourcesPerNode"]["limits"] == {"cpu": "3", "memory": "5Gi"}
+    assert trainer["resourcesPerNode"]["limits"] == {"cpu": "3", "memory": "64Gi"}
     assert "another-connection" in str(trainer["env"])
     assert str([GPU]) in str(job["spec"]["runtimePatches"])
     assert str({"zone": "a"}) in str(job["spec"]["runtimePatches"])
