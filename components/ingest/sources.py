@@ -56,6 +56,7 @@ LASTING = (
     # Asked for `STORE_ATTEMPTS` times already.
     botocore.exceptions.EndpointConnectionError,
     botocore.exceptions.SSLError,
+    aiohttp.ClientSSLError,
 )
 
 
@@ -173,8 +174,14 @@ def again(work: Any, uri: str) -> Any:
 
     def temporary(error: BaseException) -> bool:
         # fsspec's HTTP says "not found" of any failure, and keeps the true one as its cause.
-        if isinstance(error, FileNotFoundError):
-            return getattr(error.__cause__, "status", 404) not in (404, 410)
+        if isinstance(error, FileNotFoundError) and isinstance(
+            error.__cause__, aiohttp.ClientError
+        ):
+            error = error.__cause__
+            if getattr(error, "status", 0) in (404, 410):
+                return False
+        elif isinstance(error, FileNotFoundError):
+            return False
         return isinstance(error, TRANSIENT) and not isinstance(error, LASTING)
 
     retrying = tenacity.Retrying(
@@ -186,8 +193,9 @@ def again(work: Any, uri: str) -> Any:
     try:
         return retrying(work)
     except FileNotFoundError as error:
-        if temporary(error):
-            raise UserError(f"{uri}: cannot be read, tried {ATTEMPTS} times") from None
+        cause = error.__cause__
+        if temporary(error) or isinstance(cause, aiohttp.ClientSSLError):
+            raise UserError(f"{uri}: cannot be read: {why(cause or error)}") from None
         raise Vanished from None
     except TRANSIENT as error:
         raise UserError(f"{uri}: cannot be read: {why(error)}") from None
@@ -207,6 +215,8 @@ def why(error: BaseException) -> str:
         return f"the object store {endpoint} does not answer; check AWS_S3_ENDPOINT"
     if isinstance(error, botocore.exceptions.SSLError):
         return f"the certificate of {endpoint} is not trusted; name its CA's file in AWS_CA_BUNDLE"
+    if isinstance(error, aiohttp.ClientSSLError):
+        return "its certificate is not trusted; name its CA's file in SSL_CERT_FILE"
     if isinstance(error, ValueError) and "Invalid endpoint" in str(error):
         return f"AWS_S3_ENDPOINT is {endpoint!r}; expected http://host:port or https://host"
     # s3fs keeps the store's own words, but the code only in the cause.

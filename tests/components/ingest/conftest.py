@@ -9,7 +9,7 @@ from nudge.pipelines.local import services
 from tests.faulty_proxy import FaultyProxy
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The variables of a data connection to an embedded store."""
     home = tmp_path_factory.mktemp("home")

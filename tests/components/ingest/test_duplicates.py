@@ -128,8 +128,8 @@ def test_a_document_never_moves_between_splits(tmp_path: Path) -> None:
     texts: list[list[str]] = []
     places: dict[str, str] = {}
     moved = 0
-    for night in range(4):
-        for number in range(60):
+    for night in range(3):
+        for number in range(50):
             if texts and choice.random() < 0.5:
                 made = changed(choice.choice(texts), choice.choice([0, 1, 3, 9]), choice)
             else:
@@ -153,7 +153,7 @@ def test_a_document_never_moves_between_splits(tmp_path: Path) -> None:
         trained = {k for t, s in places.items() if s == "train" for k in pairs(t)}
         moved += len({k for row in keys["validation"] for k in row} & trained)
     assert moved == 0
-    assert len(places) > 100
+    assert len(places) > 70
 
 
 def pairs(text: str) -> list[tuple[int, int]]:

@@ -229,6 +229,8 @@ def test_a_store_behind_a_ca_of_its_own(
     monkeypatch.setattr(sources, "STORE_ATTEMPTS", 1)
     with pytest.raises(UserError, match="not trusted; name its CA's file in AWS_CA_BUNDLE"):
         read(tmp_path, "s3://nudge/tls")
+    with pytest.raises(UserError, match="not trusted; name its CA's file in SSL_CERT_FILE"):
+        read(tmp_path, f"{proxy.url}/nudge/tls/a.jsonl")
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "ca.pem"))
     assert read(tmp_path, "s3://nudge/tls")["documents"] == 60
@@ -257,6 +259,7 @@ def test_the_web_through_faults_without_ranges_and_without_a_length(
             read(tmp_path, f"{server.url}/files/none.jsonl")
 
 
+@pytest.mark.long
 def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     (copy / "data").mkdir(parents=True)

@@ -107,6 +107,7 @@ def test_another_way_of_cleaning_reads_everything(data: Data) -> None:
     data.check(min_characters=30, validation_share=0.3)
 
 
+@pytest.mark.long
 def test_many_runs_leave_few_files(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "FILES", 3)
     for number in range(100, 105):
