@@ -87,6 +87,7 @@ def run(
         containers.check(compiled)
         containers.check_paths(loaded.text, home)
     started = services.up(home)
+    services.serve_again(home, started)
     if engine == "docker":
         started |= services.open_serving(home, started)
     current = local_run.new_run(loaded, home)
@@ -163,7 +164,7 @@ def compile_(check: bool, into: Path | None, digests: Path | None) -> None:
 
 
 for command in (
-    *(release.models, release.promote, release.split, release.rollback),
+    *(release.models, release.register, release.promote, release.split, release.rollback),
     *(commands.upload, commands.submit, commands.schedule, commands.doctor),
 ):
     main.add_command(command)
@@ -178,12 +179,13 @@ def services_group() -> None:
 @click.option("--store-port", type=click.IntRange(1, 65535), help="Default: a free one.")
 @click.option("--registry-port", type=click.IntRange(1, 65535), help="Default: a free one.")
 def services_up(store_port: int | None, registry_port: int | None) -> None:
-    """Start what does not run yet, with its data of last time."""
+    """Start what does not run yet, with its data of last time, and serve what was served."""
     from nudge.components.common.processes import nudge_home
     from nudge.pipelines.local import services
 
     asked = {services.STORE: store_port or 0, services.REGISTRY: registry_port or 0}
-    services.up(nudge_home(), asked)
+    home = nudge_home()
+    services.serve_again(home, services.up(home, asked))
     _show_services()
 
 

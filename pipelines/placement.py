@@ -48,7 +48,7 @@ NEEDS = {
     "evaluate": Need(12, gpu=True, shm="8Gi"),
     "fetch": Need(6, cpu="2", memory="8Gi"),
     "upload": Need(6, cpu="2", memory="8Gi"),
-    "register": Need(0.25, cpu="500m", memory="2Gi", connection=False),
+    "register": Need(0.25, cpu="500m", memory="2Gi"),
     "deploy": Need(2, cpu="500m", memory="2Gi"),
     "roll_back": Need(2, cpu="500m", memory="2Gi"),
     "summary": Need(0.25, cpu="500m", memory="2Gi", connection=False),

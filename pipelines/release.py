@@ -97,6 +97,28 @@ def rollback(version: str, model: str, recipe_name: str, target: str | None) -> 
     _tell(roll_back(settings, registered_model=_model(model), version=version))
 
 
+@click.command()
+@click.argument("uri")
+@click.option("--registry-url", default="", help="Default: NUDGE_REGISTRY_URL, or this machine's.")
+def register(uri: str, registry_url: str) -> None:
+    """Finish a registration that the model registry did not take when the run asked it.
+
+    URI is the version's folder in the object store; the run's error names it.
+    """
+    import os
+
+    from nudge.components.register.unfinished import finish
+
+    if registry_url:
+        os.environ["NUDGE_REGISTRY_URL"] = registry_url
+    _connect()
+    told = finish(uri, registry_url)
+    click.echo(
+        f"{told['registered_model']} {told['version']} is registered; `nudge promote "
+        f"{told['version']} --model {told['registered_model']}` serves it"
+    )
+
+
 def _shift(settings: Any, model: str, shares: dict[str, int]) -> None:
     from nudge.components.deploy.deploy import serve
 

@@ -16,6 +16,10 @@ ATTEMPTS_S = 60.0
 """How long a registry that does not answer is asked again, with back-off."""
 
 
+class Unreachable(UserError):
+    """The registry cannot be used now; the same may succeed later."""
+
+
 def registry_url(given: str = "") -> str:
     """The registry's URL: the one given, or NUDGE_REGISTRY_URL; raises `UserError` if neither."""
     url = given or os.environ.get("NUDGE_REGISTRY_URL", "")
@@ -30,7 +34,8 @@ def registry_url(given: str = "") -> str:
 def with_registry(url: str, work: Callable[[Any], Awaitable[T]], attempts_s: float = 0) -> T:
     """Run ``work(client)`` with a `ModelRegistryAPIClient`, again while the registry is down.
 
-    ``work`` must be safe to repeat. Raises `UserError` if the registry does not answer in time.
+    ``work`` must be safe to repeat. Raises `Unreachable` if the registry does not answer in time,
+    or not as one that can be used, and `UserError` if it refuses what it was given.
     """
     import aiohttp
     from model_registry.core import ModelRegistryAPIClient
@@ -51,9 +56,24 @@ def with_registry(url: str, work: Callable[[Any], Awaitable[T]], attempts_s: flo
     )
     try:
         return retrying(lambda: asyncio.run(_awaited(work, client)))
+    except aiohttp.ClientConnectorCertificateError as error:
+        raise Unreachable(
+            f"the model registry {url} shows a certificate that nobody known here has signed "
+            f"({error.certificate_error}); set NUDGE_REGISTRY_CA to the file of its authority"
+        ) from None
     except (TimeoutError, aiohttp.ClientError) as error:
-        raise UserError(f"the model registry {url} does not answer: {error}") from None
+        raise Unreachable(f"the model registry {url} does not answer: {error}") from None
     except ApiException as error:
+        who = f"the token in {token_file}" if token else f"no token (there is none at {token_file})"
+        hint = {
+            401: f"it does not accept {who}",
+            403: "this account may not do that; bind it to the registry's role "
+            "(registry-user-<name of the registry>)",
+        }.get(error.status)
+        if hint or _is_passing(error):
+            raise Unreachable(
+                f"the model registry {url} answered {error.status}: {hint or error.body}"
+            ) from None
         raise UserError(f"the model registry {url} answered {error.status}: {error.body}") from None
 
 
@@ -64,6 +84,8 @@ def _is_passing(error: BaseException) -> bool:
 
     if isinstance(error, ApiException):
         return isinstance(error, ServiceException) or error.status == 429
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return False
     return isinstance(error, aiohttp.ClientError | asyncio.TimeoutError)
 
 

@@ -106,6 +106,18 @@ def archive_older(model: str, keep: int) -> Callable[[Any], Awaitable[list[str]]
     return work
 
 
+def unneeded(model: str) -> Callable[[Any], Awaitable[list[Version]]]:
+    """Work that gives the archived versions that are not served and that no rollback returns to."""
+
+    async def work(client: Any) -> list[Version]:
+        served = await find_served(model)(client)
+        needed = {*served.shares, *served.history} if served else set()
+        versions = await list_versions(model)(client)
+        return [each for each in versions if each.archived and each.name not in needed]
+
+    return work
+
+
 def find_served(model: str) -> Callable[[Any], Awaitable[Served | None]]:
     """Work that gives what is `Served` of a model, or None if nothing is."""
 

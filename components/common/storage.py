@@ -2,6 +2,8 @@
 
 import contextlib
 import fnmatch
+import io
+import json
 import os
 import random
 from collections.abc import Iterator
@@ -119,3 +121,26 @@ def download_folder(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> 
                 raise UserError(f"{uri}: the key {key} leads out of the folder")
             path.parent.mkdir(parents=True, exist_ok=True)
             client.download_file(bucket, key, str(path))
+
+
+def delete_version(uri: str) -> bool:
+    """Delete an uploaded version: its manifest, so that it is invisible, and then its files.
+
+    False if there is none; what has no manifest of ours is left alone.
+    """
+    if urlsplit(uri).scheme != "s3":
+        return False
+    bucket, prefix = split_s3_uri(uri)
+    client = s3_client()
+    with s3_errors(f"delete {uri}"):
+        keys = list_keys(client, bucket, prefix)
+        manifest = f"{prefix}/manifest.json"
+        if manifest not in keys:
+            return False
+        body = io.BytesIO()
+        client.download_fileobj(bucket, manifest, body)
+        if json.loads(body.getvalue()).get("format") != "nudge.upload":
+            return False
+        for key in (manifest, *(key for key in keys if key != manifest)):
+            client.delete_object(Bucket=bucket, Key=key)
+    return True

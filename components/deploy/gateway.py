@@ -56,7 +56,7 @@ def route(
     ``port`` is used when the model has no address yet; 0 takes a free one. Raises `UserError` if
     Caddy cannot be had.
     """
-    with processes.locked(home, _name(model)):
+    with processes.locked(home, gateway_name(model)):
         old = routes(home).get(model)
         if old is None and port and not processes.port_is_free(port):
             raise UserError(
@@ -64,7 +64,7 @@ def route(
                 "give another one, or 0 to have a free one chosen"
             )
         fixed = old.port if old else port or processes.free_port()
-        record = processes.read_record(home, _name(model))
+        record = processes.read_record(home, gateway_name(model))
         if record is None or record.process() is None:
             _start(home, model, fixed)
         served = {name: servers[name] for name, share in shares.items() if share}
@@ -76,7 +76,7 @@ def drained(home: Path, model: str, address: str) -> bool:
     """Wait until no request is under way on a server (``host:port``); False if that takes long."""
     import httpx
 
-    record = processes.read_record(home, _name(model))
+    record = processes.read_record(home, gateway_name(model))
     if record is None or record.process() is None:
         return True
 
@@ -97,7 +97,8 @@ def drained(home: Path, model: str, address: str) -> bool:
     return waiting(busy) == 0
 
 
-def _name(model: str) -> str:
+def gateway_name(model: str) -> str:
+    """The name of the process that has a model's address."""
     return f"gateway-{model}"
 
 
@@ -145,7 +146,7 @@ def _start(home: Path, model: str, port: int) -> None:
     write_atomic(folder / "caddy.json", json.dumps(_configuration(address, port)))
     processes.start(
         home,
-        _name(model),
+        gateway_name(model),
         [caddy, "run", "--config", "caddy.json"],
         address=address,
         ready=lambda: processes.answers(f"{address}/config/"),

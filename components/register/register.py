@@ -2,16 +2,33 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nudge.components.common.errors import UserError
 from nudge.components.common.publish import read_manifest
+from nudge.components.common.registry import Unreachable
 from nudge.components.common.step import step
 from nudge.components.register.settings import RegisterSettings
 
 FORMAT_NAME, FORMAT_VERSION = "vLLM", "1"
 """The model format that OpenShift AI's serving of language models asks for."""
+
+
+@dataclass(frozen=True)
+class Registration:
+    """All that a version's registration says; ``group`` is the namespace of its run."""
+
+    model_name: str
+    version: str
+    uri: str
+    run_id: str
+    author: str
+    description: str
+    group: str
+    registry_name: str
+    properties: dict[str, str | int | float | bool]
 
 
 @step("register", reuse=False)
@@ -28,70 +45,102 @@ def register(
 
     Registering is three requests with no transaction, so each is made only if its result is not
     there yet: the same run registers once, however often it is repeated. Raises `UserError` if the
-    version belongs to another run, or if the registry does not answer.
+    version belongs to another run, or if the registry does not answer; what was to be registered
+    is then kept beside the model, and the error says the command that finishes it.
     """
-    from model_registry.types import ModelArtifact, ModelVersion, RegisteredModel
     from nudge.components.common.progress import progress
-    from nudge.components.common.registry import registry_url, with_registry
-    from nudge.components.common.releases import archive_older
+    from nudge.components.common.registry import registry_url
+    from nudge.components.register import unfinished
 
     results = read_manifest(evaluation, "nudge.evaluation", 1)
     facts = read_manifest(model / "nudge.json", "nudge.model", 1)
-    properties = _properties(results, facts, run_id)
     reason = results["verdict"]["reason"]
-    description = settings.description or f"{settings.model_name} {version}: {reason}"
+    entry = Registration(
+        model_name=settings.model_name,
+        version=version,
+        uri=uri,
+        run_id=run_id,
+        author=settings.author,
+        description=settings.description or f"{settings.model_name} {version}: {reason}",
+        group=os.environ.get("NUDGE_NAMESPACE", "local"),
+        registry_name=settings.registry_name,
+        properties=_properties(results, facts, run_id),
+    )
+    url = registry_url(settings.registry_url)
+    with progress("register", unit="requests"):
+        try:
+            told = enter(url, entry)
+        except Unreachable as error:
+            command = unfinished.keep(entry, url)
+            raise UserError(
+                f"{error}\nthe model itself is safe at {uri}; this finishes it later:\n  {command}"
+            ) from None
+        except UserError as error:
+            raise UserError(f"{error}\nthe model itself is safe at {uri}") from None
+    unfinished.forget(uri)
+    return {**told, **_tidied(url, settings)}
+
+
+def enter(url: str, entry: Registration) -> dict[str, Any]:
+    """Make what is not there yet of a registration; returns the names and ids for its lineage."""
+    from model_registry.types import ModelArtifact, ModelVersion, RegisteredModel
+    from nudge.components.common.registry import with_registry
 
     async def complete(client: Any) -> tuple[str, str]:
-        entry = await client.get_registered_model_by_params(settings.model_name)
-        if entry is None:
-            fresh = RegisteredModel(name=settings.model_name, owner=settings.author)
-            entry = await client.upsert_registered_model(fresh)
-        found = await client.get_model_version_by_params(entry.id, version)
+        model = await client.get_registered_model_by_params(entry.model_name)
+        if model is None:
+            fresh = RegisteredModel(name=entry.model_name, owner=entry.author)
+            model = await client.upsert_registered_model(fresh)
+        found = await client.get_model_version_by_params(model.id, entry.version)
         if found is None:
             fresh_version = ModelVersion(
-                name=version,
-                author=settings.author,
-                description=description,
-                custom_properties=properties,
+                name=entry.version,
+                author=entry.author,
+                description=entry.description,
+                custom_properties=entry.properties,
             )
-            found = await client.upsert_model_version(fresh_version, entry.id)
-        elif (found.custom_properties or {}).get("run_id") != run_id:
+            found = await client.upsert_model_version(fresh_version, model.id)
+        elif (found.custom_properties or {}).get("run_id") != entry.run_id:
             raise UserError(
-                f"{settings.model_name} {version} is registered already, by run "
+                f"{entry.model_name} {entry.version} is registered already, by run "
                 f"{(found.custom_properties or {}).get('run_id')!r}; give another version"
             )
         if not await client.get_model_version_artifacts(found.id):
             artifact = ModelArtifact(
-                name=settings.model_name,
-                uri=uri,
+                name=entry.model_name,
+                uri=entry.uri,
                 model_format_name=FORMAT_NAME,
                 model_format_version=FORMAT_VERSION,
                 model_source_kind="kfp",
                 model_source_class="pipelinerun",
-                model_source_group=os.environ.get("NUDGE_NAMESPACE", "local"),
-                model_source_id=run_id,
-                model_source_name=run_id,
+                model_source_group=entry.group,
+                model_source_id=entry.run_id,
+                model_source_name=entry.run_id,
             )
             await client.upsert_model_version_artifact(artifact, found.id)
-        return str(entry.id), str(found.id)
+        return str(model.id), str(found.id)
 
-    url = registry_url(settings.registry_url)
-    with progress("register", unit="requests"):
-        try:
-            model_id, version_id = with_registry(url, complete)
-        except UserError as error:
-            raise UserError(f"{error}\nthe model itself is safe at {uri}") from None
-    archived: list[str] = []
-    if settings.keep_versions:
-        archived = with_registry(url, archive_older(settings.model_name, settings.keep_versions))
+    model_id, version_id = with_registry(url, complete)
     return {
-        "registered_model": settings.model_name,
+        "registered_model": entry.model_name,
         "registered_model_id": model_id,
-        "version": version,
+        "version": entry.version,
         "version_id": version_id,
-        "registry": settings.registry_name,
-        "archived": archived,
+        "registry": entry.registry_name,
     }
+
+
+def _tidied(url: str, settings: RegisterSettings) -> dict[str, list[str]]:
+    """Archive old versions and delete the objects of archived ones, as far as the settings ask."""
+    from nudge.components.common.registry import with_registry
+    from nudge.components.common.releases import archive_older, unneeded
+    from nudge.components.common.storage import delete_version
+
+    name, keep = settings.model_name, settings.keep_versions
+    archived = with_registry(url, archive_older(name, keep)) if keep else []
+    old = with_registry(url, unneeded(name)) if keep and settings.delete_archived else []
+    deleted = [version.name for version in old if delete_version(version.uri)]
+    return {"archived": archived, "deleted": deleted}
 
 
 def _properties(

@@ -71,6 +71,37 @@ def open_serving(home: Path, environment: dict[str, str]) -> dict[str, str]:
     return {URL: record.address, TOKEN: token}
 
 
+def serve_again(home: Path, environment: dict[str, str]) -> list[str]:
+    """Bring back the models that were served here before `down` or a reboot; returns their names.
+
+    Each comes from the registry and the object store to the address that it had. One that does not
+    come up is left out, and why is said on stderr: the parts themselves are up.
+    """
+    from nudge.components.deploy import gateway
+    from nudge.components.deploy.deploy import serve
+    from nudge.components.deploy.settings import DeploySettings
+
+    os.environ.update(environment)
+    back = []
+    for model, route in gateway.routes(home).items():
+        if all(_answers(home, model, version) for version in route.shares):
+            continue
+        try:
+            serve(DeploySettings(), model, route.shares)
+            back.append(model)
+        except UserError as error:
+            print(f"{model} was served here and does not come back: {error}", file=sys.stderr)
+    return back
+
+
+def _answers(home: Path, model: str, version: str) -> bool:
+    """Whether a served version and the address of its model are up."""
+    from nudge.components.deploy.gateway import gateway_name
+    from nudge.components.deploy.local_serving import service_name
+
+    return all(_running(home, name) for name in (gateway_name(model), service_name(model, version)))
+
+
 def down(home: Path) -> list[str]:
     """Stop every part and every served model; returns the names of those that ran."""
     with processes.locked(home, "up"):

@@ -78,6 +78,12 @@ def unfinished(client: Any, version: str) -> list[Any]:
 def check_whole(client: Any, folder: Path, version: str, into: Path) -> None:
     """The version is there, every byte is the folder's, and no upload is left."""
     download_folder(f"s3://{services.BUCKET}/models/sent/{version}", into)
+    check_folder(folder, into)
+    assert unfinished(client, version) == []
+
+
+def check_folder(folder: Path, into: Path) -> None:
+    """A downloaded version holds what the folder does, and its manifest says so."""
     manifest = json.loads((into / "manifest.json").read_text())["files"]
     files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     assert manifest.keys() == files.keys()
@@ -85,7 +91,6 @@ def check_whole(client: Any, folder: Path, version: str, into: Path) -> None:
         told = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         assert manifest[name] == told
         assert sha256_file(into / name) == told["sha256"]
-    assert unfinished(client, version) == []
 
 
 def sent_parts(proxy: FaultyProxy) -> Counter[str]:

@@ -1,0 +1,72 @@
+"""Registrations that a registry did not take, kept beside the model until it does.
+
+``<uri>.registration.json`` (nudge.registration, version 1) stands next to the version's folder in
+the object store, so that what finishes it needs nothing of the run, which may be gone.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import shlex
+from typing import Any
+
+from nudge.components.common.errors import UserError
+from nudge.components.common.registry import registry_url
+from nudge.components.common.storage import list_keys, s3_client, s3_errors, split_s3_uri
+from nudge.components.register.register import Registration, enter
+
+FORMAT, VERSION = "nudge.registration", 1
+ENDING = ".registration.json"
+
+
+def keep(entry: Registration, url: str) -> str:
+    """Write a registration down; returns the command that finishes it with the registry ``url``."""
+    bucket, key = split_s3_uri(entry.uri)
+    body = {"format": FORMAT, "version": VERSION, "registration": dataclasses.asdict(entry)}
+    with s3_errors(f"keep the registration of {entry.uri}"):
+        s3_client().put_object(
+            Bucket=bucket,
+            Key=key + ENDING,
+            Body=json.dumps(body, indent=2, sort_keys=True).encode(),
+        )
+    command = ["nudge", "register", entry.uri]
+    # On a laptop the command finds the embedded registry by itself, also at another port.
+    if not os.environ.get("NUDGE_HOME"):
+        command += ["--registry-url", url]
+    return shlex.join(command)
+
+
+def finish(uri: str, given_url: str = "") -> dict[str, Any]:
+    """Register what was kept for the version at ``uri``; returns what `register` does.
+
+    Raises `UserError` if nothing was kept, if the version is not complete, or as `register`.
+    """
+    bucket, key = split_s3_uri(uri)
+    client = s3_client()
+    with s3_errors(f"read the registration of {uri}"):
+        if f"{key}/manifest.json" not in list_keys(client, bucket, key):
+            raise UserError(
+                f"{uri} holds no complete version; `nudge models` lists those there are"
+            )
+        kept = io.BytesIO()
+        listed = client.list_objects_v2(Bucket=bucket, Prefix=key + ENDING).get("Contents", [])
+        if not any(each["Key"] == key + ENDING for each in listed):
+            raise UserError(
+                f"there is no registration to finish for {uri}; `nudge models` shows whether it "
+                "is registered"
+            )
+        client.download_fileobj(bucket, key + ENDING, kept)
+    values = json.loads(kept.getvalue())
+    if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
+        raise UserError(f"{uri}{ENDING} is no {FORMAT} of version {VERSION}")
+    told = enter(registry_url(given_url), Registration(**values["registration"]))
+    forget(uri)
+    return told
+
+
+def forget(uri: str) -> None:
+    """Take away what was kept for a version that is registered now; nothing kept is fine."""
+    bucket, key = split_s3_uri(uri)
+    with s3_errors(f"forget the registration of {uri}"):
+        s3_client().delete_object(Bucket=bucket, Key=key + ENDING)

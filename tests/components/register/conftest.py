@@ -1,0 +1,56 @@
+"""A trained and evaluated model, and the store and the registry that it goes to."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from nudge.components.common.publish import write_manifest
+from nudge.pipelines.local import services
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, str]]]:
+    home = tmp_path_factory.mktemp("home")
+    yield home, services.up(home)
+    services.down(home)
+
+
+@pytest.fixture
+def environment(
+    parts: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, str]:
+    home, _ = parts
+    environment = services.up(home)  # a test may have stopped one
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
+    return environment
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    facts = {
+        "base_model": {"uri": "package://x/y", "sha256": "b" * 64},
+        "data_fingerprint": "d" * 64,
+        "tokenizer_sha256": "e" * 64,
+        "code_version": "0.1.0+src.1",
+        "seed": 1,
+        "settings": {"epochs": 1, "rates": [1e-3]},
+    }
+    write_manifest(folder / "nudge.json", "nudge.model", 1, facts)
+    return folder
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> Path:
+    difference = {"difference_bits_per_byte": -0.1}
+    body = {
+        "verdict": {"reason": "better", "promote": True, "comparisons": {"base": difference}},
+        "metrics": {"candidate": {"bits_per_byte": 0.9}},
+        "probes": [{"prompt": "The", "rivals_after": [{"token": " Tower", "p": 0.5}]}],
+    }
+    path = tmp_path / "evaluation.json"
+    write_manifest(path, "nudge.evaluation", 1, body)
+    return path

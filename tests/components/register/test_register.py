@@ -1,0 +1,192 @@
+"""Registering: once a run, over TLS as on a cluster, and to be finished after an outage."""
+
+import shlex
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+from click.testing import CliRunner
+from nudge.components.common import processes, registry
+from nudge.components.common.errors import UserError
+from nudge.components.common.registry import Unreachable, with_registry
+from nudge.components.common.releases import (
+    Served,
+    find_served,
+    find_version,
+    list_versions,
+    note_served,
+)
+from nudge.components.common.storage import list_keys, s3_client
+from nudge.components.register.register import register
+from nudge.components.register.settings import RegisterSettings
+from nudge.components.upload.settings import UploadSettings
+from nudge.components.upload.upload import upload
+from nudge.pipelines.cli import main
+from nudge.pipelines.local import services
+
+from tests.faulty_proxy import FaultyProxy
+
+Release = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def release(environment: dict[str, str], model: Path, evaluation: Path) -> Release:
+    """Upload and register the model as a version of ``name``, by a run of that version's name."""
+
+    def release(name: str, version: str, run: str = "", **settings: Any) -> dict[str, Any]:
+        uri = upload(UploadSettings(model_name=name), model=model, version=version)["uri"]
+        given = RegisterSettings(model_name=name, **settings)
+        paths = {"model": model, "evaluation": evaluation}
+        return register(given, uri=uri, version=version, run_id=run or version, **paths)
+
+    return release
+
+
+def versions(environment: dict[str, str], name: str) -> dict[str, bool]:
+    """The model's versions, and whether each is archived."""
+    found = with_registry(environment["NUDGE_REGISTRY_URL"], list_versions(name))
+    return {version.name: version.archived for version in found}
+
+
+def objects(name: str) -> set[str]:
+    keys = list_keys(s3_client(), services.BUCKET, f"models/{name}")
+    return {key.split("/")[2] for key in keys}
+
+
+def test_a_run_registers_once_and_no_other_takes_its_version(
+    release: Release, environment: dict[str, str]
+) -> None:
+    first = release("once", "v1", run="run-1")
+    assert release("once", "v1", run="run-1") == first
+    with pytest.raises(UserError, match="v1 is registered already, by run 'run-1'"):
+        release("once", "v1", run="run-2")
+    assert versions(environment, "once") == {"v1": False}
+    version = with_registry(environment["NUDGE_REGISTRY_URL"], find_version("once", "v1"))
+    assert version.id == first["version_id"]
+    assert version.properties["train.rates"] == "[0.001]"
+    assert version.properties["candidate.bits_per_byte"] == 0.9
+
+
+def test_old_versions_are_archived_and_deleted_but_none_that_is_needed(
+    release: Release, environment: dict[str, str]
+) -> None:
+    url = environment["NUDGE_REGISTRY_URL"]
+    for version in ("v1", "v2", "v3", "v4"):
+        release("kept", version)
+    second = with_registry(url, find_version("kept", "v2"))
+    served = Served("kept", "http://127.0.0.1:1", {"v2": 100}, ("v1", "v2"))
+    with_registry(url, note_served(second, served, "local", "transformers"))
+
+    told = release("kept", "v5", keep_versions=1)
+    assert (told["archived"], told["deleted"]) == (["v3", "v4"], [])
+    archived = {"v1": False, "v2": False, "v3": True, "v4": True, "v5": False}
+    assert versions(environment, "kept") == archived
+    assert objects("kept") == {"v1", "v2", "v3", "v4", "v5"}
+
+    told = release("kept", "v6", keep_versions=2, delete_archived=True)
+    assert (told["archived"], sorted(told["deleted"])) == ([], ["v3", "v4"])
+    assert objects("kept") == {"v1", "v2", "v5", "v6"}
+    assert versions(environment, "kept") == archived | {"v6": False}
+
+
+def test_what_an_outage_left_is_finished_by_the_command_that_was_told(
+    release: Release,
+    parts: tuple[Path, dict[str, str]],
+    environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    home, _ = parts
+    monkeypatch.setattr(registry, "ATTEMPTS_S", 0.5)
+    processes.stop(home, services.REGISTRY)
+    with pytest.raises(UserError, match="does not answer") as told:
+        release("later", "v1", run="run-1")
+    uri = f"s3://{services.BUCKET}/models/later/v1"
+    assert f"safe at {uri}" in str(told.value)
+    command = shlex.split(str(told.value).splitlines()[-1])
+    assert command == ["nudge", "register", uri]
+
+    monkeypatch.setattr(registry, "ATTEMPTS_S", 60.0)
+    monkeypatch.delenv("NUDGE_REGISTRY_URL")
+    done = CliRunner().invoke(main, command[1:], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "later v1 is registered" in done.output
+    assert versions(environment, "later") == {"v1": False}
+    version = with_registry(environment["NUDGE_REGISTRY_URL"], find_version("later", "v1"))
+    assert (version.uri, version.properties["run_id"]) == (uri, "run-1")
+    assert objects("later") == {"v1"}  # what was kept is gone
+
+    again = CliRunner().invoke(main, command[1:])
+    assert again.exit_code == 2
+    assert "no registration to finish" in again.output
+    assert versions(environment, "later") == {"v1": False}
+    none = CliRunner().invoke(main, ["register", f"{uri}0"])
+    assert none.exit_code == 2
+    assert "holds no complete version" in none.output
+
+
+@pytest.fixture
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def test_the_token_goes_over_tls_of_a_known_authority_only(
+    release: Release,
+    environment: dict[str, str],
+    authority: trustme.CA,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    (tmp_path / "token").write_text("the-token\n")
+    with FaultyProxy(environment["NUDGE_REGISTRY_URL"], share=0.0, tls=context) as proxy:
+        with pytest.raises(UserError, match="set NUDGE_REGISTRY_CA to the file"):
+            release("secure", "v1", registry_url=proxy.url)
+        assert not proxy.requests
+        authority.cert_pem.write_to_path(tmp_path / "ca.crt")
+        monkeypatch.setenv("NUDGE_REGISTRY_CA", str(tmp_path / "ca.crt"))
+        release("secure", "v1", registry_url=proxy.url)
+        headers = [headers for _, _, headers, _ in proxy.requests]
+        assert headers
+        assert {each.get("Authorization") for each in headers} == {"Bearer the-token"}
+    assert versions(environment, "secure") == {"v1": False}
+
+
+@pytest.fixture
+def refusing() -> Iterator[HTTPServer]:
+    """Answers everything with its ``status``."""
+
+    class Refuse(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.server.asked += 1  # type: ignore[attr-defined]
+            self.send_response(self.server.status)  # type: ignore[attr-defined]
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Refuse)
+    server.asked = 0  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(("status", "said"), [(401, "it does not accept"), (403, "bind it to")])
+def test_a_registry_that_refuses_says_why(
+    refusing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, said: str
+) -> None:
+    monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
+    (tmp_path / "token").write_text("the-token")
+    refusing.status = status
+    with pytest.raises(Unreachable, match=said) as told:
+        with_registry(f"http://127.0.0.1:{refusing.server_port}", find_served("m"))
+    assert f"answered {status}" in str(told.value)
+    assert "the-token" not in str(told.value)
+    assert refusing.asked == 1
