@@ -1,18 +1,22 @@
 """Local serving under a steady stream of requests: a promote, a split and a rollback lose none."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from click.testing import CliRunner
 from nudge.components.common import processes
 from nudge.components.common.errors import UserError
 from nudge.components.deploy import gateway
 from nudge.components.deploy.deploy import deploy, rollback, serve
 from nudge.components.deploy.settings import DeploySettings
+from nudge.components.evaluate.incumbent import find_incumbent
 from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
+from nudge.pipelines.cli import main
 from nudge.pipelines.local import services
 from nudge.pipelines.release import _rows
 
@@ -100,3 +104,25 @@ def test_a_stream_of_requests_loses_none(registered: str, home: Path) -> None:
         deploy(settings, registered_model=NAME, version="v2")
     assert gateway.routes(home)[NAME] == route
     assert ask(endpoint) == one
+
+
+@pytest.mark.long
+def test_what_was_served_comes_back_after_a_reboot(registered: str, home: Path) -> None:
+    settings = DeploySettings(smoke_prompt=PROMPT)
+    endpoint = deploy(settings, registered_model=NAME, version="v1")["endpoint"]
+    answer = ask(endpoint)
+    for record in processes.records(home):  # as the machine's end does: nothing is told
+        if process := record.process():
+            process.kill()
+            process.wait()
+    assert find_incumbent(NAME).state == "unknown"
+    shutil.rmtree(home / "serving")  # the object store has it too
+
+    up = CliRunner().invoke(main, ["services", "up"], catch_exceptions=False)
+    assert up.exit_code == 0, up.output
+    found = find_incumbent(NAME)
+    assert (found.state, found.version) == ("found", "v1")
+    assert ask(endpoint) == answer
+    pids = {record.name: record.pid for record in processes.records(home)}
+    assert services.serve_again(home, services.up(home)) == []
+    assert {record.name: record.pid for record in processes.records(home)} == pids
