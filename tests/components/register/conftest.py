@@ -49,6 +49,7 @@ def evaluation(tmp_path: Path) -> Path:
     body = {
         "verdict": {"reason": "better", "promote": True, "comparisons": {"base": difference}},
         "metrics": {"candidate": {"bits_per_byte": 0.9}},
+        "models": {"candidate": {"sha256": "c" * 64}},
         "probes": [{"prompt": "The", "rivals_after": [{"token": " Tower", "p": 0.5}]}],
     }
     path = tmp_path / "evaluation.json"
