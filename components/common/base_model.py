@@ -233,4 +233,6 @@ def _from_object_store(uri: str, files: tuple[str, ...] = ("*",), kind: str = ""
     shutil.rmtree(target, ignore_errors=True)  # what stands behind a URI may have changed
     with published(target) as part:
         download_folder(uri, part, files)
+        if files == ("*",):
+            verify_upload(part, uri)
     return target

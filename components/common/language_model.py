@@ -12,6 +12,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def set_up_torch(threads: int, seed: int) -> None:
     """Make torch on this machine deterministic: fixed threads, fixed seed, fixed algorithms."""
+    # cuBLAS refuses deterministic algorithms without it; read when a GPU is first used
+    # (https://docs.nvidia.com/cuda/cublas/#results-reproducibility).
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)

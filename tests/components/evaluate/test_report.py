@@ -27,7 +27,7 @@ def chromium() -> Iterator[Any]:
 def hostile(value: Any) -> Any:
     """The same evaluation where every text that comes from data is an attack."""
     if isinstance(value, dict):
-        kept = ("format", "state", "expect", "created")
+        kept = ("format", "state", "expect", "created", "kind")
         return {k: v if k in kept else hostile(v) for k, v in value.items()}
     if isinstance(value, list):
         return [hostile(item) for item in value]
@@ -54,6 +54,19 @@ def test_another_training_step_can_be_looked_at(chromium: Any, tmp_path: Path) -
     before = heading.inner_text()
     page.get_by_text("step 0", exact=True).first.click()
     assert heading.inner_text() != before
+
+
+def test_what_stops_and_what_was_not_asked_is_told() -> None:
+    text = " ".join(render_report(copy.deepcopy(SAMPLE)).split())
+    assert "Guard sets of other text: +0.0161 bits per byte on code" in text
+    assert "Smoke completions: 2 of 2 are those of a working model." in text
+    assert "nothing is known of it" not in text
+    bare = copy.deepcopy(SAMPLE)
+    bare["verdict"]["checks"] = [c for c in bare["verdict"]["checks"] if c["kind"] != "guard"]
+    del bare["guards"], bare["tasks"], bare["models"]
+    text = " ".join(render_report(bare).split())
+    assert "Guard sets of other text: none was asked for, so nothing is known of it." in text
+    assert "other seeds and other kinds of text were not tried" in text
 
 
 @pytest.mark.parametrize("width", [390, 1200])
