@@ -134,7 +134,13 @@ def _manager(settings: EvaluateSettings) -> Any:
             f"evaluate.tasks needs lm-evaluation-harness, which is not installed here ({error}); "
             "install the extra: pip install 'nudge-lm[tasks]'"
         ) from None
-    return TaskManager(include_path=_folder(settings.task_folder))
+    folder = _folder(settings.task_folder)
+    if folder:
+        # Reading the harness's own thousands of task files takes long, and is often not needed.
+        own = TaskManager(include_path=folder, include_defaults=False)
+        if all(task.name in own.all_tasks for task in settings.tasks):
+            return own
+    return TaskManager(include_path=folder)
 
 
 def _folder(uri: str) -> str | None:

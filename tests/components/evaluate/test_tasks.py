@@ -55,8 +55,7 @@ def test_a_task_of_ones_own_is_run_offline(tiny_model: Path, folder: Path) -> No
     """Its accuracy is that of plain transformers."""
     from nudge.components.common.language_model import load_model, load_tokenizer
 
-    asked = settings(folder, "capitals", {"name": "capitals", "examples": 1})
-    check_tasks(asked)
+    check_tasks(settings(folder, "capitals", {"name": "capitals", "examples": 1}))
     model, tokenizer = load_model(tiny_model), load_tokenizer(tiny_model)
     measured = run_tasks(model, tokenizer, settings(folder, "capitals"))["capitals"]
     right = 0
