@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +14,7 @@ from nudge.components.common.errors import UserError
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
 
-from tests.components.train.conftest import (
-    command,
-    lines,
-    outputs,
-    run,
-    weights,
-    write_recipe,
-)
+from tests.components.train.conftest import command, lines, outputs, run, write_recipe
 
 Small = Callable[..., TrainSettings]
 
@@ -110,38 +102,3 @@ def test_a_rank_that_dies_ends_the_run_and_the_next_goes_on(
     run(small(**values), tokens, tmp_path / "cut", ranks=2)
     found = lines(tmp_path / "cut", "step")
     assert sorted(set(found)) == sorted(range(301))
-
-
-@pytest.mark.long
-def test_sigterm_to_the_step_makes_its_ranks_write_a_checkpoint_to_go_on_from(
-    small: Small, tokens: Path, tmp_path: Path
-) -> None:
-    values = {"max_steps": 40, "epochs": 99.0, "processes": 2, "checkpoint_every": 1000}
-    settings = small(**values, checkpoints=str(tmp_path / "checkpoints"))
-    recipe = write_recipe(tmp_path / "recipe.json", settings)
-    script = (
-        "import sys; from pathlib import Path; from nudge.components.common.recipe import *;"
-        "from nudge.components.common.step import clean_end;"
-        "from nudge.components.train.settings import TrainSettings;"
-        "from nudge.components.train.train import train; f = Path(sys.argv[3]);"
-        "s = step_settings(TrainSettings, 'train', sys.argv[1]);"
-        "o = {n: f / n for n in ('model', 'history', 'report')}\n"
-        "with clean_end(): train(s, tokens=Path(sys.argv[2]), **o)"
-    )
-    words = [sys.executable, "-c", script, recipe.as_uri(), str(tokens), str(tmp_path / "cut")]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as started:
-        assert started.stderr
-        seen = ""
-        while "train: 3/40" not in seen:
-            line = started.stderr.readline()
-            assert line, seen
-            seen += line
-        started.send_signal(signal.SIGTERM)
-        seen += started.stderr.read()
-        assert started.wait(timeout=120) == 2, seen[-3000:]
-    assert "stopped by SIGTERM after step" in seen
-    assert len(list((tmp_path / "checkpoints").glob("*/step-*/manifest.json"))) == 1
-    train(settings, tokens=tokens, **outputs(tmp_path / "cut"))
-    train(small(**values), tokens=tokens, **outputs(tmp_path / "whole"))
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
-    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")

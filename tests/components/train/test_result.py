@@ -44,19 +44,6 @@ def test_what_saves_memory_changes_no_loss(
     assert lines(tmp_path / "b") == pytest.approx(lines(tmp_path / "a"), rel=1e-5)
 
 
-@pytest.mark.long
-def test_compiled_layers_have_the_same_losses(small: Small, tokens: Path, tmp_path: Path) -> None:
-    import torch._dynamo.utils as compiling
-
-    train(small(max_steps=4), tokens=tokens, **outputs(tmp_path / "a"))
-    before = compiling.counters["stats"]["unique_graphs"]
-    train(small(max_steps=4, compile=True), tokens=tokens, **outputs(tmp_path / "b"))
-    assert compiling.counters["stats"]["unique_graphs"] > before
-    assert lines(tmp_path / "b") == pytest.approx(lines(tmp_path / "a"), rel=1e-4)
-    names = load_model(tmp_path / "b" / "model").state_dict()
-    assert not any("_orig_mod" in name for name in names)
-
-
 def test_a_clean_process_loads_it_with_the_same_logits(
     small: Small, tokens: Path, tmp_path: Path
 ) -> None:
