@@ -11,7 +11,8 @@ run: setup  ## the whole pipeline here, on the default recipe
 test: setup  ## the tests
 	$(BIN)/pytest
 
-test-long: setup  ## the tests that take minutes
+test-long: setup  ## the tests that take minutes, with the optional parts that they need
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray,tasks]'
 	$(BIN)/pytest -m long
 
 setup: $(STAMP)
