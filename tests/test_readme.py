@@ -141,7 +141,7 @@ def test_what_the_readme_says_of_a_cluster_runs(monkeypatch: pytest.MonkeyPatch)
                 assert done.exit_code == 0, done.output
                 ran.append(words[1])
     assert state.faults == []
-    assert ran == ["upload", "submit", "schedule"]
+    assert ran == ["upload", "submit", "upload", "submit", "schedule"]
     (run,) = state.runs.values()
     assert run["runtime_config"]["parameters"]["gpu_count"] == "1"
     (recurring,) = state.recurring.values()
