@@ -142,8 +142,9 @@ def test_what_the_readme_says_of_a_cluster_runs(monkeypatch: pytest.MonkeyPatch)
                 ran.append(words[1])
     assert state.faults == []
     assert ran == ["upload", "submit", "upload", "submit", "schedule"]
-    (run,) = state.runs.values()
+    run, on_nodes = state.runs.values()
     assert run["runtime_config"]["parameters"]["gpu_count"] == "1"
+    assert on_nodes["runtime_config"]["parameters"]["nodes"] == "4"
     (recurring,) = state.recurring.values()
     assert recurring["status"] == "ENABLED"
 
