@@ -32,7 +32,7 @@ def joined_ray(step: str, address: str, cores: int) -> Iterator[Any]:
             ray.init(address=address, **quiet)
         else:
             ray.init(num_cpus=cores, include_dashboard=False, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise UserError(
             f"{step}.ray_address {address or 'is empty'}: no Ray can be joined there: {error}"
         ) from None
