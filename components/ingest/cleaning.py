@@ -8,7 +8,6 @@ import collections
 import contextlib
 import hashlib
 import hmac
-import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -16,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from nudge.components.common import workers
 from nudge.components.common.corpus import text_sha256
 from nudge.components.common.errors import UserError
 from nudge.components.common.processes import usable_cores
@@ -194,13 +194,7 @@ class Cleaner:
                 self._take(tally, clean(record, self._filters, self._settings))
             return
         if self._pool is None:
-            # Not forked: DuckDB and fsspec run threads here.
-            self._pool = ProcessPoolExecutor(
-                self._workers,
-                multiprocessing.get_context("spawn"),
-                initializer=_begin,
-                initargs=(self._settings,),
-            )
+            self._pool = workers.spawned(self._workers, _begin, self._settings)
         with self._killed_told():
             future = self._pool.submit(_clean_batch, records)
         self._sent.append((tallies, size, future))

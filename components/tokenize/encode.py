@@ -8,16 +8,16 @@ import array
 import collections
 import functools
 import json
-import multiprocessing
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+from nudge.components.common import workers
 from nudge.components.common.errors import UserError
 from tokenizers import Tokenizer
 
@@ -76,9 +76,7 @@ def encode_all(
     if processes == 1:
         yield from ((mark, encode(lines, encoding)) for mark, lines in blocks)
         return
-    # Spawned: a fork of a process that holds PyTorch's threads may hang.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(encoding,))
+    pool = workers.spawned(processes, _begin, encoding)
     waiting: collections.deque[tuple[T, Future[Encoded]]] = collections.deque()
     try:
         for mark, lines in blocks:
