@@ -34,7 +34,7 @@ class LaunchSettings:
     gpus_per_node: Annotated[int, Field(ge=0)] = 1
     """Each GPU has a rank; 0 trains on CPUs, one rank a node."""
     gpu_resource: str = "nvidia.com/gpu"
-    cpu: str = "8"
+    cpu: Annotated[str, Field(coerce_numbers_to_str=True)] = "8"
     memory: str = "64Gi"
     queue: str = ""
     """A LocalQueue of Kueue in the namespace; empty: the job is not queued."""

@@ -115,8 +115,8 @@ def _set(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: the value is not YAML: {error}") from None
-    # YAML 1.1 takes 1e-4 for a string; nobody who writes it means one.
-    if isinstance(value, str):
+    # YAML 1.1 takes 1e-4 for a string; nobody who writes it without quotes means one.
+    if isinstance(value, str) and text.strip()[0] not in "'\"":
         with contextlib.suppress(ValueError):
             value = float(value)
     *parents, last = key.split(".")

@@ -78,3 +78,9 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(UserError):
         load(str(path))
+
+
+def test_a_number_in_quotes_stays_text() -> None:
+    for given, meant in (('"1"', "1"), ("1", "1"), ("500m", "500m"), ("'2'", "2")):
+        text = load("many-nodes", [f"train.cluster.cpu={given}"]).text
+        assert step_settings(TrainSettings, "train", text).cluster.cpu == meant
