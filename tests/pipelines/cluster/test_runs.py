@@ -1,0 +1,244 @@
+"""`upload` and `submit`: versions, parameters, and a run that is followed with its logs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from nudge.pipelines.cluster import connect, logs, runs
+from nudge.pipelines.compile import PIPELINES
+
+from tests.pipelines.cluster.conftest import nudge
+from tests.pipelines.cluster.pipelines_server import Pipelines
+
+
+def test_a_version_is_uploaded_once(state: Pipelines, url: str) -> None:
+    first = nudge("upload")
+    assert (first.exit_code, first.stdout.split()[1]) == (0, "uploaded")
+    again = nudge("upload", "train-and-serve")
+    assert again.stdout.endswith("is there already\n")
+    (version,) = state.versions.values()
+    assert first.stdout.split()[0] == version["name"]
+    text = (runs.COMPILED / "train_and_serve.yaml").read_text()
+    documents = list(yaml.safe_load_all(text))
+    assert version["pipeline_spec"] == {
+        "pipeline_spec": documents[0],
+        "platform_spec": documents[1],
+    }
+
+
+def test_every_pipeline_that_ships_can_be_uploaded(state: Pipelines, url: str) -> None:
+    names = [name.replace("_", "-") for name in PIPELINES]
+    for name in names:
+        assert "uploaded" in nudge("upload", name).stdout
+    assert [each["name"] for each in state.pipelines.values()] == names
+    unknown = nudge("upload", "train-and-sevre")
+    assert (unknown.exit_code, "did you mean 'train-and-serve'" in unknown.stderr) == (2, True)
+
+
+def test_a_changed_pipeline_is_a_new_version_of_the_same(
+    state: Pipelines, url: str, tmp_path: Path
+) -> None:
+    nudge("upload")
+    path = tmp_path / "mine.yaml"
+    text = (runs.COMPILED / "train_and_serve.yaml").read_text()
+    path.write_text(text.replace("nvidia.com/gpu", "amd.com/gpu"))
+    assert "uploaded" in nudge("upload", str(path)).stdout
+    assert (len(state.pipelines), len(state.versions)) == (1, 2)
+
+
+def test_a_run_is_followed_to_its_end(state: Pipelines, url: str) -> None:
+    def task(name: str, value: str, **more: Any) -> dict[str, Any]:
+        return {"display_name": name, "state": value, "start_time": "2026-01-01T00:00:00Z", **more}
+
+    ended = {"end_time": "2026-01-01T00:00:42Z"}
+    state.story = [
+        {"state": "PENDING"},
+        {"state": "RUNNING", "run_details": {"task_details": [task("ingest", "RUNNING")]}},
+        {
+            "state": "SUCCEEDED",
+            "run_details": {"task_details": [task("ingest", "SUCCEEDED", **ended)]},
+        },
+    ]
+    nudge("upload")
+    done = nudge("submit", "eiffel", "--set", "train.epochs=2", "-p", "gpu_count=2")
+    assert done.exit_code == 0, done.output
+    assert "ingest: running" in done.stderr
+    assert "ingest: done 42.0 s" in done.stderr
+    assert done.stdout.endswith("succeeded\n")
+    (run,) = state.runs.values()
+    parameters = run["runtime_config"]["parameters"]
+    assert parameters["gpu_count"] == "2"
+    assert yaml.safe_load(parameters["recipe"])["train"]["epochs"] == 2
+    (version,) = state.versions
+    assert run["pipeline_version_reference"]["pipeline_version_id"] == version
+    assert f"{url}/#/runs/details/{run['run_id']}" in done.stdout
+
+
+START, END = "2026-01-01T00:00:00Z", "2026-01-01T00:00:42Z"
+
+
+def node(number: int, name: str, state: str, *children: int, **more: Any) -> dict[str, Any]:
+    """A task as the server makes it of a workflow's node: its children by the nodes' own names,
+    itself by its pod's, which have only the number at the end in common."""
+    made = {"display_name": name, "state": state, "pod_name": f"run-abc-template-{number}"}
+    made["child_tasks"] = [{"pod_name": f"run-abc-{child}"} for child in children]
+    if state != "PENDING":
+        made["start_time"] = START
+    if state in ("SUCCEEDED", "FAILED"):
+        made["end_time"] = END
+    return {**made, **more}
+
+
+def shown(state: str, *tasks: dict[str, Any]) -> dict[str, Any]:
+    return {"state": state, "run_details": {"task_details": list(tasks)}}
+
+
+def test_logs_and_figures_of_the_steps_are_shown(
+    state: Pipelines, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps inside of groups, tries of a step, what came from the cache, what never began."""
+    monkeypatch.setattr(logs, "INTERVAL_S", 0.0)
+    around = [
+        node(1, "train-and-serve-x", "RUNNING", 2),
+        node(2, "ingest-driver", "SUCCEEDED", 3),
+        node(3, "ingest", "SUCCEEDED", 4),
+        node(4, "executor", "SUCCEEDED", 9),
+        node(9, "condition-2", "RUNNING", 10),
+        node(10, "tokenize", "SUCCEEDED", 11),
+        node(11, "executor", "SKIPPED", 12),
+        node(12, "train", "RUNNING", 13),
+        node(13, "executor", "RUNNING", 14, 15),
+        node(14, "executor(0)", "FAILED"),
+    ]
+    state.logs = {
+        "run-abc-template-4": 'ingest: 9/9 files\ningest: results {"documents": 9}\n',
+        "run-abc-template-14": "the first try\n",
+        "run-abc-template-15": "train: 1/2 steps loss 3.1\n\x1b[2Jhalf a li",
+    }
+    running = [*around, node(15, "executor(1)", "RUNNING", start_time=END)]
+    ended = [each for each in around if each["display_name"] != "train"]
+    ended += [node(12, "train", "SUCCEEDED", 13), node(15, "executor(1)", "SUCCEEDED")]
+    ended[-1]["start_time"] = END
+    state.story = [shown("RUNNING", *running), shown("SUCCEEDED", *ended)]
+    nudge("upload")
+
+    answer = state._log
+
+    def grows(run: str, pod: str) -> Any:
+        made = answer(run, pod)
+        if pod == "run-abc-template-15":
+            state.logs[pod] += 'ne\ntrain: results {"loss": 2.5, "steps": 2, "more": [1]}\n'
+        return made
+
+    monkeypatch.setattr(state, "_log", grows)
+    done = nudge("submit")
+    assert done.exit_code == 0, done.output
+    lines = [line for line in done.stderr.splitlines() if " | " in line]
+    assert lines[:3] == [
+        "ingest | ingest: 9/9 files",
+        'ingest | ingest: results {"documents": 9}',
+        "train | train: 1/2 steps loss 3.1",
+    ]
+    assert lines[3] == "train | [2Jhalf a line"
+    assert len(lines) == 5
+    assert "the first try" not in done.output
+    table = {row.split()[1]: row for row in done.stdout.splitlines() if row.count("│") == 5}
+    assert list(table) == [
+        *("ingest", "tokenize", "train", "evaluate", "upload", "register", "deploy", "summary"),
+    ]
+    assert "documents 9" in table["ingest"]
+    assert "reused" in table["tokenize"]
+    assert "loss 2.5  steps 2" in table["train"]
+    assert "skipped" in table["deploy"]
+
+
+def test_a_server_that_goes_away_does_not_end_the_run(
+    state: Pipelines, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connect, "PATIENCE_S", 0.0)
+    state.story = [shown("RUNNING")]
+    nudge("upload")
+    answer = state._do
+
+    def break_when_followed(name: str, *given: Any) -> Any:
+        if name.endswith("GetRun"):
+            state.breaks = [504]
+        return answer(name, *given)
+
+    monkeypatch.setattr(state, "_do", break_when_followed)
+    done = nudge("submit")
+    assert done.exit_code == 2
+    assert "answered 504" in done.stderr
+    assert f"the run goes on: {url}/#/runs/details/{next(iter(state.runs))}" in done.stderr
+
+
+@pytest.mark.parametrize(("status", "asked"), [(403, 1), (404, 1), (500, 3)])
+def test_a_run_is_followed_where_its_logs_cannot_be_had(
+    state: Pipelines, url: str, monkeypatch: pytest.MonkeyPatch, status: int, asked: int
+) -> None:
+    monkeypatch.setattr(logs, "INTERVAL_S", 0.0)
+    tasks = [node(3, "ingest", "RUNNING", 4), node(4, "executor", "RUNNING")]
+    ended = [node(3, "ingest", "SUCCEEDED", 4), node(4, "executor", "SUCCEEDED")]
+    state.story = [shown("RUNNING", *tasks)] * 2 + [shown("SUCCEEDED", *ended)]
+    state.no_logs = status
+    nudge("upload")
+    done = nudge("submit")
+    assert done.exit_code == 0, done.output
+    assert ("no logs were shown" in done.stderr) is (asked == 1)
+    assert sum(path.endswith("/log") for _, path in state.asked) == asked
+
+
+def test_the_link_leads_to_the_dashboard_where_one_is_known(
+    state: Pipelines, url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nudge("upload")
+    monkeypatch.setenv("NUDGE_NAMESPACE", "nudge")
+    monkeypatch.setenv("NUDGE_DASHBOARD_URL", "https://dashboard.example/")
+    done = nudge("submit", "--no-follow")
+    run, link = done.stdout.split()
+    assert link == f"https://dashboard.example/pipelineRuns/nudge/runs/{run}"
+    monkeypatch.delenv("NUDGE_DASHBOARD_URL")
+    program = tmp_path / "oc"
+    program.write_text('#!/bin/sh\ncase "$*" in *consolelink*) echo https://rhoai.example;; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert "https://rhoai.example/pipelineRuns/nudge/runs/" in nudge("submit", "--no-follow").stdout
+
+
+def test_a_failed_run_says_which_step_and_where_its_log_is(state: Pipelines, url: str) -> None:
+    failed = {"display_name": "train", "state": "FAILED", "error": {"message": "out of memory"}}
+    failed["child_tasks"] = [{"pod_name": "train-and-serve-x-123"}]
+    state.story = [{"state": "FAILED", "run_details": {"task_details": [failed]}}]
+    nudge("upload")
+    done = nudge("submit")
+    assert done.exit_code == 1
+    assert "error: train: out of memory" in done.stderr
+    assert "oc logs train-and-serve-x-123" in done.stderr
+
+
+def test_what_the_pipeline_does_not_know_is_said_before_anything_runs(
+    state: Pipelines, url: str
+) -> None:
+    missing = nudge("submit")
+    assert missing.exit_code == 2
+    assert "`nudge upload` brings it there" in missing.stderr
+    nudge("upload")
+    wrong = nudge("submit", "-p", "gpu_cuont=1")
+    assert wrong.exit_code == 2
+    assert "did you mean 'gpu_count'" in wrong.stderr
+    assert "did you mean 'train-and-serve'" in nudge("submit", "--pipeline", "train-serve").stderr
+    nudge("upload", "evaluate-only")
+    lacking = nudge("submit", "--pipeline", "evaluate-only")
+    assert lacking.exit_code == 2
+    assert "needs model_uri (The model, as a run uploaded it" in lacking.stderr
+    assert state.runs == {}
+
+
+def test_a_log_is_given_once_in_whole_lines_also_when_it_is_begun_anew() -> None:
+    seen = logs._Seen()
+    assert logs._fresh(seen, "one\ntw", over=False) == ["one"]
+    assert logs._fresh(seen, "", over=False) == []  # it could not be had this time
+    assert logs._fresh(seen, "one\ntwo\nthree\n", over=False) == ["two", "three"]
+    assert logs._fresh(seen, "anew\n", over=False) == ["anew"]  # the node keeps so much and no more
+    assert logs._fresh(seen, "anew\nlast words", over=True) == ["last words"]
