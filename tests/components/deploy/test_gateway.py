@@ -2,48 +2,33 @@
 
 import collections
 import itertools
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
+from aiohttp import web
 from nudge.components.common import processes
 from nudge.components.deploy import gateway
 
 from tests.components.deploy.stream import Stream
+from tests.web_server import Server
 
 CHANGES = 200
 
 
-def _serve(version: str) -> ThreadingHTTPServer:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+def _server(version: str) -> Server:
+    async def complete(_: web.Request) -> web.Response:
+        return web.json_response({"choices": [{"text": version}]})
 
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["content-length"]))
-            body = f'{{"choices": [{{"text": "{version}"}}]}}'.encode()
-            self.send_response(200)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
+    return Server(("POST", "/v1/completions", complete))
 
 
 @pytest.fixture
 def servers() -> Iterator[dict[str, str]]:
-    started = {version: _serve(version) for version in ("v1", "v2")}
-    yield {version: f"127.0.0.1:{server.server_port}" for version, server in started.items()}
-    for server in started.values():
-        server.shutdown()
-        server.server_close()
+    with _server("v1") as first, _server("v2") as second:
+        started = {"v1": first, "v2": second}
+        yield {name: server.url.removeprefix("http://") for name, server in started.items()}
 
 
 def test_shares_are_exact(home: Path, servers: dict[str, str]) -> None:

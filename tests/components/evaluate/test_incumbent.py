@@ -1,14 +1,11 @@
 """What is served now, asked of a registry and an endpoint on a bad day: never taken for nothing."""
 
-import http.server
-import json
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from aiohttp import web
 from nudge.components.common import processes, registry, storage
 from nudge.components.common.publish import sha256_file, write_manifest
 from nudge.components.common.registry import with_registry
@@ -18,31 +15,20 @@ from nudge.components.evaluate.incumbent import Incumbent, bring, find_incumbent
 from nudge.pipelines.local import services
 
 from tests.faulty_proxy import FAULTS, Fault, FaultyProxy
+from tests.web_server import Server
 
 MODEL = "served"
 
 
-class Health(http.server.BaseHTTPRequestHandler):
-    """A server that is well; under /elsewhere nothing is."""
-
-    def do_GET(self) -> None:
-        body = json.dumps({"status": "ok"}).encode()
-        self.send_response(404 if self.path.startswith("/elsewhere") else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+async def well(_: web.Request) -> web.Response:
+    return web.json_response({"status": "ok"})
 
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[FaultyProxy]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Health) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with FaultyProxy(f"http://127.0.0.1:{server.server_address[1]}", share=0) as proxy:
-            yield proxy
-        server.shutdown()
+    """A server that is well, and knows no other address."""
+    with Server(("GET", "/health", well)) as server, FaultyProxy(server.url, share=0) as proxy:
+        yield proxy
 
 
 @pytest.fixture(scope="module")

@@ -266,8 +266,8 @@ def test_three_runs_through_faults(
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_hundred_runs_through_faults(
+def test_many_runs_through_faults(
     proxy: FaultyProxy, direct: Any, folder: Path, tmp_path: Path
 ) -> None:
-    runs = int(os.environ.get("NUDGE_FAULT_RUNS", "20"))
+    runs = int(os.environ.get("NUDGE_TEST_FAULTY_RUNS", "20"))
     print(disturbed(proxy, direct, folder, tmp_path, runs), proxy.counts)
