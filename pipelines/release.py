@@ -112,7 +112,7 @@ def register(uri: str, registry_url: str) -> None:
     if registry_url:
         os.environ["NUDGE_REGISTRY_URL"] = registry_url
     _connect()
-    told = finish(uri, registry_url)
+    told = finish(uri)
     click.echo(
         f"{told['registered_model']} {told['version']} is registered; `nudge promote "
         f"{told['version']} --model {told['registered_model']}` serves it"

@@ -36,12 +36,12 @@ def published(target: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8 so that ``path`` holds all of it or what it held before."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write bytes, or text as UTF-8, so that ``path`` holds all of it or what it held before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
         _fsync(part)
         part.replace(path)
     finally:

@@ -5,14 +5,14 @@ path: requests name the registered model, as they do on a cluster (vLLM's --serv
 """
 
 import contextlib
-import json
 import shutil
 import sys
 from pathlib import Path
 
 from nudge.components.common import processes
+from nudge.components.common.base_model import verify_upload
 from nudge.components.common.errors import UserError
-from nudge.components.common.publish import published, verify_file
+from nudge.components.common.publish import published
 from nudge.components.common.releases import Version
 from nudge.components.common.storage import download_folder
 from nudge.components.deploy import gateway
@@ -81,13 +81,11 @@ class LocalServing:
             with published(folder) as part:
                 model = part / version.model
                 download_folder(version.uri, model)
-                path = model / "manifest.json"
-                if not path.is_file():
+                if not (model / "manifest.json").is_file():
                     raise UserError(
                         f"{version.uri} is not complete: it has no manifest.json; upload it again"
                     )
-                for file, entry in json.loads(path.read_text())["files"].items():
-                    verify_file(model / file, entry["sha256"])
+                verify_upload(model, version.uri)
         folder.touch()
         return folder
 

@@ -20,7 +20,6 @@ The schema's metadata holds ``nudge.format`` and ``nudge.version``; the evaluati
 sha256 and rows.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from nudge.components.common.corpus import Document
 from nudge.components.common.errors import UserError
-from nudge.components.common.publish import sha256_file, verify_file
+from nudge.components.common.publish import sha256_file, verify_file, write_atomic
 from nudge.components.evaluate.perplexity import Score
 
 FORMAT, VERSION = "nudge.scores", 1
@@ -72,13 +71,9 @@ def write_scores(
         for model, of_set in of_models.items()
         for place, (document, score) in enumerate(zip(documents[name], of_set, strict=True))
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    try:
-        pyarrow.parquet.write_table(pa.Table.from_pylist(rows, SCHEMA), part, compression="zstd")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    file = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows, SCHEMA), file, compression="zstd")
+    write_atomic(path, file.getvalue().to_pybytes())
     return {
         "format": FORMAT,
         "version": VERSION,

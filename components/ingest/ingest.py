@@ -47,7 +47,7 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
     from nudge.components.ingest.sources import find_sources
     from nudge.components.ingest.state import State
 
-    make_filters(settings)
+    make_filters(settings)  # what a filter lacks is told before anything is read
     sources = find_sources(settings.data_uri)
     corpus.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".ingest-", dir=corpus.parent) as folder:

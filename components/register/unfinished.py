@@ -37,7 +37,7 @@ def keep(entry: Registration, url: str) -> str:
     return shlex.join(command)
 
 
-def finish(uri: str, given_url: str = "") -> dict[str, Any]:
+def finish(uri: str) -> dict[str, Any]:
     """Register what was kept for the version at ``uri``; returns what `register` does.
 
     Raises `UserError` if nothing was kept, if the version is not complete, or as `register`.
@@ -60,7 +60,7 @@ def finish(uri: str, given_url: str = "") -> dict[str, Any]:
     values = json.loads(kept.getvalue())
     if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
         raise UserError(f"{uri}{ENDING} is no {FORMAT} of version {VERSION}")
-    told = enter(registry_url(given_url), Registration(**values["registration"]))
+    told = enter(registry_url(), Registration(**values["registration"]))
     forget(uri)
     return told
 

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -22,16 +21,13 @@ from nudge.components.common.errors import UserError
 from nudge.components.common.images import TRAIN_IMAGE
 from nudge.components.common.kube import POD, Cluster, Conflict, connect
 from nudge.components.common.pods import LogTail, why
-from nudge.components.common.progress import Progress, progress
+from nudge.components.common.progress import SHOWN, Progress, progress
 from nudge.components.common.provenance import this_run
 from nudge.components.train import rayjob, trainjob
 from nudge.components.train.exchange import Exchange
 from nudge.components.train.jobs import RUN_LABEL, Engine, job_name
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.worker import OUTPUTS
-
-SHOWN = re.compile(r"train: (\d+)/(\d+) steps ?(.*)")
-"""A line of progress in a pod's log."""
 
 ENGINES: dict[str, Engine] = {"trainjob": trainjob, "rayjob": rayjob}
 STEP_CONTAINER = "main"
@@ -222,8 +218,9 @@ def _show(cluster: Cluster, engine: Engine, name: str, tail: list[LogTail], bar:
         tail.append(LogTail(cluster, pods[-1]["metadata"]["name"], container))
         bar.note(stage="training")
     for line in map(engine.plain, tail[0].lines()):
-        if match := SHOWN.fullmatch(line.strip()):
-            bar.total = float(match[2])
-            bar.advance(float(match[1]) - bar.done, job=match[3])
+        match = SHOWN.fullmatch(line.strip())
+        if match and match[1] == "train" and match[3]:
+            bar.total = float(match[3])
+            bar.advance(float(match[2]) - bar.done, job=match[5])
         else:
             print(f"{name}: {line}", file=sys.stderr, flush=True)
