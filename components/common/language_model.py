@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nudge.components.common.processes import usable_cores
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,7 +16,7 @@ def set_up_torch(threads: int, seed: int) -> None:
     # cuBLAS refuses deterministic algorithms without it; read when a GPU is first used
     # (https://docs.nvidia.com/cuda/cublas/#results-reproducibility).
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(threads or usable_cores())
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
     # Nothing reads memory that it has not written; filling it took 7 % of a training step on a CPU.

@@ -1,7 +1,7 @@
 """The model as the loop sees it: a summed loss for rows, on one rank or on many."""
 
 import contextlib
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from nudge.components.common.errors import UserError
@@ -125,6 +125,22 @@ class Network:
         for layer in self._layers():
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(self._module, mesh=mesh, mp_policy=policy)
+
+
+def precision_on(device: torch.device, asked: Literal["float32", "bfloat16", "auto"]) -> Any:
+    """The precision that is meant on a device.
+
+    Without instructions for it a CPU's products in bfloat16 are far slower than in float32: with
+    AVX2 alone SmolLM2-135M trained at 4 tokens/s in the one and 71 in the other.
+    """
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        known = torch.cpu.get_capabilities()
+        has = any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return "bfloat16" if has else "float32"
 
 
 def _on(rows: Rows, device: torch.device) -> Rows:

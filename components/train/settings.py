@@ -103,8 +103,9 @@ class TrainSettings:
             "down_proj",
         ]
     )
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """What matrix products are computed in; weights and optimizer state stay float32."""
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    """What matrix products are computed in; weights and optimizer state stay float32. `auto` is
+    bfloat16 where the hardware multiplies it, else float32."""
     activation_checkpointing: bool = False
     """Compute each layer's activations again in the backward pass, instead of keeping them."""
     compile: bool = False

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from nudge.components.common.errors import UserError
+from nudge.components.common.processes import usable_cores
 from nudge.components.train.settings import TrainSettings
 
 ERROR_VARIABLE = "NUDGE_ERROR_FILE"
@@ -47,7 +48,10 @@ def run_ranks(count: int, settings: TrainSettings, paths: dict[str, Path]) -> No
             *("--recipe", recipe.as_uri()),
             *(word for name, path in paths.items() for word in (f"--{name}", str(path))),
         ]
-        variables = {ERROR_VARIABLE: str(error), "OMP_NUM_THREADS": str(_threads(count, settings))}
+        variables = {
+            ERROR_VARIABLE: str(error),
+            "OMP_NUM_THREADS": str(threads_each(count, settings)),
+        }
         ranks = subprocess.Popen(command, env={**os.environ, **variables})
 
         def pass_on(number: int, _: FrameType | None) -> None:
@@ -70,6 +74,6 @@ def run_ranks(count: int, settings: TrainSettings, paths: dict[str, Path]) -> No
             )
 
 
-def _threads(count: int, settings: TrainSettings) -> int:
-    cores = settings.threads or len(os.sched_getaffinity(0))
-    return max(1, cores // count)
+def threads_each(count: int, settings: TrainSettings) -> int:
+    """The CPU threads of each of ``count`` ranks on one machine."""
+    return max(1, (settings.threads or usable_cores()) // count)

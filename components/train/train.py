@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +69,17 @@ def _train(
     from nudge.components.train.data import PackedSplit
     from nudge.components.train.loop import make_optimizer, planned_steps, train_loop
     from nudge.components.train.model import Start, check_tokenizer, check_vocabulary
-    from nudge.components.train.network import Network, check_document_masking
+    from nudge.components.train.network import Network, check_document_masking, precision_on
     from nudge.components.train.record import NoBar, NoRecord, open_record
     from nudge.components.train.report import render_report
     from nudge.components.train.result import facts_of, write_model
+    from nudge.components.train.torchrun import threads_each
 
     manifest = read_tokens_manifest(tokens)
     check_tokenizer(manifest, settings)
-    threads = settings.threads or len(os.sched_getaffinity(0))
-    language_model.set_up_torch(max(1, threads // ranks.local_world), settings.seed)
+    precision = precision_on(ranks.device, settings.precision)
+    settings = dataclasses.replace(settings, precision=precision)
+    language_model.set_up_torch(threads_each(ranks.local_world, settings), settings.seed)
     length, seed = settings.sequence_length, settings.seed
     split = [
         PackedSplit(tokens, "train", length, seed, settings.prefix_share),

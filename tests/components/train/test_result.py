@@ -17,6 +17,7 @@ from nudge.components.train.meter import (
     peak_flops,
 )
 from nudge.components.train.model import llama_shape
+from nudge.components.train.network import precision_on
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
 
@@ -163,3 +164,17 @@ def test_too_little_memory_says_what_to_lower(
     monkeypatch.setattr(Network, "summed_loss", greedy)
     with pytest.raises(UserError, match=r"lower train.micro_batch_sequences \(now 2\)"):
         train(small(), tokens=tokens, **outputs(tmp_path))
+
+
+@pytest.mark.parametrize("instruction", ["avx512_bf16", "amx_bf16", "avx2"])
+def test_bfloat16_is_taken_where_the_hardware_has_it(
+    small: Small, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instruction: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instruction: True})
+    meant = "float32" if instruction == "avx2" else "bfloat16"
+    assert precision_on(torch.device("cpu"), "auto") == meant
+    assert precision_on(torch.device("cpu"), "bfloat16") == "bfloat16"
+    if instruction == "avx2":
+        train(small(precision="auto", max_steps=2), tokens=tokens, **outputs(tmp_path))
+        made = json.loads((tmp_path / "model" / "nudge.json").read_text())
+        assert made["settings"]["precision"] == "float32"
