@@ -28,21 +28,11 @@ FORMAT, VERSION = "nudge.tokens", 1
 MAGIC = b"NUDGETOK"
 HEADER = struct.Struct("<8sIIIIQQ")
 SHARD_VERSION = 1
-END_OF_DOCUMENT = "<|endoftext|>"
 
 
 def read_tokens_manifest(tokens: Path) -> dict[str, Any]:
     """The manifest of a tokens artifact; raises `UserError` if the folder is none."""
     return read_manifest(tokens / "manifest.json", FORMAT, VERSION)
-
-
-def end_of_document_id(tokenizer: Any) -> int:
-    """The token that ends a document: ``<|endoftext|>`` if the tokenizer has it, else its EOS."""
-    known = tokenizer.get_vocab()
-    name = END_OF_DOCUMENT if END_OF_DOCUMENT in known else tokenizer.eos_token
-    if name is None:
-        raise UserError("the tokenizer has no end-of-document token: neither <|endoftext|> nor EOS")
-    return int(known[name])
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from nudge.components.common.end_of_document import END_OF_DOCUMENT, end_of_document_id
 from nudge.components.common.errors import UserError
 from nudge.components.common.language_model import head_weight, hidden_states
 from nudge.components.common.progress import Progress
-from nudge.components.common.tokens import END_OF_DOCUMENT, end_of_document_id
 from nudge.kernels import fused_linear_cross_entropy
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.tokens import END_OF_DOCUMENT
+from nudge.components.common.end_of_document import END_OF_DOCUMENT
 from nudge.components.tokenize.settings import TokenizeSettings
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 

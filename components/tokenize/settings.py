@@ -2,6 +2,7 @@
 
 from typing import Annotated, Literal
 
+from nudge.components.common.end_of_document import END_OF_DOCUMENT
 from nudge.components.common.settings import settings
 from pydantic import Field
 
@@ -47,4 +48,4 @@ class TokenizeSettings:
     @property
     def all_special_tokens(self) -> list[str]:
         """What `train` gives an id of its own first, in this order, each once."""
-        return list(dict.fromkeys(["<|endoftext|>", *self.special_tokens]))
+        return list(dict.fromkeys([END_OF_DOCUMENT, *self.special_tokens]))

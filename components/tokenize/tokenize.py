@@ -44,8 +44,9 @@ def tokenize(settings: TokenizeSettings, *, corpus: Path, tokens: Path) -> dict[
     the tokenizer cannot be read.
     """
     from nudge.components.common.corpus import SPLITS, read_corpus
+    from nudge.components.common.end_of_document import end_of_document_id
     from nudge.components.common.progress import progress
-    from nudge.components.common.tokens import FORMAT, VERSION, end_of_document_id, token_dtype
+    from nudge.components.common.tokens import FORMAT, VERSION, token_dtype
     from nudge.components.tokenize.encode import Encoding
 
     source = read_corpus(corpus)
