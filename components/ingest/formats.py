@@ -47,11 +47,26 @@ class Unreadable:
     """The bytes that stand there, where that is known."""
 
 
+@dataclass(frozen=True)
+class Page:
+    """A file whose text has yet to be found in it; that takes long, so `cleaning` shares it out."""
+
+    raw: bytes
+    finder: Callable[[bytes], str | Unreadable]
+
+    def text(self) -> str | Unreadable:
+        """The page's text, or why there is none."""
+        try:
+            return self.finder(self.raw)
+        except DAMAGE as error:
+            return Unreadable("damaged", f"{type(error).__name__}: {error}", len(self.raw))
+
+
 class Record(NamedTuple):
     """One document as it was read; ``name`` is unique in its file, if the file's own ids are."""
 
     name: str
-    text: str | Unreadable
+    text: str | Unreadable | Page
     license: str = ""
     origin: str = ""
 
@@ -135,31 +150,33 @@ def _plain(stream: IO[bytes], name: str, _: IngestSettings) -> Records:
     yield Record(PurePosixPath(name).name, _whole_text(stream))
 
 
-def _html(stream: IO[bytes], name: str, _: IngestSettings) -> Records:
+def _page(finder: Callable[[bytes], str | Unreadable]) -> Reader:
+    def read(stream: IO[bytes], name: str, _: IngestSettings) -> Records:
+        raw = _whole(stream)
+        text = raw if isinstance(raw, Unreadable) else Page(raw, finder)
+        yield Record(PurePosixPath(name).name, text)
+
+    return read
+
+
+def _html(raw: bytes) -> str | Unreadable:
     import trafilatura
 
-    text = _whole_text(stream)
-    if isinstance(text, str):
-        size = len(text.encode())
-        text = trafilatura.extract(text) or Unreadable("no_main_text", bytes=size)
-    yield Record(PurePosixPath(name).name, text)
+    text = _decode(raw)
+    if isinstance(text, Unreadable):
+        return text
+    return trafilatura.extract(text) or Unreadable("no_main_text", bytes=len(raw))
 
 
-def _pdf(stream: IO[bytes], name: str, _: IngestSettings) -> Records:
+def _pdf(raw: bytes) -> str | Unreadable:
     import pypdfium2
 
-    raw = _whole(stream)
-    text: str | Unreadable
-    if isinstance(raw, Unreadable):
-        text = raw
-    else:
-        try:
-            with pypdfium2.PdfDocument(raw) as document:
-                pages = [page.get_textpage().get_text_bounded() for page in document]
-            text = "\n\n".join(pages).strip() or Unreadable("no_main_text", bytes=len(raw))
-        except pypdfium2.PdfiumError as error:
-            text = Unreadable("damaged", str(error), len(raw))
-    yield Record(PurePosixPath(name).name, text)
+    try:
+        with pypdfium2.PdfDocument(raw) as document:
+            pages = [page.get_textpage().get_text_bounded() for page in document]
+        return "\n\n".join(pages).strip() or Unreadable("no_main_text", bytes=len(raw))
+    except pypdfium2.PdfiumError as error:
+        return Unreadable("damaged", str(error), len(raw))
 
 
 def _lines(stream: IO[bytes]) -> Iterator[bytes | Unreadable]:
@@ -373,9 +390,9 @@ def _plain_value(row: dict[str, Any], column: str) -> str:
 READERS: dict[str, Reader] = {
     ".txt": _plain,
     ".md": _plain,
-    ".html": _html,
-    ".htm": _html,
-    ".pdf": _pdf,
+    ".html": _page(_html),
+    ".htm": _page(_html),
+    ".pdf": _page(_pdf),
     ".jsonl": _json_lines,
     ".csv": _csv,
     ".parquet": _parquet,

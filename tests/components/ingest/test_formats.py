@@ -19,7 +19,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from nudge.components.common.corpus import zstd
 from nudge.components.ingest import formats
-from nudge.components.ingest.formats import READERS, Unreadable, read_stream
+from nudge.components.ingest.formats import READERS, Page, Unreadable, read_stream
 from nudge.components.ingest.settings import IngestSettings
 
 SETTINGS = IngestSettings(data_uri="x")
@@ -44,7 +44,8 @@ CHECKED = {zstd.CompressionParameter.checksum_flag: 1}
 
 def read(raw: bytes, name: str) -> list[tuple[str, str | Unreadable]]:
     stream = io.BufferedReader(io.BytesIO(raw))  # type: ignore[type-var]
-    return [(r.name, r.text) for r in read_stream(stream, name, SETTINGS)]
+    records = read_stream(stream, name, SETTINGS)
+    return [(r.name, r.text.text() if isinstance(r.text, Page) else r.text) for r in records]
 
 
 def counted(raw: bytes, name: str) -> Counter[str]:

@@ -123,6 +123,21 @@ def test_any_number_of_processes_makes_the_same_corpus(
     assert made[0] == made[1]
 
 
+def test_pages_are_parsed_by_the_processes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, text in enumerate(texts(40)):
+        page = f"<html><body><nav>menu</nav><article><p>{text * 5}</p></article></body></html>"
+        (tmp_path / f"{number}.html").write_text(page)
+    run(tmp_path / "alone", str(tmp_path / "*.html"), workers=1)
+    monkeypatch.setattr(cleaning, "ALONE_BYTES", 0)
+    monkeypatch.setattr("trafilatura.extract", lambda _: pytest.fail("by this process"))
+    run(tmp_path / "shared", str(tmp_path / "*.html"), workers=2)
+    manifests = [read_corpus(tmp_path / name / "corpus") for name in ("alone", "shared")]
+    assert manifests[0] == manifests[1]
+    assert manifests[0]["documents"] == 40
+
+
 def killed(_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
