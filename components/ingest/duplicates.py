@@ -120,6 +120,7 @@ class Documents:
     def __init__(self, folder: Path) -> None:
         import duckdb
 
+        self.folder = folder
         settings: dict[str, Any] = {
             "memory_limit": MEMORY,
             "threads": 2,

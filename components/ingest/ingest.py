@@ -16,7 +16,6 @@ from nudge.components.ingest.settings import IngestSettings
 if TYPE_CHECKING:
     from nudge.components.common.corpus import Document
     from nudge.components.common.progress import Progress
-    from nudge.components.ingest.cleaning import Cleaner, Tally
     from nudge.components.ingest.duplicates import Documents
     from nudge.components.ingest.sources import Source
 
@@ -35,8 +34,9 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
     and ``text_bytes_in`` is ``text_bytes_kept`` plus every count in ``dropped_bytes``; ``bytes``
     are those of the kept texts after cleaning.
     Documents wait in tables beside ``corpus``, so that memory does not grow with their number.
-    With ``settings.state_uri`` only objects that are new or changed are read; the corpus is the
-    same. Raises `UserError` if a source is missing or nothing that could be split is left.
+    With ``settings.state_uri`` only objects that are new or changed are read, with
+    ``settings.engine`` ray the nodes of a cluster read them; the corpus is the same. Raises
+    `UserError` if a source is missing or nothing that could be split is left.
     """
     from nudge.components.common.corpus import SPLITS, write_corpus
     from nudge.components.common.progress import progress
@@ -105,43 +105,16 @@ def _read_all(
     bar: "Progress",
 ) -> dict[int, dict[str, Any]]:
     """Read each object that is not ``known`` already; returns the facts of all, by number."""
-    from nudge.components.ingest.cleaning import Cleaner
+    from nudge.components.ingest.reading import read_objects
 
-    tallies = []
-    with Cleaner(settings, documents) as cleaner:
-        if known:
-            bar.advance(len(known), unchanged=len(known))
-        for number, source in enumerate(sources):
-            if number not in known:
-                tallies.append(_read(source, number, settings, cleaner))
-                bar.advance(1, documents=cleaner.documents_in)
-    return {**known, **{tally.number: tally.facts() for tally in tallies}}
+    if known:
+        bar.advance(len(known), unchanged=len(known))
+    new = {number: source for number, source in enumerate(sources) if number not in known}
+    if settings.engine == "ray":
+        from nudge.components.ingest.on_ray import read_on_ray
 
-
-def _read(source: "Source", number: int, settings: IngestSettings, cleaner: "Cleaner") -> "Tally":
-    """Put one object's records into the cleaner; all are of one version of the object."""
-    from nudge.components.ingest.cleaning import Tally
-    from nudge.components.ingest.formats import Record, Unreadable
-    from nudge.components.ingest.sources import CHANGES, Changed, Vanished, opened
-
-    lost = ""
-    for _ in range(CHANGES):
-        tally = Tally(number, source.uri)
-        try:
-            with opened(source, settings) as (records, file):
-                for record in records:
-                    cleaner.put(tally, record)
-            tally.stored_bytes = file.size
-            return tally
-        except Changed:
-            lost = "changed_while_read"
-        except Vanished:
-            lost = "vanished"
-        cleaner.forget(tally)
-    tally = Tally(number, source.uri)
-    tally.lost = True
-    cleaner.put(tally, Record("", Unreadable(lost)))
-    return tally
+        return {**known, **read_on_ray(new, settings, documents, bar)}
+    return {**known, **read_objects(new, settings, documents, bar)}
 
 
 def _samples(told: list[dict[str, list[str]]]) -> dict[str, list[str]]:

@@ -36,6 +36,12 @@ class IngestSettings:
     seed: int = 1
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that clean; 0 means one for each core. The result is the same with any number."""
+    engine: Literal["local", "ray"] = "local"
+    """Who reads and cleans: processes of this machine, or Ray Data, the objects spread over the
+    nodes of a cluster. It never changes the result."""
+    ray_address: str = ""
+    """For `ray`: the cluster to join, such as auto; empty: what RAY_ADDRESS names, else a Ray of
+    this machine alone, with `workers` cores."""
     state_uri: str = ""
     """A folder (a path, file:// or s3://) of this step's own, where it keeps what it read: the next
     run reads only objects that are new or changed. Empty: each run reads everything."""

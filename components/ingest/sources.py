@@ -70,17 +70,24 @@ class Vanished(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """One object: its public name, where it is, and its version where the listing told it."""
+    """One object: its public name, where it is, and its version and its bytes as stored where the
+    listing told them."""
 
     uri: str
     file_system: Any
     path: str
     listed: str = ""
+    bytes: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What tells the format."""
+        return urlsplit(self.path).path
 
     @property
     def suffix(self) -> str:
         """The suffix that tells the format, without that of the compression."""
-        return suffix_of(urlsplit(self.path).path)
+        return suffix_of(self.name)
 
     def version(self) -> tuple[str, int | None]:
         """What names this state of the object (ETag or time of change), and its bytes as stored,
@@ -246,8 +253,25 @@ def opened(source: Source, settings: IngestSettings) -> Iterator[tuple[Records, 
     """
     with ResumableFile(source) as file:
         stream = io.BufferedReader(file, BLOCK_BYTES)
-        yield read_stream(stream, urlsplit(source.path).path, settings), file
+        yield read_stream(stream, source.name, settings), file
         file.check()
+
+
+def fetched(source: Source) -> bytes | None:
+    """The bytes of a small object if they are those of the version that was listed, else None: then
+    `opened` finds out what became of it."""
+
+    def whole() -> bytes | None:
+        data = bytes(source.file_system.cat_file(source.path))
+        if len(data) != source.bytes and _listed(*source.version()) == source.listed:
+            raise OSError(f"{len(data)} of {source.bytes} bytes came")
+        return data
+
+    try:
+        data: bytes = again(whole, source.uri)
+        return data if _listed(*source.version()) == source.listed else None
+    except Vanished:
+        return None
 
 
 def s3_options() -> dict[str, Any]:
@@ -287,7 +311,8 @@ def _expand(uri: str) -> list[Source]:
     if is_web and "*" not in uri and suffix_of(urlsplit(uri).path) in READERS:
         source = Source(_public(uri, path), file_system, path)
         try:
-            return [dataclasses.replace(source, listed=_listed(*source.version()))]
+            name, size = source.version()
+            return [dataclasses.replace(source, listed=_listed(name, size), bytes=size)]
         except Vanished:
             raise UserError(f"ingest.data_uri {source.uri}: there is no such file") from None
     try:
@@ -323,6 +348,7 @@ def _expand(uri: str) -> list[Source]:
             file_system,
             p,
             _listed(*_version(info)),
+            info.get("size"),
         )
         for p, info in infos.items()
     ]

@@ -125,12 +125,22 @@ def test_a_cut_answer_is_resumed_where_it_stood(store: Store, tmp_path: Path) ->
     assert again[asked[cut]] == 3
 
 
+HOW = pytest.mark.parametrize("block", [BLOCK, 1 << 20], ids=["in ranges", "at once"])
+
+
+@HOW
 @pytest.mark.parametrize(
     ("changes", "expected"), [(1, {}), (99, {"changed_while_read": 1})], ids=["once", "always"]
 )
 def test_an_object_that_changes_while_it_is_read_is_never_mixed(
-    store: Store, tmp_path: Path, changes: int, expected: dict[str, int]
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: int,
+    expected: dict[str, int],
+    block: int,
 ) -> None:
+    monkeypatch.setattr(sources, "BLOCK_BYTES", block)
     versions = [lines(seed, 300) for seed in range(20, 20 + sources.CHANGES + 1)]
     done = 0
 
@@ -159,7 +169,12 @@ def test_an_object_that_changes_while_it_is_read_is_never_mixed(
         assert kept["documents"] == 350
 
 
-def test_an_object_that_vanishes_is_counted(store: Store, tmp_path: Path) -> None:
+@HOW
+def test_an_object_that_vanishes_is_counted(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(sources, "BLOCK_BYTES", block)
+
     def remove(method: str, path: str) -> bool:
         if method == "GET" and path.startswith("/nudge/going/a"):
             client.delete_object(Bucket="nudge", Key="going/a.jsonl")

@@ -1,0 +1,108 @@
+"""Objects one after another into the cleaner, the small ones fetched ahead of their turn.
+
+A store answers many requests at once as fast as one; so the bytes of small objects are fetched some
+at a time, while those before them are parsed. The order is that of the objects all the same.
+"""
+
+import collections
+import io
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from nudge.components.common.progress import Progress
+from nudge.components.ingest import sources
+from nudge.components.ingest.cleaning import Cleaner, Tally
+from nudge.components.ingest.duplicates import Documents
+from nudge.components.ingest.formats import Record, Unreadable, read_stream
+from nudge.components.ingest.settings import IngestSettings
+from nudge.components.ingest.sources import CHANGES, Changed, Source, Vanished, fetched, opened
+
+AT_ONCE = 16
+"""Objects that are fetched at a time."""
+AHEAD_BYTES = 32 << 20
+"""What was fetched and waits for its turn, at the most."""
+
+
+def read_objects(
+    chosen: Mapping[int, Source],
+    settings: IngestSettings,
+    documents: Documents,
+    bar: Progress | None = None,
+) -> dict[int, dict[str, Any]]:
+    """Read and clean objects into ``documents``; returns the facts of each, by its number."""
+    tallies = []
+    with Cleaner(settings, documents) as cleaner, ahead(chosen) as objects:
+        for number, source, data in objects:
+            tallies.append(_read(source, number, data, settings, cleaner))
+            if bar:
+                bar.advance(1, documents=cleaner.documents_in)
+    return {tally.number: tally.facts() for tally in tallies}
+
+
+@contextmanager
+def ahead(chosen: Mapping[int, Source]) -> Iterator[Iterator[tuple[int, Source, bytes | None]]]:
+    """Each object in its order, with its bytes if they were fetched."""
+    with ThreadPoolExecutor(AT_ONCE, "fetch") as pool:
+        try:
+            yield _fetched_ahead(chosen, pool)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _fetched_ahead(
+    chosen: Mapping[int, Source], pool: ThreadPoolExecutor
+) -> Iterator[tuple[int, Source, bytes | None]]:
+    waiting: collections.deque[tuple[int, int, Future[bytes | None] | None]] = collections.deque()
+    held = 0
+
+    def first() -> tuple[int, Source, bytes | None]:
+        nonlocal held
+        number, size, future = waiting.popleft()
+        held -= size
+        return number, chosen[number], future.result() if future else None
+
+    for number, source in chosen.items():
+        size = source.bytes if source.listed else None
+        if size is None or size > sources.BLOCK_BYTES:
+            waiting.append((number, 0, None))
+        else:
+            while waiting and held + size > AHEAD_BYTES:
+                yield first()
+            waiting.append((number, size, pool.submit(fetched, source)))
+            held += size
+        if len(waiting) > AT_ONCE:
+            yield first()
+    while waiting:
+        yield first()
+
+
+def _read(
+    source: Source, number: int, data: bytes | None, settings: IngestSettings, cleaner: Cleaner
+) -> Tally:
+    """Put one object's records into the cleaner; all are of one version of the object."""
+    if data is not None:
+        tally = Tally(number, source.uri)
+        for record in read_stream(io.BytesIO(data), source.name, settings):
+            cleaner.put(tally, record)
+        tally.stored_bytes = len(data)
+        return tally
+    lost = ""
+    for _ in range(CHANGES):
+        tally = Tally(number, source.uri)
+        try:
+            with opened(source, settings) as (records, file):
+                for record in records:
+                    cleaner.put(tally, record)
+            tally.stored_bytes = file.size
+            return tally
+        except Changed:
+            lost = "changed_while_read"
+        except Vanished:
+            lost = "vanished"
+        cleaner.forget(tally)
+    tally = Tally(number, source.uri)
+    tally.lost = True
+    cleaner.put(tally, Record("", Unreadable(lost)))
+    return tally
