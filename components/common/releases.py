@@ -52,6 +52,11 @@ class Served:
         """The version that had all the traffic before the main one."""
         return next((version for version in reversed(self.history) if version != self.main), None)
 
+    @property
+    def needed(self) -> set[str]:
+        """The versions that are served, and the one that a rollback returns to."""
+        return {*self.shares, *([self.before] if self.before else [])}
+
 
 def find_version(model: str, version: str) -> Callable[[Any], Awaitable[Version]]:
     """Work that gives a `Version`; raises `UserError` that says which there are."""
@@ -86,14 +91,14 @@ def list_versions(model: str) -> Callable[[Any], Awaitable[list[Version]]]:
 def archive_older(model: str, keep: int) -> Callable[[Any], Awaitable[list[str]]]:
     """Work that archives every version older than the newest ``keep``; gives their names.
 
-    What is served, or had all the traffic and may have it again, stays LIVE however old it is.
+    What is served, and what a rollback returns to, stays LIVE however old it is.
     """
 
     async def work(client: Any) -> list[str]:
         import mr_openapi
 
         served = await find_served(model)(client)
-        needed = {*served.shares, *served.history} if served else set()
+        needed = served.needed if served else set()
         live = [each for each in await list_versions(model)(client) if not each.archived]
         live.sort(key=lambda each: each.created_ms)
         old = [each for each in live[: max(0, len(live) - keep)] if each.name not in needed]
@@ -111,7 +116,7 @@ def unneeded(model: str) -> Callable[[Any], Awaitable[list[Version]]]:
 
     async def work(client: Any) -> list[Version]:
         served = await find_served(model)(client)
-        needed = {*served.shares, *served.history} if served else set()
+        needed = served.needed if served else set()
         versions = await list_versions(model)(client)
         return [each for each in versions if each.archived and each.name not in needed]
 

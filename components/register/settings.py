@@ -17,7 +17,7 @@ class RegisterSettings:
     description: str = ""
     keep_versions: Annotated[int, Field(ge=0)] = 0
     """Archive older versions than the newest so many; 0 archives none. Never one that is served or
-    that a rollback may return to; LIVE in the registry undoes it."""
+    that a rollback returns to, the one before it; LIVE in the registry undoes it."""
     delete_archived: bool = False
     """With keep_versions: also delete the objects of every archived version of the model from the
-    object store. Never of one that is served or that a rollback may return to."""
+    object store. Never of one that is served or that a rollback returns to."""

@@ -1,6 +1,7 @@
-"""Scheduled retraining, a tiny model: the first night, a night with nothing new, one with new text,
-and one that fails."""
+"""Scheduled retraining, a tiny model: the first night, a night with nothing new, one that fails,
+and nights with new text, until the oldest version is archived."""
 
+import itertools
 import json
 import os
 import random
@@ -14,7 +15,13 @@ import pytest
 import yaml
 
 NUDGE = str(Path(sys.executable).parent / "nudge")
-WORDS = ["Paris", "Seine", "tower", "bridge", "museum", "river", "garden", "street", "bread"]
+WORDS = {
+    "first": ["Paris", "Seine", "tower", "bridge", "museum", "river", "garden", "street"],
+    "second": ["lemon", "salt", "pepper", "flour", "butter", "sugar", "apple", "onion"],
+    "third": ["violin", "drum", "horn", "flute", "cello", "harp", "piano", "organ"],
+    "fourth": ["granite", "basalt", "marble", "slate", "quartz", "chalk", "flint", "gneiss"],
+}
+"""What each night's text is made of: words that no model of an earlier night has met."""
 
 
 class Nights:
@@ -48,7 +55,7 @@ class Nights:
     def add_text(self, name: str) -> None:
         with (self.folder / f"{name}.jsonl").open("w") as file:
             for number in range(60):
-                text = " ".join(self._random.choice(WORDS) for _ in range(50)) + "."
+                text = " ".join(self._random.choice(WORDS[name]) for _ in range(50)) + "."
                 print(json.dumps({"id": number, "text": text}), file=file)
 
     def run(self, *arguments: str, status: int = 0) -> dict[str, Any]:
@@ -106,10 +113,16 @@ def test_nights(nights: Nights, tiny_model: Path) -> None:
     assert (failed["promoted"], statuses(failed)["tokenize"]) == (False, "failed")
     assert nights.versions()[first["version"]]["share"] == 100
 
-    second = nights.run()
-    assert second["error"] is None
-    assert made_from(second) == first["model_uri"]
-    served = [row for row in nights.versions().values() if row["share"]]
-    assert len(served) == 1
-    # The version of the first night is the way back: it is not archived, though only one is kept.
-    assert nights.versions()[first["version"]]["state"] == "LIVE"
+    promoted = [first, nights.run()]
+    for name in ("third", "fourth"):
+        nights.add_text(name)
+        promoted.append(nights.run())
+    for before, night in itertools.pairwise(promoted):
+        assert night["promoted"], night["reason"] or night["error"]
+        assert made_from(night) == before["model_uri"]
+    rows = nights.versions()
+    assert list(rows) == [night["version"] for night in promoted]
+    assert [row["share"] for row in rows.values()] == [0, 0, 0, 100]
+    # Of those that are older than the one kept, the one that was served when the newest came, and
+    # its way back, stay.
+    assert [row["state"] for row in rows.values()] == ["ARCHIVED", "LIVE", "LIVE", "LIVE"]

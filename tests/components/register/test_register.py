@@ -78,19 +78,19 @@ def test_old_versions_are_archived_and_deleted_but_none_that_is_needed(
     url = environment["NUDGE_REGISTRY_URL"]
     for version in ("v1", "v2", "v3", "v4"):
         release("kept", version)
-    second = with_registry(url, find_version("kept", "v2"))
-    served = Served("kept", "http://127.0.0.1:1", {"v2": 100}, ("v1", "v2"))
-    with_registry(url, note_served(second, served, "local", "transformers"))
+    third = with_registry(url, find_version("kept", "v3"))
+    served = Served("kept", "http://127.0.0.1:1", {"v3": 100}, ("v1", "v2", "v3"))
+    with_registry(url, note_served(third, served, "local", "transformers"))
 
     told = release("kept", "v5", keep_versions=1)
-    assert (told["archived"], told["deleted"]) == (["v3", "v4"], [])
-    archived = {"v1": False, "v2": False, "v3": True, "v4": True, "v5": False}
+    assert (told["archived"], told["deleted"]) == (["v1", "v4"], [])
+    archived = {"v1": True, "v2": False, "v3": False, "v4": True, "v5": False}
     assert versions(environment, "kept") == archived
     assert objects("kept") == {"v1", "v2", "v3", "v4", "v5"}
 
     told = release("kept", "v6", keep_versions=2, delete_archived=True)
-    assert (told["archived"], sorted(told["deleted"])) == ([], ["v3", "v4"])
-    assert objects("kept") == {"v1", "v2", "v5", "v6"}
+    assert (told["archived"], sorted(told["deleted"])) == ([], ["v1", "v4"])
+    assert objects("kept") == {"v2", "v3", "v5", "v6"}
     assert versions(environment, "kept") == archived | {"v6": False}
 
 
