@@ -83,6 +83,8 @@ class Place:
         # Two more tries, after one and two minutes: a node that is drained, a store that restarts.
         task.set_retry(2, backoff_duration="60s", backoff_factor=2, backoff_max_duration="600s")
         kubernetes.set_timeout(task, int(need.hours * 3600))
+        # All else that the level `restricted` asks of a pod, the pipelines server sets itself.
+        kubernetes.set_security_context(task, run_as_non_root=True)
         keys = dict(zip(SETTINGS_KEYS, SETTINGS_KEYS, strict=True))
         kubernetes.use_config_map_as_env(task, self.settings, keys, optional=True)
         # The API server labels every pod of a run with its id (a parameter would spoil the cache).

@@ -1,4 +1,5 @@
-"""What pods tell: why they do not run, why they ended, and the lines of their logs as they come."""
+"""Pods: what each container of one says of its rights, why one does not run or has ended, and the
+lines of its log as they come."""
 
 import re
 from collections.abc import Mapping
@@ -6,6 +7,15 @@ from typing import Any
 
 from nudge.components.common.errors import UserError
 from nudge.components.common.kube import EVENT, POD, Cluster
+
+RESTRICTED: dict[str, Any] = {
+    "allowPrivilegeEscalation": False,
+    "runAsNonRoot": True,
+    "capabilities": {"drop": ["ALL"]},
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+"""The securityContext that a namespace of the level `restricted` asks of a container:
+https://kubernetes.io/docs/concepts/security/pod-security-standards."""
 
 TAIL_LINES = 20
 STAMPED = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?Z ?(.*)")

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nudge.components.common.errors import UserError
+from nudge.components.common.pods import RESTRICTED
 from nudge.components.common.releases import Version
 from nudge.components.common.storage import split_s3_uri
 from nudge.components.deploy.settings import DeploySettings, KServe
@@ -89,6 +90,8 @@ def inference_service(version: Version, settings: DeploySettings) -> Object:
         # Users ask for the model, whichever version answers; the version's own name is for those
         # who ask it alone. The last --served-model-name stands, and ours comes after the runtime's.
         "args": ["--served-model-name", version.model, name, *place.arguments],
+        # Whatever the runtime says; KServe gives it to the container that fetches the model too.
+        "securityContext": RESTRICTED,
     }
     predictor: Object = {
         "minReplicas": place.replicas,

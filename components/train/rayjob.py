@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from nudge.components.common.kube import Kind
+from nudge.components.common.pods import RESTRICTED
 from nudge.components.train.jobs import (
     OWNED_LABEL,
     RUN_LABEL,
@@ -29,13 +30,6 @@ LOG = ({PART_LABEL: "submitter"}, SUBMITTER)
 HEAD = {"cpu": "2", "memory": "8Gi"}
 """The driver and Ray's own services; Ray's guide to large clusters starts there."""
 SMALL = {"cpu": "1", "memory": "1Gi"}
-RESTRICTED = {
-    "allowPrivilegeEscalation": False,
-    "runAsNonRoot": True,
-    "capabilities": {"drop": ["ALL"]},
-    "seccompProfile": {"type": "RuntimeDefault"},
-}
-"""What a namespace of the pod security level `restricted` asks of a container."""
 
 GONE_AFTER_S = 60
 """Its pods stay so long after the end, for their logs and events to be read."""

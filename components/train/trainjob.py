@@ -3,6 +3,7 @@
 from typing import Any
 
 from nudge.components.common.kube import Kind, condition, describe
+from nudge.components.common.pods import RESTRICTED
 from nudge.components.train.jobs import Stage, environment, labels_of, pod_spec, resources
 from nudge.components.train.settings import LaunchSettings
 
@@ -33,7 +34,8 @@ def body(
     """The object, for a cluster whose TrainJob has this ``schema``.
 
     Newer releases take what the pods need besides as ``runtimePatches``, older ones as
-    ``podTemplateOverrides``; a deadline of the job's own only the newer ones know.
+    ``podTemplateOverrides``. Only newer ones know a deadline of the job's own and, in a patch, a
+    container's security context: under the older ones that is the runtime's to say.
     """
     known = schema["properties"]["spec"]["properties"]
     asked = resources(settings)
@@ -53,14 +55,19 @@ def body(
     }
     if "activeDeadlineSeconds" in known:
         spec["activeDeadlineSeconds"] = int(settings.deadline_hours * 3600)
-    if pods := pod_spec(settings, CONTAINER):
-        if "runtimePatches" in known:
-            template = {"template": {"spec": {"template": {"spec": pods}}}}
-            replicated = [{"name": CONTAINER, **template}]
-            patch = {"template": {"spec": {"replicatedJobs": replicated}}}
-            spec["runtimePatches"] = [{"manager": PATCH_MANAGER, "trainingRuntimeSpec": patch}]
-        else:
-            spec["podTemplateOverrides"] = [{"targetJobs": [{"name": CONTAINER}], "spec": pods}]
+    newer = "runtimePatches" in known
+    pods = pod_spec(settings, CONTAINER)
+    field = known.get("runtimePatches" if newer else "podTemplateOverrides")
+    if "securityContext" in _of_a_container(field):
+        (container,) = pods.get("containers", [{"name": CONTAINER}])
+        pods["containers"] = [{**container, "securityContext": RESTRICTED}]
+    if pods and newer:
+        template = {"template": {"spec": {"template": {"spec": pods}}}}
+        replicated = [{"name": CONTAINER, **template}]
+        patch = {"template": {"spec": {"replicatedJobs": replicated}}}
+        spec["runtimePatches"] = [{"manager": PATCH_MANAGER, "trainingRuntimeSpec": patch}]
+    elif pods:
+        spec["podTemplateOverrides"] = [{"targetJobs": [{"name": CONTAINER}], "spec": pods}]
     metadata: dict[str, Any] = {"name": name, "labels": labels_of(settings, name)}
     if owner:
         metadata["ownerReferences"] = [owner]
@@ -103,3 +110,12 @@ def started_with(job: dict[str, Any]) -> Any:
 def plain(line: str) -> str:
     """A line of the log as the training wrote it."""
     return line
+
+
+def _of_a_container(schema: Any) -> set[str]:
+    """What a patch may say of a container, wherever in its schema that stands."""
+    if not isinstance(schema, dict):
+        return set()
+    if "items" in schema.get("containers", {}):
+        return set(schema["containers"]["items"]["properties"])
+    return set().union(*(_of_a_container(each) for each in schema.values()))
