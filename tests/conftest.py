@@ -74,6 +74,17 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
+def connected(home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The variables of an embedded object store and registry, which are set."""
+    from nudge.pipelines.local import services
+
+    environment = services.up(home)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return environment
+
+
+@pytest.fixture
 def faulty_proxy() -> "Iterator[Callable[..., FaultyProxy]]":
     """Makes a `FaultyProxy` in front of a URL; every one made is stopped after the test."""
     from tests.faulty_proxy import FaultyProxy

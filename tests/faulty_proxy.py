@@ -26,14 +26,15 @@ import random
 import socket
 import ssl
 import struct
-import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import aiohttp
 import yarl
 from aiohttp import web
+
+from tests.web_server import Server
 
 Fault = Literal["500", "503", "429", "reset", "cut-upload", "lost", "cut-download", "slow"]
 FAULTS: tuple[Fault, ...] = get_args(Fault)
@@ -48,7 +49,7 @@ class _Cut(Exception):
     """Ends the passing on of a request's body."""
 
 
-class FaultyProxy:
+class FaultyProxy(Server):
     """A proxy in a thread of its own, from ``start`` (or ``with``) to ``stop``.
 
     ``share`` of the requests for which ``only(method, path)`` is true meet one of ``faults``;
@@ -70,6 +71,8 @@ class FaultyProxy:
         tls: ssl.SSLContext | None = None,
         trusted: ssl.SSLContext | None = None,
     ) -> None:
+        super().__init__(("*", "/{anything:.*}", self._handle), tls=tls)
+        self.app.cleanup_ctx.append(self._connected)
         self.upstream = upstream.rstrip("/")
         self.share, self.faults, self.only = share, tuple(faults), only
         self.retry_after_s, self.slow_s = retry_after_s, slow_s
@@ -78,57 +81,18 @@ class FaultyProxy:
         self.requests: list[tuple[str, str, dict[str, str], str]] = []
         """Method, path, headers, and fault or "passed" of each request, in order."""
         self._random = random.Random(seed)
-        self._tls, self._trusted = tls, trusted
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self._loop = asyncio.new_event_loop()
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._serve, name="faulty-proxy", daemon=True)
-
-    @property
-    def url(self) -> str:
-        port = self._socket.getsockname()[1]
-        # Certificates name localhost; S3 clients are content with either.
-        return f"https://localhost:{port}" if self._tls else f"http://127.0.0.1:{port}"
-
-    def start(self) -> Self:
-        self._thread.start()
-        assert self._ready.wait(30)
-        return self
-
-    def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(30)
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+        self._trusted = trusted
 
     @property
     def hurt(self) -> int:
         """How many requests met a fault."""
         return sum(count for name, count in self.counts.items() if name != "passed")
 
-    def _serve(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._open())
-        self._ready.set()
-        self._loop.run_forever()
-        self._loop.run_until_complete(self._runner.cleanup())
-        self._loop.run_until_complete(self._session.close())
-        self._loop.close()
-
-    async def _open(self) -> None:
+    async def _connected(self, _: web.Application) -> AsyncIterator[None]:
         connector = aiohttp.TCPConnector(force_close=True, limit=0, ssl=self._trusted or True)
-        self._session = aiohttp.ClientSession(connector=connector, auto_decompress=False)
-        app = web.Application()
-        app.router.add_route("*", "/{anything:.*}", self._handle)
-        self._runner = web.AppRunner(
-            app, access_log=None, auto_decompress=False, shutdown_timeout=0.1
-        )
-        await self._runner.setup()
-        await web.SockSite(self._runner, self._socket, ssl_context=self._tls).start()
+        async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
+            self._session = session
+            yield
 
     def _choose(self, request: web.Request) -> Fault | None:
         if not self.only(request.method, request.raw_path):

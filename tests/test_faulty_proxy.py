@@ -2,13 +2,11 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 from aiohttp import web
 from nudge.components.common.storage import s3_client
-from nudge.pipelines.local import services
 
 from tests.faulty_proxy import FAULTS, FaultyProxy
 from tests.web_server import Server
@@ -98,12 +96,10 @@ def test_a_seeded_share_is_hurt_and_can_be_switched_off(echo: Echo, faulty_proxy
 
 
 def test_it_stands_in_front_of_a_store_that_checks_signatures(
-    home: Path, faulty_proxy: Proxied, monkeypatch: pytest.MonkeyPatch
+    connected: dict[str, str], faulty_proxy: Proxied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    environment = services.up(home)
-    proxy = faulty_proxy(environment["AWS_S3_ENDPOINT"], share=0.2, seed=5, slow_s=0.01)
-    for name, value in {**environment, "AWS_S3_ENDPOINT": proxy.url}.items():
-        monkeypatch.setenv(name, value)
+    proxy = faulty_proxy(connected["AWS_S3_ENDPOINT"], share=0.2, seed=5, slow_s=0.01)
+    monkeypatch.setenv("AWS_S3_ENDPOINT", proxy.url)
     client = s3_client()
     for number in range(10):
         key = f"a folder/ü{number}"
@@ -113,6 +109,6 @@ def test_it_stands_in_front_of_a_store_that_checks_signatures(
     listed = client.list_objects_v2(Bucket="nudge", Prefix="a folder/")["Contents"]
     assert {item["Size"] for item in listed} == {len(BODY)}
     assert client.get_object(Bucket="nudge", Key="a folder/ü7")["Body"].read() == BODY
-    registry = faulty_proxy(environment["NUDGE_REGISTRY_URL"], share=0.0)
+    registry = faulty_proxy(connected["NUDGE_REGISTRY_URL"], share=0.0)
     path = "/api/model_registry/v1alpha3/registered_models"
     assert httpx.get(registry.url + path).json()["size"] == 0

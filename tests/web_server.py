@@ -1,6 +1,8 @@
 """A small web server for tests: an aiohttp application in a thread of its own."""
 
 import asyncio
+import socket
+import ssl
 import threading
 from typing import Any, Self
 
@@ -11,13 +13,24 @@ Route = tuple[str, str, Any]
 
 
 class Server:
-    """Serves on 127.0.0.1, at ``url``, from ``start`` (or ``with``) to ``stop``."""
+    """Serves on 127.0.0.1, at ``url``, from ``start`` (or ``with``) to ``stop``; over ``tls`` if it
+    is given. Bodies are passed to the handlers as they come, compressed ones too."""
 
-    def __init__(self, *routes: Route) -> None:
-        self._routes = routes
+    def __init__(self, *routes: Route, tls: ssl.SSLContext | None = None) -> None:
+        self.app = web.Application(client_max_size=1 << 30)
+        for method, path, handler in routes:
+            self.app.router.add_route(method, path, handler)
+        self._tls = tls
+        self._socket = socket.create_server(("127.0.0.1", 0))
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    @property
+    def url(self) -> str:
+        port = self._socket.getsockname()[1]
+        # Certificates name localhost.
+        return f"https://localhost:{port}" if self._tls else f"http://127.0.0.1:{port}"
 
     def start(self) -> Self:
         self._thread.start()
@@ -35,14 +48,12 @@ class Server:
         self.stop()
 
     def _serve(self) -> None:
-        app = web.Application(client_max_size=1 << 30)
-        for method, path, handler in self._routes:
-            app.router.add_route(method, path, handler)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        runner = web.AppRunner(
+            self.app, access_log=None, auto_decompress=False, shutdown_timeout=0.1
+        )
         self._loop.run_until_complete(runner.setup())
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.SockSite(runner, self._socket, ssl_context=self._tls)
         self._loop.run_until_complete(site.start())
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         self._ready.set()
         self._loop.run_forever()
         self._loop.run_until_complete(runner.cleanup())

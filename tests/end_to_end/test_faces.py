@@ -87,12 +87,8 @@ def test_each_step_goes_on_from_the_one_before(made: dict[str, Any]) -> None:
 
 
 def test_upload_register_and_deploy_by_themselves(
-    made: dict[str, Any], recipe: str, home: Path, monkeypatch: pytest.MonkeyPatch
+    made: dict[str, Any], recipe: str, home: Path, connected: dict[str, str]
 ) -> None:
-    from nudge.pipelines.local import services
-
-    for name, value in services.up(home).items():
-        monkeypatch.setenv(name, value)
     named = {"recipe": recipe, "model_name": "by-hand", "version": "v1", "run_id": "run-1"}
     uri = upload.python_func(**named, model=made["model"])
     assert uri == "s3://nudge/models/by-hand/v1"

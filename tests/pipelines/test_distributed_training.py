@@ -8,7 +8,6 @@ from kfp import components, local
 from nudge.components.common.progress import last_events
 from nudge.components.train import launch as launching
 from nudge.pipelines import compile as compiling
-from nudge.pipelines.local import services
 from nudge.pipelines.local.runner import settled
 from nudge.pipelines.recipes import load
 
@@ -22,10 +21,8 @@ STEPS = ("ingest", "tokenize", "train", "evaluate", "upload", "register", "deplo
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_job_of_the_cluster_trains_what_is_served(
-    home: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    connected: dict[str, str], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for key, value in services.up(home).items():
-        monkeypatch.setenv(key, value)
     monkeypatch.setenv("NUDGE_RUN_ID", "run-1")
     monkeypatch.setenv("NUDGE_EVENTS", str(tmp_path / "events.jsonl"))
     exchange = f"train.cluster.exchange={tmp_path / 'shared'}"

@@ -14,7 +14,6 @@ from nudge.components.deploy.settings import DeploySettings
 from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
 from nudge.pipelines import compile as compiling
-from nudge.pipelines.local import services
 from nudge.pipelines.local.runner import settled
 
 from tests.tiny import make_tiny_model, turn_around
@@ -24,14 +23,11 @@ RECIPE = f"deploy: {{smoke_prompt: {PROMPT}}}"
 
 
 @pytest.fixture
-def registry(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def registry(connected: dict[str, str], tmp_path: Path) -> str:
     """Two versions of different weights, uploaded and registered."""
     from model_registry import ModelRegistry
 
-    variables = services.up(home)
-    for key, value in variables.items():
-        monkeypatch.setenv(key, value)
-    address = variables["NUDGE_REGISTRY_URL"]
+    address = connected["NUDGE_REGISTRY_URL"]
     client = ModelRegistry(address, author="test", is_secure=False)
     for version in ("v1", "v2"):
         model = make_tiny_model(tmp_path / version)

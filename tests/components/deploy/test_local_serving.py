@@ -28,14 +28,11 @@ PROMPT = "The Eiffel Tower"
 
 
 @pytest.fixture
-def registered(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def registered(connected: dict[str, str], tmp_path: Path) -> str:
     """Two versions, of different weights, in the object store and the registry."""
     from model_registry import ModelRegistry
 
-    for key, value in services.up(home).items():
-        monkeypatch.setenv(key, value)
-    address = json.loads((home / "services" / "model-registry.json").read_text())["address"]
-    client = ModelRegistry(address, author="test", is_secure=False)
+    client = ModelRegistry(connected["NUDGE_REGISTRY_URL"], author="test", is_secure=False)
     for version in ("v1", "v2"):
         model = make_tiny_model(tmp_path / version)
         if version == "v2":
@@ -45,7 +42,7 @@ def registered(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> s
             NAME, uri, version=version, model_format_name="vLLM", model_format_version="1",
             metadata={"expected_next": json.dumps(_expected(model))},
         )  # fmt: skip
-    return str(address)
+    return connected["NUDGE_REGISTRY_URL"]
 
 
 def _expected(folder: Path) -> list[dict[str, Any]]:

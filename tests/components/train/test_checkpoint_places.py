@@ -20,18 +20,15 @@ def test_checkpoints_through_a_store_that_fails(
     small: Small,
     tokens: Path,
     tmp_path: Path,
-    home: Path,
+    connected: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     faulty_proxy: Callable[..., FaultyProxy],
 ) -> None:
     from nudge.components.common.storage import list_keys, s3_client
-    from nudge.pipelines.local import services
 
-    for name, value in services.up(home).items():
-        monkeypatch.setenv(name, value)
     train(small(), tokens=tokens, **outputs(tmp_path / "whole"))
     with monkeypatch.context() as patched:
-        kept, endpoint = Record.metric, services.up(home)["AWS_S3_ENDPOINT"]
+        kept, endpoint = Record.metric, connected["AWS_S3_ENDPOINT"]
         proxy = faulty_proxy(endpoint, share=0.15, seed=3, slow_s=0.01)
         patched.setenv("AWS_S3_ENDPOINT", proxy.url)
 
@@ -53,12 +50,8 @@ def test_checkpoints_through_a_store_that_fails(
 
 
 def test_a_bucket_that_is_not_there_ends_before_training(
-    small: Small, tokens: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+    small: Small, tokens: Path, tmp_path: Path, connected: dict[str, str]
 ) -> None:
-    from nudge.pipelines.local import services
-
-    for name, value in services.up(home).items():
-        monkeypatch.setenv(name, value)
     settings = small(checkpoints="s3://no-such/checkpoints")
     with pytest.raises(UserError, match="list the checkpoints at s3://no-such/.*NoSuchBucket"):
         train(settings, tokens=tokens, **outputs(tmp_path / "cut"))

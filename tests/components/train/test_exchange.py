@@ -27,16 +27,13 @@ def test_what_is_damaged_on_the_way_is_refused(tmp_path: Path) -> None:
 def test_an_object_store_that_fails_carries_the_same_bytes(
     tokens: Path,
     tmp_path: Path,
-    home: Path,
+    connected: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     faulty_proxy: Callable[..., FaultyProxy],
 ) -> None:
     from nudge.components.common.storage import list_keys, s3_client
-    from nudge.pipelines.local import services
 
-    for name, value in services.up(home).items():
-        monkeypatch.setenv(name, value)
-    proxy = faulty_proxy(services.up(home)["AWS_S3_ENDPOINT"], share=0.2, seed=5, slow_s=0.01)
+    proxy = faulty_proxy(connected["AWS_S3_ENDPOINT"], share=0.2, seed=5, slow_s=0.01)
     monkeypatch.setenv("AWS_S3_ENDPOINT", proxy.url)
     exchange = Exchange("s3://nudge/jobs/one")
     assert exchange.read("tokens") is None

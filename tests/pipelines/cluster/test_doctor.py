@@ -95,13 +95,9 @@ def test_a_pipelines_server_is_asked(server: Pipelines, monkeypatch: pytest.Monk
 
 
 def test_a_registry_is_asked_for_the_prefix_that_it_has(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    connected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nudge.pipelines.local import services
-
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    for name, value in services.up(home).items():
-        monkeypatch.setenv(name, value)
     found = states()
     assert found["model registry"].state == "ok"
     assert "v1alpha3 200" in found["model registry"].found
