@@ -105,8 +105,8 @@ def known_pipeline(server: Server, name: str) -> Any:
     names = {str(entry.display_name): entry for entry in entries}
     if name not in names:
         raise UserError(
-            f"{server.url} has no pipeline {name!r}; {nearest(name, names)}; "
-            "`nudge upload` brings it there"
+            f"{server.url} has no pipeline {name!r} (`nudge upload` brings one there); "
+            f"{nearest(name, names)}"
         )
     return names[name]
 
@@ -286,6 +286,6 @@ def shipped(name: str) -> Path:
     """The compiled YAML of a pipeline by its name; raises `UserError` with the nearest names."""
     path = COMPILED / f"{name.replace('-', '_')}.yaml"
     if not path.is_file():
-        known = [each.stem.replace("_", "-") for each in COMPILED.glob("*.yaml")]
-        raise UserError(f"there is no pipeline {name!r}; {nearest(name, known)}; or give a file")
+        hint = nearest(name, [each.stem.replace("_", "-") for each in COMPILED.glob("*.yaml")])
+        raise UserError(f"there is no pipeline {name!r} (a file ends in .yaml); {hint}")
     return path

@@ -35,8 +35,8 @@ def shipped_text(name: str) -> str:
     """The YAML text of a shipped recipe; raises `UserError` with the nearest names."""
     path = FOLDER / f"{name}.yaml"
     if "/" in name or not path.is_file():
-        known = [p.stem for p in FOLDER.glob("*.yaml")]
-        raise UserError(f"there is no recipe {name!r}; {nearest(name, known)}; or give a file")
+        hint = nearest(name, [p.stem for p in FOLDER.glob("*.yaml")])
+        raise UserError(f"there is no recipe {name!r} (a file ends in .yaml); {hint}")
     return path.read_text(encoding="utf-8")
 
 
