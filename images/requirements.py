@@ -53,6 +53,8 @@ def compiled(names: tuple[str, ...], *options: str) -> str:
         source = file.name if names else "pyproject.toml"
         command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", source, *options]
         command += ["--constraint", "constraints.txt", "--generate-hashes", "--universal"]
+        # The images build it from the sources.
+        command += ["--no-emit-package", "nudge-kernels"]
         command += ["--python-version", "3.11.5", "--no-header", "--no-annotate"]
         return subprocess.run(
             command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True

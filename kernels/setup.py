@@ -1,5 +1,8 @@
 """Builds the wheel: compiles csrc with nvcc against torch's stable ABI. Needs no GPU, no network.
 
+With NUDGE_KERNELS_WITHOUT_CUDA=1 nothing is compiled, nor for an editable installation: that finds
+the library in build/, once `make wheel` has been run.
+
 One wheel serves every Python and every torch of 2.11 or newer, CPU-only ones too. torch's own
 CUDAExtension builds for one Python and refuses on a CPU-only torch, so nvcc is called from here.
 """
@@ -16,6 +19,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
+WITHOUT_CUDA = bool(os.environ.get("NUDGE_KERNELS_WITHOUT_CUDA"))
+"""A wheel of the Python files alone, for a machine without nvcc: the loss by torch's operations."""
 TARGET_TORCH = "0x020b000000000000"  # 2.11: nothing of torch's stable ABI that is newer is used
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90": "compute_90", "compute_90": "compute_90"}
 """Machine code for Ampere (and Ada) and Hopper; PTX that the driver compiles for what is newer."""
@@ -82,6 +87,8 @@ class BuildWithLibrary(build_py):
     def run(self) -> None:
         shutil.rmtree(self.build_lib, ignore_errors=True)  # what an earlier build left
         super().run()
+        if WITHOUT_CUDA or self.editable_mode:
+            return
         name = "libnudge_kernels.so"
         compile_library(HERE / "build" / name, self.distribution.get_version())
         target = Path(self.build_lib) / "nudge" / "kernels" / name
@@ -93,17 +100,17 @@ class AnyPython(bdist_wheel):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.root_is_pure = False
+        self.root_is_pure = WITHOUT_CUDA
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        return "py3", "none", "any" if WITHOUT_CUDA else super().get_tag()[2]
 
 
 class WithLibrary(Distribution):
     """Tells setuptools that this is no pure Python: its files go to the platform's folder."""
 
     def has_ext_modules(self) -> bool:
-        return True
+        return not WITHOUT_CUDA
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,16 +11,7 @@ from pathlib import Path
 import pytest
 from nudge.components.common.errors import UserError
 
-from tests.images.building import (
-    BASE,
-    CA,
-    CANARY,
-    IMAGES,
-    ROOT,
-    TORCH,
-    make_base,
-    tool,
-)
+from tests.images.building import BASE, CA, CANARY, ROOT, TORCH, call, make_base, tool
 
 
 @pytest.fixture(scope="session")
@@ -51,27 +43,33 @@ def docker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def built(docker: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Both images by name, built with secrets lying about where a careless build takes them in."""
+def checkout(docker: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of this checkout with all wheels that the images install, and with secrets lying about
+    where a careless build takes them in."""
+    torch = Path(os.environ.get("PIP_FIND_LINKS", "/nowhere")) / TORCH
+    if not torch.is_file():
+        pytest.skip(f"the CPU build of PyTorch is in no wheel folder here ({torch})")
+    folder = tmp_path_factory.mktemp("checkout") / "nudge"
+    made = (".git", ".nudge", ".venv", ".*_cache", "__pycache__", "build", "dist", "*.whl")
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*made))
+    (folder / ".venv").symlink_to(Path(sys.prefix))
+    version = call(docker, "run", "--rm", BASE, "python3", "--version").stdout.split()[1]
+    call("make", "wheels", f"PYTHON_VERSION={version}", "TORCH=cpu", cwd=folder)
+    for path in (".env", "components/.env", "pipelines/prod.env"):
+        (folder / path).write_text(f"AWS_ACCESS_KEY_ID={CANARY}\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def built(docker: str, checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Every image by name: the smallest from the package index, the others without a network."""
     build = tool()
-    folder = tmp_path_factory.mktemp("secrets")
-    conf = folder / "pip.conf"
+    build.ROOT = checkout
+    conf = tmp_path_factory.mktemp("secrets") / "pip.conf"
     conf.write_text(f"[global]\ncert = /run/secrets/ca.pem\ntimeout = 180\n# {CANARY}\n")
-    wheels = [Path(os.environ.get("PIP_FIND_LINKS", "/nowhere")) / TORCH, IMAGES / "wheels" / TORCH]
-    wheel = next((path for path in wheels if path.is_file()), None)
-    if wheel is None:
-        pytest.skip(f"the CPU build of PyTorch is in no wheel folder here ({TORCH})")
-    if not (IMAGES / "wheels" / TORCH).is_file():
-        shutil.copy(wheel, IMAGES / "wheels" / TORCH)
-    planted = [ROOT / ".env", ROOT / "components" / ".env", ROOT / "pipelines" / "prod.env"]
     build.ENVIRONMENT.update(AWS_ACCESS_KEY_ID=CANARY, AWS_SECRET_ACCESS_KEY=CANARY * 2)
-    try:
-        for path in planted:
-            path.write_text(f"AWS_ACCESS_KEY_ID={CANARY}\n")
-        for name in build.IMAGES:
-            options = {"base_image": BASE, "torch": "cpu", "network": "host", "pip_conf": str(conf)}
-            build.build(docker, name, **options, ca=str(CA))
-    finally:
-        for path in planted:
-            path.unlink(missing_ok=True)
+    common = {"base_image": BASE, "torch": "cpu", "pip_conf": str(conf), "ca": str(CA)}
+    for name in build.IMAGES:
+        online = {"network": "host"} if name == "data" else {"offline": "yes"}
+        build.build(docker, name, **common, **online)
     return dict(build.IMAGES)

@@ -51,10 +51,16 @@ def test_requirements_are_those_of_pyproject_and_of_the_constraints() -> None:
                 assert version.removesuffix("+cpu") == known[name], (path, name)
     data, train, workbench = pins("data"), pins("train"), pins("workbench")
     assert needed(("data", "release")) <= set(data)
-    assert needed(("data", "release", "train")) - {"torch"} <= set(train)
+    apart = {"torch", "nudge-kernels"}
+    assert needed(("data", "release", "train")) - apart <= set(train)
     more = needed(("data", "release", "train", "pipeline", "local")) | {"jupyterlab"}
-    assert more - {"torch"} <= {*workbench, *pins("workbench-source")}
-    assert not {"torch", "triton"} & {*data, *train, *workbench}
+    assert more - apart <= {*workbench, *pins("workbench-source")}
+    assert not {"triton", *apart} & {*data, *train, *workbench}
+
+
+def test_what_an_image_has_the_larger_ones_have_too() -> None:
+    """So that they share the layers in which it is installed."""
+    assert pins("data").items() <= pins("train").items() <= pins("workbench").items()
 
 
 def test_the_base_is_named_by_digest() -> None:

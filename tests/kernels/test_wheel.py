@@ -121,6 +121,30 @@ def test_the_wheel_works_alone_on_this_torch(wheel: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.long
+def test_one_distribution_owns_the_kernels(tmp_path: Path) -> None:
+    """Of the two that are installed side by side: so neither takes the other's files along."""
+    copy = tmp_path / "checkout"
+    made = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "tests", "wheels")
+    shutil.copytree(ROOT, copy, ignore=made)
+    pip = [sys.executable, "-m", "pip"]
+    offline = ["--quiet", "--no-index", "--no-deps"]
+    for folder in (".", "./kernels"):
+        subprocess.run(
+            [*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", "dist", folder],
+            cwd=copy, env={**os.environ, "NUDGE_KERNELS_WITHOUT_CUDA": "1"}, check=True,
+        )  # fmt: skip
+    kernels = copy / "dist" / "nudge_kernels-0.1.0-py3-none-any.whl"
+    rest = copy / "dist" / "nudge_lm-0.1.0-py3-none-any.whl"
+    python = installed(kernels, tmp_path / "clean")
+    within = [*pip, "--python", *python]
+    subprocess.run([*within, "install", *offline, str(rest)], check=True)
+    imported = "from nudge.kernels import native; print(native.load())"
+    assert "is not built" in run(python, f"import nudge.components.common.step; {imported}")
+    subprocess.run([*within, "uninstall", "--quiet", "--yes", "nudge-lm"], check=True)
+    assert "is not built" in run(python, imported)
+
+
+@pytest.mark.long
 def test_what_the_wheel_is_and_what_it_binds_to(wheel: Path) -> None:
     assert wheel.name == "nudge_kernels-0.1.0-py3-none-linux_x86_64.whl"
     with zipfile.ZipFile(wheel) as archive:
