@@ -1,6 +1,8 @@
 """Hold every pin of constraints.txt against the known advisories: OSV, with PyPA's and GitHub's.
 
-``python .ci/audit.py``; the variable ADVISORIES_URL names a mirror, or what else has OSV's API.
+``python .ci/audit.py``; the variable ADVISORIES_URL names a mirror, what else has OSV's API, or a
+folder of OSV records, such as a checkout of https://github.com/pypa/advisory-database or OSV's
+PyPI/all.zip, unpacked: that needs the packages packaging and PyYAML.
 
 Ends with 1 if a pin has an advisory that accepted.txt beside this does not name. Where the service
 cannot be asked, it says that nothing was audited and ends with 0: an outage is no finding.
@@ -26,7 +28,7 @@ def main() -> int:
     url = os.environ.get("ADVISORIES_URL", URL).rstrip("/")
     pins = read_pins(PINS.read_text(encoding="ascii"))
     try:
-        found = advisories(url, pins)
+        found = advisories(url, pins) if "://" in url else local_advisories(Path(url), pins)
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"NOT AUDITED: {url} does not answer as OSV does ({error})", file=sys.stderr)
         return 0
@@ -75,6 +77,54 @@ def advisories(url: str, pins: list[tuple[str, str]]) -> list[tuple[str, str, st
                 more.append({**question, "page_token": token})
         asked = more + asked[1000:]
     return sorted(found)
+
+
+def local_advisories(folder: Path, pins: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    """The same from a folder of OSV records, JSON or YAML; raises ValueError if there are none."""
+    import yaml
+    from packaging.utils import canonicalize_name
+
+    pinned = {canonicalize_name(name): (name, version) for name, version in pins}
+    records, newest, found = 0, "", set()
+    for path in sorted((*folder.rglob("*.json"), *folder.rglob("*.yaml"))):
+        text = path.read_text(encoding="utf-8")
+        record = json.loads(text) if path.suffix == ".json" else yaml.load(text, yaml.CSafeLoader)
+        if not isinstance(record, dict) or "affected" not in record or "withdrawn" in record:
+            continue
+        records, newest = records + 1, max(newest, str(record["modified"]))
+        for affected in record["affected"]:
+            package = affected.get("package", {})
+            pin = pinned.get(canonicalize_name(package.get("name", "")))
+            if package.get("ecosystem") == "PyPI" and pin and is_affected(pin[1], affected):
+                found.add((*pin, record["id"]))
+    if not records:
+        raise ValueError("it holds no record with `affected`")
+    print(f"{records} advisories in {folder}, the newest of {newest[:10]}")
+    return sorted(found)
+
+
+def is_affected(version: str, affected: dict[str, Any]) -> bool:
+    """https://ossf.github.io/osv-schema/#evaluation, for the versions of PyPI."""
+    from packaging.version import Version
+
+    if version in affected.get("versions", []):
+        return True
+    pinned = Version(version)
+    for each in affected.get("ranges", []):
+        if each["type"] != "ECOSYSTEM":
+            continue
+        events = [
+            (Version(str(at)), what) for event in each["events"] for what, at in event.items()
+        ]
+        inside = False
+        for at, what in sorted(events):
+            if what == "introduced" and pinned >= at:
+                inside = True
+            elif (what == "fixed" and pinned >= at) or (what == "last_affected" and pinned > at):
+                inside = False
+        if inside:
+            return True
+    return False
 
 
 def _post(url: str, body: Any) -> Any:

@@ -90,3 +90,53 @@ def test_an_outage_is_said_and_is_no_finding(
     monkeypatch.setenv("ADVISORIES_URL", "http://127.0.0.1:1")
     assert audit.main() == 0
     assert "NOT AUDITED" in capsys.readouterr().err
+
+
+def record(name: str, **said: Any) -> dict[str, Any]:
+    affected = {"package": {"ecosystem": "PyPI", "name": name}, **said}
+    return {"id": f"PYSEC-{name}", "modified": "2026-01-02T00:00:00Z", "affected": [affected]}
+
+
+def events(*pairs: tuple[str, str]) -> dict[str, Any]:
+    return {"ranges": [{"type": "ECOSYSTEM", "events": [{what: at} for what, at in pairs]}]}
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"versions": ["1.9", "1.10"]}, True),
+        ({"versions": ["1.9"]}, False),
+        (events(("introduced", "0")), True),
+        (events(("introduced", "0"), ("fixed", "1.10")), False),
+        (events(("introduced", "0"), ("fixed", "1.10.1")), True),
+        (events(("introduced", "1.10"), ("last_affected", "1.10")), True),
+        (events(("introduced", "0"), ("last_affected", "1.9")), False),
+        (events(("introduced", "1.11")), False),
+        (events(("introduced", "0"), ("fixed", "1.2"), ("introduced", "1.9")), True),
+    ],
+)
+def test_a_version_is_affected_as_osv_says(audit: Any, said: dict[str, Any], told: bool) -> None:
+    assert audit.is_affected("1.10", said) is told
+
+
+def test_a_folder_of_records_is_as_good_as_the_service(
+    audit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "advisories"
+    folder.mkdir()
+    monkeypatch.setenv("ADVISORIES_URL", str(folder))
+    assert audit.main() == 0
+    assert "NOT AUDITED" in capsys.readouterr().err
+    everything = events(("introduced", "0"))
+    for name, body in {
+        "a.json": record("Torch", **everything),
+        "b.json": record("no-pin-of-ours", **everything),
+        "c.json": {**record("numpy", **everything), "withdrawn": "2026-01-01T00:00:00Z"},
+    }.items():
+        (folder / name).write_text(json.dumps(body))
+    (folder / "d.yaml").write_text(f"# YAML\n{json.dumps(record('jinja2', **everything))}")
+    assert audit.main() == 1
+    told = capsys.readouterr().out
+    assert "3 advisories" in told
+    assert "the newest of 2026-01-02" in told
+    assert re.findall(r"^\S+ \S+: (\S+)$", told, re.MULTILINE) == ["PYSEC-jinja2", "PYSEC-Torch"]
