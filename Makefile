@@ -56,9 +56,10 @@ bench-%: setup  ## one benchmark: ours beside the named peer, in one run
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m tests.bench.bench_$*
 
-# make images BASE_IMAGE=... TORCH=cpu OFFLINE=1 PIP_CONF=... CA=... NETWORK=host
+# make images ENGINE=buildah BASE_IMAGE=... TORCH=cpu OFFLINE=1 PIP_CONF=... CA=... NETWORK=host
 images: setup  ## the container images, with podman, docker or buildah
-	$(BIN)/python images/build.py $(IMAGES) $(if $(BASE_IMAGE),--base-image $(BASE_IMAGE)) \
+	$(BIN)/python images/build.py $(IMAGES) $(if $(ENGINE),--engine $(ENGINE)) \
+		$(if $(BASE_IMAGE),--base-image $(BASE_IMAGE)) \
 		$(if $(TORCH),--torch $(TORCH)) $(if $(OFFLINE),--offline) \
 		$(if $(NETWORK),--network $(NETWORK)) \
 		$(if $(PIP_CONF),--pip-conf $(PIP_CONF)) $(if $(CA),--ca $(CA))

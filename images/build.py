@@ -17,21 +17,23 @@ IMAGES = {
     "train": TRAIN_IMAGE,
     "workbench": "quay.io/nudge-lm/nudge-workbench-python:0.1.0",
 }
+ENGINES = ("podman", "docker", "buildah")
 ENVIRONMENT = {**os.environ, "DOCKER_BUILDKIT": "1"}
 
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[data|train|workbench]...")
+@click.option("--engine", "wanted", type=click.Choice(ENGINES), help="Default: the first found.")
 @click.option("--base-image", default="", help="Default: as the Containerfile says, by digest.")
 @click.option("--torch", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 @click.option("--offline", is_flag=True, help="Install from images/wheels, without a network.")
 @click.option("--network", default="", help="The network that the build sees, such as host.")
 @click.option("--pip-conf", type=click.Path(exists=True), help="Names a mirror; in no layer.")
 @click.option("--ca", type=click.Path(exists=True), help="Its CA, at /run/secrets/ca.pem.")
-def main(names: tuple[str, ...], **options: str) -> None:
+def main(names: tuple[str, ...], wanted: str | None, **options: str) -> None:
     """Build the named images (all by default) and print their sizes."""
     try:
-        program = engine()
+        program = engine(wanted)
         for name in names or IMAGES:
             build(program, name, **options)
             click.echo(f"{IMAGES[name]}  {size_mb(program, IMAGES[name])} MB")
@@ -39,10 +41,10 @@ def main(names: tuple[str, ...], **options: str) -> None:
         raise click.ClickException(str(error)) from None
 
 
-def engine() -> str:
-    """The first program here that can build; raises `UserError` if there is none."""
+def engine(wanted: str | None = None) -> str:
+    """The first program here that can build, of that name if one is given; raises `UserError`."""
     for folder in os.environ["PATH"].split(os.pathsep):
-        for name in ("podman", "docker", "buildah"):
+        for name in [wanted] if wanted else ENGINES:
             program = shutil.which(name, path=folder)
             if program is None:
                 continue
@@ -53,8 +55,8 @@ def engine() -> str:
             if done.returncode == 0 and "--secret" in done.stdout:
                 return program
     raise UserError(
-        "no podman, docker (with BuildKit: the package docker-buildx) or buildah that can build "
-        "was found on the PATH; install one"
+        f"no {wanted or 'podman, docker or buildah'} that can build was found on the PATH; install "
+        "one (docker with BuildKit: the package docker-buildx)"
     )
 
 
@@ -85,6 +87,11 @@ def build(program: str, name: str, **options: str) -> None:
 
 def size_mb(program: str, image: str) -> int:
     """The size of an image and its base, in units of 10^6 bytes."""
+    if Path(program).name == "buildah":  # which tells it in words alone
+        command = [program, "images", "--format", "{{.Size}}", image]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        number, unit = done.stdout.split()
+        return round(float(number) * {"KB": 1e-3, "MB": 1, "GB": 1e3}[unit])
     command = [program, "inspect", "--type", "image", "--format", "{{.Size}}", image]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return round(int(done.stdout) / 1e6)

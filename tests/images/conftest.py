@@ -18,7 +18,7 @@ from tests.images.building import BASE, CA, CANARY, ROOT, TORCH, call, make_base
 def docker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Docker's client with its daemon running and a base image; skips where neither can be had."""
     try:
-        program = str(tool().engine())
+        program = str(tool().engine("docker"))
     except UserError as error:
         pytest.skip(str(error))
     daemon = None
