@@ -8,12 +8,15 @@ STAMP := $(VENV)/.installed
 run: setup  ## the whole pipeline here, on the default recipe
 	$(BIN)/nudge run eiffel
 
+# A worker a core: much of the time of the tests is waiting for what they start.
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
+
 test: setup  ## the tests
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-long: setup  ## the tests that take minutes, with the optional parts that they need
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray,tasks]'
-	$(BIN)/pytest -m long
+	$(PYTEST) -m long
 
 setup: $(STAMP)
 
@@ -39,7 +42,7 @@ compile: setup  ## write pipelines/compiled
 
 check: setup lint  ## what CI runs
 	$(BIN)/nudge compile --check
-	$(BIN)/pytest
+	$(PYTEST)
 
 audit: setup  ## the pins against the known advisories; says so where none can be had
 	$(BIN)/python .ci/audit.py

@@ -25,6 +25,16 @@ for _name in (
     os.environ.pop(_name, None)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run side by side, those of a file stay together, as their fixtures want; so do
+    all that need the daemon of containers."""
+    for item in items:
+        parts = item.path.relative_to(item.config.rootpath).parts
+        group = parts[:2] if "images" in parts else parts
+        item.add_marker(pytest.mark.xdist_group("/".join(group)))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny causal language model's folder."""

@@ -41,7 +41,7 @@ class Place:
 
     def run(self, *arguments: str, status: int = 0) -> dict[str, Any]:
         running = self.start(*arguments)
-        output, errors = running.communicate(timeout=200)
+        output, errors = running.communicate(timeout=400)
         assert running.returncode == status, errors
         assert "Traceback" not in errors
         return dict(json.loads(output))
@@ -145,7 +145,7 @@ def test_two_runs_at_once_keep_to_their_own_folders(place: Place) -> None:
     running = [
         place.start("--set", "seed=5", "--set", f"model_name=twin-{number}") for number in range(2)
     ]
-    ended = [process.communicate(timeout=280) for process in running]
+    ended = [process.communicate(timeout=500) for process in running]
     assert [process.returncode for process in running] == [0, 0], ended
     one, other = (json.loads(output) for output, _ in ended)
     assert one["run_id"] != other["run_id"]

@@ -60,7 +60,7 @@ def nudge(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=500,
     )
 
 

@@ -70,17 +70,20 @@ def test_blocks_come_in_order_and_few_wait(encoding: Encoding) -> None:
 
 
 def test_a_killed_process_is_told_and_the_others_end(encoding: Encoding) -> None:
+    def begun() -> list[psutil.Process]:
+        now = set(psutil.Process().children()) - before
+        return [one for one in now if "resource_tracker" not in " ".join(one.cmdline())]
+
     def blocks() -> Iterator[tuple[int, bytes]]:
         yield 0, block(1)
-        psutil.Process().children()[-1].kill()
+        begun()[0].kill()
         for number in range(1, 100):
             yield number, block(5)
 
     before = set(psutil.Process().children())
     with pytest.raises(UserError, match="2 processes was killed.*tokenize.processes"):
         list(encode_all(blocks(), encoding, 2))
-    alive = [one for one in set(psutil.Process().children()) - before if one.is_running()]
-    assert [one for one in alive if "resource_tracker" not in " ".join(one.cmdline())] == []
+    assert [one for one in begun() if one.is_running()] == []
 
 
 def test_what_fails_in_a_process_fails_the_step_and_leaves_nothing(
