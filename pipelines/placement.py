@@ -11,10 +11,12 @@ from typing import Any
 
 from kfp import dsl, kubernetes
 from kfp.dsl.pipeline_channel import PipelineChannel
-from nudge.components.common.images import DATA_IMAGE, TRAIN_IMAGE
+from nudge.components.common.images import DATA_IMAGE, POD_CREDENTIALS, TRAIN_IMAGE
 
 CONNECTION = "nudge-data-connection"
 SETTINGS = "nudge-settings"
+REGISTRY = "nudge-image-registry"
+"""A pull secret (kubernetes.io/dockerconfigjson) for models that are images; none is fine."""
 
 REQUIRED_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_ENDPOINT")
 # The dashboard leaves these out of a connection's Secret where nobody filled them in; a key that
@@ -28,7 +30,8 @@ class Need:
     """What a step needs: its longest time in hours and its CPU and memory, request and limit alike.
 
     An empty ``cpu`` or ``memory`` means the pipeline's parameter, ``shm`` the largest shared memory
-    (it counts as memory), ``connection`` that the step reaches the object store.
+    (it counts as memory), ``connection`` that the step reaches the object store, ``images`` that it
+    may read or write a model in a registry of images.
     """
 
     hours: float
@@ -37,17 +40,18 @@ class Need:
     gpu: bool = False
     shm: str = ""
     connection: bool = True
+    images: bool = False
 
 
 NEEDS = {
     "ingest": Need(12, cpu="4", memory="16Gi"),
-    "tokenize": Need(12, cpu="4", memory="16Gi"),
-    "train": Need(96, gpu=True, shm="8Gi"),
+    "tokenize": Need(12, cpu="4", memory="16Gi", images=True),
+    "train": Need(96, gpu=True, shm="8Gi", images=True),
     # It hands over to a job of the cluster, which has the GPUs, and follows it.
     "train_on_nodes": Need(96, cpu="2", memory="8Gi"),
-    "evaluate": Need(12, gpu=True, shm="8Gi"),
-    "fetch": Need(6, cpu="2", memory="8Gi"),
-    "upload": Need(6, cpu="2", memory="8Gi"),
+    "evaluate": Need(12, gpu=True, shm="8Gi", images=True),
+    "fetch": Need(6, cpu="2", memory="8Gi", images=True),
+    "upload": Need(6, cpu="2", memory="8Gi", images=True),
     "register": Need(0.25, cpu="500m", memory="2Gi"),
     "deploy": Need(2, cpu="500m", memory="2Gi"),
     "roll_back": Need(2, cpu="500m", memory="2Gi"),
@@ -93,6 +97,9 @@ class Place:
             for names, optional in ((REQUIRED_KEYS, False), (OPTIONAL_KEYS, True)):
                 keys = dict(zip(names, names, strict=True))
                 kubernetes.use_secret_as_env(task, self.connection, keys, optional=optional)
+        if need.images:
+            folder = str(POD_CREDENTIALS.parent)
+            kubernetes.use_secret_as_volume(task, REGISTRY, folder, optional=True)
         if need.shm:
             # The 64 MB that a container has by default end PyTorch's workers with a bus error.
             size = {"medium": "Memory", "size_limit": need.shm}

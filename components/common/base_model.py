@@ -1,13 +1,14 @@
 """The model that training starts from, as a Hugging Face folder on this machine's disk.
 
 A base model is named by a URI: ``package://`` (a file in an installed package), ``file://`` or a
-path, ``s3://`` (a folder of the data connection), ``hf://<owner>/<name>`` (the Hugging Face hub or
-its local cache), ``incumbent://<model>?else=<URI>`` (the version of a registered model that is
-served now; before there is one, the model after ``else``). A GGUF file is converted once, to
-float32 safetensors, into a cache.
+path, ``s3://`` (a folder of the data connection), ``oci://`` (an image that holds a model),
+``hf://<owner>/<name>`` (the Hugging Face hub or its local cache), ``incumbent://<model>?else=<URI>``
+(the version of a registered model that is served now; before there is one, the model after
+``else``). A GGUF file is converted once, to float32 safetensors, into a cache.
 """
 
 import contextlib
+import fnmatch
 import functools
 import hashlib
 import os
@@ -42,7 +43,7 @@ def local_model(uri: str) -> Path:
             raise UserError(f"base_model {uri}: {path} does not exist; give a folder or .gguf")
         folder = _from_gguf(path) if path.suffix == ".gguf" else path
     else:
-        folder = _from_object_store(uri)
+        folder = _downloaded(uri)
     _check_causal(folder, uri)
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"base_model {uri}: {folder} has no .safetensors (pickles are refused)")
@@ -58,7 +59,7 @@ def local_tokenizer(uri: str) -> Path:
     if urlsplit(uri).scheme == "hf":
         folder = _from_hub(uri, TOKENIZER_FILES)
     elif not is_local(uri):
-        folder = _from_object_store(uri, TOKENIZER_FILES, "-tokenizer")
+        folder = _downloaded(uri, TOKENIZER_FILES, "-tokenizer")
     elif (path := local_path(uri)).suffix == ".gguf" and path.is_file():
         return _tokenizer_from_gguf(path)
     else:
@@ -75,14 +76,14 @@ def resolved(uri: str) -> str:
     parts = urlsplit(uri)
     if parts.scheme != "incumbent":
         return uri
+    from nudge.components.common.provenance import this_run
     from nudge.components.common.registry import registry_url, with_registry
-    from nudge.components.common.releases import find_served, find_version
+    from nudge.components.common.releases import find_standing
 
     model, _, otherwise = uri.removeprefix("incumbent://").partition("?else=")
-    url = registry_url()
-    served = with_registry(url, find_served(model))
-    if served is not None:
-        return str(with_registry(url, find_version(model, served.main)).uri)
+    found = with_registry(registry_url(), find_standing(model, this_run("")))
+    if found and found[1]:
+        return str(found[1].uri)
     if not otherwise:
         raise UserError(
             f"base_model {uri}: nothing of {model!r} is served; give what the first version starts "
@@ -93,10 +94,32 @@ def resolved(uri: str) -> str:
 
 def model_sha256(folder: Path) -> str:
     """Hex sha256 of a model's weights: of its safetensors files by name, in order."""
+    return weights_sha256({path.name: sha256_file(path) for path in folder.glob("*.safetensors")})
+
+
+def weights_sha256(files: dict[str, str]) -> str:
+    """The same from the sha256 of each file by its name in the folder; other files do not count."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())
+    for name in sorted(files):
+        if fnmatch.fnmatch(name, "*.safetensors") and "/" not in name:
+            digest.update(f"{name}\0{files[name]}\n".encode())
     return digest.hexdigest()
+
+
+def download_model(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> None:
+    """Bring the files of an uploaded model that have a name like one of ``files``: from an object
+    store (``s3://``) or out of an image (``oci://``).
+
+    Raises `UserError` if there are none.
+    """
+    if urlsplit(uri).scheme == "oci":
+        from nudge.components.common.oci import download_image
+
+        download_image(uri, folder, files)
+        return
+    from nudge.components.common.storage import download_folder
+
+    download_folder(uri, folder, files)
 
 
 def verify_upload(folder: Path, uri: str) -> None:
@@ -225,14 +248,12 @@ def _from_hub(uri: str, files: tuple[str, ...]) -> Path:
         ) from None
 
 
-def _from_object_store(uri: str, files: tuple[str, ...] = ("*",), kind: str = "") -> Path:
-    from nudge.components.common.storage import download_folder
-
+def _downloaded(uri: str, files: tuple[str, ...] = ("*",), kind: str = "") -> Path:
     target = cache_folder() / hashlib.sha256(uri.encode()).hexdigest()[:16]
     target = target.with_name(target.name + kind)
     shutil.rmtree(target, ignore_errors=True)  # what stands behind a URI may have changed
     with published(target) as part:
-        download_folder(uri, part, files)
+        download_model(uri, part, files)
         if files == ("*",):
             verify_upload(part, uri)
     return target

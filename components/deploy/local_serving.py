@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 from nudge.components.common import processes
-from nudge.components.common.base_model import verify_upload
+from nudge.components.common.base_model import download_model, verify_upload
 from nudge.components.common.errors import UserError
 from nudge.components.common.publish import published
 from nudge.components.common.releases import Version
-from nudge.components.common.storage import download_folder
 from nudge.components.deploy import gateway
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import Server
@@ -40,6 +39,10 @@ class LocalServing:
         """The versions that the gateway sends requests to."""
         route = gateway.routes(self._home).get(model)
         return set(route.shares) if route else set()
+
+    def make_room(self, model: str, wanted: set[str]) -> bool:
+        """Nothing: two small models run beside one another here."""
+        return False
 
     def bring_up(self, version: Version) -> Server:
         """Download and check a version, and start its server unless it runs."""
@@ -80,8 +83,8 @@ class LocalServing:
         if not folder.is_dir():
             with published(folder) as part:
                 model = part / version.model
-                download_folder(version.uri, model)
-                if not (model / "manifest.json").is_file():
+                download_model(version.uri, model)
+                if version.uri.startswith("s3:") and not (model / "manifest.json").is_file():
                     raise UserError(
                         f"{version.uri} is not complete: it has no manifest.json; upload it again"
                     )

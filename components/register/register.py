@@ -14,6 +14,8 @@ from nudge.components.register.settings import RegisterSettings
 
 FORMAT_NAME, FORMAT_VERSION = "vLLM", "1"
 """The model format that OpenShift AI's serving of language models asks for."""
+EVALUATED = ("verdict", "metrics", "models", "probes")
+"""What is registered of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,9 @@ def register(
 
     Registering is three requests with no transaction, so each is made only if its result is not
     there yet: the same run registers once, however often it is repeated. Raises `UserError` if the
-    version belongs to another run, or if the registry does not answer; what was to be registered
-    is then kept beside the model, and the error says the command that finishes it.
+    version belongs to another run, if the evaluation is of other weights than training wrote, or if
+    the registry does not answer; what was to be registered is then kept in the object store, and
+    the error says the command that finishes it.
     """
     from nudge.components.common.progress import progress
     from nudge.components.common.registry import registry_url
@@ -54,6 +57,7 @@ def register(
 
     results = read_manifest(evaluation, "nudge.evaluation", 1)
     facts = read_manifest(model / "nudge.json", "nudge.model", 1)
+    _check_weights(results, facts)
     reason = results["verdict"]["reason"]
     entry = Registration(
         model_name=settings.model_name,
@@ -141,6 +145,22 @@ def _tidied(url: str, settings: RegisterSettings) -> dict[str, list[str]]:
     old = with_registry(url, unneeded(name)) if keep and settings.delete_archived else []
     deleted = [version.name for version in old if delete_version(version.uri)]
     return {"archived": archived, "deleted": deleted}
+
+
+def _check_weights(results: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Raise `UserError` unless the evaluation has all that is registered, and is of this model."""
+    lacking = [name for name in EVALUATED if name not in results]
+    if lacking:
+        raise UserError(
+            f"the evaluation says nothing of {', '.join(lacking)}: an older nudge wrote it; "
+            "evaluate the model again and register what comes of it"
+        )
+    evaluated, trained = results["models"]["candidate"]["sha256"], facts.get("weights_sha256")
+    if trained not in (None, evaluated):
+        raise UserError(
+            f"the evaluation is of weights with the sha256 {evaluated}, and training wrote "
+            f"{trained}: this is another model; evaluate this one"
+        )
 
 
 def _properties(

@@ -1,7 +1,8 @@
-"""Registrations that a registry did not take, kept beside the model until it does.
+"""Registrations that a registry did not take, kept in the object store until it does.
 
-``<uri>.registration.json`` (nudge.registration, version 1) stands next to the version's folder in
-the object store, so that what finishes it needs nothing of the run, which may be gone.
+``<uri>.registration.json`` (nudge.registration, version 1) stands next to the version's folder, or,
+of an image, below ``registrations/`` in the data connection's bucket; so what finishes it needs
+nothing of the run, which may be gone.
 """
 
 import dataclasses
@@ -22,12 +23,12 @@ ENDING = ".registration.json"
 
 def keep(entry: Registration, url: str) -> str:
     """Write a registration down; returns the command that finishes it with the registry ``url``."""
-    bucket, key = split_s3_uri(entry.uri)
+    bucket, key = _place(entry.uri)
     body = {"format": FORMAT, "version": VERSION, "registration": dataclasses.asdict(entry)}
     with s3_errors(f"keep the registration of {entry.uri}"):
         s3_client().put_object(
             Bucket=bucket,
-            Key=key + ENDING,
+            Key=key,
             Body=json.dumps(body, indent=2, sort_keys=True).encode(),
         )
     command = ["nudge", "register", entry.uri]
@@ -42,21 +43,19 @@ def finish(uri: str) -> dict[str, Any]:
 
     Raises `UserError` if nothing was kept, if the version is not complete, or as `register`.
     """
-    bucket, key = split_s3_uri(uri)
+    if not _complete(uri):
+        raise UserError(f"{uri} holds no complete version; `nudge models` lists those there are")
+    bucket, key = _place(uri)
     client = s3_client()
     with s3_errors(f"read the registration of {uri}"):
-        if f"{key}/manifest.json" not in list_keys(client, bucket, key):
-            raise UserError(
-                f"{uri} holds no complete version; `nudge models` lists those there are"
-            )
         kept = io.BytesIO()
-        listed = client.list_objects_v2(Bucket=bucket, Prefix=key + ENDING).get("Contents", [])
-        if not any(each["Key"] == key + ENDING for each in listed):
+        listed = client.list_objects_v2(Bucket=bucket, Prefix=key).get("Contents", [])
+        if not any(each["Key"] == key for each in listed):
             raise UserError(
                 f"there is no registration to finish for {uri}; `nudge models` shows whether it "
                 "is registered"
             )
-        client.download_fileobj(bucket, key + ENDING, kept)
+        client.download_fileobj(bucket, key, kept)
     values = json.loads(kept.getvalue())
     if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
         raise UserError(f"{uri}{ENDING} is no {FORMAT} of version {VERSION}")
@@ -67,6 +66,27 @@ def finish(uri: str) -> dict[str, Any]:
 
 def forget(uri: str) -> None:
     """Take away what was kept for a version that is registered now; nothing kept is fine."""
-    bucket, key = split_s3_uri(uri)
+    bucket, key = _place(uri)
     with s3_errors(f"forget the registration of {uri}"):
-        s3_client().delete_object(Bucket=bucket, Key=key + ENDING)
+        s3_client().delete_object(Bucket=bucket, Key=key)
+
+
+def _place(uri: str) -> tuple[str, str]:
+    """Bucket and key of what is kept for a version."""
+    if not uri.startswith("oci:"):
+        bucket, key = split_s3_uri(uri)
+        return bucket, key + ENDING
+    bucket = os.environ.get("AWS_S3_BUCKET", "")
+    if not bucket:
+        raise UserError("AWS_S3_BUCKET is not set: it names where registrations are kept")
+    return bucket, f"registrations/{uri.removeprefix('oci://')}{ENDING}"
+
+
+def _complete(uri: str) -> bool:
+    if uri.startswith("oci:"):
+        from nudge.components.common.oci import exists
+
+        return exists(uri)
+    bucket, key = split_s3_uri(uri)
+    with s3_errors(f"look for {uri}"):
+        return f"{key}/manifest.json" in list_keys(s3_client(), bucket, key)

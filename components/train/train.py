@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from nudge.components.common.base_model import model_sha256
 from nudge.components.common.publish import published, write_atomic, write_manifest
 from nudge.components.common.step import step
 from nudge.components.train.settings import TrainSettings
@@ -129,6 +130,7 @@ def _train(
         }
         if ranks.main:
             write_model(model_part, start, weights, settings, tokenizer, facts)
+            facts["weights_sha256"] = model_sha256(model_part)
             write_manifest(model_part / "nudge.json", FORMAT, VERSION, facts)
             write_atomic(report, render_report(facts, record.lines))
     checkpoints.run_is_done()

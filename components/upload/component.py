@@ -6,7 +6,7 @@ from nudge.components.common.images import DATA_IMAGE
 def upload(
     recipe: str, model_name: str, version: str, run_id: str, model: dsl.Input[dsl.Model]
 ) -> str:
-    """Upload the model to the data connection's bucket, complete or invisible.
+    """Upload the model, complete or invisible: to an object store, or as an image to a registry.
 
     Args:
         recipe: The recipe, as YAML text or a URI.
@@ -16,7 +16,7 @@ def upload(
         model: What `train` made.
 
     Returns:
-        The model's s3:// URI.
+        The model's URI: s3:// or oci://.
     """
     from pathlib import Path
 

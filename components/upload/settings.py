@@ -10,9 +10,11 @@ from pydantic import Field
 class UploadSettings:
     model_name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,48}[a-z0-9])?$")]
     """Lower-case letters, digits, dots and dashes: it becomes part of URLs and resource names."""
-    bucket: str = ""
-    """Empty means the data connection's own, AWS_S3_BUCKET."""
-    prefix: str = "models"
+    target: Annotated[str, Field(pattern=r"^$|^(s3|oci)://[^/]+")] = ""
+    """Below what models go: ``s3://bucket/prefix``, or ``oci://registry/path`` for images
+    ("modelcars"). Empty means s3://, the data connection's bucket (AWS_S3_BUCKET), ``models``."""
+    base_image: str = "registry.access.redhat.com/ubi9/ubi-micro:9.6"
+    """What an image of a model stands on; KServe needs sh, ln, ls and sleep in it."""
     read_back: bool = False
     """Read every object back and compare its sha256 before the version becomes visible. The store
     checks a checksum of each part without it; this asks it what it kept, and takes as long again.

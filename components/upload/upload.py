@@ -1,9 +1,10 @@
-"""The step `upload`: a model folder to the object store, complete or invisible."""
+"""The step `upload`: a model folder to an object store or a registry, complete or invisible."""
 
 import contextlib
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +16,47 @@ FORMAT, VERSION = "nudge.upload", 1
 MANIFEST = "manifest.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
+Listing = dict[str, dict[str, Any]]
+
 
 @step("upload", reuse=False)
 def upload(settings: UploadSettings, *, model: Path, version: str) -> dict[str, Any]:
-    """Upload a model folder to ``s3://bucket/prefix/<model_name>/<version>/``.
+    """Upload a model folder to ``<target>/<model_name>/<version>/``; as an image to
+    ``<target>/<model_name>:<version>``.
 
-    ``manifest.json`` there lists each file with its size and sha256. It is written last and only
-    if there is none yet, and no object is ever replaced, so a version is complete or invisible and
-    is never overwritten. The same content again is no error: files and parts of files that are
-    there already are not sent again. Raises `UserError` on other content under the same version,
-    on a file that changes meanwhile, on pickles and on links out of the folder.
+    ``manifest.json`` there lists each file with its size and sha256. A version is complete or
+    invisible: in an object store the manifest is written last and only if there is none yet, and
+    in a registry the tag. Nothing is ever replaced. The same content again is no error: files,
+    parts of files and layers that are there already are not sent again. The URI of an image ends
+    in its digest, so that it never means another one. Raises `UserError` on other content under
+    the same version, on weights that are not those that training wrote, on a file that changes
+    meanwhile, on pickles and on links out of the folder.
     """
+    files = _files(model)
+    trained = _trained_sha256(files)
+    size = sum(path.stat().st_size for path in files.values())
+    send = _to_registry if settings.target.startswith("oci:") else _to_store
+    uri = send(settings, files, version, trained)
+    return {"uri": uri, "files": len(files), "bytes": size}
+
+
+def _to_store(settings: UploadSettings, files: dict[str, Path], version: str, trained: str) -> str:
     from nudge.components.common.progress import progress
-    from nudge.components.common.storage import s3_client, s3_errors
+    from nudge.components.common.storage import s3_client, s3_errors, split_s3_uri
     from nudge.components.upload.sending import Sender
 
-    files = _files(model)
-    bucket = settings.bucket or os.environ.get("AWS_S3_BUCKET", "")
-    if not bucket:
-        raise UserError("upload.bucket is empty and AWS_S3_BUCKET is not set; give one of them")
-    prefix = f"{settings.prefix.strip('/')}/{settings.model_name}/{version}"
+    bucket, prefix = split_s3_uri(settings.target or f"s3://{_bucket()}/models")
+    prefix = "/".join([*filter(None, [prefix]), settings.model_name, version])
     uri = f"s3://{bucket}/{prefix}"
-    size = sum(path.stat().st_size for path in files.values())
     client = s3_client()
+    size = sum(path.stat().st_size for path in files.values())
     with (
         s3_errors(f"upload to {uri}"),
         progress("upload", total=size, unit="bytes") as bar,
         contextlib.closing(Sender(client, bucket, bar.advance)) as sender,
     ):
         listing = _send(sender, client, files, uri, bar)
+        _check_trained(listing, trained)
         if settings.read_back:
             bar.note(stage="reading back")
             for name, entry in listing.items():
@@ -53,14 +66,64 @@ def upload(settings: UploadSettings, *, model: Path, version: str) -> dict[str, 
                         f"{entry['sha256']}; the version stays invisible, delete it there and ask "
                         "who keeps the store"
                     )
-        _publish(client, uri, {"format": FORMAT, "version": VERSION, "files": listing})
+        _publish(client, uri, listing)
         sender.forget(prefix)
-    return {"uri": uri, "files": len(files), "bytes": size}
+    return uri
 
 
-def _send(
-    sender: Any, client: Any, files: dict[str, Path], uri: str, bar: Any
-) -> dict[str, dict[str, Any]]:
+def _bucket() -> str:
+    bucket = os.environ.get("AWS_S3_BUCKET", "")
+    if not bucket:
+        raise UserError("upload.target is empty and AWS_S3_BUCKET is not set; give one of them")
+    return bucket
+
+
+def _to_registry(
+    settings: UploadSettings, files: dict[str, Path], version: str, trained: str
+) -> str:
+    from nudge.components.common import oci
+    from nudge.components.common.progress import progress
+    from nudge.components.upload import image
+    from nudge.components.upload.sending import Taken, unchanged
+
+    tagged = oci.parse(f"{settings.target.rstrip('/')}/{settings.model_name}:{version}")
+    layers = image.layers_of(files)
+    total = 2 * sum(layer.size for layer in layers)  # once to learn the digests, once to send
+    with (
+        oci.repository(tagged) as target,
+        oci.repository(oci.parse(settings.base_image)) as base,
+        progress("upload", total=total, unit="bytes") as bar,
+    ):
+        with contextlib.ExitStack() as stack:
+            for path in files.values():
+                stack.enter_context(unchanged(path))
+            bar.note(stage="reading")
+            layers = [image.measured(layer, bar.advance) for layer in layers]
+            listing = {
+                name: {"bytes": layer.sizes[name], "sha256": sha256}
+                for layer in layers
+                for name, sha256 in layer.sha256.items()
+            }
+            _check_trained(listing, trained)
+            layers[-1] = image.with_text(layers[-1], MANIFEST, _manifest_text(listing))
+            if there := target.digest(version):
+                if not image.same_model(target, there, layers):
+                    raise _taken(tagged.uri)
+                return replace(tagged, tag="", digest=there).uri
+            made = image.Image(base, layers, version)
+            bar.note(stage="sending")
+            image.send(made, base, target, bar.advance)
+            if settings.read_back:
+                bar.note(stage="reading back")
+                for layer in layers:
+                    target.read_blob(layer.digest, lambda _: None)
+        try:
+            return image.publish(made, target).uri
+        except Taken:
+            raise _taken(tagged.uri) from None
+
+
+def _send(sender: Any, client: Any, files: dict[str, Path], uri: str, bar: Any) -> Listing:
     """Bring every file there; gives the manifest's entries, of the bytes that are in the store."""
     from nudge.components.common.storage import list_keys, split_s3_uri
     from nudge.components.upload.sending import Taken, unchanged
@@ -89,15 +152,14 @@ def _send(
     return listing
 
 
-def _publish(client: Any, uri: str, manifest: dict[str, Any]) -> None:
+def _publish(client: Any, uri: str, listing: Listing) -> None:
     """Make the version visible, unless it is; raises `UserError` if it is another one."""
     import botocore.exceptions
     from nudge.components.common.storage import split_s3_uri
     from nudge.components.upload.sending import LOST
 
     bucket, prefix = split_s3_uri(uri)
-    key = f"{prefix}/{MANIFEST}"
-    body = json.dumps(manifest, indent=2, sort_keys=True).encode()
+    key, body = f"{prefix}/{MANIFEST}", _manifest_text(listing)
     try:
         client.put_object(Bucket=bucket, Key=key, Body=body, IfNoneMatch="*")
     except botocore.exceptions.ClientError as error:
@@ -105,8 +167,34 @@ def _publish(client: Any, uri: str, manifest: dict[str, Any]) -> None:
             raise
         stored = io.BytesIO()
         client.download_fileobj(bucket, key, stored)
-        if json.loads(stored.getvalue()) != manifest:
+        if json.loads(stored.getvalue()) != json.loads(body):
             raise _taken(uri) from None
+
+
+def _manifest_text(listing: Listing) -> bytes:
+    manifest = {"format": FORMAT, "version": VERSION, "files": listing}
+    return json.dumps(manifest, indent=2, sort_keys=True).encode()
+
+
+def _trained_sha256(files: dict[str, Path]) -> str:
+    """What training wrote down of the weights that it left; empty of a model from elsewhere."""
+    from nudge.components.common.publish import read_manifest
+
+    if "nudge.json" not in files:
+        return ""
+    facts = read_manifest(files["nudge.json"], "nudge.model", 1)
+    return str(facts.get("weights_sha256", ""))
+
+
+def _check_trained(listing: Listing, trained: str) -> None:
+    from nudge.components.common.base_model import weights_sha256
+
+    actual = weights_sha256({name: entry["sha256"] for name, entry in listing.items()})
+    if trained not in ("", actual):
+        raise UserError(
+            f"the weights have the sha256 {actual}, and training wrote {trained}: they were "
+            "changed since; nothing of this version is visible, train it again"
+        )
 
 
 def _files(model: Path) -> dict[str, Path]:

@@ -62,7 +62,7 @@ def left(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator
     well = nudge("run", "canary.yaml", "--json")
     assert well.returncode == 0, well.stderr
     # Of another name: nothing is served under it, so that the same model gets to the upload.
-    changed = ["--set", "model_name=other", "--set", "upload.bucket=nowhere"]
+    changed = ["--set", "model_name=other", "--set", "upload.target=s3://nowhere/models"]
     failed = nudge("run", "canary.yaml", "--json", *changed)
     assert failed.returncode == 1
     shown = [ended.stdout + ended.stderr for ended in (well, failed, nudge("models"))]
