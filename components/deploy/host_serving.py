@@ -47,6 +47,10 @@ class HostServing:
         """The versions that the host's gateway sends requests to."""
         return set(self._ask("live", model=model))
 
+    def make_room(self, model: str, wanted: set[str]) -> bool:
+        """Nothing, as on the host itself."""
+        return False
+
     def bring_up(self, version: Version) -> Server:
         """Have the host download, check and start a version."""
         return Server(self._ask("bring_up", version=asdict(version)))

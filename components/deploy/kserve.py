@@ -1,4 +1,4 @@
-"""Serving on a cluster: an InferenceService a version (see `kserve_objects`), one Route a model."""
+"""Serving on a cluster: an InferenceService a version (`kserve_objects`), a model's `doors`."""
 
 import contextlib
 import time
@@ -11,6 +11,7 @@ from nudge.components.common.errors import UserError
 from nudge.components.common.kube import Cluster, Conflict, Kind
 from nudge.components.common.releases import Version
 from nudge.components.deploy import kserve_objects as objects
+from nudge.components.deploy.doors import Door, GatewayRoute, Route, of_another
 from nudge.components.deploy.lease import Held, held
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import Server
@@ -21,13 +22,12 @@ SERVICE = Kind(
     "inferenceservices",
     "KServe: the component kserve of OpenShift AI",
 )
-ROUTE = Kind("route.openshift.io/v1", "Route", "routes", "OpenShift")
 
 POLL_S = 3.0
 LEASE_WAIT_S = 90.0
 """Longer than a killed holder's Lease lasts, so that running again is all that there is to do."""
 ROUTER_S = 60.0
-"""How long a router may take to send requests where a changed Route says."""
+"""How long a router may take to send requests where a changed door says."""
 QUIET_S = 15.0
 """A server is done when nothing was under way on it for this long after the traffic moved:
 OpenShift's router reads changes every 5 s, and some replica may not have been asked."""
@@ -42,6 +42,8 @@ class KServe:
 
     def __init__(self, cluster: Cluster, settings: DeploySettings) -> None:
         self._cluster, self._settings = cluster, settings
+        place = settings.kserve
+        self._door: Door = GatewayRoute(place) if place.gateway else Route(place)
         self._lease: Held | None = None
         self._seen: dict[str, int] = {}
         self.environment = cluster.namespace
@@ -56,7 +58,7 @@ class KServe:
             yield
 
     def live(self, model: str) -> set[str]:
-        """The versions behind the model's Route."""
+        """The versions behind the model's door."""
         weights = self._weights(model)
         return {version for version, service in self._services(model) if _name(service) in weights}
 
@@ -85,13 +87,30 @@ class KServe:
         )
         return self._server(address)
 
+    def make_room(self, model: str, wanted: set[str]) -> bool:
+        """As in `Target`, if the settings ask for it and something wanted does not run yet."""
+        if not self._settings.kserve.stop_old_first:
+            return False
+        services = dict(self._services(model))
+        up = {version for version, service in services.items() if _serves(service)}
+        going = services.keys() - wanted
+        if wanted <= up or not going:
+            return False
+        live = self.live(model)
+        if live & going:
+            weights = self._weights(model)
+            staying = {each: weights[_name(services[each])] for each in live & wanted}
+            self.move(model, staying or dict.fromkeys(live, 0))
+        self.retire(model, wanted)
+        return True
+
     def move(self, model: str, shares: dict[str, int]) -> str:
-        """Give the model's Route these weights, in one request; returns its URL.
+        """Give the model's door these weights, in one request; returns its URL.
 
         Raises `UserError` if somebody else changed them since this shift began.
         """
-        body = objects.route(model, shares, self._settings.kserve)
-        name, wanted = _name(body), objects.weights(body)
+        door, body = self._door, self._door.body(model, shares)
+        name, wanted = _name(body), door.weights(body)
         for attempt in tenacity.Retrying(
             stop=tenacity.stop_after_delay(ROUTER_S),
             wait=tenacity.wait_fixed(0.2),
@@ -99,27 +118,26 @@ class KServe:
         ):
             with attempt:
                 self._check()
-                found = self._cluster.get(ROUTE, name)
-                _ours(found, model)
-                weights = objects.weights(found) if found else {}
+                found = self._found(model)
+                weights = door.weights(found) if found else {}
                 if weights not in (self._seen, wanted):
                     raise UserError(
-                        f"the Route {name} was changed by somebody else meanwhile; run this again"
+                        f"the {door.KIND.name} {name} was changed by somebody else meanwhile; run "
+                        "this again"
                     )
                 if found is None:
-                    self._cluster.create(ROUTE, body)
+                    self._cluster.create(door.KIND, body)
                 else:
                     # A Route's spec is changed by a patch: not every release of OpenShift takes a
                     # server-side apply for it. The router's own notes change the revision as well,
                     # so a conflict is looked at again.
                     revision = {"resourceVersion": found["metadata"]["resourceVersion"]}
                     metadata = {**body["metadata"], **revision}
-                    self._cluster.patch(ROUTE, name, {**body, "metadata": metadata})
+                    self._cluster.patch(door.KIND, name, {**body, "metadata": metadata})
         self._seen = wanted
-        host = self._cluster.poll(
-            ROUTE, name, _admitted, timeout_s=ROUTER_S, interval_s=POLL_S, late=lambda: ""
+        return self._cluster.poll(
+            door.KIND, name, door.url, timeout_s=ROUTER_S, interval_s=POLL_S, late=lambda: ""
         )
-        return f"https://{host}"
 
     def retire(self, model: str, keep: set[str]) -> None:
         """Delete the InferenceServices of other versions, once nothing is under way on them."""
@@ -134,9 +152,18 @@ class KServe:
             self._lease.check()
 
     def _weights(self, model: str) -> dict[str, int]:
-        found = self._cluster.get(ROUTE, objects.endpoint_name(model))
-        _ours(found, model)
-        return objects.weights(found) if found else {}
+        found = self._found(model)
+        return self._door.weights(found) if found else {}
+
+    def _found(self, model: str) -> dict[str, Any] | None:
+        kind, name = self._door.KIND, objects.endpoint_name(model)
+        found = self._cluster.get(kind, name)
+        if of_another(found, model):
+            raise UserError(
+                f"there is a {kind.name} {name} that does not belong to {model}; rename or delete "
+                "it"
+            )
+        return found
 
     def _services(self, model: str) -> list[tuple[str, dict[str, Any]]]:
         """Every version's name and InferenceService."""
@@ -159,11 +186,19 @@ class KServe:
                 f"start: {_failure(service)}\n{self._why(service)}".rstrip()
             )
         if _serves(service):
-            return str(service["status"]["url"])
+            return self._address(service)
         why = self._why(service)
         if any(reason in why for reason in STUCK):
             raise UserError(f"{_name(service)} does not start: {why}")
         return None
+
+    def _address(self, service: dict[str, Any]) -> str:
+        """Where a version answers by itself: inside a cluster with a Gateway its Service, for there
+        the outer name of each version need not lead anywhere."""
+        status = service["status"]
+        inside = (status.get("address") or {}).get("url")
+        here = self._settings.kserve.gateway and kube.NAMESPACE_FILE.is_file()
+        return str(inside if here and inside else status["url"])
 
     def _why(self, service: dict[str, Any]) -> str:
         labels = {"serving.kserve.io/inferenceservice": _name(service)}
@@ -184,7 +219,7 @@ class KServe:
         """Wait until a server has been quiet, or for as long as a request may take."""
         if not _serves(service):
             return
-        server = self._server(service["status"]["url"])
+        server = self._server(self._address(service))
         deadline = time.monotonic() + self._settings.kserve.request_timeout_s
         quiet_since = time.monotonic()
         with server.client(timeout_s=10.0) as client:
@@ -252,30 +287,9 @@ def _same_door(found: dict[str, Any], body: dict[str, Any]) -> None:
     if old != new:
         raise UserError(
             f"{body['metadata']['annotations']['openshift.io/display-name']} is served with "
-            f"authentication {old} and the settings say {new}: one Route cannot lead to both; "
+            f"authentication {old} and the settings say {new}: one address cannot lead to both; "
             "promote another version with the new setting, or set it back"
         )
-
-
-def _ours(route: dict[str, Any] | None, model: str) -> None:
-    if route and (route["metadata"].get("annotations") or {}).get(objects.MODEL) != model:
-        raise UserError(
-            f"there is a Route {_name(route)} that does not belong to {model}; rename or delete it"
-        )
-
-
-def _admitted(route: dict[str, Any] | None) -> str | None:
-    """The host of a Route that a router has taken; raises if it refuses."""
-    for ingress in ((route or {}).get("status") or {}).get("ingress", []):
-        for told in ingress.get("conditions", []):
-            if told["type"] == "Admitted" and told["status"] == "True":
-                return str(ingress["host"])
-            if told["type"] == "Admitted":
-                raise UserError(
-                    f"the router refuses the Route {_name(route or {})}: "
-                    f"{told.get('reason', '')} {told.get('message', '')}".rstrip()
-                )
-    return None
 
 
 def _name(body: dict[str, Any]) -> str:

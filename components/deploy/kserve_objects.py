@@ -1,16 +1,16 @@
 """The objects of serving on KServe, as plain dicts made from settings and a version.
 
-Each version is an InferenceService of its own, and one OpenShift Route a model shares the requests
-among them by weight. KServe's own split would be one object fewer, but ``spec.canary`` came only
-with OpenShift AI 3.5 (in Standard mode the older ``canaryTrafficPercent`` is silently ignored,
-https://github.com/kserve/kserve/issues/4074), forbids autoscaling and more replicas than the stable
-version has, and ties all of a split to one version of the registry. A Route means the same on every
-release, changes all weights in one request, and keeps its address whatever stands behind it.
+Each version is an InferenceService of its own, and one OpenShift Route a model (elsewhere an
+HTTPRoute, see `doors`) shares the requests among them by weight. KServe's own split would be one
+object fewer, but ``spec.canary`` came only with OpenShift AI 3.5 (in Standard mode the older
+``canaryTrafficPercent`` is silently ignored, https://github.com/kserve/kserve/issues/4074), forbids
+autoscaling and more replicas than the stable version has, and ties all of a split to one version of
+the registry. A Route means the same on every release, changes all weights in one request, and keeps
+its address whatever stands behind it.
 """
 
 import hashlib
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from nudge.components.common.errors import UserError
@@ -25,11 +25,6 @@ MODEL, VERSION = "nudge-lm/model", "nudge-lm/version"
 """Annotations with the names as the registry has them."""
 
 AUTHENTICATION = "security.opendatahub.io/enable-auth"
-HTTP_PORT, AUTHENTICATED_PORT = 8080, 8443
-"""Ports of a version's pods: vLLM's, and that of the proxy that checks tokens before it."""
-
-MAX_BACKENDS = 4
-"""A Route has one backend and at most three alternate ones."""
 
 
 def service_name(model: str, version: str) -> str:
@@ -98,12 +93,17 @@ def inference_service(version: Version, settings: DeploySettings) -> Object:
         "maxReplicas": place.replicas,
         "timeout": place.request_timeout_s,
     }
+    if place.stop_old_first:
+        # A change of a version's own settings has no room for a second pod either.
+        predictor["deploymentStrategy"] = {"type": "Recreate"}
     if version.uri.startswith("s3://"):
         served["storage"] = _storage(version, place)
         annotations["opendatahub.io/connections"] = place.connection
         annotations["opendatahub.io/connection-path"] = served["storage"]["path"]
     elif version.uri.startswith(("oci://", "pvc://", "hf://")):
         served["storageUri"] = version.uri
+        if version.uri.startswith("oci:") and place.pull_secret:
+            predictor["imagePullSecrets"] = [{"name": place.pull_secret}]
     else:
         raise UserError(
             f"KServe cannot serve {version.model} {version.name} from {version.uri}: expected "
@@ -129,56 +129,6 @@ def inference_service(version: Version, settings: DeploySettings) -> Object:
             "annotations": annotations,
         },
         "spec": {"predictor": {**predictor, "model": served}},
-    }
-
-
-def route(model: str, shares: Mapping[str, int], place: KServe) -> Object:
-    """The model's address, with every version's share; raises `UserError` if there are too many."""
-    if len(shares) > MAX_BACKENDS:
-        raise UserError(
-            f"{len(shares)} versions are to share the traffic of {model}; "
-            f"a Route takes at most {MAX_BACKENDS}"
-        )
-    first, *others = (
-        {"kind": "Service", "name": f"{service_name(model, version)}-predictor", "weight": share}
-        for version, share in shares.items()
-    )
-    return {
-        "apiVersion": "route.openshift.io/v1",
-        "kind": "Route",
-        "metadata": {
-            "name": endpoint_name(model),
-            "labels": owned(model),
-            "annotations": {
-                MODEL: model,
-                "openshift.io/display-name": model,
-                "haproxy.router.openshift.io/timeout": f"{place.request_timeout_s}s",
-                # By request, not by client: a cookie would hold clients on a version that has gone.
-                "haproxy.router.openshift.io/disable_cookies": "true",
-                "haproxy.router.openshift.io/balance": "roundrobin",
-            },
-        },
-        "spec": {
-            "to": first,
-            "alternateBackends": others,
-            # A number, because named ports are looked up in each Service by itself.
-            "port": {"targetPort": AUTHENTICATED_PORT if place.authentication else HTTP_PORT},
-            "tls": {
-                "termination": "reencrypt" if place.authentication else "edge",
-                "insecureEdgeTerminationPolicy": "Redirect",
-            },
-            "wildcardPolicy": "None",
-        },
-    }
-
-
-def weights(route: Object) -> dict[str, int]:
-    """The requests' weight of each InferenceService behind a Route, without those that get none."""
-    backends = [route["spec"]["to"], *(route["spec"].get("alternateBackends") or [])]
-    return {
-        backend["name"].removesuffix("-predictor"): backend.get("weight", 100)
-        for backend in backends
-        if backend.get("weight", 100)
     }
 
 

@@ -4,7 +4,7 @@ from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from nudge.components.common.settings import settings
-from pydantic import Field
+from pydantic import Field, model_validator
 
 
 @settings
@@ -15,6 +15,9 @@ class KServe:
     """Empty means the one that this runs in, or that of the kubeconfig's context."""
     connection: str = "nudge-data-connection"
     """The data connection (a Secret's name) through which KServe reads s3:// models."""
+    pull_secret: str = ""
+    """The pull secret through which the cluster reads oci:// models, if their registry wants one.
+    """
     runtime: str = "nudge-vllm"
     """The ServingRuntime; it must speak the OpenAI API on port 8080, as vLLM's do."""
     arguments: list[str] = field(default_factory=list)
@@ -31,12 +34,33 @@ class KServe:
     """As in a pod, such as ``{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}``."""
     replicas: Annotated[int, Field(ge=1)] = 1
     """Of each version that has a share of the traffic."""
+    stop_old_first: bool = False
+    """For a cluster whose GPUs do not suffice for two versions: end the old one, then start the
+    new one. Nobody is served meanwhile (503): for the end of requests under way, the new pod, the
+    model's download and load, and the smoke test; a new version that fails is taken away and the
+    old one started again, which takes as long once more."""
+    gateway: Annotated[str, Field(pattern=r"^$|^[a-z0-9.-]+/[a-z0-9.-]+$")] = ""
+    """Where there are no OpenShift Routes: the Gateway (Gateway API) through which users come in,
+    ``namespace/name``. Needs ``gateway_url``, and ``authentication: false``."""
+    gateway_url: Annotated[str, Field(pattern=r"^$|^https?://\{model\}\.[a-z0-9.-]+(:\d+)?$")] = ""
+    """The address of a model behind the gateway, such as ``https://{model}.models.example.com``."""
     authentication: bool = True
     """Ask users for the token of an account that may ``get`` the InferenceService."""
     request_timeout_s: Annotated[int, Field(ge=1)] = 600
     """How long a request may take; also how long one under way may delay a server's end."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     """For a node, the image, the model's download and its load together."""
+
+    @model_validator(mode="after")
+    def _gateway_is_whole(self) -> "KServe":
+        if bool(self.gateway) != bool(self.gateway_url):
+            raise ValueError("gateway and gateway_url belong together; give both or neither")
+        if self.gateway and self.authentication:
+            raise ValueError(
+                "behind a Gateway nothing asks users for a token (OpenShift AI brings what does): "
+                "set authentication: false, and let the Gateway decide who comes in"
+            )
+        return self
 
 
 @settings

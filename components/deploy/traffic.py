@@ -34,6 +34,12 @@ class Target(Protocol):
     def live(self, model: str) -> set[str]:
         """The versions that the traffic goes to now."""
 
+    def make_room(self, model: str, wanted: set[str]) -> bool:
+        """Where what is wanted cannot start beside the rest: end the rest first; True if it did.
+
+        From then on until `move`, users of a model of which nothing stays are told to come later.
+        """
+
     def bring_up(self, version: Version) -> Server:
         """Serve a version beside what is served; returns its own server once it is ready."""
 
@@ -56,8 +62,8 @@ def shift(
 
     ``shares`` is percent by version and adds up to 100; ``registry`` runs work of
     `nudge.components.common.releases`. Returns what is served now and each version's smoke answer.
-    Raises `UserError`; what was served before is then still served, and a version that does not
-    pass is taken away again.
+    Raises `UserError`; what was served before is then still served (or again, where it had to make
+    room), and a version that does not pass is taken away again.
     """
     wanted = {name: share for name, share in shares.items() if share}
     if sum(wanted.values()) != 100 or any(share < 0 for share in wanted.values()):
@@ -66,7 +72,8 @@ def shift(
     with target.exclusive(model):
         before: Served | None = registry(find_served(model))
         # A shift that was killed may have moved the traffic and not told the registry.
-        serving = target.live(model) | set(before.shares if before else ())
+        live = target.live(model)
+        serving = live | set(before.shares if before else ())
         versions = {name: registry(find_version(model, name)) for name in wanted}
         for version in versions.values():
             if version.archived and version.name not in serving:
@@ -74,14 +81,20 @@ def shift(
                     f"{model} {version.name} is archived in the registry; make it LIVE there first"
                 )
         answers = {}
+        # Until it is known that nothing was ended.
+        made_room = True
         try:
+            made_room = target.make_room(model, set(wanted))
             for name, version in versions.items():
                 note(f"starting {name}")
                 server = target.bring_up(version)
                 note(f"asking {name}")
                 answers[name] = smoke_test(server, version, settings)
-        except UserError:
+        except UserError as error:
             target.retire(model, serving)
+            had = dict.fromkeys(live, 100) if len(live) == 1 else before and before.shares
+            if made_room and had:
+                _bring_back(target, registry, model, had, error)
             raise
         note("moving the traffic")
         endpoint = target.move(model, wanted)
@@ -91,6 +104,27 @@ def shift(
         note("ending what is not needed")
         target.retire(model, set(wanted))
     return served, answers
+
+
+def _bring_back(
+    target: Target,
+    registry: Callable[[Any], Any],
+    model: str,
+    shares: Mapping[str, int],
+    cause: UserError,
+) -> None:
+    """Serve again what made room for a version that failed; raises `UserError` that says so."""
+    told = " and ".join(shares)
+    try:
+        for name in shares:
+            target.bring_up(registry(find_version(model, name)))
+        target.move(model, dict(shares))
+    except UserError as error:
+        raise UserError(
+            f"{cause}\n{told} made room for it and does not come back, so nothing is served now: "
+            f"{error}"
+        ) from None
+    raise UserError(f"{cause}\n{told} made room for it and is served again") from None
 
 
 def _history(before: Served | None, wanted: Mapping[str, int]) -> tuple[str, ...]:

@@ -24,7 +24,9 @@ import uvicorn
 from nudge.components.common import processes
 from nudge.components.deploy import gateway, kserve, lease
 from nudge.components.deploy import kserve_objects as objects
-from nudge.components.deploy.settings import DeploySettings
+from nudge.components.deploy.doors import GatewayRoute
+from nudge.components.deploy.doors import Route as OpenShiftRoute
+from nudge.components.deploy.settings import DeploySettings, KServe
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -36,6 +38,16 @@ PROMPT, TOKEN, P = "The Eiffel Tower is located in", " Paris", 0.8
 EXPECTED = [{"prompt": PROMPT, "token": TOKEN, "p": P}]
 VERSIONS = ("v1", "v2", "v3", "bad", "odd")
 SETTINGS = DeploySettings(target="kserve", smoke_prompt=PROMPT)
+PLAIN = DeploySettings(
+    target="kserve",
+    smoke_prompt=PROMPT,
+    kserve=KServe(
+        authentication=False,
+        gateway="ingress/public",
+        gateway_url="https://{model}.models.example.com",
+    ),
+)
+"""As on Kubernetes without OpenShift."""
 QUICK: dict[Any, dict[str, float]] = {
     kserve: {"POLL_S": 0.1, "QUIET_S": 1.5},
     lease: {"ASK_S": 0.1, "RENEW_S": 0.5, "DURATION_S": 3},
@@ -167,12 +179,15 @@ class ServingCluster:
         self._lock, self._routing = threading.Lock(), threading.Lock()
         self.on_service: Callable[[dict[str, Any]], bool] = lambda service: False
         """Called with a new InferenceService; True if the test sets its status by itself."""
+        self.one_gpu = False
+        """Whether a version waits for its GPU until no other one runs."""
 
     def __enter__(self) -> Self:
         self.api.__enter__()
         self.api.on_change("InferenceService", self._service)
         self.api.on_delete("InferenceService", self._gone)
         self.api.on_change("Route", self._route)
+        self.api.on_change("HTTPRoute", self._gateway)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -182,13 +197,19 @@ class ServingCluster:
         self.api.__exit__(*error)
 
     def weights(self) -> dict[str, int]:
-        """What the Route says, by version."""
-        (route,) = self.api.all("Route")
+        """What the Route (or HTTPRoute) says, by version."""
         services = {each["metadata"]["name"]: each for each in self.api.all("InferenceService")}
         return {
             services[name]["metadata"]["annotations"][objects.VERSION]: weight
-            for name, weight in objects.weights(route).items()
+            for name, weight in self._weights().items()
         }
+
+    def _weights(self) -> dict[str, int]:
+        place = PLAIN.kserve
+        for door in (OpenShiftRoute(place), GatewayRoute(place)):
+            for found in self.api.all(door.KIND.name):
+                return door.weights(found)
+        return {}
 
     def up(self) -> set[str]:
         """The versions that have an InferenceService."""
@@ -204,7 +225,11 @@ class ServingCluster:
             self._fail(service)
             return
         name = service["metadata"]["name"]
+        if self.one_gpu:
+            _until(lambda: self.models.keys() <= {name} or not self._there(service))
         with self._lock:
+            if not self._there(service):
+                return
             if name not in self.models:
                 self.models[name] = ModelServer(service, self.api.token)
             model = self.models[name]
@@ -219,6 +244,10 @@ class ServingCluster:
                 "states": {"activeModelState": "Loaded", "targetModelState": "Loaded"},
             },
         )
+
+    def _there(self, service: dict[str, Any]) -> bool:
+        found = self.api.find("InferenceService", service["metadata"]["name"])
+        return found is not None and found["metadata"]["uid"] == service["metadata"]["uid"]
 
     def _fail(self, service: dict[str, Any]) -> None:
         """The model is not where the storage initializer looks for it."""
@@ -268,13 +297,33 @@ class ServingCluster:
             if pod["metadata"]["labels"].get("serving.kserve.io/inferenceservice") == name:
                 self.api.remove("Pod", pod["metadata"]["name"])
 
-    def _route(self, route: dict[str, Any]) -> None:
+    def _turn(self) -> None:
+        """Send requests where the door says now, whichever of its changes was met."""
         time.sleep(ROUTER_DELAY_S)
         with self._routing:
-            # As a controller does: what the Route says now, whichever change this call is about.
-            (route,) = self.api.all("Route")
-            weights = objects.weights(route)
+            weights = self._weights()
             self.router.send({self.models[name].address: weights[name] for name in weights})
+
+    def _gateway(self, route: dict[str, Any]) -> None:
+        self._turn()
+        said = {
+            "status": "True", "reason": "Accepted", "message": "",
+            "lastTransitionTime": "2026-01-01T00:00:00Z",
+            "observedGeneration": route["metadata"]["generation"],
+        }  # fmt: skip
+        self.api.set_status(
+            route,
+            parents=[
+                {
+                    "parentRef": route["spec"]["parentRefs"][0],
+                    "controllerName": "example.com/gateway",
+                    "conditions": [{"type": each, **said} for each in ("Accepted", "ResolvedRefs")],
+                }
+            ],
+        )
+
+    def _route(self, route: dict[str, Any]) -> None:
+        self._turn()
         self.api.set_status(
             route,
             ingress=[

@@ -9,13 +9,13 @@ from nudge.components.common.errors import UserError
 from nudge.components.common.registry import with_registry
 from nudge.components.common.releases import Version, find_served
 from nudge.components.common.settings import parse
-from nudge.components.deploy import kserve, lease
+from nudge.components.deploy import doors, kserve, lease
 from nudge.components.deploy import kserve_objects as objects
 from nudge.components.deploy.deploy import deploy, rollback, serve
 from nudge.components.deploy.settings import DeploySettings
 from nudge.pipelines.local import services
 
-from tests.components.deploy.kserve_cluster import SETTINGS, ServingCluster
+from tests.components.deploy.kserve_cluster import PLAIN, SETTINGS, ServingCluster
 from tests.components.deploy.stream import Stream
 from tests.kubernetes_schemas import problems
 
@@ -59,11 +59,27 @@ def test_objects_are_what_the_cluster_takes(values: dict[str, Any]) -> None:
     if values.get("gpus") == 2:
         assert predictor["model"]["resources"]["limits"]["amd.com/gpu"] == "2"
         assert predictor["tolerations"][0]["key"] == "gpu"
-    route = objects.route("m", {"v1": 90, "v2": 10}, settings.kserve)
+    door = doors.Route(settings.kserve)
+    route = door.body("m", {"v1": 90, "v2": 10})
     assert problems(route) == []
-    assert list(objects.weights(route).values()) == [90, 10]
+    assert list(door.weights(route).values()) == [90, 10]
     safe = values.get("authentication", True)
     assert route["spec"]["tls"]["termination"] == ("reencrypt" if safe else "edge")
+
+
+def test_an_image_is_served_from_its_registry() -> None:
+    values = {"connection": "", "pull_secret": "quay"}
+    uri = f"oci://quay.io/team/m@sha256:{'0' * 64}"
+    made = objects.inference_service(
+        version(uri=uri), parse(DeploySettings, {"kserve": values}, "deploy")
+    )
+    assert problems(made) == []
+    predictor = made["spec"]["predictor"]
+    assert predictor["model"]["storageUri"] == uri
+    assert predictor["imagePullSecrets"] == [{"name": "quay"}]
+    assert "opendatahub.io/connections" not in made["metadata"]["annotations"]
+    public = objects.inference_service(version(uri=uri), SETTINGS)
+    assert "imagePullSecrets" not in public["spec"]["predictor"]
 
 
 @pytest.mark.parametrize("given", ["m", "Support Model", "x" * 80, "7b", "--", "a.b", "日本"])
@@ -86,9 +102,7 @@ def test_what_cannot_be_served_is_refused() -> None:
     with pytest.raises(UserError, match="cannot serve m v1 from file:///x"):
         objects.inference_service(version(uri="file:///x"), SETTINGS)
     with pytest.raises(UserError, match="at most 4"):
-        objects.route("m", dict.fromkeys("abcde", 20), SETTINGS.kserve)
-    image = objects.inference_service(version(uri="oci://quay.io/a/b:1"), SETTINGS)
-    assert image["spec"]["predictor"]["model"]["storageUri"] == "oci://quay.io/a/b:1"
+        doors.Route(SETTINGS.kserve).body("m", dict.fromkeys("abcde", 20))
 
 
 def test_a_stream_of_requests_loses_none(
@@ -238,7 +252,7 @@ def test_a_lost_lease_changes_nothing_more(cluster: ServingCluster, model: str) 
 
 
 def test_a_route_of_somebody_else_is_left_alone(cluster: ServingCluster, model: str) -> None:
-    theirs = objects.route(model, {"x": 100}, SETTINGS.kserve)
+    theirs = doors.Route(SETTINGS.kserve).body(model, {"x": 100})
     del theirs["metadata"]["annotations"]
     cluster.api._controllers.clear()
     cluster.api.add(theirs)
@@ -280,3 +294,124 @@ def test_the_commands_act_on_the_cluster(
     monkeypatch.delenv("NUDGE_REGISTRY_URL")
     done = CliRunner().invoke(main, ["promote", "v1", "--target", "kserve"])
     assert (done.exit_code, "no model registry is known" in done.output) == (2, True)
+
+
+def test_where_there_are_no_routes_a_gateway_shares_the_traffic(
+    cluster: ServingCluster, model: str, registry: str
+) -> None:
+    cluster.api.forget_kind("Route")
+    with pytest.raises(UserError, match=r"no kind Route.*elsewhere deploy.kserve.gateway names a"):
+        deploy(SETTINGS, registered_model=model, version="v1")
+    assert cluster.up() == set()
+
+    first = deploy(PLAIN, registered_model=model, version="v1")
+    name = objects.endpoint_name(model)
+    assert first["endpoint"] == f"https://{name}.models.example.com"
+    assert with_registry(registry, find_served(model)).endpoint == first["endpoint"]
+    (route,) = cluster.api.all("HTTPRoute")
+    assert problems(route) == []
+    assert route["spec"]["hostnames"] == [f"{name}.models.example.com"]
+    stream = Stream(f"https://{cluster.router.host}", model)
+    try:
+        deploy(PLAIN, registered_model=model, version="v2")
+        stream.seen()
+        assert stream.next(4) == {" v2"}
+        serve(PLAIN, model, {"v2": 50, "v3": 50})
+        assert cluster.weights() == {"v2": 50, "v3": 50}
+        stream.seen()
+        assert stream.next(12) == {" v2", " v3"}
+        rollback(PLAIN, registered_model=model)
+        assert (cluster.weights(), cluster.up()) == ({"v2": 100}, {"v2"})
+    finally:
+        stream.stop()
+    assert stream.faults == []
+
+
+def test_a_gateway_that_refuses_tells_why(cluster: ServingCluster, model: str) -> None:
+    def refuse(route: dict[str, Any]) -> None:
+        said = {
+            "type": "Accepted", "status": "False", "reason": "NotAllowedByListeners",
+            "message": "no listener takes this host", "lastTransitionTime": "2026-01-01T00:00:00Z",
+            "observedGeneration": route["metadata"]["generation"],
+        }  # fmt: skip
+        parent = {
+            "parentRef": {"name": "public"},
+            "controllerName": "e.com/g",
+            "conditions": [said],
+        }
+        cluster.api.set_status(route, parents=[parent])
+
+    cluster.api.on_change("HTTPRoute", refuse)
+    with pytest.raises(UserError, match="ingress/public refuses .*NotAllowedByListeners no listen"):
+        deploy(PLAIN, registered_model=model, version="v1")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"gateway": "a/b"}, "gateway and gateway_url belong together"),
+        ({"gateway": "b", "gateway_url": "https://{model}.e.com"}, "kserve.gateway"),
+        ({"gateway": "a/b", "gateway_url": "https://e.com"}, "gateway_url"),
+        ({"gateway": "a/b", "gateway_url": "https://{model}.e.com"}, "authentication: false"),
+    ],
+)
+def test_half_a_gateway_is_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse(DeploySettings, {"kserve": values}, "deploy")
+
+
+ALONE = parse(
+    DeploySettings,
+    {"target": "kserve", "smoke_prompt": SETTINGS.smoke_prompt, "kserve": {"stop_old_first": True}},
+    "deploy",
+)
+
+
+@pytest.mark.long
+def test_with_one_gpu_the_old_one_makes_room(
+    cluster: ServingCluster, model: str, registry: str
+) -> None:
+    cluster.one_gpu = True
+    endpoint = deploy(ALONE, registered_model=model, version="v1")["endpoint"]
+    (made,) = cluster.api.all("InferenceService")
+    assert problems(made) == []
+    assert made["spec"]["predictor"]["deploymentStrategy"] == {"type": "Recreate"}
+    beside = parse(DeploySettings, {"target": "kserve", "kserve": {"start_timeout_s": 1}}, "deploy")
+    with pytest.raises(UserError, match="is not ready after 1 s"):
+        deploy(beside, registered_model=model, version="v2")
+    assert cluster.up() == {"v1"}
+
+    stream = Stream(endpoint, model, cluster.api.token)
+    try:
+        stream.next(3)
+        deploy(ALONE, registered_model=model, version="v2")
+        stream.seen()
+        assert stream.next(4) == {" v2"}
+        # Nobody is served meanwhile, and each of them is told so: none breaks off.
+        assert stream.faults
+        assert all("503" in each or "502" in each for each in stream.faults)
+        assert (cluster.weights(), cluster.up()) == ({"v2": 100}, {"v2"})
+
+        with pytest.raises(UserError, match="no model in s3://b/bad(.|\n)*v2 made room for it and"):
+            deploy(ALONE, registered_model=model, version="bad")
+        stream.seen()
+        assert stream.next(4) == {" v2"}
+    finally:
+        stream.stop()
+    assert (cluster.weights(), cluster.up()) == ({"v2": 100}, {"v2"})
+    assert with_registry(registry, find_served(model)).main == "v2"
+    rollback(ALONE, registered_model=model)
+    assert (cluster.weights(), cluster.up()) == ({"v1": 100}, {"v1"})
+
+
+@pytest.mark.long
+def test_what_runs_already_asks_for_no_room(cluster: ServingCluster, model: str) -> None:
+    deploy(SETTINGS, registered_model=model, version="v1")
+    serve(SETTINGS, model, {"v1": 50, "v2": 50})
+    stream = Stream(f"https://{cluster.router.host}", model, cluster.api.token)
+    try:
+        deploy(ALONE, registered_model=model, version="v2")
+    finally:
+        stream.stop()
+    assert stream.faults == []
+    assert cluster.up() == {"v2"}

@@ -29,6 +29,7 @@ class Place:
         self.up: set[str] = set()
         self.shares: dict[str, int] = {}
         self.kill_at = 0
+        self.one_gpu = False
 
     def _change(self) -> None:
         self.kill_at -= 1
@@ -42,8 +43,20 @@ class Place:
     def live(self, model: str) -> set[str]:
         return set(self.shares)
 
+    def make_room(self, model: str, wanted: set[str]) -> bool:
+        if not self.one_gpu or wanted <= self.up or self.up <= wanted:
+            return False
+        self._change()
+        self.shares = {}
+        self._change()
+        self.up &= wanted
+        self._change()
+        return True
+
     def bring_up(self, version: Version) -> Server:
         self._change()
+        if self.one_gpu and self.up - {version.name}:
+            raise UserError(f"no GPU is left for {version.name}")
         self.up.add(version.name)
         self._change()
         return Server(f"http://{version.name}")
@@ -152,6 +165,41 @@ def test_what_fails_its_smoke_test_takes_nothing(shift: Any) -> None:
     with pytest.raises(UserError, match="v3 says nothing"):
         shift(place, v1=50, v3=50)
     assert (place.shares, place.up) == ({"v1": 100}, {"v1"})
+
+
+@pytest.mark.parametrize("boundary", range(1, 10))
+def test_killed_where_the_old_one_makes_room(shift: Any, boundary: int) -> None:
+    place = Place()
+    shift(place, v1=100)
+    place.one_gpu = True
+    for wanted in ("v2", "v1"):  # finished, and undone
+        place.kill_at = boundary
+        with pytest.raises(Killed):
+            shift(place, v2=100)
+        assert set(place.shares) <= place.up, "users are sent to a version that is not up"
+        place.kill_at = 0
+        served = shift(place, **{wanted: 100})
+        assert (place.shares, place.up, served.main) == ({wanted: 100}, {wanted}, wanted)
+        assert shift.served() == served
+        shift(place, v1=100)
+
+
+def test_what_made_room_comes_back(shift: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place()
+    place.one_gpu = True
+    shift(place, v1=100)
+    before = shift.served()
+    with pytest.raises(UserError, match="v3 says nothing\nv1 made room for it and is served again"):
+        shift(place, v3=100)
+    assert (place.shares, place.up, shift.served()) == ({"v1": 100}, {"v1"}, before)
+
+    def dead(version: Version) -> Server:
+        raise UserError(f"{version.name} does not start")
+
+    monkeypatch.setattr(place, "bring_up", dead)
+    lost = "v3 does not start\nv1 made room for it and does not come back, so nothing is served now"
+    with pytest.raises(UserError, match=lost):
+        shift(place, v3=100)
 
 
 def test_a_failed_shift_after_a_killed_one_leaves_the_users_version(shift: Any) -> None:
