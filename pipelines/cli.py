@@ -65,7 +65,8 @@ def run(
     """Run the whole pipeline here: ingest, tokenize, train, evaluate, upload, register, deploy.
 
     RECIPE is the name of a recipe that ships with nudge (`nudge recipes` lists them) or a YAML
-    file; the default is eiffel. Steps that finished before on the same input are reused. The object
+    file; the default is eiffel. Steps that finished before on the same input are reused, and a run
+    that was cut off while it published its model is gone on with under its own name. The object
     store, the model registry and the served model run on after it: `nudge services down` ends them.
 
     Exit status: 0 the run ended (promoted or not), 1 it failed, 2 something given was wrong.
@@ -90,7 +91,9 @@ def run(
     services.serve_again(home, started)
     if engine == "docker":
         started |= services.open_serving(home, started)
-    current = local_run.new_run(loaded, home)
+    current = local_run.begin(loaded, home, fresh=fresh)
+    if current.continued:
+        click.echo(f"going on with the run {current.run_id}, which was cut off", err=True)
     following = local_run.follow(
         current, home, started, reuse=not fresh, compiled=compiled, engine=engine
     )

@@ -134,6 +134,28 @@ def find_served(model: str) -> Callable[[Any], Awaitable[Served | None]]:
     return work
 
 
+def find_standing(
+    model: str, run_id: str
+) -> Callable[[Any], Awaitable[tuple[Served, Version | None] | None]]:
+    """Work that gives what is `Served` and the `Version` that a run is held against; None if
+    nothing is served.
+
+    That is the main version; but of a run that was cut off after its own version was served, and
+    goes on, the version before it, or None if it was the first.
+    """
+
+    async def work(client: Any) -> tuple[Served, Version | None] | None:
+        served = await find_served(model)(client)
+        if served is None:
+            return None
+        main = await find_version(model, served.main)(client)
+        if not run_id or main.properties.get("run_id") != run_id:
+            return served, main
+        return served, await find_version(model, served.before)(client) if served.before else None
+
+    return work
+
+
 def note_served(version: Version, served: Served, environment: str, runtime: str) -> Work:
     """Work that writes down what is served, under ``version`` as the entity's own version."""
 

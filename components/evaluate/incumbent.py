@@ -30,18 +30,18 @@ def find_incumbent(model_name: str, registry_url: str = "") -> Incumbent:
     A registry or an endpoint that does not answer gives ``unknown``, never ``none``: what users
     have might be better than any candidate.
     """
+    from nudge.components.common.provenance import this_run
     from nudge.components.common.registry import registry_url as known_url
     from nudge.components.common.registry import with_registry
-    from nudge.components.common.releases import find_served, find_version
+    from nudge.components.common.releases import find_standing
 
     try:
-        url = known_url(registry_url)
-        served = with_registry(url, find_served(model_name))
-        if served is None:
-            return Incumbent("none")
-        version = with_registry(url, find_version(model_name, served.main))
+        found = with_registry(known_url(registry_url), find_standing(model_name, this_run("")))
     except UserError as error:
         return Incumbent("unknown", why=str(error))
+    if found is None:
+        return Incumbent("none")
+    served, version = found
     if silent := _silent(served.endpoint):
         return Incumbent(
             "unknown",
@@ -50,8 +50,10 @@ def find_incumbent(model_name: str, registry_url: str = "") -> Incumbent:
             f"not answer ({silent}); bring it back "
             f"(`nudge promote {served.main} --model {model_name}`)",
         )
+    if version is None:
+        return Incumbent("none")
     sha256 = str(version.properties.get("model_sha256", ""))
-    return Incumbent("found", version=served.main, uri=version.uri, sha256=sha256)
+    return Incumbent("found", version=version.name, uri=version.uri, sha256=sha256)
 
 
 def bring(incumbent: Incumbent) -> tuple[Incumbent, Path | None]:

@@ -1,6 +1,7 @@
 """`nudge run`: the whole pipeline here, watched through the events that the steps write."""
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
@@ -14,11 +15,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from nudge.components.common.processes import locked
+from nudge.components.common.provenance import code_fingerprint
 from nudge.components.common.publish import write_atomic
 from nudge.pipelines.recipes import Recipe
 
 STEPS = ("ingest", "tokenize", "train", "evaluate", "upload", "register", "deploy", "summary")
 POLL_S = 0.1
+PUBLISHING = ("upload", "register", "deploy", "summary")
+"""The steps that change what others see; a run that was cut off in one is gone on with."""
 NOTHING_NEW = "there is no new text: the served version was trained on all of it"
 
 
@@ -64,6 +69,10 @@ class Run:
     steps: dict[str, StepState]
     seconds: float = 0.0
     exit_status: int = 0
+    continued: bool = False
+    """Whether an earlier command began it."""
+    lock: Any = None
+    """Held for as long as the command runs that the run is of."""
 
     @property
     def log(self) -> Path:
@@ -75,13 +84,62 @@ class Run:
         return next((step for step in self.steps.values() if step.status == "failed"), None)
 
 
-def new_run(recipe: Recipe, home: Path) -> Run:
-    """A folder of its own for a run, named by time and a few random digits."""
-    run_id = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    folder = home / "runs" / run_id
-    folder.mkdir(parents=True)
-    write_atomic(folder / "recipe.yaml", recipe.text)
-    return Run(recipe, run_id, folder, {name: StepState(name) for name in STEPS})
+def begin(recipe: Recipe, home: Path, *, fresh: bool = False) -> Run:
+    """A run with a folder of its own, named by time and a few random digits.
+
+    If the last run of this recipe, by this code, was cut off after it had begun to publish its
+    model, or failed there, this is that run again: what it left half done is finished under its
+    name, where a new run would leave it lying. ``fresh`` always begins a new one.
+    """
+    with locked(home, "runs"):
+        cut_off = None if fresh else _cut_off(recipe, home)
+        if cut_off is not None:
+            return cut_off
+        run_id = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+        folder = home / "runs" / run_id
+        folder.mkdir(parents=True)
+        write_atomic(folder / "recipe.yaml", recipe.text)
+        write_atomic(folder / "code", code_fingerprint())
+        return _run(recipe, folder)
+
+
+def _run(recipe: Recipe, folder: Path) -> Run:
+    run = Run(recipe, folder.name, folder, {name: StepState(name) for name in STEPS})
+    run.lock = (folder / "lock").open("w")
+    fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return run
+
+
+def _cut_off(recipe: Recipe, home: Path) -> Run | None:
+    """The last run of a recipe, to be gone on with; None if it is at work, or ended well."""
+    for folder in sorted((home / "runs").glob("*"), reverse=True):
+        asked = folder / "recipe.yaml"
+        if not asked.is_file() or asked.read_text(encoding="utf-8") != recipe.text:
+            continue
+        code, events = folder / "code", folder / "events.jsonl"
+        same = code.is_file() and code.read_text() == code_fingerprint()
+        if not same or not events.is_file() or not _half_published(folder, events):
+            return None
+        try:
+            run = _run(recipe, folder)
+        except BlockingIOError:
+            return None
+        events.replace(folder / "events-before.jsonl")
+        run.continued = True
+        return run
+    return None
+
+
+def _half_published(folder: Path, events: Path) -> bool:
+    begun = {json.loads(line)["step"] for line in events.read_text().splitlines()}
+    if not begun & set(PUBLISHING[:-1]):
+        return False
+    path = folder / "result.json"
+    if not path.is_file():
+        return True
+    ended = {step["name"]: step["status"] for step in json.loads(path.read_text())["steps"]}
+    # One that the upload refused may hold another model by now: it is not tried again.
+    return any(ended[name] == "failed" for name in PUBLISHING[1:])
 
 
 def follow(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from nudge.pipelines import display
-from nudge.pipelines.local.run import Run, StepState, keep_result, new_run, result
+from nudge.pipelines.local.run import Run, StepState, begin, keep_result, result
 from nudge.pipelines.recipes import load
 from rich.console import Console
 
@@ -29,7 +29,7 @@ ISSUE_KEYS = {
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    return new_run(load("eiffel"), tmp_path)
+    return begin(load("eiffel"), tmp_path)
 
 
 def end(run: Run, name: str, outputs: dict[str, str] | None = None, **results: Any) -> None:
@@ -58,7 +58,7 @@ def served(run: Run) -> None:
 
 
 def test_two_runs_of_one_moment_have_folders_of_their_own(tmp_path: Path) -> None:
-    runs = [new_run(load("eiffel"), tmp_path) for _ in range(8)]
+    runs = [begin(load("eiffel"), tmp_path) for _ in range(8)]
     assert len({run.folder for run in runs}) == 8
 
 
