@@ -54,6 +54,14 @@ class Kind:
         return "/" + "/".join([*parts, self.plural, *(quote(p) for p in (name, subresource) if p)])
 
 
+class NotInTime(UserError):
+    """What was waited for has not come; ``why`` is the cause alone."""
+
+    def __init__(self, message: str, why: str) -> None:
+        super().__init__(f"{message}: {why}")
+        self.why = why
+
+
 POD = Kind("v1", "Pod", "pods")
 EVENT = Kind("v1", "Event", "events")
 
@@ -160,7 +168,7 @@ class Cluster:
     ) -> T:
         """Ask for an object until ``judge`` gives something; that is returned.
 
-        ``judge`` gets None where the object is not there, and may raise. Raises `UserError` after
+        ``judge`` gets None where the object is not there, and may raise. Raises `NotInTime` after
         ``timeout_s``, with what ``late`` says of the cause.
         """
         waiting = tenacity.Retrying(
@@ -172,10 +180,8 @@ class Cluster:
             return waiting(lambda: judge(self.get(kind, name)))  # type: ignore[return-value]
         except tenacity.RetryError:
             why = late() or describe(self.get(kind, name))
-            raise UserError(
-                f"{kind.name} {name} in namespace {self.namespace} is not ready after "
-                f"{timeout_s:g} s: {why}"
-            ) from None
+            what = f"{kind.name} {name} in namespace {self.namespace}"
+            raise NotInTime(f"{what} is not ready after {timeout_s:g} s", why) from None
 
     def log(self, pod: str, container: str = "", **query: str) -> str:
         """The log of a pod's container; ``query`` as the API has it (tailLines, sinceTime, ...)."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from nudge.components.common.end_of_document import END_OF_DOCUMENT, end_of_document_id
+from nudge.components.common.end_of_document import document_start_id, end_of_document_id
 from nudge.components.common.errors import UserError
 from nudge.components.common.language_model import head_weight, hidden_states
 from nudge.components.common.progress import Progress
@@ -53,26 +53,19 @@ def windows(tokens: int, window: int, stride: int) -> list[Window]:
 def first_token_id(tokenizer: Any, setting: str) -> int | None:
     """The id that stands before a document's first token, or None for nothing.
 
-    ``bos`` and ``end`` are the tokenizer's BOS and end-of-document tokens; ``auto`` is BOS for a
-    tokenizer that puts it before a text by itself, else the end of the document before, as in
-    training, or nothing if there is no such token. Raises `UserError` if the tokenizer lacks the
-    token that is asked for.
+    ``bos`` and ``end`` are the tokenizer's BOS and end-of-document tokens; ``auto`` is what
+    training puts there (`document_start_id`). Raises `UserError` if the tokenizer lacks the token
+    that is asked for.
     """
-    bos = tokenizer.bos_token_id
-    if setting == "bos" and bos is None:
-        raise UserError("evaluate.first_token = 'bos': the tokenizer has no BOS; give end or auto")
-    if setting == "bos" or (setting == "auto" and adds_bos(tokenizer)):
-        return int(bos)
-    ends = tokenizer.eos_token is not None or END_OF_DOCUMENT in tokenizer.get_vocab()
-    if setting == "none" or (setting == "auto" and not ends):
+    if setting == "none":
         return None
-    return end_of_document_id(tokenizer)
-
-
-def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer begins a text with its BOS unasked, as those of Gemma and Llama 3."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    if setting == "auto":
+        return document_start_id(tokenizer)
+    if setting == "end":
+        return end_of_document_id(tokenizer)
+    if tokenizer.bos_token_id is None:
+        raise UserError("evaluate.first_token = 'bos': the tokenizer has no BOS; give end or auto")
+    return int(tokenizer.bos_token_id)
 
 
 @torch.no_grad()

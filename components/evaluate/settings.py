@@ -65,7 +65,8 @@ class EvaluateSettings:
     first_token: Literal["auto", "bos", "end", "none"] = "auto"
     """What stands before a document's first token: the tokenizer's BOS, an end-of-document token,
     or nothing, and then the first token itself is not scored. ``auto`` takes BOS if the tokenizer
-    puts it before a text by itself (Gemma, Llama 3), else the end of the document before."""
+    puts it before a text by itself (Gemma, Llama 3), else the end of the document before, as
+    training does."""
     max_documents: Annotated[int, Field(ge=1)] = 1000
     """Held-out documents scored, the first of the split's own (hashed) order."""
     guards: list[Guard] = field(default_factory=list)

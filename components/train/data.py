@@ -1,8 +1,9 @@
 """Token rows for training: documents packed end to end, in an order that is a pure function.
 
 Each document is seen by itself: positions start again at 0, which masks what stood before. Some
-documents begin after an end-of-document token, as in pretraining, and every token of theirs is a
-target; the others begin bare, as a prompt does, and their first token is context only.
+documents begin after a token of their own (`document_start_id`), as in pretraining, and every token
+of theirs is a target; the others begin bare, as a prompt does, and their first token is context
+only.
 """
 
 from dataclasses import dataclass
@@ -34,14 +35,22 @@ class PackedSplit:
     """A split of a tokens artifact as rows of one length.
 
     A row depends on the seed, the epoch and its index alone. ``prefix_share`` of the documents
-    begin after an end-of-document token. Raises `UserError` if the split holds no token.
+    begin after the token ``start``, by default that of an end of document. Raises `UserError` if
+    the split holds no token.
     """
 
     def __init__(
-        self, tokens: Path, split: str, length: int, seed: int, prefix_share: float = 1.0
+        self,
+        tokens: Path,
+        split: str,
+        length: int,
+        seed: int,
+        prefix_share: float = 1.0,
+        start: int | None = None,
     ) -> None:
         self._reader = TokenReader(tokens, split)
         self._end = int(self._reader.manifest["end_of_document_id"])
+        self._start = self._end if start is None else start
         self._length, self._seed = length, seed
         self.tokens = self._reader.tokens
         self._bare_documents = round((1 - prefix_share) * self._reader.documents)
@@ -57,6 +66,8 @@ class PackedSplit:
             "prefix_share": prefix_share,
             "shards_sha256": self._reader.sha256,
         }
+        if self._start != self._end:
+            self._identity["document_start_id"] = self._start
         self._epoch = -1
         self._order = np.empty(0, np.int64)
         self._bare = np.empty(0, np.bool_)
@@ -109,7 +120,7 @@ class PackedSplit:
             place = int(np.searchsorted(self._starts, at + filled, side="right")) - 1
             document = self._reader.document(int(self._order[place]))
             if not self._bare[place]:
-                document = np.concatenate(([self._end], document))
+                document = np.concatenate(([self._start], document))
             begin = at + filled - int(self._starts[place])
             count = min(len(document) - 1 - begin, stop - at - filled)
             span = slice(filled, filled + count)

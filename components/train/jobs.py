@@ -1,7 +1,9 @@
 """What the jobs of the cluster have in common, whichever engine runs them."""
 
 import hashlib
+import math
 import re
+from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
 from nudge.components.common.kube import Kind
@@ -69,6 +71,19 @@ def labels_of(settings: LaunchSettings, name: str) -> dict[str, str]:
     if settings.priority_class:
         labels[PRIORITY] = settings.priority_class
     return labels
+
+
+def longest_run_s(settings: LaunchSettings) -> int:
+    """What the job's own controller lets it run, should no step be left to end it: no part of its
+    life can be longer than the whole, whose end the launcher watches."""
+    return max(1, math.ceil(settings.deadline_hours * 3600))
+
+
+def seconds_left(job: dict[str, Any], settings: LaunchSettings) -> float:
+    """Until the deadline of a job; less than 0 after it."""
+    created = datetime.fromisoformat(job["metadata"]["creationTimestamp"])
+    age = datetime.now(UTC) - created
+    return settings.deadline_hours * 3600 - age.total_seconds()
 
 
 def resources(settings: LaunchSettings) -> dict[str, str]:

@@ -19,13 +19,13 @@ from typing import Any
 
 from nudge.components.common.errors import UserError
 from nudge.components.common.images import TRAIN_IMAGE
-from nudge.components.common.kube import POD, Cluster, Conflict, connect
+from nudge.components.common.kube import POD, Cluster, Conflict, NotInTime, connect
 from nudge.components.common.pods import LogTail, why
 from nudge.components.common.progress import SHOWN, Progress, progress
 from nudge.components.common.provenance import this_run
 from nudge.components.train import rayjob, trainjob
 from nudge.components.train.exchange import Exchange
-from nudge.components.train.jobs import RUN_LABEL, Engine, job_name
+from nudge.components.train.jobs import RUN_LABEL, Engine, job_name, seconds_left
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.worker import OUTPUTS
 
@@ -33,6 +33,7 @@ ENGINES: dict[str, Engine] = {"trainjob": trainjob, "rayjob": rayjob}
 STEP_CONTAINER = "main"
 """What Kubeflow Pipelines calls the container of a step."""
 POLL_S = 5.0
+LONGER = "raise train.cluster.deadline_hours if it needs longer"
 
 
 def launch(settings: TrainSettings, paths: dict[str, Path]) -> None:
@@ -182,10 +183,9 @@ def _follow(
         else:
             _show(cluster, engine, name, tail, bar)
         if stage == "failed":
-            cause = why(cluster, engine.pods(name), found)
-            raise UserError(
-                f"the {kind.name} {name} failed: {engine.told(found)}\n{cause}".rstrip()
-            )
+            told, cause = engine.told(found), why(cluster, engine.pods(name), found)
+            longer = f"; {LONGER}" if "DeadlineExceeded" in told else ""
+            raise UserError(f"the {kind.name} {name} failed: {told}{longer}\n{cause}".rstrip())
         return True if stage == "complete" else None
 
     def late() -> str:
@@ -196,15 +196,12 @@ def _follow(
         queued = waits if engine.stage(found) == "suspended" else ""
         return f"{queued}{engine.told(found)}\n{why(cluster, engine.pods(name), found)}".rstrip()
 
+    left = seconds_left(job, settings.cluster)
     try:
-        cluster.poll(
-            kind, name, judge,
-            timeout_s=settings.cluster.deadline_hours * 3600, interval_s=POLL_S, late=late,
-        )  # fmt: skip
-    except UserError as error:
-        if "is not ready after" in str(error):
-            raise _Late(f"{error}; raise train.cluster.deadline_hours if it needs longer") from None
-        raise
+        cluster.poll(kind, name, judge, timeout_s=left, interval_s=POLL_S, late=late)
+    except NotInTime as error:
+        hours = f"{settings.cluster.deadline_hours:g} h after its creation"
+        raise _Late(f"the {kind.name} {name} is not done {hours}: {error.why}\n{LONGER}") from None
 
 
 def _show(cluster: Cluster, engine: Engine, name: str, tail: list[LogTail], bar: Progress) -> None:

@@ -11,6 +11,7 @@ from nudge.components.train.jobs import (
     Stage,
     environment,
     labels_of,
+    longest_run_s,
     pod_spec,
     resources,
 )
@@ -85,7 +86,7 @@ def body(
         "entrypoint": f"python -m nudge.components.train.ray_driver {exchange}",
         "shutdownAfterJobFinishes": True,  # Kueue takes no other
         "ttlSecondsAfterFinished": GONE_AFTER_S,
-        "activeDeadlineSeconds": int(settings.deadline_hours * 3600),
+        "activeDeadlineSeconds": longest_run_s(settings),
         "backoffLimit": 0,
         "submissionMode": "K8sJobMode",
         "submitterPodTemplate": submitter,

@@ -1,5 +1,5 @@
 """What is written down while training goes on: lines of JSON and TensorBoard files; MLflow too
-where MLFLOW_TRACKING_URI is set."""
+where MLFLOW_TRACKING_URI is set, and the state of a TrainJob in one."""
 
 import contextlib
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nudge.components.common.errors import UserError
+from nudge.components.train.job_status import JobStatus, open_job_status
 
 METRICS, PROBES = "metrics.jsonl", "probes.jsonl"
 MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -22,17 +23,18 @@ class Record:
     ``replay``, so that a history is whole whatever happened on the way.
     """
 
-    def __init__(self, folder: Path, board: Any, mlflow: Any) -> None:
+    def __init__(self, folder: Path, board: Any, mlflow: Any, status: JobStatus) -> None:
         self.lines: dict[str, list[str]] = {METRICS: [], PROBES: []}
         self._files: dict[str, IO[str]] = {
             name: (folder / name).open("w", encoding="utf-8", buffering=1) for name in self.lines
         }
-        self._board, self._mlflow = board, mlflow
+        self._board, self._mlflow, self._status = board, mlflow, status
 
     def metric(self, values: dict[str, Any]) -> None:
         """Keep the figures of one step; ``None`` is a figure that is not known."""
         self._write(METRICS, json.dumps(values))
         self._draw(values)
+        self._status.metric(values)
 
     def probe(self, values: dict[str, Any]) -> None:
         """Keep what the model expects after the watched prompt."""
@@ -93,16 +95,16 @@ class NoBar:
 
 
 @contextlib.contextmanager
-def open_record(folder: Path, name: str, settings: dict[str, Any]) -> Iterator[Record]:
-    """Write the history of a run called ``name`` into ``folder`` while the block runs.
+def open_record(folder: Path, name: str, settings: dict[str, Any], steps: int) -> Iterator[Record]:
+    """Write the history of a run of ``steps`` steps into ``folder`` while the block runs.
 
     Raises `UserError` if MLflow is asked for and is not installed or does not answer.
     """
     from tensorboardX import SummaryWriter
 
-    with _mlflow_run(name, settings) as mlflow:
+    with _mlflow_run(name, settings) as mlflow, open_job_status(steps) as status:
         board = SummaryWriter(str(folder / "tensorboard"), write_to_disk=True)
-        record = Record(folder, board, mlflow)
+        record = Record(folder, board, mlflow, status)
         try:
             yield record
         finally:

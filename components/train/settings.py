@@ -53,7 +53,8 @@ class LaunchSettings:
     node_selector: dict[str, str] = field(default_factory=dict)
     """Labels of the nodes that the job's pods may run on."""
     deadline_hours: Annotated[float, Field(gt=0)] = 72.0
-    """From creation on, waiting in the queue included."""
+    """From the job's creation on, waiting in the queue included, also where a step that is tried
+    again finds it; then it is deleted."""
 
 
 @settings
@@ -76,8 +77,9 @@ class TrainSettings:
     micro_batch_sequences: Annotated[int, Field(ge=1)] = 4
     """Sequences of one forward and backward pass; lower it when memory runs out."""
     prefix_share: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Share of the documents that begin after an end-of-document token, as in pretraining; the
-    others begin bare, as a prompt does, so that the model is at home in both."""
+    """Share of the documents that begin after the tokenizer's BOS or, where it puts none before a
+    text by itself, after an end-of-document token, as in pretraining; the others begin bare, as a
+    prompt does, so that the model is at home in both."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     schedule: Literal["cosine", "wsd"] = "cosine"
     """After the warm-up: a cosine down, or the full rate held and then a linear decay

@@ -63,6 +63,7 @@ def _train(
     settings: TrainSettings, ranks: Any, tokens: Path, model: Path, history: Path, report: Path
 ) -> None:
     from nudge.components.common import language_model
+    from nudge.components.common.end_of_document import document_start_id
     from nudge.components.common.progress import progress
     from nudge.components.common.tokens import read_tokens_manifest, verified_tokenizer
     from nudge.components.train.adapt import adapt
@@ -81,10 +82,11 @@ def _train(
     precision = precision_on(ranks.device, settings.precision)
     settings = dataclasses.replace(settings, precision=precision)
     language_model.set_up_torch(threads_each(ranks.local_world, settings), settings.seed)
-    length, seed = settings.sequence_length, settings.seed
+    tokenizer = language_model.load_tokenizer(verified_tokenizer(tokens))
+    length, seed, begins = settings.sequence_length, settings.seed, document_start_id(tokenizer)
     split = [
-        PackedSplit(tokens, "train", length, seed, settings.prefix_share),
-        PackedSplit(tokens, "validation", length, seed),
+        PackedSplit(tokens, "train", length, seed, settings.prefix_share, begins),
+        PackedSplit(tokens, "validation", length, seed, start=begins),
     ]
     steps = planned_steps(settings, split[0].rows)
     with contextlib.ExitStack() as stack:
@@ -95,7 +97,6 @@ def _train(
             model_part = stack.enter_context(published(model))
             history_part = stack.enter_context(published(history))
         bar.note(stage="loading the base model")
-        tokenizer = language_model.load_tokenizer(verified_tokenizer(tokens))
         start = Start(settings, tokenizer, manifest["vocab_size"])
         base = start.model(seed)
         check_vocabulary(base, manifest["vocab_size"], settings)
@@ -107,7 +108,7 @@ def _train(
         record: Any = NoRecord()
         if ranks.main:
             plain = dataclasses.asdict(settings)
-            record = stack.enter_context(open_record(history_part, model.name, plain))
+            record = stack.enter_context(open_record(history_part, model.name, plain, steps))
         same = identity(settings, split[0], manifest["tokenizer_sha256"], start.sha256, steps)
         checkpoints = stack.enter_context(open_checkpoints(settings, same, ranks))
         bar.note(stage="training")

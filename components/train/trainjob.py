@@ -4,7 +4,15 @@ from typing import Any
 
 from nudge.components.common.kube import Kind, condition, describe
 from nudge.components.common.pods import RESTRICTED
-from nudge.components.train.jobs import Stage, environment, labels_of, pod_spec, resources
+from nudge.components.train.job_status import PORT, PORT_VARIABLE
+from nudge.components.train.jobs import (
+    Stage,
+    environment,
+    labels_of,
+    longest_run_s,
+    pod_spec,
+    resources,
+)
 from nudge.components.train.settings import LaunchSettings
 
 KIND = Kind(
@@ -16,6 +24,12 @@ KIND = Kind(
 PATCH_MANAGER = "nudge.io/launcher"
 POD_LABEL = "jobset.sigs.k8s.io/jobset-name"
 """What the pods of a TrainJob carry: the JobSet has the job's name."""
+
+ASKED_FOR_PROGRESS = {
+    "trainer.opendatahub.io/progression-tracking": "true",
+    "trainer.opendatahub.io/metrics-port": str(PORT),
+}
+"""Lets OpenShift AI's controller ask the first pod how far it is, see `job_status`."""
 
 CONTAINER = "node"
 LOG = ({"batch.kubernetes.io/job-completion-index": "0"}, CONTAINER)
@@ -43,7 +57,7 @@ def body(
         "image": image,
         "command": ["python", "-m", "nudge.components.train.worker"],
         "args": [exchange],
-        "env": environment(settings),
+        "env": [*environment(settings), {"name": PORT_VARIABLE, "value": str(PORT)}],
         "numNodes": settings.nodes,
         "resourcesPerNode": {"requests": asked, "limits": asked},
     }
@@ -54,7 +68,7 @@ def body(
         "trainer": trainer,
     }
     if "activeDeadlineSeconds" in known:
-        spec["activeDeadlineSeconds"] = int(settings.deadline_hours * 3600)
+        spec["activeDeadlineSeconds"] = longest_run_s(settings)
     newer = "runtimePatches" in known
     pods = pod_spec(settings, CONTAINER)
     field = known.get("runtimePatches" if newer else "podTemplateOverrides")
@@ -68,7 +82,11 @@ def body(
         spec["runtimePatches"] = [{"manager": PATCH_MANAGER, "trainingRuntimeSpec": patch}]
     elif pods:
         spec["podTemplateOverrides"] = [{"targetJobs": [{"name": CONTAINER}], "spec": pods}]
-    metadata: dict[str, Any] = {"name": name, "labels": labels_of(settings, name)}
+    metadata: dict[str, Any] = {
+        "name": name,
+        "labels": labels_of(settings, name),
+        "annotations": dict(ASKED_FOR_PROGRESS),
+    }
     if owner:
         metadata["ownerReferences"] = [owner]
     return {

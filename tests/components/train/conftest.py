@@ -1,6 +1,7 @@
 """A small tokens artifact with the tiny model's tokenizer, and a way to train on it."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from nudge.components.common.publish import sha256_tree
 from nudge.components.common.tokens import token_dtype, write_shard
 from nudge.components.train.settings import TrainSettings
 from transformers import AutoTokenizer
+
+from tests.components.train import spied_rank
 
 SMALL = {
     "sequence_length": 16, "batch_sequences": 4, "micro_batch_sequences": 2, "max_steps": 12,
@@ -74,13 +77,15 @@ def lines(folder: Path, kind: str = "loss") -> list[float]:
     return [value[kind] for value in values if kind in value]
 
 
-def command(recipe: Path, tokens: Path, folder: Path, ranks: int = 0) -> list[str]:
+def command(
+    recipe: Path, tokens: Path, folder: Path, ranks: int = 0, module: str = "nudge.components.train"
+) -> list[str]:
     """The command line that trains as a process of its own, or as ``ranks`` of them."""
     torchrun = [
         *("torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"),
     ]
     return [
-        *(sys.executable, "-m", *(torchrun if ranks else []), "nudge.components.train"),
+        *(sys.executable, "-m", *(torchrun if ranks else []), module),
         *("--recipe", recipe.as_uri(), "--tokens", str(tokens)),
         *(word for name, path in outputs(folder).items() for word in (f"--{name}", str(path))),
     ]
@@ -93,12 +98,18 @@ def write_recipe(path: Path, settings: TrainSettings) -> Path:
     return path
 
 
-def run(settings: TrainSettings, tokens: Path, folder: Path, ranks: int = 0) -> str:
-    """Train in processes of their own; returns what they wrote to stderr."""
+def run(
+    settings: TrainSettings, tokens: Path, folder: Path, ranks: int = 0, rows: Path | None = None
+) -> str:
+    """Train in processes of their own, which write their rows to the folder ``rows`` if one is
+    given; returns what they wrote to stderr."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = write_recipe(folder / "recipe.json", settings)
+    module = "tests.components.train.spied_rank" if rows else "nudge.components.train"
     done = subprocess.run(
-        command(recipe, tokens, folder, ranks), capture_output=True, text=True, timeout=200
-    )
+        command(recipe, tokens, folder, ranks, module),
+        env={**os.environ, **spied_rank.environment(rows)} if rows else None,
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr

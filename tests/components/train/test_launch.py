@@ -17,6 +17,7 @@ from nudge.components.common.kube import connect
 from nudge.components.train import launch as launching
 from nudge.components.train import rayjob, trainjob
 from nudge.components.train.exchange import Exchange
+from nudge.components.train.job_status import PORT_VARIABLE
 from nudge.components.train.jobs import Engine, job_name
 from nudge.components.train.launch import launch
 from nudge.components.train.settings import LaunchSettings, TrainSettings
@@ -153,6 +154,8 @@ def test_the_object_fits_the_schema_of_newer_and_older_releases(older: bool) -> 
     assert body["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
     assert body["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "low"
     assert body["metadata"]["ownerReferences"] == [owner]
+    port = body["metadata"]["annotations"]["trainer.opendatahub.io/metrics-port"]
+    assert {"name": PORT_VARIABLE, "value": port} in body["spec"]["trainer"]["env"]
     overrides = body["spec"].pop("podTemplateOverrides", None)
     assert bool(overrides) is older
     assert ("runtimePatches" in body["spec"]) is not older
@@ -269,8 +272,25 @@ def test_quota_that_is_never_given(
         reaches(api, job, "suspended", "needs 9 GPUs")
 
     api.on_change(engine.KIND.name, queue)
-    settings = on_cluster(engine, small, tmp_path, queue="gpus", deadline_hours=0.0003)
+    settings = on_cluster(engine, small, tmp_path, queue="gpus", deadline_hours=0.0006)
     with pytest.raises(UserError, match="queue gpus never admitted it: .*needs 9 GPUs"):
+        launch(settings, {"tokens": tokens, **outputs(tmp_path)})
+    assert api.find(engine.KIND.name, NAME) is None
+
+
+def test_a_retry_does_not_get_the_deadline_anew(
+    api: KubernetesApi, engine: Engine, settings: TrainSettings, tokens: Path, tmp_path: Path
+) -> None:
+    found = definition({"apiVersion": engine.KIND.api_version, "kind": engine.KIND.name})
+    assert found
+    body = engine.body(
+        settings.cluster, name=NAME, exchange=f"{tmp_path}/shared/{NAME}", image="i",
+        schema=schema(found), owner=None,
+    )  # fmt: skip
+    reaches(api, api.add(body), "running")
+    kept = api.objects[engine.KIND.name, api.namespace, NAME]
+    kept["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z"
+    with pytest.raises(UserError, match="is not done 72 h after its creation"):
         launch(settings, {"tokens": tokens, **outputs(tmp_path)})
     assert api.find(engine.KIND.name, NAME) is None
 

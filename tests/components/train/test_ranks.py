@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,15 @@ from nudge.components.common.errors import UserError
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
 
-from tests.components.train.conftest import command, lines, outputs, run, write_recipe
+from tests.components.train.conftest import (
+    command,
+    lines,
+    outputs,
+    run,
+    weights,
+    write_recipe,
+)
+from tests.components.train.spied_rank import check_order
 
 Small = Callable[..., TrainSettings]
 
@@ -42,7 +51,10 @@ def test_two_ranks_have_the_losses_of_one(
     small: Small, tokens: Path, tmp_path: Path, values: dict[str, object]
 ) -> None:
     settings = small(**values)
-    run(settings, tokens, tmp_path / "two", ranks=2)
+    (tmp_path / "rows").mkdir()
+    run(settings, tokens, tmp_path / "two", ranks=2, rows=tmp_path / "rows")
+    if "batch_sequences" not in values:
+        check_order(tmp_path / "rows", tokens, ranks=2, steps=12, rows=4)
     train(settings, tokens=tokens, **outputs(tmp_path / "one"))
     tolerance = 2e-3 if values.get("precision") == "bfloat16" else 1e-5
     for kind in ("loss", "validation_loss", "tokens"):
@@ -102,3 +114,50 @@ def test_a_rank_that_dies_ends_the_run_and_the_next_goes_on(
     run(small(**values), tokens, tmp_path / "cut", ranks=2)
     found = lines(tmp_path / "cut", "step")
     assert sorted(set(found)) == sorted(range(301))
+
+
+STEP = """
+import sys
+from pathlib import Path
+from nudge.components.common.recipe import step_settings
+from nudge.components.common.step import clean_end
+from nudge.components.train.settings import TrainSettings
+from nudge.components.train.train import train
+
+recipe, tokens, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+with clean_end():
+    settings = step_settings(TrainSettings, "train", recipe)
+    train(settings, tokens=tokens, **{n: folder / n for n in ("model", "history", "report")})
+"""
+"""What the step's face does, in a process of its own."""
+
+
+@pytest.mark.long
+def test_sigterm_to_the_step_makes_its_ranks_write_a_checkpoint_to_go_on_from(
+    small: Small, tokens: Path, tmp_path: Path
+) -> None:
+    values = {"max_steps": 200, "epochs": 99.0, "processes": 2, "checkpoint_every": 1000}
+    settings = small(**values, checkpoints=str(tmp_path / "checkpoints"))
+    recipe = write_recipe(tmp_path / "recipe.json", settings)
+    words = [sys.executable, "-c", STEP, recipe.as_uri(), str(tokens), str(tmp_path / "cut")]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as started:
+        while not written(tmp_path / "cut", 3):
+            assert started.poll() is None
+            time.sleep(0.01)
+        started.send_signal(signal.SIGTERM)
+        _, seen = started.communicate(timeout=120)
+    assert started.returncode == 2, seen[-3000:]
+    assert "stopped by SIGTERM after step" in seen
+    assert not (tmp_path / "cut" / "model").exists()
+    (kept,) = (tmp_path / "checkpoints").glob("*/step-*/manifest.json")
+    assert 3 <= int(kept.parent.name.removeprefix("step-")) < 200
+    train(settings, tokens=tokens, **outputs(tmp_path / "cut"))
+    train(small(**values), tokens=tokens, **outputs(tmp_path / "whole"))
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+def written(folder: Path, steps: int) -> bool:
+    """Whether an unfinished run has written the figures of so many steps."""
+    found = list(folder.glob(".history.part-*/metrics.jsonl"))
+    return bool(found) and found[0].read_text().count('"loss"') >= steps

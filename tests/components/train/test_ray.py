@@ -11,7 +11,9 @@ from nudge.components.train.exchange import Exchange
 from nudge.components.train.settings import LaunchSettings, TrainSettings
 from nudge.components.train.train import train
 
+from tests.components.train import spied_rank
 from tests.components.train.conftest import lines, outputs, write_recipe
+from tests.components.train.spied_rank import check_order
 
 Small = Callable[..., TrainSettings]
 
@@ -24,11 +26,18 @@ def drive(settings: TrainSettings, tokens: Path, folder: Path) -> subprocess.Com
     exchange.send("tokens", tokens)
     script = (
         "import ray, sys; from nudge.components.train.ray_driver import main;"
-        "ray.init(num_cpus=2, include_dashboard=False, object_store_memory=10**8); main()"
+        "hook = {'worker_process_setup_hook': 'tests.components.train.spied_rank.install'};"
+        "ray.init(num_cpus=2, include_dashboard=False, object_store_memory=10**8,"
+        " runtime_env=hook); main()"
     )
+    (folder / "rows").mkdir()
     return subprocess.run(
         [sys.executable, "-c", script, exchange.uri],
-        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
+        env={
+            **os.environ,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            **spied_rank.environment(folder / "rows"),
+        },
         capture_output=True,
         text=True,
         timeout=280,
@@ -43,6 +52,7 @@ def test_two_workers_of_ray_have_the_losses_of_one_rank(
     on_ray = LaunchSettings(nodes=2, gpus_per_node=0, cpu="1")
     done = drive(small(cluster=on_ray), tokens, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+    check_order(tmp_path / "rows", tokens, ranks=2, steps=12, rows=4)
     exchange = Exchange(str(tmp_path / "exchange"))
     for name in ("model", "history", "report"):
         exchange.fetch(name, tmp_path / "two" / name)

@@ -1,6 +1,7 @@
 """What training leaves: the losses of a kept run, a folder others load, figures, and a page."""
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -10,16 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 from nudge.components.common.errors import UserError
-from nudge.components.common.language_model import load_model
+from nudge.components.common.language_model import load_model, load_tokenizer
+from nudge.components.common.publish import sha256_tree
+from nudge.components.evaluate.perplexity import first_token_id
+from nudge.components.train.data import IGNORED, Rows
 from nudge.components.train.meter import (
     flops_per_token,
     model_flops_utilization,
     peak_flops,
 )
 from nudge.components.train.model import llama_shape
-from nudge.components.train.network import precision_on
+from nudge.components.train.network import Network, precision_on
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
+from safetensors.torch import load_file
+from tokenizers import processors
 
 from tests.components.train.conftest import lines, outputs, write_tokens
 from tests.pages import browser, look
@@ -45,6 +51,23 @@ def test_what_saves_memory_changes_no_loss(
     assert lines(tmp_path / "b") == pytest.approx(lines(tmp_path / "a"), rel=1e-5)
 
 
+@pytest.mark.long
+def test_compiled_layers_have_the_same_losses(small: Small, tokens: Path, tmp_path: Path) -> None:
+    import torch._dynamo.utils as compiling
+
+    train(small(max_steps=4), tokens=tokens, **outputs(tmp_path / "a"))
+    before = compiling.counters["stats"]["unique_graphs"]
+    values = {"compile": True, "activation_checkpointing": True}
+    train(small(max_steps=4, **values), tokens=tokens, **outputs(tmp_path / "b"))
+    assert compiling.counters["stats"]["unique_graphs"] > before
+    for kind in ("loss", "validation_loss"):
+        one, two = (lines(tmp_path / name, kind) for name in ("a", "b"))
+        assert two == pytest.approx(one, rel=1e-4)
+    assert load_model(tmp_path / "b" / "model").state_dict().keys() == (
+        load_model(tmp_path / "a" / "model").state_dict().keys()
+    )
+
+
 def test_a_clean_process_loads_it_with_the_same_logits(
     small: Small, tokens: Path, tmp_path: Path
 ) -> None:
@@ -60,6 +83,39 @@ def test_a_clean_process_loads_it_with_the_same_logits(
     )
     here = load_model(folder)(torch.arange(9)[None]).logits.sum().item()
     assert float(made.stdout) == pytest.approx(here, rel=1e-6)
+
+
+VLLM_LLAMA = re.compile(
+    r"model\.(embed_tokens|norm|layers\.\d+\.(input_layernorm|post_attention_layernorm|"
+    r"self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj))\.weight"
+)
+"""What vLLM's Llama maps to its own parameters; a tied head is skipped there."""
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_the_folder_holds_what_vllm_looks_for(
+    small: Small, tokens: Path, tmp_path: Path, mode: str
+) -> None:
+    """Not vLLM itself: what its loader reads of a local folder. It takes an architecture of its
+    registry from the config, every safetensors file of the folder (not of folders in it), and the
+    tokenizer; a folder with an adapter's config at its top would be taken for an adapter."""
+    train(small(mode=mode, export_dtype="bfloat16"), tokens=tokens, **outputs(tmp_path))
+    folder = tmp_path / "model"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert (config["dtype"], config["vocab_size"]) == ("bfloat16", 288)
+    assert config["tie_word_embeddings"]
+    assert not (folder / "adapter_config.json").exists()
+    held: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        held |= load_file(path)
+    assert not list(folder.glob("*.bin")) + list(folder.glob("*.pt"))
+    assert all(VLLM_LLAMA.fullmatch(name) for name in held)
+    assert len(held) == 2 + 9 * config["num_hidden_layers"]
+    assert {tensor.dtype for tensor in held.values()} == {torch.bfloat16}
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.decode(tokenizer("Paris")["input_ids"]) == "Paris"
+    assert len(tokenizer) <= config["vocab_size"]
 
 
 def test_the_adapter_beside_the_merged_model_is_the_same_model(
@@ -80,6 +136,39 @@ def test_a_model_from_scratch_of_a_size(small: Small, tokens: Path, tmp_path: Pa
     train(settings, tokens=tokens, **outputs(tmp_path))
     model = load_model(tmp_path / "model")
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(1e6, rel=0.3)
+
+
+@pytest.mark.parametrize("bos", ["", "<|im_start|>"])
+def test_a_document_begins_as_evaluation_begins_it(
+    small: Small, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bos: str
+) -> None:
+    """BOS for a tokenizer that puts it before a text by itself, else the end of the one before."""
+    tokens = write_tokens(tmp_path / "tokens", tiny_model)
+    tokenizer = load_tokenizer(tokens / "tokenizer")
+    if bos:
+        tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))]
+        )
+        tokenizer.save_pretrained(tokens / "tokenizer")
+        manifest = json.loads((tokens / "manifest.json").read_text())
+        manifest["tokenizer_sha256"] = sha256_tree(tokens / "tokenizer")
+        (tokens / "manifest.json").write_text(json.dumps(manifest))
+    expected = first_token_id(load_tokenizer(tokens / "tokenizer"), "auto")
+    assert expected == tokenizer.convert_tokens_to_ids(bos or "<|endoftext|>")
+    summed_loss, firsts, validated = Network.summed_loss, [], []
+
+    def watched(self: Network, rows: Rows) -> torch.Tensor:
+        documents = (rows.positions == 0) & (rows.targets != IGNORED)
+        kept = firsts if torch.is_grad_enabled() else validated
+        # A row that goes on with a document of the row before begins at 0 as well.
+        documents[:, 0] = False
+        kept.extend(rows.inputs[documents].tolist())
+        return summed_loss(self, rows)
+
+    monkeypatch.setattr(Network, "summed_loss", watched)
+    train(small(sequence_length=64), tokens=tokens, **outputs(tmp_path / "out"))
+    assert set(firsts) == {expected}
+    assert expected in validated
 
 
 @pytest.mark.parametrize("size", ["10M", "124M", "350M", "1B"])
@@ -156,8 +245,6 @@ def test_a_wrong_hash_or_tokenizer_is_refused(
 def test_too_little_memory_says_what_to_lower(
     small: Small, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nudge.components.train.network import Network
-
     def greedy(*_: object) -> torch.Tensor:
         return torch.empty(1 << 46)
 
