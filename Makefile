@@ -15,7 +15,7 @@ test: setup  ## the tests
 	$(PYTEST)
 
 test-long: setup  ## the tests that take minutes, with the optional parts that they need
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray,tasks]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mlflow,ray,tasks]'
 	$(PYTEST) -m long
 
 setup: $(STAMP)
