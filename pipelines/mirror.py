@@ -13,6 +13,7 @@ import jinja2
 import yaml
 from nudge.components.common.images import DATA_IMAGE, TRAIN_IMAGE
 from nudge.components.common.recipe import read_recipe
+from nudge.components.upload.settings import UploadSettings
 from nudge.pipelines import recipes
 
 OVERLAY = Path("manifests") / "overlays" / "disconnected"
@@ -131,6 +132,7 @@ def needed_images(root: Path) -> dict[str, list[str]]:
 
     note(DATA_IMAGE, "steps of the pipelines")
     note(TRAIN_IMAGE, "steps of the pipelines")
+    note(UploadSettings.base_image, "models that are uploaded as images (upload.base_image)")
     manifests = root / "manifests"
     made = (root / OVERLAY, manifests / "base" / "pipelines")
     for path in sorted(manifests.rglob("*.yaml")):

@@ -58,16 +58,6 @@ def usable_cores() -> int:
     return cores
 
 
-class _Ended(tenacity.stop.stop_base):
-    """Stop waiting for a server once its process has ended."""
-
-    def __init__(self, child: subprocess.Popen[bytes]) -> None:
-        self._child = child
-
-    def __call__(self, _: tenacity.RetryCallState) -> bool:
-        return self._child.poll() is not None
-
-
 @contextlib.contextmanager
 def locked(home: Path, name: str) -> Iterator[None]:
     """Let one process at a time into the block of this name."""
@@ -123,18 +113,38 @@ def start(
         )
     record = Record(name, child.pid, psutil.Process(child.pid).create_time(), address, str(log))
     write_atomic(home / "services" / f"{name}.json", json.dumps(asdict(record)))
+    if not _waited(ready, timeout_s, lambda: child.poll() is not None):
+        why = f"ended with status {child.poll()}" if child.poll() is not None else "is not ready"
+        stop(home, name)
+        raise UserError(f"{name} {why} after at most {timeout_s:g} s; {_tail(log)}")
+    return record
+
+
+def wait_for(record: Record, ready: Callable[[], bool], timeout_s: float) -> None:
+    """Wait until a server that runs is ready, as one whose starter was killed may not be yet.
+
+    Raises `UserError` with the end of its log; it runs on.
+    """
+    if not _waited(ready, timeout_s, lambda: record.process() is None):
+        raise UserError(
+            f"{record.name} runs and does not answer after {timeout_s:g} s; "
+            f"{_tail(Path(record.log))}"
+        )
+
+
+def _waited(ready: Callable[[], bool], timeout_s: float, ended: Callable[[], bool]) -> bool:
     waiting = tenacity.Retrying(
-        stop=tenacity.stop_any(tenacity.stop_after_delay(timeout_s), _Ended(child)),
+        stop=tenacity.stop_any(tenacity.stop_after_delay(timeout_s), lambda _: ended()),
         wait=tenacity.wait_fixed(0.1),
         retry=tenacity.retry_if_result(lambda done: not done),
         retry_error_callback=lambda _: False,
     )
-    if not waiting(ready):
-        why = f"ended with status {child.poll()}" if child.poll() is not None else "is not ready"
-        stop(home, name)
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
-        raise UserError(f"{name} {why} after at most {timeout_s:g} s; the end of {log}:\n{tail}")
-    return record
+    return bool(waiting(ready))
+
+
+def _tail(log: Path) -> str:
+    last = log.read_text(errors="replace").splitlines()[-8:]
+    return "\n".join([f"the end of {log}:", *last])
 
 
 def stop(home: Path, name: str) -> None:

@@ -50,6 +50,10 @@ class LocalServing:
         record = self._running(version.model, version.name)
         if record is None:
             record = self._serve(folder, version.model, version.name)
+        else:
+            health = f"{record.address}/health"
+            timeout_s = self._settings.start_timeout_s
+            processes.wait_for(record, lambda: processes.answers(health), timeout_s)
         return Server(record.address)
 
     def move(self, model: str, shares: dict[str, int]) -> str:
@@ -70,8 +74,11 @@ class LocalServing:
                 if not gateway.drained(self._home, model, record.address.removeprefix("http://")):
                     continue  # the next shift takes it
                 processes.stop(self._home, record.name)
-        folder = self._home / "serving" / model
-        folders = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+        paths = list((self._home / "serving" / model).glob("*"))
+        for path in paths:
+            if path.name.startswith("."):  # of a download that was killed: no other is under way
+                shutil.rmtree(path)
+        folders = [path for path in paths if path.is_dir() and path.name[0] != "."]
         newest = sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
         for path in newest[KEPT_VERSIONS:]:
             if path.name not in keep:

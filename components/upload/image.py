@@ -34,7 +34,8 @@ END = bytes(2 * tarfile.BLOCKSIZE)
 class Layer:
     """Files of a model (``texts`` are those made here) as one tar archive.
 
-    ``sizes`` are the files' bytes, by name; ``digest``, and ``sha256`` by file, are known once the layer was `measured`.
+    ``sizes`` are the files' bytes, by name; ``digest``, and ``sha256`` by file, are known once the
+    layer was `measured`.
     """
 
     files: dict[str, Path]

@@ -75,16 +75,21 @@ def serve_again(home: Path, environment: dict[str, str]) -> list[str]:
     """Bring back the models that were served here before `down` or a reboot; returns their names.
 
     Each comes from the registry and the object store to the address that it had. One that does not
-    come up is left out, and why is said on stderr: the parts themselves are up.
+    come up is left out, and why is said on stderr: the parts themselves are up. Of one that is up,
+    the servers that a killed shift left beside it are ended.
     """
     from nudge.components.deploy import gateway
     from nudge.components.deploy.deploy import serve
+    from nudge.components.deploy.local_serving import LocalServing
     from nudge.components.deploy.settings import DeploySettings
 
     os.environ.update(environment)
     back = []
     for model, route in gateway.routes(home).items():
         if all(_answers(home, model, version) for version in route.shares):
+            local = LocalServing(home, DeploySettings())
+            with local.exclusive(model):
+                local.retire(model, local.live(model))
             continue
         try:
             serve(DeploySettings(), model, route.shares)

@@ -1,5 +1,6 @@
 """Registering: once a run, over TLS as on a cluster, and to be finished after an outage."""
 
+import json
 import shlex
 import ssl
 import threading
@@ -22,6 +23,8 @@ from nudge.components.common.releases import (
     note_served,
 )
 from nudge.components.common.storage import list_keys, s3_client
+from nudge.components.deploy.local_serving import LocalServing
+from nudge.components.deploy.settings import DeploySettings
 from nudge.components.register.register import register
 from nudge.components.register.settings import RegisterSettings
 from nudge.components.upload.settings import UploadSettings
@@ -30,6 +33,7 @@ from nudge.pipelines.cli import main
 from nudge.pipelines.local import services
 
 from tests.faulty_proxy import FaultyProxy
+from tests.image_registry import ImageRegistry, make_base_image
 
 Release = Callable[..., dict[str, Any]]
 
@@ -127,6 +131,63 @@ def test_what_an_outage_left_is_finished_by_the_command_that_was_told(
     none = CliRunner().invoke(main, ["register", f"{uri}0"])
     assert none.exit_code == 2
     assert "holds no complete version" in none.output
+
+
+@pytest.mark.long
+def test_an_image_is_registered_and_an_outage_of_the_registry_ended_alike(
+    parts: tuple[Path, dict[str, str]],
+    environment: dict[str, str],
+    model: Path,
+    evaluation: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    home, _ = parts
+    with ImageRegistry(tmp_path / "images") as images:
+        make_base_image(f"oci://{images.host}/base:1")
+        target = {"target": f"oci://{images.host}/team", "base_image": f"{images.host}/base:1"}
+        sent = UploadSettings(model_name="image", **target)
+        uri = upload(sent, model=model, version="v1")["uri"]
+        given = RegisterSettings(model_name="image")
+        told = {"version": "v1", "run_id": "run-1", "model": model, "evaluation": evaluation}
+        monkeypatch.setattr(registry, "ATTEMPTS_S", 0.5)
+        processes.stop(home, services.REGISTRY)
+        with pytest.raises(UserError, match="does not answer") as failed:
+            register(given, uri=uri, **told)
+        command = shlex.split(str(failed.value).splitlines()[-1])
+        assert command == ["nudge", "register", uri]
+
+        monkeypatch.setattr(registry, "ATTEMPTS_S", 60.0)
+        monkeypatch.delenv("NUDGE_REGISTRY_URL")
+        done = CliRunner().invoke(main, command[1:], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        monkeypatch.setenv("NUDGE_REGISTRY_URL", services.up(home)["NUDGE_REGISTRY_URL"])
+        register(given, uri=uri, **told)
+        assert versions(environment, "image") == {"v1": False}
+        assert list_keys(s3_client(), services.BUCKET, "registrations") == {}
+        version = with_registry(environment["NUDGE_REGISTRY_URL"], find_version("image", "v1"))
+        assert version.uri == uri
+
+        # On this machine the server gets it out of the image.
+        folder = LocalServing(tmp_path / "home", DeploySettings())._fetch(version)
+        files = {path.name for path in model.iterdir()} | {"manifest.json"}
+        assert {path.name for path in (folder / "image").iterdir()} == files
+
+
+def test_an_evaluation_of_an_older_release_or_of_other_weights_is_refused(
+    environment: dict[str, str], model: Path, evaluation: Path
+) -> None:
+    told = {"uri": "s3://b/k", "version": "v1", "run_id": "r", "model": model}
+    facts = json.loads((model / "nudge.json").read_text()) | {"weights_sha256": "f" * 64}
+    (model / "nudge.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match="weights with the sha256 c{64}, and training wrote f{64}"):
+        register(RegisterSettings(model_name="m"), evaluation=evaluation, **told)
+
+    older = json.loads(evaluation.read_text())
+    del older["models"], older["probes"]
+    evaluation.write_text(json.dumps(older))
+    with pytest.raises(UserError, match="nothing of models, probes: an older nudge wrote it"):
+        register(RegisterSettings(model_name="m"), evaluation=evaluation, **told)
 
 
 @pytest.fixture

@@ -1,0 +1,109 @@
+"""`nudge run` killed by SIGKILL between any two of the steps that others see, and run again: the
+same run goes on, and there is one version, one endpoint and nothing besides."""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from nudge.components.common import processes
+from nudge.components.common.registry import with_registry
+from nudge.components.common.releases import find_served, list_versions
+from nudge.components.common.storage import list_keys, s3_client
+from nudge.pipelines.local import services
+
+from tests.end_to_end.test_faults import NUDGE, Place, eventually
+
+BOUNDARIES = [
+    ("upload", "step_start"),
+    ("upload", "step_end"),
+    ("register", "step_end"),
+    ("deploy", "progress"),
+    ("deploy", "step_end"),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Place]:
+    place = Place(tmp_path_factory.mktemp("cut-off"), tiny_model)
+    place.run("--set", "evaluate.margin=50")  # what comes before the upload is reused from now on
+    yield place
+    environment = {**os.environ, "NUDGE_HOME": str(place.home)}
+    subprocess.run([NUDGE, "services", "down"], env=environment, check=True, capture_output=True)
+
+
+def kill_at(place: Place, step: str, event: str, *arguments: str) -> str:
+    """Start a run and end the command that it is of at an event; returns the run's id."""
+    before = place.folders()
+    running = place.start(*arguments)
+    (folder,) = eventually(lambda: place.folders() - before)
+    events = folder / "events.jsonl"
+    eventually(
+        lambda: events.exists() and f'"step": "{step}", "event": "{event}"' in events.read_text()
+    )
+    family = psutil.Process(running.pid).children(recursive=True)
+    running.send_signal(signal.SIGKILL)
+    running.communicate(timeout=60)
+    servers = {record.pid for record in processes.records(place.home)}
+    steps = [
+        each
+        for each in family
+        if not {each.pid, *(parent.pid for parent in parents(each))} & servers
+    ]
+    _, alive = psutil.wait_procs(steps, timeout=60)
+    assert alive == []
+    return str(folder.name)
+
+
+def parents(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.parents()
+    except psutil.NoSuchProcess:
+        return []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("step", "event"), BOUNDARIES)
+def test_killed_and_run_again(
+    place: Place, step: str, event: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"cut-{step}-{event.replace('_', '-')}"
+    arguments = ("--set", f"model_name={name}")
+    run_id = kill_at(place, step, event, *arguments)
+    result = place.run(*arguments)
+    assert result["error"] is None
+    assert (result["run_id"], result["version"], result["promoted"]) == (run_id, run_id, True)
+
+    for key, value in services.up(place.home).items():
+        monkeypatch.setenv(key, value)
+    url = os.environ["NUDGE_REGISTRY_URL"]
+    assert [each.name for each in with_registry(url, list_versions(name))] == [run_id]
+    served = with_registry(url, find_served(name))
+    assert (served.shares, served.endpoint) == ({run_id: 100}, result["endpoint"])
+    client = s3_client()
+    keys = list_keys(client, services.BUCKET, f"models/{name}")
+    assert {key.split("/")[2] for key in keys} == {run_id}
+    assert f"models/{name}/{run_id}/manifest.json" in keys
+    begun = client.list_multipart_uploads(Bucket=services.BUCKET, Prefix=f"models/{name}/")
+    assert begun.get("Uploads", []) == []
+
+    here = [each for each in processes.records(place.home) if name in each.name]
+    assert {each.name for each in here} == {f"gateway-{name}", f"serving-{name}@{run_id}"}
+    # No server that a killed command began runs on without a record.
+    programs = [
+        each.pid
+        for each in psutil.process_iter(["cmdline"])
+        if "serve" in (each.info["cmdline"] or ()) and name in each.info["cmdline"]
+    ]
+    assert programs == [each.pid for each in here if each.name.startswith("serving-")]
+    assert not list((place.home / "serving" / name).glob(".*"))
+    body = {"model": name, "prompt": "The", "max_tokens": 2}
+    answer = httpx.post(f"{result['endpoint']}/v1/completions", json=body, timeout=60)
+    assert answer.json()["choices"][0]["text"]
+    (kept,) = (folder for folder in place.folders() if folder.name == run_id)
+    assert json.loads((kept / "result.json").read_text())["version"] == run_id
