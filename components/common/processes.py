@@ -132,9 +132,19 @@ def wait_for(record: Record, ready: Callable[[], bool], timeout_s: float) -> Non
         )
 
 
+class _Ended(tenacity.stop.stop_base):
+    """Stop waiting for a server once its process has ended."""
+
+    def __init__(self, ended: Callable[[], bool]) -> None:
+        self._ended = ended
+
+    def __call__(self, _: tenacity.RetryCallState) -> bool:
+        return self._ended()
+
+
 def _waited(ready: Callable[[], bool], timeout_s: float, ended: Callable[[], bool]) -> bool:
     waiting = tenacity.Retrying(
-        stop=tenacity.stop_any(tenacity.stop_after_delay(timeout_s), lambda _: ended()),
+        stop=tenacity.stop_any(tenacity.stop_after_delay(timeout_s), _Ended(ended)),
         wait=tenacity.wait_fixed(0.1),
         retry=tenacity.retry_if_result(lambda done: not done),
         retry_error_callback=lambda _: False,
