@@ -38,7 +38,8 @@ class IngestSettings:
     """Processes that clean; 0 means one for each core. The result is the same with any number."""
     engine: Literal["local", "ray"] = "local"
     """Who reads and cleans: processes of this machine, or Ray Data, the objects spread over the
-    nodes of a cluster. It never changes the result."""
+    nodes of a cluster. It never changes the result. The train image has Ray: compile with
+    NUDGE_DATA_IMAGE naming it."""
     ray_address: str = ""
     """For `ray`: the cluster to join, such as auto; empty: what RAY_ADDRESS names, else a Ray of
     this machine alone, with `workers` cores."""

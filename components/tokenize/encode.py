@@ -25,6 +25,9 @@ T = TypeVar("T")
 
 BLOCK_BYTES = 1 << 20
 """Text that a process is handed at a time: a fifth of a second's work."""
+CACHED_WORDS = 1 << 17
+"""Words whose tokens a process remembers; the library's own 10,000 are full after a few MB of text,
+and none gives way."""
 WAITING = 3
 """Blocks a process that are read ahead or wait for their turn; they bound the memory."""
 
@@ -101,6 +104,9 @@ def _loaded(text: str) -> Tokenizer:
     tokenizer = Tokenizer.from_str(text)
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    # BPE and Unigram have it; text of a natural vocabulary goes through about 10 % faster.
+    if hasattr(tokenizer.model, "_resize_cache"):
+        tokenizer.model._resize_cache(CACHED_WORDS)
     return tokenizer
 
 

@@ -309,7 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=float, default=100, help="text to tokenize, in MB")
     parser.add_argument("--ingest-mb", type=float, default=16, help="text to ingest, in MB")
-    parser.add_argument("--memory-mb", type=float, default=2000, help="the larger size for memory")
+    parser.add_argument("--memory-mb", type=float, default=1000, help="the larger size for memory")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--do", nargs=3, metavar=("WORK", "FROM", "TO"), help=argparse.SUPPRESS)
