@@ -260,18 +260,12 @@ def opened(source: Source, settings: IngestSettings) -> Iterator[tuple[Records, 
 def fetched(source: Source) -> bytes | None:
     """The bytes of a small object if they are those of the version that was listed, else None: then
     `opened` finds out what became of it."""
-
-    def whole() -> bytes | None:
-        data = bytes(source.file_system.cat_file(source.path))
-        if len(data) != source.bytes and _listed(*source.version()) == source.listed:
-            raise OSError(f"{len(data)} of {source.bytes} bytes came")
-        return data
-
     try:
-        data: bytes = again(whole, source.uri)
-        return data if _listed(*source.version()) == source.listed else None
+        data = bytes(again(lambda: source.file_system.cat_file(source.path), source.uri))
+        is_listed = len(data) == source.bytes and _listed(*source.version()) == source.listed
     except Vanished:
         return None
+    return data if is_listed else None
 
 
 def s3_options() -> dict[str, Any]:
