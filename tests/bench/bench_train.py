@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 from nudge.components.common.base_model import local_model
+from nudge.components.common.end_of_document import end_of_document_id
 from nudge.components.common.language_model import load_model, load_tokenizer
 from nudge.components.common.publish import sha256_tree
-from nudge.components.common.tokens import end_of_document_id, token_dtype, write_shard
+from nudge.components.common.tokens import token_dtype, write_shard
 from nudge.components.train.data import IGNORED, PackedSplit
 from nudge.components.train.loop import learning_rate
 from nudge.components.train.meter import memory_bytes
