@@ -30,6 +30,7 @@ def test_mlflow_has_the_run_with_every_figure(
 ) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "tracked").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     train(small(), tokens=tokens, **outputs(tmp_path))
     client = mlflow.MlflowClient()
     (run,) = client.search_runs(["0"])
