@@ -20,12 +20,11 @@ from nudge.pipelines.local import services
 from tests.end_to_end.test_faults import NUDGE, Place, eventually
 
 BOUNDARIES = [
-    ("upload", "step_start"),
     ("upload", "step_end"),
     ("register", "step_end"),
-    ("deploy", "progress"),
     ("deploy", "step_end"),
 ]
+"""Within an upload, a registration and a promote: see the tests of those steps."""
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +42,8 @@ def kill_at(place: Place, step: str, event: str, *arguments: str) -> str:
     running = place.start(*arguments)
     (folder,) = eventually(lambda: place.folders() - before)
     events = folder / "events.jsonl"
-    eventually(
-        lambda: events.exists() and f'"step": "{step}", "event": "{event}"' in events.read_text()
-    )
+    wanted = f'"step": "{step}", "event": "{event}"'
+    eventually(lambda: events.exists() and wanted in events.read_text(), timeout_s=300)
     family = psutil.Process(running.pid).children(recursive=True)
     running.send_signal(signal.SIGKILL)
     running.communicate(timeout=60)
@@ -68,6 +66,7 @@ def parents(process: psutil.Process) -> list[psutil.Process]:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("step", "event"), BOUNDARIES)
 def test_killed_and_run_again(
     place: Place, step: str, event: str, monkeypatch: pytest.MonkeyPatch

@@ -70,8 +70,8 @@ def statuses(result: dict[str, Any]) -> dict[str, str]:
     return {step["name"]: step["status"] for step in result["steps"]}
 
 
-def eventually(what: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 100
+def eventually(what: Callable[[], Any], timeout_s: float = 100) -> Any:
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if found := what():
             return found
