@@ -62,6 +62,66 @@ def test_two_runs_of_one_moment_have_folders_of_their_own(tmp_path: Path) -> Non
     assert len({run.folder for run in runs}) == 8
 
 
+def cut_off(home: Path, *events: tuple[str, str], failed: str = "", kept: bool = False) -> str:
+    """A run of eiffel that came as far as these events and ended, however; returns its id."""
+    run = begin(load("eiffel"), home, fresh=True)
+    lines = [json.dumps({"step": step, "event": event}) for step, event in events]
+    (run.folder / "events.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    if failed:
+        run.steps[failed].apply({"event": "step_failed", "time": 1.0, "error": "it burst"})
+    if failed or kept:
+        keep_result(run)
+    run.lock.close()  # as the end of its process does
+    return run.run_id
+
+
+UPLOADED = ("upload", "step_start"), ("upload", "step_end")
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        {"events": UPLOADED[:1]},
+        {"events": UPLOADED},
+        {"events": (*UPLOADED, ("register", "step_start"), ("deploy", "step_failed"))},
+        {"events": (*UPLOADED, ("deploy", "step_failed")), "failed": "deploy"},
+    ],
+)
+def test_a_run_that_was_cut_off_while_it_published_goes_on(tmp_path: Path, end: Any) -> None:
+    run_id = cut_off(tmp_path, *end.pop("events"), **end)
+    assert begin(load("eiffel", ["seed=7"]), tmp_path).run_id != run_id
+    again = begin(load("eiffel"), tmp_path)
+    assert (again.run_id, again.continued) == (run_id, True)
+    assert not (again.folder / "events.jsonl").exists()  # what it had told is not told again
+    # It is at work now, and another one is another run.
+    assert begin(load("eiffel"), tmp_path).run_id != run_id
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        {"events": (("train", "step_end"), ("evaluate", "step_start"))},
+        {"events": (*UPLOADED, ("deploy", "step_end")), "kept": True},
+        {"events": (("upload", "step_failed"),), "failed": "upload"},
+    ],
+)
+def test_any_other_is_begun_anew(tmp_path: Path, end: Any) -> None:
+    run_id = cut_off(tmp_path, *end.pop("events"), **end)
+    again = begin(load("eiffel"), tmp_path)
+    assert (again.run_id != run_id, again.continued) == (True, False)
+
+
+def test_a_run_of_other_code_or_asked_for_anew_does_not_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = cut_off(tmp_path, *UPLOADED)
+    with monkeypatch.context() as patch:
+        patch.setattr("nudge.pipelines.local.run.code_fingerprint", lambda: "other")
+        assert begin(load("eiffel"), tmp_path).run_id != run_id
+    run_id = cut_off(tmp_path, *UPLOADED)
+    assert begin(load("eiffel"), tmp_path, fresh=True).run_id != run_id
+
+
 def test_a_promoted_run_tells_where_everything_is(run: Run) -> None:
     evaluated(run, promote=True)
     served(run)
