@@ -43,13 +43,13 @@ def test_an_unknown_recipe_names_its_nearest() -> None:
 
 
 def test_all_problems_of_all_sections_are_said_at_once() -> None:
-    wrong = ["train.learnin_rate=1", "ingest.seed=abc", "upload.bukket=x", "evalute.margin=1"]
+    wrong = ["train.learnin_rate=1", "ingest.seed=abc", "upload.targett=x", "evalute.margin=1"]
     with pytest.raises(UserError) as caught:
         load("eiffel", wrong)
     text = str(caught.value)
     assert "train.learnin_rate is not a setting; did you mean 'learning_rate'" in text
     assert "ingest.seed = 'abc': input should be a valid integer" in text
-    assert "upload.bukket is not a setting; did you mean 'bucket'?" in text
+    assert "upload.targett is not a setting; did you mean 'target'?" in text
     assert "evalute is not a section" in text
     assert "'evaluate'" in text
 
