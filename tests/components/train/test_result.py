@@ -52,6 +52,7 @@ def test_what_saves_memory_changes_no_loss(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_compiled_layers_have_the_same_losses(small: Small, tokens: Path, tmp_path: Path) -> None:
     import torch._dynamo.utils as compiling
 
