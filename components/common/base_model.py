@@ -155,7 +155,8 @@ def _check_causal(folder: Path, uri: str) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"base_model {uri}: {folder} has no config.json; give a model folder")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        # Said, since transformers asks a person at a terminal where nothing is.
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"base_model {uri}: its config.json cannot be read: {error}") from None
     names = config.architectures or []

@@ -26,14 +26,18 @@ def set_up_torch(threads: int, seed: int) -> None:
 def load_model(folder: Path) -> Any:
     """A causal LM in float32, in evaluation mode, from local safetensors and known code only."""
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        folder,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     return model.eval()
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    """The tokenizer of a model folder, from known code only."""
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def hidden_states(model: Any, inputs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -105,7 +105,7 @@ def _tokenizer(settings: TokenizeSettings, corpus: Path, folder: Path, bar: Any)
 
     bar.note(stage="loading the tokenizer")
     found = local_tokenizer(settings.base_model)
-    tokenizer = AutoTokenizer.from_pretrained(found, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(found, local_files_only=True, trust_remote_code=False)
     tokenizer.save_pretrained(folder)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(

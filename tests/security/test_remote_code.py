@@ -1,0 +1,70 @@
+"""A model that brings Python of its own is loaded by known code, or refused; its own never runs."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nudge.components.common.base_model import local_model
+from nudge.components.common.errors import UserError
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+Path(__file__).with_name("ran").touch()
+
+
+class Config(LlamaConfig):
+    model_type = "hostile"
+
+
+Model, Tokenizer = LlamaForCausalLM, PreTrainedTokenizerFast
+"""
+CLASSES = {"AutoConfig": "hostile.Config", "AutoModelForCausalLM": "hostile.Model"}
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.fixture
+def hostile(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The model; what transformers runs of its code, it copies to a folder beside it first."""
+    from transformers import dynamic_module_utils
+
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", modules)
+    monkeypatch.syspath_prepend(modules)
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "hostile"))
+    (folder / "hostile.py").write_text(CODE)
+    change(folder / "config.json", auto_map=CLASSES)
+    change(
+        folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "hostile.Tokenizer"]}
+    )
+    return folder
+
+
+def test_a_model_of_a_known_kind_is_loaded_by_known_code(hostile: Path) -> None:
+    from nudge.components.common.language_model import load_model, load_tokenizer
+
+    assert local_model(str(hostile)) == hostile
+    assert type(load_model(hostile)).__module__.startswith("transformers.models.")
+    assert load_tokenizer(hostile)("Paris")["input_ids"]
+    assert not list(hostile.parent.rglob("ran"))
+
+
+def test_a_model_of_another_kind_is_refused_at_once(hostile: Path) -> None:
+    change(hostile / "config.json", model_type="hostile")
+    with pytest.raises(UserError, match="its config.json cannot be read"):
+        local_model(str(hostile))
+    assert not list(hostile.parent.rglob("ran"))
+
+
+def test_its_code_would_leave_a_trace(hostile: Path) -> None:
+    from transformers import AutoConfig
+
+    change(hostile / "config.json", model_type="hostile")
+    AutoConfig.from_pretrained(hostile, trust_remote_code=True)
+    assert list(hostile.parent.rglob("ran"))
