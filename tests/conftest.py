@@ -11,6 +11,7 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.faulty_proxy import FaultyProxy
+    from tests.nights import Nights
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,10 +29,12 @@ for _name in (
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run side by side, those of a file stay together, as their fixtures want; so do
-    all that need the daemon of containers."""
+    all that need the daemon of containers, and all that look at the nights."""
     for item in items:
         parts = item.path.relative_to(item.config.rootpath).parts
         group = parts[:2] if "images" in parts else parts
+        if "nights" in getattr(item, "fixturenames", ()):
+            group = ("nights",)
         item.add_marker(pytest.mark.xdist_group("/".join(group)))
 
 
@@ -41,6 +44,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import make_tiny_model
 
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def nights(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> "Iterator[Nights]":
+    """`tests.nights.Nights` that have gone by."""
+    from tests.nights import Nights
+
+    nights = Nights(tmp_path_factory.mktemp("nightly"), tiny_model)
+    try:
+        nights.go_by()
+        yield nights
+    finally:
+        nights.command("services", "down")
 
 
 class Disk:

@@ -55,7 +55,7 @@ def result(place: Path, built: dict[str, str]) -> dict[str, Any]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2400)
 def test_the_compiled_pipeline_ends_in_a_served_model(result: dict[str, Any], place: Path) -> None:
     assert {step["status"] for step in result["steps"]} == {"done"}
     assert result["promoted"]
@@ -68,7 +68,7 @@ def test_the_compiled_pipeline_ends_in_a_served_model(result: dict[str, Any], pl
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2400)
 def test_every_step_ran_under_an_id_that_nobody_has(result: dict[str, Any], place: Path) -> None:
     artifacts = place / "home" / "runs" / result["run_id"] / "artifacts"
     made = [path.stat() for path in artifacts.rglob("*")]
@@ -85,7 +85,7 @@ def test_every_step_ran_under_an_id_that_nobody_has(result: dict[str, Any], plac
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2400)
 def test_a_run_that_is_killed_leaves_no_container(
     docker: str, result: dict[str, Any], place: Path
 ) -> None:

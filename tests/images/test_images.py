@@ -74,7 +74,7 @@ def test_the_base_is_named_by_digest() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_each_image_runs_as_any_user_with_an_unwritable_root(
     docker: str, built: dict[str, str]
 ) -> None:
@@ -93,7 +93,7 @@ def test_each_image_runs_as_any_user_with_an_unwritable_root(
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_the_train_image_holds_the_base_model_of_the_running_example(
     docker: str, built: dict[str, str]
 ) -> None:
@@ -115,7 +115,7 @@ print(torch.softmax(logits, -1)[paris].item())
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_the_data_image_is_small_and_each_says_what_is_in_it(
     docker: str, built: dict[str, str]
 ) -> None:
@@ -137,7 +137,7 @@ def test_the_data_image_is_small_and_each_says_what_is_in_it(
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_no_planted_secret_is_in_any_layer(docker: str, built: dict[str, str]) -> None:
     for image in built.values():
         saving = subprocess.Popen([docker, "save", image], stdout=subprocess.PIPE)

@@ -21,7 +21,7 @@ def test_it_is_committed_without_outputs() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_it_ends_in_an_answer_of_the_served_model(
     home: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,7 +60,7 @@ def get(url: str) -> tuple[int, bytes]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2400)
 def test_a_workbench_answers_its_probes_below_its_prefix(bench: str) -> None:
     status, body = get(f"{bench}/api")
     assert status == 200
@@ -74,7 +74,7 @@ def test_a_workbench_answers_its_probes_below_its_prefix(bench: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2400)
 def test_a_new_home_holds_the_walk(bench: str) -> None:
     status, body = get(f"{bench}/api/contents")
     assert status == 200
