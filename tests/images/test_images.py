@@ -112,6 +112,9 @@ print(torch.softmax(logits, -1)[paris].item())
     done = run(docker, built["train"], "python3", "-c", code)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == pytest.approx(0.318, abs=0.02)
+    kernels = run(docker, built["train"], "python3", "-m", "nudge.kernels")
+    assert "is not built: install the wheel that `make wheel` builds" in kernels.stdout
+    assert "cuda:0     libnudge_kernels.so is not built" in kernels.stdout
 
 
 @pytest.mark.long
