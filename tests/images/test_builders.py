@@ -33,6 +33,7 @@ def builder(
     if request.param == "buildah":
         call(program, "rm", "--all")
     call(program, "rmi", "--all", "--force")
+    subprocess.run(["umount", str(tmp_path / "graph" / "overlay")], capture_output=True)
 
 
 @pytest.mark.long
