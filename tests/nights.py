@@ -66,7 +66,7 @@ class Nights:
                 "batch_sequences": 4,
                 "learning_rate": 0.01,
             },
-            "evaluate": {"window": 64, "stride": 32, "probes": [probe], "max_documents": 8},
+            "evaluate": {"window": 64, "stride": 32, "probes": [probe]},
             "register": {"keep_versions": 1},
             "deploy": {"smoke_prompt": "Paris"},
         }
