@@ -280,7 +280,7 @@ def reading(folder: Path) -> Iterator[Measure]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokens = folder / "tokens"
-    run_tokenize(make_corpus(folder / "corpus", (text for _, text in generated(20))), tokens)
+    run_tokenize(make_corpus(folder / "corpus", (text for _, text in generated(5))), tokens)
     cuda = torch.cuda.is_available()
     rows, length = (64, 1024) if cuda else (8, 256)
     split = PackedSplit(tokens, "train", length, seed=1)
