@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from nudge.components.common.errors import UserError
 from nudge.components.common.storage import s3_client
-from nudge.components.ingest import state
+from nudge.components.ingest import reading, sources, state
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
-from nudge.components.ingest.sources import ResumableFile
+from nudge.components.ingest.sources import ResumableFile, Source
 
 from tests.faulty_proxy import FaultyProxy
 
@@ -46,7 +46,12 @@ class Data:
             self.opened[source.uri.rpartition("/")[2]] += 1
             open_file(file, source)
 
+        def fetched(source: Source) -> bytes | None:
+            self.opened[source.uri.rpartition("/")[2]] += 1
+            return sources.fetched(source)
+
         monkeypatch.setattr(ResumableFile, "__init__", counted)
+        monkeypatch.setattr(reading, "fetched", fetched)
 
     def put(self, name: str, content: str) -> None:
         (self.text / name).write_text(content)
