@@ -114,10 +114,11 @@ def test_the_pods_of_a_run(name: str) -> None:
     for step, place in placed.items():
         mounts = place.get("emptyDirMounts", [])
         volumes = [{"name": each["volumeName"], "emptyDir": {}} for each in mounts]
+        volumes += [{"name": "s", "secret": each} for each in place.get("secretAsVolume", [])]
         main = {"name": "main", "securityContext": {**given, **place["securityContext"]}}
         assert violations({"volumes": volumes, "containers": [main]}) == [], step
         asked = {"configMapAsEnv", "secretAsEnv", "fieldPathAsEnv", "emptyDirMounts", "tolerations"}
-        asked |= {"nodeSelector", "activeDeadlineSeconds", "securityContext"}
+        asked |= {"nodeSelector", "activeDeadlineSeconds", "securityContext", "secretAsVolume"}
         assert set(place) <= asked, step  # nothing else that a pod could be refused for
         main = {"name": "main", "securityContext": given}
         assert violations({"containers": [main]}) == ["main: runAsNonRoot is not true"]
@@ -189,6 +190,7 @@ def test_the_code_makes_no_object_with_pods_besides() -> None:
     with_pods = {(engine.KIND.group, engine.KIND.plural) for engine in launch.ENGINES.values()}
     with_pods |= {("serving.kserve.io", "inferenceservices")}
     without = {("route.openshift.io", "routes"), ("coordination.k8s.io", "leases")}
+    without |= {("gateway.networking.k8s.io", "httproutes")}
     assert created == with_pods | without
 
 
