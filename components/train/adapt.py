@@ -12,13 +12,16 @@ PART_A, PART_B = "lora_A.default.weight", "lora_B.default.weight"
 def adapt(model: Any, settings: TrainSettings, *, sharded: bool = False) -> Any:
     """Prepare ``model`` for training in the mode of the settings; returns it, changed in place.
 
-    Raises `UserError` if LoRA's target modules are not in the model.
+    Adapters begin as a pure function of the seed. Raises `UserError` if LoRA's target modules are
+    not in the model.
     """
     model.train()
     if settings.mode != "lora":
         return model
     from peft import inject_adapter_in_model
 
+    # Whatever drew random numbers before, such as the conversion of a base model not yet cached.
+    torch.manual_seed(settings.seed)
     try:
         inject_adapter_in_model(lora_config(settings), model)
     except ValueError as error:

@@ -1,5 +1,6 @@
 """Every token once an epoch; packing and micro-batches change neither loss nor gradient."""
 
+import copy
 import itertools
 import json
 from hashlib import sha256
@@ -10,6 +11,7 @@ import pytest
 import torch
 from nudge.components.common.errors import UserError
 from nudge.components.common.tokens import TokenReader, token_dtype, write_shard
+from nudge.components.train.adapt import adapt
 from nudge.components.train.data import IGNORED, PackedSplit, Rows
 from nudge.components.train.loop import Loss, accumulate, learning_rate
 from nudge.components.train.network import Network
@@ -140,6 +142,16 @@ def test_a_packed_document_does_not_see_the_one_before(model: LlamaForCausalLM) 
     packed = batch_loss(model, Rows(ids, targets, positions))
     alone = Rows(ids[:, 10:], targets[:, 10:], torch.arange(14)[None])
     assert packed.value == pytest.approx(batch_loss(model, alone).value, rel=1e-6)
+
+
+def test_adapters_begin_the_same_whatever_was_drawn_before(model: LlamaForCausalLM) -> None:
+    """As a base model that is converted first draws numbers, and one from the cache does not."""
+    other = copy.deepcopy(model)
+    one = adapt(model, settings(mode="lora", seed=3)).state_dict()
+    torch.rand(10)
+    two = adapt(other, settings(mode="lora", seed=3)).state_dict()
+    assert any("lora_A" in name for name in one)
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_the_schedules_at_known_steps() -> None:
