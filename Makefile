@@ -9,7 +9,7 @@ run: setup  ## the whole pipeline here, on the default recipe
 	$(BIN)/nudge run eiffel
 
 # A worker a core: much of the time of the tests is waiting for what they start.
-PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test: setup  ## the tests
 	$(PYTEST)

@@ -26,16 +26,25 @@ for _name in (
     os.environ.pop(_name, None)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side, those of a file stay together, as their fixtures want; so do
-    all that need the daemon of containers, and all that look at the nights."""
-    for item in items:
-        parts = item.path.relative_to(item.config.rootpath).parts
-        group = parts[:2] if "images" in parts else parts
-        if "nights" in getattr(item, "fixturenames", ()):
-            group = ("nights",)
-        item.add_marker(pytest.mark.xdist_group("/".join(group)))
+TOGETHER = {
+    "tests/images/": "the daemon of containers",
+    "tests/end_to_end/test_nightly.py": "the nights",
+    "tests/security/test_canaries.py": "the nights",
+}
+"""Where tests run side by side, those of a file stay together, as their fixtures want; so do these,
+which share what takes minutes to make."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            shared = (name for place, name in TOGETHER.items() if nodeid.startswith(place))
+            return next(shared, super()._split_scope(nodeid))
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

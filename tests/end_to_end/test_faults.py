@@ -140,6 +140,7 @@ def test_a_version_that_another_run_has_is_not_taken_for_ours(
     assert "It failed in `train`: it burst" in page.read_text()
 
 
+@pytest.mark.long
 def test_two_runs_at_once_keep_to_their_own_folders(place: Place) -> None:
     """Both finish the same steps with the same inputs, so they also meet in the reuse store."""
     running = [

@@ -36,6 +36,7 @@ def test_training_on_a_full_disk_leaves_no_model(
     assert list(small.iterdir()) == []
 
 
+@pytest.mark.long
 def test_uploading_to_a_full_store_shows_no_version(
     disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,7 @@ def test_shares_are_exact(home: Path, servers: dict[str, str]) -> None:
     assert (route.shares, route.servers) == ({"v1": 93, "v2": 7}, servers)
 
 
+@pytest.mark.long
 def test_no_change_loses_a_request(home: Path, servers: dict[str, str]) -> None:
     """A reload of Caddy per change lost about one in ten changes here."""
     endpoint = gateway.route(home, "m", servers, {"v1": 100}, 0)

@@ -64,6 +64,7 @@ def ask(endpoint: str) -> str:
     return str(answer.json()["choices"][0]["text"])
 
 
+@pytest.mark.long
 def test_a_stream_of_requests_loses_none(registered: str, home: Path) -> None:
     settings = DeploySettings(smoke_prompt=PROMPT)
     first = deploy(settings, registered_model=NAME, version="v1")
