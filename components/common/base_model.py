@@ -113,7 +113,7 @@ def download_model(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> N
     Raises `UserError` if there are none.
     """
     if urlsplit(uri).scheme == "oci":
-        from nudge.components.common.oci import download_image
+        from nudge.components.common.modelcar import download_image
 
         download_image(uri, folder, files)
         return

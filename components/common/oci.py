@@ -1,22 +1,19 @@
-"""Image registries, spoken to over HTTP: no daemon, and no second copy of a model on the disk.
+"""Image registries, spoken to over HTTP: no daemon is needed.
 
 What is asked is the OCI distribution specification
 (https://github.com/opencontainers/distribution-spec/blob/main/spec.md). Credentials are those that
 podman and docker know (``auths`` of a pull secret); they are in no error and in no log.
 
 The libraries for this (oras, olot) take an image as files that lie on the disk, so a model would
-lie there twice; a layer is made and unpacked here while it is sent.
+lie there twice; here a layer is made and unpacked while it is sent (see `modelcar`).
 """
 
 import base64
 import contextlib
-import fnmatch
 import hashlib
-import io
 import json
 import os
 import re
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,13 +36,6 @@ ACCEPTED = (
     "application/vnd.docker.distribution.manifest.list.v2+json",
     "application/vnd.docker.distribution.manifest.v2+json",
 )
-LISTS = (ACCEPTED[0], ACCEPTED[2])
-
-MODEL_FOLDER = "models"
-"""Where KServe looks for a model in an image
-(https://kserve.github.io/website/docs/model-serving/storage/providers/oci)."""
-FILES = "nudge-lm/files"
-"""Annotation of a layer: the files of the model that are in it, as a JSON list."""
 
 ATTEMPTS = 8
 BUSY = (429, 500, 502, 503, 504)
@@ -142,14 +132,14 @@ class Repository:
             answer = self._ask("HEAD", f"manifests/{name}", ok=(200,), headers=_accept())
         except Missing:
             return ""
-        return answer.headers.get("docker-content-digest") or digest_of(self.manifest(name)[0])
+        return answer.headers.get("docker-content-digest") or digest_of(self.manifest(name))
 
-    def manifest(self, name: str) -> tuple[bytes, str]:
-        """The manifest or index of a tag or digest, and its media type."""
+    def manifest(self, name: str) -> bytes:
+        """The manifest or index of a tag or digest."""
         answer = self._ask("GET", f"manifests/{name}", ok=(200,), headers=_accept())
         if name.startswith("sha256:") and digest_of(answer.content) != name:
             raise UserError(f"{self._at(name)} is damaged: it does not have the digest it is named")
-        return answer.content, answer.headers.get("content-type", "").partition(";")[0]
+        return answer.content
 
     def put_manifest(self, name: str, body: bytes, media: str) -> None:
         """Store a manifest under its digest or a tag."""
@@ -295,101 +285,10 @@ def repository(reference: Reference) -> Iterator[Repository]:
         yield opened
 
 
-def image_manifests(
-    source: Repository, reference: Reference
-) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """An image's manifests for Linux, each with its platform (empty where only its config says)."""
-    body, media = source.manifest(reference.name or "latest")
-    read = json.loads(body)
-    if media not in LISTS and "manifests" not in read:
-        return [({}, read)]
-    return [
-        (entry["platform"], json.loads(source.manifest(entry["digest"])[0]))
-        for entry in read["manifests"]
-        if entry.get("platform", {}).get("os") == "linux"
-    ]
-
-
-def exists(uri: str) -> bool:
-    """Whether the registry has the image."""
-    reference = parse(uri)
-    with repository(reference) as source:
-        return bool(source.digest(reference.name))
-
-
-def download_image(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> None:
-    """Unpack the files of the model in an image that have a name like one of ``files``.
-
-    Raises `UserError` if there are none, or one would lie out of ``folder``.
-    """
-    reference = parse(uri)
-    with repository(reference) as source:
-        manifests = image_manifests(source, reference)
-        if not manifests:
-            raise UserError(f"{uri} has no image for Linux")
-        # The layers of the model are the same for every machine; those of the base are not needed.
-        for layer in manifests[0][1]["layers"]:
-            told = layer.get("annotations", {}).get(FILES)
-            if told is None or any(_wanted(name, files) for name in json.loads(told)):
-                source.read_blob(
-                    layer["digest"], lambda chunks: _unpack(uri, chunks, folder, files)
-                )
-    if not folder.is_dir():
-        raise UserError(f"{uri}: no file of a model is below /{MODEL_FOLDER} in this image")
-
-
-def _wanted(name: str, files: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in files)
-
-
-def _unpack(uri: str, chunks: Iterator[bytes], folder: Path, files: tuple[str, ...]) -> None:
-    reader = io.BufferedReader(_Chunks(chunks), BLOCK)
-    try:
-        with tarfile.open(fileobj=reader, mode="r|*") as archive:
-            for member in archive:
-                below, _, name = member.name.removeprefix("./").partition("/")
-                if below != MODEL_FOLDER or not name or not _wanted(name, files):
-                    continue
-                path = (folder / name).resolve()
-                if not path.is_relative_to(folder.resolve()):
-                    raise UserError(f"{uri}: {member.name} leads out of the folder")
-                if member.issym() or member.islnk():
-                    raise UserError(f"{uri}: {member.name} is a link; a model is made of files")
-                content = archive.extractfile(member)
-                if content is None:
-                    continue
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("wb") as target:
-                    while block := content.read(BLOCK):
-                        target.write(block)
-    except tarfile.TarError as error:
-        raise UserError(f"{uri}: a layer cannot be read as a tar archive: {error}") from None
-
-
 def _hashed(answer: httpx.Response, sha256: Any) -> Iterator[bytes]:
     for chunk in answer.iter_raw(BLOCK):
         sha256.update(chunk)
         yield chunk
-
-
-class _Chunks(io.RawIOBase):
-    """A file that is read from an iterator of bytes."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks, self._left = chunks, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._left:
-            try:
-                self._left = next(self._chunks)
-            except StopIteration:
-                return 0
-        count = min(len(buffer), len(self._left))
-        buffer[:count], self._left = self._left[:count], self._left[count:]
-        return count
 
 
 def _accept() -> dict[str, str]:

@@ -61,34 +61,25 @@ class Route:
             {"kind": "Service", "name": _backend(model, version), "weight": share}
             for version, share in shares.items()
         )
-        return {
-            "apiVersion": self.KIND.api_version,
-            "kind": self.KIND.name,
-            "metadata": {
-                "name": endpoint_name(model),
-                "labels": owned(model),
-                "annotations": {
-                    MODEL: model,
-                    "openshift.io/display-name": model,
-                    "haproxy.router.openshift.io/timeout": f"{place.request_timeout_s}s",
-                    # By request, not by client: a cookie would hold clients on a version that has
-                    # gone.
-                    "haproxy.router.openshift.io/disable_cookies": "true",
-                    "haproxy.router.openshift.io/balance": "roundrobin",
-                },
-            },
-            "spec": {
-                "to": first,
-                "alternateBackends": others,
-                # A number, because named ports are looked up in each Service by itself.
-                "port": {"targetPort": AUTHENTICATED_PORT if place.authentication else HTTP_PORT},
-                "tls": {
-                    "termination": "reencrypt" if place.authentication else "edge",
-                    "insecureEdgeTerminationPolicy": "Redirect",
-                },
-                "wildcardPolicy": "None",
-            },
+        annotations = {
+            "openshift.io/display-name": model,
+            "haproxy.router.openshift.io/timeout": f"{place.request_timeout_s}s",
+            # By request, not by client: a cookie would hold clients on a version that has gone.
+            "haproxy.router.openshift.io/disable_cookies": "true",
+            "haproxy.router.openshift.io/balance": "roundrobin",
         }
+        spec = {
+            "to": first,
+            "alternateBackends": others,
+            # A number, because named ports are looked up in each Service by itself.
+            "port": {"targetPort": AUTHENTICATED_PORT if place.authentication else HTTP_PORT},
+            "tls": {
+                "termination": "reencrypt" if place.authentication else "edge",
+                "insecureEdgeTerminationPolicy": "Redirect",
+            },
+            "wildcardPolicy": "None",
+        }
+        return _object(self.KIND, model, annotations, spec)
 
     def weights(self, door: Object) -> dict[str, int]:
         spec = door["spec"]
@@ -119,32 +110,20 @@ class GatewayRoute:
 
     def body(self, model: str, shares: Mapping[str, int]) -> Object:
         namespace, _, gateway = self._place.gateway.partition("/")
-        return {
-            "apiVersion": self.KIND.api_version,
-            "kind": self.KIND.name,
-            "metadata": {
-                "name": endpoint_name(model),
-                "labels": owned(model),
-                "annotations": {MODEL: model},
-            },
-            "spec": {
-                "parentRefs": [{"namespace": namespace, "name": gateway}],
-                "hostnames": [self._url(model).rpartition("/")[2].partition(":")[0]],
-                "rules": [
-                    {
-                        "backendRefs": [
-                            {
-                                "name": _backend(model, version),
-                                "port": SERVICE_PORT,
-                                "weight": share,
-                            }
-                            for version, share in shares.items()
-                        ],
-                        "timeouts": {"request": f"{self._place.request_timeout_s}s"},
-                    }
-                ],
-            },
+        backends = [
+            {"name": _backend(model, version), "port": SERVICE_PORT, "weight": share}
+            for version, share in shares.items()
+        ]
+        rule = {
+            "backendRefs": backends,
+            "timeouts": {"request": f"{self._place.request_timeout_s}s"},
         }
+        spec = {
+            "parentRefs": [{"namespace": namespace, "name": gateway}],
+            "hostnames": [self._url(model).rpartition("/")[2].partition(":")[0]],
+            "rules": [rule],
+        }
+        return _object(self.KIND, model, {}, spec)
 
     def weights(self, door: Object) -> dict[str, int]:
         rules = door["spec"].get("rules") or []
@@ -175,6 +154,19 @@ class GatewayRoute:
 def of_another(door: Object | None, model: str) -> bool:
     """Whether an object of the model's name stands there that does not belong to it."""
     return bool(door and (door["metadata"].get("annotations") or {}).get(MODEL) != model)
+
+
+def _object(kind: Kind, model: str, annotations: dict[str, str], spec: Object) -> Object:
+    return {
+        "apiVersion": kind.api_version,
+        "kind": kind.name,
+        "metadata": {
+            "name": endpoint_name(model),
+            "labels": owned(model),
+            "annotations": {MODEL: model, **annotations},
+        },
+        "spec": spec,
+    }
 
 
 def _backend(model: str, version: str) -> str:

@@ -84,7 +84,7 @@ def _place(uri: str) -> tuple[str, str]:
 
 def _complete(uri: str) -> bool:
     if uri.startswith("oci:"):
-        from nudge.components.common.oci import exists
+        from nudge.components.common.modelcar import exists
 
         return exists(uri)
     bucket, key = split_s3_uri(uri)

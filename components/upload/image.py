@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from nudge.components.common import oci
+from nudge.components.common import modelcar, oci
 from nudge.components.common.errors import UserError
 from nudge.components.upload.sending import Taken
 
@@ -58,7 +58,7 @@ class Layer:
             "mediaType": oci.LAYER,
             "digest": self.digest,
             "size": self.size,
-            "annotations": {oci.FILES: json.dumps(sorted({*self.files, *self.texts}))},
+            "annotations": {modelcar.FILES: json.dumps(sorted({*self.files, *self.texts}))},
         }
 
     def content(self, hashes: dict[str, str] | None = None) -> Iterator[bytes]:
@@ -113,7 +113,7 @@ class Image:
         self.small: dict[str, tuple[bytes, str]] = {}
         """Configurations and manifests by digest, with their media types."""
         entries = []
-        for platform, manifest in oci.image_manifests(base, base.reference):
+        for platform, manifest in modelcar.image_manifests(base, base.reference):
             config = json.loads(base.blob(manifest["config"]["digest"]))
             self.base_layers |= {each["digest"]: each["size"] for each in manifest["layers"]}
             entries.append(
@@ -235,7 +235,7 @@ def same_model(target: oci.Repository, digest: str, layers: Sequence[Layer]) -> 
     """Whether an image holds these layers of a model, whatever base image it has."""
     ours = [layer.digest for layer in layers]
     reference = replace(target.reference, tag="", digest=digest)
-    manifests = oci.image_manifests(target, reference)
+    manifests = modelcar.image_manifests(target, reference)
     return bool(manifests) and all(
         [each["digest"] for each in manifest["layers"]][-len(ours) :] == ours
         for _, manifest in manifests
@@ -269,7 +269,7 @@ def _member(
 
 
 def _inside(name: str) -> str:
-    return f"{oci.MODEL_FOLDER}/{name}"
+    return f"{modelcar.MODEL_FOLDER}/{name}"
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

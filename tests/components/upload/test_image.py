@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nudge.components.common import oci
+from nudge.components.common import modelcar, oci
 from nudge.components.common.base_model import download_model, model_sha256, verify_upload
 from nudge.components.common.errors import UserError
 from nudge.components.common.publish import write_manifest
@@ -81,7 +81,7 @@ def test_a_model_is_an_image_for_every_machine_of_the_base(
     uri = send(registry.host, folder, "v1", read_back=True)
     assert uri == f"oci://{registry.host}/team/sent@{tag(registry, 'v1')}"
     with oci.repository(oci.parse(uri)) as found:
-        found_images = oci.image_manifests(found, oci.parse(uri))
+        found_images = modelcar.image_manifests(found, oci.parse(uri))
         assert {each["architecture"] for each, _ in found_images} == {"amd64", "arm64"}
         for platform, manifest in found_images:
             config = json.loads(found.blob(manifest["config"]["digest"]))
@@ -184,7 +184,7 @@ def test_what_the_registry_spoilt_is_found(
 ) -> None:
     uri = send(registry.host, folder, "kept")
     with oci.repository(oci.parse(uri)) as found:
-        layer = oci.image_manifests(found, oci.parse(uri))[0][1]["layers"][1]
+        layer = modelcar.image_manifests(found, oci.parse(uri))[0][1]["layers"][1]
     path = registry.blob(layer["digest"])
     body = bytearray(path.read_bytes())
     body[LARGE // 2] ^= 1
