@@ -5,6 +5,7 @@ logits become its gradient in place, and one buffer serves all chunks. Plain fun
 autograd and custom operators are in `nudge.kernels.operators`.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -19,8 +20,6 @@ memory. Between them a tenth of all rows, in whole vectors of 16."""
 CUDA_BUFFER_BYTES = 2**30
 CUDA_LEAST_ROWS = 1024
 """Fewer rows no longer hide the update of an fp32 weight gradient behind its matrix product."""
-CUDA_TILE = (128, 192)
-"""Rows and columns of the output tile that cuBLAS chooses on Hopper for the gradient of hidden."""
 SOFTMAX_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Elements that the portable softmax takes at a time: on a CPU what stays in cache (4 MB of fp32),
 on a GPU without the kernel what bounds its temporaries (256 MB)."""
@@ -81,9 +80,19 @@ class Result(NamedTuple):
 
     losses: Tensor
     lse: Tensor
+    row_scale: Tensor
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+
+
+def scale_of_mean(targets: Tensor, ignore_index: int, class_weight: Tensor | None) -> Tensor:
+    """1 over the number of valid targets, or over the sum of their class weights; no sync."""
+    valid = targets != ignore_index
+    if class_weight is None:
+        return valid.sum(dtype=torch.float64).reciprocal()
+    index = targets.where(valid, 0).clamp(0, len(class_weight) - 1)
+    return class_weight[index].where(valid, 0).sum(dtype=torch.float64).reciprocal()
 
 
 def result_dtype(hidden: Tensor) -> torch.dtype:
@@ -95,33 +104,15 @@ def rows_of_a_chunk(hidden: Tensor, vocabulary: int, element_bytes: int) -> int:
     """The default number of rows whose logits are held at a time."""
     rows = len(hidden)
     if hidden.is_cuda:
-        processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
-        return rows_on_cuda(rows, hidden.shape[1], vocabulary * element_bytes, processors)
+        return rows_on_cuda(rows, vocabulary * element_bytes)
     return max(min(rows // 10, CPU_ROWS[1]) // 16 * 16, CPU_ROWS[0])
 
 
-def rows_on_cuda(rows: int, hidden_size: int, row_bytes: int, processors: int) -> int:
-    """Rows within 1 GiB whose hidden-gradient tiles fill whole waves of the GPU best.
-
-    2048 rows of D = 2304 are 192 tiles, 73 % of two waves of an H100's 132 processors; 1408 are
-    132. Among equals the fewest chunks win; but first of all come so few chunks that the weight's
-    gradient needs no sum in fp32, which is V x D x 4 bytes that the 1 GiB does not count.
-    """
-    tile_rows, tile_columns = CUDA_TILE
-    across = -(-hidden_size // tile_columns)
-
-    def waves(size: int) -> int:
-        return -(-(-(-size // tile_rows) * across) // processors)
-
-    def cost(size: int) -> tuple[bool, int, int]:
-        whole, rest = divmod(rows, size)
-        chunks = whole + bool(rest)
-        return chunks > CHUNKS_IN_WEIGHT_DTYPE, whole * waves(size) + waves(rest), chunks
-
-    most = max(CUDA_BUFFER_BYTES // row_bytes, CUDA_LEAST_ROWS)
-    if rows <= most:
-        return rows
-    return min(range(CUDA_LEAST_ROWS, most + 1, tile_rows), key=cost)
+def rows_on_cuda(rows: int, row_bytes: int) -> int:
+    """Rows of the fewest chunks of equal size within 1 GiB: whole tiles of 128 of the products."""
+    most = max(CUDA_BUFFER_BYTES // row_bytes // 128 * 128, CUDA_LEAST_ROWS)
+    chunks = -(-rows // most)
+    return -(-rows // (chunks * 128)) * 128
 
 
 def row_stride(vocabulary: int, element_bytes: int) -> int:
@@ -140,11 +131,11 @@ def chunked(
     combine: Combine | None = None,
     mean: bool = False,
 ) -> Result:
-    """Losses, logsumexp and gradients of the sum of losses weighted by row_scale ([N] or []).
+    """Losses, logsumexp and gradients of the sum of losses weighted by row_scale ([N] or []), by 1
+    where None, or of their ``mean``.
 
-    ``mean`` says that row_scale is of the order of 1 / N: float16 logits then hold N times their
-    gradient, most of which would else be less than float16 can hold, before a gradient scaler's
-    factor comes with backward.
+    With ``mean`` float16 logits hold N times their gradient: most of it would else be less than
+    float16 can hold, before a gradient scaler's factor comes with backward.
     """
     hidden, targets = inputs.hidden, inputs.targets
     with torch.autocast(hidden.device.type, enabled=False):
@@ -176,7 +167,7 @@ def _without_ignored(
     if part.hidden is not None:
         d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         d_hidden.index_copy_(0, kept, part.hidden)
-    return Result(losses, lse, d_hidden, part.weight, part.bias)
+    return Result(losses, lse, part.row_scale, d_hidden, part.weight, part.bias)
 
 
 def _chunks(
@@ -196,15 +187,38 @@ def _chunks(
     held = torch.float32 if upcast else compute
     size = options.chunk_rows or rows_of_a_chunk(hidden, vocabulary, held.itemsize)
     size = min(size, max(n, 1))
+    buffer = hidden.new_empty(size, row_stride(vocabulary, held.itemsize), dtype=held)
+    # A temporary of the weight in another dtype is of one block only.
+    blocks = list(_blocks(weight, whole=hidden.is_cuda or held.itemsize < 4))
+
+    def products() -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Of each chunk its rows, their part of hidden and, in the buffer, their logits."""
+        for first in range(0, n, size):
+            rows = slice(first, min(first + size, n))
+            part = hidden[rows].to(held)
+            logits = buffer[: len(part), :vocabulary]
+            for block in blocks:
+                torch.mm(part, table[block].to(held).T, out=logits[:, block])
+            yield rows, part, logits
+
+    # The first is launched before anything small, so that a GPU is at work meanwhile.
+    following = products()
+    begun = list(itertools.islice(following, 1))
+
     exact = result_dtype(hidden)
-    losses, lse = hidden.new_zeros(n, dtype=exact), hidden.new_zeros(n, dtype=exact)
-    stride = row_stride(vocabulary, held.itemsize)
-    buffer = hidden.new_empty(size, stride, dtype=held)[:, :vocabulary]
     targets = inputs.targets.contiguous()
     bias = None if inputs.bias is None else inputs.bias.to(exact).contiguous()
     class_weight = inputs.class_weight
     if class_weight is not None:
         class_weight = class_weight.to(exact).contiguous()
+    if mean:
+        row_scale = scale_of_mean(targets, options.ignore_index, class_weight)
+    elif row_scale is None:
+        row_scale = hidden.new_ones((), dtype=exact)
+    unit = n if mean and compute == torch.float16 and n else 1
+    scale = row_scale.to(exact)
+    scale = (scale if unit == 1 else scale * unit).expand(n)
+    losses, lse = hidden.new_empty(n, dtype=exact), hidden.new_empty(n, dtype=exact)
     d_hidden = d_weight = d_bias = None
     if wanted.hidden:
         d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
@@ -214,20 +228,9 @@ def _chunks(
         d_weight = made(weight.shape, dtype=dtype, device=weight.device)
     if wanted.bias:
         d_bias = hidden.new_zeros(vocabulary, dtype=exact)
-    if row_scale is None:
-        row_scale = hidden.new_ones((), dtype=exact)
-    unit = n if mean and compute == torch.float16 and n else 1
-    scale = (row_scale.to(exact) * unit).expand(n)
 
-    # A temporary of the weight in another dtype is of one block only.
-    blocks = list(_blocks(weight, whole=hidden.is_cuda or held.itemsize < 4))
     of_hidden = blocks if table.dtype != held else [slice(0, vocabulary)]
-    for first in range(0, n, size):
-        rows = slice(first, min(first + size, n))
-        part = hidden[rows].to(held)
-        logits = buffer[: len(part)]
-        for block in blocks:
-            torch.mm(part, table[block].to(held).T, out=logits[:, block])
+    for rows, part, logits in itertools.chain(begun, following):
         loss_and_gradient(
             logits, targets[rows], class_weight, bias, scale[rows], options, losses[rows],
             lse[rows], any(wanted), combine,
@@ -241,14 +244,14 @@ def _chunks(
             if d_part is not d_rows:
                 d_rows.copy_(d_part)
         if d_weight is not None:
-            _add(d_weight, logits.T, part, first == 0, 1 / unit)
+            _add(d_weight, logits.T, part, rows.start == 0, 1 / unit)
         if d_bias is not None:
             d_bias += logits.sum(0, dtype=exact) / unit
     if combine is not None and d_hidden is not None:
         combine.sum(d_hidden)
-    return Result(
-        losses, lse, d_hidden, None if d_weight is None else d_weight.to(weight.dtype), d_bias
-    )
+    if d_weight is not None:
+        d_weight = d_weight.to(weight.dtype)
+    return Result(losses, lse, row_scale, d_hidden, d_weight, d_bias)
 
 
 def _accumulate_in(weight: Tensor, options: Options, chunks: int, upcast: bool) -> torch.dtype:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from nudge.kernels import native
-from nudge.kernels.chunked import Inputs, Options, Wanted, chunked, result_dtype
+from nudge.kernels.chunked import Inputs, Options, Result, Wanted, chunked, result_dtype
 from torch import Tensor
 
 TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? class_weight"
@@ -38,13 +38,9 @@ def check_targets(targets: Tensor, ignore_index: int, vocabulary: int) -> None:
             )
 
 
-def scale_of_mean(targets: Tensor, ignore_index: int, class_weight: Tensor | None) -> Tensor:
-    """1 over the number of valid targets, or over the sum of their class weights; no sync."""
-    valid = targets != ignore_index
-    if class_weight is None:
-        return valid.sum().to(torch.float64).reciprocal()
-    index = targets.where(valid, 0).clamp(0, len(class_weight) - 1)
-    return class_weight[index].where(valid, 0).sum(dtype=torch.float64).reciprocal()
+def weighted_sum(done: Result) -> Tensor:
+    """The loss: for a mean over nothing 0 * inf, NaN, as torch's is."""
+    return (done.losses.sum(dtype=torch.float64) * done.row_scale).to(done.losses.dtype)
 
 
 def _gradients(
@@ -86,13 +82,10 @@ def _linear_cross_entropy(
 ) -> tuple[Tensor, ...]:
     options, wanted = _split(rest)
     check_targets(targets, options.ignore_index, len(weight))
-    scale = scale_of_mean(targets, options.ignore_index, class_weight) if mean else None
     inputs = Inputs(hidden, weight, bias, targets, class_weight)
-    done = chunked(inputs, scale, options, wanted, mean=mean)
-    loss = done.losses.sum(dtype=torch.float64)
-    if scale is not None:
-        loss = loss * scale  # 0 * inf: NaN, as torch's mean over nothing is
-    return loss.to(done.losses.dtype), done.lse, *_gradients(done[2:], (hidden, weight, bias))
+    done = chunked(inputs, None, options, wanted, mean=mean)
+    made = _gradients((done.hidden, done.weight, done.bias), (hidden, weight, bias))
+    return weighted_sum(done), done.lse, *made
 
 
 linear_cross_entropy = torch.library.custom_op(
@@ -159,7 +152,8 @@ def _linear_cross_entropy_grad(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     inputs = Inputs(hidden, weight, bias, targets, class_weight)
-    return _gradients(chunked(inputs, row_scale, *_split(rest))[2:], (hidden, weight, bias))
+    done = chunked(inputs, row_scale, *_split(rest))
+    return _gradients((done.hidden, done.weight, done.bias), (hidden, weight, bias))
 
 
 linear_cross_entropy_grad = torch.library.custom_op(

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from nudge.kernels.chunked import Inputs, Options, Wanted, chunked
 from nudge.kernels.linear_cross_entropy import check_input
-from nudge.kernels.operators import scale_of_mean
+from nudge.kernels.operators import weighted_sum
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -36,15 +36,13 @@ class _VocabParallel(torch.autograd.Function):
         ranks: _Ranks,
         options: Options,
     ) -> Tensor:
-        scale = scale_of_mean(targets, options.ignore_index, None) if mean else None
         # All ranks must meet as often: what one rank needs, all compute.
         wanted = Wanted(True, ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         inputs = Inputs(hidden, weight, bias, targets, None)
-        done = chunked(inputs, scale, options, wanted, ranks)
+        done = chunked(inputs, None, options, wanted, ranks, mean)
         ctx.save_for_backward(done.hidden, done.weight, done.bias)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        loss = done.losses.sum(dtype=torch.float64)
-        return (loss if scale is None else loss * scale).to(done.losses.dtype)
+        return weighted_sum(done)
 
     @staticmethod
     @once_differentiable

@@ -1,4 +1,4 @@
-// What the kernels ask of the hardware, by name: 16-byte vectors, number formats, a block's shared
+// What the kernels ask of the hardware, by name: number formats and vectors of them, a block's shared
 // memory, and the thread-block cluster of sm_90. Tests compile softmax_loss.cuh as plain C++ with
 // another file of these names in place of this one, a thread of the processor per CUDA thread.
 
@@ -9,6 +9,8 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 namespace nudge {
 
@@ -28,11 +30,104 @@ __device__ inline bf16 from_float<bf16>(float value) { return __float2bfloat16_r
 template <>
 __device__ inline fp16 from_float<fp16>(float value) { return __float2half_rn(value); }
 
-// The exact functions for float32 data; for 16 bits the fast ones, whose error (1e-6) is far below
-// the rounding of what is stored (4e-3, 5e-4).
+// Two 16-bit elements as they lie in memory, which the hardware rounds and packs in one instruction,
+// unpacks in two and compares in one.
+__device__ inline uint32_t bits_of(__nv_bfloat162 pair) { return *reinterpret_cast<uint32_t*>(&pair); }
+__device__ inline uint32_t bits_of(__half2 pair) { return *reinterpret_cast<uint32_t*>(&pair); }
+__device__ inline uint32_t pack(bf16, float low, float high) { return bits_of(__floats2bfloat162_rn(low, high)); }
+__device__ inline uint32_t pack(fp16, float low, float high) { return bits_of(__floats2half2_rn(low, high)); }
+__device__ inline float2 unpack(bf16, uint32_t pair) {
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+__device__ inline float2 unpack(fp16, uint32_t pair) {
+  return __half22float2(*reinterpret_cast<__half2*>(&pair));
+}
+__device__ inline uint32_t larger(bf16, uint32_t a, uint32_t b) {
+  return bits_of(__hmax2(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b)));
+}
+__device__ inline uint32_t larger(fp16, uint32_t a, uint32_t b) {
+  return bits_of(__hmax2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b)));
+}
+
+// The 16 / sizeof(T) elements of a vector.
 template <typename T>
-__device__ inline float exp_of(float x) {
-  return sizeof(T) == 4 ? expf(x) : __expf(x);
+__device__ inline void from_vector(uint4 vector, float* values) {
+  if constexpr (sizeof(T) == 4) {
+    memcpy(values, &vector, 16);
+  } else {
+    const uint32_t pairs[] = {vector.x, vector.y, vector.z, vector.w};
+#pragma unroll
+    for (int at = 0; at < 4; ++at) {
+      const float2 pair = unpack(T{}, pairs[at]);
+      values[2 * at] = pair.x;
+      values[2 * at + 1] = pair.y;
+    }
+  }
+}
+
+template <typename T>
+__device__ inline uint4 to_vector(const float* values) {
+  uint4 made;
+  if constexpr (sizeof(T) == 4) {
+    memcpy(&made, values, 16);
+  } else {
+    made = {pack(T{}, values[0], values[1]), pack(T{}, values[2], values[3]),
+            pack(T{}, values[4], values[5]), pack(T{}, values[6], values[7])};
+  }
+  return made;
+}
+
+// The largest element of `count` vectors, of those that are numbers.
+template <typename T, int count>
+__device__ inline float largest_of(const uint4* vectors) {
+  if constexpr (sizeof(T) == 4) {
+    float most = -INFINITY;
+#pragma unroll
+    for (int at = 0; at < count; ++at) {
+      float values[4];
+      from_vector<T>(vectors[at], values);
+      most = fmaxf(fmaxf(most, fmaxf(values[0], values[1])), fmaxf(values[2], values[3]));
+    }
+    return most;
+  } else {
+    uint32_t most = vectors[0].x;
+#pragma unroll
+    for (int at = 0; at < count; ++at) {
+      most = larger(T{}, larger(T{}, most, vectors[at].x), vectors[at].y);
+      most = larger(T{}, larger(T{}, most, vectors[at].z), vectors[at].w);
+    }
+    const float2 pair = unpack(T{}, most);
+    return fmaxf(pair.x, pair.y);
+  }
+}
+
+// A vector of nothing but -inf.
+template <typename T>
+__device__ inline uint4 nothing() {
+  constexpr uint32_t bits = std::is_same_v<T, float> ? 0xff800000u : std::is_same_v<T, bf16> ? 0xff80ff80u : 0xfc00fc00u;
+  return {bits, bits, bits, bits};
+}
+
+// A vector on its way from memory to shared memory. A thread waits for copies that it began, in the
+// order of their groups, until `under_way` groups are left, and sees what they brought.
+__device__ inline void copy_async(uint4* to, const uint4* from) {
+  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+}
+__device__ inline void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int under_way>
+__device__ inline void wait_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(under_way) : "memory");
+}
+
+// 2^x: to an ulp for float32 data; for 16 bits what one instruction gives, whose error (2e-7, and 0
+// below 2^-126) is far below the rounding of what is stored (4e-3, 5e-4).
+template <typename T>
+__device__ inline float exp2_of(float x) {
+  if constexpr (sizeof(T) == 4) return exp2f(x);
+  float made;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(made) : "f"(x));
+  return made;
 }
 
 template <typename T>
@@ -45,30 +140,88 @@ __device__ inline unsigned char* shared_memory() {
   return bytes;
 }
 
-// The blocks of a cluster keep one row between them. Below sm_90 a cluster is one block.
+// The blocks of a cluster keep one row between them and tell each other a T, 16 bytes, once. All
+// threads of all blocks open the meeting, long before one of them tells, and hear before they leave.
+// What is told is counted where it arrives (mbarrier, PTX ISA), so that nobody waits for the memory of
+// the whole GPU, as a barrier of the cluster would (10 % of the kernel). Below sm_90 a cluster is one
+// block, which has nobody to meet.
+constexpr int kMostBlocks = 8;  // the largest cluster that every sm_90 device takes
+
+template <typename T>
+struct Meeting {
+  T from[kMostBlocks];
+  alignas(16) uint64_t arrived;
+};
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 __device__ inline int cluster_blocks() { return cooperative_groups::this_cluster().num_blocks(); }
 __device__ inline int cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
-// .aligned: all threads of a warp must come together, also after a branch that only some took.
-__device__ inline void cluster_arrive() {
-  __syncwarp();
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
-__device__ inline void cluster_wait() {
+__device__ inline uint32_t in_block(uint32_t address, int rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+
+template <typename T>
+__device__ inline void open(Meeting<T>& meeting) {
+  if (threadIdx.x == 0) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&meeting.arrived)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncwarp();  // .aligned: all threads of a warp must come together
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+// After this every block of the cluster has opened it.
+__device__ inline void all_are_there() {
   __syncwarp();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+
 template <typename T>
-__device__ inline const T* in_block(T* mine, int rank) {
-  return cooperative_groups::this_cluster().map_shared_rank(mine, rank);
+__device__ inline void tell(Meeting<T>& meeting, const T& mine, int blocks, int rank) {
+  static_assert(sizeof(T) == 16, "one store of four words");
+  if (threadIdx.x == 0) {  // what others told before this is counted too
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&meeting.arrived)),
+                 "r"(blocks * 16) : "memory");
+  }
+  if (threadIdx.x < blocks) {
+    uint4 words;
+    memcpy(&words, &mine, 16);
+    const int to = threadIdx.x;
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+            in_block(shared_address(&meeting.from[rank]), to)),
+        "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w),
+        "r"(in_block(shared_address(&meeting.arrived), to)) : "memory");
+  }
+}
+
+template <typename T>
+__device__ inline void hear(Meeting<T>& meeting, int) {
+  const uint32_t arrived = shared_address(&meeting.arrived);
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(arrived) : "memory");
 }
 #else
 __device__ inline int cluster_blocks() { return 1; }
 __device__ inline int cluster_rank() { return 0; }
-__device__ inline void cluster_arrive() {}
-__device__ inline void cluster_wait() {}
 template <typename T>
-__device__ inline const T* in_block(T* mine, int) { return mine; }
+__device__ inline void open(Meeting<T>&) {}
+__device__ inline void all_are_there() {}
+template <typename T>
+__device__ inline void tell(Meeting<T>&, const T&, int, int) {}
+template <typename T>
+__device__ inline void hear(Meeting<T>&, int) {}
 #endif
 
 }  // namespace nudge

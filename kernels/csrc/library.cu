@@ -79,7 +79,7 @@ void launch_kind(const Rows& rows, int device, Path path) {
   const cudaStream_t stream = current_stream(device);
   const int vectors = rows.vocabulary / Layout<T>::width;
   for (Path now : {path, Path::two_pass}) {
-    const Plan chosen = plan(vectors, rows.rows, sizeof(Scratch), kMostThreads, kMostBlocks, found, now);
+    const Plan chosen = plan(vectors, rows.rows, kScratch, kMostThreads, kMostBlocks, found, now);
     STD_TORCH_CHECK(chosen.threads > 0, "nudge_kernels: path one-pass: a row of ", rows.vocabulary,
                     " logits does not fit the shared memory of a cluster of this GPU");
     if (chosen.keep ? launch_as<T, kind, true>(rows, chosen, stream)

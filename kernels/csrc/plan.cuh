@@ -21,8 +21,8 @@ struct Plan {
 
 enum class Path { automatic = 0, two_pass = 1, one_pass = 2 };
 
-// With two blocks on a processor one can load while the other stores.
 constexpr int kReserved = 1024;  // bytes that the system takes of each block's shared memory
+constexpr int kThreadsOfProcessor = 1024;  // of 64 registers
 
 inline Plan two_passes(int row_bytes, int64_t rows, int scratch, const Device& device, int threads) {
   // As many rows in flight as L2 holds until their second read, of 1 to 4 blocks a processor.
@@ -38,6 +38,7 @@ inline Plan plan(int vectors, int64_t rows, int scratch, int most_threads, int m
   Plan twice = two_passes(vectors * 16, rows, scratch, device, threads_for(vectors));
   if (path == Path::two_pass) return twice;
   const int most = device.major >= 9 ? most_blocks : 1;
+  // With two blocks on a processor one can load while the other stores.
   for (int resident = 2; resident >= 1; --resident) {
     // One block alone on a processor stalls while it stores; clusters on sm_90 make that rare.
     if (resident == 1 && path == Path::automatic && device.major < 9) break;
@@ -46,7 +47,11 @@ inline Plan plan(int vectors, int64_t rows, int scratch, int most_threads, int m
       const int part = (vectors + blocks - 1) / blocks;
       const int64_t shared = scratch + int64_t{part} * 16;
       if (shared <= limit && rows * blocks <= INT32_MAX) {
-        return {true, blocks, threads_for(part), static_cast<int>(rows * blocks), static_cast<int>(shared)};
+        // The more blocks fit beside each other, the fewer threads each has to keep busy.
+        const int64_t beside = device.shared_per_processor / (shared + kReserved);
+        const int threads = static_cast<int>(std::max<int64_t>(kThreadsOfProcessor / beside / 128 * 128, 128));
+        return {true, blocks, std::min(threads, threads_for(part)), static_cast<int>(rows * blocks),
+                static_cast<int>(shared)};
       }
     }
   }

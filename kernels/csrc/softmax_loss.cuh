@@ -6,8 +6,9 @@
 //   loss = a (lse - z_y) + B lse - sum b_c z_c + z_loss lse^2
 //   d loss / d z_c = p_c (a + B + 2 z_loss lse) - b_c - a [c = y]
 //
-// Everything is centred on the row's maximum, so that large logits cost no digits. Sums run in a
-// fixed order: the same input gives the same bits.
+// Exponentials are powers of two, 2^(z log2(e) - c), one multiply-add and one instruction each, with
+// c the row's maximum times log2(e) as rounded: everything is centred on that same c, so that large
+// logits cost no digits. Sums run in a fixed order: the same input gives the same bits.
 //
 // A row is read once into shared memory and written once (Keep), spread over the blocks of a
 // cluster where one block's memory is too small; or it is read twice, the second time mostly from
@@ -28,14 +29,16 @@ namespace nudge {
 constexpr int kWarp = 32;
 constexpr int kMostThreads = 512;
 constexpr int kMostWarps = kMostThreads / kWarp;
-constexpr int kMostBlocks = 8;  // the largest cluster that every sm_90 device takes
 
 // What a launch pays for: nothing beyond the softmax, a soft cap, or whatever the arguments ask.
 enum class Kind { plain, softcap, full };
 
-// Vectors of 16 bytes that a thread has under way; 4 of the full kind do not fit 64 registers.
-template <Kind kind>
-constexpr int ahead_of = kind == Kind::full ? 2 : 4;
+// Vectors of 16 bytes that a thread takes at a time. Without shared memory they are all that is on
+// its way to a thread; 4 of the full kind do not fit 64 registers.
+template <Kind kind, bool keep>
+constexpr int ahead_of = kind == Kind::full || keep ? 2 : 4;
+
+constexpr int kUnderWay = 4;  // as many times that number are on their way to shared memory
 
 struct Rows {
   void* logits;
@@ -61,9 +64,11 @@ inline Kind kind_of(const Rows& rows) {
   return rows.softcap > 0 ? Kind::softcap : Kind::plain;
 }
 
-// The running sums of a part of a row: its maximum, and relative to it the sum of exponentials and
-// of b_c z_c; and the sum of b_c.
-struct Sums {
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+
+// The running sums of a part of a row: its maximum, and relative to it the sum of exponentials and,
+// in powers of two, of b_c z_c; and the sum of b_c.
+struct alignas(16) Sums {
   float top, total, smooth, share;
 };
 
@@ -71,10 +76,10 @@ struct Sums {
 struct Scratch {
   float tops[kMostWarps];
   float totals[kMostWarps], smooths[kMostWarps], shares[kMostWarps];
-  Sums block;
-  Sums padding;
+  Meeting<Sums> meeting;
 };
-static_assert(sizeof(Scratch) % 16 == 0, "the kept row after it is read 16 bytes at a time");
+// The kept part after it begins on a line of 128 bytes: 6 % of the kernel on an H200.
+constexpr int kScratch = (sizeof(Scratch) + 127) / 128 * 128;
 
 // A row of T as 16-byte vectors. Rows of an odd V begin anywhere: up to 15 bytes before the first
 // vector and after the last are taken one element a thread.
@@ -93,12 +98,17 @@ struct Layout {
   __device__ Index loose_column(int at) const { return at < head ? at : vectors * width + at; }
 };
 
-__device__ inline float centre(float top) { return top == -INFINITY ? 0.0f : top; }
+// The power of two that a row is centred on; any will do where there is nothing above -inf.
+__device__ inline float centre(float top) { return top == -INFINITY ? 0.0f : top * kLog2e; }
+
+// How far a logit is from it: 0 or a little beside it for the row's maximum.
+__device__ inline float from_centre(float z, float middle) { return fmaf(z, kLog2e, -middle); }
 
 // A factor to bring a sum of exponentials from one maximum to a larger one.
 template <typename T>
 __device__ inline float shrink(float from, float to) {
-  return from == to ? 1.0f : exp_of<T>(from - to);
+  if (from == to) return 1.0f;
+  return from == -INFINITY ? 0.0f : exp2_of<T>(centre(from) - centre(to));
 }
 
 template <typename T, Kind kind>
@@ -116,8 +126,7 @@ struct Row {
   }
 
   // The logit that the softmax sees; slope gets its derivative with respect to what was stored.
-  __device__ float logit(T stored, int column, float* slope = nullptr) const {
-    float z = to_float(stored);
+  __device__ float logit(float z, int column, float* slope = nullptr) const {
     if (kind == Kind::full && given.bias) z += given.bias[column];
     if (kind == Kind::softcap || (kind == Kind::full && given.softcap > 0)) {
       float bent = tanh_of<T>(z * per_cap);
@@ -127,29 +136,49 @@ struct Row {
     return z;
   }
 
+  // Lets the sums be relative to a maximum of at least `top`.
+  __device__ void raise(Sums& sums, float top) const {
+    if (top > sums.top) {
+      sums.total *= shrink<T>(sums.top, top);
+      if (kind == Kind::full) sums.smooth += sums.share * (centre(sums.top) - centre(top));
+      sums.top = top;
+    }
+  }
+
   template <int count>
-  __device__ void absorb(Sums& sums, const T* stored, int column) const {
-    float z[count];
-    float top = sums.top;
+  __device__ void absorb(Sums& sums, const float* stored, int column) const {
+    float z[count], top = sums.top;
 #pragma unroll
     for (int at = 0; at < count; ++at) {
       z[at] = logit(stored[at], column + at);
       top = fmaxf(top, z[at]);
     }
-    if (top > sums.top) {
-      sums.total *= exp_of<T>(sums.top - top);
-      if (kind == Kind::full) sums.smooth += sums.share * (centre(sums.top) - top);
-      sums.top = top;
-    }
-    float middle = centre(top);
+    raise(sums, top);
+    const float middle = centre(top);
 #pragma unroll
     for (int at = 0; at < count; ++at) {
-      sums.total += exp_of<T>(z[at] - middle);
+      const float distance = from_centre(z[at], middle);
+      sums.total += exp2_of<T>(distance);
       if (kind == Kind::full && given.smoothing > 0) {
         float part = share(column + at);
         sums.share += part;
-        sums.smooth += part * (z[at] - middle);
+        sums.smooth += part * distance;
       }
+    }
+  }
+
+  // The same of several vectors at once, of the plain kind.
+  template <int count>
+  __device__ void absorb_vectors(Sums& sums, const uint4* vectors) const {
+    raise(sums, largest_of<T, count>(vectors));
+    const float middle = centre(sums.top);
+#pragma unroll
+    for (int at = 0; at < count; ++at) {
+      float z[Layout<T>::width], total = 0.0f;
+      from_vector<T>(vectors[at], z);
+#pragma unroll
+      for (float each : z) total += exp2_of<T>(from_centre(each, middle));
+      sums.total += total;
     }
   }
 };
@@ -190,46 +219,36 @@ __device__ Sums reduce_block(Sums mine, Scratch& scratch) {
   return all;
 }
 
-// The sums of all blocks of the cluster, read from their shared memory. The caller must wait for
-// the cluster before it leaves or writes its scratch again: others may still be reading.
+// The sums of all blocks of the cluster, the same bits in each.
 template <typename T, Kind kind>
-__device__ Sums reduce_cluster(Sums mine, Scratch& scratch, int blocks) {
-  if (threadIdx.x == 0) scratch.block = mine;
-  cluster_arrive();
-  cluster_wait();
-  Sums parts[kMostBlocks];
+__device__ Sums reduce_cluster(Sums mine, Meeting<Sums>& meeting, int blocks, int rank) {
+  tell(meeting, mine, blocks, rank);
+  hear(meeting, blocks);
   float top = -INFINITY;
-#pragma unroll
-  for (int rank = 0; rank < kMostBlocks; ++rank) {
-    if (rank < blocks) {
-      parts[rank] = *in_block(&scratch.block, rank);
-      top = fmaxf(top, parts[rank].top);
-    }
-  }
-  cluster_arrive();
+  for (int at = 0; at < blocks; ++at) top = fmaxf(top, meeting.from[at].top);
   Sums all{top, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-  for (int rank = 0; rank < kMostBlocks; ++rank) {
-    if (rank < blocks) {
-      all.total += parts[rank].total * shrink<T>(parts[rank].top, top);
-      if (kind == Kind::full) {
-        all.smooth += parts[rank].smooth + parts[rank].share * (centre(parts[rank].top) - centre(top));
-        all.share += parts[rank].share;
-      }
+  for (int at = 0; at < blocks; ++at) {
+    const Sums part = meeting.from[at];
+    all.total += part.total * shrink<T>(part.top, top);
+    if (kind == Kind::full) {
+      all.smooth += part.smooth + part.share * (centre(part.top) - centre(top));
+      all.share += part.share;
     }
   }
   return all;
 }
 
-// One row a cluster at a time, from row blockIdx.x / blocks on. blockDim.x is a multiple of kWarp.
+// A block takes row after row, from row blockIdx.x on; a cluster that keeps takes row blockIdx.x /
+// blocks only. blockDim.x is a multiple of kWarp.
 template <typename T, Kind kind, bool keep>
 __global__ void __launch_bounds__(kMostThreads, 2) softmax_loss(const Rows given) {
-  constexpr int width = Layout<T>::width, kAhead = ahead_of<kind>;
+  constexpr int width = Layout<T>::width, kAhead = ahead_of<kind, keep>;
   Scratch& scratch = *reinterpret_cast<Scratch*>(shared_memory());
-  uint4* kept = reinterpret_cast<uint4*>(shared_memory() + sizeof(Scratch));
+  uint4* kept = reinterpret_cast<uint4*>(shared_memory() + kScratch);
   const int blocks = keep ? cluster_blocks() : 1, rank = keep ? cluster_rank() : 0;
   const int thread = threadIdx.x, threads = blockDim.x;
   const Row<T, kind> row_of(given);
+  if (blocks > 1) open(scratch.meeting);
 
   for (int64_t row = blockIdx.x / blocks; row < given.rows; row += gridDim.x / blocks) {
     T* logits = static_cast<T*>(given.logits) + row * given.row_stride;
@@ -247,83 +266,109 @@ __global__ void __launch_bounds__(kMostThreads, 2) softmax_loss(const Rows given
         for (int at = first + thread; at < end; at += threads) vectors[at] = uint4{0, 0, 0, 0};
         if (has_loose) logits[loose_column] = from_float<T>(0.0f);
       }
+      if (blocks > 1) all_are_there();
       continue;
     }
 
     const bool outside = target < 0 || target >= given.vocabulary;
     const int column_of_target = outside ? 0 : static_cast<int>(target);
-    const float z_target = row_of.logit(logits[column_of_target], column_of_target);
-    T loose{};
+    const float z_target = row_of.logit(to_float(logits[column_of_target]), column_of_target);
+    float loose = 0.0f;
     Sums sums{-INFINITY, 0.0f, 0.0f, 0.0f};
     if (has_loose) {
-      loose = logits[loose_column];
+      loose = to_float(logits[loose_column]);
       row_of.template absorb<1>(sums, &loose, loose_column);
     }
-    for (int start = first + thread; start < end; start += threads * kAhead) {
+    const int stride = threads * kAhead;
+    auto each_ahead = [&](int start, auto use) {
+#pragma unroll
+      for (int ahead = 0; ahead < kAhead; ++ahead) {
+        const int at = start + ahead * threads;
+        use(at, ahead, at < end);
+      }
+    };
+    auto fetch = [&](int start) {
+      each_ahead(start, [&](int at, int, bool within) {
+        if (within) copy_async(kept + (at - first), vectors + at);
+      });
+      end_group();
+    };
+    if (keep) {
+      for (int times = 0; times < kUnderWay; ++times) fetch(first + thread + times * stride);
+    }
+    for (int start = first + thread; start < end; start += stride) {
+      if (keep) wait_groups<kUnderWay - 1>();
       uint4 loaded[kAhead];
-#pragma unroll
-      for (int ahead = 0; ahead < kAhead; ++ahead) {
-        int at = start + ahead * threads;
-        if (at < end) loaded[ahead] = vectors[at];
+      each_ahead(start, [&](int at, int ahead, bool within) {
+        loaded[ahead] = !within ? nothing<T>() : keep ? kept[at - first] : vectors[at];
+      });
+      if (keep) fetch(start + kUnderWay * stride);
+      if (kind == Kind::plain) {
+        row_of.template absorb_vectors<kAhead>(sums, loaded);
+        continue;
       }
-#pragma unroll
-      for (int ahead = 0; ahead < kAhead; ++ahead) {
-        int at = start + ahead * threads;
-        if (at >= end) break;
-        if (keep) kept[at - first] = loaded[ahead];
-        T stored[width];
-        memcpy(stored, &loaded[ahead], 16);
-        row_of.template absorb<width>(sums, stored, layout.head + at * width);
-      }
+      each_ahead(start, [&](int at, int ahead, bool within) {
+        float stored[width];
+        from_vector<T>(loaded[ahead], stored);
+        if (within) row_of.template absorb<width>(sums, stored, layout.head + at * width);
+      });
     }
     sums = reduce_block<T, kind>(sums, scratch);
-    if (blocks > 1) sums = reduce_cluster<T, kind>(sums, scratch, blocks);
+    if (blocks > 1) {
+      all_are_there();
+      sums = reduce_cluster<T, kind>(sums, scratch.meeting, blocks, rank);
+    }
     sums.total += sums.top - sums.top;  // NaN where the maximum is infinite, as torch has it
 
     // From here on nobody reads what another thread writes.
-    const float log_total = logf(sums.total), lse = sums.top + log_total;
+    const float middle = centre(sums.top), log_total = log2f(sums.total);
+    const float lse = (middle + log_total) * kLn2;
     const float hit = outside ? NAN
         : (1.0f - given.smoothing) * (given.class_weight ? given.class_weight[target] : 1.0f);
     const float factor = hit + sums.share;
     if (rank == 0 && thread == 0) {
-      const float taken = hit == 0 ? 0.0f : hit * (z_target - sums.top);
-      given.losses[row] = factor * log_total - taken - sums.smooth + given.z_loss * lse * lse;
+      const float taken = hit == 0 ? 0.0f : hit * from_centre(z_target, middle);
+      given.losses[row] = (factor * log_total - taken - sums.smooth) * kLn2 + given.z_loss * lse * lse;
       given.lse[row] = lse;
     }
     if (given.differentiate) {
       const float scale = given.scale[row * given.scale_stride];
       const float spread = (factor + 2.0f * given.z_loss * lse) * scale / sums.total;
       const float pull = hit * scale;
-      auto gradient = [&](T stored, int column) {
+      auto gradient = [&](float stored, int column, bool is_target) {
         float slope = 1.0f;
         float z = row_of.logit(stored, column, &slope);
-        float value = exp_of<T>(z - sums.top) * spread;
+        float value = exp2_of<T>(from_centre(z, middle)) * spread;
         if (kind == Kind::full && given.smoothing > 0) value -= row_of.share(column) * scale;
-        if (column == column_of_target) value -= pull;
-        return from_float<T>(kind == Kind::plain ? value : value * slope);
+        if (is_target) value -= pull;
+        return kind == Kind::plain ? value : value * slope;
       };
-      for (int start = first + thread; start < end; start += threads * kAhead) {
+      for (int start = first + thread; start < end; start += stride) {
         uint4 loaded[kAhead];
+        each_ahead(start, [&](int at, int ahead, bool within) {
+          if (within) loaded[ahead] = keep ? kept[at - first] : vectors[at];
+        });
+        each_ahead(start, [&](int at, int ahead, bool within) {
+          if (!within) return;
+          float stored[width], made[width];
+          from_vector<T>(loaded[ahead], stored);
+          const int column = layout.head + at * width;
 #pragma unroll
-        for (int ahead = 0; ahead < kAhead; ++ahead) {
-          int at = start + ahead * threads;
-          if (at < end) loaded[ahead] = keep ? kept[at - first] : vectors[at];
-        }
+          for (int e = 0; e < width; ++e) made[e] = gradient(stored[e], column + e, false);
+          if (static_cast<unsigned>(column_of_target - column) < width) {  // one vector of a row
 #pragma unroll
-        for (int ahead = 0; ahead < kAhead; ++ahead) {
-          int at = start + ahead * threads;
-          if (at >= end) break;
-          T made[width];
-          memcpy(made, &loaded[ahead], 16);
-#pragma unroll
-          for (int e = 0; e < width; ++e) made[e] = gradient(made[e], layout.head + at * width + e);
-          memcpy(&loaded[ahead], made, 16);
-          vectors[at] = loaded[ahead];
-        }
+            for (int e = 0; e < width; ++e) {
+              if (column + e == column_of_target) made[e] = gradient(stored[e], column + e, true);
+            }
+          }
+          vectors[at] = to_vector<T>(made);
+        });
       }
-      if (has_loose) logits[loose_column] = gradient(loose, loose_column);
+      if (has_loose) {
+        const bool is_target = loose_column == column_of_target;
+        logits[loose_column] = from_float<T>(gradient(loose, loose_column, is_target));
+      }
     }
-    if (blocks > 1) cluster_wait();
   }
 }
 

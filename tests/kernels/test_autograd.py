@@ -85,15 +85,15 @@ def eager(
         return losses
     if reduction == "sum":
         return losses.sum()
-    weights = torch.ones(len(weight)) if class_weight is None else class_weight
+    weights = logits.new_ones(len(weight)) if class_weight is None else class_weight
     return losses.sum() / weights[targets.where(valid, 0)].where(valid, 0).sum()
 
 
 def gradients(function: Any, chosen: dict[str, Any]) -> list[Tensor]:
     loss = function(**chosen)
-    outer = torch.linspace(0.5, 2.0, loss.numel(), dtype=loss.dtype).view_as(loss)
+    outer = torch.linspace(0.5, 2.0, loss.numel(), dtype=loss.dtype, device=loss.device)
     leaves = [chosen[key] for key in ("hidden", "weight", "bias") if key in chosen]
-    return [loss, *torch.autograd.grad(loss, leaves, outer)]
+    return [loss, *torch.autograd.grad(loss, leaves, outer.view_as(loss))]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -282,15 +282,17 @@ def test_chunks_and_blocks_do_not_change_what_comes_out(
 
 
 @pytest.mark.parametrize(
-    ("rows", "size", "vocabulary"),
-    [(8192, 4096, 128256), (8192, 2304, 256000), (16384, 576, 49152)],
-)
-def test_chunks_on_a_gpu_stay_within_a_gibibyte_and_need_no_second_sum(
-    rows: int, size: int, vocabulary: int
+    ("rows", "vocabulary", "wanted"),
+    [
+        (8192, 128256, 4096), (8192, 256000, 2048), (16384, 49152, 8192),
+        (8300, 128256, 2816),  # a third chunk rather than more than the gibibyte
+        (100, 49152, 128), (8192, 2**20, 1024),
+    ],
+)  # fmt: skip
+def test_chunks_on_a_gpu_are_few_and_equal_within_a_gibibyte(
+    rows: int, vocabulary: int, wanted: int
 ) -> None:
-    chosen = chunked.rows_on_cuda(rows, size, vocabulary * 2, processors=132)
-    assert chosen * vocabulary * 2 <= 2**30
-    assert -(-rows // chosen) <= chunked.CHUNKS_IN_WEIGHT_DTYPE
+    assert chunked.rows_on_cuda(rows, vocabulary * 2) == wanted
 
 
 def test_the_module_and_its_logsumexp() -> None:

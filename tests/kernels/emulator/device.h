@@ -5,14 +5,20 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <barrier>
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #define NUDGE_EMULATED
@@ -38,6 +44,7 @@ struct Block {
   Barrier threads;
   std::vector<std::unique_ptr<Barrier>> warps;
   std::vector<float> shuffled;
+  std::atomic<int> heard{0};  // how many blocks have told this one
 
   Block(int threads, int shared_bytes)
       : shared(shared_bytes / 16), threads(threads), shuffled(threads) {
@@ -47,7 +54,10 @@ struct Block {
 
   // Shared memory is NaN before the block begins and as soon as its last thread has left, however
   // long other blocks of the cluster still read it.
-  void forget() { memset(shared.data(), 0xff, shared.size() * sizeof(uint4)); }
+  void forget() {
+    memset(shared.data(), 0xff, shared.size() * sizeof(uint4));
+    heard = 0;
+  }
 };
 
 struct Cluster {
@@ -64,6 +74,13 @@ struct Cluster {
 inline thread_local Cluster* cluster;
 inline thread_local int rank;
 inline thread_local std::optional<Barrier::arrival_token> arrived;
+
+inline void expect(bool holds, const char* else_what) {
+  if (!holds) {
+    fprintf(stderr, "%s\n", else_what);
+    std::_Exit(3);
+  }
+}
 
 inline Block& block() { return *cluster->blocks[rank]; }
 
@@ -82,6 +99,7 @@ void launch(int grid, int blocks, int threads, int shared_bytes, Kernel kernel) 
       for (int first = 0; first < grid; first += blocks) {
         blockIdx.x = first + rank;
         kernel();
+        expect(!arrived, "a thread leaves without having waited for its cluster");
         block().threads.arrive_and_wait();
         if (threadIdx.x == 0) block().forget();
         all.threads.arrive_and_wait();
@@ -130,8 +148,58 @@ inline bf16 from_float<bf16>(float value) {
 }
 
 template <typename T>
-float exp_of(float x) {
-  return expf(x);
+void from_vector(uint4 vector, float* values) {
+  T elements[16 / sizeof(T)];
+  memcpy(elements, &vector, 16);
+  for (T element : elements) *values++ = to_float(element);
+}
+
+template <typename T>
+uint4 to_vector(const float* values) {
+  T elements[16 / sizeof(T)];
+  for (T& element : elements) element = from_float<T>(*values++);
+  uint4 made;
+  memcpy(&made, elements, 16);
+  return made;
+}
+
+template <typename T, int count>
+float largest_of(const uint4* vectors) {
+  float most = -INFINITY, values[16 / sizeof(T)];
+  for (int at = 0; at < count; ++at) {
+    from_vector<T>(vectors[at], values);
+    for (float value : values) most = fmaxf(most, value);
+  }
+  return most;
+}
+
+template <typename T>
+uint4 nothing() {
+  float values[16 / sizeof(T)];
+  std::fill(std::begin(values), std::end(values), -INFINITY);
+  return to_vector<T>(values);
+}
+
+// Copies arrive when they are waited for, not before.
+struct Copy {
+  uint4* to;
+  const uint4* from;
+};
+inline thread_local std::vector<Copy> begun;
+inline thread_local std::deque<std::vector<Copy>> groups;
+
+inline void copy_async(uint4* to, const uint4* from) { begun.push_back({to, from}); }
+inline void end_group() { groups.push_back(std::exchange(begun, {})); }
+template <int under_way>
+void wait_groups() {
+  for (; groups.size() > under_way; groups.pop_front()) {
+    for (Copy copy : groups.front()) *copy.to = *copy.from;
+  }
+}
+
+template <typename T>
+float exp2_of(float x) {
+  return exp2f(x);
 }
 template <typename T>
 float tanh_of(float x) {
@@ -144,16 +212,37 @@ inline unsigned char* shared_memory() {
 
 inline int cluster_blocks() { return static_cast<int>(emulator::cluster->blocks.size()); }
 inline int cluster_rank() { return emulator::rank; }
-inline void cluster_arrive() { emulator::arrived = emulator::cluster->threads.arrive(); }
-inline void cluster_wait() {
+
+constexpr int kMostBlocks = 8;
+
+template <typename T>
+struct Meeting {
+  T from[kMostBlocks];
+  alignas(16) uint64_t unused;
+};
+
+template <typename T>
+void open(Meeting<T>&) {
+  emulator::arrived = emulator::cluster->threads.arrive();
+}
+inline void all_are_there() {
   emulator::cluster->threads.wait(std::move(*emulator::arrived));
   emulator::arrived.reset();
 }
 template <typename T>
-const T* in_block(T* mine, int rank) {
-  auto* bytes = reinterpret_cast<unsigned char*>(mine);
-  auto* theirs = reinterpret_cast<unsigned char*>(emulator::cluster->blocks[rank]->shared.data());
-  return reinterpret_cast<const T*>(theirs + (bytes - shared_memory()));
+void tell(Meeting<T>& meeting, const T& mine, int blocks, int rank) {
+  emulator::expect(!emulator::arrived, "a thread tells others that may not be there");
+  if (threadIdx.x >= blocks) return;
+  emulator::Block& block = *emulator::cluster->blocks[threadIdx.x];
+  const auto offset = reinterpret_cast<unsigned char*>(&meeting.from[rank]) - shared_memory();
+  memcpy(reinterpret_cast<unsigned char*>(block.shared.data()) + offset, &mine, sizeof(T));
+  block.heard.fetch_add(1);
+  block.heard.notify_all();
+}
+template <typename T>
+void hear(Meeting<T>&, int blocks) {
+  std::atomic<int>& heard = emulator::block().heard;
+  for (int now = heard; now < blocks; now = heard) heard.wait(now);
 }
 
 }  // namespace nudge

@@ -49,7 +49,7 @@ template <typename T, Kind kind>
 void launch_kind(const Header& call, const Rows& rows) {
   int vectors = rows.vocabulary / Layout<T>::width;
   int kept = call.keep ? static_cast<int>((vectors + call.blocks - 1) / call.blocks) * 16 : 0;
-  int shared = static_cast<int>(sizeof(Scratch)) + kept;
+  int shared = kScratch + kept;
   emulator::launch(call.grid, call.blocks, call.threads, shared, [&] {
     call.keep ? softmax_loss<T, kind, true>(rows) : softmax_loss<T, kind, false>(rows);
   });
@@ -114,7 +114,7 @@ int main() {
       Array<int64_t> device(5);
       device.read();
       int width = call.type == 0 ? 4 : 8;
-      Plan made = plan(call.vocabulary / width, call.rows, sizeof(Scratch), kMostThreads, kMostBlocks,
+      Plan made = plan(call.vocabulary / width, call.rows, kScratch, kMostThreads, kMostBlocks,
                        {static_cast<int>(device.data[0]), static_cast<int>(device.data[1]),
                         static_cast<int>(device.data[2]), static_cast<int>(device.data[3]),
                         static_cast<int>(device.data[4])},
