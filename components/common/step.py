@@ -20,6 +20,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -33,6 +34,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 REUSE_VARIABLE = "NUDGE_REUSE"
+_status: ContextVar[str] = ContextVar("status")
+"""Of the step that runs: done, or reused."""
 
 
 def step(
@@ -47,18 +50,17 @@ def step(
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
 
+        work = reusable(name, outputs=outputs)(function) if reuse else function
+
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
             given = signature.bind(*args, **kwargs)
             given.apply_defaults()
             started = time.monotonic()
             emit_event(name, "step_start")
+            _status.set("done")
             try:
-                store = os.environ.get(REUSE_VARIABLE) if reuse else None
-                if store:
-                    result, status = _reused(Path(store), name, given.arguments, outputs, function)
-                else:
-                    result, status = function(*args, **kwargs), "done"
+                result = work(*args, **kwargs)
             except BaseException as error:
                 places = [given.arguments[key] for key in outputs]
                 told = _full_disk(name, places) if disk_is_full(error) else error
@@ -69,10 +71,41 @@ def step(
             fields = result if isinstance(result, dict) else {}
             seconds = time.monotonic() - started
             paths = {key: str(given.arguments[key]) for key in outputs}
-            values = {"status": status, "seconds": seconds, "outputs": paths, "results": fields}
-            emit_event(name, "step_end", **values)
+            values = {"status": _status.get(), "seconds": seconds, "outputs": paths}
+            emit_event(name, "step_end", **values, results=fields)
             tell_results(name, fields)
             return result
+
+        return run
+
+    return decorate
+
+
+def reusable(
+    name: str, *, outputs: tuple[str, ...] = ()
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """The reuse of `step` alone: for the part of a step whose inputs are first to be found."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            store = os.environ.get(REUSE_VARIABLE)
+            if not store:
+                return function(*args, **kwargs)
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            inputs = {key: value for key, value in given.arguments.items() if key not in outputs}
+            kept = Path(store) / name / reuse_key(name, inputs)
+            if not kept.is_dir():
+                result = function(*args, **kwargs)
+                _keep(kept, {output: given.arguments[output] for output in outputs}, result)
+                return result
+            for output in outputs:
+                _link(kept / output, given.arguments[output])
+            _status.set("reused")
+            return json.loads((kept / "result.json").read_text())
 
         return run
 
@@ -100,24 +133,6 @@ def reuse_key(name: str, inputs: dict[str, Any]) -> str:
     plain = {key: _fingerprint(value) for key, value in sorted(inputs.items())}
     text = json.dumps([name, code_fingerprint(), plain], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _reused(
-    store: Path,
-    name: str,
-    arguments: dict[str, Any],
-    outputs: tuple[str, ...],
-    function: Callable[..., R],
-) -> tuple[R, str]:
-    inputs = {key: value for key, value in arguments.items() if key not in outputs}
-    kept = store / name / reuse_key(name, inputs)
-    if not kept.is_dir():
-        result = function(**arguments)
-        _keep(kept, {output: arguments[output] for output in outputs}, result)
-        return result, "done"
-    for output in outputs:
-        _link(kept / output, arguments[output])
-    return json.loads((kept / "result.json").read_text()), "reused"
 
 
 def _keep(kept: Path, outputs: dict[str, Path], result: Any) -> None:

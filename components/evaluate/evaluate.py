@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nudge.components.common.publish import read_manifest, write_atomic, write_manifest
-from nudge.components.common.step import step
+from nudge.components.common.step import reusable, step
 from nudge.components.evaluate.incumbent import Incumbent
 from nudge.components.evaluate.settings import EvaluateSettings
 
@@ -25,6 +25,7 @@ LINEAGE = (
 )
 
 
+@step("evaluate", outputs=("evaluation", "report", "scores"), reuse=False)
 def evaluate(
     settings: EvaluateSettings,
     *,
@@ -53,7 +54,7 @@ def evaluate(
     return judge(plain, incumbent=incumbent, served=served, guards=guards, **inputs, **outputs)
 
 
-@step("evaluate", outputs=("evaluation", "report", "scores"))
+@reusable("evaluate", outputs=("evaluation", "report", "scores"))
 def judge(
     settings: EvaluateSettings,
     *,
