@@ -11,6 +11,7 @@ from nudge.components.common.language_model import (
     next_token_probabilities,
 )
 from nudge.components.train.data import IGNORED, Rows
+from nudge.components.train.lean import keep_less
 from nudge.components.train.ranks import Ranks
 from nudge.components.train.settings import TrainSettings
 from nudge.kernels import fused_linear_cross_entropy
@@ -52,6 +53,8 @@ class Network:
         model.to(self.ranks.device)
         if settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        elif not settings.compile:  # the compiler chooses what to keep
+            keep_less(model)
         if settings.compile:
             for layer in self._layers():
                 layer.compile()
