@@ -10,10 +10,12 @@ import functools
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -79,23 +81,27 @@ def encode_all(
     if processes == 1:
         yield from ((mark, encode(lines, encoding)) for mark, lines in blocks)
         return
-    pool = workers.spawned(processes, _begin, encoding)
     waiting: collections.deque[tuple[T, Future[Encoded]]] = collections.deque()
-    try:
-        for mark, lines in blocks:
-            waiting.append((mark, pool.submit(_encode_here, lines)))
-            if len(waiting) >= WAITING * processes:
-                first, future = waiting.popleft()
+    # In a file, since a pipe holds 64 KiB: processes that are handed megabytes start one by one.
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        file.write(encoding.tokenizer.encode())
+        file.flush()
+        pool = workers.spawned(processes, _begin, file.name, encoding.end, encoding.dtype)
+        try:
+            for mark, lines in blocks:
+                waiting.append((mark, pool.submit(_encode_here, lines)))
+                if len(waiting) >= WAITING * processes:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            for first, future in waiting:
                 yield first, future.result()
-        for first, future in waiting:
-            yield first, future.result()
-    except BrokenProcessPool:
-        raise UserError(
-            f"tokenize: one of its {processes} processes was killed, most often because memory ran "
-            "out; give the step more memory, or fewer processes with tokenize.processes"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+        except BrokenProcessPool:
+            raise UserError(
+                f"tokenize: one of its {processes} processes was killed, most often because memory "
+                "ran out; give the step more memory, or fewer processes with tokenize.processes"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 @functools.lru_cache(maxsize=1)
@@ -113,9 +119,10 @@ def _loaded(text: str) -> Tokenizer:
 _encoding: Encoding
 
 
-def _begin(encoding: Encoding) -> None:
+def _begin(tokenizer: str, end: int, dtype: str) -> None:
     global _encoding
-    _encoding = encoding
+    _encoding = Encoding(Path(tokenizer).read_text(encoding="utf-8"), end, dtype)
+    _loaded(_encoding.tokenizer)
 
 
 def _encode_here(lines: bytes) -> Encoded:
