@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nudge.components.common.step import reuse_key, step
+from nudge.components.common.step import reusable, reuse_key, step
 
 CALLS: list[str] = []
 
@@ -42,6 +42,30 @@ def test_the_same_content_is_reused_from_another_path(tmp_path: Path) -> None:
     assert (tmp_path / "two" / "text").read_text() == "abab"
     assert CALLS == ["ab"]
     assert ends(tmp_path) == [("step_end", "done"), ("step_end", "reused")]
+
+
+def test_what_is_found_within_a_step_decides_whether_the_rest_is_reused(tmp_path: Path) -> None:
+    """The search is the step's own work: it shows as running, and counts."""
+
+    @reusable("outer", outputs=("out",))
+    def rest(found: str, *, out: Path) -> dict[str, Any]:
+        CALLS.append(found)
+        out.write_text(found)
+        return {"found": found}
+
+    @step("outer", outputs=("out",), reuse=False)
+    def outer(*, source: Path, out: Path) -> dict[str, Any]:
+        events = (tmp_path / "events.jsonl").read_text().splitlines()
+        assert json.loads(events[-1])["event"] == "step_start"
+        return rest(source.read_text(), out=out)
+
+    for name in ("one", "two"):
+        assert outer(source=tmp_path / "a", out=tmp_path / name) == {"found": "ab"}
+        assert (tmp_path / name).read_text() == "ab"
+    (tmp_path / "a").write_text("xy")
+    outer(source=tmp_path / "a", out=tmp_path / "three")
+    assert CALLS == ["ab", "xy"]
+    assert ends(tmp_path) == [("step_end", status) for status in ("done", "reused", "done")]
 
 
 def test_other_content_or_settings_run_again(tmp_path: Path) -> None:
