@@ -37,8 +37,9 @@ def main(recipe: Path, artifacts: Path, compiled: Path | None, engine: str) -> N
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         atexit.register(containers.end, os.environ["NUDGE_RUN_ID"])
         runner = containers.runner(text, artifacts)
-    # A workspace of kfp's own would stay in the system's folder for temporary files.
-    folders = {"pipeline_root": str(artifacts), "workspace_root": str(artifacts)}
+    workspace = artifacts.with_name("workspace")  # kfp removes it, but not where it is killed
+    workspace.mkdir(parents=True, exist_ok=True)
+    folders = {"pipeline_root": str(artifacts), "workspace_root": str(workspace)}
     local.init(runner=runner, **folders, raise_on_error=True)
     if compiled is not None:
         pipeline = components.load_component_from_file(str(compiled))
