@@ -49,7 +49,6 @@ def step(
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
-
         work = reusable(name, outputs=outputs)(function) if reuse else function
 
         @functools.wraps(function)

@@ -208,7 +208,7 @@ def times(shape: Shape, losses: Mapping[str, Loss], rounds: int) -> dict[str, fl
                 if abs(value.item() - wanted) > 0.01 * wanted:
                     failed[name] = f"another loss: {value.item():.4f}, ours {wanted:.4f}"
             if number:
-                taken[name] += [seconds() for _, seconds in group[-max(GROUP - 1, 1) :]]
+                taken[name] += [seconds() for _, seconds in group[1:] or group]
     return {name: failed.get(name) or statistics.median(taken[name]) for name in runs}
 
 

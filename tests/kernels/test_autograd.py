@@ -286,7 +286,8 @@ def test_chunks_and_blocks_do_not_change_what_comes_out(
     [
         (8192, 128256, 4096), (8192, 256000, 2048), (16384, 49152, 8192),
         (8300, 128256, 2816),  # a third chunk rather than more than the gibibyte
-        (100, 49152, 128), (8192, 2**20, 1024),
+        (100, 49152, 128),
+        (8192, 2**20, 1024),  # or of as many rows as a product needs at least
     ],
 )  # fmt: skip
 def test_chunks_on_a_gpu_are_few_and_equal_within_a_gibibyte(
