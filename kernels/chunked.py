@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
-from nudge.kernels import native
+from nudge.kernels import cpu_products, native
 from torch import Tensor
 
 CPU_ROWS = (128, 512)
@@ -23,7 +23,7 @@ CUDA_LEAST_ROWS = 1024
 SOFTMAX_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Elements that the portable softmax takes at a time: on a CPU what stays in cache (4 MB of fp32),
 on a GPU without the kernel what bounds its temporaries (256 MB)."""
-BLOCK_ELEMENTS = 2**20
+BLOCK_ELEMENTS = 2**19
 """Elements of the weight's rows that make a block of logits on a CPU: with 192 rows in a chunk the
 product in such blocks takes 0.71 s where the whole takes 0.91 (kernels/NOTES.md)."""
 CHUNKS_IN_WEIGHT_DTYPE = 4
@@ -105,7 +105,7 @@ def rows_of_a_chunk(hidden: Tensor, vocabulary: int, element_bytes: int) -> int:
     rows = len(hidden)
     if hidden.is_cuda:
         return rows_on_cuda(rows, vocabulary * element_bytes)
-    return max(min(rows // 10, CPU_ROWS[1]) // 16 * 16, CPU_ROWS[0])
+    return max(min(rows // 12, CPU_ROWS[1]) // 16 * 16, CPU_ROWS[0])
 
 
 def rows_on_cuda(rows: int, row_bytes: int) -> int:
@@ -190,6 +190,7 @@ def _chunks(
     buffer = hidden.new_empty(size, row_stride(vocabulary, held.itemsize), dtype=held)
     # A temporary of the weight in another dtype is of one block only.
     blocks = list(_blocks(weight, whole=hidden.is_cuda or held.itemsize < 4))
+    by_onednn = cpu_products.takes(buffer)
 
     def products() -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Of each chunk its rows, their part of hidden and, in the buffer, their logits."""
@@ -198,7 +199,11 @@ def _chunks(
             part = hidden[rows].to(held)
             logits = buffer[: len(part), :vocabulary]
             for block in blocks:
-                torch.mm(part, table[block].to(held).T, out=logits[:, block])
+                factor = table[block].to(held).T
+                if by_onednn:
+                    logits[:, block] = cpu_products.product(part, factor)
+                else:
+                    torch.mm(part, factor, out=logits[:, block])
             yield rows, part, logits
 
     # The first is launched before anything small, so that a GPU is at work meanwhile.
@@ -229,7 +234,7 @@ def _chunks(
     if wanted.bias:
         d_bias = hidden.new_zeros(vocabulary, dtype=exact)
 
-    of_hidden = blocks if table.dtype != held else [slice(0, vocabulary)]
+    of_hidden = blocks if table.dtype != held or by_onednn else [slice(0, vocabulary)]
     for rows, part, logits in itertools.chain(begun, following):
         loss_and_gradient(
             logits, targets[rows], class_weight, bias, scale[rows], options, losses[rows],
@@ -272,14 +277,21 @@ def _blocks(weight: Tensor, whole: bool) -> Iterator[slice]:
 def _add(total: Tensor, left: Tensor, right: Tensor, start: bool, alpha: float) -> None:
     """total += alpha * left @ right; at the start total is written only, so it needs no zeros."""
     beta = 0 if start else 1
-    if total.dtype == left.dtype:
+    by_onednn = cpu_products.takes(left, right)
+    if total.dtype == left.dtype and not by_onednn:
         torch.addmm(total, left, right, beta=beta, alpha=alpha, out=total)
     elif left.is_cuda and total.dtype == torch.float32:
         torch.addmm(total, left, right, out_dtype=torch.float32, beta=beta, alpha=alpha, out=total)
     else:  # a temporary of a block, never one of V x D
+        multiply = cpu_products.product if by_onednn else torch.mm
         for block in _blocks(total, whole=False):
-            product = (left[block] @ right).to(total.dtype) * alpha
-            total[block] = product if start else total[block] + product
+            product = multiply(left[block], right).to(total.dtype)
+            if alpha != 1:
+                product *= alpha
+            if start:
+                total[block] = product
+            else:
+                total[block] += product
 
 
 def loss_and_gradient(

@@ -1,11 +1,14 @@
 """Running a causal language model: hidden states and head apart, probabilities of next tokens."""
 
 import os
+import types
 from pathlib import Path
 from typing import Any
 
 import torch
 from nudge.components.common.processes import usable_cores
+from nudge.kernels.cpu_products import linear, onednn_is_faster
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -33,6 +36,17 @@ def load_model(folder: Path) -> Any:
         trust_remote_code=False,
     )
     return model.eval()
+
+
+def speed_up_products(model: nn.Module) -> None:
+    """Let the linear layers of a model on a CPU multiply by the faster of torch's two libraries."""
+    for module in model.modules() if onednn_is_faster() else ():
+        if type(module) is nn.Linear:
+            module.forward = types.MethodType(_linear, module)
+
+
+def _linear(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return linear(x, self.weight, self.bias)
 
 
 def load_tokenizer(folder: Path) -> Any:

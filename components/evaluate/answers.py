@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 import transformers
-from nudge.components.common.language_model import load_model, load_tokenizer, set_up_torch
+from nudge.components.common.language_model import (
+    load_model,
+    load_tokenizer,
+    set_up_torch,
+    speed_up_products,
+)
 from nudge.components.common.progress import progress
 from nudge.components.evaluate.completions import Completion, complete
 from nudge.components.evaluate.perplexity import Score, first_token_id, score
@@ -49,6 +54,8 @@ def ask(
             first = first_token_id(tokenizer, settings.first_token)
             bar.note(stage=f"loading {name}")
             model = load_model(folder).to(device, getattr(torch, settings.precision))
+            if device.type == "cpu":
+                speed_up_products(model)
             scores = {}
             for of_set, each in texts.items():
                 bar.note(stage=f"scoring {name}, {of_set}")

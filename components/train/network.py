@@ -9,6 +9,7 @@ from nudge.components.common.language_model import (
     head_weight,
     hidden_states,
     next_token_probabilities,
+    speed_up_products,
 )
 from nudge.components.train.data import IGNORED, Rows
 from nudge.components.train.lean import keep_less
@@ -55,6 +56,8 @@ class Network:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         elif not settings.compile:  # the compiler chooses what to keep
             keep_less(model)
+        if self.ranks.device.type == "cpu" and not settings.compile:
+            speed_up_products(model)
         if settings.compile:
             for layer in self._layers():
                 layer.compile()
