@@ -33,11 +33,9 @@ from nudge.components.train.places import Place, differences, open_place
 from nudge.components.train.ranks import Ranks
 from nudge.components.train.record import NoRecord, Record
 from nudge.components.train.settings import FREE_TO_CHANGE, TrainSettings
+from nudge.components.train.shard_writer import ShardWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -213,9 +211,8 @@ class Checkpoints:
         folder, files, failure = None, {}, ""
         try:
             folder = self.place.staging(name, self._token)
-            writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
             with _quietly():
-                save(staged, storage_writer=writer, process_group=self.ranks.saving)
+                save(staged, storage_writer=ShardWriter(folder), process_group=self.ranks.saving)
             mine = list(folder.glob(f"shard-{self.ranks.rank + 1:05}-*"))
             if self.ranks.main:
                 for file, kept in lines.items():
