@@ -32,7 +32,7 @@ def takes(*values: Tensor) -> bool:
     """Whether `product` is the faster way for these: plain matrices of float32 on the CPU."""
     return (
         onednn_is_faster()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and all(
             value.device.type == "cpu" and value.dtype == torch.float32 and value.numel() > 0
             for value in values
@@ -47,10 +47,16 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
+    """The node in the graph of a product that `linear` then makes.
+
+    What a function saves is saved after it ran, and what torch's own products save before: a
+    checkpoint stops when all is saved again, and would here have made a product for nothing.
+    """
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, _: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x.flatten(0, -2), weight.T, bias).view(*x.shape[:-1], len(weight))
+        return x.new_empty(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
@@ -72,4 +78,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_autocast_enabled(x.device.type) or not takes(x, weight) or x.dim() < 2:
         return torch.nn.functional.linear(x, weight, bias)
     made: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        made.data = product(x.flatten(0, -2), weight.T, bias).view(made.shape)
     return made

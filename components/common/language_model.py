@@ -40,9 +40,9 @@ def load_model(folder: Path) -> Any:
 
 def speed_up_products(model: nn.Module) -> None:
     """Let the linear layers of a model on a CPU multiply by the faster of torch's two libraries."""
-    for module in model.modules() if onednn_is_faster() else ():
-        if type(module) is nn.Linear:
-            module.forward = types.MethodType(_linear, module)
+    layers: list[Any] = [module for module in model.modules() if type(module) is nn.Linear]
+    for layer in layers if onednn_is_faster() else ():
+        layer.forward = types.MethodType(_linear, layer)
 
 
 def _linear(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A rank's tensors of a checkpoint as one safetensors file, written from where they lie in memory."""
+"""A rank's tensors of a checkpoint as one safetensors file, written from where they lie."""
 
 import json
 import os
@@ -36,7 +36,8 @@ class ShardWriter(HuggingFaceStorageWriter):
         offsets: dict[str, Any] = {}
         for item in plan.items:
             name = item.index.fqn
-            tensors[name] = planner.resolve_data(item).detach().cpu().contiguous()
+            tensor: Any = planner.resolve_data(item)
+            tensors[name] = tensor.detach().cpu().contiguous()
             assert item.tensor_data is not None
             offsets[name] = {SAVED_OFFSETS_KEY: list(item.tensor_data.chunk.offsets)}
         if tensors:
