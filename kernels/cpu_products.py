@@ -56,7 +56,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, _: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return x.new_empty(*x.shape[:-1], len(weight))
+        return x.new_empty(()).expand(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
