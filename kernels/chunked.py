@@ -16,7 +16,8 @@ from torch import Tensor
 
 CPU_ROWS = (128, 512)
 """Least and most rows of a chunk on a CPU: fewer starve the matrix products, more only cost
-memory. Between them a tenth of all rows, in whole vectors of 16."""
+memory. Between them a fourteenth of all rows, in whole vectors of 16: with the temporaries that is
+a tenth of the logits."""
 CUDA_BUFFER_BYTES = 2**30
 CUDA_LEAST_ROWS = 1024
 """Fewer rows no longer hide the update of an fp32 weight gradient behind its matrix product."""
@@ -24,8 +25,8 @@ SOFTMAX_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Elements that the portable softmax takes at a time: on a CPU what stays in cache (4 MB of fp32),
 on a GPU without the kernel what bounds its temporaries (256 MB)."""
 BLOCK_ELEMENTS = 2**19
-"""Elements of the weight's rows that make a block of logits on a CPU: with 192 rows in a chunk the
-product in such blocks takes 0.71 s where the whole takes 0.91 (kernels/NOTES.md)."""
+"""Elements of the weight's rows that make a block on a CPU: in blocks products are faster, and their
+temporaries small (kernels/NOTES.md)."""
 CHUNKS_IN_WEIGHT_DTYPE = 4
 """With more chunks than this the weight's gradient is summed in fp32."""
 
@@ -105,7 +106,7 @@ def rows_of_a_chunk(hidden: Tensor, vocabulary: int, element_bytes: int) -> int:
     rows = len(hidden)
     if hidden.is_cuda:
         return rows_on_cuda(rows, vocabulary * element_bytes)
-    return max(min(rows // 12, CPU_ROWS[1]) // 16 * 16, CPU_ROWS[0])
+    return max(min(rows // 14, CPU_ROWS[1]) // 16 * 16, CPU_ROWS[0])
 
 
 def rows_on_cuda(rows: int, row_bytes: int) -> int:
