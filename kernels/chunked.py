@@ -25,8 +25,8 @@ SOFTMAX_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Elements that the portable softmax takes at a time: on a CPU what stays in cache (4 MB of fp32),
 on a GPU without the kernel what bounds its temporaries (256 MB)."""
 BLOCK_ELEMENTS = 2**19
-"""Elements of the weight's rows that make a block on a CPU: in blocks products are faster, and their
-temporaries small (kernels/NOTES.md)."""
+"""Elements of the weight's rows that make a block on a CPU: products of blocks are faster, and what
+they need beside is small (kernels/NOTES.md)."""
 CHUNKS_IN_WEIGHT_DTYPE = 4
 """With more chunks than this the weight's gradient is summed in fp32."""
 

@@ -1,46 +1,38 @@
-"""Token ids of a corpus shard's lines, in processes that import neither PyTorch nor transformers.
+"""Token ids of a corpus shard's lines, here or in processes that import neither PyTorch nor
+transformers."""
 
-One process makes about 3 to 6 MB/s with the tokenizer's own threads off, and processes scale where
-those threads do not (huggingface/tokenizers#1900).
-"""
-
-import array
 import collections
-import functools
 import json
-import os
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from nudge.components.common import workers
 from nudge.components.common.errors import UserError
-from tokenizers import Tokenizer
+from nudge.components.tokenize.ids import ids_of
 
 T = TypeVar("T")
 
 BLOCK_BYTES = 1 << 20
-"""Text that a process is handed at a time: a fifth of a second's work."""
-CACHED_WORDS = 1 << 17
-"""Words whose tokens a process remembers; the library's own 10,000 are full after a few MB of text,
-and none gives way."""
+"""Text that a process is handed at a time: a fifth of a second's work for tokenizers."""
 WAITING = 3
 """Blocks a process that are read ahead or wait for their turn; they bound the memory."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How text becomes ids: a ``tokenizer.json``, the id that ends a document, the ids' dtype."""
+    """How text becomes ids: a ``tokenizer.json``, the id that ends a document, the ids' dtype, and
+    whether the fast library does it, with the same ids."""
 
     tokenizer: str
     end: int
     dtype: str
+    fast: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,18 +48,14 @@ def encode(lines: bytes, encoding: Encoding) -> Encoded:
 
     Raises `OverflowError` for an id that the dtype cannot hold.
     """
-    tokenizer = _loaded(encoding.tokenizer)
-    ids = array.array("H" if np.dtype(encoding.dtype).itemsize == 2 else "I")
-    ends = []
-    for line in lines.splitlines():
-        # One document at a time: what the tokenizer notes beside each id is many times its size.
-        [found] = tokenizer.encode_batch_fast([json.loads(line)["text"]], add_special_tokens=False)
-        ids.extend(found.ids)
-        ids.append(encoding.end)
-        ends.append(len(ids))
-    if sys.byteorder == "big":
-        ids.byteswap()
-    return Encoded(ids.tobytes(), np.diff(ends, prepend=0))
+    texts = [json.loads(line)["text"] for line in lines.splitlines()]
+    found = ids_of(texts, encoding.tokenizer, encoding.fast)
+    end = np.array([encoding.end], np.uint32)
+    ids = np.concatenate([part for ids in found for part in (ids, end)] or [end[:0]])
+    dtype = np.dtype(encoding.dtype)
+    if len(ids) and ids.max() > np.iinfo(dtype).max:
+        raise OverflowError(f"the id {ids.max()} does not fit into {dtype.name}")
+    return Encoded(ids.astype(dtype).tobytes(), np.array([len(ids) + 1 for ids in found], np.int64))
 
 
 def encode_all(
@@ -86,7 +74,8 @@ def encode_all(
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         file.write(encoding.tokenizer.encode())
         file.flush()
-        pool = workers.spawned(processes, _begin, file.name, encoding.end, encoding.dtype)
+        begin = (file.name, encoding.end, encoding.dtype, encoding.fast)
+        pool = workers.spawned(processes, _begin, *begin)
         try:
             for mark, lines in blocks:
                 waiting.append((mark, pool.submit(_encode_here, lines)))
@@ -104,25 +93,13 @@ def encode_all(
             pool.shutdown(cancel_futures=True)
 
 
-@functools.lru_cache(maxsize=1)
-def _loaded(text: str) -> Tokenizer:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = Tokenizer.from_str(text)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    # BPE and Unigram have it; text of a natural vocabulary goes through about 10 % faster.
-    if hasattr(tokenizer.model, "_resize_cache"):
-        tokenizer.model._resize_cache(CACHED_WORDS)
-    return tokenizer
-
-
 _encoding: Encoding
 
 
-def _begin(tokenizer: str, end: int, dtype: str) -> None:
+def _begin(tokenizer: str, *rest: Any) -> None:
     global _encoding
-    _encoding = Encoding(Path(tokenizer).read_text(encoding="utf-8"), end, dtype)
-    _loaded(_encoding.tokenizer)
+    _encoding = Encoding(Path(tokenizer).read_text(encoding="utf-8"), *rest)
+    ids_of([""], _encoding.tokenizer, _encoding.fast)  # loads it
 
 
 def _encode_here(lines: bytes) -> Encoded:

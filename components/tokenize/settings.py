@@ -27,7 +27,7 @@ class TokenizeSettings:
     """For `train`: text to learn from at the most; documents stand in the order of their hash, so
     the first ones are a fair sample."""
     processes: Annotated[int, Field(ge=0)] = 0
-    """Processes that tokenize, one thread each; 0: one a core. It never changes the result."""
+    """Cores that tokenize; 0: all that there are. It never changes the result."""
     engine: Literal["local", "ray"] = "local"
     """Processes of this machine, or Ray Data: the shards of the corpus spread over a cluster. It
     never changes the result either."""

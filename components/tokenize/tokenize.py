@@ -1,6 +1,8 @@
 """The step `tokenize`: a corpus in, token shards with document offsets out."""
 
 import itertools
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,13 +45,17 @@ def tokenize(settings: TokenizeSettings, *, corpus: Path, tokens: Path) -> dict[
     changes a byte, and memory does not grow with the corpus. Raises `UserError` if the corpus or
     the tokenizer cannot be read.
     """
-    from nudge.components.common.corpus import SPLITS, read_corpus
+    from nudge.components.common.corpus import SPLITS, read_corpus, read_documents
     from nudge.components.common.end_of_document import end_of_document_id
+    from nudge.components.common.processes import usable_cores
     from nudge.components.common.progress import progress
     from nudge.components.common.tokens import FORMAT, VERSION, token_dtype
     from nudge.components.tokenize.encode import Encoding
+    from nudge.components.tokenize.ids import why_not_fast
 
     source = read_corpus(corpus)
+    # Read once, when the first text is tokenized.
+    os.environ["RAYON_NUM_THREADS"] = str(settings.processes or usable_cores())
     with (
         published(tokens) as part,
         progress("tokenize", total=source["documents"], unit="documents") as bar,
@@ -63,8 +69,11 @@ def tokenize(settings: TokenizeSettings, *, corpus: Path, tokens: Path) -> dict[
             for split in SPLITS
             for number, shard in enumerate(source["splits"][split]["shards"])
         ]  # fmt: skip
+        why_not = why_not_fast(text, (one.text for one in read_documents(corpus, "train")))
+        if why_not:
+            print(f"tokenize: slower, without fastokens: {why_not}", file=sys.stderr, flush=True)
         bar.note(stage="tokenizing")
-        _write(settings, shards, Encoding(text, end, dtype.str), bar)
+        _write(settings, shards, Encoding(text, end, dtype.str, why_not is None), bar)
         made = {split: [_entry(one) for one in shards if one.split == split] for split in SPLITS}
         splits = {
             split: {
@@ -126,6 +135,8 @@ def _write(settings: TokenizeSettings, shards: list[Shard], encoding: "Encoding"
 
         write_on_ray(shards, encoding, settings.ray_address, processes, bar)
         return
+    if encoding.fast:  # threads of this process do it before others would have started
+        processes = 1
     # A process starts in about the time that four blocks take.
     worth = sum(shard.bytes for shard in shards) // (4 * BLOCK_BYTES)
     _write_here(shards, encoding, max(1, min(processes, worth)), bar)

@@ -11,6 +11,7 @@ from nudge.components.common.corpus import read_documents
 from nudge.components.common.errors import UserError
 from nudge.components.common.publish import sha256_tree
 from nudge.components.common.tokens import TokenReader, read_tokens_manifest
+from nudge.components.tokenize import ids
 from nudge.components.tokenize.encode import WAITING, Encoding, encode, encode_all
 from nudge.components.tokenize.settings import TokenizeSettings
 from nudge.components.tokenize.tokenize import tokenize
@@ -46,8 +47,12 @@ def test_each_document_has_the_ids_of_its_tokenizer_and_one_end(
         assert split["tokens"] == sum(shard["tokens"] for shard in split["shards"])
 
 
-def test_no_byte_depends_on_the_number_of_processes(run: Run) -> None:
-    made = {sha256_tree(run(f"tokens-{count}", processes=count)) for count in (1, 2, 3)}
+def test_no_byte_depends_on_the_library_or_the_number_of_processes(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {sha256_tree(run("fast"))}
+    monkeypatch.setattr(ids, "why_not_fast", lambda *given: "not in this test")
+    made |= {sha256_tree(run(f"tokens-{count}", processes=count)) for count in (1, 2, 3)}
     assert len(made) == 1
 
 
@@ -87,8 +92,9 @@ def test_a_killed_process_is_told_and_the_others_end(encoding: Encoding) -> None
 
 
 def test_what_fails_in_a_process_fails_the_step_and_leaves_nothing(
-    run: Run, corpus: Path, tmp_path: Path
+    run: Run, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(ids, "why_not_fast", lambda *given: "not in this test")
     shard = sorted(corpus.glob("train-*.zst"))[2]
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match=f"{shard.name} is damaged"):
@@ -97,12 +103,14 @@ def test_what_fails_in_a_process_fails_the_step_and_leaves_nothing(
     assert list(tmp_path.glob(".tokens*")) == []
 
 
-def test_an_id_that_the_dtype_cannot_hold_is_never_written(encoding: Encoding) -> None:
-    with pytest.raises(OverflowError):
-        encode(block(1), Encoding(encoding.tokenizer, 1 << 16, "<u2"))
+@pytest.mark.parametrize("fast", [True, False])
+def test_an_id_that_the_dtype_cannot_hold_is_never_written(encoding: Encoding, fast: bool) -> None:
+    with pytest.raises(OverflowError, match="the id 65536 does not fit into uint16"):
+        encode(block(1), Encoding(encoding.tokenizer, 1 << 16, "<u2", fast))
 
 
-def test_a_truncating_and_padding_tokenizer_does_neither(encoding: Encoding) -> None:
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_truncating_and_padding_tokenizer_does_neither(encoding: Encoding, fast: bool) -> None:
     values = json.loads(encoding.tokenizer)
     values["truncation"] = {
         "direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0,
@@ -111,7 +119,7 @@ def test_a_truncating_and_padding_tokenizer_does_neither(encoding: Encoding) -> 
         "strategy": {"Fixed": 500}, "direction": "Right", "pad_to_multiple_of": None,
         "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>",
     }  # fmt: skip
-    changed = Encoding(json.dumps(values), 0, "<u2")
+    changed = Encoding(json.dumps(values), 0, "<u2", fast)
     assert encode(block(4), changed).ids == encode(block(4), encoding).ids
 
 

@@ -1,0 +1,176 @@
+"""The fast library gives the very ids of Hugging Face's tokenizers, or is not used."""
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+import pytest
+from nudge.components.common.publish import sha256_tree
+from nudge.components.tokenize import ids
+from nudge.components.tokenize.ids import ids_of, why_not_fast
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+Run = Callable[..., Path]
+
+TEXTS = [
+    *sorted(topics.values())[:40],
+    "Ünïcödé naïve café 北京 東京 안녕하세요 привет мир مرحبا " * 20,
+]
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<unk>"]
+
+
+def bpe(
+    before: Any, normalizer: Any = None, alphabet: bool = True, merges: int = 2000, **given: Any
+) -> str:
+    """A tokenizer.json of a BPE trained on `TEXTS`."""
+    made = Tokenizer(models.BPE(**given))
+    made.pre_tokenizer = before
+    if normalizer is not None:
+        made.normalizer = normalizer
+    first = pre_tokenizers.ByteLevel.alphabet() if alphabet else []
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)] if given.get("byte_fallback") else []
+    trainer = trainers.BpeTrainer(
+        vocab_size=merges, special_tokens=SPECIAL + bytes_, initial_alphabet=first,
+        show_progress=False,
+    )  # fmt: skip
+    made.train_from_iterator(TEXTS, trainer)
+    return made.to_str()
+
+
+def split(pattern: str) -> Any:
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), level])
+
+
+KINDS: dict[str, Callable[[], str]] = {
+    "GPT-2": lambda: bpe(pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "GPT-2 with a space before": lambda: bpe(pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "SmolLM2, without every byte": lambda: bpe(
+        pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        ),
+        alphabet=False,
+    ),
+    "Llama 3": lambda: bpe(split(LLAMA_3), ignore_merges=True),
+    "Qwen": lambda: bpe(split(LLAMA_3.replace("{1,3}", "")), normalizers.NFC()),
+    "Gemma": lambda: bpe(
+        pre_tokenizers.Split(" ", "merged_with_previous"),
+        normalizers.Replace(" ", "▁"),
+        alphabet=False, byte_fallback=True, unk_token="<unk>", fuse_unk=True,
+    ),
+}  # fmt: skip
+
+PIECES = [
+    " ", "  ", "\n", "\n\n", "\t", "\r\n", "'s", "'LL", "don't", " 123", "12345678", *SPECIAL,
+    "3.14", "▁", "\u0085", "\u2028", "\u200b", "\u00a0", " \u3000", "ſ", "'ſр", "\u212a", "İ", "ß",
+    "ǅ", "e\u0301", "\u1e9b\u0323", "ﬁ", "Å", "٣٤", "²", "Ⅷ", "👨‍👩‍👧‍👦", "🇫🇷",
+    "a" * 50, " " * 40, "=====", "<0x0A>", "__init__", "\x00", "\x06", "\ufffd",
+]  # fmt: skip
+SCRIPTS = [
+    (32, 126), (0, 31), (0xA0, 0x24F), (0x300, 0x36F), (0x370, 0x5FF), (0x600, 0x6FF),
+    (0xE00, 0xE7F), (0x1100, 0x11FF), (0x2000, 0x206F), (0x20A0, 0x2BFF), (0x3000, 0x30FF),
+    (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0xFE00, 0xFE0F), (0x1F000, 0x1FAFF), (0x1D400, 0x1D7FF),
+    (0xFF00, 0xFFEF), (0xE0000, 0xE007F),
+]  # fmt: skip
+
+
+def hostile(drawn: random.Random) -> str:
+    """A text of what tokenizers stumble over, and of prose cut anywhere."""
+    made = []
+    for _ in range(drawn.randint(0, 40)):
+        kind = drawn.random()
+        if kind < 0.4:
+            made.append(drawn.choice(PIECES))
+        elif kind < 0.5:
+            text = drawn.choice(TEXTS)
+            at = drawn.randrange(len(text))
+            made.append(text[at : at + drawn.randint(1, 80)])
+        else:
+            first, last = drawn.choice(SCRIPTS)
+            made += [chr(drawn.randint(first, last)) for _ in range(drawn.randint(1, 8))]
+    return "".join(made)
+
+
+def same(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
+    return [each.tolist() for each in one] == [each.tolist() for each in other]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hostile_texts_have_the_same_ids(kind: str) -> None:
+    tokenizer = KINDS[kind]()
+    assert why_not_fast(tokenizer, TEXTS) is None
+    drawn = random.Random(kind)
+    for _ in range(60):
+        texts = [hostile(drawn) for _ in range(20)]
+        if same(ids_of(texts, tokenizer, True), ids_of(texts, tokenizer, False)):
+            continue
+        for text in texts:
+            assert same(ids_of([text], tokenizer, True), ids_of([text], tokenizer, False)), text
+    long = ["x" * 50_000, " " * 50_000, "x y " * 20_000, "北京" * 5000]
+    assert same(ids_of(long, tokenizer, True), ids_of(long, tokenizer, False))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_minute_of_hostile_texts_have_the_same_ids(kind: str) -> None:
+    tokenizer, drawn = KINDS[kind](), random.Random()
+    until = time.monotonic() + 60 / len(KINDS)
+    while time.monotonic() < until:
+        text = hostile(drawn)
+        assert same(ids_of([text], tokenizer, True), ids_of([text], tokenizer, False)), text
+
+
+def unigram() -> str:
+    made = Tokenizer(models.Unigram())
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.normalizer = normalizers.NFKC()
+    made.train_from_iterator(
+        TEXTS,
+        trainers.UnigramTrainer(
+            vocab_size=800, unk_token="<unk>", special_tokens=SPECIAL, show_progress=False
+        ),
+    )
+    return made.to_str()
+
+
+def test_a_kind_that_it_refuses_is_left_to_tokenizers(
+    run: Run, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = unigram()
+    why = why_not_fast(tokenizer, TEXTS)
+    assert why is not None
+    assert "unsupported" in why
+    model = tmp_path / "unigram"
+    model.mkdir()
+    for path in tiny_model.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    (model / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    told = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(told))
+    made = {run(f"tokens-{n}", base_model=str(model), processes=n) for n in (1, 2)}
+    assert len({sha256_tree(folder) for folder in made}) == 1
+    assert "tokenize: slower, without fastokens: " in capsys.readouterr().err
+
+
+def test_ids_that_differ_are_found_and_not_used(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = sha256_tree(run("right"))
+    assert "slower" not in capsys.readouterr().err
+    quickly = ids._quickly
+
+    def wrong(texts: list[str], tokenizer: str) -> Iterator[np.ndarray] | list[np.ndarray]:
+        return [found[::-1] for found in quickly(texts, tokenizer)]
+
+    monkeypatch.setattr(ids, "_quickly", wrong)
+    assert sha256_tree(run("checked")) == wanted
+    assert "differ from those of Hugging Face's tokenizers" in capsys.readouterr().err
