@@ -6,6 +6,7 @@ takes a tokenizer is that both libraries give the same ids here (`why_not_fast`)
 """
 
 import functools
+import itertools
 import os
 from collections.abc import Iterable
 
@@ -61,7 +62,7 @@ def why_not_fast(tokenizer: str, texts: Iterable[str]) -> str | None:
     except ValueError as error:
         return f"{error}"
     seen = 0
-    for text in (*HARD, *texts):
+    for text in itertools.chain(HARD, texts):
         if not np.array_equal(ids_of([text], tokenizer, True)[0], _exactly(text, tokenizer)):
             return f"its ids of {text[:40]!r} differ from those of Hugging Face's tokenizers"
         seen += len(text)

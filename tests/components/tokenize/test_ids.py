@@ -174,3 +174,12 @@ def test_ids_that_differ_are_found_and_not_used(
     monkeypatch.setattr(ids, "_quickly", wrong)
     assert sha256_tree(run("checked")) == wanted
     assert "differ from those of Hugging Face's tokenizers" in capsys.readouterr().err
+
+
+def test_of_the_corpus_only_the_first_texts_are_compared() -> None:
+    def texts() -> Iterator[str]:
+        for number in range(1000):
+            assert number < 8, "it read on"
+            yield "word " * 10_000
+
+    assert why_not_fast(KINDS["GPT-2"](), texts()) is None
