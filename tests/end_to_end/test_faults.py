@@ -1,5 +1,6 @@
 """`nudge run` when it is not promoted, killed, doubled or given what is no language model."""
 
+import functools
 import json
 import os
 import shlex
@@ -37,6 +38,8 @@ class Place:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # A shell's background jobs ignore it, and hand that on.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, *arguments: str, status: int = 0) -> dict[str, Any]:
@@ -56,9 +59,14 @@ class Place:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Place]:
     place = Place(tmp_path_factory.mktemp("faults"), tiny_model)
-    yield place
     environment = {**os.environ, "NUDGE_HOME": str(place.home)}
-    subprocess.run([NUDGE, "services", "down"], env=environment, check=True, capture_output=True)
+
+    def services(what: str) -> None:
+        subprocess.run([NUDGE, "services", what], env=environment, check=True, capture_output=True)
+
+    services("up")  # else they would belong to the first run, and outlive it
+    yield place
+    services("down")
 
 
 @pytest.fixture(scope="module")
