@@ -2,6 +2,7 @@
 
 import torch
 from nudge.kernels import native
+from nudge.kernels.cpu_products import onednn_is_faster
 
 
 def main() -> None:
@@ -15,7 +16,8 @@ def main() -> None:
             print(f"{name:<10} {value[:60]}")
     for device in range(max(torch.cuda.device_count(), 1)):
         print(f"cuda:{device}     {native.why_not(device) or 'the kernel runs here'}")
-    print("cpu        chunked torch operations; needs no library")
+    products = "oneDNN" if onednn_is_faster() else "torch's own choice"
+    print(f"cpu        chunked torch operations, float32 products by {products}; needs no library")
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ def tokenize(settings: TokenizeSettings, *, corpus: Path, tokens: Path) -> dict[
     from nudge.components.tokenize.ids import why_not_fast
 
     source = read_corpus(corpus)
-    # Read once, when the first text is tokenized.
-    os.environ["RAYON_NUM_THREADS"] = str(settings.processes or usable_cores())
+    if settings.engine == "local":  # read once, when the first text is tokenized
+        os.environ["RAYON_NUM_THREADS"] = str(settings.processes or usable_cores())
     with (
         published(tokens) as part,
         progress("tokenize", total=source["documents"], unit="documents") as bar,
