@@ -64,7 +64,7 @@ def why_not_fast(tokenizer: str, texts: Iterable[str]) -> str | None:
     seen = 0
     for text in itertools.chain(HARD, texts):
         if not np.array_equal(ids_of([text], tokenizer, True)[0], _exactly(text, tokenizer)):
-            return f"its ids of {text[:40]!r} differ from those of Hugging Face's tokenizers"
+            return "its ids of a text differ from those of Hugging Face's tokenizers"
         seen += len(text)
         if seen > SAMPLE_CHARACTERS:
             break
@@ -87,8 +87,8 @@ def ids_of(texts: list[str], tokenizer: str, fast: bool) -> list[np.ndarray]:
 
 def _quickly(texts: list[str], tokenizer: str) -> list[np.ndarray]:
     ids, offsets = _fast(tokenizer).encode_batch_flat(texts, add_special_tokens=False)
-    ends = np.frombuffer(offsets, "<u8").astype(np.int64)
-    return np.split(np.frombuffer(ids, "<u4"), ends[1:-1])
+    flat, ends = np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<u8").tolist()
+    return [flat[first:last] for first, last in itertools.pairwise(ends)]
 
 
 def _one(text: str, tokenizer: str) -> np.ndarray:
