@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 @functools.cache
 def onednn_is_faster() -> bool:
     """Whether this torch has both libraries and this CPU an AVX-512 that MKL does not use."""
-    name = str(torch.cpu.get_capabilities().get("cpu_name", ""))
+    name = str(torch.cpu.get_capabilities().get("cpu_name", "Intel"))
     return (
         torch.backends.cpu.get_cpu_capability() == "AVX512"  # what ATEN_CPU_CAPABILITY leaves
         and "Intel" not in name
@@ -31,12 +31,12 @@ def onednn_is_faster() -> bool:
 def takes(*values: Tensor) -> bool:
     """Whether `product` is the faster way for these: plain matrices of float32 on the CPU."""
     return (
-        onednn_is_faster()
-        and bool(torch.backends.mkldnn.enabled)
-        and all(
+        all(
             value.device.type == "cpu" and value.dtype == torch.float32 and value.numel() > 0
             for value in values
         )
+        and onednn_is_faster()
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 
