@@ -18,8 +18,8 @@ CACHED_WORDS = 1 << 17
 """Words whose tokens a process remembers; the library's own 10,000 are full after a few MB of text,
 and none gives way."""
 FOLDED = ("\u017f", "\u212a")
-"""The long s and the kelvin sign, which a pattern that ignores case takes for ASCII letters: the two
-libraries split the first differently after an apostrophe. A text with either goes to tokenizers."""
+"""The long s and the kelvin sign, which a pattern that ignores case takes for ASCII letters: the
+two libraries split the first differently after an apostrophe. Either goes to tokenizers."""
 SAMPLE_CHARACTERS = 1 << 18
 HARD = (
     "", " ", "  a\t b\n\n c\r\n\r\n  d   ", "I'm we'LL they'd it's O'Neil 's 'S", "x" * 999,
