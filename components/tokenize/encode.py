@@ -9,12 +9,12 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from nudge.components.common import workers
 from nudge.components.common.errors import UserError
-from nudge.components.tokenize.ids import ids_of
+from nudge.components.tokenize.ids import exact, ids_of
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ WAITING = 3
 @dataclass(frozen=True)
 class Encoding:
     """How text becomes ids: a ``tokenizer.json``, the id that ends a document, the ids' dtype, and
-    whether the fast library does it, with the same ids."""
+    whether fastokens does it (`nudge.components.tokenize.ids`)."""
 
     tokenizer: str
     end: int
@@ -50,12 +50,12 @@ def encode(lines: bytes, encoding: Encoding) -> Encoded:
     """
     texts = [json.loads(line)["text"] for line in lines.splitlines()]
     found = ids_of(texts, encoding.tokenizer, encoding.fast)
-    end = np.array([encoding.end], np.uint32)
-    ids = np.concatenate([part for ids in found for part in (ids, end)] or [end[:0]])
-    dtype = np.dtype(encoding.dtype)
-    if len(ids) and ids.max() > np.iinfo(dtype).max:
+    end, dtype = np.array([encoding.end], np.uint32), np.dtype(encoding.dtype)
+    ids = np.concatenate([part for document in found for part in (document, end)])
+    if ids.max() > np.iinfo(dtype).max:
         raise OverflowError(f"the id {ids.max()} does not fit into {dtype.name}")
-    return Encoded(ids.astype(dtype).tobytes(), np.array([len(ids) + 1 for ids in found], np.int64))
+    lengths = np.array([len(document) + 1 for document in found], np.int64)
+    return Encoded(ids.astype(dtype).tobytes(), lengths)
 
 
 def encode_all(
@@ -63,10 +63,11 @@ def encode_all(
 ) -> Iterator[tuple[T, Encoded]]:
     """Each block with its mark, encoded, in the order in which they come.
 
-    The result does not depend on the number of processes; one works in this process itself. Raises
-    `UserError` if a process is killed.
+    The result does not depend on the number of processes; one works in this process itself, and
+    fastokens in its threads, before processes would have started. Raises `UserError` if a process
+    is killed.
     """
-    if processes == 1:
+    if processes == 1 or encoding.fast:
         yield from ((mark, encode(lines, encoding)) for mark, lines in blocks)
         return
     waiting: collections.deque[tuple[T, Future[Encoded]]] = collections.deque()
@@ -74,8 +75,7 @@ def encode_all(
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         file.write(encoding.tokenizer.encode())
         file.flush()
-        begin = (file.name, encoding.end, encoding.dtype, encoding.fast)
-        pool = workers.spawned(processes, _begin, *begin)
+        pool = workers.spawned(processes, _begin, file.name, encoding.end, encoding.dtype)
         try:
             for mark, lines in blocks:
                 waiting.append((mark, pool.submit(_encode_here, lines)))
@@ -96,10 +96,10 @@ def encode_all(
 _encoding: Encoding
 
 
-def _begin(tokenizer: str, *rest: Any) -> None:
+def _begin(tokenizer: str, end: int, dtype: str) -> None:
     global _encoding
-    _encoding = Encoding(Path(tokenizer).read_text(encoding="utf-8"), *rest)
-    ids_of([""], _encoding.tokenizer, _encoding.fast)  # loads it
+    _encoding = Encoding(Path(tokenizer).read_text(encoding="utf-8"), end, dtype)
+    exact(_encoding.tokenizer)
 
 
 def _encode_here(lines: bytes) -> Encoded:

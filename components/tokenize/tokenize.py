@@ -135,8 +135,6 @@ def _write(settings: TokenizeSettings, shards: list[Shard], encoding: "Encoding"
 
         write_on_ray(shards, encoding, settings.ray_address, processes, bar)
         return
-    if encoding.fast:  # threads of this process do it before others would have started
-        processes = 1
     # A process starts in about the time that four blocks take.
     worth = sum(shard.bytes for shard in shards) // (4 * BLOCK_BYTES)
     _write_here(shards, encoding, max(1, min(processes, worth)), bar)

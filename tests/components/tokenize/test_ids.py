@@ -1,6 +1,5 @@
 """The fast library gives the very ids of Hugging Face's tokenizers, or is not used."""
 
-import json
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -111,10 +110,9 @@ def test_hostile_texts_have_the_same_ids(kind: str) -> None:
     drawn = random.Random(kind)
     for _ in range(60):
         texts = [hostile(drawn) for _ in range(20)]
-        if same(ids_of(texts, tokenizer, True), ids_of(texts, tokenizer, False)):
-            continue
-        for text in texts:
-            assert same(ids_of([text], tokenizer, True), ids_of([text], tokenizer, False)), text
+        quick, wanted = ids_of(texts, tokenizer, True), ids_of(texts, tokenizer, False)
+        for text, one, other in zip(texts, quick, wanted, strict=True):
+            assert one.tolist() == other.tolist(), text
     long = ["x" * 50_000, " " * 50_000, "x y " * 20_000, "北京" * 5000]
     assert same(ids_of(long, tokenizer, True), ids_of(long, tokenizer, False))
 
@@ -154,8 +152,6 @@ def test_a_kind_that_it_refuses_is_left_to_tokenizers(
     for path in tiny_model.iterdir():
         (model / path.name).write_bytes(path.read_bytes())
     (model / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-    told = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").write_text(json.dumps(told))
     made = {run(f"tokens-{n}", base_model=str(model), processes=n) for n in (1, 2)}
     assert len({sha256_tree(folder) for folder in made}) == 1
     assert "tokenize: slower, without fastokens: " in capsys.readouterr().err
@@ -168,7 +164,7 @@ def test_ids_that_differ_are_found_and_not_used(
     assert "slower" not in capsys.readouterr().err
     quickly = ids._quickly
 
-    def wrong(texts: list[str], tokenizer: str) -> Iterator[np.ndarray] | list[np.ndarray]:
+    def wrong(texts: list[str], tokenizer: str) -> list[np.ndarray]:
         return [found[::-1] for found in quickly(texts, tokenizer)]
 
     monkeypatch.setattr(ids, "_quickly", wrong)
