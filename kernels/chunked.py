@@ -191,7 +191,6 @@ def _chunks(
     buffer = hidden.new_empty(size, row_stride(vocabulary, held.itemsize), dtype=held)
     # A temporary of the weight in another dtype is of one block only.
     blocks = list(_blocks(weight, whole=hidden.is_cuda or held.itemsize < 4))
-    by_onednn = cpu_products.takes(buffer)
 
     def products() -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Of each chunk its rows, their part of hidden and, in the buffer, their logits."""
@@ -200,11 +199,7 @@ def _chunks(
             part = hidden[rows].to(held)
             logits = buffer[: len(part), :vocabulary]
             for block in blocks:
-                factor = table[block].to(held).T
-                if by_onednn:
-                    logits[:, block] = cpu_products.product(part, factor)
-                else:
-                    torch.mm(part, factor, out=logits[:, block])
+                cpu_products.mm(part, table[block].to(held).T, out=logits[:, block])
             yield rows, part, logits
 
     # The first is launched before anything small, so that a GPU is at work meanwhile.
@@ -235,7 +230,8 @@ def _chunks(
     if wanted.bias:
         d_bias = hidden.new_zeros(vocabulary, dtype=exact)
 
-    of_hidden = blocks if table.dtype != held or by_onednn else [slice(0, vocabulary)]
+    in_blocks = table.dtype != held or cpu_products.takes(buffer)
+    of_hidden = blocks if in_blocks else [slice(0, vocabulary)]
     for rows, part, logits in itertools.chain(begun, following):
         loss_and_gradient(
             logits, targets[rows], class_weight, bias, scale[rows], options, losses[rows],

@@ -1,9 +1,10 @@
 """Matrix products in float32 on a CPU, by oneDNN where MKL leaves half of the vector unit idle.
 
-A torch for x86 multiplies float32 matrices with MKL, which on CPUs that Intel did not make keeps to
-AVX2. The oneDNN in the same torch asks the CPU and uses AVX-512: on a Zen 5 its products take half
-the time (kernels/NOTES.md). Sums are taken in another order, so digits differ in the last places;
-the choice depends on the machine alone, so that a run repeats itself bit for bit.
+A torch for x86 multiplies float32 matrices with MKL, which on CPUs that Intel did not make goes no
+faster than AVX2 can. The oneDNN in the same torch uses AVX-512 wherever the CPU has it: on a Zen 5
+its products take half the time (kernels/NOTES.md). Sums are taken in another order, so digits
+differ in the last places; the choice depends on the machine alone, so that a run repeats itself bit
+for bit.
 """
 
 import functools
@@ -44,6 +45,14 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """left [m, k] @ right [k, n] + bias [n]; `takes` must hold. Autograd does not see it."""
     made: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.T, bias, "none", [], "")
     return made
+
+
+def mm(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out [m, n] = left [m, k] @ right [k, n], on any device; autograd does not see it."""
+    if takes(left, right):
+        out.copy_(product(left, right))
+    else:
+        torch.mm(left, right, out=out)
 
 
 class _Linear(torch.autograd.Function):

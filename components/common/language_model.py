@@ -41,8 +41,9 @@ def load_model(folder: Path) -> Any:
 def speed_up_products(model: nn.Module) -> None:
     """Let the linear layers of a model on a CPU multiply by the faster of torch's two libraries."""
     layers: list[Any] = [module for module in model.modules() if type(module) is nn.Linear]
-    for layer in layers if onednn_is_faster() else ():
-        layer.forward = types.MethodType(_linear, layer)
+    for layer in layers:
+        if layer.weight.device.type == "cpu" and onednn_is_faster():
+            layer.forward = types.MethodType(_linear, layer)
 
 
 def _linear(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:

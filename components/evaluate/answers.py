@@ -54,8 +54,7 @@ def ask(
             first = first_token_id(tokenizer, settings.first_token)
             bar.note(stage=f"loading {name}")
             model = load_model(folder).to(device, getattr(torch, settings.precision))
-            if device.type == "cpu":
-                speed_up_products(model)
+            speed_up_products(model)
             scores = {}
             for of_set, each in texts.items():
                 bar.note(stage=f"scoring {name}, {of_set}")

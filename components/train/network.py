@@ -56,11 +56,11 @@ class Network:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         elif not settings.compile:  # the compiler chooses what to keep
             keep_less(model)
-        if self.ranks.device.type == "cpu" and not settings.compile:
-            speed_up_products(model)
         if settings.compile:
             for layer in self._layers():
                 layer.compile()
+        else:
+            speed_up_products(model)
         self._module: Any = _NextToken(model)
         self._ddp: Any = None
         if self.sharded:

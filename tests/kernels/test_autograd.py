@@ -275,7 +275,8 @@ def test_chunks_and_blocks_do_not_change_what_comes_out(
         fused_linear_cross_entropy, {**chosen, "chunk_rows": 7, "accum_dtype": accum_dtype}
     )
     for mine, wanted in zip(parts, whole, strict=True):
-        tolerance = 16 * torch.finfo(dtype).eps
+        # Of float32 torch 2.11's oneDNN needs five: its sums depend on the shape of the block.
+        tolerance = (8 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
         torch.testing.assert_close(
             mine, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item()
         )

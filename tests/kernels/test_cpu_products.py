@@ -46,10 +46,10 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def both(made: list[Tensor], wanted: list[Tensor], dtype: torch.dtype = torch.float32) -> None:
+def both(made: list[Tensor], wanted: list[Tensor]) -> None:
     assert len(made) == len(wanted)
     for one, other in zip(made, wanted, strict=True):
-        assert one.dtype == dtype
+        assert one.dtype == torch.float32
         assert one.shape == other.shape
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 
@@ -67,8 +67,7 @@ def test_value_and_gradients_are_those_of_float64(rows: tuple[int, ...], biased:
 
 def test_views_and_frozen_parts() -> None:
     torch.manual_seed(0)
-    x, weight = draw(9, 8, 5).transpose(0, 1), draw(11, 6).T  # neither is contiguous
-    x = torch.cat([x, x[..., :6]], -1)[..., :6].transpose(0, 1)
+    x, weight = draw(9, 8, 7)[..., :6].transpose(0, 1), draw(11, 6).T  # neither is contiguous
     wanted = nn.functional.linear(x, weight.T)
     made = cpu_products.linear(x.float(), weight.float().T)
     both([made], [wanted])
