@@ -73,6 +73,8 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
                     break
             except httpx.TransportError:
                 time.sleep(1)
+        else:
+            pytest.fail(f"vLLM was not there in time: {log.read_text()[-3000:]}")
         yield Server(address)
     finally:
         process.terminate()
