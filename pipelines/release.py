@@ -18,7 +18,7 @@ RECIPE = click.option(
 TARGET = click.option(
     "--target",
     type=click.Choice(["local", "kserve"]),
-    help="This machine, or the cluster; default: as the recipe says, else this machine.",
+    help="This machine, or the cluster; default: as the recipe says, else where it is served.",
 )
 
 

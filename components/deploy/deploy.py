@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from nudge.components.common.errors import UserError
+from nudge.components.common.releases import Served
 from nudge.components.common.step import step
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.traffic import Target, shift
@@ -50,12 +51,14 @@ def serve(settings: DeploySettings, model: str, shares: dict[str, int]) -> dict[
     """Shift a model's traffic to ``shares`` (percent by version); what `deploy` returns."""
     from nudge.components.common.progress import progress
     from nudge.components.common.registry import registry_url, with_registry
+    from nudge.components.common.releases import find_served
 
     url = registry_url(settings.registry_url)
+    target = _target(settings, with_registry(url, find_served(model)))
     stages = 2 * len([share for share in shares.values() if share]) + 2
     with progress("deploy", total=stages, unit="stages") as bar:
         served, answers = shift(
-            _target(settings),
+            target,
             lambda work: with_registry(url, work),
             settings,
             model,
@@ -72,8 +75,8 @@ def serve(settings: DeploySettings, model: str, shares: dict[str, int]) -> dict[
     }
 
 
-def _target(settings: DeploySettings) -> Target:
-    if settings.target == "kserve":
+def _target(settings: DeploySettings, served: Served | None) -> Target:
+    if _place(settings, served) == "kserve":
         from nudge.components.common.kube import connect
         from nudge.components.deploy.kserve import KServe
 
@@ -86,3 +89,22 @@ def _target(settings: DeploySettings) -> Target:
     from nudge.components.deploy.local_serving import LocalServing
 
     return LocalServing(nudge_home(), settings)
+
+
+def _place(settings: DeploySettings, served: Served | None) -> str:
+    """``local`` or ``kserve``; raises `UserError` where this machine would serve what it cannot."""
+    in_pod = "KFP_POD_NAME" in os.environ  # of every step of a pipeline on a cluster
+    elsewhere = served is not None and not served.endpoint.startswith("http://127.0.0.1:")
+    if settings.target == "auto":
+        return "kserve" if in_pod or elsewhere else "local"
+    if settings.target == "local" and in_pod:
+        raise UserError(
+            "deploy.target is local, but a server that a step starts on a cluster ends with the "
+            "step's pod; set it to kserve, or leave it out"
+        )
+    if settings.target == "local" and served and elsewhere:
+        raise UserError(
+            f"{served.model} is served at {served.endpoint}, which is not this machine: its users "
+            "would stay there while the registry says otherwise; give the target kserve, or none"
+        )
+    return settings.target

@@ -65,8 +65,9 @@ class KServe:
 
 @settings
 class DeploySettings:
-    target: Literal["local", "kserve"] = "local"
-    """This machine, or the cluster (KServe, as on OpenShift AI)."""
+    target: Literal["auto", "local", "kserve"] = "auto"
+    """This machine, or the cluster (KServe, as on OpenShift AI). "auto" is the cluster for a step
+    of a pipeline that runs on one, and for a model that is served there; else this machine."""
     registry_url: str = ""
     """Empty means NUDGE_REGISTRY_URL."""
     registry_name: str = "model-registry"

@@ -289,8 +289,11 @@ def test_the_commands_act_on_the_cluster(
     assert "v2 90 %, v3 10 %" in nudge("split", "v2=90", "v3=10", "--target", "kserve")
     assert cluster.weights() == {"v2": 90, "v3": 10}
     assert "v2 100 %" in nudge("rollback", "--target", "kserve")
-    assert "v1 100 %" in nudge("rollback", "--target", "kserve")
+    assert "v1 100 %" in nudge("rollback")  # where it is served
     assert cluster.up() == {"v1"}
+    done = CliRunner().invoke(main, ["promote", "v2", "--model", model, "--target", "local"])
+    assert (done.exit_code, "which is not this machine" in done.output) == (2, True)
+    assert cluster.weights() == {"v1": 100}
     monkeypatch.delenv("NUDGE_REGISTRY_URL")
     done = CliRunner().invoke(main, ["promote", "v1", "--target", "kserve"])
     assert (done.exit_code, "no model registry is known" in done.output) == (2, True)
