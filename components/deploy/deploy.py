@@ -36,8 +36,11 @@ def rollback(
         served = with_registry(registry_url(settings.registry_url), find_served(registered_model))
         if served is None:
             raise UserError(f"nothing is served of {registered_model}, so nothing can be undone")
-        # Of a split the main version stays; a version with all the traffic gives way.
-        back = served.main if len(served.shares) > 1 else served.before
+        live = _target(settings, served).live(registered_model)
+        # What a shift moved that could not tell the registry is undone first. Of a split the main
+        # version stays; a version with all the traffic gives way.
+        untold = bool(live) and live != set(served.shares)
+        back = served.main if untold or len(served.shares) > 1 else served.before
         if back is None:
             raise UserError(
                 f"{registered_model} {served.main} is the first version that was served; "

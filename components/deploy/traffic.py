@@ -63,7 +63,8 @@ def shift(
     ``shares`` is percent by version and adds up to 100; ``registry`` runs work of
     `nudge.components.common.releases`. Returns what is served now and each version's smoke answer.
     Raises `UserError`; what was served before is then still served (or again, where it had to make
-    room), and a version that does not pass is taken away again.
+    room), and a version that does not pass is taken away again. Only where the registry fails once
+    the traffic has moved is the new one served, which the error says.
     """
     wanted = {name: share for name, share in shares.items() if share}
     if sum(wanted.values()) != 100 or any(share < 0 for share in wanted.values()):
@@ -90,6 +91,8 @@ def shift(
                 server = target.bring_up(version)
                 note(f"asking {name}")
                 answers[name] = smoke_test(server, version, settings)
+            # A model takes minutes to start. A registry that is away by now lets nothing move.
+            registry(find_served(model))
         except UserError as error:
             target.retire(model, serving)
             had = dict.fromkeys(live, 100) if len(live) == 1 else before and before.shares
@@ -100,7 +103,14 @@ def shift(
         endpoint = target.move(model, wanted)
         served = Served(model, endpoint, wanted, _history(before, wanted))
         main = versions[served.main]
-        registry(note_served(main, served, target.environment, target.runtime))
+        try:
+            registry(note_served(main, served, target.environment, target.runtime))
+        except UserError as error:
+            told = " and ".join(wanted)
+            raise UserError(
+                f"users of {model} meet {told} now, but the registry could not be told: {error}\n"
+                "run this again to tell it, or `nudge rollback` to go back"
+            ) from None
         note("ending what is not needed")
         target.retire(model, set(wanted))
     return served, answers

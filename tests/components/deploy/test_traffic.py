@@ -10,7 +10,7 @@ from nudge.components.common import processes
 from nudge.components.common.errors import UserError
 from nudge.components.common.registry import with_registry
 from nudge.components.common.releases import Served, Version, find_served, list_versions
-from nudge.components.deploy import traffic
+from nudge.components.deploy import deploy, traffic
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import Server
 from nudge.pipelines.local import services
@@ -213,6 +213,36 @@ def test_a_failed_shift_after_a_killed_one_leaves_the_users_version(shift: Any) 
     with pytest.raises(UserError, match="v3 says nothing"):
         shift(place, v3=100)
     assert "v2" in place.up
+
+
+@pytest.mark.parametrize(("answers", "moved"), [(2, False), (3, True)])
+def test_a_registry_that_goes_away_meanwhile(
+    shift: Any, monkeypatch: pytest.MonkeyPatch, address: str, answers: int, moved: bool
+) -> None:
+    place = Place()
+    shift(place, v1=100)
+    shift(place, v2=100)
+    model, before = shift.served().model, shift.served()
+    left = answers
+
+    def registry(work: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise UserError("the model registry does not answer")
+        return with_registry(address, work)
+
+    said = f"users of {model} meet v1 now, but the registry could not be told" if moved else "^the"
+    with pytest.raises(UserError, match=said):
+        traffic.shift(place, registry, DeploySettings(), model, {"v1": 100})
+    assert place.shares == ({"v1": 100} if moved else {"v2": 100})
+    assert shift.served() == before
+    # The way back leads to what was served before the failure, not to the one before that.
+    monkeypatch.setenv("NUDGE_REGISTRY_URL", address)
+    monkeypatch.setattr(deploy, "_target", lambda settings, served: place)
+    back = deploy.rollback(DeploySettings(), registered_model=model)
+    assert back["version"] == ("v2" if moved else "v1")
+    assert place.shares == {back["version"]: 100}
 
 
 @pytest.mark.parametrize(
