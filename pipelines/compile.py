@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -152,9 +153,9 @@ def _pinned(text: str, pinned: dict[str, str]) -> str:
 def readme(step: Any) -> str:
     """A step's README: its docstring, inputs and outputs."""
     spec = step.component_spec
-    doc = step.python_func.__doc__ or ""
-    what = dict(re.findall(r"^ {8}(\w+): (.*)$", doc, flags=re.MULTILINE))
-    returned = re.search(r"Returns:\n {8}(.*)$", doc, flags=re.MULTILINE)
+    doc = inspect.getdoc(step.python_func) or ""  # Python 3.13 indents it no longer
+    what = dict(re.findall(r"^ {4}(\w+): (.*)$", doc, flags=re.MULTILINE))
+    returned = re.search(r"Returns:\n {4}(.*)$", doc, flags=re.MULTILINE)
 
     def rows(specs: dict[str, Any]) -> list[dict[str, str]]:
         return [

@@ -51,11 +51,11 @@ def test_requirements_are_those_of_pyproject_and_of_the_constraints() -> None:
                 assert version.removesuffix("+cpu") == known[name], (path, name)
     data, train, workbench = pins("data"), pins("train"), pins("workbench")
     assert needed(("data", "release")) <= set(data)
-    apart = {"torch", "nudge-kernels"}
+    apart = {"torch", "nudge-kernels", *pins("torch-cuda")}
     assert needed(("data", "release", "train")) - apart <= set(train)
     more = needed(("data", "release", "train", "pipeline", "local")) | {"jupyterlab"}
     assert more - apart <= {*workbench, *pins("workbench-source")}
-    assert not {"triton", *apart} & {*data, *train, *workbench}
+    assert not apart & {*data, *train, *workbench}
 
 
 def test_what_an_image_has_the_larger_ones_have_too() -> None:
