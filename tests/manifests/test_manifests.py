@@ -14,6 +14,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from nudge.components.common.kube import Kind
+from nudge.components.common.pods import QUEUE
 from nudge.pipelines.cluster.doctor import TO_PROMOTE, TO_SUBMIT
 
 from tests.kubernetes_api import rights
@@ -73,7 +74,7 @@ def test_there_is_an_overlay_for_each_use() -> None:
         *("Namespace", "DataSciencePipelinesApplication", "Secret", "ConfigMap", "ServiceAccount"),
         *("Role", "RoleBinding", "ServingRuntime", "ResourceFlavor", "ClusterQueue", "LocalQueue"),
         *("TrainingRuntime", "Notebook", "ImageStream", "PersistentVolumeClaim", "NetworkPolicy"),
-        *("Pipeline", "PipelineVersion", "BuildConfig", "ServiceMonitor", "PrometheusRule"),
+        *("Pipeline", "PipelineVersion", "BuildConfig", "PrometheusRule"),
     }
 
 
@@ -219,6 +220,51 @@ def test_names_that_belong_together_agree() -> None:
     assert TRAIN_IMAGE in str(runtime)
     queue = found["overlays/gpu", "LocalQueue", "default"]
     assert ("cluster-admin", "ClusterQueue", queue["spec"]["clusterQueue"]) in found
+
+
+def test_a_workbench_asks_for_a_login_on_every_release() -> None:
+    """JupyterLab is told to ask for none. The odh-notebook-controller of OpenShift AI 3 puts its
+    proxy before it by the one annotation, that of OpenShift AI 2 by the other."""
+    for notebook in of_kind("Notebook"):
+        assert "--ServerApp.token=''" in str(notebook["spec"])
+        annotations = notebook["metadata"]["annotations"]
+        assert annotations["notebooks.opendatahub.io/inject-auth"] == "true"
+        assert annotations["notebooks.opendatahub.io/inject-oauth"] == "true"
+
+
+def test_a_workbench_names_its_queue_where_kueue_manages_the_project() -> None:
+    """The webhook /validate-kueue of the operator of OpenShift AI 3.0 to 3.3 refuses it else; Kueue
+    itself sees its pod alone."""
+    managed = set()
+    for folder in OVERLAYS:
+        (namespace,) = [e for e in built(f"overlays/{folder}") if e["kind"] == "Namespace"]
+        (notebook,) = [e for e in built(f"overlays/{folder}") if e["kind"] == "Notebook"]
+        queues = [e for e in built(f"overlays/{folder}") if e["kind"] == "LocalQueue"]
+        queue = notebook["metadata"]["labels"].get(QUEUE)
+        if namespace["metadata"]["labels"].get("kueue.openshift.io/managed") == "true":
+            managed.add(folder)
+            assert queue in [each["metadata"]["name"] for each in queues]
+        else:
+            assert (queue, queues) == (None, [])
+    assert managed == {"gpu", "multi-node", "disconnected"}
+
+
+def test_the_platform_scrapes_what_is_served() -> None:
+    """The odh-model-controller makes a Service and a ServiceMonitor for an InferenceService by the
+    annotations of its runtime; what scrapes by them must come in."""
+    for runtime in of_kind("ServingRuntime"):
+        (container,) = runtime["spec"]["containers"]
+        (port,) = container["ports"]
+        annotations = runtime["spec"]["annotations"]
+        assert annotations["prometheus.io/port"] == str(port["containerPort"])
+        assert annotations["prometheus.io/path"] == "/metrics"
+    for policy in of_kind("NetworkPolicy"):
+        if policy["metadata"]["name"] == "nudge-platform":
+            (rule,) = policy["spec"]["ingress"]
+            (names,) = rule["from"][0]["namespaceSelector"]["matchExpressions"]
+            assert {"openshift-user-workload-monitoring", "redhat-ods-monitoring"} <= set(
+                names["values"]
+            )
 
 
 def test_a_disconnected_cluster_asks_no_registry_outside() -> None:
