@@ -13,6 +13,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from nudge.components.common import provenance
 from nudge.components.common.kube import Kind
 from nudge.components.common.pods import QUEUE
 from nudge.pipelines.cluster.doctor import TO_PROMOTE, TO_SUBMIT
@@ -265,6 +266,18 @@ def test_the_platform_scrapes_what_is_served() -> None:
             assert {"openshift-user-workload-monitoring", "redhat-ods-monitoring"} <= set(
                 names["values"]
             )
+
+
+def test_what_openshift_builds_says_which_code_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its builds give no CODE_VERSION, and what the image has then is not taken for one."""
+    for build in of_kind("BuildConfig"):
+        given = build["spec"]["strategy"]["dockerStrategy"]["buildArgs"]
+        assert "CODE_VERSION" not in {each["name"] for each in given}
+    text = (ROOT.parent / "images" / "Containerfile").read_text()
+    (default,) = re.findall(r"^ARG CODE_VERSION=(.*)$", text, re.MULTILINE)
+    monkeypatch.setenv("NUDGE_CODE_VERSION", default.strip('"'))
+    monkeypatch.setattr(provenance, "ROOT", ROOT)  # no checkout, as in an image
+    assert re.fullmatch(r"0\.1\.0\+src\.[0-9a-f]{12}", provenance.code_version.__wrapped__())
 
 
 def test_a_disconnected_cluster_asks_no_registry_outside() -> None:
