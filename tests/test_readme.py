@@ -165,15 +165,16 @@ def test_what_the_readme_says_of_a_cluster_runs(
                 assert done.exit_code == 0, done.output
             ran.append(words[1])
     assert state.faults == []
-    assert ran == ["compile", "upload", "submit", "upload", "submit", "schedule"]
+    assert ran == ["compile", "upload", "upload", "submit", "upload", "submit", "schedule"]
     builds = yaml.safe_load_all((ROOT / "manifests/base/builds.yaml").read_text())
     outputs = [each["spec"]["output"] for each in builds if each["kind"] == "BuildConfig"]
     made = [each["to"]["name"] for each in outputs]
     for version in state.versions.values():
         inputs = version["pipeline_spec"]["pipeline_spec"]["root"]["inputDefinitions"]
-        for name in ("data_image", "train_image"):
-            image = inputs["parameters"][name]["defaultValue"]
-            assert image.removeprefix(f"{INSIDE}/nudge/") in made
+        images = [each for name, each in inputs["parameters"].items() if name.endswith("_image")]
+        assert images
+        for image in images:
+            assert image["defaultValue"].removeprefix(f"{INSIDE}/nudge/") in made
     run, on_nodes = state.runs.values()
     assert run["runtime_config"]["parameters"]["gpu_count"] == "1"
     assert on_nodes["runtime_config"]["parameters"]["nodes"] == "4"
