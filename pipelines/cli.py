@@ -147,7 +147,7 @@ def compile_(check: bool, into: Path | None, digests: Path | None) -> None:
     """Write the pipelines' YAML, the steps' READMEs, and what a disconnected cluster mirrors.
 
     A pipeline is written twice: for a dashboard's import box, and below kubernetes/ as Pipeline and
-    PipelineVersion resources for `oc apply` (in this repository: manifests/base/pipelines/).
+    PipelineVersion resources for `oc apply` (in this repository: manifests/pipelines/).
     """
     from nudge.pipelines.compile import compiled, stale, write
 

@@ -19,7 +19,7 @@ ROOT = CHECKOUT
 """Where the files are written."""
 
 COMPILED = Path(__file__).parent / "compiled"
-RESOURCES = ROOT / "manifests" / "base" / "pipelines"
+RESOURCES = ROOT / "manifests" / "pipelines"
 
 README = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
     """\

@@ -60,7 +60,17 @@ oc apply -k manifests/overlays/disconnected
 ```
 
 oc-mirror keeps the names below the registry's, which are those that the overlay asks for. The base
-image is needed only to build images inside.
+image is needed only to build images inside. Pipelines that name the mirror's images are compiled,
+and uploaded once the pipelines server is ready:
+
+```
+export NUDGE_DATA_IMAGE={{ data_image }}
+export NUDGE_TRAIN_IMAGE={{ train_image }}
+nudge compile --into build/pipelines
+nudge upload build/pipelines/train_and_serve.yaml
+```
+
+`oc apply -n nudge -f build/pipelines/kubernetes` makes all of them at once instead.
 
 ## Models
 
@@ -106,7 +116,10 @@ def pages(root: Path) -> dict[Path, str]:
     images = needed_images(root)
     packages = pinned_packages(root)
     counts = {image: sum(image in within for within in packages.values()) for image in REQUIREMENTS}
-    page = PAGE.render(images=images, packages=packages, counts=counts, models=base_models())
+    page = PAGE.render(
+        images=images, packages=packages, counts=counts, models=base_models(),
+        data_image=mirrored(DATA_IMAGE), train_image=mirrored(TRAIN_IMAGE),
+    )  # fmt: skip
     return {OVERLAY / "README.md": page, OVERLAY / "imageset.yaml": image_set(list(images))}
 
 
@@ -123,6 +136,11 @@ def image_set(images: list[str]) -> str:
     return head + yaml.safe_dump(values, sort_keys=False)
 
 
+def mirrored(image: str) -> str:
+    """The name of an image in the mirror."""
+    return "YOUR-MIRROR/" + image.partition("/")[2]
+
+
 def needed_images(root: Path) -> dict[str, list[str]]:
     """Every image that the manifests, the pipelines and the builds name, with what names it."""
     found: dict[str, set[str]] = {}
@@ -134,7 +152,7 @@ def needed_images(root: Path) -> dict[str, list[str]]:
     note(TRAIN_IMAGE, "steps of the pipelines")
     note(UploadSettings.base_image, "models that are uploaded as images (upload.base_image)")
     manifests = root / "manifests"
-    made = (root / OVERLAY, manifests / "base" / "pipelines")
+    made = (root / OVERLAY, manifests / "pipelines")
     for path in sorted(manifests.rglob("*.yaml")):
         if path.parent in made or path.name == "kustomization.yaml":
             continue

@@ -1,12 +1,16 @@
 """What the READMEs tell people to type is there: commands, options, files, targets, links."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
+import yaml
 from click.testing import CliRunner
 from nudge.pipelines.cli import main
 from nudge.pipelines.cluster import runs
@@ -23,6 +27,10 @@ OTHERS = {"oc", "cp", "sed", "hf", "aws", "curl", "docker", "podman", "git", "ca
 
 FORM = re.compile(r"[\[\]|]|\b[A-Z_]{4,}\b")
 """What makes a line the form of a command (`nudge run [RECIPE]`) and not one to type."""
+
+
+INSIDE = "image-registry.openshift-image-registry.svc:5000"
+"""OpenShift's own registry, where the result of a build lies under its project's name."""
 
 
 def lines(page: str) -> list[str]:
@@ -125,8 +133,17 @@ def test_links_lead_somewhere() -> None:
                 assert ((ROOT / page).parent / link).exists(), (page, link)
 
 
-def test_what_the_readme_says_of_a_cluster_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own lines, against a server that speaks the pipelines API."""
+def exported(page: str) -> dict[str, str]:
+    """The variables that a page has set."""
+    found = [line.split()[1:] for line in lines(page) if line.startswith("export ")]
+    return dict(each.split("=", 1) for words in found for each in words)
+
+
+def test_what_the_readme_says_of_a_cluster_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its own lines, against a server that speaks the pipelines API; the pipelines name the images
+    that OpenShift's own builds give."""
     state = Pipelines()
     state.story = [{"state": "SUCCEEDED"}]
     monkeypatch.chdir(ROOT)
@@ -136,12 +153,28 @@ def test_what_the_readme_says_of_a_cluster_runs(monkeypatch: pytest.MonkeyPatch)
     with serving(state) as address:
         monkeypatch.setenv("NUDGE_PIPELINES_URL", address)
         for words in typed("README.md"):
-            if words[0] == "nudge" and words[1] in ("upload", "submit", "schedule"):
-                done = CliRunner().invoke(main, words[1:])
+            if words[0] != "nudge" or words[1] not in ("compile", "upload", "submit", "schedule"):
+                continue
+            rest = [word.replace("build/pipelines", str(tmp_path)) for word in words[1:]]
+            if words[1] == "compile":  # in a process of its own, which reads the variables
+                program = str(Path(sys.executable).parent / "nudge")
+                environment = {**os.environ, **exported("README.md")}
+                subprocess.run([program, *rest], env=environment, check=True, capture_output=True)
+            else:
+                done = CliRunner().invoke(main, rest)
                 assert done.exit_code == 0, done.output
-                ran.append(words[1])
+            ran.append(words[1])
     assert state.faults == []
-    assert ran == ["upload", "submit", "upload", "submit", "schedule"]
+    assert ran == ["compile", "upload", "upload", "submit", "upload", "submit", "schedule"]
+    builds = yaml.safe_load_all((ROOT / "manifests/base/builds.yaml").read_text())
+    outputs = [each["spec"]["output"] for each in builds if each["kind"] == "BuildConfig"]
+    made = [each["to"]["name"] for each in outputs]
+    for version in state.versions.values():
+        inputs = version["pipeline_spec"]["pipeline_spec"]["root"]["inputDefinitions"]
+        images = [each for name, each in inputs["parameters"].items() if name.endswith("_image")]
+        assert images
+        for image in images:
+            assert image["defaultValue"].removeprefix(f"{INSIDE}/nudge/") in made
     run, on_nodes = state.runs.values()
     assert run["runtime_config"]["parameters"]["gpu_count"] == "1"
     assert on_nodes["runtime_config"]["parameters"]["nodes"] == "4"

@@ -1,5 +1,5 @@
-"""Pods: what each container of one says of its rights, why one does not run or has ended, and the
-lines of its log as they come."""
+"""Pods: what each container of one says of its rights, the queue that it waits in, why one does not
+run or has ended, and the lines of its log as they come."""
 
 import re
 from collections.abc import Mapping
@@ -16,6 +16,9 @@ RESTRICTED: dict[str, Any] = {
 }
 """The securityContext that a namespace of the level `restricted` asks of a container:
 https://kubernetes.io/docs/concepts/security/pod-security-standards."""
+
+QUEUE = "kueue.x-k8s.io/queue-name"
+"""The label that names the LocalQueue of Kueue which a job, a server or a workbench waits in."""
 
 TAIL_LINES = 20
 STAMPED = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?Z ?(.*)")

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def code_version() -> str:
     """``<version>+<git commit>[.dirty]`` in a checkout, ``<version>+src.<hash>`` elsewhere.
 
-    An image sets NUDGE_CODE_VERSION when it is built, since it has no git history.
+    NUDGE_CODE_VERSION stands before both unless it is empty: an image that `make images` built has
+    it, since there is no git history in it.
     """
     if stamped := os.environ.get("NUDGE_CODE_VERSION"):
         return stamped

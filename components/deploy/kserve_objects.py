@@ -14,7 +14,7 @@ import re
 from typing import Any
 
 from nudge.components.common.errors import UserError
-from nudge.components.common.pods import RESTRICTED
+from nudge.components.common.pods import QUEUE, RESTRICTED
 from nudge.components.common.releases import Version
 from nudge.components.common.storage import split_s3_uri
 from nudge.components.deploy.settings import DeploySettings, KServe
@@ -78,6 +78,8 @@ def inference_service(version: Version, settings: DeploySettings) -> Object:
         "modelregistry.opendatahub.io/model-version-id": version.id,
         "modelregistry.opendatahub.io/name": settings.registry_name,
     }
+    if place.queue:
+        labels[QUEUE] = place.queue
     name = service_name(version.model, version.name)
     served: Object = {
         "modelFormat": {"name": "vLLM"},

@@ -25,6 +25,9 @@ class KServe:
     hardware_profile: str = ""
     """A hardware profile of the dashboard, ``name`` or ``namespace/name``. It stands in the place
     of cpu, memory, gpus, gpu_type, node_selector and tolerations."""
+    queue: str = ""
+    """The LocalQueue of Kueue that the servers wait in. OpenShift AI 3.0 to 3.3 wants one named in
+    a namespace that Kueue manages; elsewhere Kueue puts what names none into ``default``."""
     cpu: str = "4"
     memory: str = "16Gi"
     gpus: Annotated[int, Field(ge=0)] = 1

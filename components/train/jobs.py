@@ -7,9 +7,10 @@ from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
 from nudge.components.common.kube import Kind
+from nudge.components.common.pods import QUEUE
 from nudge.components.train.settings import LaunchSettings
 
-QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
+PRIORITY = "kueue.x-k8s.io/priority-class"
 RUN_LABEL = "nudge/run"
 OWNED_LABEL = {"app.kubernetes.io/managed-by": "nudge"}
 CONNECTION_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_ENDPOINT")

@@ -79,15 +79,23 @@ def upload(server: Server, file: Path) -> Uploaded:
             where = (entry.pipeline_id, version, known.pipeline_version_id)
             return Uploaded(name, *where, fresh=False)
     uploads = server.api("PipelineUploadServiceApi")
-    made = server.change(
-        f"upload {version}",
-        uploads.upload_pipeline_version,
-        str(file),
-        name=version,
-        display_name=version,
-        pipelineid=entry.pipeline_id,
-        description=description,
-    )
+    try:
+        made = server.change(
+            f"upload {version}",
+            uploads.upload_pipeline_version,
+            str(file),
+            name=version,
+            display_name=version,
+            pipelineid=entry.pipeline_id,
+            description=description,
+        )
+    except UserError as error:
+        if getattr(error.__context__, "status", 0) != 409:
+            raise
+        raise UserError(
+            f"{error}. If it still fails then, {version} was applied before the server was ready "
+            f"and is never listed: `oc delete pipelineversion {version}`, and upload again"
+        ) from None
     return Uploaded(name, entry.pipeline_id, version, made.pipeline_version_id, fresh=True)
 
 

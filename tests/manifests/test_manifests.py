@@ -13,7 +13,9 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from nudge.components.common import provenance
 from nudge.components.common.kube import Kind
+from nudge.components.common.pods import QUEUE
 from nudge.pipelines.cluster.doctor import TO_PROMOTE, TO_SUBMIT
 
 from tests.kubernetes_api import rights
@@ -21,7 +23,10 @@ from tests.kubernetes_schemas import definition, problems
 
 ROOT = Path(__file__).parents[2] / "manifests"
 OVERLAYS = sorted(path.name for path in (ROOT / "overlays").iterdir())
-BUILDS = [*(f"overlays/{name}" for name in OVERLAYS), "cluster-admin", "data-connection"]
+BUILDS = [
+    *(f"overlays/{name}" for name in OVERLAYS),
+    *("cluster-admin", "data-connection", "pipelines"),
+]
 KUBERNETES = "1.33"
 
 
@@ -70,7 +75,7 @@ def test_there_is_an_overlay_for_each_use() -> None:
         *("Namespace", "DataSciencePipelinesApplication", "Secret", "ConfigMap", "ServiceAccount"),
         *("Role", "RoleBinding", "ServingRuntime", "ResourceFlavor", "ClusterQueue", "LocalQueue"),
         *("TrainingRuntime", "Notebook", "ImageStream", "PersistentVolumeClaim", "NetworkPolicy"),
-        *("Pipeline", "PipelineVersion", "BuildConfig", "ServiceMonitor", "PrometheusRule"),
+        *("Pipeline", "PipelineVersion", "BuildConfig", "PrometheusRule"),
     }
 
 
@@ -105,8 +110,20 @@ def test_wrong_objects_would_be_noticed() -> None:
 
 def test_every_object_of_an_overlay_lives_in_its_project() -> None:
     for (folder, kind, name), each in objects().items():
-        if folder.startswith("overlays") and kind != "Namespace":
+        if folder.startswith(("overlays", "pipelines")) and kind != "Namespace":
             assert each["metadata"]["namespace"] == "nudge", name
+
+
+def test_pipelines_are_applied_by_themselves() -> None:
+    """The server lists a version by a label of its own webhook's, which is there only once the
+    server is: a version that comes with the server or before it would never be listed
+    (PipelineVersionsWebhook.Default and getK8sPipelineVersions of Kubeflow Pipelines,
+    DSPAReconciler.Reconcile of the data-science-pipelines-operator).
+    """
+    kinds = {"Pipeline", "PipelineVersion"}
+    held = {(folder, kind) for folder, kind, _ in objects() if kind in kinds}
+    assert held == {("pipelines", kind) for kind in kinds}
+    assert {kind for folder, kind, _ in objects() if folder == "pipelines"} == kinds
 
 
 def test_the_project_enforces_the_level_restricted() -> None:
@@ -197,9 +214,7 @@ def test_names_that_belong_together_agree() -> None:
     for binding in of_kind("RoleBinding"):
         if binding["metadata"]["name"] == "nudge-runner":
             assert binding["subjects"][0]["name"] == "pipeline-runner-nudge"
-    version = next(
-        e for (f, k, _), e in found.items() if (f, k) == ("overlays/dev", "PipelineVersion")
-    )
+    version = of_kind("PipelineVersion")[0]
     parameters = version["spec"]["pipelineSpec"]["root"]["inputDefinitions"]["parameters"]
     assert parameters["data_image"]["defaultValue"] == DATA_IMAGE
     runtime = found["overlays/multi-node", "TrainingRuntime", "nudge-torch"]
@@ -208,8 +223,65 @@ def test_names_that_belong_together_agree() -> None:
     assert ("cluster-admin", "ClusterQueue", queue["spec"]["clusterQueue"]) in found
 
 
+def test_a_workbench_asks_for_a_login_on_every_release() -> None:
+    """JupyterLab is told to ask for none. The odh-notebook-controller of OpenShift AI 3 puts its
+    proxy before it by the one annotation, that of OpenShift AI 2 by the other."""
+    for notebook in of_kind("Notebook"):
+        assert "--ServerApp.token=''" in str(notebook["spec"])
+        annotations = notebook["metadata"]["annotations"]
+        assert annotations["notebooks.opendatahub.io/inject-auth"] == "true"
+        assert annotations["notebooks.opendatahub.io/inject-oauth"] == "true"
+
+
+def test_a_workbench_names_its_queue_where_kueue_manages_the_project() -> None:
+    """The webhook /validate-kueue of the operator of OpenShift AI 3.0 to 3.3 refuses it else; Kueue
+    itself sees its pod alone."""
+    managed = set()
+    for folder in OVERLAYS:
+        (namespace,) = [e for e in built(f"overlays/{folder}") if e["kind"] == "Namespace"]
+        (notebook,) = [e for e in built(f"overlays/{folder}") if e["kind"] == "Notebook"]
+        queues = [e for e in built(f"overlays/{folder}") if e["kind"] == "LocalQueue"]
+        queue = notebook["metadata"]["labels"].get(QUEUE)
+        if namespace["metadata"]["labels"].get("kueue.openshift.io/managed") == "true":
+            managed.add(folder)
+            assert queue in [each["metadata"]["name"] for each in queues]
+        else:
+            assert (queue, queues) == (None, [])
+    assert managed == {"gpu", "multi-node", "disconnected"}
+
+
+def test_the_platform_scrapes_what_is_served() -> None:
+    """The odh-model-controller makes a Service and a ServiceMonitor for an InferenceService by the
+    annotations of its runtime; what scrapes by them must come in."""
+    for runtime in of_kind("ServingRuntime"):
+        (container,) = runtime["spec"]["containers"]
+        (port,) = container["ports"]
+        annotations = runtime["spec"]["annotations"]
+        assert annotations["prometheus.io/port"] == str(port["containerPort"])
+        assert annotations["prometheus.io/path"] == "/metrics"
+    for policy in of_kind("NetworkPolicy"):
+        if policy["metadata"]["name"] == "nudge-platform":
+            (rule,) = policy["spec"]["ingress"]
+            (names,) = rule["from"][0]["namespaceSelector"]["matchExpressions"]
+            assert {"openshift-user-workload-monitoring", "redhat-ods-monitoring"} <= set(
+                names["values"]
+            )
+
+
+def test_what_openshift_builds_says_which_code_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its builds give no CODE_VERSION, and what the image has then is not taken for one."""
+    for build in of_kind("BuildConfig"):
+        given = build["spec"]["strategy"]["dockerStrategy"]["buildArgs"]
+        assert "CODE_VERSION" not in {each["name"] for each in given}
+    text = (ROOT.parent / "images" / "Containerfile").read_text()
+    (default,) = re.findall(r"^ARG CODE_VERSION=(.*)$", text, re.MULTILINE)
+    monkeypatch.setenv("NUDGE_CODE_VERSION", default.strip('"'))
+    monkeypatch.setattr(provenance, "ROOT", ROOT)  # no checkout, as in an image
+    assert re.fullmatch(r"0\.1\.0\+src\.[0-9a-f]{12}", provenance.code_version.__wrapped__())
+
+
 def test_a_disconnected_cluster_asks_no_registry_outside() -> None:
-    """But for the addresses of the steps' own face: those images are parameters, set here."""
+    """The images of the steps are parameters of the pipelines, which it compiles itself."""
     for (folder, kind, name), each in objects().items():
         if folder == "overlays/disconnected":
             images = re.findall(
@@ -239,7 +311,7 @@ def test_every_image_that_a_cluster_pulls_is_on_the_list_to_mirror() -> None:
     pulled = {
         image
         for (folder, _, _), each in objects().items()
-        if folder.startswith("overlays/") and folder != "overlays/disconnected"
+        if folder.startswith(("overlays/", "pipelines")) and folder != "overlays/disconnected"
         for image in re.findall(r"'((?:quay|docker|registry)\.[^' ]+[:@][^' ]+)'", str(each))
     }
     assert len(pulled) >= 4
@@ -253,7 +325,7 @@ def test_what_is_mirrored_has_the_name_that_the_disconnected_overlay_asks_for() 
         if folder == "overlays/disconnected"
         for image in re.findall(r"'mirror\.example\.com/([^' ]+)'", str(each))
     }
-    assert len(asked) >= 4
+    assert len(asked) == 2
     assert asked <= {image.partition("/")[2] for image in mirrored()}
 
 

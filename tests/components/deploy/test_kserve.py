@@ -37,6 +37,7 @@ def version(model: str = "m", name: str = "v1", uri: str = "s3://b/models/m/v1")
             "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
         },
         {"hardware_profile": "redhat-ods-applications/gpu"},
+        {"queue": "gpus"},
     ],
 )
 def test_objects_are_what_the_cluster_takes(values: dict[str, Any]) -> None:
@@ -55,6 +56,7 @@ def test_objects_are_what_the_cluster_takes(values: dict[str, Any]) -> None:
     labels = made["metadata"]["labels"]
     assert labels["opendatahub.io/dashboard"] == "true"
     assert labels["modelregistry.opendatahub.io/model-version-id"] == "2"
+    assert labels.get("kueue.x-k8s.io/queue-name") == values.get("queue")
     assert ("resources" in predictor["model"]) == ("hardware_profile" not in values)
     if values.get("gpus") == 2:
         assert predictor["model"]["resources"]["limits"]["amd.com/gpu"] == "2"

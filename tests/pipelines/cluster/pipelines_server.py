@@ -45,6 +45,8 @@ class Pipelines:
     def __init__(self) -> None:
         self.pipelines: dict[str, dict[str, Any]] = {}
         self.versions: dict[str, dict[str, Any]] = {}
+        self.unlisted: set[str] = set()
+        """The ids of versions that are there and in no list: objects without the label."""
         self.experiments: dict[str, dict[str, Any]] = {}
         self.runs: dict[str, dict[str, Any]] = {}
         self.recurring: dict[str, dict[str, Any]] = {}
@@ -137,6 +139,8 @@ class Pipelines:
         if verb == "CreateExperiment":
             return self._add(self.experiments, "experiment_id", body)
         if verb == "UploadPipelineVersion":
+            if query["name"] in [each["name"] for each in self.versions.values()]:
+                return 409
             documents = list(yaml.safe_load_all(body))
             keys = ("pipeline_spec", "platform_spec")
             spec = dict(zip(keys, documents, strict=False))
@@ -180,7 +184,7 @@ class Pipelines:
             "ListRuns": ("runs", self.runs),
             "ListRecurringRuns": ("recurringRuns", self.recurring),
         }[verb]
-        found = list(items.values())
+        found = [each for name, each in items.items() if name not in self.unlisted]
         if "pipeline_id" in at:
             found = [each for each in found if each["pipeline_id"] == at["pipeline_id"]]
         if "desc" in query.get("sort_by", ""):

@@ -27,6 +27,20 @@ def test_a_version_is_uploaded_once(state: Pipelines, url: str) -> None:
     }
 
 
+def test_a_version_that_is_there_and_not_listed_is_told_how_to_mend(
+    state: Pipelines, url: str
+) -> None:
+    """As one that was applied without the label that the server's webhook sets."""
+    name = nudge("upload").stdout.split()[0]
+    state.unlisted = set(state.versions)
+    for _ in range(2):
+        refused = nudge("upload")
+        assert refused.exit_code == 2
+        assert f"`oc delete pipelineversion {name}`, and upload again" in refused.stderr
+    state.versions.clear()
+    assert "uploaded" in nudge("upload").stdout
+
+
 def test_every_pipeline_that_ships_can_be_uploaded(state: Pipelines, url: str) -> None:
     names = [name.replace("_", "-") for name in PIPELINES]
     for name in names:
