@@ -183,9 +183,17 @@ def test_every_rule_is_justified_where_it_stands() -> None:
     assert sum(line.strip().startswith("#") for line in lines) >= 10
 
 
+def node_of(runtime: dict[str, Any]) -> dict[str, Any]:
+    """The container of a TrainingRuntime's nodes."""
+    (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    (node,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    return dict(node)
+
+
 def test_names_that_belong_together_agree() -> None:
     from nudge.components.common.images import DATA_IMAGE, TRAIN_IMAGE
     from nudge.pipelines.placement import CONNECTION, SETTINGS, SETTINGS_KEYS
+    from nudge.pipelines.recipes import shipped_text
 
     found = objects()
     assert ("data-connection", "Secret", CONNECTION) in found
@@ -204,6 +212,10 @@ def test_names_that_belong_together_agree() -> None:
     assert parameters["data_image"]["defaultValue"] == DATA_IMAGE
     runtime = found["overlays/multi-node", "TrainingRuntime", "nudge-torch"]
     assert TRAIN_IMAGE in str(runtime)
+    cluster = yaml.safe_load(shipped_text("many-nodes"))["train"]["cluster"]
+    named = {"kind": cluster["runtime_kind"], "name": cluster["runtime"]}
+    assert named == {"kind": runtime["kind"], "name": runtime["metadata"]["name"]}
+    assert {"name": "shm", "mountPath": "/dev/shm"} in node_of(runtime)["volumeMounts"]
     queue = found["overlays/gpu", "LocalQueue", "default"]
     assert ("cluster-admin", "ClusterQueue", queue["spec"]["clusterQueue"]) in found
 
