@@ -205,6 +205,15 @@ def test_names_that_belong_together_agree() -> None:
     for binding in of_kind("RoleBinding"):
         if binding["metadata"]["name"] == "nudge-runner":
             assert binding["subjects"][0]["name"] == "pipeline-runner-nudge"
+    notebook = found["overlays/dev", "Notebook", "nudge-workbench"]["spec"]["template"]["spec"]
+    registry = found["cluster-admin", "RoleBinding", "nudge-runner"]
+    accounts = [each["name"] for each in registry["subjects"]]
+    assert accounts == ["pipeline-runner-nudge", notebook["serviceAccountName"]]
+    assert {each["namespace"] for each in registry["subjects"]} == {"nudge"}
+    given = {each["name"]: each["value"] for each in notebook["containers"][0]["env"]}
+    # DSPO's Service of the API server, and its port that asks for a token.
+    address = f"https://ds-pipeline-{server['metadata']['name']}.nudge.svc:8443"
+    assert given["NUDGE_PIPELINES_URL"] == address
     version = next(
         e for (f, k, _), e in found.items() if (f, k) == ("overlays/dev", "PipelineVersion")
     )
