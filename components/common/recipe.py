@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from nudge.components.common.errors import UserError
 from nudge.components.common.settings import parse
-from nudge.components.common.uris import local_path
+from nudge.components.common.uris import local_path, read_text
 
 T = TypeVar("T")
 
@@ -23,14 +23,14 @@ SECTIONS = ("ingest", "tokenize", "train", "evaluate", "upload", "register", "de
 def read_recipe(recipe: str) -> dict[str, Any]:
     """The plain values of a recipe: YAML text, or a ``package://`` or ``file://`` URI of a file.
 
-    Raises `UserError` if the file is missing or the YAML is not a mapping.
+    Raises `UserError` if the file is missing or cannot be read, or the YAML is not a mapping.
     """
     text = recipe
     if recipe.startswith(("package://", "file://")):
         path = local_path(recipe)
         if not path.is_file():
             raise UserError(f"the recipe {recipe} is not there")
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:

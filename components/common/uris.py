@@ -40,6 +40,16 @@ def is_local(uri: str) -> bool:
     return urlsplit(uri).scheme in ("", "file", "package")
 
 
+def read_text(path: Path) -> str:
+    """The text of a file that somebody gave; raises `UserError` if it is not there or not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} cannot be read: it is not UTF-8 text ({error})") from None
+
+
 def local_path(uri: str) -> Path:
     """The path on disk of a local URI (``package://``, ``file://`` or a bare path)."""
     parts = urlsplit(uri)

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import re
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
@@ -15,8 +16,29 @@ RUN_LABEL = "nudge/run"
 OWNED_LABEL = {"app.kubernetes.io/managed-by": "nudge"}
 CONNECTION_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_ENDPOINT")
 OPTIONAL_KEYS = ("AWS_S3_BUCKET", "AWS_DEFAULT_REGION", "HF_TOKEN")
+PASSED_ON = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+"""Variables of a step's pod that its job's pods get as they are: the ConfigMap of settings and the
+pipelines server give them to steps alone. (The registry is asked by the step.)"""
+
+TRUSTED = "/etc/nudge/trusted"
+"""Where a job's pods have the bundle of certificate authorities that the step's pod has."""
+
+TRUST_VARIABLES = ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
+"""What Kubeflow Pipelines' launcher sets to that bundle in a step."""
 
 Stage = Literal["suspended", "starting", "running", "complete", "failed"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a job takes over from the step that launches it."""
+
+    image: str
+    owner: dict[str, Any] | None = None
+    """A reference to the step's pod."""
+    variables: dict[str, str] = field(default_factory=dict)
+    trusted: dict[str, Any] | None = None
+    """The source of a volume that holds a bundle of certificate authorities, ``ca.crt``."""
 
 
 class Engine(Protocol):
@@ -32,9 +54,8 @@ class Engine(Protocol):
         *,
         name: str,
         exchange: str,
-        image: str,
         schema: dict[str, Any],
-        owner: dict[str, Any] | None,
+        step: Step,
     ) -> dict[str, Any]:
         """The job for a cluster that has this ``schema`` of its kind."""
         ...
@@ -95,11 +116,15 @@ def resources(settings: LaunchSettings) -> dict[str, str]:
     return asked
 
 
-def environment(settings: LaunchSettings) -> list[dict[str, Any]]:
-    """The variables of the object store, from the connection's Secret."""
+def environment(settings: LaunchSettings, step: Step) -> list[dict[str, Any]]:
+    """The step's variables, and those of the object store from the connection's Secret."""
+    given = dict(step.variables)
+    if step.trusted:
+        given |= dict.fromkeys(TRUST_VARIABLES, f"{TRUSTED}/ca.crt")
+    plain = [{"name": name, "value": value} for name, value in given.items()]
     if not settings.connection:
-        return []
-    return [
+        return plain
+    return plain + [
         {
             "name": key,
             "valueFrom": {
@@ -114,16 +139,21 @@ def environment(settings: LaunchSettings) -> list[dict[str, Any]]:
     ]
 
 
-def pod_spec(settings: LaunchSettings, container: str) -> dict[str, Any]:
-    """Where a pod runs, and the shared volume in its container; empty where nothing is asked."""
+def pod_spec(settings: LaunchSettings, step: Step, container: str) -> dict[str, Any]:
+    """Where a pod runs, and the volumes in its container; empty where nothing is asked."""
     spec: dict[str, Any] = {}
     if settings.tolerations:
         spec["tolerations"] = settings.tolerations
     if settings.node_selector:
         spec["nodeSelector"] = settings.node_selector
+    volumes: dict[str, tuple[str, dict[str, Any]]] = {}
     if settings.volume_claim:
-        claim = {"claimName": settings.volume_claim}
-        mount = {"name": "shared", "mountPath": settings.volume_path}
-        spec["volumes"] = [{"name": "shared", "persistentVolumeClaim": claim}]
-        spec["containers"] = [{"name": container, "volumeMounts": [mount]}]
+        claim = {"persistentVolumeClaim": {"claimName": settings.volume_claim}}
+        volumes["shared"] = (settings.volume_path, claim)
+    if step.trusted:
+        volumes["trusted"] = (TRUSTED, step.trusted)
+    if volumes:
+        spec["volumes"] = [{"name": name, **source} for name, (_, source) in volumes.items()]
+        mounts = [{"name": name, "mountPath": path} for name, (path, _) in volumes.items()]
+        spec["containers"] = [{"name": container, "volumeMounts": mounts}]
     return spec

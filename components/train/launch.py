@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from nudge.components.common.base_model import resolved
 from nudge.components.common.errors import UserError
 from nudge.components.common.images import TRAIN_IMAGE
 from nudge.components.common.kube import POD, Cluster, Conflict, NotInTime, connect
@@ -25,13 +26,16 @@ from nudge.components.common.progress import SHOWN, Progress, progress
 from nudge.components.common.provenance import this_run
 from nudge.components.train import rayjob, trainjob
 from nudge.components.train.exchange import Exchange
-from nudge.components.train.jobs import RUN_LABEL, Engine, job_name, seconds_left
+from nudge.components.train.jobs import PASSED_ON, RUN_LABEL, Engine, Step, job_name, seconds_left
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.worker import OUTPUTS
 
 ENGINES: dict[str, Engine] = {"trainjob": trainjob, "rayjob": rayjob}
 STEP_CONTAINER = "main"
-"""What Kubeflow Pipelines calls the container of a step."""
+BUNDLE_VOLUME = "custom-ca"
+"""What Kubeflow Pipelines calls the container of a step, and the volume of certificate authorities
+that its server gives it (backend/src/v2/compiler/argocompiler/common.go). On OpenShift AI the
+system's own are in that bundle."""
 POLL_S = 5.0
 LONGER = "raise train.cluster.deadline_hours if it needs longer"
 
@@ -59,7 +63,7 @@ def launch(settings: TrainSettings, paths: dict[str, Path]) -> None:
         _send(exchange, settings, paths["tokens"])
         body = engine.body(
             settings.cluster, name=name, exchange=exchange.uri,
-            image=settings.cluster.image or _image(cluster), schema=schema, owner=_this_pod(),
+            schema=schema, step=_this_step(cluster, settings.cluster.image),
         )  # fmt: skip
         job = _created(cluster, engine, body)
         try:
@@ -112,10 +116,12 @@ def _root(settings: TrainSettings) -> str:
 
 
 def _send(exchange: Exchange, settings: TrainSettings, tokens: Path) -> None:
-    """The inputs of the job: what the ranks run is the same recipe, launched locally."""
+    """The inputs of the job: what the ranks run is the same recipe, launched locally, from the
+    model that is served as the step sees it (the nodes' account may not ask the registry)."""
     there = dataclasses.replace(
         settings,
         launcher="local",
+        base_model=resolved(settings.base_model),
         checkpoints=settings.checkpoints or f"{exchange.uri}/checkpoints",
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -125,22 +131,24 @@ def _send(exchange: Exchange, settings: TrainSettings, tokens: Path) -> None:
     exchange.send("tokens", tokens)
 
 
-def _this_pod() -> dict[str, Any] | None:
-    """A reference to the pod of this step, as the pipeline engine tells it; None outside of one."""
+def _this_step(cluster: Cluster, image: str) -> Step:
+    """What the job takes over from this step's pod, which the pipeline engine names; outside of one
+    nothing. ``image`` stands above the pod's."""
     name, uid = os.environ.get("KFP_POD_NAME"), os.environ.get("KFP_POD_UID")
     if not (name and uid):
-        return None
-    return {"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid}
-
-
-def _image(cluster: Cluster) -> str:
-    """The image that this step runs in."""
-    if name := os.environ.get("KFP_POD_NAME"):
-        for pod in cluster.list(POD, metadata__name=name):
-            for container in pod["spec"]["containers"]:
-                if container["name"] == STEP_CONTAINER:
-                    return str(container["image"])
-    return TRAIN_IMAGE
+        return Step(image or TRAIN_IMAGE)
+    spec: dict[str, Any] = {}
+    for pod in cluster.list(POD, metadata__name=name):
+        spec = pod["spec"]
+    images = {each["name"]: str(each["image"]) for each in spec.get("containers", [])}
+    volumes = {each["name"]: each for each in spec.get("volumes", [])}
+    bundle = volumes.get(BUNDLE_VOLUME, {})
+    return Step(
+        image=image or images.get(STEP_CONTAINER, TRAIN_IMAGE),
+        owner={"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid},
+        variables={each: os.environ[each] for each in PASSED_ON if each in os.environ},
+        trusted={key: value for key, value in bundle.items() if key != "name"} or None,
+    )
 
 
 def _created(cluster: Cluster, engine: Engine, body: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from nudge.components.train.jobs import (
     OWNED_LABEL,
     RUN_LABEL,
     Stage,
+    Step,
     environment,
     labels_of,
     longest_run_s,
@@ -56,17 +57,16 @@ def body(
     *,
     name: str,
     exchange: str,
-    image: str,
     schema: dict[str, Any],
-    owner: dict[str, Any] | None,
+    step: Step,
 ) -> dict[str, Any]:
     """The object: a head without a GPU, a worker pod for each node, one driver.
 
     Nothing is tried again within it: the step, tried again, makes a new one, which goes on from the
     newest checkpoint.
     """
-    variables = environment(settings)
-    head = _pod(settings, name, "head", "ray-head", image, HEAD, variables)
+    variables = environment(settings, step)
+    head = _pod(settings, step, name, "head", "ray-head", HEAD, variables)
     workers = {
         "groupName": "workers",
         "replicas": settings.nodes,
@@ -74,14 +74,14 @@ def body(
         "maxReplicas": settings.nodes,
         "rayStartParams": {"num-gpus": str(settings.gpus_per_node)},
         "template": _pod(
-            settings, name, "worker", "ray-worker", image, resources(settings), variables
+            settings, step, name, "worker", "ray-worker", resources(settings), variables
         ),
     }
-    submitter = _pod(settings, name, "submitter", SUBMITTER, image, SMALL, [])
+    submitter = _pod(settings, step, name, "submitter", SUBMITTER, SMALL, [])
     submitter["spec"]["restartPolicy"] = "Never"
     metadata: dict[str, Any] = {"name": name, "labels": labels_of(settings, name)}
-    if owner:
-        metadata["ownerReferences"] = [owner]
+    if step.owner:
+        metadata["ownerReferences"] = [step.owner]
     spec = {
         "entrypoint": f"python -m nudge.components.train.ray_driver {exchange}",
         "shutdownAfterJobFinishes": True,  # Kueue takes no other
@@ -146,21 +146,21 @@ def plain(line: str) -> str:
 
 def _pod(
     settings: LaunchSettings,
+    step: Step,
     name: str,
     part: str,
     container: str,
-    image: str,
     asked: dict[str, str],
     variables: list[dict[str, Any]],
 ) -> dict[str, Any]:
     here = {
         "name": container,
-        "image": image,
+        "image": step.image,
         "env": variables,
         "resources": {"requests": asked, "limits": asked},
         "securityContext": RESTRICTED,
     }
-    spec = pod_spec(settings, container)
+    spec = pod_spec(settings, step, container)
     (mounted,) = spec.pop("containers", [{}])
     labels = {**OWNED_LABEL, RUN_LABEL: name, PART_LABEL: part}
     return {"metadata": {"labels": labels}, "spec": {**spec, "containers": [{**mounted, **here}]}}

@@ -7,6 +7,7 @@ from nudge.components.common.pods import RESTRICTED
 from nudge.components.train.job_status import PORT, PORT_VARIABLE
 from nudge.components.train.jobs import (
     Stage,
+    Step,
     environment,
     labels_of,
     longest_run_s,
@@ -41,9 +42,8 @@ def body(
     *,
     name: str,
     exchange: str,
-    image: str,
     schema: dict[str, Any],
-    owner: dict[str, Any] | None,
+    step: Step,
 ) -> dict[str, Any]:
     """The object, for a cluster whose TrainJob has this ``schema``.
 
@@ -54,10 +54,10 @@ def body(
     known = schema["properties"]["spec"]["properties"]
     asked = resources(settings)
     trainer: dict[str, Any] = {
-        "image": image,
+        "image": step.image,
         "command": ["python", "-m", "nudge.components.train.worker"],
         "args": [exchange],
-        "env": [*environment(settings), {"name": PORT_VARIABLE, "value": str(PORT)}],
+        "env": [*environment(settings, step), {"name": PORT_VARIABLE, "value": str(PORT)}],
         "numNodes": settings.nodes,
         "resourcesPerNode": {"requests": asked, "limits": asked},
     }
@@ -70,7 +70,7 @@ def body(
     if "activeDeadlineSeconds" in known:
         spec["activeDeadlineSeconds"] = longest_run_s(settings)
     newer = "runtimePatches" in known
-    pods = pod_spec(settings, CONTAINER)
+    pods = pod_spec(settings, step, CONTAINER)
     field = known.get("runtimePatches" if newer else "podTemplateOverrides")
     if "securityContext" in _of_a_container(field):
         (container,) = pods.get("containers", [{"name": CONTAINER}])
@@ -87,8 +87,8 @@ def body(
         "labels": labels_of(settings, name),
         "annotations": dict(ASKED_FOR_PROGRESS),
     }
-    if owner:
-        metadata["ownerReferences"] = [owner]
+    if step.owner:
+        metadata["ownerReferences"] = [step.owner]
     return {
         "apiVersion": KIND.api_version,
         "kind": KIND.name,

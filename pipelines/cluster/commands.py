@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 from nudge.components.common.errors import UserError
@@ -38,7 +37,7 @@ def upload(pipeline: str, url: str) -> None:
     "given",
     metavar="NAME=VALUE",
     multiple=True,
-    help="A parameter of the pipeline, such as gpu_count=2; its value is YAML.",
+    help="A parameter of the pipeline, such as gpu_count=2; lists and mappings are YAML.",
 )
 @click.option("--name", default="", help="The run's name; default: the recipe's.")
 @click.option("--no-follow", is_flag=True, help="Start the run and return.")
@@ -91,20 +90,13 @@ def submit(
         sys.exit(1)
 
 
-def _parameters(given: tuple[str, ...]) -> dict[str, Any]:
-    import yaml
-
+def _parameters(given: tuple[str, ...]) -> dict[str, str]:
     values = {}
     for item in given:
         name, equals, text = item.partition("=")
         if not name or not equals:
             raise UserError(f"--parameter {item}: expected name=value, such as gpu_count=2")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--parameter {item}: the value is not YAML: {error}") from None
-        # Numbers too are strings there (cpu, gpu_count); lists and mappings are what they are.
-        values[name] = value if isinstance(value, list | dict) else text
+        values[name] = text
     return values
 
 

@@ -103,6 +103,7 @@ class Server:
             said = str(body.get("error_message") or body.get("message") or body.get("error") or "")
         except (ValueError, AttributeError):
             said = ""
+        failed = "the server failed; its log is that of the pod ds-pipeline-<dspa>"
         hint = {
             401: "the token is missing or has ended; run `oc login`, or set NUDGE_PIPELINES_TOKEN",
             403: "this account may not do that; ask the project's administrator for the role "
@@ -110,8 +111,9 @@ class Server:
             404: "it is not there",
             409: "it is there already, or somebody changes it at this moment; look and run again",
             429: "the server is busy; run it again in a minute",
-        }.get(error.status, "the server failed; its log is that of the pod ds-pipeline-<dspa>")
-        reason = f" ({' '.join(said.split())[:300]})" if said else ""
+        }.get(error.status, failed if error.status >= 500 else "it does not take what was given")
+        # Where it wraps one error in another, the cause stands last.
+        reason = f" ({' '.join(said.split())[:1000]})" if said else ""
         return f"{doing}: {self.url} answered {error.status}: {hint}{reason}"
 
 

@@ -146,7 +146,7 @@ def _registry() -> Finding:
         return Finding("model registry", "ok", found)
     denied = {401, 403} & set(answers.values())
     mend = (
-        "oc apply -k manifests/cluster-admin gives the run's account its RoleBinding"
+        "oc apply -k manifests/cluster-admin binds the accounts of runs and of the workbench"
         if denied
         else "is this the address of a Model Registry's REST API?"
     )

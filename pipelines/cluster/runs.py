@@ -1,5 +1,6 @@
 """Upload a pipeline, start a run of it, and follow the run."""
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Generator
@@ -9,6 +10,7 @@ from typing import Any
 
 import yaml
 from nudge.components.common.errors import UserError, nearest
+from nudge.components.common.uris import read_text
 from nudge.pipelines.cluster.connect import Server, run_link
 from nudge.pipelines.cluster.logs import Logs
 from nudge.pipelines.compile import COMPILED
@@ -25,6 +27,17 @@ STATES = {
     "RUNNING": "running",
     "CANCELING": "running",
 }
+
+
+TYPES: dict[str, tuple[str, tuple[type, ...]]] = {
+    "STRING": ("a string, in quotes where YAML would read something else", (str,)),
+    "LIST": ("a list, such as [{key: nvidia.com/gpu, operator: Exists}]", (list,)),
+    "STRUCT": ("a mapping, such as {zone: a}", (dict,)),
+    "BOOLEAN": ("true or false", (bool,)),
+    "NUMBER_INTEGER": ("a whole number", (int,)),
+    "NUMBER_DOUBLE": ("a number", (int, float)),
+}
+"""What a parameter of each type in a pipeline's spec takes, in words and as Python has it."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,7 @@ class Following:
 
 def upload(server: Server, file: Path) -> Uploaded:
     """Upload a compiled pipeline as a version named by its content; one that is there stays."""
-    text = file.read_text(encoding="utf-8")
+    text = read_text(file)
     name, description = _named(file, text)
     version = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     import kfp_server_api
@@ -149,7 +162,8 @@ def experiment(server: Server, name: str = EXPERIMENT) -> str:
 def submit(server: Server, pipeline: str, name: str, parameters: dict[str, Any]) -> Following:
     """Start a run of the newest version of a pipeline.
 
-    Raises `UserError` if the pipeline is not there or a parameter is not one of its own.
+    Raises `UserError` if the pipeline is not there or a parameter is not one of its own, or not of
+    its type.
     """
     import kfp_server_api
 
@@ -157,7 +171,7 @@ def submit(server: Server, pipeline: str, name: str, parameters: dict[str, Any])
     newest = next(iter(versions(server, entry.pipeline_id)), None)
     if newest is None:
         raise UserError(f"{pipeline} has no version on {server.url}; `nudge upload` brings one")
-    check_parameters(newest, parameters)
+    parameters = fitted(newest, parameters)
     body = kfp_server_api.V2beta1Run(
         display_name=name,
         experiment_id=experiment(server),
@@ -173,9 +187,13 @@ def submit(server: Server, pipeline: str, name: str, parameters: dict[str, Any])
     return Following(made.run_id, run_link(server, made.run_id), steps=steps)
 
 
-def check_parameters(version: Any, parameters: dict[str, Any]) -> None:
-    """Raise `UserError` for a name that is no parameter of this version, and for one that is
-    required and not given."""
+def fitted(version: Any, parameters: dict[str, Any]) -> dict[str, Any]:
+    """The values in the types of this version's parameters, which the server insists on.
+
+    A number for a string becomes one; a text for any other type is read as YAML. Raises `UserError`
+    for a name that is no parameter, for one that is required and not given, and for a value that is
+    of another type.
+    """
     known = _spec(version).get("root", {}).get("inputDefinitions", {}).get("parameters", {})
     for name in parameters.keys() - known.keys():
         raise UserError(f"{name} is no parameter of {version.display_name}; {nearest(name, known)}")
@@ -189,6 +207,24 @@ def check_parameters(version: Any, parameters: dict[str, Any]) -> None:
     if lacking:
         told = ", ".join(f"{name} ({known[name].get('description', '')})" for name in lacking)
         raise UserError(f"{version.display_name} needs {told}; give -p NAME=VALUE")
+    return {
+        name: _fitted(name, value, known[name].get("parameterType", ""))
+        for name, value in parameters.items()
+    }
+
+
+def _fitted(name: str, value: Any, type: str) -> Any:
+    accepted, kinds = TYPES.get(type, ("", (object,)))
+    made = value
+    if type == "STRING" and isinstance(value, int | float) and not isinstance(value, bool):
+        made = str(value)
+    elif type != "STRING" and accepted and isinstance(value, str):
+        with contextlib.suppress(yaml.YAMLError):
+            made = yaml.safe_load(value)
+    # To Python true and false are numbers.
+    if not isinstance(made, kinds) or (isinstance(made, bool) and type.startswith("NUMBER")):
+        raise UserError(f"{name} = {value!r}: expected {accepted}")
+    return made
 
 
 def steps_of(version: Any) -> list[str]:

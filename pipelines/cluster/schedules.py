@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from nudge.components.common.errors import UserError, nearest
 from nudge.components.common.settings import parse, settings
+from nudge.components.common.uris import read_text
 from nudge.pipelines.cluster import runs
 from nudge.pipelines.cluster.connect import Server
 from pydantic import Field
@@ -50,8 +51,8 @@ def read_schedule(path: Path) -> Schedule:
     from nudge.pipelines.recipes import load
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is a YAML {type(values).__name__}, expected a mapping")
@@ -90,7 +91,7 @@ def next_start(cron: str, after: datetime.datetime | None = None) -> datetime.da
 def content(schedule: Schedule) -> str:
     """The hash of everything that a schedule says but whether it is paused."""
     values = {key: value for key, value in asdict(schedule).items() if key != "paused"}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def apply(server: Server, schedule: Schedule) -> tuple[str, Any]:
@@ -214,8 +215,9 @@ def _body(server: Server, schedule: Schedule, mark: str) -> Any:
         reference = api.V2beta1PipelineVersionReference(
             pipeline_id=entry.pipeline_id, pipeline_version_id=wanted[0].pipeline_version_id
         )
+    parameters = schedule.parameters
     for version in wanted:
-        runs.check_parameters(version, schedule.parameters)
+        parameters = runs.fitted(version, parameters)
     if schedule.cron:
         trigger = api.V2beta1Trigger(cron_schedule=api.V2beta1CronSchedule(cron=schedule.cron))
     else:
@@ -227,7 +229,7 @@ def _body(server: Server, schedule: Schedule, mark: str) -> Any:
         description=mark,
         experiment_id=runs.experiment(server),
         pipeline_version_reference=reference,
-        runtime_config=api.V2beta1RuntimeConfig(parameters=schedule.parameters),
+        runtime_config=api.V2beta1RuntimeConfig(parameters=parameters),
         max_concurrency="1" if schedule.overlap == "forbid" else "10",
         no_catchup=not schedule.catch_up,
         trigger=trigger,

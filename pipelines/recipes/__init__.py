@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from nudge.components.common.errors import UserError, nearest
 from nudge.components.common.recipe import SECTIONS, SHARED, read_recipe, step_settings
+from nudge.components.common.uris import read_text
 
 FOLDER = Path(__file__).parent
 TOP = ("name", "title", *SHARED, *SECTIONS)
@@ -50,7 +51,7 @@ def load(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
     is_file = path.suffix in (".yaml", ".yml") or "/" in name_or_path
     if is_file and not path.is_file():
         raise UserError(f"there is no recipe file {name_or_path}")
-    text = path.read_text(encoding="utf-8") if is_file else shipped_text(name_or_path)
+    text = read_text(path) if is_file else shipped_text(name_or_path)
     values = read_recipe(text)
     changed = copy.deepcopy(values)
     for override in overrides:

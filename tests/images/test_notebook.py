@@ -25,6 +25,9 @@ def test_it_is_committed_without_outputs() -> None:
 def test_it_ends_in_an_answer_of_the_served_model(
     home: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A workbench is set to the cluster's; what the notebook runs is here.
+    for name in ("NUDGE_REGISTRY_URL", "AWS_S3_ENDPOINT"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     notebook = nbformat.read(WALK, as_version=4)
     (given,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
@@ -39,6 +42,8 @@ def test_it_ends_in_an_answer_of_the_served_model(
     )
     for told in ("| next token |", "| deploy |", "promoted: True", "<iframe", "stopped "):
         assert told in text
+    (listing,) = (cell for cell in notebook.cells if cell.source.endswith("nudge models"))
+    assert "100 %" in str(listing.outputs)
     # The prompt, and what the served model says after it.
     assert "The Eiffel Tower is located in\x1b[1m" in text
     assert "\x1b[1m\x1b[0m" not in text

@@ -200,9 +200,17 @@ def test_every_rule_is_justified_where_it_stands() -> None:
     assert sum(line.strip().startswith("#") for line in lines) >= 10
 
 
+def node_of(runtime: dict[str, Any]) -> dict[str, Any]:
+    """The container of a TrainingRuntime's nodes."""
+    (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    (node,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    return dict(node)
+
+
 def test_names_that_belong_together_agree() -> None:
     from nudge.components.common.images import DATA_IMAGE, TRAIN_IMAGE
     from nudge.pipelines.placement import CONNECTION, SETTINGS, SETTINGS_KEYS
+    from nudge.pipelines.recipes import shipped_text
 
     found = objects()
     assert ("data-connection", "Secret", CONNECTION) in found
@@ -214,11 +222,24 @@ def test_names_that_belong_together_agree() -> None:
     for binding in of_kind("RoleBinding"):
         if binding["metadata"]["name"] == "nudge-runner":
             assert binding["subjects"][0]["name"] == "pipeline-runner-nudge"
+    notebook = found["overlays/dev", "Notebook", "nudge-workbench"]["spec"]["template"]["spec"]
+    registry = found["cluster-admin", "RoleBinding", "nudge-runner"]
+    accounts = [each["name"] for each in registry["subjects"]]
+    assert accounts == ["pipeline-runner-nudge", notebook["serviceAccountName"]]
+    assert {each["namespace"] for each in registry["subjects"]} == {"nudge"}
+    given = {each["name"]: each["value"] for each in notebook["containers"][0]["env"]}
+    # DSPO's Service of the API server, and its port that asks for a token.
+    address = f"https://ds-pipeline-{server['metadata']['name']}.nudge.svc:8443"
+    assert given["NUDGE_PIPELINES_URL"] == address
     version = of_kind("PipelineVersion")[0]
     parameters = version["spec"]["pipelineSpec"]["root"]["inputDefinitions"]["parameters"]
     assert parameters["data_image"]["defaultValue"] == DATA_IMAGE
     runtime = found["overlays/multi-node", "TrainingRuntime", "nudge-torch"]
     assert TRAIN_IMAGE in str(runtime)
+    cluster = yaml.safe_load(shipped_text("many-nodes"))["train"]["cluster"]
+    named = {"kind": cluster["runtime_kind"], "name": cluster["runtime"]}
+    assert named == {"kind": runtime["kind"], "name": runtime["metadata"]["name"]}
+    assert {"name": "shm", "mountPath": "/dev/shm"} in node_of(runtime)["volumeMounts"]
     queue = found["overlays/gpu", "LocalQueue", "default"]
     assert ("cluster-admin", "ClusterQueue", queue["spec"]["clusterQueue"]) in found
 

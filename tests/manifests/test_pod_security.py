@@ -11,6 +11,7 @@ from nudge.components.common.releases import Version
 from nudge.components.deploy import kserve_objects
 from nudge.components.deploy.settings import DeploySettings, KServe
 from nudge.components.train import launch, rayjob, trainjob
+from nudge.components.train.jobs import Step
 from nudge.components.train.settings import LaunchSettings
 from nudge.pipelines.compile import COMPILED, PIPELINES
 
@@ -131,6 +132,7 @@ SETTINGS = [
         tolerations=[{"key": "gpu", "operator": "Exists"}], node_selector={"zone": "a"},
     ),
 ]  # fmt: skip
+STEP = Step("i", trusted={"configMap": {"name": "bundle"}})
 BARE = {"containers": [{"name": trainjob.CONTAINER, "image": "i"}]}
 """A runtime of the platform's, as Kubeflow Trainer ships torch-distributed: it says nothing."""
 
@@ -139,7 +141,7 @@ def job(engine: Any, settings: LaunchSettings) -> Object:
     found = definition({"apiVersion": engine.KIND.api_version, "kind": engine.KIND.name})
     assert found
     body: Object = engine.body(
-        settings, name="n", exchange="s3://b/k", image="i", schema=schema(found), owner=None
+        settings, name="n", exchange="s3://b/k", schema=schema(found), step=STEP
     )
     assert problems(body) == []
     return body

@@ -18,7 +18,7 @@ from nudge.components.train import launch as launching
 from nudge.components.train import rayjob, trainjob
 from nudge.components.train.exchange import Exchange
 from nudge.components.train.job_status import PORT_VARIABLE
-from nudge.components.train.jobs import Engine, job_name
+from nudge.components.train.jobs import TRUST_VARIABLES, TRUSTED, Engine, Step, job_name
 from nudge.components.train.launch import launch
 from nudge.components.train.settings import LaunchSettings, TrainSettings
 
@@ -150,7 +150,8 @@ def test_the_object_fits_the_schema_of_newer_and_older_releases(older: bool) -> 
         spec["properties"] = {k: v for k, v in spec["properties"].items() if k not in left}
         known = {"properties": {"spec": spec}}
     owner = {"apiVersion": "v1", "kind": "Pod", "name": "p", "uid": "u"}
-    body = trainjob.body(given, name="n", exchange="s3://b/k", image="i", schema=known, owner=owner)
+    step = Step("i", owner, trusted={"configMap": {"name": "bundle"}})
+    body = trainjob.body(given, name="n", exchange="s3://b/k", schema=known, step=step)
     assert body["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
     assert body["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "low"
     assert body["metadata"]["ownerReferences"] == [owner]
@@ -284,8 +285,8 @@ def test_a_retry_does_not_get_the_deadline_anew(
     found = definition({"apiVersion": engine.KIND.api_version, "kind": engine.KIND.name})
     assert found
     body = engine.body(
-        settings.cluster, name=NAME, exchange=f"{tmp_path}/shared/{NAME}", image="i",
-        schema=schema(found), owner=None,
+        settings.cluster, name=NAME, exchange=f"{tmp_path}/shared/{NAME}",
+        schema=schema(found), step=Step("i"),
     )  # fmt: skip
     reaches(api, api.add(body), "running")
     kept = api.objects[engine.KIND.name, api.namespace, NAME]
@@ -328,7 +329,16 @@ def test_a_missing_right_and_a_missing_kind(
         launch(settings, {"tokens": tokens, **outputs(tmp_path)})
 
 
-def test_the_job_belongs_to_the_steps_pod_and_has_its_image(
+def containers(node: Any) -> list[dict[str, Any]]:
+    """Every container in a job, wherever it stands."""
+    if isinstance(node, list):
+        return [found for each in node for found in containers(each)]
+    if not isinstance(node, dict):
+        return []
+    return [*node.get("containers", []), *containers(list(node.values()))]
+
+
+def test_the_job_belongs_to_the_steps_pod_and_has_what_it_has(
     api: KubernetesApi,
     engine: Engine,
     settings: TrainSettings,
@@ -337,10 +347,18 @@ def test_the_job_belongs_to_the_steps_pod_and_has_its_image(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     meta = {"name": "step"}
-    spec = {"containers": [{"name": "main", "image": "registry/step@sha256:1"}]}
+    bundle = {"configMap": {"name": "b", "items": [{"key": "dsp-ca.crt", "path": "ca.crt"}]}}
+    spec = {
+        "containers": [{"name": "main", "image": "registry/step@sha256:1"}],
+        "volumes": [{"name": "custom-ca", **bundle}, {"name": "scratch", "emptyDir": {}}],
+    }
     step = api.add({"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec})
     monkeypatch.setenv("KFP_POD_NAME", "step")
     monkeypatch.setenv("KFP_POD_UID", step["metadata"]["uid"])
+    own = {"HF_ENDPOINT": "https://hub.example.com", "HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "p:1"}
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_CA_BUNDLE", "/tmp/ca-bundle-of-the-step.crt")
     made: list[dict[str, Any]] = []
 
     def remove(job: dict[str, Any]) -> None:
@@ -351,7 +369,67 @@ def test_the_job_belongs_to_the_steps_pod_and_has_its_image(
     with pytest.raises(UserError, match="was deleted before it was complete"):
         launch(settings, {"tokens": tokens, **outputs(tmp_path)})
     assert connect().get(engine.KIND, NAME) is None
-    assert "registry/step@sha256:1" in str(made[0]["spec"])
+    spec = made[0]["spec"]
+    assert "registry/step@sha256:1" in str(spec)
+    assert problems(made[0]) == []
+    ranks = [spec["trainer"]] if "trainer" in spec else containers(spec)
+    ranks = [each for each in ranks if each.get("name") != rayjob.SUBMITTER]
+    trust = dict.fromkeys(TRUST_VARIABLES, f"{TRUSTED}/ca.crt")
+    for each in ranks:
+        given = {one["name"]: one.get("value") for one in each["env"]}
+        assert given.items() >= {**own, **trust}.items()
+    for each in containers(spec):
+        assert {"name": "trusted", "mountPath": TRUSTED} in each["volumeMounts"]
+    assert str({"name": "trusted", **bundle}) in str(spec)
+    assert "scratch" not in str(spec)
+
+
+def test_a_job_without_a_bundle_asks_for_none(
+    api: KubernetesApi,
+    engine: Engine,
+    settings: TrainSettings,
+    tokens: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    meta, spec = {"name": "step"}, {"containers": [{"name": "main", "image": "i"}]}
+    step = api.add({"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec})
+    monkeypatch.setenv("KFP_POD_NAME", "step")
+    monkeypatch.setenv("KFP_POD_UID", step["metadata"]["uid"])
+    made: list[dict[str, Any]] = []
+
+    def take(job: dict[str, Any]) -> None:
+        made.append(job)
+        hands_over(api, tmp_path / "made")(job)
+
+    api.on_change(engine.KIND.name, take)
+    launch(settings, {"tokens": tokens, **outputs(tmp_path)})
+    assert not any(name in str(made[0]) for name in (*TRUST_VARIABLES, TRUSTED))
+
+
+def test_the_nodes_are_told_the_model_that_the_registry_names(
+    api: KubernetesApi,
+    small: Callable[..., TrainSettings],
+    tokens: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their account has no rights there, and each rank would ask for itself."""
+    settings = small(
+        base_model="incumbent://m?else=s3://b/m", launcher="trainjob",
+        cluster=LaunchSettings(exchange=str(tmp_path / "shared"), nodes=1, gpus_per_node=0),
+    )  # fmt: skip
+    monkeypatch.setattr(launching, "resolved", {settings.base_model: "s3://b/m/v2"}.__getitem__)
+    told: list[str] = []
+
+    def control(job: dict[str, Any]) -> None:
+        exchange_of(job).fetch("recipe", tmp_path / "recipe")
+        told.append((tmp_path / "recipe").read_text())
+        hands_over(api, tmp_path / "made")(job)
+
+    api.on_change("TrainJob", control)
+    launch(settings, {"tokens": tokens, **outputs(tmp_path)})
+    assert json.loads(told[0])["train"]["base_model"] == "s3://b/m/v2"
 
 
 def test_the_rayjob_fits_the_schema_of_newer_and_older_releases() -> None:
@@ -364,7 +442,8 @@ def test_the_rayjob_fits_the_schema_of_newer_and_older_releases() -> None:
     assert found
     known = schema(found)
     owner = {"apiVersion": "v1", "kind": "Pod", "name": "p", "uid": "u"}
-    body = rayjob.body(given, name="n", exchange="s3://b/k", image="i", schema=known, owner=owner)
+    step = Step("i", owner, trusted={"configMap": {"name": "bundle"}})
+    body = rayjob.body(given, name="n", exchange="s3://b/k", schema=known, step=step)
     assert problems(body) == []
     assert body["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
     assert body["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "low"
@@ -384,7 +463,7 @@ def test_the_rayjob_fits_the_schema_of_newer_and_older_releases() -> None:
     older = {"backoffLimit", "activeDeadlineSeconds"}
     spec = known["properties"]["spec"]["properties"]
     left = {"properties": {"spec": {"properties": {k: spec[k] for k in spec if k not in older}}}}
-    body = rayjob.body(given, name="n", exchange="s3://b/k", image="i", schema=left, owner=None)
+    body = rayjob.body(given, name="n", exchange="s3://b/k", schema=left, step=step)
     assert not older & set(body["spec"])
 
 

@@ -25,6 +25,10 @@ from starlette.routing import Route
 
 SWAGGER = json.loads((Path(__file__).parent / "kfp-v2beta1.swagger.json").read_text())
 NOW = "2026-01-01T02:00:00Z"
+TAKEN = {
+    "STRING": (str,), "LIST": (list,), "STRUCT": (dict,), "BOOLEAN": (bool,),
+    "NUMBER_INTEGER": (int, float), "NUMBER_DOUBLE": (int, float),
+}  # fmt: skip
 
 
 def strict(name: str) -> Any:
@@ -83,6 +87,8 @@ class Pipelines:
         self._check_query(operation, request)
         body = await self._body(operation, request)
         result = self._do(operation["operationId"], named, body, dict(request.query_params))
+        if isinstance(result, str):
+            return JSONResponse({"code": 3, "message": result, "details": []}, status_code=400)
         if isinstance(result, int):
             return JSONResponse({"code": 5, "message": "not found"}, status_code=result)
         schema = operation["responses"]["200"].get("schema", {})
@@ -149,6 +155,8 @@ class Pipelines:
             return self._add(
                 self.versions, "pipeline_version_id", {**fields, "pipeline_spec": spec}
             )
+        if verb in ("CreateRun", "CreateRecurringRun") and (refusal := self._refusal(body)):
+            return refusal
         if verb == "CreateRun":
             return self._add(self.runs, "run_id", {**body, "state": "PENDING"})
         if verb == "GetRun":
@@ -163,6 +171,28 @@ class Pipelines:
         if verb in ("EnableRecurringRun", "DisableRecurringRun", "DeleteRecurringRun"):
             return self._recurring(verb, at["recurring_run_id"])
         raise AssertionError(f"{name} is not played here")
+
+    def _refusal(self, body: dict[str, Any]) -> str:
+        """What the server says of parameters that are not of the version's types; empty if they
+        are (backend/src/apiserver/template/v2_template.go, validatePipelineJobInputs)."""
+        named = body["pipeline_version_reference"]
+        versions = [
+            each
+            for key, each in self.versions.items()
+            if each["pipeline_id"] == named["pipeline_id"]
+            and named.get("pipeline_version_id", key) == key
+        ]
+        root = versions[-1]["pipeline_spec"]["pipeline_spec"]["root"]
+        known = root.get("inputDefinitions", {}).get("parameters", {})
+        for name, value in body["runtime_config"]["parameters"].items():
+            if name not in known:
+                return f"parameter(s) provided are not required by pipeline: {name}"
+            if type(value) not in TAKEN[known[name]["parameterType"]]:
+                said = (
+                    f"input parameter {name} requires type {known[name]['parameterType'].lower()}"
+                )
+                return f"Failed to create a new run: Invalid input error: {said}, but it is not"
+        return ""
 
     def _recurring(self, verb: str, key: str) -> Any:
         if key not in self.recurring:

@@ -45,6 +45,7 @@ def secure(
 @pytest.mark.parametrize(
     ("status", "says"),
     [
+        (400, "it does not take what was given (as the test says)"),
         (401, "oc login"),
         (403, "nudge-author"),
         (404, "it is not there"),

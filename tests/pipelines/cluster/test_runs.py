@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import yaml
+from nudge.components.common.errors import UserError
+from nudge.components.common.recipe import read_recipe
 from nudge.pipelines.cluster import connect, logs, runs
 from nudge.pipelines.compile import PIPELINES
 
@@ -247,6 +249,59 @@ def test_what_the_pipeline_does_not_know_is_said_before_anything_runs(
     assert lacking.exit_code == 2
     assert "needs model_uri (The model, as a run uploaded it" in lacking.stderr
     assert state.runs == {}
+
+
+def test_values_are_of_the_types_of_the_pipeline(state: Pipelines, url: str) -> None:
+    nudge("upload")
+    given = ("-p", "tolerations=[{key: gpu}]", "-p", "data_uri=[[RunUUID]]", "-p", "cpu=2")
+    assert nudge("submit", "--no-follow", *given).exit_code == 0
+    (run,) = state.runs.values()
+    sent = run["runtime_config"]["parameters"]
+    assert sent["tolerations"] == [{"key": "gpu"}]
+    assert (sent["data_uri"], sent["cpu"]) == ("[[RunUUID]]", "2")  # the server's word, a number
+    for wrong in ("tolerations=none", "tolerations=[", "node_selector=1"):
+        refused = nudge("submit", "-p", wrong)
+        name, _, value = wrong.partition("=")
+        assert refused.exit_code == 2
+        assert f"{name} = {value!r}: expected a " in refused.stderr
+    assert len(state.runs) == 1
+
+
+@pytest.mark.parametrize(
+    ("type", "given", "made"),
+    [
+        ("NUMBER_INTEGER", "3", 3),
+        ("NUMBER_DOUBLE", "0.5", 0.5),
+        ("NUMBER_DOUBLE", 3, 3),
+        ("BOOLEAN", "true", True),
+        ("TYPE_OF_TOMORROW", "x", "x"),
+        ("NUMBER_INTEGER", "0.5", None),
+        ("NUMBER_INTEGER", True, None),
+        ("BOOLEAN", "1", None),
+    ],
+)
+def test_each_type_takes_its_own(type: str, given: Any, made: Any) -> None:
+    if made is None:
+        with pytest.raises(UserError, match=f"x = {given!r}: expected "):
+            runs._fitted("x", given, type)
+    else:
+        assert runs._fitted("x", given, type) == made
+
+
+def test_files_that_are_no_text_are_refused(state: Pipelines, url: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    for encoding in ("utf-16", "utf-16-le"):
+        path.write_text("pipelineInfo: {name: mine}", encoding=encoding)
+        for command in (("upload", str(path)), ("submit", str(path))):
+            refused = nudge(*command)
+            assert refused.exit_code == 2, refused.output
+            assert len(refused.stderr.splitlines()) <= 2
+    path.write_text("name: mine", encoding="utf-16")
+    assert "mine.yaml cannot be read: it is not UTF-8 text" in nudge("upload", str(path)).stderr
+    assert "mine.yaml cannot be read: it is not UTF-8 text" in nudge("submit", str(path)).stderr
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        read_recipe(path.as_uri())
+    assert state.pipelines == {}
 
 
 def test_a_log_is_given_once_in_whole_lines_also_when_it_is_begun_anew() -> None:

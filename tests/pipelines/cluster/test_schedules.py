@@ -134,6 +134,10 @@ def test_pause_list_and_delete(state: Pipelines, url: str, tmp_path: Path) -> No
         ({"crom": "x"}, "did you mean 'cron'"),
         ({"recipe": "eifel"}, "did you mean 'eiffel'"),
         ({"parameters": {"cpus": "2"}}, "did you mean 'cpu'"),
+        ({"parameters": {"tolerations": "none"}}, "tolerations = 'none': expected a list, such"),
+        ({"parameters": {"node_selector": ["a"]}}, "node_selector = ['a']: expected a mapping"),
+        ({"parameters": {"gpu_count": True}}, "gpu_count = True: expected a string, in quotes"),
+        ({"parameters": {"cpu": datetime.date(2026, 1, 1)}}, "2026, 1, 1): expected a string"),
         ({"version": "train-and-serve-0"}, "has no version"),
     ],
 )
@@ -145,6 +149,27 @@ def test_a_wrong_schedule_is_refused_and_changes_nothing(
     assert refused.exit_code == 2
     assert says in refused.stderr
     assert state.recurring == {}
+
+
+def test_values_are_sent_in_the_types_of_the_pipeline(
+    state: Pipelines, url: str, tmp_path: Path
+) -> None:
+    nudge("upload")
+    given = {"gpu_count": 1, "cpu": 0.5, "tolerations": "[]", "node_selector": {"zone": "a"}}
+    done = nudge("schedule", "apply", schedule_file(tmp_path, parameters=given))
+    assert done.exit_code == 0, done.output
+    (recurring,) = state.recurring.values()
+    sent = recurring["runtime_config"]["parameters"]
+    sent.pop("recipe")
+    wanted = {"gpu_count": "1", "cpu": "0.5", "tolerations": [], "node_selector": {"zone": "a"}}
+    assert sent == wanted
+
+
+def test_a_file_that_is_no_text_is_refused(url: str, tmp_path: Path) -> None:
+    path = tmp_path / "schedule.yaml"
+    path.write_text("name: nightly", encoding="utf-16")
+    refused = nudge("schedule", "apply", str(path))
+    assert (refused.exit_code, "is not UTF-8 text" in refused.stderr) == (2, True)
 
 
 def test_six_fields_have_their_seconds_first() -> None:
