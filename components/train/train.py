@@ -100,6 +100,7 @@ def _train(
         start = Start(settings, tokenizer, manifest["vocab_size"])
         base = start.model(seed)
         check_vocabulary(base, manifest["vocab_size"], settings)
+        language_model.check_loss(base)
         network = Network(adapt(base, settings, sharded=ranks.world > 1), settings, ranks)
         check_document_masking(network, manifest["vocab_size"])
         optimizer = make_optimizer(network.model, settings)
