@@ -248,7 +248,8 @@ def _watch(
     network.model.train()
     p = probabilities[single_token(tokenizer, settings.watch.target)].item()
     top = likeliest(probabilities, tokenizer)
-    record.probe({"step": step, "p": p, "loss": -math.log(p), "top": top})
+    loss = -math.log(max(p, torch.finfo(torch.float32).tiny))  # a softmax may give 0
+    record.probe({"step": step, "p": p, "loss": loss, "top": top})
 
 
 def _no_better(state: State, settings: TrainSettings) -> bool:

@@ -70,7 +70,12 @@ def _train(
     from nudge.components.train.checkpoints import identity, open_checkpoints
     from nudge.components.train.data import PackedSplit
     from nudge.components.train.loop import make_optimizer, planned_steps, train_loop
-    from nudge.components.train.model import Start, check_tokenizer, check_vocabulary
+    from nudge.components.train.model import (
+        Start,
+        check_length,
+        check_tokenizer,
+        check_vocabulary,
+    )
     from nudge.components.train.network import Network, check_document_masking, precision_on
     from nudge.components.train.record import NoBar, NoRecord, open_record
     from nudge.components.train.report import render_report
@@ -101,6 +106,7 @@ def _train(
         base = start.model(seed)
         check_vocabulary(base, manifest["vocab_size"], settings)
         language_model.check_loss(base)
+        check_length(base, settings)
         network = Network(adapt(base, settings, sharded=ranks.world > 1), settings, ranks)
         check_document_masking(network, manifest["vocab_size"])
         optimizer = make_optimizer(network.model, settings)
