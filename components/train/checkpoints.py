@@ -44,6 +44,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 PLACE_VARIABLE = "NUDGE_CHECKPOINTS"
 FAILURES_IN_A_ROW = 3
 """Checkpoints that may fail one after another before training stops."""
+GIVEN_UP_AFTER_S = 14 * 24 * 3600.0
+"""Checkpoints of a run that nobody asked to keep, and nobody has gone on with for so long, go."""
 
 
 @dataclass
@@ -375,6 +377,8 @@ def open_checkpoints(
     """The checkpoints of the run with this identity, where the settings say that they go.
 
     Without such a place the best weights, if they are asked for, are kept in a temporary folder.
+    They are this run's alone while they are open, and once it ended well `run_is_done` is called.
+    Raises `UserError` if another run of this identity has them open (in S3 none is seen).
     """
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     uri = settings.checkpoints or os.environ.get(PLACE_VARIABLE, "")
@@ -385,12 +389,23 @@ def open_checkpoints(
                 raise UserError("keeping the best weights on many machines needs train.checkpoints")
             folder = stack.enter_context(_shared_temporary(ranks))
             place = open_place(str(folder))
+        if place is not None:
+            free = stack.enter_context(place.held()) if ranks.main else True
+            if ranks.sum(float(not free))[0]:
+                raise UserError(
+                    f"another run of the same data and settings has its checkpoints in {place.uri} "
+                    "and is at work: wait for its end, or give this one train.checkpoints of its "
+                    "own"
+                )
+        if place is not None and ranks.main and uri and not settings.checkpoints:
+            place.remove_given_up(GIVEN_UP_AFTER_S)
         checkpoints = Checkpoints(place, settings, identity, ranks)
         checkpoints.wanted = bool(uri)
         try:
             yield checkpoints
         finally:
             checkpoints.close()
+        checkpoints.run_is_done()
 
 
 @contextlib.contextmanager

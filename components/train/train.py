@@ -94,7 +94,7 @@ def _train(
         PackedSplit(tokens, "validation", length, seed, start=begins),
     ]
     steps = planned_steps(settings, split[0].rows)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as kept, contextlib.ExitStack() as stack:
         bar: Any = NoBar()
         model_part = history_part = Path()
         if ranks.main:
@@ -117,7 +117,7 @@ def _train(
             plain = dataclasses.asdict(settings)
             record = stack.enter_context(open_record(history_part, model.name, plain, steps))
         same = identity(settings, split[0], manifest["tokenizer_sha256"], start.sha256, steps)
-        checkpoints = stack.enter_context(open_checkpoints(settings, same, ranks))
+        checkpoints = kept.enter_context(open_checkpoints(settings, same, ranks))
         bar.note(stage="training")
         state = train_loop(
             network, optimizer, tokenizer, split[0], split[1], settings, steps, record,
@@ -141,4 +141,3 @@ def _train(
             facts["weights_sha256"] = model_sha256(model_part)
             write_manifest(model_part / "nudge.json", FORMAT, VERSION, facts)
             write_atomic(report, render_report(facts, record.lines))
-    checkpoints.run_is_done()

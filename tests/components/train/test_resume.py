@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import math
+import os
 import signal
 import subprocess
 import time
@@ -19,7 +20,7 @@ from nudge.components.train.checkpoints import State
 from nudge.components.train.data import PackedSplit
 from nudge.components.train.loop import accumulate, validation_loss
 from nudge.components.train.network import Network
-from nudge.components.train.places import _Folder
+from nudge.components.train.places import _Folder, open_place
 from nudge.components.train.record import Record
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
@@ -305,6 +306,55 @@ def test_a_validation_that_is_no_number_is_never_the_best(
     state = State()
     assert not state.validated(math.nan)
     assert state.validated(3.0)
+
+
+def test_a_second_run_of_the_same_ends_at_once(
+    small: Small, tokens: Path, tmp_path: Path, cut_at: Callable[[int], None]
+) -> None:
+    settings = small(checkpoints=str(tmp_path / "checkpoints"))
+    cut_at(10)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, tokens=tokens, **outputs(tmp_path / "a"))
+    cut_at(0)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    with (
+        open_place(str(folder)).held() as free,
+        pytest.raises(UserError, match="another run of the same .* is at work: wait for its end"),
+    ):
+        assert free
+        train(settings, tokens=tokens, **outputs(tmp_path / "b"))
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000000006", "step-000000009"]
+    train(settings, tokens=tokens, **outputs(tmp_path / "b"))
+
+
+def test_checkpoints_of_runs_that_were_given_up_go(
+    small: Small,
+    tokens: Path,
+    tmp_path: Path,
+    cut_at: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not those of yesterday, nor of a run that is at work, nor anything else that lies there."""
+    place = tmp_path / "checkpoints"
+    monkeypatch.setenv("NUDGE_CHECKPOINTS", str(place))
+    made: list[Path] = []
+    cut_at(5)
+    for seed in (2, 3, 4):
+        with pytest.raises(KeyboardInterrupt):
+            train(small(seed=seed), tokens=tokens, **outputs(tmp_path / "cut"))
+        made += set(place.iterdir()) - set(made)
+    cut_at(0)
+    (place / "mine").mkdir()
+    held, old, young = made
+    long_ago = time.time() - 15 * 24 * 3600
+    for path in (*held.iterdir(), held, *old.iterdir(), old, place / "mine"):
+        os.utime(path, (long_ago, long_ago))
+    with open_place(str(held)).held():
+        os.utime(held, (long_ago, long_ago))
+        os.utime(held / ".lock", (long_ago, long_ago))
+        train(small(), tokens=tokens, **outputs(tmp_path / "a"))
+    assert set(place.iterdir()) == {held, young, place / "mine"}
+    assert list(held.iterdir())
 
 
 @pytest.mark.long
