@@ -1,12 +1,15 @@
 """Running a causal language model: hidden states and head apart, probabilities of next tokens."""
 
+import math
 import os
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from nudge.components.common.errors import UserError
 from nudge.components.common.processes import usable_cores
+from nudge.kernels import fused_linear_cross_entropy
 from nudge.kernels.cpu_products import linear, onednn_is_faster
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -71,6 +74,54 @@ def head_weight(model: Any) -> torch.Tensor:
     """The head's weight [V, D]; tied models share it with the embeddings."""
     weight: torch.Tensor = model.get_output_embeddings().weight
     return weight
+
+
+def next_token_loss(
+    model: Any, hidden: torch.Tensor, targets: torch.Tensor, reduction: Literal["sum", "none"]
+) -> torch.Tensor:
+    """The loss in nats of last hidden states [N, D] against targets [N], of which -100 are left
+    out: all that the model does between them and its logits, without the logits.
+
+    That is the head with its bias (Phi), Granite's and Cohere's scale of the logits, and Gemma's
+    soft cap; `check_loss` tells whether a model does anything else.
+    """
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return fused_linear_cross_entropy(
+        hidden if scale == 1.0 else hidden * scale,
+        head_weight(model),
+        targets,
+        bias=getattr(model.get_output_embeddings(), "bias", None),
+        reduction=reduction,
+        logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
+    )
+
+
+@torch.no_grad()
+def check_loss(model: Any) -> None:
+    """Raise `UserError` if `next_token_loss` is not the loss of the model's own logits.
+
+    Asked of a short row whose targets are the least likely tokens: a scale moves the loss of every
+    one of them the same way, and far.
+    """
+    ids = torch.arange(8, device=model.device)[None] % head_weight(model).shape[0]
+    positions = torch.arange(8, device=model.device)[None]
+    training = model.training
+    model.eval()
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
+    targets = logits.argmin(-1)
+    own = nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+    ours = next_token_loss(model, hidden_states(model, ids, positions)[0], targets, "sum").item()
+    model.train(training)
+    rounding = 1e-4 if model.dtype == torch.float32 else 1e-2
+    # Weights that are no numbers are for others to judge.
+    if math.isfinite(own) and not math.isclose(own, ours, rel_tol=rounding):
+        raise UserError(
+            f"{type(model).__name__}: the loss of its own logits on a short row is {own:.4f} nats, "
+            f"that of its hidden states and its head {ours:.4f}: in transformers it does something "
+            "to its logits that is not known here; choose another architecture"
+        )
 
 
 @torch.no_grad()

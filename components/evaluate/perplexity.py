@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from nudge.components.common.end_of_document import document_start_id, end_of_document_id
 from nudge.components.common.errors import UserError
-from nudge.components.common.language_model import head_weight, hidden_states
+from nudge.components.common.language_model import check_loss, hidden_states, next_token_loss
 from nudge.components.common.progress import Progress
-from nudge.kernels import fused_linear_cross_entropy
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of one forward pass; windows of like length are scored together."""
@@ -83,8 +82,10 @@ def score(
     """Score every text; ``first_token`` is the id that stands before a document's first token.
 
     With none, a document's first token is context alone: its nats and its count as a token are left
-    out, its bytes are not. ``batch_tokens`` 0 means `BATCH_TOKENS` of the model's device.
+    out, its bytes are not. ``batch_tokens`` 0 means `BATCH_TOKENS` of the model's device. Raises
+    `UserError` for a model whose loss would not be that of its own logits.
     """
+    check_loss(model)
     most = batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"])
     before = [] if first_token is None else [first_token]
     tokenized = [
@@ -153,14 +154,7 @@ def _losses(
     positions = torch.arange(inputs.shape[1], device=device).expand_as(inputs)
     hidden = hidden_states(model, inputs.to(device), positions)
     counted = counted.to(device)
-    losses: torch.Tensor = fused_linear_cross_entropy(
-        hidden[counted],
-        head_weight(model),
-        targets.to(device)[counted],
-        reduction="none",
-        logit_softcap=getattr(model.config, "final_logit_softcapping", None) or 0.0,
-    )
-    return losses
+    return next_token_loss(model, hidden[counted], targets.to(device)[counted], "none")
 
 
 def _batches(jobs: list[tuple[int, Window]], most: int) -> list[list[tuple[int, Window]]]:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -43,6 +44,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 PLACE_VARIABLE = "NUDGE_CHECKPOINTS"
 FAILURES_IN_A_ROW = 3
 """Checkpoints that may fail one after another before training stops."""
+GIVEN_UP_AFTER_S = 14 * 24 * 3600.0
+"""Checkpoints of a run that nobody asked to keep, and nobody has gone on with for so long, go."""
 
 
 @dataclass
@@ -60,8 +63,8 @@ class State:
     worse_in_a_row: int = 0
 
     def validated(self, loss: float) -> bool:
-        """Note a validation loss of now; returns whether it is the best so far."""
-        if self.best_loss is not None and loss >= self.best_loss:
+        """Note a validation loss of now; returns whether it is the best so far, and finite."""
+        if not math.isfinite(loss) or (self.best_loss is not None and loss >= self.best_loss):
             self.worse_in_a_row += 1
             return False
         self.best_step, self.best_loss, self.worse_in_a_row = self.step, loss, 0
@@ -101,6 +104,7 @@ class Checkpoints:
         self._worker = ThreadPoolExecutor(1)
         self._written: Future[None] | None = None
         self._failures = 0
+        self._best: tuple[int | None, float | None] = None, None  # the last whose checkpoint stands
         # The same on all ranks of this run, and another one in the next.
         self._token = int(ranks.sum(os.getpid() if ranks.main else 0)[0])
         self._last = ""
@@ -108,17 +112,16 @@ class Checkpoints:
     def resume(
         self, network: Network, optimizer: torch.optim.Optimizer, record: Record | NoRecord
     ) -> State | None:
-        """Bring everything to where the newest whole checkpoint stands; None if there is none.
+        """Bring everything to where the newest whole checkpoint stands, or the one that `resume`
+        names; None if there is none.
 
-        Raises `UserError` if the checkpoint named by `resume` is damaged or of another run, and if
+        Raises `UserError` if the one that is named is damaged, not there or of another run, and if
         every one that this run left is damaged.
         """
+        if self.settings.resume not in ("auto", "never"):
+            return self._resume_named(network, optimizer, record)
         if self.place is None:
             return None
-        if self.settings.resume not in ("auto", "never"):
-            root, _, name = self.settings.resume.rstrip("/").rpartition("/")
-            self._clear([])
-            return self._restore(open_place(root), name, network, optimizer, record)
         names = self.place.names() if self.settings.resume == "auto" else []
         damage = ""
         for name in reversed(self._agreed(names)):
@@ -128,12 +131,40 @@ class Checkpoints:
                 damage = f"{error}"
                 print(f"warning: {damage}", file=sys.stderr, flush=True)
                 continue
-            self._clear([kept for kept in names if kept <= name])
+            self._go_on(state, [kept for kept in names if kept <= name])
             return state
         if damage:
             raise UserError(f"{damage}; no older one is whole: train.resume: never starts anew")
         self._clear([])
         return None
+
+    def _resume_named(
+        self, network: Network, optimizer: torch.optim.Optimizer, record: Record | NoRecord
+    ) -> State:
+        root, _, name = self.settings.resume.rstrip("/").rpartition("/")
+        place = open_place(root)
+        names = self._agreed(place.names())
+        if name not in names:
+            raise UserError(
+                f"train.resume = {self.settings.resume!r}: there is no checkpoint; give auto, "
+                "never or the URI of one"
+            )
+        state = self._restore(place, name, network, optimizer, record)
+        if self.place is not None:
+            own = place.uri == self.place.uri
+            self._go_on(state, [kept for kept in names if own and kept <= name])
+        return state
+
+    def _go_on(self, state: State, names: list[str]) -> None:
+        """From a restored state, beside the checkpoints ``names`` of this run and no others."""
+        self._clear(names)
+        best = state.best_step
+        if self.settings.keeps_best and best is not None and _name(best) not in names:
+            if self.ranks.main:
+                told = f"warning: the best validation so far, of step {best}, has no checkpoint"
+                print(f"{told}: the best is looked for anew", file=sys.stderr, flush=True)
+            state.best_step, state.best_loss, state.worse_in_a_row = None, None, 0
+        self._best = state.best_step, state.best_loss
 
     def restore_best(
         self, network: Network, optimizer: torch.optim.Optimizer, state: State
@@ -158,7 +189,7 @@ class Checkpoints:
         """
         if self.place is None:
             return
-        self._settle(FAILURES_IN_A_ROW)
+        self.settle(state)
         stager = DefaultStager(StagingOptions(False, False, False, False))
         staged = stager.stage(_tensors(network, optimizer))
         body = {
@@ -173,12 +204,17 @@ class Checkpoints:
         self._written = self._worker.submit(self._write, _name(state.step), staged, body, lines)
         self._written.add_done_callback(lambda _: stager.close())
 
-    def finish(self) -> str:
+    def settle(self, state: State) -> None:
+        """Wait until the last checkpoint is written. If it could not be and the best weights are to
+        be kept, then the best so far is the one before."""
+        self._settle(FAILURES_IN_A_ROW, state)
+
+    def finish(self, state: State) -> str:
         """Wait until the last checkpoint is written; returns its URI.
 
         Raises `UserError` if it could not be.
         """
-        self._settle(1)
+        self._settle(1, state)
         return f"{self.place.uri}/{self._last}" if self.place else ""
 
     def close(self) -> None:
@@ -189,7 +225,7 @@ class Checkpoints:
         if self.place is not None and not self.settings.checkpoints:
             self._clear([])
 
-    def _settle(self, allowed: int) -> None:
+    def _settle(self, allowed: int, state: State) -> None:
         if self._written is None:
             return
         written, self._written = self._written, None
@@ -200,8 +236,11 @@ class Checkpoints:
             if self._failures >= allowed:
                 raise UserError(f"{error}; the one before it is kept") from None
             print(f"warning: {error}; trying again later", file=sys.stderr, flush=True)
+            if self.settings.keeps_best:
+                state.best_step, state.best_loss = self._best
         else:
             self._failures = 0
+            self._best = state.best_step, state.best_loss
 
     def _write(
         self, name: str, staged: Any, body: dict[str, Any], lines: dict[str, list[str]]
@@ -229,15 +268,22 @@ class Checkpoints:
             if not failure and self.ranks.main:
                 assert folder is not None
                 self.place.publish(name, folder, {**body, "files": files})
-                self._prune(name, body["state"]["best_step"])
         except (OSError, UserError) as error:
             failure = _why(error)
         finally:
             if folder is not None:
                 self._tidy(folder, failed=bool(failure))
+        # One rank publishes, and all must hold the same for the best.
+        failure = next(filter(None, self._everyones(failure)), "")
         if failure:
             raise CheckpointFailed(f"the checkpoint {self.place.uri}/{name} failed: {failure}")
         self._last = name
+        if self.ranks.main:
+            try:
+                self._prune(name, body["state"]["best_step"])
+            except (OSError, UserError) as error:
+                told = f"warning: old checkpoints at {self.place.uri} stay: {_why(error)}"
+                print(told, file=sys.stderr, flush=True)
 
     def _everyones(self, mine: Any) -> list[Any]:
         if self.ranks.world == 1:
@@ -331,6 +377,8 @@ def open_checkpoints(
     """The checkpoints of the run with this identity, where the settings say that they go.
 
     Without such a place the best weights, if they are asked for, are kept in a temporary folder.
+    They are this run's alone while they are open, and once it ended well `run_is_done` is called.
+    Raises `UserError` if another run of this identity has them open (in S3 none is seen).
     """
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     uri = settings.checkpoints or os.environ.get(PLACE_VARIABLE, "")
@@ -341,12 +389,23 @@ def open_checkpoints(
                 raise UserError("keeping the best weights on many machines needs train.checkpoints")
             folder = stack.enter_context(_shared_temporary(ranks))
             place = open_place(str(folder))
+        if place is not None:
+            free = stack.enter_context(place.held()) if ranks.main else True
+            if ranks.sum(float(not free))[0]:
+                raise UserError(
+                    f"another run of the same data and settings has its checkpoints in {place.uri} "
+                    "and is at work: wait for its end, or give this one train.checkpoints of its "
+                    "own"
+                )
+        if place is not None and ranks.main and uri and not settings.checkpoints:
+            place.remove_given_up(GIVEN_UP_AFTER_S)
         checkpoints = Checkpoints(place, settings, identity, ranks)
         checkpoints.wanted = bool(uri)
         try:
             yield checkpoints
         finally:
             checkpoints.close()
+        checkpoints.run_is_done()
 
 
 @contextlib.contextmanager

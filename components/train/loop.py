@@ -120,7 +120,7 @@ def train_loop(
                 checkpoints.save(network, optimizer, state, record)
                 raise UserError(
                     f"stopped by SIGTERM after step {step}; its checkpoint is "
-                    f"{checkpoints.finish()}: run the same again and it goes on from there"
+                    f"{checkpoints.finish(state)}: run the same again and it goes on from there"
                 )
             norm = _norm(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm))
             if not math.isfinite(loss_of_batch.value) or not math.isfinite(norm):
@@ -144,12 +144,14 @@ def train_loop(
             every = settings.validation_every
             if state.step == steps or (every and state.step % every == 0):
                 held_out = validation_loss(network, validation, settings)
+                if settings.keeps_best:
+                    checkpoints.settle(state)
                 record.metric({"step": state.step, "validation_loss": held_out})
                 better = state.validated(held_out)
             due = state.step % settings.checkpoint_every == 0
             if state.step < steps and (due or (better and settings.keeps_best)):
                 checkpoints.save(network, optimizer, state, record)
-    checkpoints.finish()
+    checkpoints.settle(state)
     return state
 
 
@@ -248,7 +250,8 @@ def _watch(
     network.model.train()
     p = probabilities[single_token(tokenizer, settings.watch.target)].item()
     top = likeliest(probabilities, tokenizer)
-    record.probe({"step": step, "p": p, "loss": -math.log(p), "top": top})
+    loss = -math.log(max(p, torch.finfo(torch.float32).tiny))  # a softmax may give 0
+    record.probe({"step": step, "p": p, "loss": loss, "top": top})
 
 
 def _no_better(state: State, settings: TrainSettings) -> bool:

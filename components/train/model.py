@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from nudge.components.common.base_model import local_model, model_sha256
 from nudge.components.common.errors import UserError
-from nudge.components.common.language_model import head_weight, load_model
+from nudge.components.common.language_model import head_weight, hidden_states, load_model
 from nudge.components.train.settings import TrainSettings
 
 HEAD_SIZE = 64
@@ -58,6 +58,27 @@ def check_vocabulary(model: Any, vocabulary: int, settings: TrainSettings) -> No
             f"{settings.base_model or 'of train.model_config'} has {rows}: tokenize again with "
             "this base model's tokenizer"
         )
+
+
+@torch.no_grad()
+def check_length(model: Any, settings: TrainSettings) -> None:
+    """Raise `UserError` if the model, on a CPU, has no positions for rows as long as the settings'.
+
+    Learned positions end, as GPT-2's; rotary ones do not, and may be trained beyond the length that
+    the config names.
+    """
+    length = settings.sequence_length
+    named = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if named is None or length <= named:
+        return
+    last = torch.tensor([[length - 1]])
+    try:
+        hidden_states(model, torch.zeros_like(last), last)
+    except (IndexError, RuntimeError):  # from an embedding, from a table of sines
+        raise UserError(
+            f"train.sequence_length = {length}: {type(model).__name__} has {named} positions; "
+            "lower it to that"
+        ) from None
 
 
 def fresh_config(settings: TrainSettings, tokenizer: Any, vocabulary: int) -> Any:

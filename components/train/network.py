@@ -6,8 +6,8 @@ from typing import Any, Literal
 import torch
 from nudge.components.common.errors import UserError
 from nudge.components.common.language_model import (
-    head_weight,
     hidden_states,
+    next_token_loss,
     next_token_probabilities,
     speed_up_products,
 )
@@ -15,7 +15,6 @@ from nudge.components.train.data import IGNORED, Rows
 from nudge.components.train.lean import keep_less
 from nudge.components.train.ranks import Ranks
 from nudge.components.train.settings import TrainSettings
-from nudge.kernels import fused_linear_cross_entropy
 from torch import nn
 
 
@@ -31,14 +30,7 @@ class _NextToken(nn.Module):
         if isinstance(rows, list):
             return next_token_probabilities(self.model, rows)
         hidden = hidden_states(self.model, rows.inputs, rows.positions)
-        return fused_linear_cross_entropy(
-            hidden.flatten(0, 1),
-            head_weight(self.model),
-            rows.targets.flatten(),
-            ignore_index=IGNORED,
-            reduction="sum",
-            logit_softcap=getattr(self.model.config, "final_logit_softcapping", None) or 0.0,
-        )
+        return next_token_loss(self.model, hidden.flatten(0, 1), rows.targets.flatten(), "sum")
 
 
 class Network:

@@ -5,9 +5,14 @@ whole or not at all: a folder gets its name when it is complete, and in S3 only 
 """
 
 import contextlib
+import fcntl
 import json
+import os
+import re
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +21,7 @@ from nudge.components.common.uris import is_local, local_path
 
 FORMAT, VERSION = "nudge.checkpoint", 1
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 
 
 class Place(Protocol):
@@ -56,6 +62,14 @@ class Place(Protocol):
 
     def clear(self, keep: list[str]) -> None:
         """Remove everything else: other checkpoints, and what a killed run left half-written."""
+        ...
+
+    def held(self) -> contextlib.AbstractContextManager[bool]:
+        """While open nobody else may have the place; gives False at once if somebody has it."""
+        ...
+
+    def remove_given_up(self, age_s: float) -> None:
+        """Remove the places beside this one that nobody holds or has written to for so long."""
         ...
 
 
@@ -103,9 +117,49 @@ class _Folder:
             if path.name not in keep:
                 (path / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(path)
-        if not keep:
-            with contextlib.suppress(OSError):  # not there yet, or somebody else's files in it
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[bool]:
+        file = self._lock()
+        if file is None:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            (self.root / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # there are checkpoints, or somebody else's files
                 self.root.rmdir()
+            os.close(file)
+
+    def _lock(self) -> int | None:
+        """The lock file, locked until it is closed, if need be by the end of the process."""
+        while True:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # who held it ends now, and removes both
+                file = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    os.close(file)
+                    return None
+                except OSError:  # a file system without locks
+                    return file
+                if os.fstat(file).st_nlink:
+                    return file
+                os.close(file)
+
+    def remove_given_up(self, age_s: float) -> None:
+        for root in self.root.parent.iterdir():
+            if root == self.root or not re.fullmatch(r"[0-9a-f]{16}", root.name):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # another run removes it as well
+                written = max(path.stat().st_mtime for path in (root, *root.iterdir()))
+                if time.time() - written > age_s:
+                    other = _Folder(root)
+                    with other.held() as free:
+                        if free:
+                            other.clear([])
 
 
 class _Bucket:
@@ -149,6 +203,12 @@ class _Bucket:
 
     def clear(self, keep: list[str]) -> None:
         self._delete([key for key in self._keys() if key.split("/")[0] not in keep])
+
+    def held(self) -> contextlib.AbstractContextManager[bool]:
+        return contextlib.nullcontext(True)
+
+    def remove_given_up(self, age_s: float) -> None:
+        pass  # a bucket has rules for that
 
     def _keys(self) -> list[str]:
         from nudge.components.common.storage import list_keys

@@ -135,7 +135,8 @@ class TrainSettings:
     """Which weights become the model: those of the last step, or of the best validation."""
     checkpoints: str = ""
     """A folder or s3:// URI for checkpoints to resume from, in a folder of its own for each run.
-    Empty: what NUDGE_CHECKPOINTS names (`nudge run` sets it), else none."""
+    Empty: what NUDGE_CHECKPOINTS names (`nudge run` sets it), else none; in a folder that it names,
+    those of a run that was given up go after two weeks."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 50
     """Steps between checkpoints."""
     checkpoints_kept: Annotated[int, Field(ge=1)] = 2

@@ -70,7 +70,12 @@ def _train(
     from nudge.components.train.checkpoints import identity, open_checkpoints
     from nudge.components.train.data import PackedSplit
     from nudge.components.train.loop import make_optimizer, planned_steps, train_loop
-    from nudge.components.train.model import Start, check_tokenizer, check_vocabulary
+    from nudge.components.train.model import (
+        Start,
+        check_length,
+        check_tokenizer,
+        check_vocabulary,
+    )
     from nudge.components.train.network import Network, check_document_masking, precision_on
     from nudge.components.train.record import NoBar, NoRecord, open_record
     from nudge.components.train.report import render_report
@@ -89,7 +94,7 @@ def _train(
         PackedSplit(tokens, "validation", length, seed, start=begins),
     ]
     steps = planned_steps(settings, split[0].rows)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as kept, contextlib.ExitStack() as stack:
         bar: Any = NoBar()
         model_part = history_part = Path()
         if ranks.main:
@@ -100,6 +105,8 @@ def _train(
         start = Start(settings, tokenizer, manifest["vocab_size"])
         base = start.model(seed)
         check_vocabulary(base, manifest["vocab_size"], settings)
+        language_model.check_loss(base)
+        check_length(base, settings)
         network = Network(adapt(base, settings, sharded=ranks.world > 1), settings, ranks)
         check_document_masking(network, manifest["vocab_size"])
         optimizer = make_optimizer(network.model, settings)
@@ -110,7 +117,7 @@ def _train(
             plain = dataclasses.asdict(settings)
             record = stack.enter_context(open_record(history_part, model.name, plain, steps))
         same = identity(settings, split[0], manifest["tokenizer_sha256"], start.sha256, steps)
-        checkpoints = stack.enter_context(open_checkpoints(settings, same, ranks))
+        checkpoints = kept.enter_context(open_checkpoints(settings, same, ranks))
         bar.note(stage="training")
         state = train_loop(
             network, optimizer, tokenizer, split[0], split[1], settings, steps, record,
@@ -134,4 +141,3 @@ def _train(
             facts["weights_sha256"] = model_sha256(model_part)
             write_manifest(model_part / "nudge.json", FORMAT, VERSION, facts)
             write_atomic(report, render_report(facts, record.lines))
-    checkpoints.run_is_done()

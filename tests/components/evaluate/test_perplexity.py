@@ -78,6 +78,13 @@ def test_scores_equal_plain_transformers(tiny_model: Path) -> None:
         assert scored.bytes == len(text.encode())
 
 
+def test_a_model_whose_loss_would_be_another_is_not_scored(tiny_model: Path) -> None:
+    model, tokenizer = load_model(tiny_model), load_tokenizer(tiny_model)
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
+    with progress("test") as bar, pytest.raises(UserError, match="choose another architecture"):
+        score(model, tokenizer, ["text"], first_token=0, window=16, stride=5, bar=bar)
+
+
 def with_bos(folder: Path, name: str) -> Any:
     """The tiny tokenizer, made to put its BOS before a text as those of Gemma and Llama 3."""
     tokenizer = load_tokenizer(folder)
@@ -129,6 +136,7 @@ def test_the_literal_windows_of_a_document(
         return torch.ones(int(counted.sum()))
 
     monkeypatch.setattr(perplexity, "_losses", losses)
+    monkeypatch.setattr(perplexity, "check_loss", lambda model: None)
     model = SimpleNamespace(device=torch.device("cpu"))
     tokens = {"input_ids": [20, 21, 22, 23, 24]}
     with progress("test") as bar:

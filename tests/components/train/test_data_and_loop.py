@@ -1,22 +1,29 @@
 """Every token once an epoch; packing and micro-batches change neither loss nor gradient."""
 
+import contextlib
 import copy
 import itertools
 import json
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from nudge.components.common.errors import UserError
+from nudge.components.common.language_model import load_tokenizer
 from nudge.components.common.tokens import TokenReader, token_dtype, write_shard
 from nudge.components.train.adapt import adapt
 from nudge.components.train.data import IGNORED, PackedSplit, Rows
-from nudge.components.train.loop import Loss, accumulate, learning_rate
+from nudge.components.train.loop import Loss, _watch, accumulate, learning_rate
+from nudge.components.train.model import check_length
 from nudge.components.train.network import Network
-from nudge.components.train.settings import TrainSettings
-from transformers import LlamaConfig, LlamaForCausalLM
+from nudge.components.train.record import NoRecord
+from nudge.components.train.settings import TrainSettings, WatchedPrompt
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 END = 0
 LENGTHS = [5, 1, 17, 40, 3, 9, 26]
@@ -161,3 +168,36 @@ def test_the_schedules_at_known_steps() -> None:
     wsd = settings(**common, schedule="wsd", decay_share=0.2)
     held = [learning_rate(wsd, step, 20) for step in (0, 1, 2, 16, 17, 18, 19)]
     assert held == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25])
+
+
+def test_a_watched_token_whose_probability_is_none_has_a_loss(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a run that diverges: what ends it is its loss, with what to lower."""
+    tokenizer, record = load_tokenizer(tiny_model), NoRecord()
+    only_first = torch.zeros(len(tokenizer)).index_fill(0, torch.tensor([0]), 1.0)
+    network: Any = SimpleNamespace(model=nn.Module(), probabilities=lambda ids: only_first)
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(record, "probe", seen.append)
+    _watch(network, tokenizer, settings(watch=WatchedPrompt(prompt="a", target="b")), 3, record)
+    assert seen[0]["p"] == 0.0
+    assert seen[0]["loss"] == pytest.approx(87.3, abs=0.1)
+
+
+@pytest.mark.parametrize(("kind", "fits"), [("gpt2", False), ("opt", False), ("llama", True)])
+def test_rows_longer_than_learned_positions_are_refused(kind: str, fits: bool) -> None:
+    shape = {
+        "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "max_position_embeddings": 64, "pad_token_id": 0,
+    }  # fmt: skip
+    config = AutoConfig.for_model(kind, **shape)
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    check_length(made, settings(sequence_length=64))
+    with (
+        contextlib.nullcontext()
+        if fits
+        else pytest.raises(
+            UserError, match=f"sequence_length = 65: {type(made).__name__} has 64 positions; lower"
+        )
+    ):
+        check_length(made, settings(sequence_length=65))

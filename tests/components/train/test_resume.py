@@ -1,17 +1,26 @@
 """A run that is cut is the run that was not: the same weights, to the bit, or a clear refusal."""
 
+import dataclasses
+import errno
+import json
+import math
+import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nudge.components.common.errors import UserError
 from nudge.components.common.language_model import load_model
+from nudge.components.train import loop
+from nudge.components.train.checkpoints import State
 from nudge.components.train.data import PackedSplit
-from nudge.components.train.loop import validation_loss
+from nudge.components.train.loop import accumulate, validation_loss
 from nudge.components.train.network import Network
+from nudge.components.train.places import _Folder, open_place
 from nudge.components.train.record import Record
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
@@ -125,6 +134,43 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(
         train(settings, tokens=tokens, **outputs(tmp_path / "a"))
 
 
+def test_a_checkpoint_that_is_named_is_resumed_from_and_stays(
+    half: tuple[TrainSettings, Path], small: Small, tokens: Path, tmp_path: Path
+) -> None:
+    settings, folder = half
+    train(small(), tokens=tokens, **outputs(tmp_path / "whole"))
+    older = dataclasses.replace(settings, resume=f"{folder}/step-000000006", checkpoints_kept=9)
+    train(older, tokens=tokens, **outputs(tmp_path / "a"))
+    assert weights(tmp_path / "a") == weights(tmp_path / "whole")
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000000006", "step-000000009"]
+
+
+def test_a_checkpoint_is_resumed_from_without_a_place_for_others(
+    half: tuple[TrainSettings, Path],
+    small: Small,
+    tokens: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained = []
+    monkeypatch.setattr(loop, "accumulate", lambda *given: trained.append(0) or accumulate(*given))
+    resume = (half[1] / "step-000000009").as_uri()
+    train(small(resume=resume), tokens=tokens, **outputs(tmp_path / "a"))
+    assert len(trained) == 3
+    assert (half[1] / "step-000000009").is_dir()
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints"])
+def test_a_checkpoint_that_is_not_there_is_said(
+    half: tuple[TrainSettings, Path], small: Small, tokens: Path, tmp_path: Path, place: str
+) -> None:
+    resume = f"{half[1]}/step-000000007"
+    settings = small(checkpoints=f"{tmp_path / place}" if place else "", resume=resume)
+    with pytest.raises(UserError, match="resume = '.*000007': there is no checkpoint; give"):
+        train(settings, tokens=tokens, **outputs(tmp_path / "a"))
+    assert len(list(half[1].iterdir())) == 2
+
+
 def test_sigterm_writes_a_checkpoint_and_the_next_run_goes_on(
     small: Small, tokens: Path, tmp_path: Path
 ) -> None:
@@ -170,6 +216,145 @@ def test_the_best_weights_are_kept_and_training_ends_early(
     settings = small(**values)
     kept = Network(load_model(tmp_path / "a" / "model"), settings)
     assert validation_loss(kept, split, settings) == pytest.approx(best, rel=1e-6)
+
+
+@pytest.fixture
+def validations(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+    """Validation losses by step, to be filled in; each is what is written down for its step."""
+    given: dict[int, float] = {}
+    validated = State.validated
+    monkeypatch.setattr(
+        State, "validated", lambda self, loss: validated(self, given.get(self.step, loss))
+    )
+    return given
+
+
+def training_of(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "model" / "nudge.json").read_text())["training"])
+
+
+def weights_of(folder: Path) -> int:
+    return int(training_of(folder)["weights_of_step"])
+
+
+def test_the_best_whose_checkpoint_failed_is_not_the_best(
+    small: Small,
+    tokens: Path,
+    tmp_path: Path,
+    validations: dict[int, float],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """That of step 4 meets a disk that is full for a moment; step 2 is the best that is there."""
+    publish = _Folder.publish
+
+    def full(self: _Folder, name: str, *given: Any) -> None:
+        if name.endswith("4"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        publish(self, name, *given)
+
+    monkeypatch.setattr(_Folder, "publish", full)
+    validations |= {2: 2.0, 4: 1.0, 6: 3.0, 8: 4.0, 10: 5.0, 12: 6.0}
+    values = {"validation_every": 2, "checkpoints": str(tmp_path / "checkpoints")}
+    settings = small(**values, keep="best")
+    train(settings, tokens=tokens, **outputs(tmp_path / "a"))
+    assert "step-000000004 failed: no space is left there" in capfd.readouterr().err
+    assert weights_of(tmp_path / "a") == 2
+    assert training_of(tmp_path / "a")["best_validation_loss"] == 2.0
+    monkeypatch.setattr(_Folder, "publish", publish)
+    train(settings, tokens=tokens, **outputs(tmp_path / "again"))
+    assert weights(tmp_path / "again") == weights(tmp_path / "a")
+
+
+def test_a_last_checkpoint_that_fails_costs_no_model(
+    small: Small, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = _Folder.publish
+
+    def full(self: _Folder, name: str, *given: Any) -> None:
+        if name.endswith("9"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        publish(self, name, *given)
+
+    monkeypatch.setattr(_Folder, "publish", full)
+    settings = small(checkpoints=str(tmp_path / "checkpoints"))
+    train(settings, tokens=tokens, **outputs(tmp_path / "a"))
+    assert weights_of(tmp_path / "a") == 12
+
+
+def test_a_best_that_has_no_checkpoint_is_looked_for_anew(
+    half: tuple[TrainSettings, Path],
+    tokens: Path,
+    tmp_path: Path,
+    validations: dict[int, float],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The run kept the last ones until it was cut; the best validation was that of step 8."""
+    settings = dataclasses.replace(half[0], keep="best", validation_every=1)
+    validations |= {10: 8.0, 11: 7.0, 12: 9.0}
+    train(settings, tokens=tokens, **outputs(tmp_path / "a"))
+    assert "of step 8, has no checkpoint: the best is looked" in capfd.readouterr().err
+    assert weights_of(tmp_path / "a") == 11
+
+
+def test_a_validation_that_is_no_number_is_never_the_best(
+    small: Small, tokens: Path, tmp_path: Path, validations: dict[int, float]
+) -> None:
+    validations |= {4: 2.0, 8: 3.0, 12: math.nan}
+    train(small(keep="best"), tokens=tokens, **outputs(tmp_path / "a"))
+    assert weights_of(tmp_path / "a") == 4
+    state = State()
+    assert not state.validated(math.nan)
+    assert state.validated(3.0)
+
+
+def test_a_second_run_of_the_same_ends_at_once(
+    small: Small, tokens: Path, tmp_path: Path, cut_at: Callable[[int], None]
+) -> None:
+    settings = small(checkpoints=str(tmp_path / "checkpoints"))
+    cut_at(10)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, tokens=tokens, **outputs(tmp_path / "a"))
+    cut_at(0)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    with (
+        open_place(str(folder)).held() as free,
+        pytest.raises(UserError, match="another run of the same .* is at work: wait for its end"),
+    ):
+        assert free
+        train(settings, tokens=tokens, **outputs(tmp_path / "b"))
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000000006", "step-000000009"]
+    train(settings, tokens=tokens, **outputs(tmp_path / "b"))
+
+
+def test_checkpoints_of_runs_that_were_given_up_go(
+    small: Small,
+    tokens: Path,
+    tmp_path: Path,
+    cut_at: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not those of yesterday, nor of a run that is at work, nor anything else that lies there."""
+    place = tmp_path / "checkpoints"
+    monkeypatch.setenv("NUDGE_CHECKPOINTS", str(place))
+    made: list[Path] = []
+    cut_at(5)
+    for seed in (2, 3, 4):
+        with pytest.raises(KeyboardInterrupt):
+            train(small(seed=seed), tokens=tokens, **outputs(tmp_path / "cut"))
+        made += set(place.iterdir()) - set(made)
+    cut_at(0)
+    (place / "mine").mkdir()
+    held, old, young = made
+    long_ago = time.time() - 15 * 24 * 3600
+    for path in (*held.iterdir(), held, *old.iterdir(), old, place / "mine"):
+        os.utime(path, (long_ago, long_ago))
+    with open_place(str(held)).held():
+        os.utime(held, (long_ago, long_ago))
+        os.utime(held / ".lock", (long_ago, long_ago))
+        train(small(), tokens=tokens, **outputs(tmp_path / "a"))
+    assert set(place.iterdir()) == {held, young, place / "mine"}
+    assert list(held.iterdir())
 
 
 @pytest.mark.long

@@ -1,0 +1,69 @@
+"""LoRA's merged weights are what was trained, in every kind of layer that it takes."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from nudge.components.common.errors import UserError
+from nudge.components.train.adapt import adapt, merged_state
+from nudge.components.train.settings import TrainSettings
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SHAPES = {
+    "gpt2": {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "pad_token_id": 0},
+    "llama": {
+        "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32,
+        "intermediate_size": 64, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+def make(kind: str) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=60, **SHAPES[kind])
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def settings(*targets: str) -> TrainSettings:
+    return TrainSettings(base_model="x", mode="lora", lora_rank=4, lora_targets=[*targets])
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("gpt2", ["c_attn"]),
+        ("gpt2", ["attn.c_proj"]),  # as wide as it is high
+        ("gpt2", ["c_attn", "c_fc", "c_proj"]),
+        ("llama", ["q_proj", "down_proj"]),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_the_merged_model_is_the_one_that_was_trained(kind: str, targets: list[str]) -> None:
+    given, base = settings(*targets), make(kind)
+    trained = adapt(copy.deepcopy(base), given).eval()
+    for name, parameter in trained.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    ids = torch.arange(12)[None]
+    before, after = base.eval()(ids).logits, trained(ids).logits
+    assert not torch.allclose(before, after, rtol=1e-2)
+    base.load_state_dict(merged_state(dict(trained.state_dict()), given, base))
+    torch.testing.assert_close(base(ids).logits, after, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "said"),
+    [
+        ("llama", "embed_tokens", "model.embed_tokens is of Embedding"),
+        ("gpt2", "wpe", "transformer.wpe is of Embedding"),
+        ("llama", "lm_head", "lm_head is the head"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_what_could_not_be_merged_is_refused_at_the_start(
+    kind: str, target: str, said: str
+) -> None:
+    with pytest.raises(UserError, match=rf"lora_targets = \['{target}'\]: {said}; name linear"):
+        adapt(make(kind), settings(target))
