@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import secrets
@@ -15,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 from nudge.components.common.processes import locked
 from nudge.components.common.provenance import code_fingerprint
 from nudge.components.common.publish import write_atomic
@@ -22,6 +24,10 @@ from nudge.pipelines.recipes import Recipe
 
 STEPS = ("ingest", "tokenize", "train", "evaluate", "upload", "register", "deploy", "summary")
 POLL_S = 0.1
+QUIET_S, ENDING_S = 2.0, 60.0
+"""How long the steps of a run that is stopped may take to end: without a word, and at most."""
+EVENTS, BEFORE = "events.jsonl", "events-before.jsonl"
+"""Of a run that is gone on with, what its steps told before stands in a file of its own."""
 PUBLISHING = ("upload", "register", "deploy", "summary")
 """The steps that change what others see; a run that was cut off in one is gone on with."""
 NOTHING_NEW = "there is no new text: the served version was trained on all of it"
@@ -79,6 +85,10 @@ class Run:
         return self.folder / "run.log"
 
     @property
+    def events(self) -> Path:
+        return self.folder / EVENTS
+
+    @property
     def failed(self) -> StepState | None:
         """The step that failed; None if none did."""
         return next((step for step in self.steps.values() if step.status == "failed"), None)
@@ -89,7 +99,8 @@ def begin(recipe: Recipe, home: Path, *, fresh: bool = False) -> Run:
 
     If the last run of this recipe, by this code, was cut off after it had begun to publish its
     model, or failed there, this is that run again: what it left half done is finished under its
-    name, where a new run would leave it lying. ``fresh`` always begins a new one.
+    name, where a new run would leave it lying. Whether its model is the same is seen by `follow`.
+    ``fresh`` always begins a new one.
     """
     with locked(home, "runs"):
         cut_off = None if fresh else _cut_off(recipe, home)
@@ -116,30 +127,41 @@ def _cut_off(recipe: Recipe, home: Path) -> Run | None:
         asked = folder / "recipe.yaml"
         if not asked.is_file() or asked.read_text(encoding="utf-8") != recipe.text:
             continue
-        code, events = folder / "code", folder / "events.jsonl"
+        code = folder / "code"
         same = code.is_file() and code.read_text() == code_fingerprint()
-        if not same or not events.is_file() or not _half_published(folder, events):
+        if not same or not _half_published(folder):
             return None
         try:
             run = _run(recipe, folder)
         except BlockingIOError:
             return None
-        events.replace(folder / "events-before.jsonl")
+        if run.events.is_file():
+            with (folder / BEFORE).open("ab") as before:
+                before.write(run.events.read_bytes())
+            run.events.unlink()
         run.continued = True
         return run
     return None
 
 
-def _half_published(folder: Path, events: Path) -> bool:
-    begun = {json.loads(line)["step"] for line in events.read_text().splitlines()}
-    if not begun & set(PUBLISHING[:-1]):
+def _half_published(folder: Path) -> bool:
+    paths = [path for name in (BEFORE, EVENTS) if (path := folder / name).is_file()]
+    events = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    if not any(event["step"] in PUBLISHING[:-1] for event in events):
         return False
-    path = folder / "result.json"
-    if not path.is_file():
-        return True
-    ended = {step["name"]: step["status"] for step in json.loads(path.read_text())["steps"]}
     # One that the upload refused may hold another model by now: it is not tried again.
-    return any(ended[name] == "failed" for name in PUBLISHING[1:])
+    uploads = [event["event"] for event in events if event["step"] == "upload"]
+    if "step_failed" in uploads[-1:]:
+        return False
+    result = folder / "result.json"
+    return not result.is_file() or json.loads(result.read_text())["error"] is not None
+
+
+def _begun_anew(run: Run, home: Path) -> Run:
+    """A new run in the place of one that cannot be gone on with, which is left as it was."""
+    run.events.unlink()
+    run.lock.close()
+    return begin(run.recipe, home, fresh=True)
 
 
 def follow(
@@ -155,8 +177,34 @@ def follow(
 
     ``engine`` is "process", or "docker": each step in a container. The pipeline runs in a process
     group of its own, which is ended when this generator is closed.
+
+    A run that was cut off has trained its model, so if it comes to train now, its text or base
+    model is another one by now, or what it trained is not kept: the model would not be that of
+    its name. Then a new run is begun, and that is what is yielded from there on.
     """
-    events = run.folder / "events.jsonl"
+    start = functools.partial(
+        _follow, home=home, services=services, reuse=reuse, compiled=compiled, engine=engine
+    )
+    with contextlib.closing(start(run)) as following:
+        for _ in following:
+            yield run
+            if run.continued and run.steps["train"].unit:  # which a step that is reused has not
+                break
+        else:
+            return
+    yield from start(_begun_anew(run, home))
+
+
+def _follow(
+    run: Run,
+    *,
+    home: Path,
+    services: dict[str, str],
+    reuse: bool,
+    compiled: Path | None,
+    engine: str,
+) -> Generator[Run, None, None]:
+    events = run.events
     events.touch()
     environment = {
         **os.environ,
@@ -287,11 +335,39 @@ def _evaluation(run: Run) -> dict[str, Any]:
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:
-    """End a child and all that it started; a group that has ended already is fine."""
+    """End a child and all of its process group; returns when none of them runs any more.
+
+    A step outlives the engine that started it: training writes a checkpoint first.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGTERM)
+    asked, told = time.monotonic(), False
     try:
-        child.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
+        while _group(child) and time.monotonic() - asked < ENDING_S:
+            if not told and time.monotonic() - asked > QUIET_S:
+                told = True
+                print(
+                    "waiting for the step to end (training writes a checkpoint first); "
+                    "Ctrl-C ends it at once",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            time.sleep(POLL_S)
+    finally:
+        for member in (members := _group(child)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(members, timeout=ENDING_S)
         child.wait()
+
+
+def _group(child: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The processes of a child's group that run."""
+    child.poll()  # what has ended and nobody has asked for counts as one that is there
+    members = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+            ours = os.getpgid(process.pid) == child.pid
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process)
+    return members

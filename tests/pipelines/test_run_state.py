@@ -62,11 +62,14 @@ def test_two_runs_of_one_moment_have_folders_of_their_own(tmp_path: Path) -> Non
     assert len({run.folder for run in runs}) == 8
 
 
+def told(*events: tuple[str, str]) -> list[str]:
+    return [json.dumps({"step": step, "event": event}) for step, event in events]
+
+
 def cut_off(home: Path, *events: tuple[str, str], failed: str = "", kept: bool = False) -> str:
     """A run of eiffel that came as far as these events and ended, however; returns its id."""
     run = begin(load("eiffel"), home, fresh=True)
-    lines = [json.dumps({"step": step, "event": event}) for step, event in events]
-    (run.folder / "events.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    run.events.write_text("".join(f"{line}\n" for line in told(*events)))
     if failed:
         run.steps[failed].apply({"event": "step_failed", "time": 1.0, "error": "it burst"})
     if failed or kept:
@@ -85,11 +88,18 @@ UPLOADED = ("upload", "step_start"), ("upload", "step_end")
         {"events": UPLOADED},
         {"events": (*UPLOADED, ("register", "step_start"), ("deploy", "step_failed"))},
         {"events": (*UPLOADED, ("deploy", "step_failed")), "failed": "deploy"},
+        {"events": UPLOADED, "then": (("ingest", "step_start"),)},
+        {"events": (*UPLOADED, ("deploy", "step_failed")), "failed": "deploy", "then": ()},
     ],
 )
 def test_a_run_that_was_cut_off_while_it_published_goes_on(tmp_path: Path, end: Any) -> None:
+    then = end.pop("then", None)
     run_id = cut_off(tmp_path, *end.pop("events"), **end)
     assert begin(load("eiffel", ["seed=7"]), tmp_path).run_id != run_id
+    if then is not None:  # it was gone on with before, and cut off sooner
+        once = begin(load("eiffel"), tmp_path)
+        once.events.write_text("".join(f"{line}\n" for line in told(*then)))
+        once.lock.close()
     again = begin(load("eiffel"), tmp_path)
     assert (again.run_id, again.continued) == (run_id, True)
     assert not (again.folder / "events.jsonl").exists()  # what it had told is not told again
