@@ -77,6 +77,8 @@ class Run:
     exit_status: int = 0
     continued: bool = False
     """Whether an earlier command began it."""
+    trained: str = ""
+    """The facts of the model that it trained then."""
     lock: Any = None
     """Held for as long as the command runs that the run is of."""
 
@@ -129,7 +131,8 @@ def _cut_off(recipe: Recipe, home: Path) -> Run | None:
             continue
         code = folder / "code"
         same = code.is_file() and code.read_text() == code_fingerprint()
-        if not same or not _half_published(folder):
+        told = _told(folder)
+        if not same or not _half_published(folder, told):
             return None
         try:
             run = _run(recipe, folder)
@@ -140,21 +143,41 @@ def _cut_off(recipe: Recipe, home: Path) -> Run | None:
                 before.write(run.events.read_bytes())
             run.events.unlink()
         run.continued = True
+        ends = [each for each in told if each["event"] == "step_end" and each["step"] == "train"]
+        run.trained = _facts(ends[0]["outputs"]) if ends else ""
         return run
     return None
 
 
-def _half_published(folder: Path) -> bool:
+def _told(folder: Path) -> list[dict[str, Any]]:
+    """All that the steps of a run told, from its first beginning on."""
     paths = [path for name in (BEFORE, EVENTS) if (path := folder / name).is_file()]
-    events = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-    if not any(event["step"] in PUBLISHING[:-1] for event in events):
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+def _half_published(folder: Path, told: list[dict[str, Any]]) -> bool:
+    if not any(event["step"] in PUBLISHING[:-1] for event in told):
         return False
     # One that the upload refused may hold another model by now: it is not tried again.
-    uploads = [event["event"] for event in events if event["step"] == "upload"]
+    uploads = [event["event"] for event in told if event["step"] == "upload"]
     if "step_failed" in uploads[-1:]:
         return False
     result = folder / "result.json"
     return not result.is_file() or json.loads(result.read_text())["error"] is not None
+
+
+def _facts(outputs: dict[str, str]) -> str:
+    """What a model was made of, and its weights' sha256; empty if its folder is gone."""
+    path = Path(outputs["model"]) / "nudge.json"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _has_another_model(run: Run) -> bool:
+    """Whether a run that was cut off does not come to the model that it had trained."""
+    train = run.steps["train"]
+    if train.unit:  # it trains again: only a step that is reused counts nothing
+        return True
+    return train.status == "reused" and _facts(train.outputs) != run.trained
 
 
 def _begun_anew(run: Run, home: Path) -> Run:
@@ -178,9 +201,9 @@ def follow(
     ``engine`` is "process", or "docker": each step in a container. The pipeline runs in a process
     group of its own, which is ended when this generator is closed.
 
-    A run that was cut off has trained its model, so if it comes to train now, its text or base
-    model is another one by now, or what it trained is not kept: the model would not be that of
-    its name. Then a new run is begun, and that is what is yielded from there on.
+    A run that was cut off has trained the model that has its name. If it comes to train again, or
+    to another model that is reused, then its text or base model is another one by now, or what it
+    trained was not kept: a new run is begun, which is what is yielded from there on.
     """
     start = functools.partial(
         _follow, home=home, services=services, reuse=reuse, compiled=compiled, engine=engine
@@ -188,7 +211,7 @@ def follow(
     with contextlib.closing(start(run)) as following:
         for _ in following:
             yield run
-            if run.continued and run.steps["train"].unit:  # which a step that is reused has not
+            if run.continued and _has_another_model(run):
                 break
         else:
             return

@@ -20,8 +20,8 @@ def tell(step, event, **values):
     with open(os.environ["NUDGE_EVENTS"], "a") as file:
         print(json.dumps(line), file=file, flush=True)
 
-def end(step, status):
-    tell(step, "step_end", status=status, seconds=1.0, outputs={}, results={})
+def end(step, status, **outputs):
+    tell(step, "step_end", status=status, seconds=1.0, outputs=outputs, results={})
 """
 ONE = """
 tell("ingest", "step_start")
@@ -30,7 +30,8 @@ tell("train", "step_start")
 if TRAINS:
     tell("train", "start", done=0, total=9, unit="steps", fields={})
     time.sleep(2)
-end("train", "done" if TRAINS else "reused")
+end("train", "done" if TRAINS else "reused", model=MODEL)
+time.sleep(2)
 tell("upload", "step_start")
 end("upload", "done")
 """
@@ -66,31 +67,39 @@ def engine(monkeypatch: pytest.MonkeyPatch, folder: Path, program: str) -> None:
 def cut_off(home: Path) -> str:
     """A run of some night that was cut off when its model was uploaded; returns its id."""
     run = begin(load("eiffel"), home)
-    run.events.write_text(json.dumps({"step": "upload", "event": "step_end"}) + "\n")
+    trained = {"step": "train", "event": "step_end", "outputs": {"model": str(home / "one")}}
+    for event in (trained, {"step": "upload", "event": "step_end"}):
+        with run.events.open("a") as file:
+            print(json.dumps(event), file=file)
     run.lock.close()
     return run.folder.rename(home / "runs" / "20260102-030405-6789").name
 
 
-@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize(("model", "trains"), [("one", False), ("other", False), ("one", True)])
 def test_a_run_goes_on_only_with_the_model_that_it_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trains: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, trains: bool
 ) -> None:
-    """Gone on with on other text, it would be refused at the upload, after a night's training."""
+    """Gone on with on other text, it would be refused at the upload, after a night's training;
+    another model is reused where another run has trained it on that text."""
     home = tmp_path / "home"
+    for name in ("one", "other"):
+        (home / name).mkdir(parents=True)
+        (home / name / "nudge.json").write_text(name)
+    same = model == "one" and not trains
     before = cut_off(home)
     folder = home / "runs" / before
-    engine(monkeypatch, tmp_path, f"TRAINS = {trains}\n{ONE}")
+    engine(monkeypatch, tmp_path, f"TRAINS, MODEL = {trains}, {str(home / model)!r}\n{ONE}")
     run = begin(load("eiffel"), home)
     assert run.run_id == before
     ends = list(follow(run, home, {}, reuse=True))
     ended = ends[-1]
-    assert (ended.run_id == before) is not trains
+    assert (ended.run_id == before) is same
     assert ended.steps["upload"].status == "done"
     assert ended.folder.name == ended.run_id
     # What was told of the other model stands in no run but its own.
     said = "".join(path.read_text() for path in folder.glob("events*.jsonl"))
-    assert '"train"' not in said if trains else '"reused"' in said
-    if trains:
+    assert ('"step_start"' in said) is same
+    if not same:
         again = begin(load("eiffel"), home)
         assert again.run_id not in (before, ended.run_id)
 
