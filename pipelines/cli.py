@@ -204,11 +204,18 @@ def services_up(store_port: int | None, registry_port: int | None) -> None:
 
 @services_group.command("down")
 def services_down() -> None:
-    """Stop every part; its data stays."""
+    """Stop every part, unless a run is under way; its data stays."""
     from nudge.components.common.processes import nudge_home
     from nudge.pipelines.local import services
+    from nudge.pipelines.local.run import under_way
 
-    stopped = services.down(nudge_home())
+    home = nudge_home()
+    if runs := under_way(home):
+        raise UserError(
+            f"{', '.join(runs)} is under way and would not be served without them; wait for its "
+            "end, or end it first (Ctrl-C where `nudge run` was started)"
+        )
+    stopped = services.down(home)
     click.echo("stopped " + ", ".join(stopped) if stopped else "nothing was running")
 
 

@@ -116,6 +116,21 @@ def begin(recipe: Recipe, home: Path, *, fresh: bool = False) -> Run:
         return _run(recipe, folder)
 
 
+def under_way(home: Path) -> list[str]:
+    """The ids of the runs whose command is at work."""
+    with locked(home, "runs"):
+        return [path.parent.name for path in sorted((home / "runs").glob("*/lock")) if _held(path)]
+
+
+def _held(lock: Path) -> bool:
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
 def _run(recipe: Recipe, folder: Path) -> Run:
     run = Run(recipe, folder.name, folder, {name: StepState(name) for name in STEPS})
     run.lock = (folder / "lock").open("w")

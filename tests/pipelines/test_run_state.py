@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from nudge.pipelines import display
+from nudge.pipelines.cli import main
 from nudge.pipelines.local.run import Run, StepState, begin, keep_result, result
 from nudge.pipelines.recipes import load
 from rich.console import Console
@@ -119,6 +121,21 @@ def test_any_other_is_begun_anew(tmp_path: Path, end: Any) -> None:
     run_id = cut_off(tmp_path, *end.pop("events"), **end)
     again = begin(load("eiffel"), tmp_path)
     assert (again.run_id != run_id, again.continued) == (True, False)
+
+
+def test_the_parts_are_not_stopped_under_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would train on, and promote nothing because it cannot know what is served."""
+    monkeypatch.setenv("NUDGE_HOME", str(tmp_path))
+    cut_off(tmp_path)
+    run = begin(load("eiffel"), tmp_path)
+    refused = CliRunner().invoke(main, ["services", "down"])
+    assert refused.exit_code == 2
+    assert f"error: {run.run_id} is under way" in refused.output
+    run.lock.close()
+    down = CliRunner().invoke(main, ["services", "down"])
+    assert (down.exit_code, down.output) == (0, "nothing was running\n")
 
 
 def test_a_run_of_other_code_or_asked_for_anew_does_not_go_on(
