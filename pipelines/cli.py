@@ -1,5 +1,6 @@
 """The command `nudge`. Nothing heavy is imported before the command that needs it."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -66,8 +67,9 @@ def run(
 
     RECIPE is the name of a recipe that ships with nudge (`nudge recipes` lists them) or a YAML
     file; the default is eiffel. Steps that finished before on the same input are reused, and a run
-    that was cut off while it published its model is gone on with under its own name. The object
-    store, the model registry and the served model run on after it: `nudge services down` ends them.
+    that was cut off while it published its model is gone on with under its own name, if text and
+    base model are still the same. The object store, the model registry and the served model run on
+    after it: `nudge services down` ends them.
 
     Exit status: 0 the run ended (promoted or not), 1 it failed, 2 something given was wrong.
     """
@@ -99,10 +101,18 @@ def run(
     )
     try:
         with display.Live(console, current) as live:
-            for current in following:
+            for now in following:
+                if now is not current:
+                    console.print(
+                        f"{current.run_id} trained another model than this will be, so it stays "
+                        f"as it is; this is a new run, {now.run_id}",
+                        highlight=False,
+                    )
+                current = now
                 live.show(current)
     except KeyboardInterrupt:
-        following.close()
+        with contextlib.suppress(KeyboardInterrupt):  # the second one ends it at once
+            following.close()
         click.echo(f"stopped; finished steps are kept, the log is {current.log}", err=True)
         sys.exit(130)
     values = local_run.keep_result(current)
@@ -194,11 +204,18 @@ def services_up(store_port: int | None, registry_port: int | None) -> None:
 
 @services_group.command("down")
 def services_down() -> None:
-    """Stop every part; its data stays."""
+    """Stop every part, unless a run is under way; its data stays."""
     from nudge.components.common.processes import nudge_home
     from nudge.pipelines.local import services
+    from nudge.pipelines.local.run import under_way
 
-    stopped = services.down(nudge_home())
+    home = nudge_home()
+    if runs := under_way(home):
+        raise UserError(
+            f"{', '.join(runs)} is under way and would not be served without them; wait for its "
+            "end, or end it first (Ctrl-C where `nudge run` was started)"
+        )
+    stopped = services.down(home)
     click.echo("stopped " + ", ".join(stopped) if stopped else "nothing was running")
 
 

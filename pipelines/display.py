@@ -78,7 +78,7 @@ class Live:
                 )
                 if ended:
                     self._bars.stop_task(task)
-            elif step.status != self._said.get(name, "waiting"):
+            elif step.status not in ("waiting", self._said.get(name, "waiting")):
                 took = f" {step.seconds:.1f} s" if step.seconds else ""
                 self._console.print(f"{name}: {step.status}{took}", markup=False, highlight=False)
             self._said[name] = step.status

@@ -58,13 +58,20 @@ def models(model: str, as_json: bool) -> None:
 @MODEL
 @RECIPE
 @TARGET
-def promote(version: str, model: str, recipe_name: str, target: str | None) -> None:
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    help="Move the model to this port of this machine; default: it keeps its address.",
+)
+def promote(
+    version: str, model: str, recipe_name: str, target: str | None, port: int | None
+) -> None:
     """Give VERSION all of the model's traffic.
 
     It is brought up beside what is served, tested, and only then the traffic moves. Safe to repeat:
     what a killed one left undone, the next one does.
     """
-    _shift(_settings(recipe_name, target), model, {version: 100})
+    _shift(_settings(recipe_name, target, port), model, {version: 100})
 
 
 @click.command()
@@ -151,13 +158,13 @@ def _connect(settings: Any = None) -> None:
         os.environ.update(services.up(nudge_home()))
 
 
-def _settings(recipe_name: str, target: str | None) -> Any:
+def _settings(recipe_name: str, target: str | None, port: int | None = None) -> Any:
     from nudge.components.common.recipe import step_settings
     from nudge.components.deploy.settings import DeploySettings
     from nudge.pipelines.recipes import load
 
     recipe = load(recipe_name).text if recipe_name else "{}"
-    return step_settings(DeploySettings, "deploy", recipe, target=target or "")
+    return step_settings(DeploySettings, "deploy", recipe, target=target or "", port=port or "")
 
 
 def _model(given: str) -> str:

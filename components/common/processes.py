@@ -1,7 +1,7 @@
 """Servers of this machine that outlive the command which started them.
 
-Each has a name and a record, ``<home>/services/<name>.json``: pid and start time (so that a pid
-used again by another program is never taken for it), address, log. Starting twice is starting once.
+Each has a name and a record, ``<home>/services/<name>.json``: pid and start (so that a pid used
+again by another program is never taken for it), address, log. Starting twice is starting once.
 """
 
 import contextlib
@@ -29,7 +29,8 @@ class Record:
 
     name: str
     pid: int
-    created: float
+    created: str | float
+    """`created` of the process; seconds since the epoch in the record of an older nudge."""
     address: str
     log: str
 
@@ -37,10 +38,32 @@ class Record:
         """The running process, or None if it is gone."""
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.created) < 0.1
+            if isinstance(self.created, str):
+                same = created(process) == self.created
+            else:
+                same = abs(process.create_time() - self.created) < 0.1
             if same and process.status() != psutil.STATUS_ZOMBIE:
                 return process
         return None
+
+
+def created(process: psutil.Process) -> str | float:
+    """When a process began, which no other one of its pid did.
+
+    On Linux the boot, and the clock ticks from then on: the seconds since the epoch, taken
+    elsewhere, change when the clock is set, as it is after a suspend. Raises
+    `psutil.NoSuchProcess`.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if not boot.is_file():
+        return process.create_time()
+    try:
+        stat = Path(f"/proc/{process.pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(process.pid) from None
+    # Field 22 of proc_pid_stat(5); the second is a name that may hold spaces and brackets.
+    ticks = int(stat.rpartition(b")")[2].split()[19])
+    return f"{boot.read_text().strip()}:{ticks}"
 
 
 def nudge_home() -> Path:
@@ -111,7 +134,7 @@ def start(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    record = Record(name, child.pid, psutil.Process(child.pid).create_time(), address, str(log))
+    record = Record(name, child.pid, created(psutil.Process(child.pid)), address, str(log))
     write_atomic(home / "services" / f"{name}.json", json.dumps(asdict(record)))
     if not _waited(ready, timeout_s, lambda: child.poll() is not None):
         why = f"ended with status {child.poll()}" if child.poll() is not None else "is not ready"

@@ -26,6 +26,7 @@ from nudge.components.common import processes
 from nudge.components.common.errors import UserError
 from nudge.components.common.publish import write_atomic
 
+CONFIGURATION = "caddy.json"
 SLOTS = 100
 START_TIMEOUT_S = 30.0
 DRAIN_TIMEOUT_S = 120.0
@@ -53,23 +54,25 @@ def route(
     """Send a model's requests to its servers by share; returns the model's URL.
 
     The change is at once and whole: an error leaves the old routes, and no request is lost.
-    ``port`` is used when the model has no address yet; 0 takes a free one. Raises `UserError` if
-    Caddy cannot be had.
+    ``port`` 0 keeps the address that the model has, or takes a free one; another one moves the
+    model there, which is said on stderr. Raises `UserError` if the port is taken or Caddy cannot
+    be had.
     """
     with processes.locked(home, gateway_name(model)):
-        old = routes(home).get(model)
-        if old is None and port and not processes.port_is_free(port):
-            raise UserError(
-                f"deploy.port {port} of 127.0.0.1 is taken by another program; "
-                "give another one, or 0 to have a free one chosen"
-            )
-        fixed = old.port if old else port or processes.free_port()
-        record = processes.read_record(home, gateway_name(model))
-        if record is None or record.process() is None:
-            _start(home, model, fixed)
+        old, now = routes(home).get(model), _listens(home, model)
+        wanted = port or (old.port if old else now or processes.free_port())
+        if now != wanted:
+            if not processes.port_is_free(wanted):
+                raise _taken(model, wanted, port, max(shares, key=lambda name: shares[name]))
+            processes.stop(home, gateway_name(model))
+            _start(home, model, wanted)
         served = {name: servers[name] for name, share in shares.items() if share}
-        switch(home / "gateway" / model, Route(fixed, shares, served))
-    return f"http://127.0.0.1:{fixed}"
+        switch(home / "gateway" / model, Route(wanted, shares, served))
+    url = f"http://127.0.0.1:{wanted}"
+    if old and old.port != wanted:
+        told = f"{model} moved from port {old.port} to {url}, as deploy.port says"
+        print(told, file=sys.stderr, flush=True)
+    return url
 
 
 def drained(home: Path, model: str, address: str) -> bool:
@@ -133,6 +136,29 @@ def _dealt(shares: dict[str, int]) -> list[str]:
     return [version for _, version in sorted(ends)]
 
 
+def _taken(model: str, port: int, asked: int, version: str) -> UserError:
+    if asked:
+        return UserError(
+            f"deploy.port {port} of 127.0.0.1, asked for {model}, is taken by another program; "
+            "give another one, or 0 to keep the address that it has or have a free one chosen"
+        )
+    return UserError(
+        f"{model} has the address http://127.0.0.1:{port}, and another program has taken port "
+        f"{port}; end that one and run this again, or give the model another port (deploy.port): "
+        f"nudge promote {version} --model {model} --port PORT"
+    )
+
+
+def _listens(home: Path, model: str) -> int:
+    """The port on which a model's Caddy listens now; 0 if none runs."""
+    record = processes.read_record(home, gateway_name(model))
+    if record is None or record.process() is None:
+        return 0
+    started = json.loads((home / "gateway" / model / CONFIGURATION).read_text())
+    (listened,) = started["apps"]["http"]["servers"]["model"]["listen"]
+    return int(listened.rpartition(":")[2])
+
+
 def _start(home: Path, model: str, port: int) -> None:
     folders = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     caddy = shutil.which("caddy", path=os.pathsep.join(folders))
@@ -143,11 +169,11 @@ def _start(home: Path, model: str, port: int) -> None:
         )
     address = f"http://127.0.0.1:{processes.free_port()}"
     folder = home / "gateway" / model
-    write_atomic(folder / "caddy.json", json.dumps(_configuration(address, port)))
+    write_atomic(folder / CONFIGURATION, json.dumps(_configuration(address, port)))
     processes.start(
         home,
         gateway_name(model),
-        [caddy, "run", "--config", "caddy.json"],
+        [caddy, "run", "--config", CONFIGURATION],
         address=address,
         ready=lambda: processes.answers(f"{address}/config/"),
         timeout_s=START_TIMEOUT_S,

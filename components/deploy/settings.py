@@ -81,7 +81,8 @@ class DeploySettings:
     """How far a probe's probability may be from the evaluated one, where the server tells it;
     serving in bfloat16 moves it by one or two hundredths."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """The endpoint's port on this machine; 0 has a free one chosen."""
+    """The endpoint's port on this machine; 0 keeps the one that the model has, at first a free one.
+    """
     start_timeout_s: Annotated[float, Field(gt=0)] = 180.0
     """For a server on this machine."""
     kserve: KServe = field(default_factory=KServe)

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import secrets
@@ -15,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 from nudge.components.common.processes import locked
 from nudge.components.common.provenance import code_fingerprint
 from nudge.components.common.publish import write_atomic
@@ -22,6 +24,10 @@ from nudge.pipelines.recipes import Recipe
 
 STEPS = ("ingest", "tokenize", "train", "evaluate", "upload", "register", "deploy", "summary")
 POLL_S = 0.1
+QUIET_S, ENDING_S = 2.0, 60.0
+"""How long the steps of a run that is stopped may take to end: without a word, and at most."""
+EVENTS, BEFORE = "events.jsonl", "events-before.jsonl"
+"""Of a run that is gone on with, what its steps told before stands in a file of its own."""
 PUBLISHING = ("upload", "register", "deploy", "summary")
 """The steps that change what others see; a run that was cut off in one is gone on with."""
 NOTHING_NEW = "there is no new text: the served version was trained on all of it"
@@ -71,12 +77,18 @@ class Run:
     exit_status: int = 0
     continued: bool = False
     """Whether an earlier command began it."""
+    trained: str = ""
+    """The facts of the model that it trained then."""
     lock: Any = None
     """Held for as long as the command runs that the run is of."""
 
     @property
     def log(self) -> Path:
         return self.folder / "run.log"
+
+    @property
+    def events(self) -> Path:
+        return self.folder / EVENTS
 
     @property
     def failed(self) -> StepState | None:
@@ -89,7 +101,8 @@ def begin(recipe: Recipe, home: Path, *, fresh: bool = False) -> Run:
 
     If the last run of this recipe, by this code, was cut off after it had begun to publish its
     model, or failed there, this is that run again: what it left half done is finished under its
-    name, where a new run would leave it lying. ``fresh`` always begins a new one.
+    name, where a new run would leave it lying. Whether its model is the same is seen by `follow`.
+    ``fresh`` always begins a new one.
     """
     with locked(home, "runs"):
         cut_off = None if fresh else _cut_off(recipe, home)
@@ -101,6 +114,21 @@ def begin(recipe: Recipe, home: Path, *, fresh: bool = False) -> Run:
         write_atomic(folder / "recipe.yaml", recipe.text)
         write_atomic(folder / "code", code_fingerprint())
         return _run(recipe, folder)
+
+
+def under_way(home: Path) -> list[str]:
+    """The ids of the runs whose command is at work."""
+    with locked(home, "runs"):
+        return [path.parent.name for path in sorted((home / "runs").glob("*/lock")) if _held(path)]
+
+
+def _held(lock: Path) -> bool:
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
 
 
 def _run(recipe: Recipe, folder: Path) -> Run:
@@ -116,30 +144,62 @@ def _cut_off(recipe: Recipe, home: Path) -> Run | None:
         asked = folder / "recipe.yaml"
         if not asked.is_file() or asked.read_text(encoding="utf-8") != recipe.text:
             continue
-        code, events = folder / "code", folder / "events.jsonl"
+        code = folder / "code"
         same = code.is_file() and code.read_text() == code_fingerprint()
-        if not same or not events.is_file() or not _half_published(folder, events):
+        told = _told(folder)
+        if not same or not _half_published(folder, told):
             return None
         try:
             run = _run(recipe, folder)
         except BlockingIOError:
             return None
-        events.replace(folder / "events-before.jsonl")
+        if run.events.is_file():
+            with (folder / BEFORE).open("ab") as before:
+                before.write(run.events.read_bytes())
+            run.events.unlink()
         run.continued = True
+        ends = [each for each in told if each["event"] == "step_end" and each["step"] == "train"]
+        run.trained = _facts(ends[0]["outputs"]) if ends else ""
         return run
     return None
 
 
-def _half_published(folder: Path, events: Path) -> bool:
-    begun = {json.loads(line)["step"] for line in events.read_text().splitlines()}
-    if not begun & set(PUBLISHING[:-1]):
+def _told(folder: Path) -> list[dict[str, Any]]:
+    """All that the steps of a run told, from its first beginning on."""
+    paths = [path for name in (BEFORE, EVENTS) if (path := folder / name).is_file()]
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+def _half_published(folder: Path, told: list[dict[str, Any]]) -> bool:
+    if not any(event["step"] in PUBLISHING[:-1] for event in told):
         return False
-    path = folder / "result.json"
-    if not path.is_file():
-        return True
-    ended = {step["name"]: step["status"] for step in json.loads(path.read_text())["steps"]}
     # One that the upload refused may hold another model by now: it is not tried again.
-    return any(ended[name] == "failed" for name in PUBLISHING[1:])
+    uploads = [event["event"] for event in told if event["step"] == "upload"]
+    if "step_failed" in uploads[-1:]:
+        return False
+    result = folder / "result.json"
+    return not result.is_file() or json.loads(result.read_text())["error"] is not None
+
+
+def _facts(outputs: dict[str, str]) -> str:
+    """What a model was made of, and its weights' sha256; empty if its folder is gone."""
+    path = Path(outputs["model"]) / "nudge.json"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _has_another_model(run: Run) -> bool:
+    """Whether a run that was cut off does not come to the model that it had trained."""
+    train = run.steps["train"]
+    if train.unit:  # it trains again: only a step that is reused counts nothing
+        return True
+    return train.status == "reused" and _facts(train.outputs) != run.trained
+
+
+def _begun_anew(run: Run, home: Path) -> Run:
+    """A new run in the place of one that cannot be gone on with, which is left as it was."""
+    run.events.unlink()
+    run.lock.close()
+    return begin(run.recipe, home, fresh=True)
 
 
 def follow(
@@ -155,8 +215,34 @@ def follow(
 
     ``engine`` is "process", or "docker": each step in a container. The pipeline runs in a process
     group of its own, which is ended when this generator is closed.
+
+    A run that was cut off has trained the model that has its name. If it comes to train again, or
+    to another model that is reused, then its text or base model is another one by now, or what it
+    trained was not kept: a new run is begun, which is what is yielded from there on.
     """
-    events = run.folder / "events.jsonl"
+    start = functools.partial(
+        _follow, home=home, services=services, reuse=reuse, compiled=compiled, engine=engine
+    )
+    with contextlib.closing(start(run)) as following:
+        for _ in following:
+            yield run
+            if run.continued and _has_another_model(run):
+                break
+        else:
+            return
+    yield from start(_begun_anew(run, home))
+
+
+def _follow(
+    run: Run,
+    *,
+    home: Path,
+    services: dict[str, str],
+    reuse: bool,
+    compiled: Path | None,
+    engine: str,
+) -> Generator[Run, None, None]:
+    events = run.events
     events.touch()
     environment = {
         **os.environ,
@@ -287,11 +373,39 @@ def _evaluation(run: Run) -> dict[str, Any]:
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:
-    """End a child and all that it started; a group that has ended already is fine."""
+    """End a child and all of its process group; returns when none of them runs any more.
+
+    A step outlives the engine that started it: training writes a checkpoint first.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGTERM)
+    asked, told = time.monotonic(), False
     try:
-        child.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
+        while _group(child) and time.monotonic() - asked < ENDING_S:
+            if not told and time.monotonic() - asked > QUIET_S:
+                told = True
+                print(
+                    "waiting for the step to end (training writes a checkpoint first); "
+                    "Ctrl-C ends it at once",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            time.sleep(POLL_S)
+    finally:
+        for member in (members := _group(child)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(members, timeout=ENDING_S)
         child.wait()
+
+
+def _group(child: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The processes of a child's group that run."""
+    child.poll()  # what has ended and nobody has asked for counts as one that is there
+    members = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+            ours = os.getpgid(process.pid) == child.pid
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process)
+    return members

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import nudge.pipelines.recipes
 import psutil
 import pytest
 from nudge.components.common import processes
@@ -106,3 +107,27 @@ def test_killed_and_run_again(
     assert answer.json()["choices"][0]["text"]
     (kept,) = (folder for folder in place.folders() if folder.name == run_id)
     assert json.loads((kept / "result.json").read_text())["version"] == run_id
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_with_new_text_it_is_another_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the old name its model, which is reused from the first run of `place`, would be refused
+    at the upload."""
+    text = place.folder / "text"
+    text.mkdir()
+    shipped = Path(nudge.pipelines.recipes.__path__[0]) / "corpora" / "paris"
+    lines = [line for path in shipped.glob("*.jsonl") for line in path.read_text().splitlines()]
+    (text / "first.jsonl").write_text("\n".join(lines[::2]))
+    arguments = ("--set", "model_name=more", "--set", f"ingest.data_uri={text}/*.jsonl")
+    run_id = kill_at(place, "register", "step_end", *arguments)
+    (text / "second.jsonl").write_text("\n".join(lines[1::2]))
+    result = place.run(*arguments)
+    assert (result["error"], result["promoted"]) == (None, True)
+    assert result["run_id"] == result["version"] != run_id
+    for key, value in services.up(place.home).items():
+        monkeypatch.setenv(key, value)
+    versions = with_registry(os.environ["NUDGE_REGISTRY_URL"], list_versions("more"))
+    data = {each.name: each.properties["data_fingerprint"] for each in versions}
+    assert set(data) == {run_id, result["version"]}
+    assert len(set(data.values())) == 2

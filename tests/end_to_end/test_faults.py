@@ -87,6 +87,13 @@ def eventually(what: Callable[[], Any], timeout_s: float = 100) -> Any:
     raise AssertionError(f"{what} did not come true")
 
 
+def runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_what_was_printed_works(place: Place, first: dict[str, Any]) -> None:
     answer = subprocess.run(
         shlex.split(curl(first)), capture_output=True, text=True, check=True, timeout=60
@@ -180,6 +187,8 @@ def test_ending_the_command_ends_its_steps_and_the_next_run_goes_on(
     assert len(family) >= 2
     running.send_signal(number)
     _, errors = running.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert [each for each in family if runs(each)] == []
     _, alive = psutil.wait_procs(family, timeout=60)
     assert alive == []
     if number == signal.SIGINT:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from nudge.pipelines import display
+from nudge.pipelines.cli import main
 from nudge.pipelines.local.run import Run, StepState, begin, keep_result, result
 from nudge.pipelines.recipes import load
 from rich.console import Console
@@ -62,11 +64,14 @@ def test_two_runs_of_one_moment_have_folders_of_their_own(tmp_path: Path) -> Non
     assert len({run.folder for run in runs}) == 8
 
 
+def told(*events: tuple[str, str]) -> list[str]:
+    return [json.dumps({"step": step, "event": event}) for step, event in events]
+
+
 def cut_off(home: Path, *events: tuple[str, str], failed: str = "", kept: bool = False) -> str:
     """A run of eiffel that came as far as these events and ended, however; returns its id."""
     run = begin(load("eiffel"), home, fresh=True)
-    lines = [json.dumps({"step": step, "event": event}) for step, event in events]
-    (run.folder / "events.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    run.events.write_text("".join(f"{line}\n" for line in told(*events)))
     if failed:
         run.steps[failed].apply({"event": "step_failed", "time": 1.0, "error": "it burst"})
     if failed or kept:
@@ -85,11 +90,18 @@ UPLOADED = ("upload", "step_start"), ("upload", "step_end")
         {"events": UPLOADED},
         {"events": (*UPLOADED, ("register", "step_start"), ("deploy", "step_failed"))},
         {"events": (*UPLOADED, ("deploy", "step_failed")), "failed": "deploy"},
+        {"events": UPLOADED, "then": (("ingest", "step_start"),)},
+        {"events": (*UPLOADED, ("deploy", "step_failed")), "failed": "deploy", "then": ()},
     ],
 )
 def test_a_run_that_was_cut_off_while_it_published_goes_on(tmp_path: Path, end: Any) -> None:
+    then = end.pop("then", None)
     run_id = cut_off(tmp_path, *end.pop("events"), **end)
     assert begin(load("eiffel", ["seed=7"]), tmp_path).run_id != run_id
+    if then is not None:  # it was gone on with before, and cut off sooner
+        once = begin(load("eiffel"), tmp_path)
+        once.events.write_text("".join(f"{line}\n" for line in told(*then)))
+        once.lock.close()
     again = begin(load("eiffel"), tmp_path)
     assert (again.run_id, again.continued) == (run_id, True)
     assert not (again.folder / "events.jsonl").exists()  # what it had told is not told again
@@ -109,6 +121,21 @@ def test_any_other_is_begun_anew(tmp_path: Path, end: Any) -> None:
     run_id = cut_off(tmp_path, *end.pop("events"), **end)
     again = begin(load("eiffel"), tmp_path)
     assert (again.run_id != run_id, again.continued) == (True, False)
+
+
+def test_the_parts_are_not_stopped_under_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would train on, and promote nothing because it cannot know what is served."""
+    monkeypatch.setenv("NUDGE_HOME", str(tmp_path))
+    cut_off(tmp_path)
+    run = begin(load("eiffel"), tmp_path)
+    refused = CliRunner().invoke(main, ["services", "down"])
+    assert refused.exit_code == 2
+    assert f"error: {run.run_id} is under way" in refused.output
+    run.lock.close()
+    down = CliRunner().invoke(main, ["services", "down"])
+    assert (down.exit_code, down.output) == (0, "nothing was running\n")
 
 
 def test_a_run_of_other_code_or_asked_for_anew_does_not_go_on(

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import httpx
 import pytest
 from aiohttp import web
 from nudge.components.common import processes
+from nudge.components.common.errors import UserError
 from nudge.components.deploy import gateway
 
 from tests.components.deploy.stream import Stream
@@ -42,6 +44,35 @@ def test_shares_are_exact(home: Path, servers: dict[str, str]) -> None:
     assert max(b - a for a, b in itertools.pairwise(places)) < 20
     (route,) = gateway.routes(home).values()
     assert (route.shares, route.servers) == ({"v1": 93, "v2": 7}, servers)
+
+
+def test_a_taken_port_is_said_and_another_one_moves_the_model(
+    home: Path, servers: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shares = {"v1": 100}
+    endpoint = gateway.route(home, "m", servers, shares, 0)
+    port = gateway.routes(home)["m"].port
+    assert gateway.route(home, "m", servers, shares, port) == endpoint
+    processes.stop(home, "gateway-m")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        with pytest.raises(UserError, match=f"another program has taken port {port}") as error:
+            gateway.route(home, "m", servers, shares, 0)
+        assert "nudge promote v1 --model m --port PORT" in str(error.value)
+        with pytest.raises(UserError, match=f"deploy.port {port} .* asked for m, is taken"):
+            gateway.route(home, "m", servers, shares, port)
+        capsys.readouterr()
+        free = processes.free_port()
+        moved = gateway.route(home, "m", servers, shares, free)
+    assert moved == f"http://127.0.0.1:{free}"
+    assert f"m moved from port {port} to {moved}" in capsys.readouterr().err
+    assert httpx.post(f"{moved}/v1/completions", json={}).status_code == 200
+    # It stays there, and leaves there too when it is asked to.
+    assert gateway.route(home, "m", servers, shares, 0) == moved
+    assert gateway.route(home, "m", servers, shares, port) == endpoint
+    assert httpx.post(f"{endpoint}/v1/completions", json={}).status_code == 200
+    assert processes.port_is_free(free)
 
 
 @pytest.mark.long
