@@ -156,6 +156,26 @@ def test_a_document_never_moves_between_splits(tmp_path: Path) -> None:
     assert len(places) > 70
 
 
+def test_texts_that_are_more_than_the_tables_may_hold_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicates, "MEMORY", "32MB")
+    texts = [chr(0x4E00 + number) * 1_000_000 for number in range(30)]
+    (tmp_path / "again").mkdir()
+    documents, again = Documents(tmp_path), Documents(tmp_path / "again")
+    for place, text in enumerate(texts):
+        keys = tuple(range(place * BUCKETS, (place + 1) * BUCKETS))
+        documents.add(3, place, Row("id", text, "", "", str(place), 0.5, 0, 3_000_000, keys))
+    documents.find_duplicates(near=True)
+    documents.save(tmp_path / "saved.parquet", [3])
+    again.load(tmp_path / "saved.parquet", {3: 8})
+    for held, number in ((documents, 3), (again, 8)):
+        found = held.query("SELECT doc, text_at, bytes FROM docs")
+        read = {doc: held.text(*place) for doc, *place in found}
+        assert read == {(number << duplicates.PLACES) | n: text for n, text in enumerate(texts)}
+        held.close()
+
+
 def pairs(text: str) -> list[tuple[int, int]]:
     return list(enumerate(signature(text)))
 
