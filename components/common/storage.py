@@ -57,10 +57,11 @@ def _wait_when_asked_to(response: Any, attempts: int, **_: Any) -> float | None:
 
 def split_s3_uri(uri: str) -> tuple[str, str]:
     """``s3://bucket/key`` as (bucket, key), the key without a slash at its end."""
-    parts = urlsplit(uri)
-    if parts.scheme != "s3" or not parts.netloc:
+    # No urlsplit: a key may hold a ``?`` or ``#``, which end nothing here.
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not uri.startswith("s3://") or not bucket:
         raise UserError(f"{uri}: expected s3://bucket/key")
-    return parts.netloc, parts.path.strip("/")
+    return bucket, key.strip("/")
 
 
 HINTS = {
