@@ -52,8 +52,10 @@ def test_gz_zst_csv_txt_and_a_literal_module_are_read(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text("id,text\n1,A comma separated document that is new.\n")
     (tmp_path / "d.txt").write_text("A whole file that is one document of its own.")
     (tmp_path / "e.py").write_text("topics = {'x': 'A text inside a literal mapping, not run.'}")
+    (tmp_path / "f.NDJSON").write_text('{"text": "A line of JSON under its other name."}')
+    (tmp_path / "g.TXT.GZ").write_bytes(gzip.compress(b"A suffix in capital letters is one too."))
     result = run(tmp_path, f"file://{tmp_path}")
-    assert result["documents"] == 43
+    assert result["documents"] == 45
 
 
 def test_near_duplicates_are_dropped(tmp_path: Path) -> None:
