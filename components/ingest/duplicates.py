@@ -7,7 +7,9 @@ Two documents are near duplicates if they share a MinHash key, and so is what ha
 such pairs: a cluster, found by large-star and small-star (Kiveris et al., "Connected components in
 MapReduce and beyond", 2014). Of a cluster, the document with the largest keyed hash is kept. That
 hash also decides the split, small values being held out: so a document never moves, and if any of
-a cluster was ever trained on, what is kept of it is trained on too, whatever comes later.
+a cluster was ever trained on, what is kept of it is trained on too, as long as that text is still
+among the sources. Nothing remembers a text that is gone: of a document that was edited in place the
+new form is drawn anew, and may be held out although a model was trained on the old one.
 
 Signatures as in Broder, "On the resemblance and containment of documents" (1997); the parameters
 are datatrove's defaults: word 5-grams, 14 buckets of 8 hashes, which finds pairs of a Jaccard

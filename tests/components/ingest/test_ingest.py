@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from nudge.components.common.corpus import read_corpus, read_documents, zstd
 from nudge.components.common.errors import UserError
+from nudge.components.common.recipe import step_settings
 from nudge.components.ingest import cleaning
 from nudge.components.ingest.cleaning import split_of
 from nudge.components.ingest.ingest import ingest
@@ -74,6 +75,16 @@ def test_the_fingerprint_does_not_know_the_order_and_the_split_stays(tmp_path: P
     assert before <= {d.text for d in read_documents(tmp_path / "corpus", "validation")}
     settings = IngestSettings(data_uri="x")
     assert all(split_of(text, settings) == "validation" for text in before)
+
+
+def test_another_seed_of_training_holds_out_the_same(tmp_path: Path) -> None:
+    recipe = f"seed: %d\ningest: {{data_uri: {write(tmp_path, texts(60))}}}"
+    held_out = []
+    for seed, given in ((1, {}), (2, {}), (2, {"split_seed": 2})):
+        settings = step_settings(IngestSettings, "ingest", recipe % seed, **given)
+        ingest(settings, corpus=tmp_path / "corpus", report=tmp_path / "report.html")
+        held_out.append({d.text for d in read_documents(tmp_path / "corpus", "validation")})
+    assert held_out[0] == held_out[1] != held_out[2]
 
 
 @pytest.mark.parametrize(
