@@ -60,6 +60,7 @@ def test_a_long_text_is_hashed_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch
     text = " ".join(words(1000, random.Random(1)))
     whole = signature(text)
     monkeypatch.setattr(duplicates, "CHUNK", 7)
+    monkeypatch.setattr(duplicates, "LONG", 100)
     monkeypatch.setattr(duplicates, "WORDS_HELD", 100)
     duplicates._words.clear()
     assert signature(text) == whole
