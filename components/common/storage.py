@@ -57,10 +57,11 @@ def _wait_when_asked_to(response: Any, attempts: int, **_: Any) -> float | None:
 
 def split_s3_uri(uri: str) -> tuple[str, str]:
     """``s3://bucket/key`` as (bucket, key), the key without a slash at its end."""
-    parts = urlsplit(uri)
-    if parts.scheme != "s3" or not parts.netloc:
+    # No urlsplit: a key may hold a ``?`` or ``#``, which end nothing here.
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not uri.startswith("s3://") or not bucket:
         raise UserError(f"{uri}: expected s3://bucket/key")
-    return parts.netloc, parts.path.strip("/")
+    return bucket, key.strip("/")
 
 
 HINTS = {
@@ -98,25 +99,32 @@ def s3_errors(doing: str) -> Iterator[None]:
 
 def list_keys(client: Any, bucket: str, prefix: str) -> dict[str, int]:
     """Every key below ``prefix/`` with its size in bytes."""
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix + "/")
+    return _sizes(client, bucket, f"{prefix}/")
+
+
+def _sizes(client: Any, bucket: str, start: str) -> dict[str, int]:
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=start)
     return {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
 
 
 def download_folder(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> None:
-    """Download what is below an ``s3://`` URI and has a name like one of ``files``.
+    """Download what is below an ``s3://`` URI (in all of a bucket, where it names no key) and has a
+    name like one of ``files``.
 
     Raises `UserError` if there is nothing at all.
     """
     bucket, prefix = split_s3_uri(uri)
     client = s3_client()
     with s3_errors(f"download {uri}"):
-        keys = list_keys(client, bucket, prefix)
+        start = f"{prefix}/" if prefix else ""
+        # Consoles make a folder as an empty object, whose key ends in a slash.
+        keys = [key for key in _sizes(client, bucket, start) if not key.endswith("/")]
         if not keys:
             raise UserError(f"{uri}: there is nothing")
         for key in keys:
             if not any(fnmatch.fnmatch(key, pattern) for pattern in files):
                 continue
-            path = (folder / key.removeprefix(prefix + "/")).resolve()
+            path = (folder / key.removeprefix(start)).resolve()
             if not path.is_relative_to(folder.resolve()):
                 raise UserError(f"{uri}: the key {key} leads out of the folder")
             path.parent.mkdir(parents=True, exist_ok=True)

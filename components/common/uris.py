@@ -5,6 +5,7 @@ without importing it; it means the same on a laptop, in an image and on a discon
 """
 
 import importlib.util
+import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,23 +17,23 @@ def package_path(uri: str) -> Path:
 
     Raises `UserError` if the package is not installed; the file itself is not looked for.
     """
-    parts = urlsplit(uri)
+    package, _, path = uri.removeprefix("package://").partition("/")
     try:
-        spec = importlib.util.find_spec(parts.netloc)
+        spec = importlib.util.find_spec(package)
     except ModuleNotFoundError:
         spec = None
     if spec is None:
         raise UserError(
-            f"{uri}: the Python package {parts.netloc!r} is not installed here; "
+            f"{uri}: the Python package {package!r} is not installed here; "
             f"install it (`make setup` installs what the recipes need) or give another URI"
         )
     if spec.submodule_search_locations:
         folder = Path(next(iter(spec.submodule_search_locations)))
     else:
         folder = Path(str(spec.origin)).parent
-    if ".." in parts.path.split("/"):
+    if ".." in path.split("/"):
         raise UserError(f"{uri}: a path inside the package is expected, without '..'")
-    return folder / parts.path.lstrip("/")
+    return folder / path.lstrip("/")
 
 
 def is_local(uri: str) -> bool:
@@ -52,11 +53,12 @@ def read_text(path: Path) -> str:
 
 def local_path(uri: str) -> Path:
     """The path on disk of a local URI (``package://``, ``file://`` or a bare path)."""
-    parts = urlsplit(uri)
-    if parts.scheme == "package":
+    scheme = urlsplit(uri).scheme
+    if scheme == "package":
         return package_path(uri)
-    if parts.scheme == "file":
-        return Path(parts.path)
-    if parts.scheme == "":
+    if scheme == "file":
+        # All the rest: a name may hold a ``?`` or ``#``.
+        return Path(re.sub("^file:(//[^/]*)?", "", uri))
+    if scheme == "":
         return Path(uri).expanduser()
     raise UserError(f"{uri}: not on this machine; expected package://, file:// or a path")

@@ -59,12 +59,13 @@ class Drop(NamedTuple):
 
 def share_of(text: str, settings: IngestSettings) -> float:
     """The keyed hash of a text, in [0, 1)."""
-    digest = hmac.digest(str(settings.seed).encode(), text.encode(), "sha256")
+    digest = hmac.digest(str(settings.split_seed).encode(), text.encode(), "sha256")
     return int.from_bytes(digest[:8]) / 2**64
 
 
 def split_of(text: str, settings: IngestSettings) -> str:
-    """The split of a document: a keyed hash of its text, so it stays there as the corpus grows."""
+    """The split of a document: a keyed hash of its text, so it stays there as the corpus grows, for
+    as long as its text stays what it is."""
     return "validation" if share_of(text, settings) < settings.validation_share else "train"
 
 

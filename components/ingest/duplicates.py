@@ -1,10 +1,15 @@
 """Exact and near duplicates, in tables on disk, so that memory does not grow with the documents.
 
+The texts stand in a file beside the tables, one after another: a database reads 2048 rows at once
+and has no memory for as many books.
+
 Two documents are near duplicates if they share a MinHash key, and so is what hangs together by
 such pairs: a cluster, found by large-star and small-star (Kiveris et al., "Connected components in
 MapReduce and beyond", 2014). Of a cluster, the document with the largest keyed hash is kept. That
 hash also decides the split, small values being held out: so a document never moves, and if any of
-a cluster was ever trained on, what is kept of it is trained on too, whatever comes later.
+a cluster was ever trained on, what is kept of it is trained on too, as long as that text is still
+among the sources. Nothing remembers a text that is gone: of a document that was edited in place the
+new form is drawn anew, and may be held out although a model was trained on the old one.
 
 Signatures as in Broder, "On the resemblance and containment of documents" (1997); the parameters
 are datatrove's defaults: word 5-grams, 14 buckets of 8 hashes, which finds pairs of a Jaccard
@@ -13,8 +18,9 @@ each distinct word; the 112 hashes of a gram are multiply-shift ones (Dietzfelbi
 reliable randomized algorithm for the closest-pair problem", 1997), whose high bits count.
 """
 
-import contextlib
 import hashlib
+import itertools
+import os
 import re
 import string
 import unicodedata
@@ -31,6 +37,8 @@ NGRAM, BUCKETS, ROWS = 5, 14, 8
 CHUNK = 128
 """Grams that are hashed at once; 112 hashes of each stay in a core's cache."""
 WORDS_HELD = 1 << 16
+LONG = 1 << 20
+"""Characters of a text that are looked at together."""
 MARKS = string.punctuation + "“”„‘’‚«»‹›…–—"
 ALONE = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff])")
 """Letters of scripts that put no spaces between words (Thai, Khmer, Chinese, ...): each a word."""
@@ -67,8 +75,11 @@ _words = _Words()
 def signature(text: str) -> list[int]:
     """One key of 64 bits a bucket; two texts that share one are near duplicates."""
     if not text.isascii():
-        text = ALONE.sub(r" \1 ", text)
-    words = np.fromiter(map(_words.__getitem__, text.split()), np.uint64)
+        pieces = (text[start : start + LONG] for start in range(0, len(text), LONG))
+        text = "".join(ALONE.sub(r" \1 ", piece) for piece in pieces)
+    # As lists, the pieces of 5 million Chinese words took 550 MB; one at a time, 250.
+    found = text.split() if len(text) < LONG else map(re.Match.group, re.finditer(r"\S+", text))
+    words = np.fromiter(map(_words.__getitem__, found), np.uint64)
     words = words[words != 0]
     if not len(words):
         words = np.array([_hash(text)], np.uint64)
@@ -95,7 +106,7 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 
 KEYS = [f"k{bucket}" for bucket in range(BUCKETS)]
-COLUMNS = {
+ROW = {
     "doc": "BIGINT",
     "object": "INTEGER",
     "id": "VARCHAR",
@@ -108,6 +119,16 @@ COLUMNS = {
     "bytes": "BIGINT",
     **dict.fromkeys(KEYS, "UBIGINT"),
 }
+"""A document as `Documents.save` writes it; in the tables, ``text_at`` and ``characters`` stand
+for its text."""
+TYPES = {
+    "BIGINT": "int64",
+    "INTEGER": "int32",
+    "VARCHAR": "string",
+    "DOUBLE": "float64",
+    "UBIGINT": "uint64",
+}
+REST = [name for name in ROW if name != "text"]
 PLACES = 32
 """Bits of ``doc`` that hold the place in the object; those above are the object's number."""
 MEMORY = "192MB"
@@ -130,8 +151,9 @@ class Documents:
         self._database.execute("SET preserve_insertion_order = false")
         # It would stand in what a step prints.
         self._database.execute("SET enable_progress_bar = false")
-        columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
-        self._database.execute(f"CREATE TABLE docs ({columns})")
+        rest = ", ".join(f"{name} {ROW[name]}" for name in REST)
+        self._database.execute(f"CREATE TABLE docs ({rest}, text_at BIGINT, characters BIGINT)")
+        self._texts = (folder / "texts").open("w+b")
         self._rows: list[tuple[Any, ...]] = []
         self._held = 0
         self._written = -1
@@ -139,7 +161,7 @@ class Documents:
     def add(self, number: int, place: int, row: "Row") -> None:
         """Add the document that stands at ``place`` of object ``number``; objects come in order."""
         *values, keys = row
-        self._rows.append(((number << PLACES) | place, number, *values, *keys))
+        self._rows.append((_doc(number, place), number, *values, *keys))
         self._held += row.bytes
         if self._held >= BATCH_BYTES or len(self._rows) >= BATCH_ROWS:
             self.flush()
@@ -151,27 +173,45 @@ class Documents:
             self._database.execute("DELETE FROM docs WHERE object = ?", [number])
 
     def save(self, path: Path, numbers: Sequence[int]) -> None:
-        """Write the documents of some objects into a Parquet file."""
+        """Write the documents of some objects into a Parquet file, a few MB a row group."""
+        import pyarrow
+        import pyarrow.parquet
+
         self.flush()
-        with self._named(wanted={"object": numbers}):
-            self._database.execute(
-                "COPY (SELECT docs.* FROM docs SEMI JOIN wanted USING (object)) TO "
-                f"'{_quoted(path)}' (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 4096)"
-            )
+        schema = pyarrow.schema([(name, TYPES[kind]) for name, kind in ROW.items()])
+        rows = self.query(
+            f"SELECT text_at, bytes, {', '.join(REST)} FROM docs "
+            "SEMI JOIN (SELECT unnest(?::INTEGER[]) AS object) USING (object)",
+            [list(numbers)],
+        )
+        with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as file:
+            for batch in _batches(rows):
+                columns = dict(zip(REST, list(zip(*batch, strict=True))[2:], strict=True))
+                texts = [self.text(at, size) for at, size, *_ in batch]
+                file.write_table(pyarrow.table({**columns, "text": texts}, schema))
 
     def load(self, path: Path, numbers: Mapping[int, int]) -> None:
         """Add what `save` wrote of some objects; ``numbers`` are theirs there and here."""
-        rest = ", ".join(f"saved.{name}" for name in list(COLUMNS)[2:])
-        with self._named(moved={"there": list(numbers), "here": list(numbers.values())}):
-            self._database.execute(
-                f"INSERT INTO docs SELECT (here::BIGINT << {PLACES}) | "
-                f"(saved.doc & {(1 << PLACES) - 1}), here, {rest} "
-                f"FROM read_parquet('{_quoted(path)}') AS saved "
-                "JOIN moved ON saved.object = moved.there"
-            )
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group)
+                is_wanted = [number in numbers for number in table["object"].to_pylist()]
+                table = table.filter(is_wanted)
+                here = [numbers[number] for number in table["object"].to_pylist()]
+                places = [doc & ((1 << PLACES) - 1) for doc in table["doc"].to_pylist()]
+                docs = list(map(_doc, here, places))
+                columns = {**{name: table[name] for name in REST}, "doc": docs, "object": here}
+                self._insert(columns, table["text"].to_pylist())
 
     def close(self) -> None:
         self._database.close()
+        self._texts.close()
+
+    def text(self, at: int, size: int) -> str:
+        """The text of a document, by its columns ``text_at`` and ``bytes``."""
+        return os.pread(self._texts.fileno(), size, at).decode()
 
     def query(self, sql: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
         """The rows of a query, some at a time."""
@@ -246,30 +286,40 @@ class Documents:
         """Write what waits in memory."""
         if not self._rows:
             return
-        columns = zip(*self._rows, strict=True)
-        with self._named(batch=dict(zip(COLUMNS, columns, strict=True))):
-            self._database.execute("INSERT INTO docs SELECT * FROM batch")
+        columns = dict(zip(ROW, zip(*self._rows, strict=True), strict=True))
+        self._insert(columns, columns.pop("text"))
         self._written = max(self._written, self._rows[-1][1])
         self._rows, self._held = [], 0
 
-    @contextlib.contextmanager
-    def _named(self, **tables: Mapping[str, Sequence[Any]]) -> Iterator[None]:
-        """Let the database see columns of values as tables."""
+    def _insert(self, columns: Mapping[str, Any], texts: Sequence[str]) -> None:
         import pyarrow
 
-        types = {"BIGINT": "int64", "INTEGER": "int32", "DOUBLE": "float64", "UBIGINT": "uint64"}
-        for name, columns in tables.items():
-            arrays = [
-                pyarrow.array(values, types.get(COLUMNS.get(column, "INTEGER"), "string"))
-                for column, values in columns.items()
-            ]
-            self._database.register(name, pyarrow.table(arrays, names=list(columns)))
-        try:
-            yield
-        finally:
-            for name in tables:
-                self._database.unregister(name)
+        raw = [text.encode() for text in texts]
+        ends = itertools.accumulate(map(len, raw), initial=self._texts.tell())
+        self._texts.writelines(raw)
+        self._texts.flush()
+        rows = {
+            **{name: pyarrow.array(columns[name], TYPES[ROW[name]]) for name in REST},
+            "text_at": list(ends)[:-1],
+            "characters": list(map(len, texts)),
+        }
+        self._database.register("batch", pyarrow.table(rows))
+        self._database.execute("INSERT INTO docs BY NAME SELECT * FROM batch")
+        self._database.unregister("batch")
 
 
-def _quoted(path: Path) -> str:
-    return str(path).replace("'", "''")
+def _doc(number: int, place: int) -> int:
+    return (number << PLACES) | place
+
+
+def _batches(rows: Iterator[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
+    """Rows that begin with a text's place and its bytes, some MB of text at a time."""
+    batch, held = [], 0
+    for row in rows:
+        batch.append(row)
+        held += row[1]
+        if held >= BATCH_BYTES or len(batch) >= BATCH_ROWS:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch

@@ -34,6 +34,9 @@ DAMAGED_ARCHIVE = (ValueError, IndexError, NotImplementedError, RuntimeError, st
 """What zipfile raises beside BadZipFile on an index of nonsense; fuzzing found them."""
 DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zstd.ZstdError, zipfile.BadZipFile)
 """What a damaged stream raises; a store that does not answer raises no OSError (`sources`)."""
+NO_VALUE = (ValueError, OverflowError, KeyError)
+"""What pyarrow raises where Python has no such value: nanoseconds, the year 12000, a zone that
+nobody knows, bytes that are no UTF-8."""
 csv.field_size_limit(RECORD_BYTES)
 
 
@@ -108,12 +111,13 @@ COMPRESSED: dict[str, Callable[[IO[bytes]], Any]] = {
 def suffix_of(name: str) -> str:
     """The suffix that tells the format, without that of the compression."""
     path = PurePosixPath(name)
-    return (PurePosixPath(path.stem).suffix if path.suffix in COMPRESSED else path.suffix).lower()
+    is_compressed = path.suffix.lower() in COMPRESSED
+    return (PurePosixPath(path.stem).suffix if is_compressed else path.suffix).lower()
 
 
 def read_stream(stream: IO[bytes], name: str, settings: IngestSettings) -> Records:
     """Every record of a stream whose format ``name`` tells; ends with what broke it, if so."""
-    opener = COMPRESSED.get(PurePosixPath(name).suffix)
+    opener = COMPRESSED.get(PurePosixPath(name).suffix.lower())
     try:
         if opener is not None:
             stream = io.BufferedReader(_Bounded(opener(stream), stream), 1 << 20)
@@ -210,7 +214,14 @@ def _json_lines(stream: IO[bytes], _: str, settings: IngestSettings) -> Records:
         yield _record(record, number, settings)
 
 
-def _csv(stream: IO[bytes], _: str, settings: IngestSettings) -> Records:
+def _table(delimiter: str) -> Reader:
+    def read(stream: IO[bytes], name: str, settings: IngestSettings) -> Records:
+        return _delimited(stream, name, settings, delimiter)
+
+    return read
+
+
+def _delimited(stream: IO[bytes], name: str, settings: IngestSettings, delimiter: str) -> Records:
     broken: list[Unreadable] = []
 
     def decoded() -> Iterator[str]:
@@ -218,14 +229,19 @@ def _csv(stream: IO[bytes], _: str, settings: IngestSettings) -> Records:
             if isinstance(line, Unreadable):
                 broken.append(line)
                 yield "\n"
-            else:
-                yield line.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+                continue
+            for part in line.splitlines(keepends=True):  # a bare \r ends a line too
+                yield part.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
 
-    rows = csv.reader(decoded())
+    rows = csv.reader(decoded(), delimiter=delimiter)
+    header: list[str] = []
     try:
-        header = next(rows, [])
-    except csv.Error:
-        header = []
+        header = next((row for row in rows if row or broken), [])
+    except csv.Error as error:
+        broken.append(Unreadable("bad_record", str(error)))
+    if broken:  # without their names, the columns are none
+        yield Record(name, broken.pop())
+        return
     number = 0
     while True:
         try:
@@ -288,12 +304,18 @@ def _parquet(stream: IO[bytes], name: str, settings: IngestSettings) -> Records:
 def _rows(batch: Any) -> Iterator[dict[str, Any]]:
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError:  # raised before the first row: a column is converted as a whole
-        for index in range(batch.num_rows):
-            try:
-                yield batch.slice(index, 1).to_pylist()[0]
-            except UnicodeDecodeError:
-                yield {name: Unreadable("not_utf8") for name in batch.schema.names}
+    except NO_VALUE:  # raised before the first row: a column is converted as a whole
+        for scalars in zip(*batch.columns, strict=True):
+            yield dict(zip(batch.schema.names, map(_value, scalars), strict=True))
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return Unreadable("not_utf8")
+    except NO_VALUE as error:
+        return Unreadable("bad_record", str(error))
 
 
 def _seekable(stream: IO[bytes]) -> IO[bytes]:
@@ -394,7 +416,9 @@ READERS: dict[str, Reader] = {
     ".htm": _page(_html),
     ".pdf": _page(_pdf),
     ".jsonl": _json_lines,
-    ".csv": _csv,
+    ".ndjson": _json_lines,
+    ".csv": _table(","),
+    ".tsv": _table("\t"),
     ".parquet": _parquet,
     ".zip": _zip,
     ".py": _python_literal,

@@ -73,16 +73,15 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
                 lasting = {n: fact for n, fact in read.items() if not fact["lost"]}
                 state.keep(sources, lasting, set(old), documents)
         lengths = documents.query(
-            f"SELECT 1::BIGINT << floor(log2(length(text)))::INT AS low, count(*) {KEPT} "
+            f"SELECT 1::BIGINT << floor(log2(characters))::INT AS low, count(*) {KEPT} "
             "GROUP BY low ORDER BY low"
         )
         held_out = documents.query(
-            f"SELECT left(text, 600) {KEPT} AND share < ? ORDER BY sha256 LIMIT 3",
+            f"SELECT text_at, bytes {KEPT} AND share < ? ORDER BY sha256 LIMIT 3",
             [settings.validation_share],
         )
-        page = render_report(
-            counts, fingerprint, dict(lengths), samples, [text for (text,) in held_out]
-        )
+        shown = [documents.text(*place)[:600] for place in held_out]
+        page = render_report(counts, fingerprint, dict(lengths), samples, shown)
         documents.close()
     write_atomic(report, page)
     return {
@@ -155,11 +154,15 @@ def _count_duplicates(
     samples = {}
     for reason in ("duplicate", "near_duplicate"):
         rows = documents.query(
-            f"SELECT object, id, left(text, {SAMPLE_CHARACTERS}) FROM docs JOIN verdicts USING "
-            f"(doc) WHERE reason = ? ORDER BY doc LIMIT {SAMPLES}",
+            "SELECT object, id, text_at, bytes FROM docs JOIN verdicts USING (doc) "
+            f"WHERE reason = ? ORDER BY doc LIMIT {SAMPLES}",
             [reason],
         )
-        if shown := [f"{sources[number].uri} {name}: {text}" for number, name, text in rows]:
+        shown = [
+            f"{sources[number].uri} {name}: {documents.text(*place)[:SAMPLE_CHARACTERS]}"
+            for number, name, *place in rows
+        ]
+        if shown:
             samples[reason] = shown
     return samples
 
@@ -221,11 +224,9 @@ def _languages(documents: "Documents") -> dict[str, int]:
     """The languages of kept documents, the most frequent first; of a sample, drawn by hash."""
     import py3langid
 
-    rows = documents.query(
-        f"SELECT left(text, {LANGUAGE_CHARACTERS}) FROM docs SEMI JOIN (SELECT doc {KEPT} "
-        f"ORDER BY sha256 LIMIT {LANGUAGE_SAMPLE}) USING (doc)"
-    )
-    found = Counter(py3langid.classify(text)[0] for (text,) in rows)
+    rows = documents.query(f"SELECT text_at, bytes {KEPT} ORDER BY sha256 LIMIT {LANGUAGE_SAMPLE}")
+    texts = (documents.text(*place)[:LANGUAGE_CHARACTERS] for place in rows)
+    found = Counter(py3langid.classify(text)[0] for text in texts)
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -242,8 +243,11 @@ def _kept(
     kept = f"{KEPT} AND share {'<' if split == 'validation' else '>='} ?"
     edge = [settings.validation_share]
     size = next(documents.query(f"SELECT coalesce(sum(bytes), 0)::BIGINT {kept}", edge))[0]
-    rows = documents.query(f"SELECT sha256, id, text, object, license, origin {kept}", edge)
-    for _, name, text, number, license, origin in in_hash_order(rows, size, folder):
+    found = documents.query(
+        f"SELECT sha256, text_at, bytes, id, object, license, origin {kept}", edge
+    )
+    rows = ((sha256, documents.text(at, n), *rest) for sha256, at, n, *rest in found)
+    for _, text, name, number, license, origin in in_hash_order(rows, size, folder):
         yield Document(name, text, sources[number].uri, license, origin)
 
 

@@ -65,7 +65,7 @@ def _fetched_ahead(
 
     for number, source in chosen.items():
         size = source.bytes if source.listed else None
-        if size is None or size > sources.BLOCK_BYTES:
+        if size is None or size > sources.BLOCK_BYTES or not source.is_readable:
             waiting.append((number, 0, None))
         else:
             while waiting and held + size > AHEAD_BYTES:
@@ -87,6 +87,11 @@ def _read(
         for record in read_stream(io.BytesIO(data), source.name, settings):
             cleaner.put(tally, record)
         tally.stored_bytes = len(data)
+        return tally
+    if not source.is_readable:
+        tally = Tally(number, source.uri)
+        cleaner.put(tally, Record("", Unreadable("unknown_kind")))
+        tally.stored_bytes = source.bytes or 0
         return tally
     lost = ""
     for _ in range(CHANGES):

@@ -85,6 +85,10 @@ could not be read counts with the bytes that stood there, or with 0 where damage
 <td class="n">{{ number }}</td></tr>
 {% endfor %}</table>
 <h2>Some held-out documents</h2>
+<p>The hash of its text decides whether a document is held out, so it stays where it is as the
+corpus grows, and what is nearly the same stays with it. What was edited since the last run is drawn
+anew: a model trained on from the last one may know the old form, unless that is among the sources
+still.</p>
 {% for text in held_out %}
 <blockquote>{{ text }}</blockquote>{% endfor %}
 </body></html>

@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 from nudge.components.common.settings import settings
-from pydantic import Field
+from pydantic import Field, model_validator
 
 
 @settings
@@ -28,12 +28,16 @@ class IngestSettings:
     """What each text goes through, in this order; a drop is counted under the filter's reason."""
     languages: tuple[str, ...] = ()
     """The languages that the filter ``language`` keeps, as ISO 639-1 codes."""
-    pii: Literal["replace", "drop"] = "replace"
-    """Whether the filter ``pii`` masks personal data or drops the document that holds some."""
+    pii: Literal["replace", "drop"] | None = None
+    """Whether the filter ``pii`` masks personal data (as it does if nothing is said) or drops the
+    document that holds some."""
     near_duplicates: bool = True
     """Whether near duplicates are dropped as well as exact ones."""
     validation_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
-    seed: int = 1
+    """Of the documents, how many are held out; with more, some that were trained on are."""
+    split_seed: int = 1
+    """Keys the hash of a document's text, which decides its split; the recipe's ``seed`` does not.
+    With another one, what was trained on may be held out: leave it while models train on."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that clean; 0 means one for each core. The result is the same with any number."""
     engine: Literal["local", "ray"] = "local"
@@ -52,3 +56,14 @@ class IngestSettings:
     model_name: str = ""
     registry_url: str = ""
     """Asked if `only_new`; empty means NUDGE_REGISTRY_URL."""
+
+    @model_validator(mode="after")
+    def _filters_are_named(self) -> "IngestSettings":
+        for setting, name in (("pii", "pii"), ("languages", "language")):
+            if getattr(self, setting) and name not in self.filters:
+                filters = ", ".join((*self.filters, name))
+                raise ValueError(
+                    f"{setting} is given, but the filter {name!r} is not named and would not run; "
+                    f"set filters: [{filters}]"
+                )
+        return self

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 import posixpath
 import tempfile
@@ -32,6 +33,7 @@ from nudge.components.ingest.formats import (
 )
 from nudge.components.ingest.settings import IngestSettings
 
+WEB = ("http://", "https://")
 BLOCK_BYTES = 8 << 20
 ATTEMPTS = 10
 STORE_ATTEMPTS = 8
@@ -81,13 +83,18 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What tells the format."""
-        return urlsplit(self.path).path
+        """What tells the format; in a URL alone a ``?`` or ``#`` ends it."""
+        return urlsplit(self.path).path if self.path.startswith(WEB) else self.path
 
     @property
     def suffix(self) -> str:
         """The suffix that tells the format, without that of the compression."""
         return suffix_of(self.name)
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether there is a reader for it; what has none is named and counted."""
+        return self.suffix in READERS
 
     def version(self) -> tuple[str, int | None]:
         """What names this state of the object (ETag or time of change), and its bytes as stored,
@@ -237,12 +244,24 @@ def why(error: BaseException) -> str:
 def find_sources(data_uri: str) -> list[Source]:
     """Every file that the URIs name, in a fixed order, folders and globs expanded.
 
-    Raises `UserError` if a URI names nothing or a file is of an unknown kind.
+    URLs that differ only in what is not told of them (their queries) are numbered, and not known
+    again by the next run. Raises `UserError` if a URI names nothing, or names a file of an unknown
+    kind; those that lie in a folder are among the sources.
     """
-    found = {source.uri: source for uri in data_uri.split() for source in _expand(uri)}
+    named = (source for uri in data_uri.split() for source in _expand(uri))
+    found = {(source.file_system, source.path): source for source in named}
     if not found:
         raise UserError("ingest.data_uri names no source; give a file, a folder or a glob")
-    return [found[uri] for uri in sorted(found)]
+    ordered = sorted(found.values(), key=lambda source: (source.uri, source.path))
+    told: list[Source] = []
+    for _, group in itertools.groupby(ordered, lambda source: source.uri):
+        first, *others = group
+        if others:
+            first = dataclasses.replace(first, listed="")
+        told.append(first)
+        for number, other in enumerate(others, 2):
+            told.append(dataclasses.replace(other, uri=f"{other.uri} ({number})", listed=""))
+    return told
 
 
 @contextlib.contextmanager
@@ -301,8 +320,7 @@ def file_system_of(uri: str, setting: str) -> tuple[Any, str]:
 def _expand(uri: str) -> list[Source]:
     target = str(package_path(uri)) if uri.startswith("package://") else uri
     file_system, path = file_system_of(target, "ingest.data_uri")
-    is_web = uri.startswith(("http://", "https://"))
-    if is_web and "*" not in uri and suffix_of(urlsplit(uri).path) in READERS:
+    if uri.startswith(WEB) and "*" not in uri and suffix_of(urlsplit(uri).path) in READERS:
         source = Source(_public(uri, path), file_system, path)
         try:
             name, size = source.version()
@@ -321,34 +339,23 @@ def _expand(uri: str) -> list[Source]:
         raise
     except ValueError as error:
         raise UserError(f"ingest.data_uri {uri}: cannot be listed: {why(error)}") from None
-    # Some stores list a folder as a file of its own name; those end in a slash.
-    infos = {
-        p: info
+    listed = [
+        Source(_public(uri, p), file_system, p, _listed(*_version(info)), info.get("size"))
         for p, info in sorted(found.items())
-        if info.get("type") != "directory" and not p.endswith("/")
-    }
-    if is_folder:
-        infos = {p: info for p, info in infos.items() if Source("", None, p).suffix in READERS}
-    if not infos:
+        if info.get("type") != "directory"
+    ]
+    # Some stores list a folder as a file of its own name; those end in a slash.
+    sources = [source for source in listed if not source.name.endswith("/")]
+    unknown = [source for source in sources if not source.is_readable]
+    if unknown and not is_folder:
+        raise UserError(f"{unknown[0].uri}: unknown kind of file; accepted are {accepted()}")
+    if len(unknown) == len(sources):
         if uri.startswith("s3://") and not file_system.exists(bucket := path.partition("/")[0]):
             raise UserError(
                 f"ingest.data_uri {uri}: there is no bucket {bucket!r} at "
                 f"{os.environ.get('AWS_S3_ENDPOINT') or 'S3'}, or this key may not see it"
             )
         raise UserError(f"ingest.data_uri {uri}: no file found; accepted are {accepted()}")
-    sources = [
-        Source(
-            _public(uri, p),
-            file_system,
-            p,
-            _listed(*_version(info)),
-            info.get("size"),
-        )
-        for p, info in infos.items()
-    ]
-    for source in sources:
-        if source.suffix not in READERS:
-            raise UserError(f"{source.uri}: unknown kind of file; accepted are {accepted()}")
     return sources
 
 

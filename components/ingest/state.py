@@ -40,7 +40,7 @@ CLEANING = (
     "languages",
     "pii",
     "near_duplicates",
-    "seed",
+    "split_seed",
 )
 LIBRARIES = (
     "ftfy",

@@ -43,12 +43,17 @@ def test_an_unknown_recipe_names_its_nearest() -> None:
 
 
 def test_all_problems_of_all_sections_are_said_at_once() -> None:
-    wrong = ["train.learnin_rate=1", "ingest.seed=abc", "upload.targett=x", "evalute.margin=1"]
+    wrong = [
+        "train.learnin_rate=1",
+        "ingest.split_seed=abc",
+        "upload.targett=x",
+        "evalute.margin=1",
+    ]
     with pytest.raises(UserError) as caught:
         load("eiffel", wrong)
     text = str(caught.value)
     assert "train.learnin_rate is not a setting; did you mean 'learning_rate'" in text
-    assert "ingest.seed = 'abc': input should be a valid integer" in text
+    assert "ingest.split_seed = 'abc': input should be a valid integer" in text
     assert "upload.targett is not a setting; did you mean 'target'?" in text
     assert "evalute is not a section" in text
     assert "'evaluate'" in text
@@ -63,6 +68,7 @@ def test_all_problems_of_all_sections_are_said_at_once() -> None:
         ("train.epochs=-1", "train.epochs = -1: input should be greater than 0"),
         ("train.mode=lorra", "train.mode = 'lorra': input should be 'full', 'lora' or 'scratch'"),
         ("seed.of=1", "seed holds no settings"),
+        ("ingest.pii=drop", "would not run; set filters: [unicode, length, pii]"),
         ("base_model=", "base_model"),
     ],
 )

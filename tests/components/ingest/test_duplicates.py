@@ -60,6 +60,7 @@ def test_a_long_text_is_hashed_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch
     text = " ".join(words(1000, random.Random(1)))
     whole = signature(text)
     monkeypatch.setattr(duplicates, "CHUNK", 7)
+    monkeypatch.setattr(duplicates, "LONG", 100)
     monkeypatch.setattr(duplicates, "WORDS_HELD", 100)
     duplicates._words.clear()
     assert signature(text) == whole
@@ -154,6 +155,26 @@ def test_a_document_never_moves_between_splits(tmp_path: Path) -> None:
         moved += len({k for row in keys["validation"] for k in row} & trained)
     assert moved == 0
     assert len(places) > 70
+
+
+def test_texts_that_are_more_than_the_tables_may_hold_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicates, "MEMORY", "32MB")
+    texts = [chr(0x4E00 + number) * 1_000_000 for number in range(30)]
+    (tmp_path / "again").mkdir()
+    documents, again = Documents(tmp_path), Documents(tmp_path / "again")
+    for place, text in enumerate(texts):
+        keys = tuple(range(place * BUCKETS, (place + 1) * BUCKETS))
+        documents.add(3, place, Row("id", text, "", "", str(place), 0.5, 0, 3_000_000, keys))
+    documents.find_duplicates(near=True)
+    documents.save(tmp_path / "saved.parquet", [3])
+    again.load(tmp_path / "saved.parquet", {3: 8})
+    for held, number in ((documents, 3), (again, 8)):
+        found = held.query("SELECT doc, text_at, bytes FROM docs")
+        read = {doc: held.text(*place) for doc, *place in found}
+        assert read == {(number << duplicates.PLACES) | n: text for n, text in enumerate(texts)}
+        held.close()
 
 
 def pairs(text: str) -> list[tuple[int, int]]:

@@ -1,7 +1,10 @@
 """Each named filter keeps what it should, drops what it should, and says why."""
 
+from typing import Any
+
 import pytest
 from nudge.components.common.errors import UserError
+from nudge.components.common.settings import parse
 from nudge.components.ingest.filters import make_filters, mask_pii, normalise, repetition
 from nudge.components.ingest.formats import Unreadable
 from nudge.components.ingest.settings import IngestSettings
@@ -96,3 +99,13 @@ def test_filters_run_in_the_order_of_the_recipe() -> None:
     settings = IngestSettings(data_uri="x", filters=("pii", "length"), min_characters=10)
     mask, length = make_filters(settings)
     assert length(str(mask("a.b@example.org"))) == Unreadable("too_short")
+
+
+@pytest.mark.parametrize(
+    ("values", "name"), [({"pii": "drop"}, "pii"), ({"languages": ["en", "fr"]}, "language")]
+)
+def test_what_no_filter_would_apply_is_refused(values: dict[str, Any], name: str) -> None:
+    with pytest.raises(UserError, match=rf"set filters: \[unicode, length, {name}\]$"):
+        parse(IngestSettings, {"data_uri": "x", **values}, "ingest")
+    named = {"data_uri": "x", "filters": ["length", name], **values}
+    assert parse(IngestSettings, named, "ingest").filters == ("length", name)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from nudge.components.common.corpus import read_corpus, read_documents, zstd
 from nudge.components.common.errors import UserError
+from nudge.components.common.recipe import step_settings
 from nudge.components.ingest import cleaning
 from nudge.components.ingest.cleaning import split_of
 from nudge.components.ingest.ingest import ingest
@@ -52,8 +53,10 @@ def test_gz_zst_csv_txt_and_a_literal_module_are_read(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text("id,text\n1,A comma separated document that is new.\n")
     (tmp_path / "d.txt").write_text("A whole file that is one document of its own.")
     (tmp_path / "e.py").write_text("topics = {'x': 'A text inside a literal mapping, not run.'}")
+    (tmp_path / "f.NDJSON").write_text('{"text": "A line of JSON under its other name."}')
+    (tmp_path / "g.TXT.GZ").write_bytes(gzip.compress(b"A suffix in capital letters is one too."))
     result = run(tmp_path, f"file://{tmp_path}")
-    assert result["documents"] == 43
+    assert result["documents"] == 45
 
 
 def test_near_duplicates_are_dropped(tmp_path: Path) -> None:
@@ -72,6 +75,16 @@ def test_the_fingerprint_does_not_know_the_order_and_the_split_stays(tmp_path: P
     assert before <= {d.text for d in read_documents(tmp_path / "corpus", "validation")}
     settings = IngestSettings(data_uri="x")
     assert all(split_of(text, settings) == "validation" for text in before)
+
+
+def test_another_seed_of_training_holds_out_the_same(tmp_path: Path) -> None:
+    recipe = f"seed: %d\ningest: {{data_uri: {write(tmp_path, texts(60))}}}"
+    held_out = []
+    for seed, given in ((1, {}), (2, {}), (2, {"split_seed": 2})):
+        settings = step_settings(IngestSettings, "ingest", recipe % seed, **given)
+        ingest(settings, corpus=tmp_path / "corpus", report=tmp_path / "report.html")
+        held_out.append({d.text for d in read_documents(tmp_path / "corpus", "validation")})
+    assert held_out[0] == held_out[1] != held_out[2]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import trustme
+from aiohttp import web
 from nudge.components.common.corpus import read_corpus, zstd
 from nudge.components.common.errors import UserError
 from nudge.components.common.storage import s3_client
@@ -254,13 +255,13 @@ def test_a_store_behind_a_ca_of_its_own(
 def test_the_web_through_faults_without_ranges_and_without_a_length(
     faulty_proxy: Store, tmp_path: Path
 ) -> None:
-    web = tmp_path / "web"
-    web.mkdir()
+    served = tmp_path / "web"
+    served.mkdir()
     for name, raw in objects().items():
-        (web / name).write_bytes(raw)
-    manifest = read(tmp_path, str(web))
+        (served / name).write_bytes(raw)
+    manifest = read(tmp_path, str(served))
     names = list(objects())
-    with Server(files(web), whole(web), streamed(web)) as server:
+    with Server(files(served), whole(served), streamed(served)) as server:
         proxy = faulty_proxy(server.url, share=0.2, seed=4, retry_after_s=0, slow_s=0.05)
         for kind, base in (
             ("files", proxy.url),
@@ -272,6 +273,65 @@ def test_the_web_through_faults_without_ranges_and_without_a_length(
         assert proxy.hurt >= 5
         with pytest.raises(UserError, match=r"/files/none.jsonl: there is no such file"):
             read(tmp_path, f"{server.url}/files/none.jsonl")
+
+
+ODD = ["issue #12.md", "what?.txt", "C# notes.txt", "50% off&more;.txt", "a=b+c [1].txt"]
+
+
+def odd_files() -> dict[str, bytes]:
+    words = texts(6, len(ODD))
+    return {name: text.encode() for name, text in zip(ODD, words, strict=True)}
+
+
+def test_any_name_is_read_and_what_has_no_reader_is_named(store: Store, tmp_path: Path) -> None:
+    store(share=0.0)
+    contents = {**odd_files(), "more.jsonl": lines(1, 60), "d.docx": b"x" * 99, "LICENSE": b"x"}
+    put("odd#1", contents)
+    folder = tmp_path / "odd#1"
+    folder.mkdir()
+    for name, raw in contents.items():
+        (folder / name).write_bytes(raw)
+    for number, uri in enumerate((str(folder), f"file://{folder}", "s3://nudge/odd#1")):
+        manifest = read(tmp_path, uri, str(number), state_uri=str(tmp_path / f"state{number}"))
+        assert manifest["documents"] == 60 + len(ODD)
+        assert manifest["dropped"] == {"unknown_kind": 2}
+        told = {s["uri"].rpartition("/")[2]: s["dropped"] for s in manifest["sources"]}
+        unknown = {"d.docx", "LICENSE"}
+        assert told == {n: {"unknown_kind": 1} if n in unknown else {} for n in contents}
+        assert "odd#1/d.docx" in (tmp_path / f"{number}.html").read_text()
+        assert len(sources.find_sources(f"{uri}/*.txt")) == len(ODD) - 1
+        with pytest.raises(UserError, match=r"d\.docx: unknown kind of file"):
+            read(tmp_path, f"{uri}/*.*", "all")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.docx").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"none: no file found; accepted are"):
+        read(tmp_path, str(tmp_path / "none"))
+    # One file is one source, by whatever name, and through however many connections.
+    both = f"{folder} file://{folder}/*.md s3://nudge/odd#1 s3://nudge/odd#1/more.*"
+    assert len(sources.find_sources(both)) == 2 * len(contents)
+
+
+def test_urls_that_differ_in_their_query_are_two_objects(tmp_path: Path) -> None:
+    for part in range(3):
+        (tmp_path / f"{part}.jsonl").write_bytes(lines(part, 20))
+
+    async def export(request: web.Request) -> web.StreamResponse:
+        return web.FileResponse(tmp_path / f"{request.query['part']}.jsonl")
+
+    state = str(tmp_path / "state")
+    with Server(("*", "/export.jsonl", export)) as server:
+        parts = [f"{server.url}/export.jsonl?part={part}&key=secret" for part in range(3)]
+        assert read(tmp_path, parts[1], state_uri=state)["documents"] == 20
+        for _ in range(2):
+            manifest = read(tmp_path, " ".join([*parts, parts[0]]), state_uri=state)
+            assert manifest["documents"] == 60
+        told = [source["uri"] for source in manifest["sources"]]
+        assert told == [f"{server.url}/export.jsonl{number}" for number in ("", " (2)", " (3)")]
+        # What was first among several is not what stands alone under the same name.
+        assert (
+            read(tmp_path, parts[2], state_uri=state)["fingerprint"]
+            == (read(tmp_path, str(tmp_path / "2.jsonl"), "file")["fingerprint"])
+        )
 
 
 @pytest.mark.long
