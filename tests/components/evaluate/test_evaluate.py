@@ -23,6 +23,7 @@ from nudge.components.evaluate.scores import read_scores
 from nudge.components.evaluate.settings import EvaluateSettings, Guard, Probe
 
 WORDS = ["the", "tower", "of", "Paris", "stands", "on", "a", "river", "and", "is", "old"]
+HELD_OUT = 20
 OUTPUTS = ("evaluation", "report", "scores")
 
 
@@ -53,32 +54,39 @@ class Place:
     folder: Path
     base: Path
 
-    def run(self, candidate: str = "candidate", **changes: Any) -> dict[str, Any]:
+    def run(
+        self, candidate: str = "candidate", corpus: str = "corpus", **changes: Any
+    ) -> dict[str, Any]:
         settings = EvaluateSettings(
             base_model=str(self.base), **{"window": 64, "stride": 32, "resamples": 2000, **changes}
         )
-        inputs = {"corpus": "corpus", "model": candidate, "history": "history"}
+        inputs = {"corpus": corpus, "model": candidate, "history": "history"}
         paths = {key: self.folder / name for key, name in inputs.items()}
         outputs = {name: self.folder / name for name in OUTPUTS}
         evaluate(settings, **paths, **outputs)
         return dict(json.loads(outputs["evaluation"].read_text(encoding="utf-8")))
 
 
+def make_corpus(folder: Path, training: list[str], held_out: list[str]) -> None:
+    documents = {
+        split: [Document(f"{split}-{n}", text, "file://corpus") for n, text in enumerate(texts)]
+        for split, texts in {"train": training, "validation": held_out}.items()
+    }
+    folder.mkdir()
+    counts = {"documents_in": 42, "documents": 42, "bytes": 1, "dropped": {}, "sources": []}
+    write_corpus(folder, documents, counts)
+
+
 @pytest.fixture(scope="module")
 def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("evaluate")
-    documents = {
-        split: [Document(f"{split}-{n}", text, "file://corpus") for n, text in enumerate(texts)]
-        for split, texts in {"train": sentences(1, 30), "validation": sentences(2, 12)}.items()
-    }
-    (folder / "corpus").mkdir()
-    counts = {"documents_in": 42, "documents": 42, "bytes": 1, "dropped": {}, "sources": []}
-    write_corpus(folder / "corpus", documents, counts)
+    training = sentences(1, 30)
+    make_corpus(folder / "corpus", training, sentences(2, HELD_OUT))
     (folder / "history").mkdir()
     for name in ("metrics.jsonl", "probes.jsonl"):
         (folder / "history" / name).touch()
     shutil.copytree(tiny_model, folder / "candidate")
-    train(folder / "candidate", [document.text for document in documents["train"]])
+    train(folder / "candidate", training)
     facts = dict.fromkeys(("data_fingerprint", "tokenizer_sha256", "code_version"), "")
     body = {
         **facts,
@@ -113,15 +121,16 @@ def test_the_interval_can_be_worked_out_again_from_the_scores(
     served_is(Incumbent("found", version="v1", uri=str(served)))
     result = place.run(resamples=9999)
     table = pyarrow.parquet.read_table(place.folder / "scores").to_pylist()
-    assert len(table) == result["scores"]["rows"] == 3 * 12
+    assert len(table) == result["scores"]["rows"] == 3 * HELD_OUT
     columns = {
         name: {row["document"]: row for row in table if row["model"] == name}
         for name in ("base", "incumbent", "candidate")
     }
-    assert [columns["base"][n]["id"][:11] for n in range(12)] == ["validation-"] * 12
+    assert all(columns["base"][n]["id"].startswith("validation-") for n in range(HELD_OUT))
     for reference in ("base", "incumbent"):
-        nats = [columns["candidate"][n]["nats"] - columns[reference][n]["nats"] for n in range(12)]
-        size = [columns["base"][n]["bytes"] for n in range(12)]
+        new, old = columns["candidate"], columns[reference]
+        nats = [new[n]["nats"] - old[n]["nats"] for n in range(HELD_OUT)]
+        size = [old[n]["bytes"] for n in range(HELD_OUT)]
 
         def difference(gain: Any, size: Any, axis: int = -1) -> Any:
             return np.sum(gain, axis=axis) / np.sum(size, axis=axis) / math.log(2)
@@ -145,7 +154,7 @@ def test_scores_that_were_changed_are_refused(place: Place) -> None:
     sha256 = place.run()["scores"]["sha256"]
     path = place.folder / "scores"
     assert set(read_scores(path, sha256)) == {"held-out"}
-    assert len(read_scores(path)["held-out"]["candidate"]) == 12
+    assert len(read_scores(path)["held-out"]["candidate"]) == HELD_OUT
     changed = bytearray(path.read_bytes())
     changed[len(changed) // 2] ^= 1
     path.write_bytes(changed)
@@ -170,20 +179,20 @@ def test_what_was_done_is_written_down(place: Place) -> None:
     assert [check["kind"] for check in result["verdict"]["checks"]] == ["loss", "completion"]
     other = place.run(first_token="none")
     assert other["models"]["base"]["first_token"] is None
-    assert other["metrics"]["base"]["tokens"] == result["metrics"]["base"]["tokens"] - 12
+    assert other["metrics"]["base"]["tokens"] == result["metrics"]["base"]["tokens"] - HELD_OUT
     assert other["metrics"]["base"]["bytes"] == result["metrics"]["base"]["bytes"]
 
 
 def test_a_guard_set_is_scored_and_stops(place: Place, tmp_path: Path) -> None:
     """The candidate learnt words; of digits it knows less than before."""
     generator = np.random.default_rng(3)
-    numbers = [" ".join(map(str, generator.integers(0, 999, 20))) for _ in range(10)]
+    numbers = [" ".join(map(str, generator.integers(0, 999, 20))) for _ in range(20)]
     path = tmp_path / "numbers.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in numbers))
     guard = {"name": "numbers", "uri": f"file://{path}"}
     result = place.run(guards=[Guard(**guard, limit=0.0)])
     (told,) = result["guards"]
-    assert told["metrics"]["base"]["documents"] == 10
+    assert told["metrics"]["base"]["documents"] == 20
     assert told["interval"][1] > 0
     assert not result["verdict"]["promote"]
     assert "bits per byte on numbers" in result["verdict"]["reason"]
@@ -229,7 +238,23 @@ def test_a_candidate_that_is_no_number_is_not_promoted(place: Place) -> None:
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     result = place.run("broken", prompts=["the tower"])
     assert not result["verdict"]["promote"]
-    assert "the loss of 12 documents of held-out is no finite number" in result["verdict"]["reason"]
+    assert f"the loss of {HELD_OUT} documents of held-out is no" in result["verdict"]["reason"]
     assert result["metrics"]["candidate"]["bits_per_byte"] is None
     assert "NaN" not in (place.folder / "evaluation").read_text()
     assert "not available" in (place.folder / "report").read_text()
+
+
+def test_text_without_spaces_has_no_word_perplexity(place: Place) -> None:
+    """Thai: each document is one word. The artifact stays strict JSON, and the page says so."""
+    letters = [chr(code) for code in range(0x0E01, 0x0E2F)]
+    generator = np.random.default_rng(4)
+    texts = ["".join(generator.choice(letters, 300)) for _ in range(HELD_OUT)]
+    make_corpus(place.folder / "thai", texts[:1], texts)
+    result = place.run(corpus="thai")
+    assert result["metrics"]["base"]["words"] == HELD_OUT
+    assert result["metrics"]["base"]["word_perplexity"] is None
+    assert result["metrics"]["base"]["token_perplexity"] > 1
+    assert "Infinity" not in (place.folder / "evaluation").read_text()
+    page = (place.folder / "report").read_text()
+    row = page[page.index("Word perplexity") :].split("</tr>")[0]
+    assert row.count("not available") == 3
