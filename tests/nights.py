@@ -57,7 +57,7 @@ class Nights:
             "model_name": "tiny",
             "ingest": {
                 "data_uri": f"{folder}/*.jsonl",
-                "validation_share": 0.2,
+                "validation_share": 0.4,
                 "only_new": True,
             },
             "train": {

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from nudge.components.common.held_out import FEWEST_DOCUMENTS
 from nudge.components.evaluate.checks import Check
 from nudge.components.evaluate.incumbent import Incumbent
 from nudge.components.evaluate.perplexity import Score
@@ -46,7 +47,10 @@ def paired_bootstrap(
 def compare(
     scores: Mapping[str, Sequence[Score]], settings: EvaluateSettings
 ) -> dict[str, dict[str, Any]]:
-    """The candidate's difference to each other model on one set of documents, by that model."""
+    """The candidate's difference to each other model on one set of documents, by that model.
+
+    Of fewer than `FEWEST_DOCUMENTS` the interval is None: it would promise what it does not hold.
+    """
     comparisons: dict[str, dict[str, Any]] = {}
     for name in scores:
         if name != "candidate":
@@ -57,7 +61,8 @@ def compare(
                 confidence=settings.confidence,
                 seed=settings.seed,
             )
-            comparisons[name] = {"difference_bits_per_byte": gap, "interval": list(ends)}
+            told = list(ends) if len(scores[name]) >= FEWEST_DOCUMENTS else None
+            comparisons[name] = {"difference_bits_per_byte": gap, "interval": told}
     return comparisons
 
 
@@ -72,13 +77,15 @@ def verdict(
 
     ``scores`` are those of base, candidate and, if one was found, incumbent. The candidate is held
     against the incumbent if there is one, else against the base model; if it is not known whether
-    there is one, nothing is promoted. ``same``: the candidate is the incumbent, bit for bit.
+    there is one, nothing is promoted, and neither is it where documents are too few for an interval.
+    ``same``: the candidate is the incumbent, bit for bit.
     """
     comparisons = compare(scores, settings)
     reference = "incumbent" if "incumbent" in comparisons else "base"
     told = f"the version served now ({incumbent.version})" if incumbent.version else "the base"
     difference: float = comparisons[reference]["difference_bits_per_byte"]
-    low, high = comparisons[reference]["interval"]
+    interval: list[float] | None = comparisons[reference]["interval"]
+    low, high = interval or (math.nan, math.nan)
     failed = [check for check in checks if not check.ok]
     better = high < -settings.margin
     if incumbent.state == "unknown":
@@ -87,6 +94,12 @@ def verdict(
         reason = f"this is {told} again, bit for bit; there is nothing to promote"
     elif any(check.kind == "loss" for check in failed):
         reason = "; ".join(check.told for check in failed if check.kind == "loss")
+    elif interval is None:
+        reason = (
+            f"{len(scores['candidate'])} held-out documents were scored, and of fewer than "
+            f"{FEWEST_DOCUMENTS} it cannot be told whether a difference is chance: ingest more "
+            "text, or hold out a larger ingest.validation_share"
+        )
     elif not better:
         reason = (
             f"not shown to be better than {told}: the {settings.confidence:.0%} interval of the "
@@ -106,7 +119,7 @@ def verdict(
         "reason": reason,
         "reference": reference,
         "difference_bits_per_byte": difference,
-        "interval": [low, high],
+        "interval": interval,
         "comparisons": comparisons,
         "confidence": settings.confidence,
         "margin": settings.margin,

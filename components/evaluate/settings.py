@@ -3,6 +3,7 @@
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
+from nudge.components.common.held_out import FEWEST_DOCUMENTS
 from nudge.components.common.settings import settings
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -21,7 +22,8 @@ class Guard:
     """Text of another kind (general English, code, ...) on which the candidate may not get worse.
 
     Promotion needs the worse end of the interval of the difference to lie within ``limit``: that
-    nothing is lost must be shown, as a gain must.
+    nothing is lost must be shown, as a gain must. A set of fewer documents than can show it is
+    refused, before anything is scored.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")]
@@ -30,7 +32,7 @@ class Guard:
     (and .jsonl.gz) each line's ``text`` is a document, any other file is one."""
     limit: Annotated[float, Field(ge=0)] = 0.05
     """Bits per byte by which the candidate may be worse than what it is held against."""
-    max_documents: Annotated[int, Field(ge=2)] = 200
+    max_documents: Annotated[int, Field(ge=FEWEST_DOCUMENTS)] = 200
 
 
 @settings
@@ -67,8 +69,9 @@ class EvaluateSettings:
     or nothing, and then the first token itself is not scored. ``auto`` takes BOS if the tokenizer
     puts it before a text by itself (Gemma, Llama 3), else the end of the document before, as
     training does."""
-    max_documents: Annotated[int, Field(ge=1)] = 1000
-    """Held-out documents scored, the first of the split's own (hashed) order."""
+    max_documents: Annotated[int, Field(ge=FEWEST_DOCUMENTS)] = 1000
+    """Held-out documents scored, the first of the split's own (hashed) order. Of fewer than 16 no
+    interval is worked out, and nothing is promoted (`FEWEST_DOCUMENTS`)."""
     guards: list[Guard] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
     """The first one is the running example that training watches and the report shows."""

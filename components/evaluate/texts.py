@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from nudge.components.common.corpus import Document, text_sha256
 from nudge.components.common.errors import UserError
+from nudge.components.common.held_out import FEWEST_DOCUMENTS
 from nudge.components.common.uris import is_local, local_path
 from nudge.components.evaluate.settings import Guard
 
@@ -21,7 +22,7 @@ HELD_OUT = "held-out"
 def guard_documents(guard: Guard) -> list[Document]:
     """The documents of a guard's files, in the order of the files' names.
 
-    Raises `UserError` if there are none, or if a file is not what its name says.
+    Raises `UserError` if there are too few, or if a file is not what its name says.
     """
     if is_local(guard.uri):
         return _documents(guard, _files(local_path(guard.uri)))
@@ -56,10 +57,11 @@ def _documents(guard: Guard, files: list[Path]) -> list[Document]:
         if text.strip()
     )
     documents = list(itertools.islice(read, guard.max_documents))
-    if len(documents) < 2:
+    if len(documents) < FEWEST_DOCUMENTS:
         raise UserError(
             f"evaluate.guards {guard.name}: {guard.uri} holds {len(documents)} documents with text;"
-            " an interval needs 2, and a useful one some dozens"
+            f" fewer than {FEWEST_DOCUMENTS} cannot show that nothing is lost: give more, or leave "
+            "the guard out"
         )
     return documents
 

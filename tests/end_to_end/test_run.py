@@ -35,7 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
         "base_model": str(tiny_model),
         "model_name": "tiny",
         "seed": 1,
-        "ingest": {"data_uri": str(folder / "text.jsonl"), "validation_share": 0.2},
+        "ingest": {"data_uri": str(folder / "text.jsonl"), "validation_share": 0.4},
         "train": {
             "max_steps": 60,
             "sequence_length": 64,

@@ -15,7 +15,9 @@ import scipy.stats
 import torch
 from nudge.components.common.corpus import Document, write_corpus
 from nudge.components.common.errors import UserError
+from nudge.components.common.held_out import FEWEST_DOCUMENTS
 from nudge.components.common.publish import write_manifest
+from nudge.components.common.settings import parse
 from nudge.components.evaluate import incumbent
 from nudge.components.evaluate.evaluate import evaluate
 from nudge.components.evaluate.incumbent import Incumbent
@@ -24,6 +26,7 @@ from nudge.components.evaluate.settings import EvaluateSettings, Guard, Probe
 
 WORDS = ["the", "tower", "of", "Paris", "stands", "on", "a", "river", "and", "is", "old"]
 HELD_OUT = 20
+FEW = {"max_documents": 15}
 OUTPUTS = ("evaluation", "report", "scores")
 
 
@@ -203,7 +206,7 @@ def test_a_guard_set_is_scored_and_stops(place: Place, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("one.txt", b"a single text", "holds 1 documents with text; an interval needs 2"),
+        ("one.txt", b"a single text", "holds 1 documents with text; fewer than 16 cannot show"),
         ("bad.jsonl", b'{"text": 1}\n', "bad.jsonl of .* cannot be read .*text is a int"),
         ("bad.jsonl", b"{", "cannot be read .*give UTF-8 text, or JSON lines"),
         ("bad.txt", b"\xff\xfe", "cannot be read"),
@@ -225,6 +228,28 @@ def test_guards_from_nowhere_and_of_one_name(place: Place, tmp_path: Path) -> No
         place.run(guards=[Guard(name="code", uri="ftp://x")])
     with pytest.raises(ValueError, match="two guards are named code"):
         place.run(guards=[Guard(name="code", uri="a"), Guard(name="code", uri="b")])
+
+
+def test_too_few_held_out_documents_promote_nothing(place: Place) -> None:
+    """A model that is better on each of them is not, where they are too few to tell."""
+    make_corpus(place.folder / "few", sentences(1, 3), sentences(2, FEWEST_DOCUMENTS - 1))
+    result = place.run(corpus="few")
+    verdict = result["verdict"]
+    assert verdict["difference_bits_per_byte"] < 0
+    assert (verdict["promote"], verdict["interval"]) == (False, None)
+    assert "15 held-out documents were scored, and of fewer than 16 it cannot" in verdict["reason"]
+    assert "a larger ingest.validation_share" in verdict["reason"]
+    page = (place.folder / "report").read_text()
+    assert "No interval could be worked out" in page
+    assert "% interval" not in page
+    make_corpus(place.folder / "enough", sentences(1, 3), sentences(2, FEWEST_DOCUMENTS))
+    assert place.run(corpus="enough")["verdict"]["promote"]
+
+
+def test_settings_that_score_too_few_documents_are_refused() -> None:
+    for section in ({"max_documents": 15}, {"guards": [{"name": "x", "uri": "y", **FEW}]}):
+        with pytest.raises(UserError, match="max_documents = 15: input should be greater .* to 16"):
+            parse(EvaluateSettings, {"base_model": "unused", **section}, "evaluate")
 
 
 def test_a_candidate_that_is_no_number_is_not_promoted(place: Place) -> None:
