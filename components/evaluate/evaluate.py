@@ -110,7 +110,8 @@ def judge(
     of_sets = {
         name: {model: answer.scores[name] for model, answer in answers.items()} for name in texts
     }
-    probes = compare_probes(candidate.tokenizer, settings, answers["base"].probes, candidate.probes)
+    of_probes = {name: answer.probes for name, answer in answers.items()}
+    probes = compare_probes(candidate.tokenizer, settings, of_probes, reference)
     guarded = [
         {
             "name": guard.name,

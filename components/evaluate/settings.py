@@ -10,10 +10,15 @@ from pydantic import BeforeValidator, Field, model_validator
 
 @settings
 class Probe:
-    """A prompt whose next token is watched: its probability should ``rise``, or ``hold``."""
+    """A prompt, and a target after it whose probability should ``rise``, or ``hold``.
 
-    prompt: str
-    target: str
+    A target of several tokens counts whole: its probability is the product over its tokens. What
+    should rise is held against the base model; what should hold, as all that stops a promotion,
+    against the version served now, if there is one.
+    """
+
+    prompt: Annotated[str, Field(min_length=1)]
+    target: Annotated[str, Field(min_length=1)]
     expect: Literal["rise", "hold"] = "rise"
 
 
@@ -76,7 +81,7 @@ class EvaluateSettings:
     probes: list[Probe] = field(default_factory=list)
     """The first one is the running example that training watches and the report shows."""
     hold_limit: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """How far the probability of a ``hold`` probe may move, relative to where it was."""
+    """How far the probability of a ``hold`` probe may move, relative to where it was before."""
     prompts: list[str] = field(default_factory=list)
     """Prompts completed greedily by base and candidate; the candidate's must be sane."""
     completion_tokens: Annotated[int, Field(ge=1, le=512)] = 24

@@ -11,10 +11,10 @@ from pydantic import Field
 
 @settings
 class WatchedPrompt:
-    """A prompt whose next token is watched while training goes on."""
+    """A prompt after which the probability of a target, of one token or several, is watched."""
 
-    prompt: str
-    target: str
+    prompt: Annotated[str, Field(min_length=1)]
+    target: Annotated[str, Field(min_length=1)]
 
 
 @settings

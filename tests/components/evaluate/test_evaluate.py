@@ -153,6 +153,26 @@ def test_the_interval_can_be_worked_out_again_from_the_scores(
     assert result["verdict"]["reference"] == "incumbent"
 
 
+def test_what_should_hold_is_held_against_the_version_served_now(
+    place: Place, served_is: Callable[[Incumbent], None]
+) -> None:
+    """It is the candidate again, which has moved far away from the base model."""
+    served_is(Incumbent("found", version="v7", uri=str(place.folder / "candidate")))
+    (hold, rise) = place.run(
+        probes=[
+            Probe(prompt="the tower", target=" of", expect="hold"),
+            Probe(prompt="a river", target=" and"),
+        ]
+    )["probes"]
+    assert (hold["reference"], hold["ok"]) == ("incumbent", True)
+    assert hold["p_before"] == hold["p_after"]
+    assert (rise["reference"], rise["p_before"] < rise["p_after"]) == ("base", True)
+    page = (place.folder / "report").read_text()
+    assert "Served now (v7) → candidate; 1 is certain" in page
+    assert "before (served now)" in page
+    assert "before (base)" in page
+
+
 def test_scores_that_were_changed_are_refused(place: Place) -> None:
     sha256 = place.run()["scores"]["sha256"]
     path = place.folder / "scores"

@@ -88,12 +88,12 @@ def test_a_worse_model_is_not_promoted_and_the_reason_says_so() -> None:
 
 def test_a_moved_guard_probe_stops_a_better_model() -> None:
     moved = {"p_before": 0.5, "p_after": 0.1, "limit": 0.2, "target": " Ocean", "ok": False}
-    probe = {"prompt": "The Pacific", "expect": "hold", **moved}
+    probe = {"prompt": "The Pacific", "expect": "hold", "reference": "base", **moved}
     checks = probe_checks([probe, {**probe, "expect": "rise"}])
     assert len(checks) == 1
     decision = judged(0.1, 5, checks)
     assert not decision["promote"]
-    assert "P(' Ocean') after 'The Pacific' went from 0.5 to 0.1" in decision["reason"]
+    assert "P(' Ocean') after 'The Pacific' went from 0.5 of the base to 0.1" in decision["reason"]
     assert decision["checks"][0]["ok"] is False
 
 
