@@ -41,7 +41,8 @@ def probe_checks(probes: Sequence[dict[str, Any]]) -> list[Check]:
             probe["prompt"],
             probe["ok"],
             f"P({probe['target']!r}) after {probe['prompt']!r} went from "
-            f"{probe['p_before']:.3g} {whose[probe['reference']]} to {probe['p_after']:.3g}, and may move by {probe['limit']:.0%}",
+            f"{probe['p_before']:.3g} {whose[probe['reference']]} to {probe['p_after']:.3g}, and "
+            f"may move by {probe['limit']:.0%}",
         )
         for probe in probes
         if probe["expect"] == "hold"

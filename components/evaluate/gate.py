@@ -72,13 +72,15 @@ def verdict(
     settings: EvaluateSettings,
     incumbent: Incumbent,
     same: bool = False,
+    selected: bool = False,
 ) -> dict[str, Any]:
     """Promote only if the whole interval is better by the margin and every check is ok.
 
     ``scores`` are those of base, candidate and, if one was found, incumbent. The candidate is held
     against the incumbent if there is one, else against the base model; if it is not known whether
-    there is one, nothing is promoted, and neither is it where documents are too few for an interval.
-    ``same``: the candidate is the incumbent, bit for bit.
+    there is one, nothing is promoted; nor where documents are too few for an interval. ``same``:
+    the candidate is the incumbent, bit for bit. ``selected``: its checkpoint was chosen by
+    documents that are scored here, which is said beside a gain.
     """
     comparisons = compare(scores, settings)
     reference = "incumbent" if "incumbent" in comparisons else "base"
@@ -88,6 +90,10 @@ def verdict(
     low, high = interval or (math.nan, math.nan)
     failed = [check for check in checks if not check.ok]
     better = high < -settings.margin
+    chosen = selected * (
+        "; its checkpoint was chosen by held-out documents that are scored here too, so part of "
+        "the gain is chosen"
+    )
     if incumbent.state == "unknown":
         reason = f"it is not known what is served now, so nothing can replace it: {incumbent.why}"
     elif same:
@@ -108,11 +114,11 @@ def verdict(
         )
     elif failed:
         what = "; ".join(check.told for check in failed)
-        reason = f"better than {told} on held-out text, but {what}"
+        reason = f"better than {told} on held-out text, but {what}{chosen}"
     else:
         reason = (
             f"better than {told} by {-difference:.4f} bits per byte on held-out text "
-            f"({settings.confidence:.0%} interval {-high:.4f} to {-low:.4f})"
+            f"({settings.confidence:.0%} interval {-high:.4f} to {-low:.4f}){chosen}"
         )
     return {
         "promote": better and not failed and not same and incumbent.state != "unknown",

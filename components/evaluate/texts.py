@@ -4,12 +4,17 @@ import gzip
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from nudge.components.common.corpus import Document, text_sha256
+from nudge.components.common.corpus import (
+    Document,
+    read_corpus,
+    read_documents,
+    text_sha256,
+)
 from nudge.components.common.errors import UserError
 from nudge.components.common.held_out import FEWEST_DOCUMENTS
 from nudge.components.common.uris import is_local, local_path
@@ -17,6 +22,23 @@ from nudge.components.evaluate.settings import Guard
 
 HELD_OUT = "held-out"
 """The set that the verdict rests on; the others are guards, by their names."""
+
+
+def held_out_documents(
+    corpus: Path, selected_on: Sequence[int], most: int
+) -> tuple[list[Document], bool]:
+    """At most ``most`` documents of the validation split, the first of its own (hashed) order.
+
+    Those at the places ``selected_on``, by whose loss training chose its checkpoint, are left out:
+    on them it is better than on others by choice. Too few others to tell anything leave no choice;
+    then all are scored, and the second value is True.
+    """
+    count = read_corpus(corpus)["splits"]["validation"]["documents"]
+    enough = count - len(selected_on) >= FEWEST_DOCUMENTS
+    left_out = frozenset(selected_on if enough else ())
+    documents = enumerate(read_documents(corpus, "validation"))
+    kept = (document for place, document in documents if place not in left_out)
+    return list(itertools.islice(kept, most)), bool(selected_on) and not enough
 
 
 def guard_documents(guard: Guard) -> list[Document]:

@@ -80,7 +80,7 @@ class Network:
 
     @torch.no_grad()
     def probabilities(self, prompt: list[int], target: list[int]) -> torch.Tensor:
-        """What `probabilities_along` gives for a prompt's and a target's ids; every rank must ask."""
+        """`probabilities_along` a prompt's and a target's ids; every rank must ask."""
         with self.precision():
             probabilities: torch.Tensor = self._module((prompt, target))
         self._shards_again()

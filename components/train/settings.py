@@ -132,7 +132,8 @@ class TrainSettings:
     """End after so many validations in a row without a better loss, and keep the best weights; 0
     never does."""
     keep: Literal["last", "best"] = "last"
-    """Which weights become the model: those of the last step, or of the best validation."""
+    """Which weights become the model: those of the last step, or of the best validation. The
+    documents that chose them are left out of the verdict, if enough others are held out."""
     checkpoints: str = ""
     """A folder or s3:// URI for checkpoints to resume from, in a folder of its own for each run.
     Empty: what NUDGE_CHECKPOINTS names (`nudge run` sets it), else none."""

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import scipy.stats
 import torch
-from nudge.components.common.corpus import Document, write_corpus
+from nudge.components.common.corpus import Document, read_corpus, write_corpus
 from nudge.components.common.errors import UserError
 from nudge.components.common.held_out import FEWEST_DOCUMENTS
 from nudge.components.common.publish import write_manifest
@@ -93,6 +93,7 @@ def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     facts = dict.fromkeys(("data_fingerprint", "tokenizer_sha256", "code_version"), "")
     body = {
         **facts,
+        "data_fingerprint": read_corpus(folder / "corpus")["fingerprint"],
         "base_model": {"uri": str(tiny_model), "sha256": ""},
         "seed": 1,
         "settings": {},
@@ -264,6 +265,44 @@ def test_too_few_held_out_documents_promote_nothing(place: Place) -> None:
     assert "% interval" not in page
     make_corpus(place.folder / "enough", sentences(1, 3), sentences(2, FEWEST_DOCUMENTS))
     assert place.run(corpus="enough")["verdict"]["promote"]
+
+
+def chosen_by(place: Place, documents: list[int], data_fingerprint: str = "") -> str:
+    """The candidate again, whose checkpoint was chosen by documents at these places."""
+    folder = place.folder / f"chosen-by-{len(documents)}-{data_fingerprint}"
+    shutil.copytree(place.folder / "candidate", folder)
+    facts = json.loads((folder / "nudge.json").read_text()) | {"selected_on": documents}
+    facts["data_fingerprint"] = data_fingerprint or facts["data_fingerprint"]
+    (folder / "nudge.json").write_text(json.dumps(facts))
+    return folder.name
+
+
+def test_documents_that_chose_the_checkpoint_are_not_scored(place: Place) -> None:
+    place.run()
+    ids = {row["document"]: row["id"] for row in scores_of(place)}
+    result = place.run(chosen_by(place, [0, 3, 19]))
+    left = {row["id"] for row in scores_of(place)}
+    assert left == set(ids.values()) - {ids[0], ids[3], ids[19]}
+    assert result["selection"] == {"documents": 3, "scored": False}
+    assert result["verdict"]["promote"]
+    assert "chosen" not in result["verdict"]["reason"]
+    assert "The 3 held-out documents that the checkpoint" in (place.folder / "report").read_text()
+    # The places are of the corpus that it was trained on, and tell nothing of another.
+    other = place.run(chosen_by(place, [0, 3, 19], "another"))
+    assert other["metrics"]["candidate"]["documents"] == HELD_OUT
+
+
+def test_with_too_few_other_documents_a_gain_is_said_to_be_chosen(place: Place) -> None:
+    result = place.run(chosen_by(place, [0, 3, 7, 11, 19]))
+    assert result["metrics"]["candidate"]["documents"] == HELD_OUT
+    assert result["selection"] == {"documents": 5, "scored": True}
+    assert result["verdict"]["promote"]
+    assert result["verdict"]["reason"].endswith("so part of the gain is chosen")
+    assert "part of the gain is chosen, and equal models" in (place.folder / "report").read_text()
+
+
+def scores_of(place: Place) -> list[dict[str, Any]]:
+    return list(pyarrow.parquet.read_table(place.folder / "scores").to_pylist())
 
 
 def test_settings_that_score_too_few_documents_are_refused() -> None:

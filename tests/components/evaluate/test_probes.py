@@ -15,7 +15,9 @@ from nudge.components.evaluate.settings import EvaluateSettings, Probe
 def test_a_target_of_several_tokens_counts_whole(tiny_model: Path) -> None:
     """Beside plain transformers, asked for one token after another."""
     model, tokenizer = load_model(tiny_model), load_tokenizer(tiny_model)
-    probes = [Probe(prompt="The Eiffel Tower", target=target) for target in (" is", " in 1969", "x")]
+    probes = [
+        Probe(prompt="The Eiffel Tower", target=target) for target in (" is", " in 1969", "x")
+    ]
     for probe, told in zip(probes, answer(model, tokenizer, probes), strict=True):
         ids, p = tokenizer(probe.prompt)["input_ids"], 1.0
         target = target_ids(tokenizer, probe.target)

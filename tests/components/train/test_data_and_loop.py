@@ -74,6 +74,20 @@ def test_each_target_comes_once_an_epoch_in_rows_cut_to_length(tokens: Path) -> 
     assert cut[cut != IGNORED].tolist() == whole.tolist()
 
 
+def test_the_documents_of_the_first_rows_are_told_by_their_places(tokens: Path) -> None:
+    reader = TokenReader(tokens, "train")
+    texts = [reader.document(place).tolist() for place in range(len(LENGTHS))]
+    targets = PackedSplit(tokens, "train", sum(LENGTHS), seed=1).batch(0, 0, 1).targets[0].tolist()
+    owners: list[int] = []  # of each target, whose it is; a document ends at END
+    while len(owners) < len(targets):
+        stop = targets.index(END, len(owners)) + 1
+        owners += [texts.index(targets[len(owners) : stop])] * (stop - len(owners))
+    split = PackedSplit(tokens, "train", 16, seed=1)
+    for rows in range(1, split.rows + 2):
+        assert split.documents_of(rows) == sorted(set(owners[: 16 * rows]))
+    assert split.documents_of(split.rows) == list(range(len(LENGTHS)))
+
+
 def test_a_row_depends_on_its_place_alone(tokens: Path) -> None:
     straight = PackedSplit(tokens, "train", 16, seed=1).batch(0, 0, 20)
     jumping = PackedSplit(tokens, "train", 16, seed=1)
