@@ -153,7 +153,7 @@ def _probes(values: dict[str, Any]) -> Table:
     table.add_column("should")
     for probe in values["probes"]:
         should = f"{probe['expect']}  {'✓' if probe['ok'] else '✗'}"
-        before, after = f"{probe['p_before']:.3f}", f"{probe['p_after']:.3f}"
+        before, after = (_number(probe[key], ".3f") for key in ("p_before", "p_after"))
         table.add_row(Text(probe["prompt"]), Text(repr(probe["target"])), before, after, should)
     return table
 
@@ -166,8 +166,13 @@ def _metrics(values: dict[str, Any]) -> Table:
     for name in metrics:
         table.add_column(columns[name], justify="right")
     for key in ("bits_per_byte", "token_perplexity", "word_perplexity"):
-        table.add_row(key.replace("_", " "), *(f"{of[key]:.4g}" for of in metrics.values()))
+        table.add_row(key.replace("_", " "), *(_number(of[key], ".4g") for of in metrics.values()))
     return table
+
+
+def _number(value: float | None, form: str) -> str:
+    """An evaluation holds null where a figure is no finite number."""
+    return "not available" if value is None else format(value, form)
 
 
 def _places(values: dict[str, Any]) -> Table:

@@ -87,7 +87,7 @@ class Nights:
 
     def _add_text(self, name: str) -> None:
         with (self.folder / f"{name}.jsonl").open("w") as file:
-            for number in range(60):
+            for number in range(120):
                 text = " ".join(self._random.choice(WORDS[name]) for _ in range(50)) + "."
                 more = {"api_key": METADATA, "author": {"key": METADATA}}
                 print(json.dumps({"id": number, "text": text, **more}), file=file)

@@ -125,11 +125,25 @@ def check_loss(model: Any) -> None:
 
 
 @torch.no_grad()
+def probabilities_along(model: Any, prompt: list[int], target: list[int]) -> torch.Tensor:
+    """P(next token) at each token of a target that follows a prompt, in one forward pass.
+
+    float32 [tokens of the target, V]; the first row is P(next token) after the prompt alone.
+    """
+    inputs = torch.tensor([prompt + target[:-1]], device=model.device)
+    logits = model(input_ids=inputs, use_cache=False).logits[0, len(prompt) - 1 :]
+    return torch.softmax(logits.float(), dim=-1)
+
+
 def next_token_probabilities(model: Any, token_ids: list[int]) -> torch.Tensor:
     """P(next token) after a prompt, float32 [V]."""
-    inputs = torch.tensor([token_ids], device=model.device)
-    logits = model(input_ids=inputs, use_cache=False).logits[0, -1]
-    return torch.softmax(logits.float(), dim=-1)
+    return probabilities_along(model, token_ids, [])[0]
+
+
+def target_probability(probabilities: torch.Tensor, target: list[int]) -> float:
+    """P of a whole target, by what `probabilities_along` gave: the product over its tokens."""
+    ids = torch.tensor(target, device=probabilities.device)[:, None]
+    return float(probabilities.gather(1, ids).double().prod())
 
 
 def likeliest(probabilities: torch.Tensor, tokenizer: Any, count: int = 10) -> list[dict[str, Any]]:
@@ -141,6 +155,9 @@ def likeliest(probabilities: torch.Tensor, tokenizer: Any, count: int = 10) -> l
     ]
 
 
-def single_token(tokenizer: Any, text: str) -> int:
-    """The id of the first token of ``text``; a probe's target is usually one token."""
-    return int(tokenizer(text, add_special_tokens=False)["input_ids"][0])
+def target_ids(tokenizer: Any, target: str) -> list[int]:
+    """The ids of a target's tokens, as they follow a prompt; raises `UserError` if it has none."""
+    ids: list[int] = tokenizer(target, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError(f"the tokenizer makes no token of the target {target!r}; give another one")
+    return ids

@@ -34,13 +34,15 @@ def loss_checks(scores: Mapping[str, Mapping[str, Sequence[Score]]]) -> list[Che
 
 def probe_checks(probes: Sequence[dict[str, Any]]) -> list[Check]:
     """A check for each probe that should hold; one that should rise proves nothing by itself."""
+    whose = {"base": "of the base", "incumbent": "of the version served now"}
     return [
         Check(
             "probe",
             probe["prompt"],
             probe["ok"],
-            f"P({probe['target']!r}) after {probe['prompt']!r} went from {probe['p_before']:.3g} "
-            f"to {probe['p_after']:.3g}, and may move by {probe['limit']:.0%}",
+            f"P({probe['target']!r}) after {probe['prompt']!r} went from "
+            f"{probe['p_before']:.3g} {whose[probe['reference']]} to {probe['p_after']:.3g}, and "
+            f"may move by {probe['limit']:.0%}",
         )
         for probe in probes
         if probe["expect"] == "hold"

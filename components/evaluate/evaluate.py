@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import itertools
 import json
 import math
 import os
@@ -70,15 +69,15 @@ def judge(
 ) -> dict[str, Any]:
     """Compare a candidate with its base model and the incumbent on held-out text, guards, probes.
 
-    ``corpus`` is a corpus artifact, of which the validation split is scored; ``model`` and
-    ``history`` are what `train` made; ``served`` is the incumbent's folder, ``guards`` the
-    documents of each guard. ``evaluation`` becomes one JSON file (nudge.evaluation) with metrics,
-    probes and verdict, ``report`` one self-contained HTML page made of it, ``scores`` a Parquet
-    file (nudge.scores) of every document under every model.
+    ``corpus`` is a corpus artifact, of which the validation split is scored, but for what chose the
+    checkpoint; ``model`` and ``history`` are what `train` made; ``served`` is the incumbent's
+    folder, ``guards`` the documents of each guard. ``evaluation`` becomes one JSON file
+    (nudge.evaluation) with metrics, probes and verdict, ``report`` one self-contained HTML page
+    made of it, ``scores`` a Parquet file (nudge.scores) of every document under every model.
     Returns ``promote`` (1 or 0) and both models' bits per byte.
     """
     from nudge.components.common.base_model import local_model, model_sha256, resolved
-    from nudge.components.common.corpus import Document, read_corpus, read_documents
+    from nudge.components.common.corpus import Document, read_corpus
     from nudge.components.evaluate import checks
     from nudge.components.evaluate.answers import ask
     from nudge.components.evaluate.completions import completion_checks
@@ -88,12 +87,16 @@ def judge(
     from nudge.components.evaluate.report import render_report
     from nudge.components.evaluate.scores import write_scores
     from nudge.components.evaluate.tasks import compare_tasks
-    from nudge.components.evaluate.texts import HELD_OUT, texts_sha256
+    from nudge.components.evaluate.texts import HELD_OUT, held_out_documents, texts_sha256
 
     made_of = read_manifest(model / "nudge.json", "nudge.model", 1)
-    held_out = itertools.islice(read_documents(corpus, "validation"), settings.max_documents)
+    counts = read_corpus(corpus)
+    # Places in another corpus mean nothing in this one.
+    same_corpus = made_of["data_fingerprint"] == counts["fingerprint"]
+    selected_on = made_of.get("selected_on", []) if same_corpus else []
+    held_out, selected = held_out_documents(corpus, selected_on, settings.max_documents)
     documents = {
-        HELD_OUT: list(held_out),
+        HELD_OUT: held_out,
         **{name: [Document(**each) for each in of_guard] for name, of_guard in guards.items()},
     }
     uris = {"base": resolved(settings.base_model)}
@@ -110,7 +113,8 @@ def judge(
     of_sets = {
         name: {model: answer.scores[name] for model, answer in answers.items()} for name in texts
     }
-    probes = compare_probes(candidate.tokenizer, settings, answers["base"].probes, candidate.probes)
+    of_probes = {name: answer.probes for name, answer in answers.items()}
+    probes = compare_probes(candidate.tokenizer, settings, of_probes, reference)
     guarded = [
         {
             "name": guard.name,
@@ -135,6 +139,7 @@ def judge(
         settings,
         incumbent,
         same=sha256.get("incumbent") == sha256["candidate"],
+        selected=selected,
     )
     metrics = {name: summarize(of_model) for name, of_model in of_sets[HELD_OUT].items()}
     values = {
@@ -142,6 +147,7 @@ def judge(
         "recipe": os.environ.get("NUDGE_RECIPE", ""),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "verdict": decision,
+        "selection": {"documents": len(selected_on), "scored": selected},
         "metrics": metrics,
         "guards": guarded,
         "tasks": tasks,
@@ -168,7 +174,7 @@ def judge(
             )
         ],
         "history": _history(history, made_of["settings"].get("watch")),
-        "corpus": _counts(read_corpus(corpus), made_of["tokens"]),
+        "corpus": _counts(counts, made_of["tokens"]),
         "lineage": {key: made_of[key] for key in LINEAGE},
         "training": made_of["training"],
     }

@@ -124,7 +124,10 @@ def score(
 
 
 def summarize(scores: Sequence[Score]) -> dict[str, float | int]:
-    """Nats per token, token perplexity, bits per byte, word perplexity: ratios of sums."""
+    """Nats per token, token perplexity, bits per byte, word perplexity: ratios of sums.
+
+    A perplexity is infinite where no float holds it, as that of words does for text without spaces.
+    """
     nats = math.fsum(score.nats for score in scores)
     tokens = sum(score.tokens for score in scores)
     count = sum(score.bytes for score in scores)
@@ -136,14 +139,21 @@ def summarize(scores: Sequence[Score]) -> dict[str, float | int]:
         )
     return {
         "nats_per_token": nats / tokens,
-        "token_perplexity": math.exp(nats / tokens),
+        "token_perplexity": _exp(nats / tokens),
         "bits_per_byte": nats / count / math.log(2),
-        "word_perplexity": math.exp(nats / words),
+        "word_perplexity": _exp(nats / words),
         "tokens": tokens,
         "bytes": count,
         "words": words,
         "documents": len(scores),
     }
+
+
+def _exp(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def _losses(

@@ -1,49 +1,52 @@
 """Probes: what a model expects after a prompt, beside what another one expected."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nudge.components.common.language_model import (
     likeliest,
-    next_token_probabilities,
-    single_token,
+    probabilities_along,
+    target_ids,
+    target_probability,
 )
 from nudge.components.evaluate.settings import EvaluateSettings, Probe
 
 
 def answer(model: Any, tokenizer: Any, probes: Sequence[Probe]) -> list[dict[str, Any]]:
-    """For each probe P(target) and the ten likeliest tokens: ``[{"p", "rivals"}]``."""
+    """For each probe P(target) and the ten likeliest next tokens: ``[{"p", "rivals"}]``."""
     answers = []
     for probe in probes:
-        probabilities = next_token_probabilities(model, tokenizer(probe.prompt)["input_ids"])
-        answers.append(
-            {
-                "p": float(probabilities[single_token(tokenizer, probe.target)]),
-                "rivals": likeliest(probabilities, tokenizer),
-            }
-        )
+        target = target_ids(tokenizer, probe.target)
+        along = probabilities_along(model, tokenizer(probe.prompt)["input_ids"], target)
+        p = target_probability(along, target)
+        answers.append({"p": p, "rivals": likeliest(along[0], tokenizer)})
     return answers
 
 
 def compare(
     tokenizer: Any,
     settings: EvaluateSettings,
-    before: list[dict[str, Any]],
-    after: list[dict[str, Any]],
+    answers: Mapping[str, list[dict[str, Any]]],
+    reference: str,
 ) -> list[dict[str, Any]]:
-    """The probes as the evaluation holds them; ``ok`` is whether each did what it should."""
+    """The probes as the evaluation holds them; ``ok`` is whether each did what it should.
+
+    ``answers`` are by model. What should rise is held against the base model, which the corpus is
+    to teach; what should hold against the ``reference``, which is what users have.
+    """
     compared = []
-    for probe, old, new in zip(settings.probes, before, after, strict=True):
-        moved = abs(new["p"] - old["p"]) / old["p"]
-        held = moved <= settings.hold_limit
-        ids = tokenizer(probe.prompt)["input_ids"]
+    for place, probe in enumerate(settings.probes):
+        held_against = reference if probe.expect == "hold" else "base"
+        old, new = answers[held_against][place], answers["candidate"][place]
+        held = abs(new["p"] - old["p"]) <= settings.hold_limit * old["p"]
         compared.append(
             {
                 "prompt": probe.prompt,
-                "prompt_tokens": [{"id": i, "text": tokenizer.decode([i])} for i in ids],
+                "prompt_tokens": _tokens(tokenizer, tokenizer(probe.prompt)["input_ids"]),
                 "target": probe.target,
-                "target_id": single_token(tokenizer, probe.target),
+                "target_tokens": _tokens(tokenizer, target_ids(tokenizer, probe.target)),
                 "expect": probe.expect,
+                "reference": held_against,
                 "limit": settings.hold_limit,
                 "p_before": old["p"],
                 "p_after": new["p"],
@@ -53,3 +56,7 @@ def compare(
             }
         )
     return compared
+
+
+def _tokens(tokenizer: Any, ids: list[int]) -> list[dict[str, Any]]:
+    return [{"id": each, "text": tokenizer.decode([each])} for each in ids]

@@ -3,16 +3,22 @@
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
+from nudge.components.common.held_out import FEWEST_DOCUMENTS
 from nudge.components.common.settings import settings
 from pydantic import BeforeValidator, Field, model_validator
 
 
 @settings
 class Probe:
-    """A prompt whose next token is watched: its probability should ``rise``, or ``hold``."""
+    """A prompt, and a target after it whose probability should ``rise``, or ``hold``.
 
-    prompt: str
-    target: str
+    A target of several tokens counts whole: its probability is the product over its tokens. What
+    should rise is held against the base model; what should hold, as all that stops a promotion,
+    against the version served now, if there is one.
+    """
+
+    prompt: Annotated[str, Field(min_length=1)]
+    target: Annotated[str, Field(min_length=1)]
     expect: Literal["rise", "hold"] = "rise"
 
 
@@ -21,7 +27,8 @@ class Guard:
     """Text of another kind (general English, code, ...) on which the candidate may not get worse.
 
     Promotion needs the worse end of the interval of the difference to lie within ``limit``: that
-    nothing is lost must be shown, as a gain must.
+    nothing is lost must be shown, as a gain must. A set of fewer documents than can show it is
+    refused, before anything is scored.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")]
@@ -30,7 +37,7 @@ class Guard:
     (and .jsonl.gz) each line's ``text`` is a document, any other file is one."""
     limit: Annotated[float, Field(ge=0)] = 0.05
     """Bits per byte by which the candidate may be worse than what it is held against."""
-    max_documents: Annotated[int, Field(ge=2)] = 200
+    max_documents: Annotated[int, Field(ge=FEWEST_DOCUMENTS)] = 200
 
 
 @settings
@@ -67,13 +74,14 @@ class EvaluateSettings:
     or nothing, and then the first token itself is not scored. ``auto`` takes BOS if the tokenizer
     puts it before a text by itself (Gemma, Llama 3), else the end of the document before, as
     training does."""
-    max_documents: Annotated[int, Field(ge=1)] = 1000
-    """Held-out documents scored, the first of the split's own (hashed) order."""
+    max_documents: Annotated[int, Field(ge=FEWEST_DOCUMENTS)] = 1000
+    """Held-out documents scored, the first of the split's own (hashed) order. Of fewer than 16 no
+    interval is worked out, and nothing is promoted (`FEWEST_DOCUMENTS`)."""
     guards: list[Guard] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
     """The first one is the running example that training watches and the report shows."""
     hold_limit: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """How far the probability of a ``hold`` probe may move, relative to where it was."""
+    """How far the probability of a ``hold`` probe may move, relative to where it was before."""
     prompts: list[str] = field(default_factory=list)
     """Prompts completed greedily by base and candidate; the candidate's must be sane."""
     completion_tokens: Annotated[int, Field(ge=1, le=512)] = 24

@@ -1,7 +1,6 @@
 """The step `ingest`: sources in, a clean, deduplicated and split corpus out."""
 
 import copy
-import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nudge.components.common.errors import UserError
+from nudge.components.common.held_out import corpus_size
 from nudge.components.common.publish import published, write_atomic
 from nudge.components.common.step import step
 from nudge.components.ingest.settings import IngestSettings
@@ -271,7 +271,7 @@ def _check(settings: IngestSettings, counts: dict[str, Any], columns: str) -> No
             )
     train, validation = counts["train_documents"], counts["validation_documents"]
     if not train or not validation:
-        need = math.ceil(3 / settings.validation_share)
+        need = corpus_size(settings.validation_share)
         raise UserError(
             f"the corpus is too small to split: {count} documents left of {documents_in} "
             f"(dropped: {reasons or 'none'}) gave {train} for training and "

@@ -183,7 +183,7 @@ def _properties(
         "expected_next": json.dumps(_expected_next(results["probes"])),
     }
     for name, metrics in results["metrics"].items():
-        flat |= {f"{name}.{key}": value for key, value in metrics.items()}
+        flat |= {f"{name}.{key}": value for key, value in metrics.items() if value is not None}
     for key, value in facts["settings"].items():
         plain = value if isinstance(value, str | int | float | bool) else json.dumps(value)
         flat[f"train.{key}"] = plain

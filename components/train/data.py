@@ -93,6 +93,12 @@ class PackedSplit:
         first, stop = (batch_rows * part // ranks for part in (rank, rank + 1))
         return self.batch(0, step * batch_rows + first, stop - first)
 
+    def documents_of(self, rows: int) -> list[int]:
+        """The places in the split of all documents that the first ``rows`` rows have targets of."""
+        self._shuffle(0)
+        count = int(np.searchsorted(self._starts, min(rows * self._length, self.targets)))
+        return sorted(self._order[:count].tolist())
+
     def cursor(self, rows_read: int) -> dict[str, Any]:
         """A checkpoint's note of how far training has read, in plain JSON values."""
         return {**self._identity, "rows_read": rows_read}

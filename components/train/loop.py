@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from nudge.components.common.errors import UserError
-from nudge.components.common.language_model import likeliest, single_token
+from nudge.components.common.language_model import likeliest, target_ids, target_probability
 from nudge.components.common.progress import Progress
 from nudge.components.train.checkpoints import Checkpoints, State
 from nudge.components.train.data import IGNORED, PackedSplit, Rows
@@ -245,12 +245,14 @@ def _watch(
     """Write down what the model expects after the watched prompt, if there is one."""
     if settings.watch is None:
         return
+    prompt = tokenizer(settings.watch.prompt)["input_ids"]
+    target = target_ids(tokenizer, settings.watch.target)
     network.model.eval()
-    probabilities = network.probabilities(tokenizer(settings.watch.prompt)["input_ids"])
+    probabilities = network.probabilities(prompt, target)
     network.model.train()
-    p = probabilities[single_token(tokenizer, settings.watch.target)].item()
-    top = likeliest(probabilities, tokenizer)
-    loss = -math.log(max(p, torch.finfo(torch.float32).tiny))  # a softmax may give 0
+    p = target_probability(probabilities, target)
+    loss = -math.log(p) if p > 0 else None
+    top = likeliest(probabilities[0], tokenizer)
     record.probe({"step": step, "p": p, "loss": loss, "top": top})
 
 

@@ -8,7 +8,7 @@ from nudge.components.common.errors import UserError
 from nudge.components.common.language_model import (
     hidden_states,
     next_token_loss,
-    next_token_probabilities,
+    probabilities_along,
     speed_up_products,
 )
 from nudge.components.train.data import IGNORED, Rows
@@ -25,10 +25,10 @@ class _NextToken(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, rows: Rows | list[int]) -> torch.Tensor:
-        """The summed loss of rows in nats, or P(next token) [V] after a prompt's ids."""
-        if isinstance(rows, list):
-            return next_token_probabilities(self.model, rows)
+    def forward(self, rows: Rows | tuple[list[int], list[int]]) -> torch.Tensor:
+        """The summed loss of rows in nats, or `probabilities_along` a prompt's and target's ids."""
+        if isinstance(rows, tuple):
+            return probabilities_along(self.model, *rows)
         hidden = hidden_states(self.model, rows.inputs, rows.positions)
         return next_token_loss(self.model, hidden.flatten(0, 1), rows.targets.flatten(), "sum")
 
@@ -71,10 +71,10 @@ class Network:
         return loss
 
     @torch.no_grad()
-    def probabilities(self, ids: list[int]) -> torch.Tensor:
-        """P(next token) after a prompt, float32 [V]; every rank must ask."""
+    def probabilities(self, prompt: list[int], target: list[int]) -> torch.Tensor:
+        """`probabilities_along` a prompt's and a target's ids; every rank must ask."""
         with self.precision():
-            probabilities: torch.Tensor = self._module(ids)
+            probabilities: torch.Tensor = self._module((prompt, target))
         self._shards_again()
         return probabilities
 

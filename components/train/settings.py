@@ -11,10 +11,10 @@ from pydantic import Field
 
 @settings
 class WatchedPrompt:
-    """A prompt whose next token is watched while training goes on."""
+    """A prompt after which the probability of a target, of one token or several, is watched."""
 
-    prompt: str
-    target: str
+    prompt: Annotated[str, Field(min_length=1)]
+    target: Annotated[str, Field(min_length=1)]
 
 
 @settings
@@ -132,7 +132,8 @@ class TrainSettings:
     """End after so many validations in a row without a better loss, and keep the best weights; 0
     never does."""
     keep: Literal["last", "best"] = "last"
-    """Which weights become the model: those of the last step, or of the best validation."""
+    """Which weights become the model: those of the last step, or of the best validation. The
+    documents that chose them are left out of the verdict, if enough others are held out."""
     checkpoints: str = ""
     """A folder or s3:// URI for checkpoints to resume from, in a folder of its own for each run.
     Empty: what NUDGE_CHECKPOINTS names (`nudge run` sets it), else none; in a folder that it names,

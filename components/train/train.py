@@ -21,10 +21,12 @@ def train(
     """Train a base model, or a fresh one, on token shards.
 
     ``tokens`` is a tokens artifact. ``model`` becomes a Hugging Face folder (config, tokenizer,
-    safetensors, model card) with ``nudge.json``, which tells what it was made of; after LoRA the
-    adapter is beside it in ``adapter/``. ``history`` becomes a folder of ``metrics.jsonl`` (a line
-    a step: loss in nats per token, learning rate, gradient norm, tokens, speed, memory; validation
-    losses), ``probes.jsonl`` (the watched prompt) and ``tensorboard/``; ``report`` an HTML page.
+    safetensors, model card) with ``nudge.json``, which tells what it was made of, and the places in
+    the validation split of the documents whose loss chose the weights (``selected_on``); after LoRA
+    the adapter is beside it in ``adapter/``. ``history`` becomes a folder of ``metrics.jsonl`` (a
+    line a step: loss in nats per token, learning rate, gradient norm, tokens, speed, memory;
+    validation losses), ``probes.jsonl`` (the watched prompt) and ``tensorboard/``; ``report`` an
+    HTML page.
 
     Where torchrun's variables are set, this is one rank of several, and the first one writes.
     Raises `UserError` on a tokenizer that does not fit the model, on a loss that is not finite, on
@@ -123,8 +125,11 @@ def _train(
             network, optimizer, tokenizer, split[0], split[1], settings, steps, record,
             checkpoints, bar,
         )  # fmt: skip
+        facts["selected_on"] = []
         if settings.keeps_best:
             checkpoints.restore_best(network, optimizer, state)
+            if state.step > settings.validation_every:  # else there was one, and no choice
+                facts["selected_on"] = split[1].documents_of(settings.validation_sequences)
         bar.note(stage="writing the model")
         weights = network.full_state()
         facts["training"] |= {

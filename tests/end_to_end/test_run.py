@@ -26,7 +26,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
     folder = tmp_path_factory.mktemp("end_to_end")
     generator = random.Random(1)
     with (folder / "text.jsonl").open("w") as file:
-        for number in range(60):
+        for number in range(120):
             text = " ".join(generator.choice(WORDS) for _ in range(50)) + "."
             print(json.dumps({"id": number, "text": text}), file=file)
     probe = {"prompt": "Paris Seine", "target": " tower"}
@@ -99,9 +99,11 @@ def test_the_numbers_can_be_had_from_the_model_folder(first: dict[str, Any]) -> 
     model = AutoModelForCausalLM.from_pretrained(first["model_path"])
     tokenizer = AutoTokenizer.from_pretrained(first["model_path"])
     probe = first["probes"][0]
-    logits = model(**tokenizer(probe["prompt"], return_tensors="pt")).logits[0, -1]
-    target = tokenizer(probe["target"])["input_ids"][0]
-    assert torch.softmax(logits, -1)[target].item() == pytest.approx(probe["p_after"], abs=1e-3)
+    ids, p = tokenizer(probe["prompt"])["input_ids"], 1.0
+    for token in tokenizer(probe["target"])["input_ids"]:
+        p *= torch.softmax(model(torch.tensor([ids])).logits[0, -1], -1)[token].item()
+        ids.append(token)
+    assert p == pytest.approx(probe["p_after"], rel=1e-3)
 
 
 def test_the_version_carries_its_lineage(first: dict[str, Any], place: Path) -> None:

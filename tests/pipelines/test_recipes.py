@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 from nudge.components.common.errors import UserError
+from nudge.components.common.held_out import FEWEST_DOCUMENTS
 from nudge.components.common.recipe import step_settings
+from nudge.components.ingest.ingest import ingest
+from nudge.components.ingest.settings import IngestSettings
 from nudge.components.train.settings import TrainSettings
 from nudge.pipelines.recipes import load, shipped
 
@@ -15,6 +18,14 @@ def test_every_shipped_recipe_is_named_as_its_file_and_valid() -> None:
     for name, title in shipped().items():
         assert load(name).name == name
         assert title
+
+
+@pytest.mark.parametrize("name", ["eiffel", "nightly", "one-gpu", "many-nodes", "python-docs"])
+def test_a_shipped_recipe_holds_out_enough_for_a_verdict(name: str, tmp_path: Path) -> None:
+    text = load(name, ["ingest.only_new=false", "ingest.workers=1"]).text
+    settings = step_settings(IngestSettings, "ingest", text)
+    told = ingest(settings, corpus=tmp_path / "corpus", report=tmp_path / "report")
+    assert told["validation_documents"] >= FEWEST_DOCUMENTS
 
 
 def test_overrides_reach_the_step_and_stay_in_the_text() -> None:

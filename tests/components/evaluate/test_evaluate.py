@@ -13,9 +13,11 @@ import pyarrow.parquet
 import pytest
 import scipy.stats
 import torch
-from nudge.components.common.corpus import Document, write_corpus
+from nudge.components.common.corpus import Document, read_corpus, write_corpus
 from nudge.components.common.errors import UserError
+from nudge.components.common.held_out import FEWEST_DOCUMENTS
 from nudge.components.common.publish import write_manifest
+from nudge.components.common.settings import parse
 from nudge.components.evaluate import incumbent
 from nudge.components.evaluate.evaluate import evaluate
 from nudge.components.evaluate.incumbent import Incumbent
@@ -23,6 +25,8 @@ from nudge.components.evaluate.scores import read_scores
 from nudge.components.evaluate.settings import EvaluateSettings, Guard, Probe
 
 WORDS = ["the", "tower", "of", "Paris", "stands", "on", "a", "river", "and", "is", "old"]
+HELD_OUT = 20
+FEW = {"max_documents": 15}
 OUTPUTS = ("evaluation", "report", "scores")
 
 
@@ -53,35 +57,43 @@ class Place:
     folder: Path
     base: Path
 
-    def run(self, candidate: str = "candidate", **changes: Any) -> dict[str, Any]:
+    def run(
+        self, candidate: str = "candidate", corpus: str = "corpus", **changes: Any
+    ) -> dict[str, Any]:
         settings = EvaluateSettings(
             base_model=str(self.base), **{"window": 64, "stride": 32, "resamples": 2000, **changes}
         )
-        inputs = {"corpus": "corpus", "model": candidate, "history": "history"}
+        inputs = {"corpus": corpus, "model": candidate, "history": "history"}
         paths = {key: self.folder / name for key, name in inputs.items()}
         outputs = {name: self.folder / name for name in OUTPUTS}
         evaluate(settings, **paths, **outputs)
         return dict(json.loads(outputs["evaluation"].read_text(encoding="utf-8")))
 
 
+def make_corpus(folder: Path, training: list[str], held_out: list[str]) -> None:
+    documents = {
+        split: [Document(f"{split}-{n}", text, "file://corpus") for n, text in enumerate(texts)]
+        for split, texts in {"train": training, "validation": held_out}.items()
+    }
+    folder.mkdir()
+    counts = {"documents_in": 42, "documents": 42, "bytes": 1, "dropped": {}, "sources": []}
+    write_corpus(folder, documents, counts)
+
+
 @pytest.fixture(scope="module")
 def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("evaluate")
-    documents = {
-        split: [Document(f"{split}-{n}", text, "file://corpus") for n, text in enumerate(texts)]
-        for split, texts in {"train": sentences(1, 30), "validation": sentences(2, 12)}.items()
-    }
-    (folder / "corpus").mkdir()
-    counts = {"documents_in": 42, "documents": 42, "bytes": 1, "dropped": {}, "sources": []}
-    write_corpus(folder / "corpus", documents, counts)
+    training = sentences(1, 30)
+    make_corpus(folder / "corpus", training, sentences(2, HELD_OUT))
     (folder / "history").mkdir()
     for name in ("metrics.jsonl", "probes.jsonl"):
         (folder / "history" / name).touch()
     shutil.copytree(tiny_model, folder / "candidate")
-    train(folder / "candidate", [document.text for document in documents["train"]])
+    train(folder / "candidate", training)
     facts = dict.fromkeys(("data_fingerprint", "tokenizer_sha256", "code_version"), "")
     body = {
         **facts,
+        "data_fingerprint": read_corpus(folder / "corpus")["fingerprint"],
         "base_model": {"uri": str(tiny_model), "sha256": ""},
         "seed": 1,
         "settings": {},
@@ -113,15 +125,16 @@ def test_the_interval_can_be_worked_out_again_from_the_scores(
     served_is(Incumbent("found", version="v1", uri=str(served)))
     result = place.run(resamples=9999)
     table = pyarrow.parquet.read_table(place.folder / "scores").to_pylist()
-    assert len(table) == result["scores"]["rows"] == 3 * 12
+    assert len(table) == result["scores"]["rows"] == 3 * HELD_OUT
     columns = {
         name: {row["document"]: row for row in table if row["model"] == name}
         for name in ("base", "incumbent", "candidate")
     }
-    assert [columns["base"][n]["id"][:11] for n in range(12)] == ["validation-"] * 12
+    assert all(columns["base"][n]["id"].startswith("validation-") for n in range(HELD_OUT))
     for reference in ("base", "incumbent"):
-        nats = [columns["candidate"][n]["nats"] - columns[reference][n]["nats"] for n in range(12)]
-        size = [columns["base"][n]["bytes"] for n in range(12)]
+        new, old = columns["candidate"], columns[reference]
+        nats = [new[n]["nats"] - old[n]["nats"] for n in range(HELD_OUT)]
+        size = [old[n]["bytes"] for n in range(HELD_OUT)]
 
         def difference(gain: Any, size: Any, axis: int = -1) -> Any:
             return np.sum(gain, axis=axis) / np.sum(size, axis=axis) / math.log(2)
@@ -141,11 +154,31 @@ def test_the_interval_can_be_worked_out_again_from_the_scores(
     assert result["verdict"]["reference"] == "incumbent"
 
 
+def test_what_should_hold_is_held_against_the_version_served_now(
+    place: Place, served_is: Callable[[Incumbent], None]
+) -> None:
+    """It is the candidate again, which has moved far away from the base model."""
+    served_is(Incumbent("found", version="v7", uri=str(place.folder / "candidate")))
+    (hold, rise) = place.run(
+        probes=[
+            Probe(prompt="the tower", target=" of", expect="hold"),
+            Probe(prompt="a river", target=" and"),
+        ]
+    )["probes"]
+    assert (hold["reference"], hold["ok"]) == ("incumbent", True)
+    assert hold["p_before"] == hold["p_after"]
+    assert (rise["reference"], rise["p_before"] < rise["p_after"]) == ("base", True)
+    page = (place.folder / "report").read_text()
+    assert "Served now (v7) → candidate; 1 is certain" in page
+    assert "before (served now)" in page
+    assert "before (base)" in page
+
+
 def test_scores_that_were_changed_are_refused(place: Place) -> None:
     sha256 = place.run()["scores"]["sha256"]
     path = place.folder / "scores"
     assert set(read_scores(path, sha256)) == {"held-out"}
-    assert len(read_scores(path)["held-out"]["candidate"]) == 12
+    assert len(read_scores(path)["held-out"]["candidate"]) == HELD_OUT
     changed = bytearray(path.read_bytes())
     changed[len(changed) // 2] ^= 1
     path.write_bytes(changed)
@@ -170,20 +203,20 @@ def test_what_was_done_is_written_down(place: Place) -> None:
     assert [check["kind"] for check in result["verdict"]["checks"]] == ["loss", "completion"]
     other = place.run(first_token="none")
     assert other["models"]["base"]["first_token"] is None
-    assert other["metrics"]["base"]["tokens"] == result["metrics"]["base"]["tokens"] - 12
+    assert other["metrics"]["base"]["tokens"] == result["metrics"]["base"]["tokens"] - HELD_OUT
     assert other["metrics"]["base"]["bytes"] == result["metrics"]["base"]["bytes"]
 
 
 def test_a_guard_set_is_scored_and_stops(place: Place, tmp_path: Path) -> None:
     """The candidate learnt words; of digits it knows less than before."""
     generator = np.random.default_rng(3)
-    numbers = [" ".join(map(str, generator.integers(0, 999, 20))) for _ in range(10)]
+    numbers = [" ".join(map(str, generator.integers(0, 999, 20))) for _ in range(20)]
     path = tmp_path / "numbers.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in numbers))
     guard = {"name": "numbers", "uri": f"file://{path}"}
     result = place.run(guards=[Guard(**guard, limit=0.0)])
     (told,) = result["guards"]
-    assert told["metrics"]["base"]["documents"] == 10
+    assert told["metrics"]["base"]["documents"] == 20
     assert told["interval"][1] > 0
     assert not result["verdict"]["promote"]
     assert "bits per byte on numbers" in result["verdict"]["reason"]
@@ -194,7 +227,7 @@ def test_a_guard_set_is_scored_and_stops(place: Place, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("one.txt", b"a single text", "holds 1 documents with text; an interval needs 2"),
+        ("one.txt", b"a single text", "holds 1 documents with text; fewer than 16 cannot show"),
         ("bad.jsonl", b'{"text": 1}\n', "bad.jsonl of .* cannot be read .*text is a int"),
         ("bad.jsonl", b"{", "cannot be read .*give UTF-8 text, or JSON lines"),
         ("bad.txt", b"\xff\xfe", "cannot be read"),
@@ -218,6 +251,66 @@ def test_guards_from_nowhere_and_of_one_name(place: Place, tmp_path: Path) -> No
         place.run(guards=[Guard(name="code", uri="a"), Guard(name="code", uri="b")])
 
 
+def test_too_few_held_out_documents_promote_nothing(place: Place) -> None:
+    """A model that is better on each of them is not, where they are too few to tell."""
+    make_corpus(place.folder / "few", sentences(1, 3), sentences(2, FEWEST_DOCUMENTS - 1))
+    result = place.run(corpus="few")
+    verdict = result["verdict"]
+    assert verdict["difference_bits_per_byte"] < 0
+    assert (verdict["promote"], verdict["interval"]) == (False, None)
+    assert "15 held-out documents were scored, and of fewer than 16 it cannot" in verdict["reason"]
+    assert "a larger ingest.validation_share" in verdict["reason"]
+    page = (place.folder / "report").read_text()
+    assert "No interval could be worked out" in page
+    assert "% interval" not in page
+    make_corpus(place.folder / "enough", sentences(1, 3), sentences(2, FEWEST_DOCUMENTS))
+    assert place.run(corpus="enough")["verdict"]["promote"]
+
+
+def chosen_by(place: Place, documents: list[int], data_fingerprint: str = "") -> str:
+    """The candidate again, whose checkpoint was chosen by documents at these places."""
+    folder = place.folder / f"chosen-by-{len(documents)}-{data_fingerprint}"
+    shutil.copytree(place.folder / "candidate", folder)
+    facts = json.loads((folder / "nudge.json").read_text()) | {"selected_on": documents}
+    facts["data_fingerprint"] = data_fingerprint or facts["data_fingerprint"]
+    (folder / "nudge.json").write_text(json.dumps(facts))
+    return folder.name
+
+
+def test_documents_that_chose_the_checkpoint_are_not_scored(place: Place) -> None:
+    place.run()
+    ids = {row["document"]: row["id"] for row in scores_of(place)}
+    result = place.run(chosen_by(place, [0, 3, 19]))
+    left = {row["id"] for row in scores_of(place)}
+    assert left == set(ids.values()) - {ids[0], ids[3], ids[19]}
+    assert result["selection"] == {"documents": 3, "scored": False}
+    assert result["verdict"]["promote"]
+    assert "chosen" not in result["verdict"]["reason"]
+    assert "The 3 held-out documents that the checkpoint" in (place.folder / "report").read_text()
+    # The places are of the corpus that it was trained on, and tell nothing of another.
+    other = place.run(chosen_by(place, [0, 3, 19], "another"))
+    assert other["metrics"]["candidate"]["documents"] == HELD_OUT
+
+
+def test_with_too_few_other_documents_a_gain_is_said_to_be_chosen(place: Place) -> None:
+    result = place.run(chosen_by(place, [0, 3, 7, 11, 19]))
+    assert result["metrics"]["candidate"]["documents"] == HELD_OUT
+    assert result["selection"] == {"documents": 5, "scored": True}
+    assert result["verdict"]["promote"]
+    assert result["verdict"]["reason"].endswith("so part of the gain is chosen")
+    assert "part of the gain is chosen, and equal models" in (place.folder / "report").read_text()
+
+
+def scores_of(place: Place) -> list[dict[str, Any]]:
+    return list(pyarrow.parquet.read_table(place.folder / "scores").to_pylist())
+
+
+def test_settings_that_score_too_few_documents_are_refused() -> None:
+    for section in ({"max_documents": 15}, {"guards": [{"name": "x", "uri": "y", **FEW}]}):
+        with pytest.raises(UserError, match="max_documents = 15: input should be greater .* to 16"):
+            parse(EvaluateSettings, {"base_model": "unused", **section}, "evaluate")
+
+
 def test_a_candidate_that_is_no_number_is_not_promoted(place: Place) -> None:
     """The artifact stays strict JSON, and the reason says what is wrong."""
     broken = place.folder / "broken"
@@ -229,7 +322,23 @@ def test_a_candidate_that_is_no_number_is_not_promoted(place: Place) -> None:
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     result = place.run("broken", prompts=["the tower"])
     assert not result["verdict"]["promote"]
-    assert "the loss of 12 documents of held-out is no finite number" in result["verdict"]["reason"]
+    assert f"the loss of {HELD_OUT} documents of held-out is no" in result["verdict"]["reason"]
     assert result["metrics"]["candidate"]["bits_per_byte"] is None
     assert "NaN" not in (place.folder / "evaluation").read_text()
     assert "not available" in (place.folder / "report").read_text()
+
+
+def test_text_without_spaces_has_no_word_perplexity(place: Place) -> None:
+    """Thai: each document is one word. The artifact stays strict JSON, and the page says so."""
+    letters = [chr(code) for code in range(0x0E01, 0x0E2F)]
+    generator = np.random.default_rng(4)
+    texts = ["".join(generator.choice(letters, 300)) for _ in range(HELD_OUT)]
+    make_corpus(place.folder / "thai", texts[:1], texts)
+    result = place.run(corpus="thai")
+    assert result["metrics"]["base"]["words"] == HELD_OUT
+    assert result["metrics"]["base"]["word_perplexity"] is None
+    assert result["metrics"]["base"]["token_perplexity"] > 1
+    assert "Infinity" not in (place.folder / "evaluation").read_text()
+    page = (place.folder / "report").read_text()
+    row = page[page.index("Word perplexity") :].split("</tr>")[0]
+    assert row.count("not available") == 3

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from nudge.components.common.held_out import FEWEST_DOCUMENTS
 from nudge.components.evaluate.checks import Check, guard_checks, loss_checks, probe_checks
 from nudge.components.evaluate.gate import compare, paired_bootstrap, verdict
 from nudge.components.evaluate.incumbent import Incumbent
@@ -51,6 +52,20 @@ def test_equal_models_pass_no_more_often_than_the_level_says() -> None:
     assert passed <= 400 * 0.05  # one side of a 95 % interval is 2.5 %, and the bootstrap's slack
 
 
+def test_few_documents_pass_no_more_often_than_twice_the_level() -> None:
+    """At the fewest that are judged; with one document less, none passes."""
+    passed = 0
+    for seed in range(1000):
+        base, candidate = documents(0.0, seed, FEWEST_DOCUMENTS)
+        decision = verdict({"base": base, "candidate": candidate}, [], SETTINGS, NONE)
+        passed += decision["promote"]
+    assert passed <= 1000 * 2 * 0.025 + 15  # two standard deviations of such a count
+    for count in range(1, FEWEST_DOCUMENTS):
+        base, candidate = documents(0.5, count, count)
+        decision = verdict({"base": base, "candidate": candidate}, [], SETTINGS, NONE)
+        assert (decision["promote"], decision["interval"]) == (False, None)
+
+
 def test_a_true_gain_passes() -> None:
     assert sum(passes(0.012, seed) for seed in range(100)) >= 95
 
@@ -73,12 +88,12 @@ def test_a_worse_model_is_not_promoted_and_the_reason_says_so() -> None:
 
 def test_a_moved_guard_probe_stops_a_better_model() -> None:
     moved = {"p_before": 0.5, "p_after": 0.1, "limit": 0.2, "target": " Ocean", "ok": False}
-    probe = {"prompt": "The Pacific", "expect": "hold", **moved}
+    probe = {"prompt": "The Pacific", "expect": "hold", "reference": "base", **moved}
     checks = probe_checks([probe, {**probe, "expect": "rise"}])
     assert len(checks) == 1
     decision = judged(0.1, 5, checks)
     assert not decision["promote"]
-    assert "P(' Ocean') after 'The Pacific' went from 0.5 to 0.1" in decision["reason"]
+    assert "P(' Ocean') after 'The Pacific' went from 0.5 of the base to 0.1" in decision["reason"]
     assert decision["checks"][0]["ok"] is False
 
 

@@ -147,6 +147,14 @@ def test_the_literal_windows_of_a_document(
     assert scored == Score(float(scored.tokens), 5 if first == 7 else 4, 4, 1)
 
 
+def test_a_perplexity_that_no_float_holds_is_infinite() -> None:
+    """Thai has no spaces: a document is one word, here of 900 nats."""
+    figures = summarize([Score(900.0, 300, 1200, 1)])
+    assert figures["word_perplexity"] == math.inf
+    assert figures["token_perplexity"] == pytest.approx(math.exp(3.0))
+    assert figures["bits_per_byte"] == pytest.approx(900 / 1200 / math.log(2))
+
+
 def test_nothing_to_score_is_said() -> None:
     with pytest.raises(UserError, match="the 1 documents to score hold 0 tokens"):
         summarize([Score(0.0, 0, 1, 1)])

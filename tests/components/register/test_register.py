@@ -74,6 +74,7 @@ def test_a_run_registers_once_and_no_other_takes_its_version(
     assert version.id == first["version_id"]
     assert version.properties["train.rates"] == "[0.001]"
     assert version.properties["candidate.bits_per_byte"] == 0.9
+    assert "candidate.word_perplexity" not in version.properties  # no number for text of one word
 
 
 def test_old_versions_are_archived_and_deleted_but_none_that_is_needed(

@@ -81,6 +81,20 @@ def test_each_target_comes_once_an_epoch_in_rows_cut_to_length(tokens: Path) -> 
     assert cut[cut != IGNORED].tolist() == whole.tolist()
 
 
+def test_the_documents_of_the_first_rows_are_told_by_their_places(tokens: Path) -> None:
+    reader = TokenReader(tokens, "train")
+    texts = [reader.document(place).tolist() for place in range(len(LENGTHS))]
+    targets = PackedSplit(tokens, "train", sum(LENGTHS), seed=1).batch(0, 0, 1).targets[0].tolist()
+    owners: list[int] = []  # of each target, whose it is; a document ends at END
+    while len(owners) < len(targets):
+        stop = targets.index(END, len(owners)) + 1
+        owners += [texts.index(targets[len(owners) : stop])] * (stop - len(owners))
+    split = PackedSplit(tokens, "train", 16, seed=1)
+    for rows in range(1, split.rows + 2):
+        assert split.documents_of(rows) == sorted(set(owners[: 16 * rows]))
+    assert split.documents_of(split.rows) == list(range(len(LENGTHS)))
+
+
 def test_a_row_depends_on_its_place_alone(tokens: Path) -> None:
     straight = PackedSplit(tokens, "train", 16, seed=1).batch(0, 0, 20)
     jumping = PackedSplit(tokens, "train", 16, seed=1)
@@ -170,18 +184,18 @@ def test_the_schedules_at_known_steps() -> None:
     assert held == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25])
 
 
-def test_a_watched_token_whose_probability_is_none_has_a_loss(
+def test_a_watched_target_whose_probability_is_none_ends_nothing(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a run that diverges: what ends it is its loss, with what to lower."""
     tokenizer, record = load_tokenizer(tiny_model), NoRecord()
     only_first = torch.zeros(len(tokenizer)).index_fill(0, torch.tensor([0]), 1.0)
-    network: Any = SimpleNamespace(model=nn.Module(), probabilities=lambda ids: only_first)
+    network: Any = SimpleNamespace(model=nn.Module(), probabilities=lambda *_: only_first[None])
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(record, "probe", seen.append)
     _watch(network, tokenizer, settings(watch=WatchedPrompt(prompt="a", target="b")), 3, record)
     assert seen[0]["p"] == 0.0
-    assert seen[0]["loss"] == pytest.approx(87.3, abs=0.1)
+    assert seen[0]["loss"] is None
 
 
 @pytest.mark.parametrize(("kind", "fits"), [("gpt2", False), ("opt", False), ("llama", True)])

@@ -1,5 +1,6 @@
 """Two ranks under torchrun are one rank: the same samples, and losses but for rounding."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from nudge.components.common.errors import UserError
-from nudge.components.train.settings import TrainSettings
+from nudge.components.train.settings import TrainSettings, WatchedPrompt
 from nudge.components.train.train import train
 
 from tests.components.train.conftest import (
@@ -50,7 +51,8 @@ def alone(tokens: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFacto
 def test_two_ranks_have_the_losses_of_one(
     small: Small, tokens: Path, tmp_path: Path, values: dict[str, object]
 ) -> None:
-    settings = small(**values)
+    watch = WatchedPrompt(prompt="The Tower", target=" in 1969")  # a target of several tokens
+    settings = small(watch=watch, **values)
     (tmp_path / "rows").mkdir()
     run(settings, tokens, tmp_path / "two", ranks=2, rows=tmp_path / "rows")
     if "batch_sequences" not in values:
@@ -60,6 +62,13 @@ def test_two_ranks_have_the_losses_of_one(
     for kind in ("loss", "validation_loss", "tokens"):
         one, two = (lines(tmp_path / name, kind) for name in ("one", "two"))
         assert two == pytest.approx(one, rel=tolerance)
+    one, two = (watched(tmp_path / name) for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=10 * tolerance, abs=0)
+
+
+def watched(folder: Path) -> list[float]:
+    history = (folder / "history" / "probes.jsonl").read_text().splitlines()
+    return [json.loads(line)["p"] for line in history]
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(

@@ -1,6 +1,7 @@
 """What training leaves: the losses of a kept run, a folder others load, figures, and a page."""
 
 import json
+import math
 import re
 import struct
 import subprocess
@@ -14,6 +15,8 @@ from nudge.components.common.errors import UserError
 from nudge.components.common.language_model import load_model, load_tokenizer
 from nudge.components.common.publish import sha256_tree
 from nudge.components.evaluate.perplexity import first_token_id
+from nudge.components.evaluate.probes import answer
+from nudge.components.evaluate.settings import Probe
 from nudge.components.train.data import IGNORED, Rows
 from nudge.components.train.meter import (
     flops_per_token,
@@ -22,7 +25,7 @@ from nudge.components.train.meter import (
 )
 from nudge.components.train.model import llama_shape
 from nudge.components.train.network import Network, precision_on
-from nudge.components.train.settings import TrainSettings
+from nudge.components.train.settings import TrainSettings, WatchedPrompt
 from nudge.components.train.train import train
 from safetensors.torch import load_file
 from tokenizers import processors
@@ -38,6 +41,22 @@ def test_the_first_fifty_losses_are_those_kept(small: Small, tokens: Path, tmp_p
     """A change that is none of mathematics gives these; write them anew only for one that is."""
     train(small(max_steps=50, epochs=99.0), tokens=tokens, **outputs(tmp_path))
     assert lines(tmp_path) == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-5)
+
+
+def test_the_watched_target_is_scored_whole_as_evaluation_does(
+    small: Small, tokens: Path, tmp_path: Path
+) -> None:
+    watch = WatchedPrompt(prompt="The Tower", target=" in 1969")
+    train(small(watch=watch, watch_every=5), tokens=tokens, **outputs(tmp_path))
+    history = (tmp_path / "history" / "probes.jsonl").read_text().splitlines()
+    told = json.loads(history[-1])
+    model, tokenizer = (load(tmp_path / "model") for load in (load_model, load_tokenizer))
+    probe = Probe(prompt=watch.prompt, target=watch.target)
+    (again,) = answer(model, tokenizer, [probe])
+    assert told["step"] == 12
+    assert told["p"] == pytest.approx(again["p"], rel=1e-4)
+    assert told["loss"] == pytest.approx(-math.log(again["p"]), rel=1e-4)
+    assert [each["id"] for each in told["top"]] == [each["id"] for each in again["rivals"]]
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,27 @@ def test_the_best_weights_are_kept_and_training_ends_early(
     settings = small(**values)
     kept = Network(load_model(tmp_path / "a" / "model"), settings)
     assert validation_loss(kept, split, settings) == pytest.approx(best, rel=1e-6)
+    assert selected_on(tmp_path / "a") == split.documents_of(settings.validation_sequences) != []
+
+
+def test_what_chose_the_weights_is_told_where_there_was_a_choice(
+    small: Small, tokens: Path, tmp_path: Path
+) -> None:
+    for name, values, chosen in (
+        ("last", {"validation_every": 4}, False),
+        ("once", {"validation_every": 50, "keep": "best"}, False),  # at the end alone
+        ("best", {"validation_every": 4, "keep": "best", "validation_sequences": 1}, True),
+    ):
+        train(small(**values), tokens=tokens, **outputs(tmp_path / name))
+        assert bool(selected_on(tmp_path / name)) is chosen
+    one_row = PackedSplit(tokens, "validation", 16, seed=1).documents_of(1)
+    assert selected_on(tmp_path / "best") == one_row
+    assert 0 < len(one_row) < 6
+
+
+def selected_on(folder: Path) -> list[int]:
+    facts = json.loads((folder / "model" / "nudge.json").read_text())
+    return list(facts["selected_on"])
 
 
 @pytest.fixture
