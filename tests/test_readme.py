@@ -12,6 +12,9 @@ import click
 import pytest
 import yaml
 from click.testing import CliRunner
+from nudge.components.common.held_out import corpus_size
+from nudge.components.ingest.settings import IngestSettings
+from nudge.pipelines import recipes
 from nudge.pipelines.cli import main
 from nudge.pipelines.cluster import runs
 
@@ -124,6 +127,13 @@ def test_the_forms_of_commands_name_their_options() -> None:
             assert option in known, form
         shown.add(command.name)
     assert shown >= {"run", "models", "promote", "rollback", "up", "down", "upload", "submit"}
+
+
+def test_the_recipe_that_is_shown_is_one() -> None:
+    (recipe,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    recipes.check(yaml.safe_load(recipe))
+    (least,) = re.findall(r"At least (\d+) documents", (ROOT / "README.md").read_text())
+    assert int(least) >= corpus_size(IngestSettings(data_uri="texts/").validation_share)
 
 
 def test_links_lead_somewhere() -> None:
