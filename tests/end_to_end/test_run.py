@@ -145,7 +145,7 @@ def test_the_same_seed_gives_the_same_bits(first: dict[str, Any], place: Path) -
 
 def test_a_killed_step_fails_the_run_and_the_next_run_goes_on(place: Path) -> None:
     environment = {**os.environ, "NUDGE_HOME": str(place / "home")}
-    settings = ["--set", "seed=7", "--set", "train.max_steps=4000"]
+    settings = ["--set", "ingest.split_seed=7", "--set", "train.max_steps=4000"]
     running = subprocess.Popen(
         [NUDGE, "run", "tiny.yaml", "--json", *settings],
         cwd=place,
@@ -162,7 +162,7 @@ def test_a_killed_step_fails_the_run_and_the_next_run_goes_on(place: Path) -> No
     assert "train" in result["error"]
     assert statuses(result)["tokenize"] == "done"
     assert statuses(result)["upload"] == "skipped"
-    ended = run(place, "--set", "seed=7")
+    ended = run(place, "--set", "ingest.split_seed=7")
     assert statuses(ended)["tokenize"] == "reused"
     assert statuses(ended)["train"] == "done"
 
