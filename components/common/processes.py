@@ -83,11 +83,22 @@ def usable_cores() -> int:
 
 @contextlib.contextmanager
 def locked(home: Path, name: str) -> Iterator[None]:
-    """Let one process at a time into the block of this name."""
+    """Let one process at a time into the block of this name; what comes to need ``home`` begins so.
+
+    Raises `UserError` if nothing can be written there.
+    """
     folder = home / "services"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / f"{name}.lock").open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            what = f"{error.strerror}: {error.filename or name}"
+            raise UserError(
+                f"{home} cannot hold what nudge keeps ({what}); "
+                "set NUDGE_HOME to a folder that you can write to"
+            ) from None
         yield
 
 
