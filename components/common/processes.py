@@ -21,6 +21,8 @@ from nudge.components.common.errors import UserError
 from nudge.components.common.publish import write_atomic
 
 STOP_TIMEOUT_S = 10.0
+OUTER_TMPDIR = "NUDGE_OUTER_TMPDIR"
+"""Set in a run, whose TMPDIR goes when it ends: the TMPDIR around it, empty where there is none."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def start(
         child = subprocess.Popen(
             command,
             cwd=cwd,
-            env={**os.environ, **(environment or {})},
+            env=_lasting({**os.environ, **(environment or {})}),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -152,6 +154,14 @@ def start(
         stop(home, name)
         raise UserError(f"{name} {why} after at most {timeout_s:g} s; {_tail(log)}")
     return record
+
+
+def _lasting(environment: dict[str, str]) -> dict[str, str]:
+    """The variables of a server, which outlives the run whose step starts it."""
+    outer = environment.pop(OUTER_TMPDIR, None)
+    if outer is not None:
+        environment.pop("TMPDIR")
+    return {**environment, "TMPDIR": outer} if outer else environment
 
 
 def wait_for(record: Record, ready: Callable[[], bool], timeout_s: float) -> None:
