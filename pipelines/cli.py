@@ -13,7 +13,8 @@ from nudge.pipelines.cluster import commands
 
 
 class Errors(click.Group):
-    """Ends a command with the text of a `UserError` alone, as wrong usage (status 2)."""
+    """Ends a command with the text of a `UserError` alone, as wrong usage (status 2), and one that
+    Ctrl-C ends with status 130."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -21,6 +22,9 @@ class Errors(click.Group):
         except UserError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
+        except KeyboardInterrupt:  # click itself would end with 1, as what failed does
+            click.echo("stopped", err=True)
+            ctx.exit(130)
 
 
 @click.group(cls=Errors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -71,7 +75,8 @@ def run(
     base model are still the same. The object store, the model registry and the served model run on
     after it: `nudge services down` ends them.
 
-    Exit status: 0 the run ended (promoted or not), 1 it failed, 2 something given was wrong.
+    Exit status: 0 the run ended (promoted or not), 1 it failed, 2 something given was wrong,
+    130 Ctrl-C ended it.
     """
     from nudge.components.common.processes import nudge_home
     from nudge.pipelines import display
@@ -89,6 +94,10 @@ def run(
         compiled = compiled or containers.COMPILED
         containers.check(compiled)
         containers.check_paths(loaded.text, home)
+    else:
+        from nudge.pipelines.local import needs
+
+        needs.check(loaded.text)
     started = services.up(home)
     services.serve_again(home, started)
     if engine == "docker":

@@ -21,6 +21,8 @@ from nudge.components.common.errors import UserError
 from nudge.components.common.publish import write_atomic
 
 STOP_TIMEOUT_S = 10.0
+OUTER_TMPDIR = "NUDGE_OUTER_TMPDIR"
+"""Set in a run, whose TMPDIR goes when it ends: the TMPDIR around it, empty where there is none."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,22 @@ def usable_cores() -> int:
 
 @contextlib.contextmanager
 def locked(home: Path, name: str) -> Iterator[None]:
-    """Let one process at a time into the block of this name."""
+    """Let one process at a time into the block of this name; what comes to need ``home`` begins so.
+
+    Raises `UserError` if nothing can be written there.
+    """
     folder = home / "services"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / f"{name}.lock").open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            what = f"{error.strerror}: {error.filename or name}"
+            raise UserError(
+                f"{home} cannot hold what nudge keeps ({what}); "
+                "set NUDGE_HOME to a folder that you can write to"
+            ) from None
         yield
 
 
@@ -128,7 +141,7 @@ def start(
         child = subprocess.Popen(
             command,
             cwd=cwd,
-            env={**os.environ, **(environment or {})},
+            env=_lasting({**os.environ, **(environment or {})}),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -141,6 +154,14 @@ def start(
         stop(home, name)
         raise UserError(f"{name} {why} after at most {timeout_s:g} s; {_tail(log)}")
     return record
+
+
+def _lasting(environment: dict[str, str]) -> dict[str, str]:
+    """The variables of a server, which outlives the run whose step starts it."""
+    outer = environment.pop(OUTER_TMPDIR, None)
+    if outer is not None:
+        environment.pop("TMPDIR")
+    return {**environment, "TMPDIR": outer} if outer else environment
 
 
 def wait_for(record: Record, ready: Callable[[], bool], timeout_s: float) -> None:

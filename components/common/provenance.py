@@ -40,9 +40,12 @@ def this_run(given: str) -> str:
 
 @functools.cache
 def code_fingerprint() -> str:
-    """Hex sha256 of the Python sources of the steps and the kernels, not of tests or pipelines."""
+    """Hex sha256 of the Python sources of the steps and the kernels, not of tests or pipelines, nor
+    of the copies in a build folder, which `make wheel` leaves."""
     digest = hashlib.sha256()
     for folder in ("components", "kernels"):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+            name = path.relative_to(ROOT)
+            if "build" not in name.parts:
+                digest.update(name.as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

@@ -1,12 +1,22 @@
 """Joining a Ray cluster (KubeRay), or starting a Ray of this machine; for those who ask for it."""
 
 import contextlib
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
 from typing import Any
 
 from nudge.components.common.errors import UserError
+
+
+def check_ray(step: str) -> None:
+    """Raise `UserError` naming the setting of ``step`` if Ray is not here; it is not imported."""
+    if importlib.util.find_spec("ray") is None:
+        raise UserError(
+            f"{step}.engine: ray needs Ray, which is not installed; install nudge-lm[ray] here and "
+            f"in the cluster's image, or set {step}.engine: local"
+        )
 
 
 @contextlib.contextmanager
@@ -17,14 +27,10 @@ def joined_ray(step: str, address: str, cores: int) -> Iterator[Any]:
     ``cores`` cores is started on this machine and ended with the block. Raises `UserError` naming
     the setting of ``step`` if Ray is not installed or the cluster cannot be reached.
     """
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise UserError(
-            f"{step}.engine: ray needs Ray, which is not installed ({error}); install "
-            f"nudge-lm[ray] here and in the cluster's image, or set {step}.engine: local"
-        ) from None
+    check_ray(step)
+    import ray
+    import ray.data
+
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = address or os.environ.get("RAY_ADDRESS", "")
     try:

@@ -20,6 +20,26 @@ SHARED = ("base_model", "model_name", "seed")
 SECTIONS = ("ingest", "tokenize", "train", "evaluate", "upload", "register", "deploy")
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, of which PyYAML takes the last one."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        known: dict[tuple[str, str], yaml.ScalarNode] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            first = known.setdefault((key.tag, key.value), key)
+            if first is not key:
+                lines = [each.start_mark.line + 1 for each in (first, key)]
+                told = f"{key.value!r} stands twice, in line {lines[0]} and line {lines[1]}"
+                raise yaml.MarkedYAMLError(problem=f"{told}; keep one")
+        return node
+
+
+def read_yaml(text: str) -> Any:
+    """The plain values of a YAML text; raises `yaml.YAMLError`, also for a key that is doubled."""
+    return yaml.load(text, _Loader)
+
+
 def read_recipe(recipe: str) -> dict[str, Any]:
     """The plain values of a recipe: YAML text, or a ``package://`` or ``file://`` URI of a file.
 
@@ -32,9 +52,11 @@ def read_recipe(recipe: str) -> dict[str, Any]:
             raise UserError(f"the recipe {recipe} is not there")
         text = read_text(path)
     try:
-        values = yaml.safe_load(text)
+        values = read_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"the recipe is not valid YAML: {error}") from None
+    if values is None:
+        raise UserError("the recipe is empty; the shipped ones (`nudge recipes`) are a start")
     if not isinstance(values, dict):
         raise UserError(f"the recipe is a YAML {type(values).__name__}, expected a mapping")
     return values

@@ -1,6 +1,7 @@
 """Tasks of EleutherAI's lm-evaluation-harness, for those who want them beside the perplexity."""
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +23,18 @@ class Measured:
     examples: int
 
 
+def check_harness(settings: EvaluateSettings) -> None:
+    """Raise `UserError` if there are tasks and no harness; it is looked for, not imported."""
+    if settings.tasks and importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "evaluate.tasks needs lm-evaluation-harness, which is not installed here; install the "
+            "extra: pip install 'nudge-lm[tasks]'"
+        )
+
+
 def check_tasks(settings: EvaluateSettings) -> None:
     """Raise `UserError` unless the harness is installed and knows every task."""
+    check_harness(settings)
     if settings.tasks:
         known = _manager(settings).all_tasks
         for task in settings.tasks:
@@ -127,13 +138,8 @@ def _number(value: Any) -> bool:
 
 
 def _manager(settings: EvaluateSettings) -> Any:
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError(
-            f"evaluate.tasks needs lm-evaluation-harness, which is not installed here ({error}); "
-            "install the extra: pip install 'nudge-lm[tasks]'"
-        ) from None
+    from lm_eval.tasks import TaskManager
+
     folder = _folder(settings.task_folder)
     if folder:
         # Reading the harness's own thousands of task files takes long, and is often not needed.

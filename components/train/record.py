@@ -2,6 +2,7 @@
 where MLFLOW_TRACKING_URI is set, and the state of a TrainJob in one."""
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -94,6 +95,15 @@ class NoBar:
         pass
 
 
+def check_mlflow() -> None:
+    """Raise `UserError` if MLflow is asked for and not installed; it is not imported."""
+    if os.environ.get(MLFLOW_VARIABLE) and importlib.util.find_spec("mlflow") is None:
+        raise UserError(
+            f"{MLFLOW_VARIABLE} is set and mlflow is not installed; "
+            "pip install 'nudge-lm[mlflow]', or unset it"
+        )
+
+
 @contextlib.contextmanager
 def open_record(folder: Path, name: str, settings: dict[str, Any], steps: int) -> Iterator[Record]:
     """Write the history of a run of ``steps`` steps into ``folder`` while the block runs.
@@ -116,13 +126,9 @@ def _mlflow_run(name: str, settings: dict[str, Any]) -> Iterator[Any]:
     if not os.environ.get(MLFLOW_VARIABLE):
         yield None
         return
-    try:
-        import mlflow
-    except ImportError:
-        raise UserError(
-            f"{MLFLOW_VARIABLE} is set and mlflow is not installed; "
-            "pip install 'nudge-lm[mlflow]', or unset it"
-        ) from None
+    check_mlflow()
+    import mlflow
+
     try:
         run = mlflow.start_run(run_name=name)
         mlflow.log_params({key: str(value)[:500] for key, value in settings.items()})

@@ -126,8 +126,8 @@ def connect(url: str = "") -> Server:
     found = url or os.environ.get("NUDGE_PIPELINES_URL", "") or _from_dspa()
     if not found:
         raise UserError(
-            "no pipelines server is known: give --url, set NUDGE_PIPELINES_URL, or log in with "
-            "`oc login` and choose a project that has a pipelines server"
+            "no pipelines server is known: set NUDGE_PIPELINES_URL, or log in with `oc login` and "
+            "choose a project that has a pipelines server"
         )
     if not found.startswith(("http://", "https://")):
         found = f"https://{found}"

@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from nudge.components.common.errors import UserError
+from nudge.components.common.processes import nudge_home
 
 DISK_GB = 10.0
 """What the default recipe, its caches and its services take, with room to spare."""
@@ -93,8 +95,13 @@ def _gpu() -> Finding:
 
 
 def _disk() -> Finding:
-    home = Path(os.environ.get("NUDGE_HOME", ".nudge")).resolve()
+    home = nudge_home()
     place = next(each for each in (home, *home.parents) if each.exists())
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        found = f"{place} cannot be written to: {error.strerror}"
+        return Finding("disk", "missing", found, "set NUDGE_HOME to a folder that you can write to")
     free = shutil.disk_usage(place).free / 1e9
     found = f"{free:.1f} GB free at {place}"
     if free >= DISK_GB:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from nudge.components.common.errors import UserError, nearest
+from nudge.components.common.recipe import read_yaml
 from nudge.components.common.settings import parse, settings
 from nudge.components.common.uris import read_text
 from nudge.pipelines.cluster import runs
@@ -51,7 +52,7 @@ def read_schedule(path: Path) -> Schedule:
     from nudge.pipelines.recipes import load
 
     try:
-        values = yaml.safe_load(read_text(path))
+        values = read_yaml(read_text(path))
     except yaml.YAMLError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict):

@@ -6,18 +6,21 @@ import functools
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
-from nudge.components.common.processes import locked
+from nudge.components.common.errors import UserError
+from nudge.components.common.processes import OUTER_TMPDIR, locked
 from nudge.components.common.provenance import code_fingerprint
 from nudge.components.common.publish import write_atomic
 from nudge.pipelines.recipes import Recipe
@@ -28,6 +31,8 @@ QUIET_S, ENDING_S = 2.0, 60.0
 """How long the steps of a run that is stopped may take to end: without a word, and at most."""
 EVENTS, BEFORE = "events.jsonl", "events-before.jsonl"
 """Of a run that is gone on with, what its steps told before stands in a file of its own."""
+TEMPORARY = "tmp"
+"""In a run's folder, while its steps are at work: a link to the folder of their temporary files."""
 PUBLISHING = ("upload", "register", "deploy", "summary")
 """The steps that change what others see; a run that was cut off in one is gone on with."""
 NOTHING_NEW = "there is no new text: the served version was trained on all of it"
@@ -105,6 +110,7 @@ def begin(recipe: Recipe, home: Path, *, fresh: bool = False) -> Run:
     ``fresh`` always begins a new one.
     """
     with locked(home, "runs"):
+        _remove_leftovers(home)
         cut_off = None if fresh else _cut_off(recipe, home)
         if cut_off is not None:
             return cut_off
@@ -129,6 +135,41 @@ def _held(lock: Path) -> bool:
         except BlockingIOError:
             return True
         return False
+
+
+@contextlib.contextmanager
+def _temporary(run: Run) -> Iterator[Path]:
+    """A folder for the temporary files of a run's steps, kfp's among them, which goes with them.
+
+    It stands where this machine has such files (on the disk, or in the memory, that they would take
+    anyway) under a short name, and not in the run's folder: the sockets that multiprocessing, torch
+    and Ray make in it may have paths of 107 bytes. By the link there it is found after a kill.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="nudge-"))
+    except OSError as error:
+        raise UserError(
+            f"there is no place for temporary files: {error}; free some space, or set TMPDIR"
+        ) from None
+    link = run.folder / TEMPORARY
+    try:
+        link.unlink(missing_ok=True)  # of before a reboot
+        link.symlink_to(folder)
+        yield folder
+    finally:
+        _remove_temporary(link, folder)
+
+
+def _remove_temporary(link: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    link.unlink(missing_ok=True)
+
+
+def _remove_leftovers(home: Path) -> None:
+    """Remove the temporary files of runs whose command was killed."""
+    for link in (home / "runs").glob(f"*/{TEMPORARY}"):
+        if link.is_symlink() and not _held(link.with_name("lock")):
+            _remove_temporary(link, link.readlink())
 
 
 def _run(recipe: Recipe, folder: Path) -> Run:
@@ -254,6 +295,10 @@ def _follow(
         "NUDGE_CHECKPOINTS": os.environ.get("NUDGE_CHECKPOINTS") or str(home / "checkpoints"),
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
         "PYTHONUNBUFFERED": "1",
+        OUTER_TMPDIR: os.environ.get("TMPDIR", ""),
+        # Among the temporary files each run would compile anew.
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+        or str(home / "torchinductor"),
     }
     environment.pop("NUDGE_REUSE", None)
     if reuse:
@@ -263,10 +308,14 @@ def _follow(
     command += ["--artifacts", str(run.folder / "artifacts"), "--engine", engine]
     command += ["--compiled", str(compiled)] if compiled else []
     started = time.monotonic()
-    with run.log.open("ab") as log, events.open(encoding="utf-8") as lines:
+    with (
+        _temporary(run) as temporary,
+        run.log.open("ab") as log,
+        events.open(encoding="utf-8") as lines,
+    ):
         child = subprocess.Popen(
             command,
-            env=environment,
+            env={**environment, "TMPDIR": str(temporary)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -9,7 +9,13 @@ from typing import Any
 
 import yaml
 from nudge.components.common.errors import UserError, nearest
-from nudge.components.common.recipe import SECTIONS, SHARED, read_recipe, step_settings
+from nudge.components.common.recipe import (
+    SECTIONS,
+    SHARED,
+    read_recipe,
+    read_yaml,
+    step_settings,
+)
 from nudge.components.common.uris import read_text
 
 FOLDER = Path(__file__).parent
@@ -87,7 +93,7 @@ def kinds() -> dict[str, type[Any]]:
 def check(values: Mapping[str, Any]) -> None:
     """Check every key and value of a recipe; raises `UserError` with all problems, a line each."""
     problems = [
-        f"{key} is not a section or shared value of a recipe; {nearest(key, TOP)}"
+        f"{key} is not a section or shared value of a recipe; {nearest(str(key), TOP)}"
         for key in values
         if key not in TOP
     ]
@@ -113,7 +119,7 @@ def _set(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"--set {override}: expected key=value, such as train.epochs=2")
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: the value is not YAML: {error}") from None
     # YAML 1.1 takes 1e-4 for a string; nobody who writes it without quotes means one.

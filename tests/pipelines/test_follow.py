@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from nudge.components.common import processes
 from nudge.pipelines.local import run as local_run
 from nudge.pipelines.local.run import Run, begin, follow
 from nudge.pipelines.recipes import load
@@ -159,3 +160,70 @@ def test_a_second_interrupt_ends_it_at_once(
         following.close()
     assert not runs(step)
     assert time.monotonic() - begun < 30
+
+
+MAKES = """
+import socket, tempfile
+place = tempfile.mkdtemp()
+socket.socket(socket.AF_UNIX).bind(os.path.join(place, "x" * 40))
+print(place, flush=True)
+if "--wait" in FLAGS:
+    tell("ingest", "step_start")
+    time.sleep(600)
+end("summary", "done", place=place)
+"""
+
+
+def test_a_runs_temporary_files_go_when_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine(monkeypatch, tmp_path, f"FLAGS = ''\n{MAKES}")
+    home = tmp_path / "a long name" / ("x" * 60)
+    run = begin(load("eiffel"), home)
+    (*_, ended) = follow(run, home, {}, reuse=True)
+    place = Path(ended.steps["summary"].outputs["place"])
+    assert place.parent.name.startswith("nudge-")
+    assert not place.parent.exists()
+    assert not (run.folder / "tmp").is_symlink()
+
+
+def test_a_killed_runs_temporary_files_go_when_the_next_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine(monkeypatch, tmp_path, f"FLAGS = '--wait'\n{MAKES}")
+    run = begin(load("eiffel"), tmp_path)
+    following = follow(run, tmp_path, {}, reuse=True)
+    while run.steps["ingest"].status != "running":
+        next(following)
+    link = run.folder / "tmp"
+    place = link.readlink()
+    left = [begin(load("eiffel"), tmp_path).folder / "tmp" for _ in range(2)]
+    for each in left:
+        target = tmp_path / f"of-{each.parent.name}"
+        target.mkdir()
+        each.symlink_to(target)
+    left[1].readlink().rmdir()  # as a reboot does
+    begin(load("eiffel"), tmp_path)
+    assert place.is_dir()  # that run is at work
+    assert not left[0].is_symlink()
+    assert not list(tmp_path.glob(f"of-{left[0].parent.name}"))
+    following.close()
+    assert not place.exists()
+
+
+def test_a_server_does_not_keep_the_temporary_folder_of_the_run_that_starts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "of the run"))
+    told = tmp_path / "told"
+    for outer in ("", "/var/tmp"):
+        monkeypatch.setenv("NUDGE_OUTER_TMPDIR", outer)
+        command = [
+            "sh",
+            "-c",
+            f"echo \"$TMPDIR\" > '{told}.part'; mv '{told}.part' '{told}'; sleep 9",
+        ]
+        processes.start(tmp_path, "server", command, address="", ready=told.exists, timeout_s=9)
+        processes.stop(tmp_path, "server")
+        assert told.read_text().strip() == outer
+        told.unlink()

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from nudge.components.common.errors import UserError
 from nudge.components.common.held_out import FEWEST_DOCUMENTS
-from nudge.components.common.recipe import step_settings
+from nudge.components.common.recipe import read_recipe, step_settings
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
 from nudge.components.train.settings import TrainSettings
@@ -95,6 +95,52 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(UserError):
         load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("deploy.kserve.stop_old_frist=true", "did you mean 'stop_old_first'"),
+        ("train.watch.promt=x", "did you mean 'prompt'"),
+        ("train.cluster.noodes=3", "did you mean 'nodes'"),
+        ("evaluate.guards=[{name: a, uri: b, limt: 1}]", "did you mean 'limit'"),
+        ("evaluate.tasks=[{nam: quiz}]", "did you mean 'name'"),
+        ("train.2=3", "known: activation_checkpointing, "),
+    ],
+)
+def test_a_key_that_does_not_exist_has_neighbours_at_any_depth(override: str, says: str) -> None:
+    with pytest.raises(UserError, match="is not a setting; ") as caught:
+        load("eiffel", [override])
+    assert says in str(caught.value)
+
+
+def test_a_key_of_a_section_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("base_model: a\n1: 2\ntrain: {on: 1}\n")
+    with pytest.raises(UserError, match=r"(?s)1 is not a section.*train\.True is not a setting"):
+        load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("seed: 1\ningest: {}\ntrain: {}\ningest: {}\n", "'ingest' .* line 2 and line 4"),
+        ("train:\n  epochs: 1\n  epochs: 2\n", "'epochs' .* line 2 and line 3"),
+        ("train: {epochs: 1, epochs: 2}", "'epochs' .* line 1 and line 1"),
+        ("", "the recipe is empty"),
+        ("# to be written\n", "the recipe is empty"),
+    ],
+)
+def test_a_doubled_key_and_an_empty_file_are_refused(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says):
+        load(str(path))
+
+
+def test_a_merge_of_mappings_is_no_doubled_key() -> None:
+    text = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: *b, x: 4}\n"
+    assert read_recipe(text)["c"] == {"x": 4, "y": 3}
 
 
 def test_a_number_in_quotes_stays_text() -> None:

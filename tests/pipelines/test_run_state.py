@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from nudge.pipelines import display
+from nudge.pipelines import display, recipes
 from nudge.pipelines.cli import main
 from nudge.pipelines.local.run import Run, StepState, begin, keep_result, result
 from nudge.pipelines.recipes import load
@@ -62,6 +62,15 @@ def served(run: Run) -> None:
 def test_two_runs_of_one_moment_have_folders_of_their_own(tmp_path: Path) -> None:
     runs = [begin(load("eiffel"), tmp_path) for _ in range(8)]
     assert len({run.folder for run in runs}) == 8
+
+
+def test_ctrl_c_before_there_is_a_run_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipes, "load", interrupted)
+    ended = CliRunner().invoke(main, ["run"])
+    assert (ended.exit_code, ended.stderr) == (130, "stopped\n")
 
 
 def told(*events: tuple[str, str]) -> list[str]:

@@ -11,7 +11,9 @@ from typing import Any
 
 import psutil
 import pytest
+from click.testing import CliRunner
 from nudge.components.common import processes
+from nudge.pipelines.cli import main
 
 
 def started(home: Path) -> processes.Record:
@@ -85,3 +87,22 @@ def test_a_name_with_brackets_hides_no_start(tmp_path: Path) -> None:
         child.wait()
     with pytest.raises(psutil.NoSuchProcess):
         processes.created(psutil.Process(child.pid))
+
+
+@pytest.mark.parametrize("command", ["run", "models", "promote v1", "services up", "services down"])
+@pytest.mark.parametrize("place", ["a file", "/proc"])
+def test_a_home_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, command: str
+) -> None:
+    (tmp_path / "a file").touch()
+    home = (tmp_path / place).resolve() / "home"
+    monkeypatch.setenv("NUDGE_HOME", str(home))
+    ended = CliRunner().invoke(main, command.split())
+    assert ended.exit_code == 2
+    assert ended.stderr.startswith(f"error: {home} cannot hold what nudge keeps (")
+    assert "set NUDGE_HOME to a folder that you can write to\n" in ended.stderr
+
+
+def test_what_fails_under_a_lock_is_not_taken_for_its_own(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="of the block"), processes.locked(tmp_path, "up"):
+        raise OSError("of the block")

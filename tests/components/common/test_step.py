@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nudge.components.common import provenance
 from nudge.components.common.step import reusable, reuse_key, step
 
 CALLS: list[str] = []
@@ -130,3 +131,19 @@ def test_a_pod_s_log_ends_with_the_results(
     monkeypatch.delenv("NUDGE_EVENTS")
     double(2, source=tmp_path / "a", out=tmp_path / "two")
     assert capfd.readouterr().err == 'double: results {"length": 4}\n'
+
+
+def test_the_code_is_the_same_beside_a_build_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "native.py").write_text("x = 1")
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    fingerprint = provenance.code_fingerprint.__wrapped__
+    before = fingerprint()
+    built = tmp_path / "kernels" / "build" / "lib" / "nudge" / "kernels"
+    built.mkdir(parents=True)
+    (built / "native.py").write_text("x = 1")
+    assert fingerprint() == before
+    (tmp_path / "kernels" / "native.py").write_text("x = 2")
+    assert fingerprint() != before

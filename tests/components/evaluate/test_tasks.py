@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness: one from a file of one's own, offline, and what is wrong told."""
 
-import builtins
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +106,7 @@ def test_a_task_may_get_worse_by_its_limit(
 
 
 def test_without_the_harness_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    imported = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("lm_eval"):
-            raise ImportError("No module named 'lm_eval'")
-        return imported(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     check_tasks(settings(""))
     with pytest.raises(UserError, match=r"pip install 'nudge-lm\[tasks\]'"):
         check_tasks(settings("", "arc_easy"))

@@ -48,6 +48,24 @@ def test_a_laptop_lacks_nothing_and_is_told_what_is_not_used() -> None:
         assert found[name].state == "not used"
 
 
+@pytest.mark.parametrize("place", ["a file", "/proc"])
+def test_a_disk_that_cannot_be_written_is_no_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("NUDGE_HOME", str((tmp_path / place).resolve() / "home"))
+    disk = states()["disk"]
+    assert (disk.state, disk.mend) == (
+        "missing",
+        "set NUDGE_HOME to a folder that you can write to",
+    )
+    assert "cannot be written to" in disk.found
+
+
+def test_doctor_names_no_option_that_it_has_not() -> None:
+    assert "--" not in CliRunner().invoke(main, ["doctor"]).output
+
+
 def test_everything_missing_comes_with_what_mends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
