@@ -31,8 +31,9 @@ QUIET_S, ENDING_S = 2.0, 60.0
 """How long the steps of a run that is stopped may take to end: without a word, and at most."""
 EVENTS, BEFORE = "events.jsonl", "events-before.jsonl"
 """Of a run that is gone on with, what its steps told before stands in a file of its own."""
-TEMPORARY = "tmp"
-"""In a run's folder, while its steps are at work: a link to the folder of their temporary files."""
+TEMPORARY, PREFIX = "tmp", "nudge-"
+"""In a run's folder, while its steps are at work: a link to the folder of their temporary files,
+whose name begins so."""
 PUBLISHING = ("upload", "register", "deploy", "summary")
 """The steps that change what others see; a run that was cut off in one is gone on with."""
 NOTHING_NEW = "there is no new text: the served version was trained on all of it"
@@ -146,7 +147,7 @@ def _temporary(run: Run) -> Iterator[Path]:
     and Ray make in it may have paths of 107 bytes. By the link there it is found after a kill.
     """
     try:
-        folder = Path(tempfile.mkdtemp(prefix="nudge-"))
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     except OSError as error:
         raise UserError(
             f"there is no place for temporary files: {error}; free some space, or set TMPDIR"
@@ -169,7 +170,9 @@ def _remove_leftovers(home: Path) -> None:
     """Remove the temporary files of runs whose command was killed."""
     for link in (home / "runs").glob(f"*/{TEMPORARY}"):
         if link.is_symlink() and not _held(link.with_name("lock")):
-            _remove_temporary(link, link.readlink())
+            folder = link.readlink()
+            if folder.name.startswith(PREFIX):  # nothing else is ever removed through a link
+                _remove_temporary(link, folder)
 
 
 def _run(recipe: Recipe, folder: Path) -> Run:
