@@ -169,7 +169,7 @@ def _start(home: Path, model: str, port: int) -> None:
         )
     address = f"http://127.0.0.1:{processes.free_port()}"
     folder = home / "gateway" / model
-    write_atomic(folder / CONFIGURATION, json.dumps(_configuration(address, port)))
+    write_atomic(folder / CONFIGURATION, json.dumps(_configuration(address, port, model)))
     processes.start(
         home,
         gateway_name(model),
@@ -183,7 +183,7 @@ def _start(home: Path, model: str, port: int) -> None:
     )
 
 
-def _configuration(admin: str, port: int) -> dict[str, Any]:
+def _configuration(admin: str, port: int, model: str) -> dict[str, Any]:
     """Caddy's configuration (https://caddyserver.com/docs/json/)."""
     return {
         "admin": {"listen": admin.removeprefix("http://"), "config": {"persist": False}},
@@ -194,12 +194,38 @@ def _configuration(admin: str, port: int) -> dict[str, Any]:
                         "listen": [f"127.0.0.1:{port}"],
                         "automatic_https": {"disable": True},
                         "protocols": ["h1"],
-                        "routes": [{"handle": [by_share("now")]}],
+                        "routes": [*_listed(model), {"handle": [by_share("now")]}],
                     }
                 }
             }
         },
     }
+
+
+def _listed(model: str) -> list[dict[str, Any]]:
+    """Caddy's routes that list the one model behind it, as OpenAI's API does.
+
+    Clients ask that first; `transformers serve` would list the hub's cache of this machine, and
+    fails where there is none.
+    """
+    entry = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "nudge"}
+    answers = {
+        "/v1/models": {"object": "list", "data": [entry]},
+        f"/v1/models/{model}": entry,
+    }
+    return [
+        {
+            "match": [{"path": [path], "method": ["GET", "HEAD"]}],
+            "handle": [
+                {
+                    "handler": "static_response",
+                    "headers": {"Content-Type": ["application/json"]},
+                    "body": json.dumps(body),
+                }
+            ],
+        }
+        for path, body in answers.items()
+    ]
 
 
 def by_share(folder: str) -> dict[str, Any]:
