@@ -220,24 +220,21 @@ def services_down() -> None:
 
 
 @services_group.command("status")
-def services_status() -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list on stdout.")
+def services_status(as_json: bool) -> None:
     """Show what runs, where, and how much memory it holds."""
-    _show_services()
+    _show_services(as_json)
 
 
-def _show_services() -> None:
+def _show_services(as_json: bool = False) -> None:
     from nudge.components.common.processes import nudge_home
+    from nudge.pipelines import display
     from nudge.pipelines.local import services
-    from rich.console import Console
-    from rich.table import Table
 
     rows = services.status(nudge_home())
-    if not rows:
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    elif rows:
+        display.parts(rows)
+    else:
         click.echo("nothing is running; `nudge services up` starts the parts")
-        return
-    table = Table()
-    for name in ("name", "state", "address", "pid", "resident_mb"):
-        table.add_column(name.replace("_", " "), overflow="fold")
-    for row in rows:
-        table.add_row(*(str(row[str(c.header).replace(" ", "_")] or "") for c in table.columns))
-    Console().print(table)

@@ -48,6 +48,11 @@ def routes(home: Path) -> dict[str, Route]:
     return {path.parts[-3]: Route(**json.loads(path.read_text())) for path in paths}
 
 
+def addresses(home: Path) -> dict[str, str]:
+    """Where users meet each model, by the name of its process, whose record has Caddy's own."""
+    return {gateway_name(model): _url(route.port) for model, route in routes(home).items()}
+
+
 def route(
     home: Path, model: str, servers: dict[str, str], shares: dict[str, int], port: int
 ) -> str:
@@ -68,7 +73,7 @@ def route(
             _start(home, model, wanted)
         served = {name: servers[name] for name, share in shares.items() if share}
         switch(home / "gateway" / model, Route(wanted, shares, served))
-    url = f"http://127.0.0.1:{wanted}"
+    url = _url(wanted)
     if old and old.port != wanted:
         told = f"{model} moved from port {old.port} to {url}, as deploy.port says"
         print(told, file=sys.stderr, flush=True)
@@ -98,6 +103,10 @@ def drained(home: Path, model: str, address: str) -> bool:
         retry_error_callback=lambda state: 1,
     )
     return waiting(busy) == 0
+
+
+def _url(port: int) -> str:
+    return f"http://127.0.0.1:{port}"
 
 
 def gateway_name(model: str) -> str:

@@ -119,7 +119,13 @@ def down(home: Path) -> list[str]:
 
 
 def status(home: Path) -> list[dict[str, Any]]:
-    """A row a part: name, state, address, pid, resident_mb (of all its processes), log."""
+    """A row a part: name, state, address, pid, resident_mb (of all its processes), log.
+
+    The address is the one for users: of a gateway the model's, not where Caddy is administered.
+    """
+    from nudge.components.deploy import gateway
+
+    public = gateway.addresses(home)
     rows: list[dict[str, Any]] = []
     for record in processes.records(home):
         process = record.process()
@@ -134,7 +140,7 @@ def status(home: Path) -> list[dict[str, Any]]:
             {
                 "name": record.name,
                 "state": "running" if process else "stopped",
-                "address": record.address,
+                "address": public.get(record.name, record.address),
                 "pid": record.pid if process else None,
                 "resident_mb": round(resident / 1e6) if process else None,
                 "log": record.log,

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import httpx
 import pytest
 from aiohttp import web
+from click.testing import CliRunner
 from nudge.components.common import processes
 from nudge.components.common.errors import UserError
 from nudge.components.deploy import gateway
+from nudge.pipelines.cli import main
 
 from tests.components.deploy.stream import Stream
 from tests.web_server import Server
@@ -62,6 +65,15 @@ def test_the_model_is_listed_as_openai_does(home: Path, servers: dict[str, str])
     assert httpx.get(f"{endpoint}/v1/models/other").status_code == 404
     assert httpx.post(f"{endpoint}/v1/models", json={}).status_code == 404
     assert httpx.post(f"{endpoint}/v1/completions", json={}).status_code == 200
+
+
+def test_the_table_of_parts_shows_where_users_meet_the_model(
+    home: Path, servers: dict[str, str]
+) -> None:
+    endpoint = gateway.route(home, "m", servers, {"v1": 100}, 0)
+    told = CliRunner().invoke(main, ["services", "status", "--json"], catch_exceptions=False)
+    (row,) = json.loads(told.stdout)
+    assert (row["name"], row["state"], row["address"]) == ("gateway-m", "running", endpoint)
 
 
 def test_a_taken_port_is_said_and_another_one_moves_the_model(
