@@ -4,12 +4,17 @@ They stand for an S3 data connection and the Model Registry of a cluster, and ar
 same way: through the AWS_* variables and a registry URL.
 """
 
+import contextlib
+import functools
 import hmac
 import json
 import os
 import secrets
 import shutil
+import socket
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,9 @@ from nudge.components.common.errors import UserError
 
 BUCKET = "nudge"
 STORE, REGISTRY, SERVING = "object-store", "model-registry", "host-serving"
+CONNECTION = ("AWS_S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_BUCKET")
+GIVEN = (*CONNECTION, "NUDGE_REGISTRY_URL")
+"""The variables of what may be given in the place of the store and the registry."""
 START_TIMEOUT_S = 60.0
 STORE_PORTS = (
     "s3.port",
@@ -32,6 +40,10 @@ STORE_PORTS = (
     "admin.port",
     "admin.port.grpc",
 )
+
+
+class NothingRun(UserError):
+    """No part was ever started below this home."""
 
 
 def up(home: Path, ports: dict[str, int] | None = None) -> dict[str, str]:
@@ -54,6 +66,50 @@ def up(home: Path, ports: dict[str, int] | None = None) -> dict[str, str]:
         }
         _make_bucket(environment)
     return environment
+
+
+def resting(home: Path) -> list[str]:
+    """The names of those that `up` would start."""
+    return [name for name in (STORE, REGISTRY) if not _running(home, name)]
+
+
+@contextlib.contextmanager
+def registry_to_read(home: Path) -> Iterator[str]:
+    """The URL of the registry that runs, or of one that reads the same file and ends with the
+    block: a thread of this process, which no other one comes to rely on.
+
+    Raises `NothingRun` if there never was one here.
+    """
+    if running := _running(home, REGISTRY):
+        yield running.address
+        return
+    database = _database(home)
+    if not database.is_file():
+        raise NothingRun(f"no models: nothing was run in this folder ({home})")
+    import uvicorn
+    from nudge.pipelines.local.registry.app import create_app
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(create_app(database), log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def serves(home: Path, model: str, endpoint: str) -> bool | None:
+    """Whether a model's address of this home, and all that has a share there, is up.
+
+    None of an address elsewhere, which is not for this machine to know.
+    """
+    from nudge.components.deploy import gateway
+
+    if gateway.addresses(home).get(gateway.gateway_name(model)) != endpoint:
+        return None
+    return all(_answers(home, model, version) for version in gateway.routes(home)[model].shares)
 
 
 def open_serving(home: Path, environment: dict[str, str]) -> dict[str, str]:
@@ -79,7 +135,7 @@ def serve_again(home: Path, environment: dict[str, str]) -> list[str]:
     the servers that a killed shift left beside it are ended.
     """
     from nudge.components.deploy import gateway
-    from nudge.components.deploy.deploy import serve
+    from nudge.components.deploy.deploy import say, serve
     from nudge.components.deploy.local_serving import LocalServing
     from nudge.components.deploy.settings import DeploySettings
 
@@ -92,7 +148,7 @@ def serve_again(home: Path, environment: dict[str, str]) -> list[str]:
                 local.retire(model, local.live(model))
             continue
         try:
-            serve(DeploySettings(), model, route.shares)
+            serve(DeploySettings(), model, route.shares, functools.partial(say, model))
             back.append(model)
         except UserError as error:
             print(f"{model} was served here and does not come back: {error}", file=sys.stderr)
@@ -185,7 +241,7 @@ def _start_store(home: Path, asked: int) -> processes.Record:
 def _start_registry(home: Path, asked: int) -> processes.Record:
     port = _ports(home, REGISTRY, ("port",), asked)["port"]
     address = f"http://127.0.0.1:{port}"
-    database = home / REGISTRY / "registry.sqlite"
+    database = _database(home)
     database.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "nudge.pipelines.local.registry", "--database", str(database)]
     return processes.start(
@@ -196,6 +252,10 @@ def _start_registry(home: Path, asked: int) -> processes.Record:
         ready=lambda: processes.answers(f"{address}/health"),
         timeout_s=START_TIMEOUT_S,
     )
+
+
+def _database(home: Path) -> Path:
+    return home / REGISTRY / "registry.sqlite"
 
 
 def _start_serving(home: Path, environment: dict[str, str]) -> processes.Record:
