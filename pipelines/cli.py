@@ -55,6 +55,12 @@ def main() -> None:
     show_default=True,
     help="docker: each step in its image, from the compiled YAML, as on a cluster.",
 )
+@click.option(
+    "--given",
+    is_flag=True,
+    help="Use the data connection (AWS_*) and the registry (NUDGE_REGISTRY_URL) that are set, each "
+    "in the place of one of its own.",
+)
 def run(
     recipe: str,
     overrides: tuple[str, ...],
@@ -62,6 +68,7 @@ def run(
     fresh: bool,
     compiled: Path | None,
     engine: str,
+    given: bool,
 ) -> None:
     """Run the whole pipeline here: ingest, tokenize, train, evaluate, upload, register, deploy.
 
@@ -83,14 +90,20 @@ def run(
     loaded = load(recipe, overrides)
     home = nudge_home()
     console = Console(stderr=True)
+    if given and engine == "docker":
+        raise UserError("--given is for --engine process: what serves containers here has its own")
     if engine == "docker":
         from nudge.pipelines.local import containers
 
         compiled = compiled or containers.COMPILED
         containers.check(compiled)
         containers.check_paths(loaded.text, home)
-    started = services.up(home)
-    services.serve_again(home, started)
+    started = services.up(home, instead=services.given() if given else {})
+    if unused := services.not_used(started):
+        told = f"{', '.join(unused)} {'is' if len(unused) == 1 else 'are'} set and not used"
+        click.echo(f"{told}: this run has parts of its own; --given takes those", err=True)
+    if not given:  # what was served here before is in the registry of this machine
+        services.serve_again(home, started)
     if engine == "docker":
         started |= services.open_serving(home, started)
     current = local_run.begin(loaded, home, fresh=fresh)

@@ -14,7 +14,7 @@ import shutil
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,26 +46,54 @@ class NothingRun(UserError):
     """No part was ever started below this home."""
 
 
-def up(home: Path, ports: dict[str, int] | None = None) -> dict[str, str]:
+def up(
+    home: Path, ports: Mapping[str, int] | None = None, instead: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Start what does not run yet; returns the variables under which steps reach the parts.
 
-    ``ports`` asks for fixed ports, by ``object-store`` and ``model-registry``. Raises `UserError`
-    if a part cannot be had or a port asked for is taken.
+    ``ports`` asks for fixed ports, by ``object-store`` and ``model-registry``; ``instead`` is what
+    `given` gave. Raises `UserError` if a part cannot be had, or the port asked for.
     """
-    asked = ports or {}
+    asked, instead = ports or {}, instead or {}
     with processes.locked(home, "up"):
-        store = _running(home, STORE) or _start_store(home, asked.get(STORE, 0))
-        registry = _running(home, REGISTRY) or _start_registry(home, asked.get(REGISTRY, 0))
-        environment = {
-            **_credentials(home),
-            "AWS_S3_ENDPOINT": store.address,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_S3_BUCKET": BUCKET,
-            "NUDGE_REGISTRY_URL": registry.address,
-            "NUDGE_HOME": str(home),
-        }
-        _make_bucket(environment)
+        for name, port in asked.items():
+            _check_port(home, name, port)
+        environment = {"NUDGE_HOME": str(home), **instead}
+        if "AWS_S3_ENDPOINT" not in instead:
+            store = _running(home, STORE) or _start_store(home, asked.get(STORE, 0))
+            environment |= {
+                **_credentials(home),
+                "AWS_S3_ENDPOINT": store.address,
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_S3_BUCKET": BUCKET,
+            }
+            _make_bucket(environment)
+        if "NUDGE_REGISTRY_URL" not in instead:
+            registry = _running(home, REGISTRY) or _start_registry(home, asked.get(REGISTRY, 0))
+            environment["NUDGE_REGISTRY_URL"] = registry.address
     return environment
+
+
+def given() -> dict[str, str]:
+    """What this process's variables give in the place of a part: a data connection, a registry.
+
+    Raises `UserError` if they give neither, or half a data connection.
+    """
+    values = {name: os.environ[name] for name in GIVEN if os.environ.get(name)}
+    if not values:
+        raise UserError(f"nothing is given: set {', '.join(CONNECTION)}, or NUDGE_REGISTRY_URL")
+    missing = [name for name in CONNECTION if name not in values]
+    if missing and len(missing) < len(CONNECTION):
+        raise UserError(
+            f"the data connection that is given is not complete: {', '.join(missing)} not set; set "
+            "it, or unset the others to have the object store of this machine"
+        )
+    return values
+
+
+def not_used(environment: Mapping[str, str]) -> list[str]:
+    """The variables of this process that say something else than those of the parts used."""
+    return [name for name in GIVEN if os.environ.get(name, "") not in ("", environment[name])]
 
 
 def resting(home: Path) -> list[str]:
@@ -221,7 +249,11 @@ def _start_store(home: Path, asked: int) -> processes.Record:
     data = home / STORE
     data.mkdir(parents=True, exist_ok=True)
     address = f"http://127.0.0.1:{ports['s3.port']}"
-    command = [weed, "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    # Its log names the access key: it goes where only this user reads, and no copy to /tmp.
+    log = home / "services" / f"{STORE}.log"
+    log.touch(mode=0o600)
+    log.chmod(0o600)
+    command = [weed, "-logtostderr", "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     command += [f"-{name}={port}" for name, port in ports.items()]
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false"]
     command += ["-master.telemetry=false"]
@@ -271,6 +303,16 @@ def _start_serving(home: Path, environment: dict[str, str]) -> processes.Record:
         timeout_s=START_TIMEOUT_S,
         environment=environment,
     )
+
+
+def _check_port(home: Path, name: str, port: int) -> None:
+    """Raise `UserError` if a part that runs has another port than the one asked for."""
+    record = _running(home, name)
+    if record and port and not record.address.endswith(f":{port}"):
+        raise UserError(
+            f"{name} runs at {record.address} already; to move it to port {port}, end it first "
+            "(`nudge services down`)"
+        )
 
 
 def _ports(home: Path, name: str, wanted: tuple[str, ...], asked: int) -> dict[str, int]:
