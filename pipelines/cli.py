@@ -134,7 +134,7 @@ def run(
     else:
         Console().print(display.summary(values, current))
         if values["endpoint"]:
-            click.echo(f"\n{display.curl(values)}")  # a line by itself, never folded
+            click.echo(f"\n{display.curl(values, current)}")  # a line by itself, never folded
     if values["error"]:
         click.echo(
             f"error: {values['error']}\n"

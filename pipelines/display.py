@@ -202,9 +202,9 @@ def _places(values: dict[str, Any]) -> Table:
     return table
 
 
-def curl(values: dict[str, Any]) -> str:
-    """A command that asks the endpoint for a completion of the first probe."""
-    prompt = values["probes"][0]["prompt"] if values["probes"] else "Once upon a time"
+def curl(values: dict[str, Any], run: Run) -> str:
+    """A command that asks the endpoint what the step `deploy` asked it."""
+    prompt = run.steps["deploy"].results["smoke_prompt"]
     body = {"model": values["served_model"], "prompt": prompt, "max_tokens": 8}
     header = "-H 'Content-Type: application/json'"
     quoted = shlex.quote(json.dumps(body))

@@ -197,12 +197,11 @@ def _registry() -> Iterator[Callable[[Any], Any]]:
 
 
 def _settings(recipe_name: str, target: str | None, port: int | None = None) -> Any:
-    from nudge.components.common.recipe import step_settings
-    from nudge.components.deploy.settings import DeploySettings
+    from nudge.components.deploy.settings import deploy_settings
     from nudge.pipelines.recipes import load
 
     recipe = load(recipe_name).text if recipe_name else "{}"
-    return step_settings(DeploySettings, "deploy", recipe, target=target or "", port=port or "")
+    return deploy_settings(recipe, target=target or "", port=port or "")
 
 
 def _model(ask: Callable[[Any], Any], given: str) -> str:
