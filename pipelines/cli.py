@@ -59,6 +59,12 @@ def main() -> None:
     show_default=True,
     help="docker: each step in its image, from the compiled YAML, as on a cluster.",
 )
+@click.option(
+    "--given",
+    is_flag=True,
+    help="Use the data connection (AWS_*) and the registry (NUDGE_REGISTRY_URL) that are set, each "
+    "in the place of one of its own.",
+)
 def run(
     recipe: str,
     overrides: tuple[str, ...],
@@ -66,6 +72,7 @@ def run(
     fresh: bool,
     compiled: Path | None,
     engine: str,
+    given: bool,
 ) -> None:
     """Run the whole pipeline here: ingest, tokenize, train, evaluate, upload, register, deploy.
 
@@ -88,6 +95,8 @@ def run(
     loaded = load(recipe, overrides)
     home = nudge_home()
     console = Console(stderr=True)
+    if given and engine == "docker":
+        raise UserError("--given is for --engine process: what serves containers here has its own")
     if engine == "docker":
         from nudge.pipelines.local import containers
 
@@ -98,8 +107,12 @@ def run(
         from nudge.pipelines.local import needs
 
         needs.check(loaded.text)
-    started = services.up(home)
-    services.serve_again(home, started)
+    started = services.up(home, instead=services.given() if given else {})
+    if unused := services.not_used(started):
+        told = f"{', '.join(unused)} {'is' if len(unused) == 1 else 'are'} set and not used"
+        click.echo(f"{told}: this run has parts of its own; --given takes those", err=True)
+    if not given:  # what was served here before is in the registry of this machine
+        services.serve_again(home, started)
     if engine == "docker":
         started |= services.open_serving(home, started)
     current = local_run.begin(loaded, home, fresh=fresh)
@@ -130,7 +143,7 @@ def run(
     else:
         Console().print(display.summary(values, current))
         if values["endpoint"]:
-            click.echo(f"\n{display.curl(values)}")  # a line by itself, never folded
+            click.echo(f"\n{display.curl(values, current)}")  # a line by itself, never folded
     if values["error"]:
         click.echo(
             f"error: {values['error']}\n"
@@ -229,24 +242,21 @@ def services_down() -> None:
 
 
 @services_group.command("status")
-def services_status() -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list on stdout.")
+def services_status(as_json: bool) -> None:
     """Show what runs, where, and how much memory it holds."""
-    _show_services()
+    _show_services(as_json)
 
 
-def _show_services() -> None:
+def _show_services(as_json: bool = False) -> None:
     from nudge.components.common.processes import nudge_home
+    from nudge.pipelines import display
     from nudge.pipelines.local import services
-    from rich.console import Console
-    from rich.table import Table
 
     rows = services.status(nudge_home())
-    if not rows:
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    elif rows:
+        display.parts(rows)
+    else:
         click.echo("nothing is running; `nudge services up` starts the parts")
-        return
-    table = Table()
-    for name in ("name", "state", "address", "pid", "resident_mb"):
-        table.add_column(name.replace("_", " "), overflow="fold")
-    for row in rows:
-        table.add_row(*(str(row[str(c.header).replace(" ", "_")] or "") for c in table.columns))
-    Console().print(table)

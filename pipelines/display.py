@@ -170,6 +170,22 @@ def _metrics(values: dict[str, Any]) -> Table:
     return table
 
 
+def parts(rows: list[dict[str, Any]]) -> None:
+    """Print the table of what runs here; on a narrow terminal the names fold and the addresses do
+    not (down to 64 columns), in a pipe or a file nothing does."""
+    table = Table()
+    table.add_column("name", overflow="fold")
+    for column in ("state", "address", "pid", "resident mb"):
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        keys = (str(column.header).replace(" ", "_") for column in table.columns)
+        table.add_row(*(Text(str(row[key] or "")) for key in keys))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 1000  # of which a table takes what it needs
+    console.print(table)
+
+
 def _number(value: float | None, form: str) -> str:
     """An evaluation holds null where a figure is no finite number."""
     return "not available" if value is None else format(value, form)
@@ -186,9 +202,9 @@ def _places(values: dict[str, Any]) -> Table:
     return table
 
 
-def curl(values: dict[str, Any]) -> str:
-    """A command that asks the endpoint for a completion of the first probe."""
-    prompt = values["probes"][0]["prompt"] if values["probes"] else "Once upon a time"
+def curl(values: dict[str, Any], run: Run) -> str:
+    """A command that asks the endpoint what the step `deploy` asked it."""
+    prompt = run.steps["deploy"].results["smoke_prompt"]
     body = {"model": values["served_model"], "prompt": prompt, "max_tokens": 8}
     header = "-H 'Content-Type: application/json'"
     quoted = shlex.quote(json.dumps(body))

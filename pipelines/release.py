@@ -1,6 +1,10 @@
 """The commands that move traffic between registered versions: models, promote, split, rollback."""
 
+import contextlib
+import functools
 import json
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -27,7 +31,13 @@ TARGET = click.option(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list on stdout.")
 def models(model: str, as_json: bool) -> None:
     """List registered versions: what they scored, and which of them are served."""
-    rows = _rows(model)
+    from nudge.pipelines.local.services import NothingRun
+
+    try:
+        rows = _rows(model)
+    except NothingRun as nothing:
+        rows = []
+        click.echo(nothing, err=True)
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
@@ -36,8 +46,10 @@ def models(model: str, as_json: bool) -> None:
 
     for name in dict.fromkeys(row["model"] for row in rows):
         of_model = [row for row in rows if row["model"] == name]
-        endpoint = next((row["endpoint"] for row in of_model if row["endpoint"]), "not served")
-        table = Table(title=f"{name}  {endpoint}", title_justify="left")
+        served = next((row for row in of_model if row["endpoint"]), {"endpoint": "not served"})
+        hint = " (not running: `nudge services up`)" if served.get("running") is False else ""
+        click.echo(f"{name}  {served['endpoint']}{hint}")  # a line by itself, never folded
+        table = Table()
         table.add_column("version", no_wrap=True)
         table.add_column("made", no_wrap=True)
         for column in ("bits per byte", "beside base", "traffic"):
@@ -97,11 +109,15 @@ def split(shares: tuple[str, ...], model: str, recipe_name: str, target: str | N
 @TARGET
 def rollback(version: str, model: str, recipe_name: str, target: str | None) -> None:
     """Go back to the version that had all of the traffic before this one."""
-    from nudge.components.deploy.deploy import rollback as roll_back
+    from nudge.components.common.releases import find_served
+    from nudge.components.deploy.deploy import version_before
 
     settings = _settings(recipe_name, target)
-    _connect(settings)
-    _tell(roll_back(settings, registered_model=_model(model), version=version))
+    _take_registry(settings)
+    with _registry() as ask:
+        name = _model(ask, model)
+        version = version or version_before(settings, name, ask(find_served(name)))
+    _shift(settings, name, {version: 100})
 
 
 @click.command()
@@ -112,13 +128,11 @@ def register(uri: str, registry_url: str) -> None:
 
     URI is the version's folder in the object store; the run's error names it.
     """
-    import os
-
     from nudge.components.register.unfinished import finish
 
     if registry_url:
         os.environ["NUDGE_REGISTRY_URL"] = registry_url
-    _connect()
+    _start()
     told = finish(uri)
     click.echo(
         f"{told['registered_model']} {told['version']} is registered; `nudge promote "
@@ -127,50 +141,73 @@ def register(uri: str, registry_url: str) -> None:
 
 
 def _shift(settings: Any, model: str, shares: dict[str, int]) -> None:
-    from nudge.components.deploy.deploy import serve
+    """Move a model's traffic; what is wrong with the arguments is said before anything starts."""
+    from nudge.components.common.releases import find_version
+    from nudge.components.deploy.deploy import say, serve
+    from nudge.components.deploy.traffic import whole
 
-    _connect(settings)
-    _tell(serve(settings, _model(model), shares))
+    _take_registry(settings)
+    with _registry() as ask:
+        name = _model(ask, model)
+        for version in whole(shares):
+            ask(find_version(name, version))
+    _start()
+    result = serve(settings, name, shares, functools.partial(say, name))
+    told = ", ".join(f"{version} {share} %" for version, share in result["shares"].items())
+    click.echo(f"{name}: {told} at {result['endpoint']}")
 
 
-def _tell(result: dict[str, Any]) -> None:
-    shares = ", ".join(f"{name} {share} %" for name, share in result["shares"].items())
-    click.echo(f"{result['served_model']}: {shares} at {result['endpoint']}")
+def _take_registry(settings: Any) -> None:
+    """Take the registry that a recipe names.
 
-
-def _connect(settings: Any = None) -> None:
-    """The data connection and the registry of this machine, unless others are given.
-
-    A cluster has its own registry: for one, raises `UserError` if none is given.
+    A cluster has its own: for one, raises `UserError` if none is given.
     """
-    import os
+    from nudge.components.common.registry import registry_url
 
-    if settings is not None:
-        from nudge.components.common.registry import registry_url
+    if settings.registry_url or settings.target == "kserve":
+        os.environ["NUDGE_REGISTRY_URL"] = registry_url(settings.registry_url)
 
-        if settings.registry_url or settings.target == "kserve":
-            os.environ["NUDGE_REGISTRY_URL"] = registry_url(settings.registry_url)
 
+def _start() -> None:
+    """The data connection and the registry of this machine, unless a registry is given."""
     from nudge.components.common.processes import nudge_home
     from nudge.pipelines.local import services
 
-    if not os.environ.get("NUDGE_REGISTRY_URL"):
-        os.environ.update(services.up(nudge_home()))
+    if os.environ.get("NUDGE_REGISTRY_URL"):
+        return
+    home = nudge_home()
+    begun = services.resting(home)
+    os.environ.update(services.up(home))
+    if begun:
+        told = f"started {' and '.join(begun)}; `nudge services down` ends what runs"
+        click.echo(told, err=True)
+
+
+@contextlib.contextmanager
+def _registry() -> Iterator[Callable[[Any], Any]]:
+    """What asks the registry that is given, else this machine's; no part is started for it."""
+    from nudge.components.common.processes import nudge_home
+    from nudge.components.common.registry import registry_url, with_registry
+    from nudge.pipelines.local import services
+
+    given = os.environ.get("NUDGE_REGISTRY_URL")
+    reading = services.registry_to_read(nudge_home())
+    with contextlib.nullcontext(given) if given else reading as url:
+        yield functools.partial(with_registry, registry_url(url))
 
 
 def _settings(recipe_name: str, target: str | None, port: int | None = None) -> Any:
-    from nudge.components.common.recipe import step_settings
-    from nudge.components.deploy.settings import DeploySettings
+    from nudge.components.deploy.settings import deploy_settings
     from nudge.pipelines.recipes import load
 
     recipe = load(recipe_name).text if recipe_name else "{}"
-    return step_settings(DeploySettings, "deploy", recipe, target=target or "", port=port or "")
+    return deploy_settings(recipe, target=target or "", port=port or "")
 
 
-def _model(given: str) -> str:
+def _model(ask: Callable[[Any], Any], given: str) -> str:
     if given:
         return given
-    names = _ask(_names)
+    names = ask(_names)
     if len(names) != 1:
         raise UserError(
             f"there are {len(names)} registered models ({', '.join(names)}); give --model"
@@ -179,31 +216,36 @@ def _model(given: str) -> str:
 
 
 def _rows(model: str) -> list[dict[str, Any]]:
+    with _registry() as ask:
+        names = [model] if model else ask(_names)
+        return [row for name in names for row in _rows_of(ask, name)]
+
+
+def _rows_of(ask: Callable[[Any], Any], name: str) -> Iterator[dict[str, Any]]:
     import datetime
 
+    from nudge.components.common.processes import nudge_home
     from nudge.components.common.releases import find_served, list_versions
+    from nudge.pipelines.local import services
 
-    rows = []
-    for name in [model] if model else _ask(_names):
-        served = _ask(find_served(name))
-        for version in _ask(list_versions(name)):
-            made = datetime.datetime.fromtimestamp(version.created_ms / 1000)
-            scored = version.properties
-            share = served.shares.get(version.name, 0) if served else 0
-            rows.append(
-                {
-                    "model": name,
-                    "version": version.name,
-                    "made": made.isoformat(" ", "minutes"),
-                    "bits_per_byte": scored.get("candidate.bits_per_byte"),
-                    "difference": scored.get("difference_bits_per_byte"),
-                    "state": "ARCHIVED" if version.archived else "LIVE",
-                    "share": share,
-                    "endpoint": served.endpoint if served and share else None,
-                    "uri": version.uri,
-                }
-            )
-    return rows
+    served = ask(find_served(name))
+    running = services.serves(nudge_home(), name, served.endpoint) if served else None
+    for version in ask(list_versions(name)):
+        made = datetime.datetime.fromtimestamp(version.created_ms / 1000)
+        scored = version.properties
+        share = served.shares.get(version.name, 0) if served else 0
+        yield {
+            "model": name,
+            "version": version.name,
+            "made": made.isoformat(" ", "minutes"),
+            "bits_per_byte": scored.get("candidate.bits_per_byte"),
+            "difference": scored.get("difference_bits_per_byte"),
+            "state": "ARCHIVED" if version.archived else "LIVE",
+            "share": share,
+            "endpoint": served.endpoint if served and share else None,
+            "running": running if share else None,
+            "uri": version.uri,
+        }
 
 
 async def _names(client: Any) -> list[str]:
@@ -214,10 +256,3 @@ async def _names(client: Any) -> list[str]:
         names += [model.name for model in await client.get_registered_models(options)]
         if not options.next_page_token:
             return names
-
-
-def _ask(work: Any) -> Any:
-    from nudge.components.common.registry import registry_url, with_registry
-
-    _connect()
-    return with_registry(registry_url(), work)

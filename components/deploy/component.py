@@ -14,13 +14,12 @@ def deploy(recipe: str, registered_model: str, version: str) -> str:
     Returns:
         The endpoint's URL.
     """
-    from nudge.components.common.recipe import step_settings
     from nudge.components.common.step import clean_end
     from nudge.components.deploy.deploy import deploy
-    from nudge.components.deploy.settings import DeploySettings
+    from nudge.components.deploy.settings import deploy_settings
 
     with clean_end():
-        settings = step_settings(DeploySettings, "deploy", recipe)
+        settings = deploy_settings(recipe)
         result = deploy(settings, registered_model=registered_model, version=version)
     return str(result["endpoint"])
 
@@ -37,12 +36,11 @@ def roll_back(recipe: str, model_name: str, to_version: str) -> str:
     Returns:
         The version that is served now.
     """
-    from nudge.components.common.recipe import step_settings
     from nudge.components.common.step import clean_end
     from nudge.components.deploy.deploy import rollback
-    from nudge.components.deploy.settings import DeploySettings
+    from nudge.components.deploy.settings import deploy_settings
 
     with clean_end():
-        settings = step_settings(DeploySettings, "deploy", recipe)
+        settings = deploy_settings(recipe)
         result = rollback(settings, registered_model=model_name, version=to_version)
     return str(result["version"])

@@ -1,6 +1,8 @@
 """The step `deploy`: a registered version becomes a served, tested endpoint; and the way back."""
 
 import os
+import sys
+from collections.abc import Callable
 from typing import Any
 
 from nudge.components.common.errors import UserError
@@ -18,7 +20,7 @@ def deploy(settings: DeploySettings, *, registered_model: str, version: str) -> 
     the old one ends when nothing is under way on it. Raises `UserError` with the end of the
     server's log, or what the smoke test got; what was served is then still served.
     """
-    return serve(settings, registered_model, {version: 100})
+    return _serve_in_step(settings, registered_model, version)
 
 
 @step("rollback", reuse=False)
@@ -34,40 +36,50 @@ def rollback(
 
     if not version:
         served = with_registry(registry_url(settings.registry_url), find_served(registered_model))
-        if served is None:
-            raise UserError(f"nothing is served of {registered_model}, so nothing can be undone")
-        live = _target(settings, served).live(registered_model)
-        # What a shift moved that could not tell the registry is undone first. Of a split the main
-        # version stays; a version with all the traffic gives way.
-        untold = bool(live) and live != set(served.shares)
-        back = served.main if untold or len(served.shares) > 1 else served.before
-        if back is None:
-            raise UserError(
-                f"{registered_model} {served.main} is the first version that was served; "
-                "name another one to go to"
-            )
-        version = back
-    return serve(settings, registered_model, {version: 100})
+        version = version_before(settings, registered_model, served)
+    return _serve_in_step(settings, registered_model, version)
 
 
-def serve(settings: DeploySettings, model: str, shares: dict[str, int]) -> dict[str, Any]:
-    """Shift a model's traffic to ``shares`` (percent by version); what `deploy` returns."""
+def version_before(settings: DeploySettings, model: str, served: Served | None) -> str:
+    """The version that a rollback goes to; raises `UserError` if there is none."""
+    if served is None:
+        raise UserError(f"nothing is served of {model}, so nothing can be undone")
+    live = _target(settings, served).live(model)
+    # What a shift moved that could not tell the registry is undone first. Of a split the main
+    # version stays; a version with all the traffic gives way.
+    untold = bool(live) and live != set(served.shares)
+    back = served.main if untold or len(served.shares) > 1 else served.before
+    if back is None:
+        raise UserError(
+            f"{model} {served.main} is the first version that was served; name another one to go to"
+        )
+    return back
+
+
+def _serve_in_step(settings: DeploySettings, model: str, version: str) -> dict[str, Any]:
     from nudge.components.common.progress import progress
+
+    with progress("deploy", total=4, unit="stages") as bar:
+        return serve(
+            settings, model, {version: 100}, note=lambda stage: bar.advance(1, stage=stage)
+        )
+
+
+def serve(
+    settings: DeploySettings,
+    model: str,
+    shares: dict[str, int],
+    note: Callable[[str], None] = lambda stage: None,
+) -> dict[str, Any]:
+    """Shift a model's traffic to ``shares`` (percent by version); what `deploy` returns."""
     from nudge.components.common.registry import registry_url, with_registry
     from nudge.components.common.releases import find_served
 
     url = registry_url(settings.registry_url)
     target = _target(settings, with_registry(url, find_served(model)))
-    stages = 2 * len([share for share in shares.values() if share]) + 2
-    with progress("deploy", total=stages, unit="stages") as bar:
-        served, answers = shift(
-            target,
-            lambda work: with_registry(url, work),
-            settings,
-            model,
-            shares,
-            note=lambda stage: bar.advance(1, stage=stage),
-        )
+    served, answers = shift(
+        target, lambda work: with_registry(url, work), settings, model, shares, note
+    )
     return {
         "endpoint": served.endpoint,
         "served_model": model,
@@ -76,6 +88,11 @@ def serve(settings: DeploySettings, model: str, shares: dict[str, int]) -> dict[
         "smoke_prompt": settings.smoke_prompt,
         "smoke_answer": answers[served.main],
     }
+
+
+def say(model: str, stage: str) -> None:
+    """What a command notes of `serve`, for who waits for it: a line on stderr a stage."""
+    print(f"{model}: {stage}", file=sys.stderr, flush=True)
 
 
 def _target(settings: DeploySettings, served: Served | None) -> Target:

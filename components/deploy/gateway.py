@@ -48,6 +48,11 @@ def routes(home: Path) -> dict[str, Route]:
     return {path.parts[-3]: Route(**json.loads(path.read_text())) for path in paths}
 
 
+def addresses(home: Path) -> dict[str, str]:
+    """Where users meet each model, by the name of its process, whose record has Caddy's own."""
+    return {gateway_name(model): _url(route.port) for model, route in routes(home).items()}
+
+
 def route(
     home: Path, model: str, servers: dict[str, str], shares: dict[str, int], port: int
 ) -> str:
@@ -68,7 +73,7 @@ def route(
             _start(home, model, wanted)
         served = {name: servers[name] for name, share in shares.items() if share}
         switch(home / "gateway" / model, Route(wanted, shares, served))
-    url = f"http://127.0.0.1:{wanted}"
+    url = _url(wanted)
     if old and old.port != wanted:
         told = f"{model} moved from port {old.port} to {url}, as deploy.port says"
         print(told, file=sys.stderr, flush=True)
@@ -98,6 +103,10 @@ def drained(home: Path, model: str, address: str) -> bool:
         retry_error_callback=lambda state: 1,
     )
     return waiting(busy) == 0
+
+
+def _url(port: int) -> str:
+    return f"http://127.0.0.1:{port}"
 
 
 def gateway_name(model: str) -> str:
@@ -169,7 +178,7 @@ def _start(home: Path, model: str, port: int) -> None:
         )
     address = f"http://127.0.0.1:{processes.free_port()}"
     folder = home / "gateway" / model
-    write_atomic(folder / CONFIGURATION, json.dumps(_configuration(address, port)))
+    write_atomic(folder / CONFIGURATION, json.dumps(_configuration(address, port, model)))
     processes.start(
         home,
         gateway_name(model),
@@ -183,7 +192,7 @@ def _start(home: Path, model: str, port: int) -> None:
     )
 
 
-def _configuration(admin: str, port: int) -> dict[str, Any]:
+def _configuration(admin: str, port: int, model: str) -> dict[str, Any]:
     """Caddy's configuration (https://caddyserver.com/docs/json/)."""
     return {
         "admin": {"listen": admin.removeprefix("http://"), "config": {"persist": False}},
@@ -194,12 +203,38 @@ def _configuration(admin: str, port: int) -> dict[str, Any]:
                         "listen": [f"127.0.0.1:{port}"],
                         "automatic_https": {"disable": True},
                         "protocols": ["h1"],
-                        "routes": [{"handle": [by_share("now")]}],
+                        "routes": [*_listed(model), {"handle": [by_share("now")]}],
                     }
                 }
             }
         },
     }
+
+
+def _listed(model: str) -> list[dict[str, Any]]:
+    """Caddy's routes that list the one model behind it, as OpenAI's API does.
+
+    Clients ask that first; `transformers serve` would list the hub's cache of this machine, and
+    fails where there is none.
+    """
+    entry = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "nudge"}
+    answers = {
+        "/v1/models": {"object": "list", "data": [entry]},
+        f"/v1/models/{model}": entry,
+    }
+    return [
+        {
+            "match": [{"path": [path], "method": ["GET", "HEAD"]}],
+            "handle": [
+                {
+                    "handler": "static_response",
+                    "headers": {"Content-Type": ["application/json"]},
+                    "body": json.dumps(body),
+                }
+            ],
+        }
+        for path, body in answers.items()
+    ]
 
 
 def by_share(folder: str) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The settings of the step `deploy`."""
 
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
+from nudge.components.common.recipe import some_settings, step_settings
 from nudge.components.common.settings import settings
 from pydantic import Field, model_validator
 
@@ -75,7 +76,8 @@ class DeploySettings:
     """Empty means NUDGE_REGISTRY_URL."""
     registry_name: str = "model-registry"
     """The registry's name on the dashboard, which ties a deployment to its version there."""
-    smoke_prompt: str = "The Eiffel Tower is located in"
+    smoke_prompt: Annotated[str, Field(min_length=1)] = "Once upon a time"
+    """In a recipe its first probe, or else its first prompt, unless it names another one."""
     smoke_tokens: Annotated[int, Field(ge=1, le=256)] = 8
     smoke_tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """How far a probe's probability may be from the evaluated one, where the server tells it;
@@ -86,3 +88,21 @@ class DeploySettings:
     start_timeout_s: Annotated[float, Field(gt=0)] = 180.0
     """For a server on this machine."""
     kserve: KServe = field(default_factory=KServe)
+
+
+@settings
+class Asked:
+    """What a recipe's section `evaluate` asks the models."""
+
+    probes: list[dict[str, Any]] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+
+
+def deploy_settings(recipe: str, **given: Any) -> DeploySettings:
+    """The settings in a recipe's text, with a smoke prompt of its own subject; ``given`` and
+    errors are those of `step_settings`."""
+    asked = some_settings(Asked, "evaluate", recipe)
+    prompts = [*(str(probe["prompt"]) for probe in asked.probes), *asked.prompts]
+    chosen = step_settings(DeploySettings, "deploy", recipe, **given)
+    neutral = chosen.smoke_prompt == DeploySettings.smoke_prompt
+    return replace(chosen, smoke_prompt=prompts[0]) if neutral and prompts else chosen

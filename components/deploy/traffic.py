@@ -66,10 +66,7 @@ def shift(
     room), and a version that does not pass is taken away again. Only where the registry fails once
     the traffic has moved is the new one served, which the error says.
     """
-    wanted = {name: share for name, share in shares.items() if share}
-    if sum(wanted.values()) != 100 or any(share < 0 for share in wanted.values()):
-        told = ", ".join(f"{name} {share}" for name, share in shares.items())
-        raise UserError(f"the shares {told} do not add up to 100 percent")
+    wanted = whole(shares)
     with target.exclusive(model):
         before: Served | None = registry(find_served(model))
         # A shift that was killed may have moved the traffic and not told the registry.
@@ -114,6 +111,15 @@ def shift(
         note("ending what is not needed")
         target.retire(model, set(wanted))
     return served, answers
+
+
+def whole(shares: Mapping[str, int]) -> dict[str, int]:
+    """The shares that are not 0; raises `UserError` unless they add up to 100."""
+    wanted = {name: share for name, share in shares.items() if share}
+    if sum(wanted.values()) != 100 or any(share < 0 for share in wanted.values()):
+        told = ", ".join(f"{name} {share}" for name, share in shares.items())
+        raise UserError(f"the shares {told} do not add up to 100 percent")
+    return wanted
 
 
 def _bring_back(

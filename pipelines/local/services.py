@@ -4,12 +4,17 @@ They stand for an S3 data connection and the Model Registry of a cluster, and ar
 same way: through the AWS_* variables and a registry URL.
 """
 
+import contextlib
+import functools
 import hmac
 import json
 import os
 import secrets
 import shutil
+import socket
 import sys
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,9 @@ from nudge.components.common.errors import UserError
 
 BUCKET = "nudge"
 STORE, REGISTRY, SERVING = "object-store", "model-registry", "host-serving"
+CONNECTION = ("AWS_S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_BUCKET")
+GIVEN = (*CONNECTION, "NUDGE_REGISTRY_URL")
+"""The variables of what may be given in the place of the store and the registry."""
 START_TIMEOUT_S = 60.0
 STORE_PORTS = (
     "s3.port",
@@ -34,26 +42,102 @@ STORE_PORTS = (
 )
 
 
-def up(home: Path, ports: dict[str, int] | None = None) -> dict[str, str]:
+class NothingRun(UserError):
+    """No part was ever started below this home."""
+
+
+def up(
+    home: Path, ports: Mapping[str, int] | None = None, instead: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Start what does not run yet; returns the variables under which steps reach the parts.
 
-    ``ports`` asks for fixed ports, by ``object-store`` and ``model-registry``. Raises `UserError`
-    if a part cannot be had or a port asked for is taken.
+    ``ports`` asks for fixed ports, by ``object-store`` and ``model-registry``; ``instead`` is what
+    `given` gave. Raises `UserError` if a part cannot be had, or the port asked for.
     """
-    asked = ports or {}
+    asked, instead = ports or {}, instead or {}
     with processes.locked(home, "up"):
-        store = _running(home, STORE) or _start_store(home, asked.get(STORE, 0))
-        registry = _running(home, REGISTRY) or _start_registry(home, asked.get(REGISTRY, 0))
-        environment = {
-            **_credentials(home),
-            "AWS_S3_ENDPOINT": store.address,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_S3_BUCKET": BUCKET,
-            "NUDGE_REGISTRY_URL": registry.address,
-            "NUDGE_HOME": str(home),
-        }
-        _make_bucket(environment)
+        for name, port in asked.items():
+            _check_port(home, name, port)
+        environment = {"NUDGE_HOME": str(home), **instead}
+        if "AWS_S3_ENDPOINT" not in instead:
+            store = _running(home, STORE) or _start_store(home, asked.get(STORE, 0))
+            environment |= {
+                **_credentials(home),
+                "AWS_S3_ENDPOINT": store.address,
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_S3_BUCKET": BUCKET,
+            }
+            _make_bucket(environment)
+        if "NUDGE_REGISTRY_URL" not in instead:
+            registry = _running(home, REGISTRY) or _start_registry(home, asked.get(REGISTRY, 0))
+            environment["NUDGE_REGISTRY_URL"] = registry.address
     return environment
+
+
+def given() -> dict[str, str]:
+    """What this process's variables give in the place of a part: a data connection, a registry.
+
+    Raises `UserError` if they give neither, or half a data connection.
+    """
+    values = {name: os.environ[name] for name in GIVEN if os.environ.get(name)}
+    if not values:
+        raise UserError(f"nothing is given: set {', '.join(CONNECTION)}, or NUDGE_REGISTRY_URL")
+    missing = [name for name in CONNECTION if name not in values]
+    if missing and len(missing) < len(CONNECTION):
+        raise UserError(
+            f"the data connection that is given is not complete: {', '.join(missing)} not set; set "
+            "it, or unset the others to have the object store of this machine"
+        )
+    return values
+
+
+def not_used(environment: Mapping[str, str]) -> list[str]:
+    """The variables of this process that say something else than those of the parts used."""
+    return [name for name in GIVEN if os.environ.get(name, "") not in ("", environment[name])]
+
+
+def resting(home: Path) -> list[str]:
+    """The names of those that `up` would start."""
+    return [name for name in (STORE, REGISTRY) if not _running(home, name)]
+
+
+@contextlib.contextmanager
+def registry_to_read(home: Path) -> Iterator[str]:
+    """The URL of the registry that runs, or of one that reads the same file and ends with the
+    block: a thread of this process, which no other one comes to rely on.
+
+    Raises `NothingRun` if there never was one here.
+    """
+    if running := _running(home, REGISTRY):
+        yield running.address
+        return
+    database = _database(home)
+    if not database.is_file():
+        raise NothingRun(f"no models: nothing was run in this folder ({home})")
+    import uvicorn
+    from nudge.pipelines.local.registry.app import create_app
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(create_app(database), log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def serves(home: Path, model: str, endpoint: str) -> bool | None:
+    """Whether a model's address of this home, and all that has a share there, is up.
+
+    None of an address elsewhere, which is not for this machine to know.
+    """
+    from nudge.components.deploy import gateway
+
+    if gateway.addresses(home).get(gateway.gateway_name(model)) != endpoint:
+        return None
+    return all(_answers(home, model, version) for version in gateway.routes(home)[model].shares)
 
 
 def open_serving(home: Path, environment: dict[str, str]) -> dict[str, str]:
@@ -79,7 +163,7 @@ def serve_again(home: Path, environment: dict[str, str]) -> list[str]:
     the servers that a killed shift left beside it are ended.
     """
     from nudge.components.deploy import gateway
-    from nudge.components.deploy.deploy import serve
+    from nudge.components.deploy.deploy import say, serve
     from nudge.components.deploy.local_serving import LocalServing
     from nudge.components.deploy.settings import DeploySettings
 
@@ -92,7 +176,7 @@ def serve_again(home: Path, environment: dict[str, str]) -> list[str]:
                 local.retire(model, local.live(model))
             continue
         try:
-            serve(DeploySettings(), model, route.shares)
+            serve(DeploySettings(), model, route.shares, functools.partial(say, model))
             back.append(model)
         except UserError as error:
             print(f"{model} was served here and does not come back: {error}", file=sys.stderr)
@@ -119,7 +203,13 @@ def down(home: Path) -> list[str]:
 
 
 def status(home: Path) -> list[dict[str, Any]]:
-    """A row a part: name, state, address, pid, resident_mb (of all its processes), log."""
+    """A row a part: name, state, address, pid, resident_mb (of all its processes), log.
+
+    The address is the one for users: of a gateway the model's, not where Caddy is administered.
+    """
+    from nudge.components.deploy import gateway
+
+    public = gateway.addresses(home)
     rows: list[dict[str, Any]] = []
     for record in processes.records(home):
         process = record.process()
@@ -134,7 +224,7 @@ def status(home: Path) -> list[dict[str, Any]]:
             {
                 "name": record.name,
                 "state": "running" if process else "stopped",
-                "address": record.address,
+                "address": public.get(record.name, record.address),
                 "pid": record.pid if process else None,
                 "resident_mb": round(resident / 1e6) if process else None,
                 "log": record.log,
@@ -159,7 +249,11 @@ def _start_store(home: Path, asked: int) -> processes.Record:
     data = home / STORE
     data.mkdir(parents=True, exist_ok=True)
     address = f"http://127.0.0.1:{ports['s3.port']}"
-    command = [weed, "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    # Its log names the access key: it goes where only this user reads, and no copy to /tmp.
+    log = home / "services" / f"{STORE}.log"
+    log.touch(mode=0o600)
+    log.chmod(0o600)
+    command = [weed, "-logtostderr", "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     command += [f"-{name}={port}" for name, port in ports.items()]
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false"]
     command += ["-master.telemetry=false"]
@@ -179,7 +273,7 @@ def _start_store(home: Path, asked: int) -> processes.Record:
 def _start_registry(home: Path, asked: int) -> processes.Record:
     port = _ports(home, REGISTRY, ("port",), asked)["port"]
     address = f"http://127.0.0.1:{port}"
-    database = home / REGISTRY / "registry.sqlite"
+    database = _database(home)
     database.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "nudge.pipelines.local.registry", "--database", str(database)]
     return processes.start(
@@ -190,6 +284,10 @@ def _start_registry(home: Path, asked: int) -> processes.Record:
         ready=lambda: processes.answers(f"{address}/health"),
         timeout_s=START_TIMEOUT_S,
     )
+
+
+def _database(home: Path) -> Path:
+    return home / REGISTRY / "registry.sqlite"
 
 
 def _start_serving(home: Path, environment: dict[str, str]) -> processes.Record:
@@ -205,6 +303,16 @@ def _start_serving(home: Path, environment: dict[str, str]) -> processes.Record:
         timeout_s=START_TIMEOUT_S,
         environment=environment,
     )
+
+
+def _check_port(home: Path, name: str, port: int) -> None:
+    """Raise `UserError` if a part that runs has another port than the one asked for."""
+    record = _running(home, name)
+    if record and port and not record.address.endswith(f":{port}"):
+        raise UserError(
+            f"{name} runs at {record.address} already; to move it to port {port}, end it first "
+            "(`nudge services down`)"
+        )
 
 
 def _ports(home: Path, name: str, wanted: tuple[str, ...], asked: int) -> dict[str, int]:

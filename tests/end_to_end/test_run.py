@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from nudge.pipelines.local import services
 
 NUDGE = str(Path(sys.executable).parent / "nudge")
 COMPILED = Path(__file__).parents[2] / "pipelines" / "compiled" / "train_and_serve.yaml"
@@ -51,8 +52,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
     nudge(folder, "services", "down")
 
 
-def nudge(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "NUDGE_HOME": str(folder / "home")}
+def nudge(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "NUDGE_HOME": str(folder / "home"), **variables}
     return subprocess.run(
         [NUDGE, *arguments],
         cwd=folder,
@@ -90,6 +91,33 @@ def test_all_seven_steps_end_in_a_served_model_that_answers(first: dict[str, Any
     answer = httpx.post(f"{first['endpoint']}/v1/completions", json=body, timeout=60)
     assert answer.status_code == 200
     assert answer.json()["choices"][0]["text"]
+
+
+@pytest.mark.long
+def test_what_is_given_is_used_only_when_asked_for(
+    first: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    given = services.up(tmp_path / "elsewhere")
+    try:
+        own = {**given, "NUDGE_HOME": str(place / "home")}
+        again = nudge(place, "run", "tiny.yaml", "--json", **own)
+        assert (
+            "AWS_SECRET_ACCESS_KEY, NUDGE_REGISTRY_URL are set and not used: this run has"
+            in again.stderr
+        )
+        given["NUDGE_HOME"] = str(tmp_path / "home")
+        asked = nudge(place, "run", "tiny.yaml", "--json", "--given", **given)
+        assert asked.returncode == 0, asked.stderr
+        result = json.loads(asked.stdout)
+        assert (result["promoted"], "not used" in asked.stderr) == (True, False)
+        parts = json.loads(nudge(place, "services", "status", "--json", **given).stdout)
+        names = {part["name"].partition("-")[0] for part in parts}
+        assert names == {"gateway", "serving"}
+        rows = json.loads(nudge(place, "models", "--json", **given).stdout)
+        assert [(row["uri"], row["running"]) for row in rows] == [(result["model_uri"], True)]
+    finally:
+        services.down(tmp_path / "home")
+        services.down(tmp_path / "elsewhere")
 
 
 def test_the_numbers_can_be_had_from_the_model_folder(first: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import httpx
 import pytest
 from aiohttp import web
+from click.testing import CliRunner
 from nudge.components.common import processes
 from nudge.components.common.errors import UserError
 from nudge.components.deploy import gateway
+from nudge.pipelines.cli import main
 
 from tests.components.deploy.stream import Stream
 from tests.web_server import Server
@@ -44,6 +47,33 @@ def test_shares_are_exact(home: Path, servers: dict[str, str]) -> None:
     assert max(b - a for a, b in itertools.pairwise(places)) < 20
     (route,) = gateway.routes(home).values()
     assert (route.shares, route.servers) == ({"v1": 93, "v2": 7}, servers)
+
+
+def test_the_model_is_listed_as_openai_does(home: Path, servers: dict[str, str]) -> None:
+    """The servers know nothing of /v1/models here, and of too much in a real one."""
+    endpoint = gateway.route(home, "a.b-1", servers, {"v1": 100}, 0)
+    listed = httpx.get(f"{endpoint}/v1/models")
+    assert listed.headers["content-type"] == "application/json"
+    (entry,) = listed.json().pop("data")
+    assert listed.json()["object"] == "list"
+    assert (entry["id"], entry["object"], entry["owned_by"]) == ("a.b-1", "model", "nudge")
+    assert isinstance(entry["created"], int)
+    assert httpx.get(f"{endpoint}/v1/models/a.b-1").json() == entry
+    head = httpx.head(f"{endpoint}/v1/models")
+    assert (head.status_code, head.content) == (200, b"")
+    # All else is for the servers.
+    assert httpx.get(f"{endpoint}/v1/models/other").status_code == 404
+    assert httpx.post(f"{endpoint}/v1/models", json={}).status_code == 404
+    assert httpx.post(f"{endpoint}/v1/completions", json={}).status_code == 200
+
+
+def test_the_table_of_parts_shows_where_users_meet_the_model(
+    home: Path, servers: dict[str, str]
+) -> None:
+    endpoint = gateway.route(home, "m", servers, {"v1": 100}, 0)
+    told = CliRunner().invoke(main, ["services", "status", "--json"], catch_exceptions=False)
+    (row,) = json.loads(told.stdout)
+    assert (row["name"], row["state"], row["address"]) == ("gateway-m", "running", endpoint)
 
 
 def test_a_taken_port_is_said_and_another_one_moves_the_model(

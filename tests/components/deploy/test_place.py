@@ -2,10 +2,9 @@
 
 import pytest
 from nudge.components.common.errors import UserError
-from nudge.components.common.recipe import step_settings
 from nudge.components.common.releases import Served
 from nudge.components.deploy.deploy import _place
-from nudge.components.deploy.settings import DeploySettings
+from nudge.components.deploy.settings import DeploySettings, deploy_settings
 from nudge.pipelines.recipes import load, shipped
 
 HERE = Served("m", "http://127.0.0.1:8000", {"v1": 100})
@@ -16,7 +15,7 @@ THERE = Served("m", "https://m-nudge.apps.example.com", {"v1": 100})
 def test_every_shipped_recipe_serves_where_it_runs(
     recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = step_settings(DeploySettings, "deploy", load(recipe).text)
+    settings = deploy_settings(load(recipe).text)
     monkeypatch.delenv("KFP_POD_NAME", raising=False)
     assert _place(settings, None) == _place(settings, HERE) == "local"
     monkeypatch.setenv("KFP_POD_NAME", "train-and-serve-abcde-system-container-impl-1")
@@ -34,3 +33,16 @@ def test_a_step_on_a_cluster_serves_nothing_in_its_pod(monkeypatch: pytest.Monke
     monkeypatch.setenv("KFP_POD_NAME", "deploy")
     with pytest.raises(UserError, match="ends with the step's pod; set it to kserve"):
         _place(DeploySettings(target="local"), None)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "prompt"),
+    [
+        ("evaluate: {probes: [{prompt: a, target: b}], prompts: [c]}", "a"),
+        ("evaluate: {probes: [], prompts: [c], window: 64}", "c"),
+        ("evaluate: {prompts: [c]}\ndeploy: {smoke_prompt: d}", "d"),
+        ("evaluate:\ndeploy:", "Once upon a time"),
+    ],
+)
+def test_the_smoke_prompt_is_of_the_recipes_own_subject(recipe: str, prompt: str) -> None:
+    assert deploy_settings(recipe).smoke_prompt == prompt

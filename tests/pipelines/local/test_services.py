@@ -58,3 +58,51 @@ def test_a_taken_port_and_a_missing_program_are_said(
     monkeypatch.setattr(services, "_scripts", lambda: "/nowhere")
     with pytest.raises(UserError, match="`weed` is not here"):
         services.up(home)
+
+
+def test_another_port_for_a_part_that_runs_is_refused(home: Path) -> None:
+    registry = services._start_registry(home, 0)
+    port = int(registry.address.rpartition(":")[2])
+    asked = {services.STORE: 0, services.REGISTRY: processes.free_port()}
+    with pytest.raises(UserError, match=f"model-registry runs at {registry.address} already"):
+        services.up(home, asked)
+    assert [record.name for record in processes.records(home)] == [services.REGISTRY]
+    services._check_port(home, services.REGISTRY, port)
+
+
+def test_only_this_user_reads_the_stores_log(connected: dict[str, str], home: Path) -> None:
+    log = home / "services" / "object-store.log"
+    assert connected["AWS_ACCESS_KEY_ID"] in log.read_text()
+    assert log.stat().st_mode & 0o777 == 0o600
+    (record,) = [each for each in processes.records(home) if each.name == services.STORE]
+    process = record.process()
+    assert process is not None
+    assert [each.path for each in process.open_files() if "weed." in each.path] == []
+
+
+def test_what_is_given_stands_in_the_place_of_a_part(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection = {
+        "AWS_S3_ENDPOINT": "https://s3.example.com",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_S3_BUCKET": "mine",
+    }
+    for name in services.GIVEN:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="nothing is given: set AWS_S3_ENDPOINT, .*REGISTRY_URL"):
+        services.given()
+    for name in ("AWS_S3_ENDPOINT", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.setenv(name, connection[name])
+    with pytest.raises(UserError, match="complete: AWS_SECRET_ACCESS_KEY, AWS_S3_BUCKET not set"):
+        services.given()
+    for name, value in connection.items():
+        monkeypatch.setenv(name, value)
+    environment = services.up(home, instead=services.given())
+    assert [record.name for record in processes.records(home)] == [services.REGISTRY]
+    registry = environment.pop("NUDGE_REGISTRY_URL")
+    assert environment == {"NUDGE_HOME": str(home), **connection}
+    assert services.not_used({**environment, "NUDGE_REGISTRY_URL": registry}) == []
+    own = {**dict.fromkeys(connection, "own"), "NUDGE_REGISTRY_URL": registry}
+    assert services.not_used(own) == list(connection)
