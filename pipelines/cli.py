@@ -143,7 +143,8 @@ def run(
     else:
         Console().print(display.summary(values, current))
         if values["endpoint"]:
-            click.echo(f"\n{display.curl(values, current)}")  # a line by itself, never folded
+            asked = current.steps["deploy"].results["smoke_prompt"]
+            click.echo(f"\n{display.curl(values, asked)}")  # a line by itself, never folded
     if values["error"]:
         click.echo(
             f"error: {values['error']}\n"

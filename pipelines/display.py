@@ -202,9 +202,8 @@ def _places(values: dict[str, Any]) -> Table:
     return table
 
 
-def curl(values: dict[str, Any], run: Run) -> str:
-    """A command that asks the endpoint what the step `deploy` asked it."""
-    prompt = run.steps["deploy"].results["smoke_prompt"]
+def curl(values: dict[str, Any], prompt: str) -> str:
+    """A command that asks the endpoint how a prompt goes on."""
     body = {"model": values["served_model"], "prompt": prompt, "max_tokens": 8}
     header = "-H 'Content-Type: application/json'"
     quoted = shlex.quote(json.dumps(body))

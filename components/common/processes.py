@@ -109,7 +109,7 @@ def read_record(home: Path, name: str) -> Record | None:
     path = home / "services" / f"{name}.json"
     try:
         return Record(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

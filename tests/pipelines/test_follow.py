@@ -199,14 +199,18 @@ def test_a_killed_runs_temporary_files_go_when_the_next_begins(
     place = link.readlink()
     left = [begin(load("eiffel"), tmp_path).folder / "tmp" for _ in range(2)]
     for each in left:
-        target = tmp_path / f"of-{each.parent.name}"
+        target = tmp_path / f"nudge-of-{each.parent.name}"
         target.mkdir()
         each.symlink_to(target)
     left[1].readlink().rmdir()  # as a reboot does
+    (mine := tmp_path / "mine").mkdir()
+    foreign = begin(load("eiffel"), tmp_path).folder / "tmp"
+    foreign.symlink_to(mine)
     begin(load("eiffel"), tmp_path)
     assert place.is_dir()  # that run is at work
     assert not left[0].is_symlink()
-    assert not list(tmp_path.glob(f"of-{left[0].parent.name}"))
+    assert mine.is_dir()  # no run made that
+    assert not list(tmp_path.glob(f"nudge-of-{left[0].parent.name}"))
     following.close()
     assert not place.exists()
 

@@ -238,8 +238,7 @@ def test_the_tables_show_what_came_out(run: Run) -> None:
 def test_the_curl_line_survives_a_shell(run: Run) -> None:
     evaluated(run, promote=True)
     served(run)
-    run.steps["deploy"].results["smoke_prompt"] = "it's in"
-    words = shlex.split(display.curl(result(run), run))
+    words = shlex.split(display.curl(result(run), "it's in"))
     assert "http://127.0.0.1:1/v1/completions" in words
     body = json.loads(words[words.index("-d") + 1])
     assert (body["model"], body["prompt"]) == ("m", "it's in")

@@ -89,7 +89,7 @@ def test_a_name_with_brackets_hides_no_start(tmp_path: Path) -> None:
         processes.created(psutil.Process(child.pid))
 
 
-@pytest.mark.parametrize("command", ["run", "models", "promote v1", "services up", "services down"])
+@pytest.mark.parametrize("command", ["run", "services up", "services down"])
 @pytest.mark.parametrize("place", ["a file", "/proc"])
 def test_a_home_that_cannot_be_written_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, command: str
@@ -101,6 +101,19 @@ def test_a_home_that_cannot_be_written_is_named(
     assert ended.exit_code == 2
     assert ended.stderr.startswith(f"error: {home} cannot hold what nudge keeps (")
     assert "set NUDGE_HOME to a folder that you can write to\n" in ended.stderr
+
+
+@pytest.mark.parametrize(("command", "status"), [("models", 0), ("promote v1", 2)])
+@pytest.mark.parametrize("place", ["a file", "/proc"])
+def test_what_only_reads_asks_for_no_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, command: str, status: int
+) -> None:
+    (tmp_path / "a file").touch()
+    home = (tmp_path / place).resolve() / "home"
+    monkeypatch.setenv("NUDGE_HOME", str(home))
+    ended = CliRunner().invoke(main, command.split())
+    assert ended.exit_code == status
+    assert f"no models: nothing was run in this folder ({home})" in ended.stderr
 
 
 def test_what_fails_under_a_lock_is_not_taken_for_its_own(tmp_path: Path) -> None:
