@@ -18,7 +18,7 @@ from nudge.components.common.releases import find_served, list_versions
 from nudge.components.common.storage import list_keys, s3_client
 from nudge.pipelines.local import services
 
-from tests.end_to_end.test_faults import NUDGE, Place, eventually
+from tests.end_to_end.test_faults import NUDGE, Place, eventually, statuses
 
 BOUNDARIES = [
     ("upload", "step_end"),
@@ -112,17 +112,23 @@ def test_killed_and_run_again(
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_with_new_text_it_is_another_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under the old name its model, which is reused from the first run of `place`, would be refused
-    at the upload."""
+    """Under the old name its model, which is reused from a run before, would be refused at the
+    upload."""
     text = place.folder / "text"
     text.mkdir()
     shipped = Path(nudge.pipelines.recipes.__path__[0]) / "corpora" / "paris"
     lines = [line for path in shipped.glob("*.jsonl") for line in path.read_text().splitlines()]
     (text / "first.jsonl").write_text("\n".join(lines[::2]))
-    arguments = ("--set", "model_name=more", "--set", f"ingest.data_uri={text}/*.jsonl")
+    second = text / "second.jsonl"
+    second.write_text("\n".join(lines[1::2]))
+    arguments = ["--set", "model_name=more", "--set", f"ingest.data_uri={text}/*.jsonl"]
+    arguments += ["--set", "ingest.validation_share=0.3"]  # of half the text enough is held out
+    place.run(*arguments, "--set", "evaluate.margin=50")
+    second.unlink()
     run_id = kill_at(place, "register", "step_end", *arguments)
-    (text / "second.jsonl").write_text("\n".join(lines[1::2]))
+    second.write_text("\n".join(lines[1::2]))
     result = place.run(*arguments)
+    assert statuses(result)["train"] == "reused"
     assert (result["error"], result["promoted"]) == (None, True)
     assert result["run_id"] == result["version"] != run_id
     for key, value in services.up(place.home).items():
