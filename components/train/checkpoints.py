@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -372,13 +372,18 @@ class CheckpointFailed(RuntimeError):
 
 @contextlib.contextmanager
 def open_checkpoints(
-    settings: TrainSettings, identity: dict[str, Any], ranks: Ranks
+    settings: TrainSettings,
+    identity: dict[str, Any],
+    ranks: Ranks,
+    note: Callable[[str], None] = lambda stage: None,
 ) -> Iterator[Checkpoints]:
     """The checkpoints of the run with this identity, where the settings say that they go.
 
     Without such a place the best weights, if they are asked for, are kept in a temporary folder.
     They are this run's alone while they are open, and once it ended well `run_is_done` is called.
-    Raises `UserError` if another run of this identity has them open (in S3 none is seen).
+    Of another run of this identity the end is waited for, which ``note`` is told; raises
+    `UserError` where there is more than one rank, of which the others would not wait so long. (In
+    S3 no other run is seen.)
     """
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     uri = settings.checkpoints or os.environ.get(PLACE_VARIABLE, "")
@@ -390,7 +395,7 @@ def open_checkpoints(
             folder = stack.enter_context(_shared_temporary(ranks))
             place = open_place(str(folder))
         if place is not None:
-            free = stack.enter_context(place.held()) if ranks.main else True
+            free = stack.enter_context(_held(place, ranks, note)) if ranks.main else True
             if ranks.sum(float(not free))[0]:
                 raise UserError(
                     f"another run of the same data and settings has its checkpoints in {place.uri} "
@@ -406,6 +411,17 @@ def open_checkpoints(
         finally:
             checkpoints.close()
         checkpoints.run_is_done()
+
+
+@contextlib.contextmanager
+def _held(place: Place, ranks: Ranks, note: Callable[[str], None]) -> Iterator[bool]:
+    with place.held() as free:
+        if free or ranks.world > 1:
+            yield free
+            return
+    note("waiting for the end of another run of the same data and settings")
+    with place.held(wait=True) as free:
+        yield free
 
 
 @contextlib.contextmanager

@@ -64,8 +64,9 @@ class Place(Protocol):
         """Remove everything else: other checkpoints, and what a killed run left half-written."""
         ...
 
-    def held(self) -> contextlib.AbstractContextManager[bool]:
-        """While open nobody else may have the place; gives False at once if somebody has it."""
+    def held(self, wait: bool = False) -> contextlib.AbstractContextManager[bool]:
+        """While open nobody else may have the place; gives False at once if somebody has it, or
+        with ``wait`` True once nobody has."""
         ...
 
     def remove_given_up(self, age_s: float) -> None:
@@ -119,8 +120,8 @@ class _Folder:
                 shutil.rmtree(path)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[bool]:
-        file = self._lock()
+    def held(self, wait: bool = False) -> Iterator[bool]:
+        file = self._lock(0 if wait else fcntl.LOCK_NB)
         if file is None:
             yield False
             return
@@ -132,14 +133,14 @@ class _Folder:
                 self.root.rmdir()
             os.close(file)
 
-    def _lock(self) -> int | None:
+    def _lock(self, how: int) -> int | None:
         """The lock file, locked until it is closed, if need be by the end of the process."""
         while True:
             self.root.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # who held it ends now, and removes both
                 file = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
                 try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(file, fcntl.LOCK_EX | how)
                 except BlockingIOError:
                     os.close(file)
                     return None
@@ -204,7 +205,7 @@ class _Bucket:
     def clear(self, keep: list[str]) -> None:
         self._delete([key for key in self._keys() if key.split("/")[0] not in keep])
 
-    def held(self) -> contextlib.AbstractContextManager[bool]:
+    def held(self, wait: bool = False) -> contextlib.AbstractContextManager[bool]:
         return contextlib.nullcontext(True)
 
     def remove_given_up(self, age_s: float) -> None:

@@ -119,7 +119,9 @@ def _train(
             plain = dataclasses.asdict(settings)
             record = stack.enter_context(open_record(history_part, model.name, plain, steps))
         same = identity(settings, split[0], manifest["tokenizer_sha256"], start.sha256, steps)
-        checkpoints = kept.enter_context(open_checkpoints(settings, same, ranks))
+        checkpoints = kept.enter_context(
+            open_checkpoints(settings, same, ranks, lambda stage: bar.note(stage=stage))
+        )
         bar.note(stage="training")
         state = train_loop(
             network, optimizer, tokenizer, split[0], split[1], settings, steps, record,

@@ -1,5 +1,6 @@
 """A run that is cut is the run that was not: the same weights, to the bit, or a clear refusal."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -7,20 +8,23 @@ import math
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from nudge.components.common.errors import UserError
 from nudge.components.common.language_model import load_model
 from nudge.components.train import loop
-from nudge.components.train.checkpoints import State
+from nudge.components.train.checkpoints import State, open_checkpoints
 from nudge.components.train.data import PackedSplit
 from nudge.components.train.loop import accumulate, validation_loss
 from nudge.components.train.network import Network
 from nudge.components.train.places import _Folder, open_place
+from nudge.components.train.ranks import Ranks
 from nudge.components.train.record import Record
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
@@ -329,7 +333,7 @@ def test_a_validation_that_is_no_number_is_never_the_best(
     assert state.validated(3.0)
 
 
-def test_a_second_run_of_the_same_ends_at_once(
+def test_a_second_run_of_the_same_waits_for_the_first(
     small: Small, tokens: Path, tmp_path: Path, cut_at: Callable[[int], None]
 ) -> None:
     settings = small(checkpoints=str(tmp_path / "checkpoints"))
@@ -338,14 +342,32 @@ def test_a_second_run_of_the_same_ends_at_once(
         train(settings, tokens=tokens, **outputs(tmp_path / "a"))
     cut_at(0)
     (folder,) = (tmp_path / "checkpoints").iterdir()
-    with (
-        open_place(str(folder)).held() as free,
-        pytest.raises(UserError, match="another run of the same .* is at work: wait for its end"),
-    ):
-        assert free
-        train(settings, tokens=tokens, **outputs(tmp_path / "b"))
-    assert sorted(path.name for path in folder.iterdir()) == ["step-000000006", "step-000000009"]
+    kept = ["step-000000006", "step-000000009"]
+    first, seen = contextlib.ExitStack(), []
+    assert first.enter_context(open_place(str(folder)).held())
+
+    def end() -> None:
+        seen.append(sorted(path.name for path in folder.glob("step-*")))
+        first.close()
+
+    timer = threading.Timer(3.0, end)
+    timer.start()
     train(settings, tokens=tokens, **outputs(tmp_path / "b"))
+    timer.join()
+    assert seen == [kept]
+
+
+def test_with_ranks_that_would_not_wait_it_ends_at_once(small: Small, tmp_path: Path) -> None:
+    settings = small(checkpoints=str(tmp_path))
+    two = SimpleNamespace(world=2, main=True, sum=lambda *values: values)
+    with open_checkpoints(settings, {}, Ranks()):
+        (folder,) = tmp_path.iterdir()
+        with (
+            pytest.raises(UserError, match="another run of the same .* is at work: wait for its"),
+            open_checkpoints(settings, {}, two),  # type: ignore[arg-type]
+        ):
+            pass
+        assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
 def test_checkpoints_of_runs_that_were_given_up_go(
