@@ -6,6 +6,7 @@ and cannot be had. No reader holds more than one record of `RECORD_BYTES`, and n
 
 import ast
 import bz2
+import contextlib
 import csv
 import gzip
 import io
@@ -302,16 +303,25 @@ def _parquet(stream: IO[bytes], name: str, settings: IngestSettings) -> Records:
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any]]:
-    try:
-        yield from batch.to_pylist()
-    except NO_VALUE:  # raised before the first row: a column is converted as a whole
-        for scalars in zip(*batch.columns, strict=True):
-            yield dict(zip(batch.schema.names, map(_value, scalars), strict=True))
+    rows = None
+    if not any("[ns" in str(column.type) for column in batch.columns):
+        with contextlib.suppress(*NO_VALUE):
+            rows = batch.to_pylist()
+    if rows is not None:
+        yield from rows
+        return
+    for scalars in zip(*batch.columns, strict=True):
+        yield dict(zip(batch.schema.names, map(_value, scalars), strict=True))
 
 
 def _value(scalar: Any) -> Any:
     try:
-        return scalar.as_py()
+        value = scalar.as_py()
+        # Where pandas is installed its own type comes, which has room for them; a corpus does not
+        # depend on that.
+        if getattr(value, "nanosecond", 0) or getattr(value, "nanoseconds", 0):
+            return Unreadable("bad_record", "a part of a microsecond")
+        return value
     except UnicodeDecodeError:
         return Unreadable("not_utf8")
     except NO_VALUE as error:
