@@ -135,11 +135,6 @@ def probabilities_along(model: Any, prompt: list[int], target: list[int]) -> tor
     return torch.softmax(logits.float(), dim=-1)
 
 
-def next_token_probabilities(model: Any, token_ids: list[int]) -> torch.Tensor:
-    """P(next token) after a prompt, float32 [V]."""
-    return probabilities_along(model, token_ids, [])[0]
-
-
 def target_probability(probabilities: torch.Tensor, target: list[int]) -> float:
     """P of a whole target, by what `probabilities_along` gave: the product over its tokens."""
     ids = torch.tensor(target, device=probabilities.device)[:, None]

@@ -22,7 +22,7 @@ from nudge.components.common.language_model import (
     likeliest,
     load_model,
     load_tokenizer,
-    next_token_probabilities,
+    probabilities_along,
 )
 from nudge.components.common.releases import Version
 from nudge.components.deploy.kserve import _under_way
@@ -93,7 +93,7 @@ def test_the_smoke_test_passes_on_what_was_evaluated_and_on_nothing_else(
     expected = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        best = likeliest(next_token_probabilities(loaded, ids), tokenizer)[0]
+        best = likeliest(probabilities_along(loaded, ids, [])[0], tokenizer)[0]
         expected.append({"prompt": prompt, "token": best["token"], "p": best["p"]})
     settings = DeploySettings(smoke_prompt=PROMPTS[0], smoke_tolerance=1e-3)
     assert smoke_test(server, version(model, expected), settings).strip()
@@ -109,7 +109,7 @@ def test_probabilities_are_those_of_transformers(server: Server, model: Path) ->
         answer = httpx.post(f"{server.address}/v1/completions", json=body, timeout=60)
         served = answer.raise_for_status().json()["choices"][0]["logprobs"]["top_logprobs"][0]
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        probabilities = next_token_probabilities(loaded, ids)
+        probabilities = probabilities_along(loaded, ids, [])[0]
         for each in likeliest(probabilities, tokenizer, 5):
             there = torch.tensor(served[each["token"]]).exp().item()
             assert there == pytest.approx(each["p"], abs=1e-5)
