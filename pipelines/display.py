@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 import time
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -200,6 +201,11 @@ def _places(values: dict[str, Any]) -> Table:
         if value:
             table.add_row(name, Text(str(value), overflow="fold"))
     return table
+
+
+def stage(model: str, now: str) -> None:
+    """Say on stderr what goes on while a model's traffic is moved, for who waits for it."""
+    print(f"{model}: {now}", file=sys.stderr, flush=True)
 
 
 def curl(values: dict[str, Any], prompt: str) -> str:

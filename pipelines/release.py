@@ -143,8 +143,9 @@ def register(uri: str, registry_url: str) -> None:
 def _shift(settings: Any, model: str, shares: dict[str, int]) -> None:
     """Move a model's traffic; what is wrong with the arguments is said before anything starts."""
     from nudge.components.common.releases import find_version
-    from nudge.components.deploy.deploy import say, serve
+    from nudge.components.deploy.deploy import serve
     from nudge.components.deploy.traffic import whole
+    from nudge.pipelines import display
 
     _take_registry(settings)
     with _registry() as ask:
@@ -152,7 +153,7 @@ def _shift(settings: Any, model: str, shares: dict[str, int]) -> None:
         for version in whole(shares):
             ask(find_version(name, version))
     _start()
-    result = serve(settings, name, shares, functools.partial(say, name))
+    result = serve(settings, name, shares, functools.partial(display.stage, name))
     told = ", ".join(f"{version} {share} %" for version, share in result["shares"].items())
     click.echo(f"{name}: {told} at {result['endpoint']}")
 

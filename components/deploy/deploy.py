@@ -1,7 +1,6 @@
 """The step `deploy`: a registered version becomes a served, tested endpoint; and the way back."""
 
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -88,11 +87,6 @@ def serve(
         "smoke_prompt": settings.smoke_prompt,
         "smoke_answer": answers[served.main],
     }
-
-
-def say(model: str, stage: str) -> None:
-    """What a command notes of `serve`, for who waits for it: a line on stderr a stage."""
-    print(f"{model}: {stage}", file=sys.stderr, flush=True)
 
 
 def _target(settings: DeploySettings, served: Served | None) -> Target:

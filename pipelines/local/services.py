@@ -163,9 +163,10 @@ def serve_again(home: Path, environment: dict[str, str]) -> list[str]:
     the servers that a killed shift left beside it are ended.
     """
     from nudge.components.deploy import gateway
-    from nudge.components.deploy.deploy import say, serve
+    from nudge.components.deploy.deploy import serve
     from nudge.components.deploy.local_serving import LocalServing
     from nudge.components.deploy.settings import DeploySettings
+    from nudge.pipelines import display
 
     os.environ.update(environment)
     back = []
@@ -176,7 +177,7 @@ def serve_again(home: Path, environment: dict[str, str]) -> list[str]:
                 local.retire(model, local.live(model))
             continue
         try:
-            serve(DeploySettings(), model, route.shares, functools.partial(say, model))
+            serve(DeploySettings(), model, route.shares, functools.partial(display.stage, model))
             back.append(model)
         except UserError as error:
             print(f"{model} was served here and does not come back: {error}", file=sys.stderr)
