@@ -3,7 +3,7 @@
 from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
-from nudge.components.common.recipe import some_settings, step_settings
+from nudge.components.common.recipe import read_recipe, some_settings, step_settings
 from nudge.components.common.settings import settings
 from pydantic import Field, model_validator
 
@@ -101,8 +101,9 @@ class Asked:
 def deploy_settings(recipe: str, **given: Any) -> DeploySettings:
     """The settings in a recipe's text, with a smoke prompt of its own subject; ``given`` and
     errors are those of `step_settings`."""
+    chosen = step_settings(DeploySettings, "deploy", recipe, **given)
+    if "smoke_prompt" in (read_recipe(recipe).get("deploy") or {}):
+        return chosen
     asked = some_settings(Asked, "evaluate", recipe)
     prompts = [*(str(probe["prompt"]) for probe in asked.probes), *asked.prompts]
-    chosen = step_settings(DeploySettings, "deploy", recipe, **given)
-    neutral = chosen.smoke_prompt == DeploySettings.smoke_prompt
-    return replace(chosen, smoke_prompt=prompts[0]) if neutral and prompts else chosen
+    return replace(chosen, smoke_prompt=prompts[0]) if prompts else chosen

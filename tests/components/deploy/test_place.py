@@ -41,6 +41,7 @@ def test_a_step_on_a_cluster_serves_nothing_in_its_pod(monkeypatch: pytest.Monke
         ("evaluate: {probes: [{prompt: a, target: b}], prompts: [c]}", "a"),
         ("evaluate: {probes: [], prompts: [c], window: 64}", "c"),
         ("evaluate: {prompts: [c]}\ndeploy: {smoke_prompt: d}", "d"),
+        ("evaluate: {prompts: [c]}\ndeploy: {smoke_prompt: Once upon a time}", "Once upon a time"),
         ("evaluate:\ndeploy:", "Once upon a time"),
     ],
 )
