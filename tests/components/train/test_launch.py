@@ -338,6 +338,13 @@ def containers(node: Any) -> list[dict[str, Any]]:
     return [*node.get("containers", []), *containers(list(node.values()))]
 
 
+def within_a_step(api: KubernetesApi, monkeypatch: pytest.MonkeyPatch, spec: Any) -> None:
+    """Let this process be the step of a pipeline whose pod has this ``spec``."""
+    pod = api.add({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "step"}, "spec": spec})
+    monkeypatch.setenv("KFP_POD_NAME", "step")
+    monkeypatch.setenv("KFP_POD_UID", pod["metadata"]["uid"])
+
+
 def test_the_job_belongs_to_the_steps_pod_and_has_what_it_has(
     api: KubernetesApi,
     engine: Engine,
@@ -346,15 +353,12 @@ def test_the_job_belongs_to_the_steps_pod_and_has_what_it_has(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    meta = {"name": "step"}
     bundle = {"configMap": {"name": "b", "items": [{"key": "dsp-ca.crt", "path": "ca.crt"}]}}
     spec = {
         "containers": [{"name": "main", "image": "registry/step@sha256:1"}],
         "volumes": [{"name": "custom-ca", **bundle}, {"name": "scratch", "emptyDir": {}}],
     }
-    step = api.add({"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec})
-    monkeypatch.setenv("KFP_POD_NAME", "step")
-    monkeypatch.setenv("KFP_POD_UID", step["metadata"]["uid"])
+    within_a_step(api, monkeypatch, spec)
     own = {"HF_ENDPOINT": "https://hub.example.com", "HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "p:1"}
     for name, value in own.items():
         monkeypatch.setenv(name, value)
@@ -392,10 +396,7 @@ def test_a_job_without_a_bundle_asks_for_none(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    meta, spec = {"name": "step"}, {"containers": [{"name": "main", "image": "i"}]}
-    step = api.add({"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec})
-    monkeypatch.setenv("KFP_POD_NAME", "step")
-    monkeypatch.setenv("KFP_POD_UID", step["metadata"]["uid"])
+    within_a_step(api, monkeypatch, {"containers": [{"name": "main", "image": "i"}]})
     made: list[dict[str, Any]] = []
 
     def take(job: dict[str, Any]) -> None:
