@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections.abc import Generator
 from pathlib import Path
 
@@ -154,12 +153,11 @@ def test_a_second_interrupt_ends_it_at_once(
     def interrupted(_: float) -> None:
         raise KeyboardInterrupt
 
-    begun = time.monotonic()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(local_run.time, "sleep", interrupted)  # type: ignore[attr-defined]
         following.close()
     assert not runs(step)
-    assert time.monotonic() - begun < 30
+    assert not (tmp_path / "checkpoint").exists()
 
 
 MAKES = """
