@@ -133,6 +133,8 @@ def _steps(values: dict[str, Any], run: Run) -> Table:
 def _outcome(name: str, results: dict[str, Any]) -> str:
     if not results:
         return ""
+    if name == "deploy" and not results.get("promoted", True):
+        return "registered, not promoted"
     return {
         "ingest": "{train_documents} + {validation_documents} documents, {bytes} bytes",
         "tokenize": "{train_tokens} + {validation_tokens} tokens",

@@ -110,14 +110,17 @@ def split(shares: tuple[str, ...], model: str, recipe_name: str, target: str | N
 def rollback(version: str, model: str, recipe_name: str, target: str | None) -> None:
     """Go back to the version that had all of the traffic before this one."""
     from nudge.components.common.releases import find_served
-    from nudge.components.deploy.deploy import version_before
+    from nudge.components.deploy.deploy import still_before, version_before
 
     settings = _settings(recipe_name, target)
     _take_registry(settings)
     with _registry() as ask:
         name = _model(ask, model)
-        version = version or version_before(settings, name, ask(find_served(name)))
-    _shift(settings, name, {version: 100})
+        check = None
+        if not version:
+            version = version_before(settings, name, ask(find_served(name)))
+            check = still_before(version)
+    _shift(settings, name, {version: 100}, check)
 
 
 @click.command()
@@ -140,11 +143,11 @@ def register(uri: str, registry_url: str) -> None:
     )
 
 
-def _shift(settings: Any, model: str, shares: dict[str, int]) -> None:
+def _shift(settings: Any, model: str, shares: dict[str, int], check: Any = None) -> None:
     """Move a model's traffic; what is wrong with the arguments is said before anything starts."""
     from nudge.components.common.releases import find_version
     from nudge.components.deploy.deploy import serve
-    from nudge.components.deploy.traffic import whole
+    from nudge.components.deploy.traffic import unchecked, whole
     from nudge.pipelines import display
 
     _take_registry(settings)
@@ -153,7 +156,8 @@ def _shift(settings: Any, model: str, shares: dict[str, int]) -> None:
         for version in whole(shares):
             ask(find_version(name, version))
     _start()
-    result = serve(settings, name, shares, functools.partial(display.stage, name))
+    note = functools.partial(display.stage, name)
+    result = serve(settings, name, shares, note, check or unchecked)
     told = ", ".join(f"{version} {share} %" for version, share in result["shares"].items())
     click.echo(f"{name}: {told} at {result['endpoint']}")
 

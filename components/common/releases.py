@@ -14,6 +14,9 @@ from nudge.components.common.errors import UserError, nearest
 
 KEPT_HISTORY = 20
 """Versions remembered as ones that had all the traffic."""
+NOT_PROMOTED = "not_promoted"
+"""The custom property of a version that says why deploy gave it no traffic; empty if it has some.
+"""
 
 Work = Callable[[Any], Awaitable[Any]]
 
@@ -41,6 +44,9 @@ class Served:
     shares: dict[str, int]
     history: tuple[str, ...] = field(default=())
     """Versions that had all the traffic, oldest first; the last may be the one served now."""
+    withdrawn: tuple[str, ...] = field(default=())
+    """Versions that had traffic which a rollback, a split or a promote of an older one took away.
+    """
 
     @property
     def main(self) -> str:
@@ -195,6 +201,31 @@ def note_served(version: Version, served: Served, environment: str, runtime: str
     return work
 
 
+def note_promotion(version: Version, reason: str) -> Work:
+    """Work that records on a version why it was not promoted; an empty ``reason``: that it was."""
+
+    async def work(client: Any) -> None:
+        import mr_openapi
+
+        values = {
+            "promoted": mr_openapi.MetadataBoolValue(
+                bool_value=not reason, metadataType="MetadataBoolValue"
+            ),
+            NOT_PROMOTED: mr_openapi.MetadataStringValue(
+                string_value=reason, metadataType="MetadataStringValue"
+            ),
+        }
+        changed = {name: mr_openapi.MetadataValue(value) for name, value in values.items()}
+        async with client.get_client() as api:
+            found = await api.get_model_version(version.id)
+            # An update replaces the whole map of properties: keep the others.
+            properties = {**(found.custom_properties or {}), **changed}
+            change = mr_openapi.ModelVersionUpdate(customProperties=properties)
+            await api.update_model_version(version.id, change)
+
+    return work
+
+
 async def _model(client: Any, model: str) -> Any:
     entry = await client.get_registered_model_by_params(model)
     if entry is None:
@@ -249,7 +280,15 @@ def _read(model: str, service: Any) -> Served:
         return str(service.custom_properties[name].actual_instance.string_value)
 
     shares = {str(name): int(share) for name, share in json.loads(text("shares")).items()}
-    return Served(model, text("endpoint"), shares, tuple(json.loads(text("history"))))
+    # An older nudge recorded no withdrawn versions.
+    withdrawn = text("withdrawn") if "withdrawn" in service.custom_properties else "[]"
+    return Served(
+        model,
+        text("endpoint"),
+        shares,
+        tuple(json.loads(text("history"))),
+        tuple(json.loads(withdrawn)),
+    )
 
 
 def _properties(served: Served) -> dict[str, Any]:
@@ -259,6 +298,7 @@ def _properties(served: Served) -> dict[str, Any]:
         "endpoint": served.endpoint,
         "shares": json.dumps(served.shares),
         "history": json.dumps(served.history[-KEPT_HISTORY:]),
+        "withdrawn": json.dumps(served.withdrawn[-KEPT_HISTORY:]),
     }
     return {
         name: mr_openapi.MetadataValue(

@@ -6,13 +6,15 @@ from nudge.components.common.images import DATA_IMAGE
 def deploy(recipe: str, registered_model: str, version: str) -> str:
     """Serve a registered version and ask it for a completion.
 
+    A version that was compared with another one than has the traffic now gets none.
+
     Args:
         recipe: The recipe, as YAML text or a URI.
         registered_model: The name in the registry.
         version: The version's name in the registry.
 
     Returns:
-        The endpoint's URL.
+        The URL of the model's endpoint.
     """
     from nudge.components.common.step import clean_end
     from nudge.components.deploy.deploy import deploy

@@ -7,8 +7,9 @@ from typing import Any
 from nudge.components.common.errors import UserError
 from nudge.components.common.releases import Served
 from nudge.components.common.step import step
+from nudge.components.deploy.admission import NotPromoted, why_not
 from nudge.components.deploy.settings import DeploySettings
-from nudge.components.deploy.traffic import Target, shift
+from nudge.components.deploy.traffic import Check, Target, shift, unchecked
 
 
 @step("deploy", reuse=False)
@@ -18,8 +19,24 @@ def deploy(settings: DeploySettings, *, registered_model: str, version: str) -> 
     The new server is brought up beside the old one and tested; only then does the traffic move, and
     the old one ends when nothing is under way on it. Raises `UserError` with the end of the
     server's log, or what the smoke test got; what was served is then still served.
+
+    Where the traffic is not with the version that this one was compared with any more (see
+    `why_not`), nothing is changed: the result then has ``promoted: False`` and the reason, and the
+    registry has them as custom properties of the version.
     """
-    return _serve_in_step(settings, registered_model, version)
+    from nudge.components.common.registry import registry_url, with_registry
+    from nudge.components.common.releases import find_version, note_promotion
+
+    url = registry_url(settings.registry_url)
+    candidate = with_registry(url, find_version(registered_model, version))
+
+    def check(before: Served | None, live: dict[str, int]) -> None:
+        if reason := why_not(candidate, before, live):
+            # Recorded under the lease: a person's promote comes before it or after it.
+            with_registry(url, note_promotion(candidate, reason))
+            raise NotPromoted(reason, before, live)
+
+    return _serve_in_step(settings, registered_model, version, check)
 
 
 @step("rollback", reuse=False)
@@ -33,21 +50,45 @@ def rollback(
     from nudge.components.common.registry import registry_url, with_registry
     from nudge.components.common.releases import find_served
 
-    if not version:
-        served = with_registry(registry_url(settings.registry_url), find_served(registered_model))
-        version = version_before(settings, registered_model, served)
-    return _serve_in_step(settings, registered_model, version)
+    if version:
+        return _serve_in_step(settings, registered_model, version)
+    served = with_registry(registry_url(settings.registry_url), find_served(registered_model))
+    version = version_before(settings, registered_model, served)
+    return _serve_in_step(settings, registered_model, version, still_before(version))
+
+
+class Moved(UserError):
+    """The traffic is not what it was when this shift was decided."""
+
+
+def unmoved(shares: dict[str, int]) -> Check:
+    """A check of `shift`: raises `Moved` unless the traffic is still shared as ``shares``."""
+
+    def check(before: Served | None, live: dict[str, int]) -> None:
+        if live != shares:
+            raise Moved("the traffic was moved by another run or command meanwhile")
+
+    return check
+
+
+def still_before(version: str) -> Check:
+    """A check of `shift`: raises `Moved` unless a rollback still goes to ``version``."""
+
+    def check(before: Served | None, live: dict[str, int]) -> None:
+        if before is None or _way_back(before, set(live)) != version:
+            raise Moved(
+                f"the traffic was moved by another run or command meanwhile, so {version} is not "
+                "the version before it any more; look at `nudge models` and roll back again"
+            )
+
+    return check
 
 
 def version_before(settings: DeploySettings, model: str, served: Served | None) -> str:
     """The version that a rollback goes to; raises `UserError` if there is none."""
     if served is None:
         raise UserError(f"nothing is served of {model}, so nothing can be undone")
-    live = _target(settings, served).live(model)
-    # What a shift moved that could not tell the registry is undone first. Of a split the main
-    # version stays; a version with all the traffic gives way.
-    untold = bool(live) and live != set(served.shares)
-    back = served.main if untold or len(served.shares) > 1 else served.before
+    back = _way_back(served, set(_target(settings, served).live(model)))
     if back is None:
         raise UserError(
             f"{model} {served.main} is the first version that was served; name another one to go to"
@@ -55,13 +96,36 @@ def version_before(settings: DeploySettings, model: str, served: Served | None) 
     return back
 
 
-def _serve_in_step(settings: DeploySettings, model: str, version: str) -> dict[str, Any]:
+def _way_back(served: Served, live: set[str]) -> str | None:
+    # What a shift moved that could not tell the registry is undone first. Of a split the main
+    # version stays; a version with all the traffic gives way.
+    untold = bool(live) and live != set(served.shares)
+    return served.main if untold or len(served.shares) > 1 else served.before
+
+
+def _serve_in_step(
+    settings: DeploySettings, model: str, version: str, check: Check = unchecked
+) -> dict[str, Any]:
     from nudge.components.common.progress import progress
 
     with progress("deploy", total=4, unit="stages") as bar:
-        return serve(
-            settings, model, {version: 100}, note=lambda stage: bar.advance(1, stage=stage)
-        )
+
+        def note(stage: str) -> None:
+            bar.advance(1, stage=stage)
+
+        try:
+            result = serve(settings, model, {version: 100}, note, check)
+        except NotPromoted as refused:
+            print(f"registered, not promoted: {refused}", flush=True)
+            return {
+                "promoted": False,
+                "reason": str(refused),
+                "endpoint": refused.before.endpoint if refused.before else "",
+                "served_model": model,
+                "version": version,
+                "shares": refused.live or (refused.before.shares if refused.before else {}),
+            }
+    return {"promoted": True, **result}
 
 
 def serve(
@@ -69,15 +133,20 @@ def serve(
     model: str,
     shares: dict[str, int],
     note: Callable[[str], None] = lambda stage: None,
+    check: Check = unchecked,
 ) -> dict[str, Any]:
-    """Shift a model's traffic to ``shares`` (percent by version); what `deploy` returns."""
+    """Shift a model's traffic to ``shares`` (percent by version), unless ``check`` raises.
+
+    A person's shift needs no check. Returns endpoint, served_model, version (that with the largest
+    share), shares, and the smoke prompt with its answer.
+    """
     from nudge.components.common.registry import registry_url, with_registry
     from nudge.components.common.releases import find_served
 
     url = registry_url(settings.registry_url)
     target = _target(settings, with_registry(url, find_served(model)))
     served, answers = shift(
-        target, lambda work: with_registry(url, work), settings, model, shares, note
+        target, lambda work: with_registry(url, work), settings, model, shares, note, check
     )
     return {
         "endpoint": served.endpoint,

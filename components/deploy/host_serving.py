@@ -43,9 +43,9 @@ class HostServing:
             next(body)  # the first byte comes when the lock is held
             yield
 
-    def live(self, model: str) -> set[str]:
-        """The versions that the host's gateway sends requests to."""
-        return set(self._ask("live", model=model))
+    def live(self, model: str) -> dict[str, int]:
+        """The percent of requests that the host's gateway sends to each version."""
+        return dict(self._ask("live", model=model))
 
     def make_room(self, model: str, wanted: set[str]) -> bool:
         """Nothing, as on the host itself."""

@@ -57,10 +57,14 @@ class KServe:
             self._lease, self._seen = lease, self._weights(model)
             yield
 
-    def live(self, model: str) -> set[str]:
-        """The versions behind the model's door."""
+    def live(self, model: str) -> dict[str, int]:
+        """The weight of each version behind the model's door."""
         weights = self._weights(model)
-        return {version for version, service in self._services(model) if _name(service) in weights}
+        return {
+            version: weights[_name(service)]
+            for version, service in self._services(model)
+            if _name(service) in weights
+        }
 
     def bring_up(self, version: Version) -> Server:
         """Create the version's InferenceService, or bring it up to the settings, and wait for it.
@@ -97,9 +101,8 @@ class KServe:
         if wanted <= up or not going:
             return False
         live = self.live(model)
-        if live & going:
-            weights = self._weights(model)
-            staying = {each: weights[_name(services[each])] for each in live & wanted}
+        if live.keys() & going:
+            staying = {each: live[each] for each in live.keys() & wanted}
             self.move(model, staying or dict.fromkeys(live, 0))
         self.retire(model, wanted)
         return True

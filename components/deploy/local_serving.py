@@ -35,10 +35,10 @@ class LocalServing:
         """Wait until no other shift of this model is under way."""
         return processes.locked(self._home, f"shift-{model}")
 
-    def live(self, model: str) -> set[str]:
-        """The versions that the gateway sends requests to."""
+    def live(self, model: str) -> dict[str, int]:
+        """The percent of requests that the gateway sends to each version."""
         route = gateway.routes(self._home).get(model)
-        return set(route.shares) if route else set()
+        return dict(route.shares) if route else {}
 
     def make_room(self, model: str, wanted: set[str]) -> bool:
         """Nothing: two small models run beside one another here."""

@@ -11,14 +11,26 @@ from typing import Any, Protocol
 
 from nudge.components.common.errors import UserError
 from nudge.components.common.releases import (
+    KEPT_HISTORY,
+    NOT_PROMOTED,
     Served,
     Version,
     find_served,
     find_version,
+    note_promotion,
     note_served,
 )
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import Server, smoke_test
+
+
+Check = Callable[[Served | None, dict[str, int]], None]
+"""Called with what the registry says is served and the traffic by version as it is sent now, while
+the model's lease is held and before anything is changed; raises to end the shift there."""
+
+
+def unchecked(before: Served | None, live: dict[str, int]) -> None:
+    """The check of a shift that a person asked for: it may always happen."""
 
 
 class Target(Protocol):
@@ -31,8 +43,8 @@ class Target(Protocol):
     def exclusive(self, model: str) -> contextlib.AbstractContextManager[None]:
         """Let one shift of a model at a time into the block, or fail."""
 
-    def live(self, model: str) -> set[str]:
-        """The versions that the traffic goes to now."""
+    def live(self, model: str) -> dict[str, int]:
+        """Percent of the traffic by version, as it is sent now; empty if none is."""
 
     def make_room(self, model: str, wanted: set[str]) -> bool:
         """Where what is wanted cannot start beside the rest: end the rest first; True if it did.
@@ -57,11 +69,13 @@ def shift(
     model: str,
     shares: Mapping[str, int],
     note: Callable[[str], None] = lambda stage: None,
+    check: Check = unchecked,
 ) -> tuple[Served, dict[str, str]]:
     """Bring up the versions that ``shares`` names, test each, move the traffic, tell the registry.
 
     ``shares`` is percent by version and adds up to 100; ``registry`` runs work of
-    `nudge.components.common.releases`. Returns what is served now and each version's smoke answer.
+    `nudge.components.common.releases`; ``check`` raises if this shift must not happen any more.
+    Returns what is served now and each version's smoke answer.
     Raises `UserError`; what was served before is then still served (or again, where it had to make
     room), and a version that does not pass is taken away again. Only where the registry fails once
     the traffic has moved is the new one served, which the error says.
@@ -71,7 +85,8 @@ def shift(
         before: Served | None = registry(find_served(model))
         # A shift that was killed may have moved the traffic and not told the registry.
         live = target.live(model)
-        serving = live | set(before.shares if before else ())
+        check(before, live)
+        serving = {*live, *(before.shares if before else ())}
         versions = {name: registry(find_version(model, name)) for name in wanted}
         for version in versions.values():
             if version.archived and version.name not in serving:
@@ -98,10 +113,15 @@ def shift(
             raise
         note("moving the traffic")
         endpoint = target.move(model, wanted)
-        served = Served(model, endpoint, wanted, _history(before, wanted))
+        history = _history(before, wanted)
+        withdrawn = _withdrawn(before, live, {*wanted, *history})
+        served = Served(model, endpoint, wanted, history, withdrawn)
         main = versions[served.main]
         try:
             registry(note_served(main, served, target.environment, target.runtime))
+            for version in versions.values():
+                if version.properties.get(NOT_PROMOTED):
+                    registry(note_promotion(version, ""))
         except UserError as error:
             told = " and ".join(wanted)
             raise UserError(
@@ -152,3 +172,16 @@ def _history(before: Served | None, wanted: Mapping[str, int]) -> tuple[str, ...
     if name in known:
         return known[: known.index(name) + 1]
     return (*known, name)
+
+
+def _withdrawn(
+    before: Served | None, live: Mapping[str, int], kept: set[str]
+) -> tuple[str, ...]:
+    """The versions from which traffic was taken away for good: neither served nor in the history.
+
+    A version that a newer one replaced is in the history; one from which a rollback went back, or
+    that had a share of a split that ended, is not.
+    """
+    known = (*before.withdrawn, *before.history, *before.shares) if before else ()
+    gone = [name for name in dict.fromkeys((*known, *live)) if name not in kept]
+    return tuple(gone[-KEPT_HISTORY:])

@@ -22,6 +22,8 @@ class Incumbent:
     sha256: str = ""
     """Of its weights, as the registry has it from the run that made it; empty if it has none."""
     why: str = ""
+    shares: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Percent of the traffic by version when this was asked."""
 
 
 def find_incumbent(model_name: str, registry_url: str = "") -> Incumbent:
@@ -53,7 +55,11 @@ def find_incumbent(model_name: str, registry_url: str = "") -> Incumbent:
     if version is None:
         return Incumbent("none")
     sha256 = str(version.properties.get("model_sha256", ""))
-    return Incumbent("found", version=version.name, uri=version.uri, sha256=sha256)
+    # Of a run that goes on after it was promoted: what it was compared with had all the traffic.
+    shares = served.shares if version.name == served.main else {version.name: 100}
+    return Incumbent(
+        "found", version=version.name, uri=version.uri, sha256=sha256, shares=dict(shares)
+    )
 
 
 def bring(incumbent: Incumbent) -> tuple[Incumbent, Path | None]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nudge.components.common.comparison import comparison_properties
 from nudge.components.common.errors import UserError
 from nudge.components.common.publish import read_manifest
 from nudge.components.common.registry import Unreachable
@@ -181,6 +182,7 @@ def _properties(
             "difference_bits_per_byte"
         ],
         "expected_next": json.dumps(_expected_next(results["probes"])),
+        **comparison_properties(results.get("incumbent")),
     }
     for name, metrics in results["metrics"].items():
         flat |= {f"{name}.{key}": value for key, value in metrics.items() if value is not None}

@@ -9,7 +9,7 @@ import jinja2
 from nudge.components.common.errors import UserError
 from nudge.components.common.progress import last_events
 from nudge.components.common.publish import write_atomic
-from nudge.components.common.releases import find_served
+from nudge.components.common.releases import NOT_PROMOTED, find_served
 from nudge.components.common.step import step
 
 
@@ -33,12 +33,15 @@ It failed{% if task %} in `{{ task }}`{% endif %}: {{ error }}
 
 {% endif %}
 {% if found %}
-**{{ model_name }} {{ version }}** is registered.
+**{{ model_name }} {{ version }}** is registered{% if found.not_promoted %}, not promoted{% endif %}.
 
 | what | |
 |---|---|
 | where | `{{ found.uri }}` |
 | why | {{ found.description }} |
+{% if found.not_promoted %}
+| why not promoted | {{ found.not_promoted }} |
+{% endif %}
 {% if found.endpoint %}
 | endpoint | {{ found.endpoint }} |
 {% endif %}
@@ -82,7 +85,8 @@ def summary(
         **values, model_name=model_name, version=version, found=found, missing=missing
     )
     write_atomic(page, text)
-    return {"state": state, "registered": bool(found)}
+    promoted = bool(found and found["endpoint"])
+    return {"state": state, "registered": bool(found), "promoted": promoted}
 
 
 def _told_here() -> tuple[str, str, str]:
@@ -113,6 +117,7 @@ def _lookup(name: str, version: str, run_id: str) -> Any:
         return {
             "uri": artifacts[0].uri if artifacts else "not known",
             "description": found.description,
+            "not_promoted": (found.custom_properties or {}).get(NOT_PROMOTED, ""),
             "endpoint": served.endpoint if served and version in served.shares else "",
         }
 

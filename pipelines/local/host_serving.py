@@ -55,8 +55,8 @@ def create_app(home: Path, token: str) -> FastAPI:
     def exclusive(model: Model, settings: DeploySettings) -> Held:
         return Held(LocalServing(home, settings).exclusive(model))
 
-    def live(model: Model, settings: DeploySettings) -> list[str]:
-        return sorted(LocalServing(home, settings).live(model))
+    def live(model: Model, settings: DeploySettings) -> dict[str, int]:
+        return LocalServing(home, settings).live(model)
 
     def bring_up(version: Version, settings: DeploySettings) -> str:
         return LocalServing(home, settings).bring_up(version).address

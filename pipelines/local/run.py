@@ -354,7 +354,8 @@ def result(run: Run) -> dict[str, Any]:
     token_perplexity, bits_per_byte, word_perplexity, tokens, bytes, documents} of held-out text;
     empty if not evaluated.
     probes: [{prompt, target, p_before, p_after, expect, ok}].
-    promoted: whether the candidate is served now; reason: the evaluation's verdict in words.
+    promoted: whether the candidate is served now; reason: the evaluation's verdict in words, and
+    why a candidate that it found better was not promoted.
     model_path, report: files here; model_uri: in the object store; registered_model, version: in
     the registry; endpoint, served_model: what to ask, as OpenAI's API. error: None, or what failed.
     """
@@ -365,6 +366,10 @@ def result(run: Run) -> dict[str, Any]:
     names = ("nats_per_token", "token_perplexity", "bits_per_byte", "word_perplexity")
     counts = ("tokens", "bytes", "documents")
     nothing_new = results["ingest"].get("new") == 0
+    promoted = run.steps["deploy"].status == "done" and results["deploy"].get("promoted", True)
+    reason = NOTHING_NEW if nothing_new else evaluation.get("verdict", {}).get("reason")
+    if refused := results["deploy"].get("reason"):
+        reason = f"registered, not promoted: {refused} (the evaluation: {reason})"
     values = {
         "recipe": run.recipe.name,
         "run_id": run.run_id,
@@ -380,13 +385,13 @@ def result(run: Run) -> dict[str, Any]:
             {key: probe[key] for key in ("prompt", "target", "p_before", "p_after", "expect", "ok")}
             for probe in evaluation.get("probes", [])
         ],
-        "promoted": run.steps["deploy"].status == "done",
-        "reason": NOTHING_NEW if nothing_new else evaluation.get("verdict", {}).get("reason"),
+        "promoted": promoted,
+        "reason": reason,
         "model_path": run.steps["train"].outputs.get("model"),
         "model_uri": results["upload"].get("uri"),
         "registered_model": results["register"].get("registered_model"),
         "version": results["register"].get("version"),
-        "endpoint": results["deploy"].get("endpoint"),
+        "endpoint": results["deploy"].get("endpoint") if promoted else None,
         "served_model": results["deploy"].get("served_model"),
         "report": str(run.folder / "report.html") if report else None,
         "seconds": round(run.seconds, 3),

@@ -163,7 +163,7 @@ def serve_again(home: Path, environment: dict[str, str]) -> list[str]:
     the servers that a killed shift left beside it are ended.
     """
     from nudge.components.deploy import gateway
-    from nudge.components.deploy.deploy import serve
+    from nudge.components.deploy.deploy import Moved, serve, unmoved
     from nudge.components.deploy.local_serving import LocalServing
     from nudge.components.deploy.settings import DeploySettings
     from nudge.pipelines import display
@@ -174,11 +174,14 @@ def serve_again(home: Path, environment: dict[str, str]) -> list[str]:
         if all(_answers(home, model, version) for version in route.shares):
             local = LocalServing(home, DeploySettings())
             with local.exclusive(model):
-                local.retire(model, local.live(model))
+                local.retire(model, set(local.live(model)))
             continue
+        note = functools.partial(display.stage, model)
         try:
-            serve(DeploySettings(), model, route.shares, functools.partial(display.stage, model))
+            serve(DeploySettings(), model, route.shares, note, unmoved(route.shares))
             back.append(model)
+        except Moved:  # a run or another command brings it up itself
+            continue
         except UserError as error:
             print(f"{model} was served here and does not come back: {error}", file=sys.stderr)
     return back

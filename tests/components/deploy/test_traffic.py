@@ -40,8 +40,8 @@ class Place:
     def exclusive(self, model: str) -> Iterator[None]:
         yield
 
-    def live(self, model: str) -> set[str]:
-        return set(self.shares)
+    def live(self, model: str) -> dict[str, int]:
+        return dict(self.shares)
 
     def make_room(self, model: str, wanted: set[str]) -> bool:
         if not self.one_gpu or wanted <= self.up or self.up <= wanted:

@@ -68,7 +68,8 @@ def _quick(
 
 def test_what_is_served_is_found(known: FaultyProxy) -> None:
     found = find_incumbent(MODEL, known.url)
-    assert found == Incumbent("found", "v1", "s3://bucket/models/served/v1", "of-the-run")
+    uri = "s3://bucket/models/served/v1"
+    assert found == Incumbent("found", "v1", uri, "of-the-run", shares={"v1": 100})
     assert find_incumbent("another", known.url) == Incumbent("none")
 
 
