@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-STATE, VERSION, TRAFFIC = "incumbent_state", "incumbent", "incumbent_traffic"
+RECORD = STATE, VERSION, TRAFFIC = "incumbent_state", "incumbent", "incumbent_traffic"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ versions that had all of it before: the way back.
 """
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -204,24 +204,29 @@ def note_served(version: Version, served: Served, environment: str, runtime: str
 def note_promotion(version: Version, reason: str) -> Work:
     """Work that records on a version why it was not promoted; an empty ``reason``: that it was."""
 
+    return note_properties(version.id, {"promoted": not reason, NOT_PROMOTED: reason})
+
+
+def note_properties(version_id: str, values: Mapping[str, str | bool]) -> Work:
+    """Work that sets custom properties of a version and keeps its others."""
+
     async def work(client: Any) -> None:
         import mr_openapi
 
-        values = {
-            "promoted": mr_openapi.MetadataBoolValue(
-                bool_value=not reason, metadataType="MetadataBoolValue"
-            ),
-            NOT_PROMOTED: mr_openapi.MetadataStringValue(
-                string_value=reason, metadataType="MetadataStringValue"
-            ),
-        }
-        changed = {name: mr_openapi.MetadataValue(value) for name, value in values.items()}
+        def property(value: str | bool) -> Any:
+            if isinstance(value, bool):
+                kind = "MetadataBoolValue"
+                plain = mr_openapi.MetadataBoolValue(bool_value=value, metadataType=kind)
+                return mr_openapi.MetadataValue(plain)
+            return _text(value)
+
         async with client.get_client() as api:
-            found = await api.get_model_version(version.id)
+            found = await api.get_model_version(version_id)
             # An update replaces the whole map of properties: keep the others.
+            changed = {name: property(value) for name, value in values.items()}
             properties = {**(found.custom_properties or {}), **changed}
             change = mr_openapi.ModelVersionUpdate(customProperties=properties)
-            await api.update_model_version(version.id, change)
+            await api.update_model_version(version_id, change)
 
     return work
 
@@ -292,17 +297,18 @@ def _read(model: str, service: Any) -> Served:
 
 
 def _properties(served: Served) -> dict[str, Any]:
-    import mr_openapi
-
     values = {
         "endpoint": served.endpoint,
         "shares": json.dumps(served.shares),
         "history": json.dumps(served.history[-KEPT_HISTORY:]),
         "withdrawn": json.dumps(served.withdrawn[-KEPT_HISTORY:]),
     }
-    return {
-        name: mr_openapi.MetadataValue(
-            mr_openapi.MetadataStringValue(string_value=value, metadataType="MetadataStringValue")
-        )
-        for name, value in values.items()
-    }
+    return {name: _text(value) for name, value in values.items()}
+
+
+def _text(value: str) -> Any:
+    import mr_openapi
+
+    return mr_openapi.MetadataValue(
+        mr_openapi.MetadataStringValue(string_value=value, metadataType="MetadataStringValue")
+    )

@@ -37,7 +37,7 @@ def why_not(version: Version, before: Served | None, live: Mapping[str, int]) ->
     if compared is None or set(traffic) == {version.name}:
         return ""
     by_hand = f"`nudge promote {version.name} --model {version.model}` gives it the traffic anyway"
-    if before and version.name in before.withdrawn:
+    if before and _taken_away(version.name, before, live):
         return f"{version.name} had traffic before, which was then taken away from it; {by_hand}"
     expected = {compared.version} if compared.state == "found" else set()
     if compared.state in ("found", "none") and set(traffic) == expected:
@@ -49,6 +49,12 @@ def why_not(version: Version, before: Served | None, live: Mapping[str, int]) ->
     if len(traffic) > 1:
         again = "end the split (`nudge promote` or `nudge rollback`) and run again"
     return f"{version.name} was compared with {_then(compared)}, but {now}; {again}, or {by_hand}"
+
+
+def _taken_away(name: str, before: Served, live: Mapping[str, int]) -> bool:
+    """Whether a version had traffic and has none because somebody moved it away on purpose."""
+    cut_off = bool(live) and name in before.shares and name not in live  # before it was recorded
+    return name in before.withdrawn or cut_off
 
 
 def _then(compared: Compared) -> str:

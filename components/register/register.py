@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.comparison import comparison_properties
+from nudge.components.common.comparison import RECORD, comparison_properties
 from nudge.components.common.errors import UserError
 from nudge.components.common.publish import read_manifest
 from nudge.components.common.registry import Unreachable
@@ -90,6 +90,7 @@ def enter(url: str, entry: Registration) -> dict[str, Any]:
     """Make what is not there yet of a registration; returns the names and ids for its lineage."""
     from model_registry.types import ModelArtifact, ModelVersion, RegisteredModel
     from nudge.components.common.registry import with_registry
+    from nudge.components.common.releases import note_properties
 
     async def complete(client: Any) -> tuple[str, str]:
         model = await client.get_registered_model_by_params(entry.model_name)
@@ -110,6 +111,12 @@ def enter(url: str, entry: Registration) -> dict[str, Any]:
                 f"{entry.model_name} {entry.version} is registered already, by run "
                 f"{(found.custom_properties or {}).get('run_id')!r}; give another version"
             )
+        else:
+            # A run that goes on may have been compared with another incumbent this time.
+            compared = {key: entry.properties[key] for key in RECORD if key in entry.properties}
+            known = found.custom_properties or {}
+            if any(known.get(key) != value for key, value in compared.items()):
+                await note_properties(str(found.id), compared)(client)
         if not await client.get_model_version_artifacts(found.id):
             artifact = ModelArtifact(
                 name=entry.model_name,

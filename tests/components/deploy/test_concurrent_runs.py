@@ -96,7 +96,14 @@ class Site:
         return str(result["reason"])
 
 
-@pytest.fixture(params=["local", "kserve"])
+BOTH = pytest.mark.parametrize("site", ["local", "kserve"], indirect=True)
+HERE = pytest.mark.parametrize(
+    "site", ["local", pytest.param("kserve", marks=pytest.mark.long)], indirect=True
+)
+"""On KServe only where the long tests run: the decision is the same code."""
+
+
+@pytest.fixture
 def site(
     request: pytest.FixtureRequest,
     home: Path,
@@ -121,6 +128,7 @@ def site(
     services.down(home)
 
 
+@BOTH
 def test_the_run_that_deploys_last_does_not_replace_a_version_it_was_not_compared_with(
     site: Site,
 ) -> None:
@@ -136,6 +144,7 @@ def test_the_run_that_deploys_last_does_not_replace_a_version_it_was_not_compare
     assert site.weights() == {"next": 100}
 
 
+@BOTH
 def test_two_first_runs_at_once(site: Site) -> None:
     site.evaluate("first")
     site.evaluate("second")
@@ -145,6 +154,7 @@ def test_two_first_runs_at_once(site: Site) -> None:
     assert site.weights() == {"first": 100}
 
 
+@HERE
 def test_two_deploys_at_the_same_moment(site: Site) -> None:
     site.run("v1")
     results: dict[str, bool] = {}
@@ -163,6 +173,7 @@ def test_two_deploys_at_the_same_moment(site: Site) -> None:
     assert site.weights() == {version: 100 for version, promoted in results.items() if promoted}
 
 
+@BOTH
 @pytest.mark.parametrize(
     ("move", "said"),
     [
@@ -186,6 +197,7 @@ def test_a_person_moves_the_traffic_during_a_run(
     assert f"`nudge promote candidate --model {site.model}` gives it the traffic anyway" in reason
 
 
+@HERE
 def test_a_split_is_not_ended_by_a_run(site: Site) -> None:
     """The run knows of the split, but it was compared with the main version alone."""
     site.run("v1")
@@ -201,6 +213,7 @@ def test_a_split_is_not_ended_by_a_run(site: Site) -> None:
     assert site.deploy("candidate")["promoted"] is True
 
 
+@HERE
 def test_a_person_may_promote_what_a_run_did_not(site: Site) -> None:
     site.run("v1")
     site.evaluate("a")
@@ -213,6 +226,7 @@ def test_a_person_may_promote_what_a_run_did_not(site: Site) -> None:
     assert (properties["promoted"], properties["not_promoted"]) == (True, "")
 
 
+@HERE
 def test_a_deploy_is_repeated(site: Site) -> None:
     site.run("v1")
     site.evaluate("candidate")
@@ -225,6 +239,7 @@ def test_a_deploy_is_repeated(site: Site) -> None:
     assert site.weights() == {"v1": 100}
 
 
+@HERE
 @pytest.mark.parametrize("at", ["bring_up", "move", "note_served", "retire"])
 def test_a_deploy_that_was_killed_is_repeated_and_another_run_waits_its_turn(
     site: Site, at: str, monkeypatch: pytest.MonkeyPatch
@@ -257,6 +272,7 @@ def test_a_deploy_that_was_killed_is_repeated_and_another_run_waits_its_turn(
     assert "killed has the traffic now" in site.refused("other")
 
 
+@HERE
 def test_what_an_older_nudge_registered_is_deployed(site: Site) -> None:
     """It has no record of what it was compared with."""
     site.run("v1")
@@ -265,6 +281,7 @@ def test_what_an_older_nudge_registered_is_deployed(site: Site) -> None:
     assert site.weights() == {"old": 100}
 
 
+@HERE
 def test_a_rollback_is_decided_again_if_a_run_deploys_meanwhile(site: Site) -> None:
     site.run("v1")
     site.run("v2")

@@ -1,0 +1,362 @@
+"""Every order of two runs, one move by hand and one crash, over the real logic of deploy.
+
+The steps of the actors are taken in every order that the model's lease allows, and one of them may
+be killed before any step. What changes traffic or registry is a step; both are kept in memory here.
+Orders that lead to the same state are followed once.
+"""
+
+import contextlib
+import dataclasses
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from nudge.components.common import registry, releases
+from nudge.components.common.comparison import comparison_properties
+from nudge.components.common.errors import UserError
+from nudge.components.common.releases import Served, Version
+from nudge.components.deploy import deploy as deploying
+from nudge.components.deploy import traffic
+from nudge.components.deploy.settings import DeploySettings
+from nudge.components.deploy.smoke import Server
+from nudge.components.evaluate import incumbent as standing
+
+MODEL = "m"
+SETTINGS = DeploySettings(target="local", registry_url="http://registry")
+QUALITY = {"v0": 0, "v1": 1, "worse": 2, "better": 3}
+RUNS = ("better", "worse")
+RETRIES = ("retry", "resume")
+"""What may follow a killed deploy: the step again (KFP), or the run from its evaluation on."""
+Choice = tuple[str, str]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it to tidy up."""
+
+
+class Abandoned(BaseException):
+    """Ends an actor whose order is not followed any further."""
+
+
+class Actor(threading.Thread):
+    """Runs until its next step, says which that is, and waits to be told to take it."""
+
+    def __init__(self, name: str, work: Callable[["Actor"], None]) -> None:
+        super().__init__(name=name, daemon=True)
+        self.label, self.ended, self.seen = "", False, ()
+        self.problem: BaseException | None = None
+        self._work, self._command = work, ""
+        self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
+
+    def run(self) -> None:
+        try:
+            self._work(self)
+        except (Killed, Abandoned):
+            pass
+        except BaseException as problem:  # an AssertionError is what the test is about
+            self.problem = problem
+        finally:
+            self.ended, self.label = True, "ended"
+            self._paused.release()
+
+    def begin(self) -> None:
+        self.start()
+        self._paused.acquire()
+
+    def take(self, command: str) -> None:
+        """Let the actor take its step ("go"), or be killed before it ("kill")."""
+        self._command = command
+        self._go.release()
+        self._paused.acquire()
+
+    def step(self, label: str) -> str:
+        self.label = label
+        self._paused.release()
+        self._go.acquire()
+        if self._command == "kill":
+            raise Killed
+        if self._command == "abandon":
+            raise Abandoned
+        return self._command
+
+
+class World:
+    """Traffic and registry in memory; the `Target` of every actor."""
+
+    environment, runtime = "test", "none"
+
+    def __init__(self, served: bool) -> None:
+        self.versions = {name: registered(name, {}) for name in ("v0", "v1")}
+        self.shares: dict[str, int] = {"v1": 100} if served else {}
+        self.up = set(self.shares)
+        self.served = Served(MODEL, "http://e", {"v1": 100}, ("v0", "v1")) if served else None
+        self.holder: str | None = None
+        self.taken: frozenset[str] = frozenset()
+        """Versions that the person took traffic from."""
+        self.compared: dict[str, str] = {}
+        self.kills = 0
+
+    def state(self, actors: dict[str, Actor]) -> Any:
+        plain = {name: tuple(each.properties.items()) for name, each in self.versions.items()}
+        return repr(
+            (
+                plain, self.shares, sorted(self.up), self.served, self.holder, sorted(self.taken),
+                sorted(self.compared.items()), self.kills,
+                [(name, actor.label, actor.seen) for name, actor in actors.items()],
+            )
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def exclusive(self, model: str) -> Iterator[None]:
+        actor().step("lease")
+        assert self.holder is None
+        self.holder = actor().name
+        try:
+            yield
+        finally:
+            self.holder = None
+
+    def live(self, model: str) -> dict[str, int]:
+        actor().seen = (str(self.shares), str(self.served))
+        return dict(self.shares)
+
+    def make_room(self, model: str, wanted: set[str]) -> bool:
+        return False
+
+    def bring_up(self, version: Version) -> Server:
+        actor().step("bring_up")
+        self.up.add(version.name)
+        return Server("http://s")
+
+    def move(self, model: str, shares: dict[str, int]) -> str:
+        actor().step("move")
+        assert self.holder == actor().name
+        assert set(shares) <= self.up
+        previous, who = set(self.shares), actor().name
+        if who in RUNS:
+            replaced = previous - {who}
+            assert all(QUALITY[each] < QUALITY[who] for each in replaced), "it lost to it"
+            assert replaced <= {self.compared[who]}, "it was not compared with it"
+            assert who not in self.taken, "a person took the traffic away from it"
+        else:
+            self.taken = (self.taken | previous) - set(shares)
+        self.shares = dict(shares)
+        return "http://e"
+
+    def retire(self, model: str, keep: set[str]) -> None:
+        actor().step("retire")
+        assert set(self.shares) <= keep
+        self.up &= keep
+
+
+def actor() -> Actor:
+    current = threading.current_thread()
+    assert isinstance(current, Actor)
+    return current
+
+
+def registered(name: str, properties: dict[str, Any]) -> Version:
+    return Version(MODEL, name, "1", name, "s3://b/v", False, 0, {"run_id": name, **properties})
+
+
+def run_of(world: World) -> Callable[[Actor], None]:
+    """A run from its evaluation on; its candidate is registered if it beats the incumbent."""
+
+    def evaluate(me: Actor) -> bool:
+        me.step("evaluate")
+        os.environ["NUDGE_RUN_ID"] = me.name
+        found = standing.find_incumbent(MODEL, SETTINGS.registry_url)
+        world.compared[me.name] = found.version
+        if found.state == "found" and QUALITY[me.name] <= QUALITY[found.version]:
+            return False
+        properties = comparison_properties(dataclasses.asdict(found))
+        world.versions[me.name] = registered(me.name, properties)
+        return True
+
+    def work(me: Actor) -> None:
+        if not evaluate(me):
+            return
+        while True:
+            try:
+                me.step("deploy")
+                deploying.deploy(SETTINGS, registered_model=MODEL, version=me.name)
+                return
+            except Killed:
+                me.seen = ()
+                if me.step("killed") == "resume" and not evaluate(me):
+                    return
+
+    return work
+
+
+def person(world: World, shares: dict[str, int] | None) -> Callable[[Actor], None]:
+    """`nudge promote`, `nudge split`, or, without shares, `nudge rollback`."""
+
+    def work(me: Actor) -> None:
+        me.step("begin")
+        with contextlib.suppress(UserError):  # there is nothing to go back to, no such version
+            if shares is None:
+                deploying.rollback(SETTINGS, registered_model=MODEL)
+            else:
+                deploying.serve(SETTINGS, MODEL, shares)
+
+    return work
+
+
+class Orders:
+    """Follows every order of the actors' steps, depth first."""
+
+    def __init__(self, served: bool, by_hand: Callable[[World], Callable[[Actor], None]] | None):
+        self._served, self._by_hand = served, by_hand
+        self._known: set[str] = set()
+        self.followed = 0
+        self.ends: set[str] = set()
+        self.world = World(served)
+
+    def follow(self) -> None:
+        waiting: list[list[Choice]] = [[]]
+        while waiting:
+            waiting += self._follow(waiting.pop())
+            self.followed += 1
+
+    def _follow(self, order: list[Choice]) -> list[list[Choice]]:
+        """Take one order to its end; returns those that branch off from it."""
+        world = self.world = World(self._served)
+        actors = {name: Actor(name, run_of(world)) for name in RUNS}
+        if self._by_hand:
+            actors["person"] = Actor("person", self._by_hand(world))
+        for each in actors.values():
+            each.begin()
+        branches: list[list[Choice]] = []
+        taken: list[Choice] = []
+        try:
+            while True:
+                if len(taken) >= len(order):
+                    state = world.state(actors)
+                    if state in self._known:
+                        break
+                    self._known.add(state)
+                choices = _choices(world, actors)
+                if not choices:
+                    self.ends.add(" ".join(world.shares))
+                    break
+                if len(taken) < len(order):
+                    choice = order[len(taken)]
+                else:
+                    choice, *others = choices
+                    branches += [[*taken, other] for other in others]
+                taken.append(choice)
+                name, command = choice
+                world.kills += command == "kill"
+                actors[name].take(command)
+                if problem := actors[name].problem:
+                    raise AssertionError(f"{problem!r} after {taken}") from problem
+        finally:
+            for each in actors.values():
+                while not each.ended:
+                    each.take("abandon")
+        return branches
+
+
+def _choices(world: World, actors: dict[str, Actor]) -> list[Choice]:
+    choices = []
+    for name, each in actors.items():
+        if each.ended or (each.label == "lease" and world.holder):
+            continue
+        if each.label == "killed":
+            choices += [(name, command) for command in RETRIES]
+            continue
+        choices.append((name, "go"))
+        if not world.kills and each.label != "evaluate":
+            choices.append((name, "kill"))
+    return choices
+
+
+@pytest.fixture
+def orders(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Orders]]:
+    """Makes an `Orders`, whose actors meet its world wherever they ask a registry or a target."""
+    made: list[Orders] = []
+
+    def make(*given: Any) -> Orders:
+        made.append(Orders(*given))
+        return made[-1]
+
+    def world() -> World:
+        return made[-1].world
+
+    def read(look: Callable[[], Any]) -> Any:
+        async def work(_: Any) -> Any:
+            return look()
+
+        return work
+
+    def find_version(model: str, name: str) -> Any:
+        def look() -> Version:
+            if name not in world().versions:
+                raise UserError(f"no version {name}")
+            return world().versions[name]
+
+        return read(look)
+
+    def find_served(model: str) -> Any:
+        return read(lambda: world().served)
+
+    def note_served(version: Version, served: Served, *_: str) -> Any:
+        def write() -> None:
+            actor().step("note_served")
+            world().served = served
+
+        return read(write)
+
+    def note_promotion(version: Version, reason: str) -> Any:
+        def write() -> None:
+            actor().step("note_promotion")
+            known = world().versions[version.name]
+            values = {"promoted": not reason, releases.NOT_PROMOTED: reason}
+            world().versions[version.name] = dataclasses.replace(
+                known, properties={**known.properties, **values}
+            )
+
+        return read(write)
+
+    def with_registry(url: str, work: Any, attempts_s: float = 0) -> Any:
+        coroutine = work(None)
+        with pytest.raises(StopIteration) as done:  # nothing in memory is waited for
+            coroutine.send(None)
+        return done.value.value
+
+    functions = (find_version, find_served, note_served, note_promotion)
+    for module in (releases, traffic):
+        for function in functions:
+            monkeypatch.setattr(module, function.__name__, function)
+    monkeypatch.setattr(registry, "with_registry", with_registry)
+    monkeypatch.setattr(traffic, "smoke_test", lambda *_: "an answer")
+    monkeypatch.setattr(deploying, "_target", lambda *_: world())
+    monkeypatch.setattr(standing, "_silent", lambda _: "")
+    monkeypatch.setenv("NUDGE_RUN_ID", "")
+    yield make
+
+
+MOVES: dict[str, dict[str, int] | None] = {
+    "rollback": None,
+    "promote v0": {"v0": 100},
+    "split v1 and v0": {"v1": 50, "v0": 50},
+    "promote worse": {"worse": 100},
+    "split v1 and worse": {"v1": 50, "worse": 50},
+}
+
+
+@pytest.mark.parametrize("served", [True, False], ids=["v1 served", "nothing served"])
+@pytest.mark.parametrize("move", [None, *MOVES])
+def test_no_order_gives_traffic_to_a_version_that_lost(
+    orders: Any, served: bool, move: str | None
+) -> None:
+    found = orders(served, (lambda world: person(world, MOVES[move])) if move else None)
+    found.follow()
+    assert found.followed > 20
+    # Each run can win: what is refused is refused for a cause.
+    assert found.ends >= {"better", "worse"}
+    if move is None:
+        assert found.ends == {"better", "worse"}, "one of two runs that beat v1 is promoted"
