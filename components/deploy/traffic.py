@@ -174,9 +174,7 @@ def _history(before: Served | None, wanted: Mapping[str, int]) -> tuple[str, ...
     return (*known, name)
 
 
-def _withdrawn(
-    before: Served | None, live: Mapping[str, int], kept: set[str]
-) -> tuple[str, ...]:
+def _withdrawn(before: Served | None, live: Mapping[str, int], kept: set[str]) -> tuple[str, ...]:
     """The versions from which traffic was taken away for good: neither served nor in the history.
 
     A version that a newer one replaced is in the history; one from which a rollback went back, or

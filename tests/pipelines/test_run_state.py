@@ -211,6 +211,25 @@ def test_a_better_model_that_was_not_deployed_is_not_promoted(run: Run) -> None:
     assert set(values) >= ISSUE_KEYS
 
 
+def test_a_better_model_that_got_no_traffic_says_why(run: Run) -> None:
+    """It was compared with a version that is not served any more: no failure, and no promotion."""
+    evaluated(run, promote=True)
+    served(run)
+    why = "v was compared with v1, but v2 has the traffic now"
+    refused = {"promoted": False, "reason": why, "endpoint": "http://127.0.0.1:1"}
+    end(run, "deploy", **refused, served_model="m", version="v")
+    run.exit_status = 0
+    values = keep_result(run)
+    assert (values["promoted"], values["endpoint"]) == (False, None)
+    assert why in values["reason"]
+    assert "better by 0.1" in values["reason"]
+    console = Console(file=io.StringIO(), width=400)
+    console.print(display.summary(values, run))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "│ registered, not promoted" in text
+    assert why in text
+
+
 def test_an_engine_that_fails_before_any_step_is_an_error(run: Run) -> None:
     run.exit_status = 1
     assert str(run.log) in result(run)["error"]

@@ -48,6 +48,7 @@ def evaluation(tmp_path: Path) -> Path:
     difference = {"difference_bits_per_byte": -0.1}
     body = {
         "verdict": {"reason": "better", "promote": True, "comparisons": {"base": difference}},
+        "incumbent": {"state": "found", "version": "v1", "uri": "s3://b/v1", "shares": {"v1": 100}},
         "metrics": {"candidate": {"bits_per_byte": 0.9, "word_perplexity": None}},
         "models": {"candidate": {"sha256": "c" * 64}},
         "probes": [{"prompt": "The", "rivals_after": [{"token": " Tower", "p": 0.5}]}],

@@ -13,6 +13,7 @@ import pytest
 import trustme
 from click.testing import CliRunner
 from nudge.components.common import processes, registry
+from nudge.components.common.comparison import RECORD
 from nudge.components.common.errors import UserError
 from nudge.components.common.registry import Unreachable, with_registry
 from nudge.components.common.releases import (
@@ -49,6 +50,30 @@ def release(environment: dict[str, str], model: Path, evaluation: Path) -> Relea
         return register(given, uri=uri, version=version, run_id=run or version, **paths)
 
     return release
+
+
+def test_what_a_version_was_compared_with_is_registered(
+    release: Release, environment: dict[str, str], evaluation: Path
+) -> None:
+    """Again where the run goes on and meets another incumbent; the rest stays as it was."""
+    url, record = environment["NUDGE_REGISTRY_URL"], ("found", "v1", '{"v1": 100}')
+    release("compared", "v2")
+
+    def properties(version: str) -> dict[str, Any]:
+        return dict(with_registry(url, find_version("compared", version)).properties)
+
+    first = properties("v2")
+    assert tuple(first[key] for key in RECORD) == record
+    body = json.loads(evaluation.read_text())
+    body["incumbent"] = {"state": "none", "version": "", "uri": "", "shares": {}}
+    evaluation.write_text(json.dumps(body))
+    release("compared", "v2")
+    again = {"incumbent_state": "none", "incumbent": "", "incumbent_traffic": "{}"}
+    assert properties("v2") == {**first, **again}
+    del body["incumbent"]  # as an older nudge wrote it
+    evaluation.write_text(json.dumps(body))
+    release("compared", "v3")
+    assert not set(RECORD) & properties("v3").keys()
 
 
 def versions(environment: dict[str, str], name: str) -> dict[str, bool]:

@@ -65,6 +65,21 @@ def test_the_probe_of_this_test_would_notice(tmp_path: Path) -> None:
     assert "<img" in shown
 
 
+def test_a_version_that_got_no_traffic_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    why = "v2 was compared with v1, but v3 has the traffic now"
+    found = {"uri": "s3://b/v2", "description": "better", "endpoint": "", "not_promoted": why}
+    monkeypatch.setattr(module, "_told_here", lambda: ("", "", ""))
+    monkeypatch.setattr("nudge.components.common.registry.with_registry", lambda *_, **__: found)
+    path, ended = tmp_path / "page.md", {"state": "SUCCEEDED", "task": "", "error": ""}
+    result = module.summary("m", "http://r", version="v2", run_id="v2", page=path, **ended)
+    assert (result["registered"], result["promoted"]) == (True, False)
+    page = path.read_text(encoding="utf-8")
+    assert "**m v2** is registered, not promoted." in page
+    assert f"| why not promoted | {why} |" in page
+
+
 def test_plain_words_stay_as_they_are() -> None:
     text = "better by 0.1234 bits per byte (95% interval 0.1 to 0.2), model_name s3://b/k-1.0"
     assert module.plain(text) == text
