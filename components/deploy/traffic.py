@@ -23,7 +23,6 @@ from nudge.components.common.releases import (
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import Server, smoke_test
 
-
 Check = Callable[[Served | None, dict[str, int]], None]
 """Called with what the registry says is served and the traffic by version as it is sent now, while
 the model's lease is held and before anything is changed; raises to end the shift there."""

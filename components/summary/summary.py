@@ -33,7 +33,7 @@ It failed{% if task %} in `{{ task }}`{% endif %}: {{ error }}
 
 {% endif %}
 {% if found %}
-**{{ model_name }} {{ version }}** is registered{% if found.not_promoted %}, not promoted{% endif %}.
+**{{ model_name }} {{ version }}** is registered{{ ", not promoted" if found.not_promoted else "" }}.
 
 | what | |
 |---|---|

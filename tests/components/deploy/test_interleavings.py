@@ -48,18 +48,20 @@ class Actor(threading.Thread):
     def __init__(self, name: str, work: Callable[["Actor"], None]) -> None:
         super().__init__(name=name, daemon=True)
         self.label, self.ended, self.seen = "", False, ()
-        self.problem: BaseException | None = None
+        self.well = False
+        self.problem: Exception | None = None
         self._work, self._command = work, ""
         self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
 
     def run(self) -> None:
         try:
             self._work(self)
+            self.well = True
         except (Killed, Abandoned):
-            pass
-        except BaseException as problem:  # an AssertionError is what the test is about
+            self.well = True
+        except (AssertionError, UserError) as problem:
             self.problem = problem
-        finally:
+        finally:  # pytest shows what else was raised
             self.ended, self.label = True, "ended"
             self._paused.release()
 
@@ -256,7 +258,8 @@ class Orders:
                 name, command = choice
                 world.kills += command == "kill"
                 actors[name].take(command)
-                if problem := actors[name].problem:
+                if actors[name].ended and not actors[name].well:
+                    problem = actors[name].problem
                     raise AssertionError(f"{problem!r} after {taken}") from problem
         finally:
             for each in actors.values():
@@ -283,7 +286,7 @@ def _choices(world: World, actors: dict[str, Actor]) -> list[Choice]:
 
 
 @pytest.fixture
-def orders(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Orders]]:
+def orders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Orders]:
     """Makes an `Orders`, whose actors meet its world wherever they ask a registry or a target."""
     made: list[Orders] = []
 
@@ -349,7 +352,7 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Orders]]:
     monkeypatch.setattr(deploying, "_target", lambda *_: world())
     monkeypatch.setattr(standing, "_silent", lambda _: "")
     monkeypatch.setenv("NUDGE_RUN_ID", "")
-    yield make
+    return make
 
 
 MOVES: dict[str, dict[str, int] | None] = {
