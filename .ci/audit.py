@@ -1,51 +1,55 @@
-"""Hold every pin of constraints.txt against the known advisories: OSV, with PyPA's and GitHub's.
+"""Check every locked package for known vulnerabilities with pip-audit; ``make audit`` runs this.
 
-``python .ci/audit.py``; the variable ADVISORIES_URL names a mirror, what else has OSV's API, or a
-folder of OSV records, such as a checkout of https://github.com/pypa/advisory-database or OSV's
-PyPI/all.zip, unpacked: that needs the packages packaging and PyYAML.
-
-Ends with 1 if a pin has an advisory that accepted.txt beside this does not name. Where the service
-cannot be asked, it says that nothing was audited and ends with 0: an outage is no finding.
+Exits with 1 if a package has an advisory that accepted.txt beside this file does not name. Where
+the advisory service cannot be reached, it says that nothing was audited and exits with 0, because
+an outage is not a finding. Further arguments go to pip-audit, such as ``-s osv``.
 """
 
 import json
-import os
-import re
+import subprocess
 import sys
-import urllib.error
-import urllib.request
+import tempfile
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).parent
-PINS = HERE.parent / "constraints.txt"
 ACCEPTED = HERE / "accepted.txt"
-URL = "https://api.osv.dev"
-TIMEOUT_S = 30.0
 
 
-def main() -> int:
-    url = os.environ.get("ADVISORIES_URL", URL).rstrip("/")
-    pins = read_pins(PINS.read_text(encoding="ascii"))
-    try:
-        found = advisories(url, pins) if "://" in url else local_advisories(Path(url), pins)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"NOT AUDITED: {url} does not answer as OSV does ({error})", file=sys.stderr)
+def main(arguments: list[str]) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        pins, answer = Path(folder, "pins.txt"), Path(folder, "audit.json")
+        export = [sys.executable, "-m", "uv", "export", "--quiet", "--frozen", "--all-extras"]
+        export += ["--all-groups", "--no-hashes", "--no-emit-project"]
+        export += ["--no-emit-package", "nudge-kernels", "--output-file", str(pins)]
+        subprocess.run(export, cwd=HERE.parent, check=True)
+        audit = [sys.executable, "-m", "pip_audit", "--requirement", str(pins), "--no-deps"]
+        audit += ["--disable-pip", "--progress-spinner", "off"]
+        audit += ["--format", "json", "--output", str(answer), *arguments]
+        done = subprocess.run(audit, stderr=subprocess.PIPE, text=True)
+        if not answer.is_file():
+            reason = (done.stderr.strip().splitlines() or ["pip-audit gave no reason"])[-1]
+            print(f"NOT AUDITED: {reason}", file=sys.stderr)
+            return 0
+        return judge(json.loads(answer.read_text()), read_accepted(ACCEPTED.read_text()))
+
+
+def judge(answer: dict[str, list[dict]], accepted: dict[str, str]) -> int:  # type: ignore[type-arg]
+    """Print the findings of pip-audit's JSON answer; 1 if one of them is not accepted."""
+    audited = [each for each in answer["dependencies"] if "skip_reason" not in each]
+    skipped = len(answer["dependencies"]) - len(audited)
+    if not audited:
+        print(f"NOT AUDITED: the service knows none of {skipped} packages", file=sys.stderr)
         return 0
-    accepted = read_accepted(ACCEPTED.read_text(encoding="utf-8"))
-    for name, version, advisory in found:
-        reason = accepted.get(advisory, "")
-        print(f"{name} {version}: {advisory} {f'accepted: {reason}' if reason else ''}".rstrip())
-    left = [each for each in found if each[2] not in accepted]
-    print(f"{len(pins)} pins audited, {len(found)} advisories, {len(left)} of them open")
-    if left:
-        print(f"raise the pins, or say in {ACCEPTED} why it does not touch nudge", file=sys.stderr)
-    return 1 if left else 0
-
-
-def read_pins(text: str) -> list[tuple[str, str]]:
-    """(name, version) of each line ``name==version``."""
-    return re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;]+)", text, re.MULTILINE)
+    unaccepted = 0
+    for package in audited:
+        for advisory in package["vulns"]:
+            known = [advisory["id"], *advisory.get("aliases", [])]
+            reason = next((accepted[each] for each in known if each in accepted), "")
+            unaccepted += not reason
+            note = f"accepted: {reason}" if reason else "raise the pin, or accept it with a reason"
+            print(f"{package['name']} {package['version']}: {advisory['id']}: {note}")
+    print(f"{len(audited)} packages audited, {skipped} unknown to the service, {unaccepted} open")
+    return 1 if unaccepted else 0
 
 
 def read_accepted(text: str) -> dict[str, str]:
@@ -54,85 +58,5 @@ def read_accepted(text: str) -> dict[str, str]:
     return {words[0]: words[1] for words in lines if len(words) == 2}
 
 
-def advisories(url: str, pins: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
-    """(name, version, advisory) of each advisory; raises OSError or ValueError if it is not told.
-
-    https://google.github.io/osv.dev/post-v1-querybatch/: answers in the order of the questions,
-    at most 1000 of them; a long answer goes on behind a token.
-    """
-    found = []
-    asked: list[dict[str, Any]] = [
-        {"package": {"name": name, "ecosystem": "PyPI"}, "version": version}
-        for name, version in pins
-    ]
-    while asked:
-        results = _post(f"{url}/v1/querybatch", {"queries": asked[:1000]})["results"]
-        if len(results) != len(asked[:1000]):
-            raise ValueError(f"{len(results)} answers to {len(asked[:1000])} questions")
-        more = []
-        for question, result in zip(asked, results, strict=False):
-            name, version = question["package"]["name"], question["version"]
-            found += [(name, version, each["id"]) for each in result.get("vulns", [])]
-            if token := result.get("next_page_token"):
-                more.append({**question, "page_token": token})
-        asked = more + asked[1000:]
-    return sorted(found)
-
-
-def local_advisories(folder: Path, pins: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
-    """The same from a folder of OSV records, JSON or YAML; raises ValueError if there are none."""
-    import yaml
-    from packaging.utils import canonicalize_name
-
-    pinned = {canonicalize_name(name): (name, version) for name, version in pins}
-    records, newest, found = 0, "", set()
-    for path in sorted((*folder.rglob("*.json"), *folder.rglob("*.yaml"))):
-        text = path.read_text(encoding="utf-8")
-        record = json.loads(text) if path.suffix == ".json" else yaml.load(text, yaml.CSafeLoader)
-        if not isinstance(record, dict) or "affected" not in record or "withdrawn" in record:
-            continue
-        records, newest = records + 1, max(newest, str(record["modified"]))
-        for affected in record["affected"]:
-            package = affected.get("package", {})
-            pin = pinned.get(canonicalize_name(package.get("name", "")))
-            if package.get("ecosystem") == "PyPI" and pin and is_affected(pin[1], affected):
-                found.add((*pin, record["id"]))
-    if not records:
-        raise ValueError("it holds no record with `affected`")
-    print(f"{records} advisories in {folder}, the newest of {newest[:10]}")
-    return sorted(found)
-
-
-def is_affected(version: str, affected: dict[str, Any]) -> bool:
-    """https://ossf.github.io/osv-schema/#evaluation, for the versions of PyPI."""
-    from packaging.version import Version
-
-    if version in affected.get("versions", []):
-        return True
-    pinned = Version(version)
-    for each in affected.get("ranges", []):
-        if each["type"] != "ECOSYSTEM":
-            continue
-        events = [
-            (Version(str(at)), what) for event in each["events"] for what, at in event.items()
-        ]
-        inside = False
-        for at, what in sorted(events):
-            if what == "introduced" and pinned >= at:
-                inside = True
-            elif (what == "fixed" and pinned >= at) or (what == "last_affected" and pinned > at):
-                inside = False
-        if inside:
-            return True
-    return False
-
-
-def _post(url: str, body: Any) -> Any:
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-        return json.load(answer)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

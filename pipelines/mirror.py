@@ -1,7 +1,7 @@
-"""What a cluster without the internet needs mirrored: images, packages, models; as a page.
+"""The page that lists what a cluster without internet access needs mirrored: images and models.
 
-Everything in it is read from the files that name it: the manifests, the Containerfile, the images'
-requirement files and the recipes that ship with nudge.
+Everything on it is read from the files that name it: the manifests, the Containerfile and the
+recipes that ship with nudge.
 """
 
 import re
@@ -11,23 +11,13 @@ from typing import Any
 
 import jinja2
 import yaml
+
 from nudge.components.common.images import DATA_IMAGE, TRAIN_IMAGE
 from nudge.components.common.recipe import read_recipe
 from nudge.components.upload.settings import UploadSettings
 from nudge.pipelines import recipes
 
 OVERLAY = Path("manifests") / "overlays" / "disconnected"
-REQUIREMENTS = {
-    "data": ("data", "data-source"),
-    "train": ("train", "train-source", "torch-cuda"),
-    "workbench": ("workbench", "workbench-source", "torch-cuda"),
-    "build": ("build",),
-}
-"""The files of each image, in images/requirements; ``build`` is what builds nudge itself, in none
-of them."""
-
-PIN = re.compile(r"^([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?==([^\s;\\]+)", re.MULTILINE)
-
 PAGE = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
     """\
 # Without the internet
@@ -95,17 +85,8 @@ No step installs anything when it runs, so packages are needed only where the im
 builds from that folder without a network. A mirror of the package index does as well:
 `make images PIP_CONF=pip.conf`.
 
-Python 3.11 and 3.12 on x86_64 and aarch64; {{ counts.items() | map('join', ' ') | join(', ') }}
-packages.
-
-| package | version |{% for image in counts %} {{ image }} |{% endfor %}
-
-|---|---|{% for image in counts %}---|{% endfor %}
-
-{% for (name, version), within in packages.items() %}
-| {{ name }} | {{ version }} |{% for image in counts %} {{ '+' if image in within }} |{% endfor %}
-
-{% endfor %}
+The packages and their hashes are in `images/requirements/`, exported from `uv.lock`: Python 3.11 to
+3.14 on x86_64 and aarch64.
 """
 )
 
@@ -114,10 +95,8 @@ def pages(root: Path) -> dict[Path, str]:
     """The overlay's page and its ImageSetConfiguration (of oc-mirror v2), by their paths below
     ``root``, a checkout."""
     images = needed_images(root)
-    packages = pinned_packages(root)
-    counts = {image: sum(image in within for within in packages.values()) for image in REQUIREMENTS}
     page = PAGE.render(
-        images=images, packages=packages, counts=counts, models=base_models(),
+        images=images, models=base_models(),
         data_image=mirrored(DATA_IMAGE), train_image=mirrored(TRAIN_IMAGE),
     )  # fmt: skip
     return {OVERLAY / "README.md": page, OVERLAY / "imageset.yaml": image_set(list(images))}
@@ -176,18 +155,6 @@ def _images_in(node: Any) -> Iterator[str]:
             yield str(node["name"])
         for each in node.values():
             yield from _images_in(each)
-
-
-def pinned_packages(root: Path) -> dict[tuple[str, str], set[str]]:
-    """The images that each (package, version) goes into."""
-    found: dict[tuple[str, str], set[str]] = {}
-    for image, files in REQUIREMENTS.items():
-        for file in files:
-            path = root / "images" / "requirements" / f"{file}.txt"
-            text = path.read_text(encoding="ascii")
-            for name, version in PIN.findall(text):
-                found.setdefault((name.lower(), version), set()).add(image)
-    return dict(sorted(found.items()))
 
 
 def base_models() -> list[dict[str, str]]:

@@ -4,10 +4,13 @@ The names hold "python" because kfp's local runner warns about any other.
 """
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
-DATA_IMAGE = os.environ.get("NUDGE_DATA_IMAGE", "quay.io/nudge-lm/nudge-data-python:0.1.0")
-TRAIN_IMAGE = os.environ.get("NUDGE_TRAIN_IMAGE", "quay.io/nudge-lm/nudge-train-python:0.1.0")
+TAG = version("nudge-lm")
+DATA_IMAGE = os.environ.get("NUDGE_DATA_IMAGE", f"quay.io/nudge-lm/nudge-data-python:{TAG}")
+TRAIN_IMAGE = os.environ.get("NUDGE_TRAIN_IMAGE", f"quay.io/nudge-lm/nudge-train-python:{TAG}")
+WORKBENCH_IMAGE = f"quay.io/nudge-lm/nudge-workbench-python:{TAG}"
 
 POD_CREDENTIALS = Path("/var/run/secrets/nudge/image-registry/.dockerconfigjson")
 """Where a pipeline's steps find the project's pull secret for models that are images, if any."""

@@ -13,9 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
+
 from nudge.components.common.errors import UserError
 from nudge.pipelines.local import containers, services
-
 from tests.tiny import make_tiny_model
 
 NUDGE = str(Path(sys.executable).parent / "nudge")
@@ -64,7 +64,7 @@ def test_the_compiled_pipeline_ends_in_a_served_model(result: dict[str, Any], pl
     assert answer.json()["choices"][0]["text"]
     log = (place / "home" / "runs" / result["run_id"] / "run.log").read_text()
     for name in ("data", "train"):
-        assert f"Found image 'quay.io/nudge-lm/nudge-{name}-python:0.1.0'" in log
+        assert f"Found image 'quay.io/nudge-lm/nudge-{name}-python:0.2.0'" in log
 
 
 @pytest.mark.long

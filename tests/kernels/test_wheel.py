@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from nudge.kernels import fused_linear_cross_entropy, native
 
 ROOT = Path(__file__).parents[2]
@@ -133,8 +134,8 @@ def test_one_distribution_owns_the_kernels(tmp_path: Path) -> None:
             [*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", "dist", folder],
             cwd=copy, env={**os.environ, "NUDGE_KERNELS_WITHOUT_CUDA": "1"}, check=True,
         )  # fmt: skip
-    kernels = copy / "dist" / "nudge_kernels-0.1.0-py3-none-any.whl"
-    rest = copy / "dist" / "nudge_lm-0.1.0-py3-none-any.whl"
+    kernels = copy / "dist" / "nudge_kernels-0.2.0-py3-none-any.whl"
+    rest = copy / "dist" / "nudge_lm-0.2.0-py3-none-any.whl"
     python = installed(kernels, tmp_path / "clean")
     within = [*pip, "--python", *python]
     subprocess.run([*within, "install", *offline, str(rest)], check=True)
@@ -146,7 +147,7 @@ def test_one_distribution_owns_the_kernels(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_what_the_wheel_is_and_what_it_binds_to(wheel: Path) -> None:
-    assert wheel.name == "nudge_kernels-0.1.0-py3-none-linux_x86_64.whl"
+    assert wheel.name == "nudge_kernels-0.2.0-py3-none-linux_x86_64.whl"
     with zipfile.ZipFile(wheel) as archive:
         library = archive.read(f"nudge/kernels/{native.NAME}")
         names = set(archive.namelist())
