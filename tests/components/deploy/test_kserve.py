@@ -20,6 +20,11 @@ from tests.components.deploy.stream import Stream
 from tests.kubernetes_schemas import problems
 
 
+@pytest.fixture(autouse=True)
+def bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_S3_BUCKET", "b")
+
+
 def version(model: str = "m", name: str = "v1", uri: str = "s3://b/models/m/v1") -> Version:
     return Version(model, name, "1", "2", uri, False, 0, {})
 
@@ -47,7 +52,7 @@ def test_objects_are_what_the_cluster_takes(values: dict[str, Any]) -> None:
     predictor = made["spec"]["predictor"]
     assert predictor["model"]["storage"] == {
         "key": "models",
-        "path": "models/m/v1",
+        "path": "models/m/v1/",
         "parameters": {"bucket": "b"},
     }
     annotations = made["metadata"]["annotations"]
