@@ -42,8 +42,7 @@ def files_sha256(sha256: dict[str, str]) -> str:
 
 
 def weights_sha256(sha256: dict[str, str]) -> str:
-    """The same of the safetensors files at the top alone: what an upload by nudge before manifests
-    had a digest in the registry is known by."""
+    """The same over the safetensors files at the top of the folder only."""
     weights = {
         name: each
         for name, each in sha256.items()
@@ -108,7 +107,7 @@ def check(
     weights: str = "",
     empty_missing: bool = False,
 ) -> None:
-    """Compare every file of ``folder`` with its manifest, and the manifest as `check_manifest` does.
+    """Compare each file of ``folder`` with its manifest, and the manifest as `check_manifest` does.
 
     Raises `Tampered` if a file is missing, differs, is a link or is not listed, or if an index of
     weights names a file that is not listed. With ``empty_missing`` a listed file of 0 bytes may be

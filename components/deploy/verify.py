@@ -42,12 +42,16 @@ def check_version(version: Version, settings: DeploySettings) -> None:
                 f"{told} is registered as {uri}, whose content can change; register it as "
                 f"{image.registry}/{image.repository}@sha256:..."
             )
-        below = settings.uploads if settings.uploads.startswith("oci://") else ""
-        expected = f"{below.rstrip('/')}/{version.model}@" if below else f"/{version.model}@"
-        if expected not in uri or (below and not uri.startswith(expected)):
+        if not settings.uploads.startswith("oci://"):
+            raise UserError(
+                f"{told} is registered as {uri}, and it is not known where its uploads are: give "
+                "the recipe whose upload.target it was, or set deploy.uploads to that target"
+            )
+        start = f"{settings.uploads.rstrip('/')}/{version.model}@"
+        if not uri.startswith(start):
             raise UserError(
                 f"{told} is registered as {uri}, which is no upload of {version.model}: expected "
-                f"{below or 'oci://<registry>/<path>'}/{version.model}@sha256:..."
+                f"{start}sha256:..."
             )
     elif scheme in ("hf", "pvc") and scheme not in settings.unverified:
         raise UserError(
@@ -86,7 +90,7 @@ def expected(version: Version) -> dict[str, str]:
 
 
 def check_folder(folder: Path, version: Version) -> None:
-    """Raise `UserError` unless a folder holds exactly what was uploaded, evaluated and registered."""
+    """Raise `UserError` unless a folder holds exactly what was evaluated and registered."""
     try:
         model_files.check(folder, **expected(version))
     except model_files.Tampered as error:

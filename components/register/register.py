@@ -50,8 +50,8 @@ def register(
     Registering is three requests with no transaction, so each is made only if its result is not
     there yet: the same run registers once, however often it is repeated. Raises `UserError` if the
     version belongs to another run, if the evaluation is of other weights than training wrote or of
-    other files than were uploaded, or if the registry does not answer; what was to be registered is then kept in the object store, and
-    the error says the command that finishes it.
+    other files than were uploaded, or if the registry does not answer; what was to be registered is
+    then kept in the object store, and the error says the command that finishes it.
     """
     from nudge.components.common.progress import progress
     from nudge.components.common.registry import registry_url

@@ -24,9 +24,10 @@ def upload(settings: UploadSettings, *, model: Path, version: str) -> dict[str, 
     ``<target>/<model_name>:<version>``.
 
     ``manifest.json`` there names the model and the version, and lists each file with its size and
-    sha256. A version is complete or invisible: in an object store the manifest is written last and only if there is none yet, and
-    in a registry the tag. Nothing is ever replaced. The same content again is no error: files,
-    parts of files and layers that are there already are not sent again. The URI of an image ends
+    sha256. A version is complete or invisible: in an object store the manifest is written last and
+    only if there is none yet, and in a registry the tag. Nothing is ever replaced. The same content
+    again is no error: files, parts of files and layers that are there already are not sent again.
+    The URI of an image ends
     in its digest, so that it never means another one. Raises `UserError` on other content under
     the same version, on weights that are not those that training wrote, on a file that changes
     meanwhile, on pickles and on links out of the folder.

@@ -359,7 +359,7 @@ def test_only_uris_of_this_versions_uploads_are_served(
     version = Version("m", "v1", "1", "2", uri, False, 0, {})
     with pytest.raises(UserError, match=said):
         check_version(version, DeploySettings(uploads="oci://quay.io/team"))
-    given = DeploySettings(unverified=["hf", "pvc"])
+    given = DeploySettings(uploads="oci://quay.io/team", unverified=["hf", "pvc"])
     for taken in (
         "hf://owner/name",
         f"oci://quay.io/team/m@sha256:{'0' * 64}",
@@ -369,6 +369,9 @@ def test_only_uris_of_this_versions_uploads_are_served(
     check_version(
         dataclasses.replace(version, uri="s3://more/x/m/v1"), DeploySettings(uploads="s3://more/x/")
     )
+    image = dataclasses.replace(version, uri=f"oci://quay.io/team/m@sha256:{'0' * 64}")
+    with pytest.raises(UserError, match="not known where its uploads are"):
+        check_version(image, DeploySettings())
     monkeypatch.delenv("AWS_S3_BUCKET")
     with pytest.raises(UserError, match="set AWS_S3_BUCKET, or deploy.uploads"):
         check_version(dataclasses.replace(version, uri="s3://b/models/m/v1"), DeploySettings())
