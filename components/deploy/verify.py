@@ -78,7 +78,7 @@ def _check_s3(told: str, version: Version, settings: DeploySettings) -> None:
         )
 
 
-def expected(version: Version) -> dict[str, str]:
+def expected(version: Version) -> dict[str, Any]:
     """What the registry says of a version's files: arguments of `model_files.check`."""
     digest = str(version.properties.get("manifest_sha256", ""))
     return {
