@@ -8,7 +8,6 @@ path, ``s3://`` (a folder of the data connection), ``oci://`` (an image that hol
 """
 
 import contextlib
-import fnmatch
 import functools
 import hashlib
 import os
@@ -18,8 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from nudge.components.common import model_files
 from nudge.components.common.errors import UserError
-from nudge.components.common.publish import published, read_manifest, sha256_file
+from nudge.components.common.publish import published, sha256_file
 from nudge.components.common.uris import is_local, local_path
 
 CONVERSION = 1
@@ -99,11 +99,7 @@ def model_sha256(folder: Path) -> str:
 
 def weights_sha256(files: dict[str, str]) -> str:
     """The same from the sha256 of each file by its name in the folder; other files do not count."""
-    digest = hashlib.sha256()
-    for name in sorted(files):
-        if fnmatch.fnmatch(name, "*.safetensors") and "/" not in name:
-            digest.update(f"{name}\0{files[name]}\n".encode())
-    return digest.hexdigest()
+    return model_files.weights_sha256(files)
 
 
 def download_model(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> None:
@@ -123,24 +119,17 @@ def download_model(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> N
 
 
 def verify_upload(folder: Path, uri: str) -> None:
-    """Hold a folder against the manifest of its upload, if it has one.
+    """Compare a folder with the manifest of its upload, if it has one.
 
-    Raises `UserError` if a file is missing, is not what was uploaded, or lies out of the folder.
+    Raises `UserError` if a file is missing, differs or is not listed, and if the manifest or an
+    index of weights names a file outside the folder.
     """
-    if not (folder / "manifest.json").is_file():
+    if not (folder / model_files.MANIFEST).is_file():
         return
-    manifest = read_manifest(folder / "manifest.json", "nudge.upload", 1)
-    for name, entry in manifest["files"].items():
-        path = (folder / name).resolve()
-        if not path.is_relative_to(folder.resolve()):
-            raise UserError(f"{uri}: its manifest names {name}, which leads out of the folder")
-        if not path.is_file():
-            raise UserError(f"{uri}: {name} is missing, which its manifest lists")
-        if (actual := sha256_file(path)) != entry["sha256"]:
-            raise UserError(
-                f"{uri}: {name} has the sha256 {actual}, its manifest says {entry['sha256']}: it "
-                "was changed since it was uploaded"
-            )
+    try:
+        model_files.check(folder)
+    except model_files.Tampered as error:
+        raise UserError(f"{uri}: {error}") from None
 
 
 def cache_folder() -> Path:

@@ -3,7 +3,6 @@
 import contextlib
 import fnmatch
 import io
-import json
 import os
 import random
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import botocore.config
 import botocore.exceptions
 import s3transfer.exceptions
 from nudge.components.common.errors import UserError
+from nudge.components.common.model_files import Tampered, check_manifest
 
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_ENDPOINT", "AWS_S3_BUCKET")
 """The variables of a data connection (an OpenShift AI connection Secret has the same keys)."""
@@ -131,14 +131,17 @@ def download_folder(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> 
             client.download_file(bucket, key, str(path))
 
 
-def delete_version(uri: str) -> bool:
+def delete_version(uri: str, model: str, version: str) -> bool:
     """Delete an uploaded version: its manifest, so that it is invisible, and then its files.
 
-    False if there is none; what has no manifest of ours is left alone.
+    Only the files that the manifest lists are deleted. False, and nothing is deleted, unless the
+    URI ends in ``/<model>/<version>`` and its folder holds this version's own manifest.
     """
     if urlsplit(uri).scheme != "s3":
         return False
     bucket, prefix = split_s3_uri(uri)
+    if not f"/{prefix}".endswith(f"/{model}/{version}") or not model or not version:
+        return False
     client = s3_client()
     with s3_errors(f"delete {uri}"):
         keys = list_keys(client, bucket, prefix)
@@ -147,8 +150,11 @@ def delete_version(uri: str) -> bool:
             return False
         body = io.BytesIO()
         client.download_fileobj(bucket, manifest, body)
-        if json.loads(body.getvalue()).get("format") != "nudge.upload":
+        try:
+            files = check_manifest(body.getvalue(), "", model, version, no_digest=True)
+        except Tampered:
             return False
-        for key in (manifest, *(key for key in keys if key != manifest)):
+        listed = {f"{prefix}/{name}" for name in files}
+        for key in (manifest, *sorted(listed & keys.keys())):
             client.delete_object(Bucket=bucket, Key=key)
     return True

@@ -15,6 +15,7 @@ from nudge.components.deploy.doors import Door, GatewayRoute, Route, of_another
 from nudge.components.deploy.lease import Held, held
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import Server
+from nudge.components.deploy.verify import check_image
 
 SERVICE = Kind(
     "serving.kserve.io/v1beta1",
@@ -33,7 +34,10 @@ QUIET_S = 15.0
 OpenShift's router reads changes every 5 s, and some replica may not have been asked."""
 
 BLOCKED = ("BlockedByFailedLoad", "InvalidSpec")
-STUCK = ("ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError")
+STUCK = (
+    *("ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError"),
+    "PostStartHookError",  # the files are not those that were evaluated; see `verify.hook`
+)
 """Waiting containers that KServe reports as pending for ever."""
 
 
@@ -73,6 +77,8 @@ class KServe:
         """
         self._check()
         body = objects.inference_service(version, self._settings)
+        if version.uri.startswith("oci:"):
+            check_image(version)
         name = _name(body)
         found = self._cluster.get(SERVICE, name)
         if found and name in self._seen:

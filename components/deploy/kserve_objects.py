@@ -18,6 +18,7 @@ from nudge.components.common.pods import QUEUE, RESTRICTED
 from nudge.components.common.releases import Version
 from nudge.components.common.storage import split_s3_uri
 from nudge.components.deploy.settings import DeploySettings, KServe
+from nudge.components.deploy.verify import check_version, hook
 
 Object = dict[str, Any]
 
@@ -57,8 +58,10 @@ def owned(model: str) -> dict[str, str]:
 def inference_service(version: Version, settings: DeploySettings) -> Object:
     """A version on KServe, as the OpenShift AI dashboard writes one and ties it to the registry.
 
-    Raises `UserError` if the model's URI cannot be served from, or no connection is given.
+    Raises `UserError` if the model's URI cannot be served from, is not where its uploads are, or no
+    connection is given.
     """
+    check_version(version, settings)
     place = settings.kserve
     annotations = {
         MODEL: version.model,
@@ -100,6 +103,7 @@ def inference_service(version: Version, settings: DeploySettings) -> Object:
         predictor["deploymentStrategy"] = {"type": "Recreate"}
     if version.uri.startswith("s3://"):
         served["storage"] = _storage(version, place)
+        served["lifecycle"] = hook(version)
         annotations["opendatahub.io/connections"] = place.connection
         annotations["opendatahub.io/connection-path"] = served["storage"]["path"]
     elif version.uri.startswith(("oci://", "pvc://", "hf://")):
@@ -141,8 +145,9 @@ def _storage(version: Version, place: KServe) -> Object:
             f"{version.uri} is read through a data connection, and none is named: set "
             "deploy.kserve.connection to the name of its Secret in the namespace"
         )
-    # The bucket is written as well, for a connection may name another one.
-    return {"key": place.connection, "path": path, "parameters": {"bucket": bucket}}
+    # The bucket is written as well, for a connection may name another one. KServe downloads every
+    # key that starts with the path: without the slash, those of v10 for v1 too.
+    return {"key": place.connection, "path": f"{path}/", "parameters": {"bucket": bucket}}
 
 
 def _slug(name: str, length: int) -> str:

@@ -10,13 +10,15 @@ import sys
 from pathlib import Path
 
 from nudge.components.common import processes
-from nudge.components.common.base_model import download_model, verify_upload
+from nudge.components.common.base_model import download_model
 from nudge.components.common.errors import UserError
+from nudge.components.common.names import check_name
 from nudge.components.common.publish import published
 from nudge.components.common.releases import Version
 from nudge.components.deploy import gateway
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import Server
+from nudge.components.deploy.verify import check_folder, check_version
 
 KEPT_VERSIONS = 3
 """Downloaded versions kept on disk, newest first: the way back needs no download."""
@@ -33,6 +35,7 @@ class LocalServing:
 
     def exclusive(self, model: str) -> contextlib.AbstractContextManager[None]:
         """Wait until no other shift of this model is under way."""
+        check_name("the model", model)
         return processes.locked(self._home, f"shift-{model}")
 
     def live(self, model: str) -> dict[str, int]:
@@ -46,6 +49,7 @@ class LocalServing:
 
     def bring_up(self, version: Version) -> Server:
         """Download and check a version, and start its server unless it runs."""
+        check_version(version, self._settings)
         folder = self._fetch(version)
         record = self._running(version.model, version.name)
         if record is None:
@@ -91,11 +95,9 @@ class LocalServing:
             with published(folder) as part:
                 model = part / version.model
                 download_model(version.uri, model)
-                if version.uri.startswith("s3:") and not (model / "manifest.json").is_file():
-                    raise UserError(
-                        f"{version.uri} is not complete: it has no manifest.json; upload it again"
-                    )
-                verify_upload(model, version.uri)
+                check_folder(model, version)
+        elif self._running(version.model, version.name) is None:
+            check_folder(folder / version.model, version)
         folder.touch()
         return folder
 
@@ -120,5 +122,7 @@ class LocalServing:
 
 
 def service_name(model: str, version: str) -> str:
-    """The name of the process that serves a version."""
+    """The name of the process that serves a version, which is a file's name as well."""
+    check_name("the model", model)
+    check_name("the version", version)
     return f"serving-{model}@{version}"

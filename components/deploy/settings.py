@@ -87,7 +87,21 @@ class DeploySettings:
     """
     start_timeout_s: Annotated[float, Field(gt=0)] = 180.0
     """For a server on this machine."""
+    uploads: Annotated[str, Field(pattern=r"^$|^(s3|oci)://[^/]+")] = ""
+    """Where this model's versions were uploaded, beside ``models`` in the data connection's bucket
+    (AWS_S3_BUCKET). Empty in a recipe means its upload.target. A version that the registry says is
+    anywhere else is not served."""
+    unverified: list[Literal["hf", "pvc"]] = field(default_factory=list)
+    """Serve versions from ``hf://`` or ``pvc://``, where nothing can be compared with what was
+    evaluated."""
     kserve: KServe = field(default_factory=KServe)
+
+
+@settings
+class Uploaded:
+    """Where a recipe's section `upload` puts models."""
+
+    target: str = ""
 
 
 @settings
@@ -102,6 +116,8 @@ def deploy_settings(recipe: str, **given: Any) -> DeploySettings:
     """The settings in a recipe's text, with a smoke prompt of its own subject; ``given`` and
     errors are those of `step_settings`."""
     chosen = step_settings(DeploySettings, "deploy", recipe, **given)
+    if not chosen.uploads:
+        chosen = replace(chosen, uploads=some_settings(Uploaded, "upload", recipe).target)
     if "smoke_prompt" in (read_recipe(recipe).get("deploy") or {}):
         return chosen
     asked = some_settings(Asked, "evaluate", recipe)

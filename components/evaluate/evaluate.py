@@ -8,7 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.publish import read_manifest, write_atomic, write_manifest
+from nudge.components.common.model_files import files_sha256, model_files
+from nudge.components.common.publish import (
+    read_manifest,
+    sha256_file,
+    write_atomic,
+    write_manifest,
+)
 from nudge.components.common.step import reusable, step
 from nudge.components.evaluate.incumbent import Incumbent
 from nudge.components.evaluate.settings import EvaluateSettings
@@ -106,6 +112,7 @@ def judge(
         folders["incumbent"], uris["incumbent"] = served, incumbent.uri
     folders["candidate"] = model
     sha256 = {name: model_sha256(folder) for name, folder in folders.items()}
+    evaluated = files_sha256({name: sha256_file(each) for name, each in model_files(model).items()})
     reference = "incumbent" if "incumbent" in folders else "base"
     texts = {name: [document.text for document in each] for name, each in documents.items()}
     answers = ask(settings, folders, texts)
@@ -153,7 +160,13 @@ def judge(
         "tasks": tasks,
         "incumbent": dataclasses.asdict(incumbent),
         "models": {
-            name: {"uri": uris.get(name, ""), "sha256": sha256[name], "first_token": each.first}
+            name: {
+                "uri": uris.get(name, ""),
+                "sha256": sha256[name],
+                "first_token": each.first,
+                # Of every file, so that only an upload of exactly these is registered.
+                **({"files_sha256": evaluated} if name == "candidate" else {}),
+            }
             for name, each in answers.items()
         },
         "method": {

@@ -8,9 +8,11 @@ from typing import Any
 
 from nudge.components.common.comparison import RECORD, comparison_properties
 from nudge.components.common.errors import UserError
-from nudge.components.common.publish import read_manifest
+from nudge.components.common.names import check_name
+from nudge.components.common.publish import read_manifest, sha256_file
 from nudge.components.common.registry import Unreachable
 from nudge.components.common.step import step
+from nudge.components.register.evaluated import evaluated_manifest
 from nudge.components.register.settings import RegisterSettings
 
 FORMAT_NAME, FORMAT_VERSION = "vLLM", "1"
@@ -48,14 +50,16 @@ def register(
 
     Registering is three requests with no transaction, so each is made only if its result is not
     there yet: the same run registers once, however often it is repeated. Raises `UserError` if the
-    version belongs to another run, if the evaluation is of other weights than training wrote, or if
-    the registry does not answer; what was to be registered is then kept in the object store, and
-    the error says the command that finishes it.
+    version belongs to another run, if the evaluation is of other weights than training wrote or of
+    other files than were uploaded, or if the registry does not answer; what was to be registered is
+    then kept in the object store, and the error says the command that finishes it.
     """
     from nudge.components.common.progress import progress
     from nudge.components.common.registry import registry_url
     from nudge.components.register import unfinished
 
+    check_name("the model", settings.model_name)
+    check_name("the version", version)
     results = read_manifest(evaluation, "nudge.evaluation", 1)
     facts = read_manifest(model / "nudge.json", "nudge.model", 1)
     _check_weights(results, facts)
@@ -69,7 +73,11 @@ def register(
         description=settings.description or f"{settings.model_name} {version}: {reason}",
         group=os.environ.get("NUDGE_NAMESPACE", "local"),
         registry_name=settings.registry_name,
-        properties=_properties(results, facts, run_id),
+        properties={
+            **_properties(results, facts, run_id),
+            "manifest_sha256": evaluated_manifest(uri, settings.model_name, version, results),
+            "evaluation_sha256": sha256_file(evaluation),
+        },
     )
     url = registry_url(settings.registry_url)
     with progress("register", unit="requests"):
@@ -151,7 +159,7 @@ def _tidied(url: str, settings: RegisterSettings) -> dict[str, list[str]]:
     name, keep = settings.model_name, settings.keep_versions
     archived = with_registry(url, archive_older(name, keep)) if keep else []
     old = with_registry(url, unneeded(name)) if keep and settings.delete_archived else []
-    deleted = [version.name for version in old if delete_version(version.uri)]
+    deleted = [each.name for each in old if delete_version(each.uri, name, each.name)]
     return {"archived": archived, "deleted": deleted}
 
 

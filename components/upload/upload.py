@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from nudge.components.common.errors import UserError
+from nudge.components.common.model_files import FORMAT, MANIFEST, VERSION, model_files
 from nudge.components.common.step import step
 from nudge.components.upload.settings import UploadSettings
 
-FORMAT, VERSION = "nudge.upload", 1
-MANIFEST = "manifest.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 Listing = dict[str, dict[str, Any]]
@@ -24,14 +23,18 @@ def upload(settings: UploadSettings, *, model: Path, version: str) -> dict[str, 
     """Upload a model folder to ``<target>/<model_name>/<version>/``; as an image to
     ``<target>/<model_name>:<version>``.
 
-    ``manifest.json`` there lists each file with its size and sha256. A version is complete or
-    invisible: in an object store the manifest is written last and only if there is none yet, and
-    in a registry the tag. Nothing is ever replaced. The same content again is no error: files,
-    parts of files and layers that are there already are not sent again. The URI of an image ends
+    ``manifest.json`` there names the model and the version, and lists each file with its size and
+    sha256. A version is complete or invisible: in an object store the manifest is written last and
+    only if there is none yet, and in a registry the tag. Nothing is ever replaced. The same content
+    again is no error: files, parts of files and layers that are there already are not sent again.
+    The URI of an image ends
     in its digest, so that it never means another one. Raises `UserError` on other content under
     the same version, on weights that are not those that training wrote, on a file that changes
     meanwhile, on pickles and on links out of the folder.
     """
+    from nudge.components.common.names import check_name
+
+    check_name("the version", version)
     files = _files(model)
     trained = _trained_sha256(files)
     size = sum(path.stat().st_size for path in files.values())
@@ -66,7 +69,7 @@ def _to_store(settings: UploadSettings, files: dict[str, Path], version: str, tr
                         f"{entry['sha256']}; the version stays invisible, delete it there and ask "
                         "who keeps the store"
                     )
-        _publish(client, uri, listing)
+        _publish(client, uri, _manifest_text(listing, settings.model_name, version))
         sender.forget(prefix)
     return uri
 
@@ -105,11 +108,16 @@ def _to_registry(
                 for name, sha256 in layer.sha256.items()
             }
             _check_trained(listing, trained)
-            layers[-1] = image.with_text(layers[-1], MANIFEST, _manifest_text(listing))
+            # An older nudge wrote manifests without names.
+            texts = _manifest_text(listing, settings.model_name, version), _manifest_text(listing)
+            named, nameless = (
+                [*layers[:-1], image.with_text(layers[-1], MANIFEST, text)] for text in texts
+            )
             if there := target.digest(version):
-                if not image.same_model(target, there, layers):
+                if not any(image.same_model(target, there, each) for each in (named, nameless)):
                     raise _taken(tagged.uri)
                 return replace(tagged, tag="", digest=there).uri
+            layers = named
             made = image.Image(base, layers, version)
             bar.note(stage="sending")
             image.send(made, base, target, bar.advance)
@@ -152,14 +160,14 @@ def _send(sender: Any, client: Any, files: dict[str, Path], uri: str, bar: Any) 
     return listing
 
 
-def _publish(client: Any, uri: str, listing: Listing) -> None:
+def _publish(client: Any, uri: str, body: bytes) -> None:
     """Make the version visible, unless it is; raises `UserError` if it is another one."""
     import botocore.exceptions
     from nudge.components.common.storage import split_s3_uri
     from nudge.components.upload.sending import LOST
 
     bucket, prefix = split_s3_uri(uri)
-    key, body = f"{prefix}/{MANIFEST}", _manifest_text(listing)
+    key = f"{prefix}/{MANIFEST}"
     try:
         client.put_object(Bucket=bucket, Key=key, Body=body, IfNoneMatch="*")
     except botocore.exceptions.ClientError as error:
@@ -167,12 +175,16 @@ def _publish(client: Any, uri: str, listing: Listing) -> None:
             raise
         stored = io.BytesIO()
         client.download_fileobj(bucket, key, stored)
-        if json.loads(stored.getvalue()) != json.loads(body):
+        ours, there = json.loads(body), json.loads(stored.getvalue())
+        # An older nudge wrote no names.
+        if there not in (ours, {key: ours[key] for key in ("format", "version", "files")}):
             raise _taken(uri) from None
 
 
-def _manifest_text(listing: Listing) -> bytes:
+def _manifest_text(listing: Listing, model_name: str = "", version: str = "") -> bytes:
     manifest = {"format": FORMAT, "version": VERSION, "files": listing}
+    if model_name:
+        manifest |= {"model": model_name, "model_version": version}
     return json.dumps(manifest, indent=2, sort_keys=True).encode()
 
 
@@ -198,20 +210,16 @@ def _check_trained(listing: Listing, trained: str) -> None:
 
 
 def _files(model: Path) -> dict[str, Path]:
-    """The folder's files by relative name; hidden ones are left out."""
+    """The folder's files by relative name; hidden ones and a manifest are left out."""
     root = model.resolve()
     if not (root / "config.json").is_file():
         raise UserError(f"{model} is no model folder: config.json is not in it")
-    files = {}
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root)
-        if not path.is_file() or any(part.startswith(".") for part in name.parts):
-            continue
+    files = model_files(root)
+    for path in files.values():
         if not path.resolve().is_relative_to(root):
             raise UserError(f"{path} is a link that leads out of the model folder")
         if path.suffix in PICKLES:
             raise UserError(f"{path} may hold a pickle, which can run code; use safetensors")
-        files[name.as_posix()] = path
     _check_weights(root, files)
     return files
 

@@ -32,6 +32,7 @@ def cluster(
     with ServingCluster(tmp_path) as cluster:
         monkeypatch.setenv("KUBECONFIG", str(cluster.api.kubeconfig(tmp_path)))
         monkeypatch.setenv("NUDGE_REGISTRY_URL", registry)
+        monkeypatch.setenv("AWS_S3_BUCKET", "bucket")
         monkeypatch.setenv("NUDGE_SERVING_CA", str(cluster.router.authority))
         yield cluster
 

@@ -1,6 +1,7 @@
 """KServe as a target, on a small OpenShift: what is made, moved, refused and left."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from nudge.pipelines.local import services
 from tests.components.deploy.kserve_cluster import PLAIN, SETTINGS, ServingCluster
 from tests.components.deploy.stream import Stream
 from tests.kubernetes_schemas import problems
+
+
+@pytest.fixture(autouse=True)
+def bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_S3_BUCKET", "b")
 
 
 def version(model: str = "m", name: str = "v1", uri: str = "s3://b/models/m/v1") -> Version:
@@ -47,7 +53,7 @@ def test_objects_are_what_the_cluster_takes(values: dict[str, Any]) -> None:
     predictor = made["spec"]["predictor"]
     assert predictor["model"]["storage"] == {
         "key": "models",
-        "path": "models/m/v1",
+        "path": "models/m/v1/",
         "parameters": {"bucket": "b"},
     }
     annotations = made["metadata"]["annotations"]
@@ -71,16 +77,17 @@ def test_objects_are_what_the_cluster_takes(values: dict[str, Any]) -> None:
 
 def test_an_image_is_served_from_its_registry() -> None:
     values = {"connection": "", "pull_secret": "quay"}
+    uploads = {"uploads": "oci://quay.io/team"}
     uri = f"oci://quay.io/team/m@sha256:{'0' * 64}"
     made = objects.inference_service(
-        version(uri=uri), parse(DeploySettings, {"kserve": values}, "deploy")
+        version(uri=uri), parse(DeploySettings, {"kserve": values, **uploads}, "deploy")
     )
     assert problems(made) == []
     predictor = made["spec"]["predictor"]
     assert predictor["model"]["storageUri"] == uri
     assert predictor["imagePullSecrets"] == [{"name": "quay"}]
     assert "opendatahub.io/connections" not in made["metadata"]["annotations"]
-    public = objects.inference_service(version(uri=uri), SETTINGS)
+    public = objects.inference_service(version(uri=uri), replace(SETTINGS, **uploads))
     assert "imagePullSecrets" not in public["spec"]["predictor"]
 
 

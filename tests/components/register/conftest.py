@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from nudge.components.common.base_model import model_sha256
 from nudge.components.common.publish import write_manifest
 from nudge.pipelines.local import services
 
@@ -44,13 +45,13 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def evaluation(tmp_path: Path) -> Path:
+def evaluation(model: Path, tmp_path: Path) -> Path:
     difference = {"difference_bits_per_byte": -0.1}
     body = {
         "verdict": {"reason": "better", "promote": True, "comparisons": {"base": difference}},
         "incumbent": {"state": "found", "version": "v1", "uri": "s3://b/v1", "shares": {"v1": 100}},
         "metrics": {"candidate": {"bits_per_byte": 0.9, "word_perplexity": None}},
-        "models": {"candidate": {"sha256": "c" * 64}},
+        "models": {"candidate": {"sha256": model_sha256(model)}},
         "probes": [{"prompt": "The", "rivals_after": [{"token": " Tower", "p": 0.5}]}],
     }
     path = tmp_path / "evaluation.json"
