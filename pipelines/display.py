@@ -7,7 +7,10 @@ import time
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+from nudge.components.common.guard import header_file
+from nudge.components.common.processes import nudge_home
 from nudge.components.common.progress import RESULTS, SHOWN, figures
+from nudge.components.deploy.gateway import TOKEN
 from nudge.pipelines.local.run import Run, StepState
 from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -212,5 +215,8 @@ def curl(values: dict[str, Any], prompt: str) -> str:
     """A command that asks the endpoint how a prompt goes on."""
     body = {"model": values["served_model"], "prompt": prompt, "max_tokens": 8}
     header = "-H 'Content-Type: application/json'"
+    if values["endpoint"].startswith("http://127.0.0.1:"):
+        # By a file: curl's arguments are in the list of processes, which every user can read.
+        header += f" -H {shlex.quote(f'@{header_file(nudge_home(), TOKEN)}')}"
     quoted = shlex.quote(json.dumps(body))
     return f"curl -s {values['endpoint']}/v1/completions {header} -d {quoted}"
