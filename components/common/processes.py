@@ -192,8 +192,8 @@ def start(
     """Start a server in a session of its own and wait until it is ready.
 
     Its variables are those of `child_environment`, with the prefixes ``passes`` and with
-    ``environment``; what it writes is private to this user. Raises `UserError` with the end of its log if it ends or is not ready in time; it is stopped
-    then.
+    ``environment``; what it writes is private to this user. Raises `UserError` with the end of its
+    log if it ends or is not ready in time; it is stopped then.
     """
     log = home / "services" / f"{name}.log"
     private_home(home)

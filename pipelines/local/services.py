@@ -9,7 +9,6 @@ import functools
 import hmac
 import json
 import os
-import secrets
 import shutil
 import socket
 import sys
@@ -21,13 +20,13 @@ from typing import Any
 import psutil
 from nudge.components.common import guard, processes
 from nudge.components.common.errors import UserError
+from nudge.pipelines.local import object_store
+from nudge.pipelines.local.object_store import BUCKET, START_TIMEOUT_S
 
-BUCKET = "nudge"
 STORE, REGISTRY, SERVING = "object-store", "model-registry", "host-serving"
 CONNECTION = ("AWS_S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_BUCKET")
 GIVEN = (*CONNECTION, "NUDGE_REGISTRY_URL")
 """The variables of what may be given in the place of the store and the registry."""
-START_TIMEOUT_S = 60.0
 TOKEN_VARIABLE = "KF_PIPELINES_SA_TOKEN_PATH"
 """The file of the registry's token, where nudge and the model-registry client look for it."""
 STORE_PORTS = (
@@ -65,12 +64,12 @@ def up(
             _stop_open(home, STORE, _store_security(home))
             store = _running(home, STORE) or _start_store(home, asked.get(STORE, 0))
             environment |= {
-                **_credentials(home),
+                **object_store.credentials(home),
                 "AWS_S3_ENDPOINT": store.address,
                 "AWS_DEFAULT_REGION": "us-east-1",
                 "AWS_S3_BUCKET": BUCKET,
             }
-            _make_bucket(environment)
+            object_store.make_bucket(environment)
         if "NUDGE_REGISTRY_URL" not in instead:
             _stop_open(home, REGISTRY, home / "services" / f"{REGISTRY}.token")
             registry = _running(home, REGISTRY) or _start_registry(home, asked.get(REGISTRY, 0))
@@ -120,7 +119,8 @@ def registry_to_read(home: Path) -> Iterator[str]:
     """The URL of the registry that runs, or of one that reads the same file and ends with the
     block: a thread of this process, which no other one comes to rely on.
 
-    Its token is in this process's variables during the block. Raises `NothingRun` if there never was one here.
+    Its token is in this process's variables during the block. Raises `NothingRun` if there never
+    was one here.
     """
     database = _database(home)
     running = _running(home, REGISTRY)
@@ -300,13 +300,13 @@ def _start_store(home: Path, asked: int) -> processes.Record:
     command += [f"-{name}={port}" for name, port in ports.items()]
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false"]
     command += ["-master.telemetry=false"]
-    credentials = _credentials(home)
+    credentials = object_store.credentials(home)
     return processes.start(
         home,
         STORE,
         command,
         address=address,
-        ready=lambda: _store_answers({**credentials, "AWS_S3_ENDPOINT": address}),
+        ready=lambda: object_store.answers({**credentials, "AWS_S3_ENDPOINT": address}),
         timeout_s=START_TIMEOUT_S,
         cwd=security,
         # Its home is another folder in which it would look for its configuration.
@@ -385,67 +385,6 @@ def _unlike(taken: set[int]) -> int:
     while (port := processes.free_port()) in taken:
         pass
     return port
-
-
-def _credentials(home: Path) -> dict[str, str]:
-    """The store's keys, made once and kept where only this user can read them."""
-    path = home / "services" / "credentials"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        keys = {
-            "AWS_ACCESS_KEY_ID": secrets.token_hex(10),
-            "AWS_SECRET_ACCESS_KEY": secrets.token_urlsafe(30),
-        }
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(keys, file)
-    return dict(json.loads(path.read_text()))
-
-
-def _client(environment: dict[str, str]) -> Any:
-    import boto3
-    import botocore.config
-
-    return boto3.client(
-        "s3",
-        endpoint_url=environment["AWS_S3_ENDPOINT"],
-        region_name="us-east-1",
-        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
-        config=botocore.config.Config(
-            connect_timeout=2, read_timeout=10, retries={"total_max_attempts": 1}
-        ),
-    )
-
-
-def _store_answers(environment: dict[str, str]) -> bool:
-    import botocore.exceptions
-
-    try:
-        _client(environment).list_buckets()
-    except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError):
-        return False
-    return True
-
-
-def _make_bucket(environment: dict[str, str]) -> None:
-    import botocore.exceptions
-    import tenacity
-
-    # The store lists buckets a moment before it can make one.
-    for attempt in tenacity.Retrying(
-        stop=tenacity.stop_after_delay(START_TIMEOUT_S),
-        wait=tenacity.wait_fixed(0.2),
-        retry=tenacity.retry_if_exception_type(
-            (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError)
-        ),
-        reraise=True,
-    ):
-        with attempt:
-            client = _client(environment)
-            names = [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]
-            if BUCKET not in names:
-                client.create_bucket(Bucket=BUCKET)
 
 
 def _scripts() -> str:
