@@ -152,12 +152,13 @@ def ask(port: int, method: str, path: str, body: Any = None, **headers: str) -> 
 def test_another_user_reaches_no_admin_api_of_caddy(home: Path, endpoint: str) -> None:
     process = process_of(home, "gateway-m")
     public = int(endpoint.rpartition(":")[2])
-    assert ports_of(process) == [public]
-    taken = {"apps": {"http": {"servers": {}}}}
-    answer = as_other_user(
-        lambda: ask(public, "POST", "/load", json.dumps(taken), Content_Type="application/json")
-    )
-    assert answer == 401
+    config = '{"apps": {"http": {"servers": {}}}}'
+    kind = {"Content_Type": "application/json"}
+    answers = {
+        port: as_other_user(lambda port=port: ask(port, "POST", "/load", config, **kind))
+        for port in ports_of(process)
+    }
+    assert answers == {public: 401}
     sockets = sockets_of(process)
     assert len(sockets) == 1
     assert as_other_user(connect_unix, sockets[0]) == "PermissionError"
@@ -425,3 +426,30 @@ def test_every_child_that_runs_a_module_is_started_with_a_safe_path() -> None:
     images = (Path(__file__).parents[2] / "images" / "Containerfile").read_text()
     assert "PYTHONSAFEPATH=1" in images
     assert sys.version_info >= (3, 11)  # which knows -P
+
+
+def test_the_server_of_a_model_asks_for_the_token_and_runs_no_code_of_its_folder(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """The model is called `click`, as a module that the server imports is."""
+    from nudge.components.deploy.local_serving import LocalServing
+    from nudge.components.deploy.settings import DeploySettings
+
+    home, folder, canary = tmp_path / "home", tmp_path / "served", tmp_path / "ran"
+    shutil.copytree(tiny_model, folder / "click")
+    (folder / "click" / "__init__.py").write_text(f"open({str(canary)!r}, 'a').write('x')\n")
+    try:
+        with processes.locked(home, "up"):
+            pass
+        record = LocalServing(home, DeploySettings())._serve(folder, "click", "v1")
+        port = int(record.address.rpartition(":")[2])
+        body = json.dumps({"model": "click", "prompt": "Paris", "max_tokens": 1})
+        kind = {"Content_Type": "application/json"}
+        assert ask(port, "POST", "/v1/completions", body, **kind) == 401
+        given = {**kind, **endpoint_headers(home)}
+        assert ask(port, "POST", "/v1/completions", body, **given) == 200
+        given["Host"] = "evil.example"
+        assert ask(port, "POST", "/v1/completions", body, **given) == 421
+        assert not canary.exists()
+    finally:
+        services.down(home)

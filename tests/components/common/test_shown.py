@@ -28,7 +28,7 @@ ACTING = ("\x1b", "\x07", "\u202e", "\x9b")
         (f"s3://key:{SECRET}@bucket/x: no such key", "s3://***@bucket/x: no such key"),
         (f"'https://{SECRET}@host/x', asked", "'https://***@host/x', asked"),
         (PRESIGNED, "https://b.s3.example.com/text.jsonl?***"),
-        (f"two: {PRESIGNED} {PRESIGNED}.", "two: " + "https://b.s3.example.com/text.jsonl?*** " * 2),
+        (f"{PRESIGNED} {PRESIGNED}.", "https://b.s3.example.com/text.jsonl?*** " * 2),
         ("https://host/a.csv, file:///a/b?c#d, me@example.com", None),
         ("hf://org/model@main and s3://bucket/a@b?else=c", None),
     ],
