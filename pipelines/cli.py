@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 from nudge.components.common.errors import UserError
+from nudge.components.common.shown import visible
 from nudge.pipelines import release
 from nudge.pipelines.cluster import commands
 
@@ -90,11 +91,11 @@ def run(
     from nudge.pipelines.local import run as local_run
     from nudge.pipelines.local import services
     from nudge.pipelines.recipes import load
-    from rich.console import Console
+    from nudge.pipelines.screen import Screen
 
     loaded = load(recipe, overrides)
     home = nudge_home()
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     if given and engine == "docker":
         raise UserError("--given is for --engine process: what serves containers here has its own")
     if engine == "docker":
@@ -141,13 +142,14 @@ def run(
     if as_json:
         click.echo(json.dumps(values, indent=2))
     else:
-        Console().print(display.summary(values, current))
+        Screen().print(display.summary(values, current))
         if values["endpoint"]:
             asked = current.steps["deploy"].results["smoke_prompt"]
-            click.echo(f"\n{display.curl(values, asked)}")  # a line by itself, never folded
+            line = display.curl(values, asked, nudge_home())
+            click.echo(f"\n{visible(line)}")  # a line by itself, never folded
     if values["error"]:
         click.echo(
-            f"error: {values['error']}\n"
+            f"error: {visible(values['error'])}\n"
             f"the whole log: {current.log}\n"
             "mend it and run the same again: steps that finished are reused",
             err=True,

@@ -5,10 +5,15 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Protocol
 
+from nudge.components.common.guard import header_file
 from nudge.components.common.progress import RESULTS, SHOWN, figures
+from nudge.components.common.shown import visible
+from nudge.components.deploy.gateway import TOKEN
 from nudge.pipelines.local.run import Run, StepState
+from nudge.pipelines.screen import Screen
 from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
@@ -183,7 +188,7 @@ def parts(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         keys = (str(column.header).replace(" ", "_") for column in table.columns)
         table.add_row(*(Text(str(row[key] or "")) for key in keys))
-    console = Console()
+    console = Screen()
     if not console.is_terminal:
         console.width = 1000  # of which a table takes what it needs
     console.print(table)
@@ -207,12 +212,15 @@ def _places(values: dict[str, Any]) -> Table:
 
 def stage(model: str, now: str) -> None:
     """Say on stderr what goes on while a model's traffic is moved, for who waits for it."""
-    print(f"{model}: {now}", file=sys.stderr, flush=True)
+    print(visible(f"{model}: {now}"), file=sys.stderr, flush=True)
 
 
-def curl(values: dict[str, Any], prompt: str) -> str:
-    """A command that asks the endpoint how a prompt goes on."""
+def curl(values: dict[str, Any], prompt: str, home: Path) -> str:
+    """A command that asks the endpoint how a prompt goes on; ``home`` has the endpoint's token."""
     body = {"model": values["served_model"], "prompt": prompt, "max_tokens": 8}
     header = "-H 'Content-Type: application/json'"
+    if values["endpoint"].startswith("http://127.0.0.1:"):
+        # By a file: curl's arguments are in the list of processes, which every user can read.
+        header += f" -H {shlex.quote(f'@{header_file(home, TOKEN)}')}"
     quoted = shlex.quote(json.dumps(body))
     return f"curl -s {values['endpoint']}/v1/completions {header} -d {quoted}"

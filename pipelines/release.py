@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 from nudge.components.common.errors import UserError
+from nudge.components.common.shown import visible
 
 MODEL = click.option(
     "--model", default="", help="The registered model; default: the only one that there is."
@@ -41,14 +42,14 @@ def models(model: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    from rich.console import Console
+    from nudge.pipelines.screen import Screen
     from rich.table import Table
 
     for name in dict.fromkeys(row["model"] for row in rows):
         of_model = [row for row in rows if row["model"] == name]
         served = next((row for row in of_model if row["endpoint"]), {"endpoint": "not served"})
         hint = " (not running: `nudge services up`)" if served.get("running") is False else ""
-        click.echo(f"{name}  {served['endpoint']}{hint}")  # a line by itself, never folded
+        click.echo(visible(f"{name}  {served['endpoint']}{hint}"))  # a line by itself, never folded
         table = Table()
         table.add_column("version", no_wrap=True)
         table.add_column("made", no_wrap=True)
@@ -62,7 +63,7 @@ def models(model: str, as_json: bool) -> None:
                 "" if row["difference"] is None else f"{row['difference']:+.4f}",
                 f"{row['share']} %" if row["share"] else "",
             )
-        Console().print(table)
+        Screen().print(table)
 
 
 @click.command()
@@ -159,7 +160,7 @@ def _shift(settings: Any, model: str, shares: dict[str, int], check: Any = None)
     note = functools.partial(display.stage, name)
     result = serve(settings, name, shares, note, check or unchecked)
     told = ", ".join(f"{version} {share} %" for version, share in result["shares"].items())
-    click.echo(f"{name}: {told} at {result['endpoint']}")
+    click.echo(visible(f"{name}: {told} at {result['endpoint']}"))
 
 
 def _take_registry(settings: Any) -> None:

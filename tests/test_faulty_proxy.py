@@ -9,6 +9,7 @@ from aiohttp import web
 from nudge.components.common.storage import s3_client
 
 from tests.faulty_proxy import FAULTS, FaultyProxy
+from tests.local_registry import registry_headers
 from tests.web_server import Server
 
 Proxied = Callable[..., FaultyProxy]
@@ -111,4 +112,4 @@ def test_it_stands_in_front_of_a_store_that_checks_signatures(
     assert client.get_object(Bucket="nudge", Key="a folder/ü7")["Body"].read() == BODY
     registry = faulty_proxy(connected["NUDGE_REGISTRY_URL"], share=0.0)
     path = "/api/model_registry/v1alpha3/registered_models"
-    assert httpx.get(registry.url + path).json()["size"] == 0
+    assert httpx.get(registry.url + path, headers=registry_headers()).json()["size"] == 0

@@ -3,12 +3,18 @@
 import difflib
 from collections.abc import Iterable
 
+from nudge.components.common.shown import masked, visible
+
 
 class UserError(ValueError):
     """Something given from outside is wrong: says what was given, what is accepted, what to do.
 
-    The command line and the step runner print its text alone, without a traceback.
+    The command line and the step runner print its text alone, without a traceback. Credentials in
+    URIs are masked in the text, and control and bidirectional characters are made visible.
     """
+
+    def __str__(self) -> str:
+        return visible(masked(super().__str__()))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -10,8 +10,9 @@ import json
 import math
 import os
 import socket
+import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +24,28 @@ from nudge.components.common.publish import write_atomic
 STOP_TIMEOUT_S = 10.0
 OUTER_TMPDIR = "NUDGE_OUTER_TMPDIR"
 """Set in a run, whose TMPDIR goes when it ends: the TMPDIR around it, empty where there is none."""
+PRIVATE_UMASK = 0o077
+EVERY_CHILD = (
+    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TERM"),
+    *("TMPDIR", OUTER_TMPDIR, "LD_LIBRARY_PATH", "COVERAGE_PROCESS_START"),
+    *("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONUTF8", "PYTHONHASHSEED", "VIRTUAL_ENV"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "XDG_CACHE_HOME"),
+)
+"""What a child gets of this process's variables, whatever it is for; none of them is a secret."""
+MODEL_CHILD = (
+    *("HF_", "TOKENIZERS_", "TRANSFORMERS_", "OMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTORCH_"),
+    *("CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "TRITON_", "KMP_", "ATEN_"),
+)
+"""The beginnings of the names that a child which loads a model gets besides; see `SECRETS`."""
+STEP_CHILD = (
+    *(*MODEL_CHILD, "NUDGE_", "AWS_", "KF_", "KFP_", "KUBE", "MLFLOW_", "RAY_", "DOCKER_"),
+    *("GOOGLE_", "GCS_", "AZURE_", "FSSPEC_", "REGISTRY_AUTH_FILE", "REQUESTS_CA_BUNDLE"),
+    *("CURL_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy"),
+    *("no_proxy", "ALL_PROXY", "all_proxy", "GIT_", "XDG_", "PET_", "WORLD_SIZE", "JAX_"),
+)
+"""The beginnings of the names that the steps of a run get besides."""
+SECRETS = ("HF_TOKEN", "HF_HUB_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""Of `MODEL_CHILD`, what only a step gets: a server that loads a folder downloads nothing."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +106,40 @@ def usable_cores() -> int:
     return cores
 
 
+def child_environment(
+    prefixes: tuple[str, ...] = (), more: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The variables of a child process: `EVERY_CHILD`, those of this process whose names begin with
+    one of ``prefixes``, and ``more``.
+
+    Python takes no module from the child's current folder or from a script's folder
+    (PYTHONSAFEPATH), nor do the processes that it starts: a file ``click.py`` there would run.
+    """
+    secret = () if "NUDGE_" in prefixes else SECRETS
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in EVERY_CHILD
+        or name.startswith("LC_")
+        or (prefixes and name.startswith(prefixes) and name not in secret)
+    }
+    return {**kept, **(more or {}), "PYTHONSAFEPATH": "1"}
+
+
+def private_home(home: Path) -> None:
+    """Make ``home``, where nudge keeps its state, or close it to other users if it is open to them.
+
+    The folders directly in it are closed too. Raises `OSError` if it cannot be made.
+    """
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for folder in (home, *home.iterdir()):
+        with contextlib.suppress(FileNotFoundError):  # another command's temporary file
+            found = folder.lstat()
+            mine = found.st_uid == os.getuid() and stat.S_ISDIR(found.st_mode)
+            if mine and found.st_mode & 0o077:
+                folder.chmod(found.st_mode & 0o700)
+
+
 @contextlib.contextmanager
 def locked(home: Path, name: str) -> Iterator[None]:
     """Let one process at a time into the block of this name; what comes to need ``home`` begins so.
@@ -92,7 +149,8 @@ def locked(home: Path, name: str) -> Iterator[None]:
     folder = home / "services"
     with contextlib.ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            private_home(home)
+            folder.mkdir(exist_ok=True, mode=0o700)
             file = stack.enter_context((folder / f"{name}.lock").open("w"))
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
@@ -129,23 +187,29 @@ def start(
     timeout_s: float,
     cwd: Path | None = None,
     environment: dict[str, str] | None = None,
+    passes: tuple[str, ...] = (),
 ) -> Record:
     """Start a server in a session of its own and wait until it is ready.
 
-    Raises `UserError` with the end of its log if it ends or is not ready in time; it is stopped
-    then.
+    Its variables are those of `child_environment`, with the prefixes ``passes`` and with
+    ``environment``; what it writes is private to this user. Raises `UserError` with the end of its
+    log if it ends or is not ready in time; it is stopped then.
     """
     log = home / "services" / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    private_home(home)
+    log.parent.mkdir(exist_ok=True, mode=0o700)
+    log.touch(mode=0o600)
+    log.chmod(0o600)
     with log.open("ab") as output:
         child = subprocess.Popen(
             command,
             cwd=cwd,
-            env=_lasting({**os.environ, **(environment or {})}),
+            env=_lasting(child_environment(passes, environment)),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            umask=PRIVATE_UMASK,
         )
     record = Record(name, child.pid, created(psutil.Process(child.pid)), address, str(log))
     write_atomic(home / "services" / f"{name}.json", json.dumps(asdict(record)))
@@ -160,7 +224,7 @@ def _lasting(environment: dict[str, str]) -> dict[str, str]:
     """The variables of a server, which outlives the run whose step starts it."""
     outer = environment.pop(OUTER_TMPDIR, None)
     if outer is not None:
-        environment.pop("TMPDIR")
+        environment.pop("TMPDIR", None)
     return {**environment, "TMPDIR": outer} if outer else environment
 
 

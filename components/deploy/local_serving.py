@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from nudge.components.common import processes
+from nudge.components.common import guard, processes
 from nudge.components.common.base_model import download_model
 from nudge.components.common.errors import UserError
 from nudge.components.common.names import check_name
@@ -58,7 +58,7 @@ class LocalServing:
             health = f"{record.address}/health"
             timeout_s = self._settings.start_timeout_s
             processes.wait_for(record, lambda: processes.answers(health), timeout_s)
-        return Server(record.address)
+        return Server(record.address, guard.read_token(self._home, gateway.TOKEN))
 
     def move(self, model: str, shares: dict[str, int]) -> str:
         """Route the model's address to its versions' servers."""
@@ -103,17 +103,19 @@ class LocalServing:
 
     def _serve(self, folder: Path, model: str, version: str) -> processes.Record:
         port = processes.free_port()
-        program = [sys.executable, "-m", "transformers.cli.transformers", "serve", model]
+        program = [sys.executable, "-P", "-m", "nudge.components.deploy.model_server", model]
+        token = guard.token_file(self._home, gateway.TOKEN)
         address = f"http://127.0.0.1:{port}"
         return processes.start(
             self._home,
             service_name(model, version),
-            [*program, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
+            [*program, "--port", str(port), "--token-file", str(token)],
             address=address,
             ready=lambda: processes.answers(f"{address}/health"),
             timeout_s=self._settings.start_timeout_s,
             cwd=folder,
             environment={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            passes=processes.MODEL_CHILD,
         )
 
     def _running(self, model: str, version: str) -> processes.Record | None:

@@ -7,7 +7,6 @@ drawing are percentages of its box, so that lines stretch with the page while te
 import itertools
 import json
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from nudge.components.common.shown import CSP, visible
 
 MISSING = "not available"
 CHOSEN_STEPS = 7
@@ -88,24 +88,6 @@ def probability(value: Any) -> str:
 def surprise(p: Any) -> float | None:
     """The loss -ln p in nats; None if there is none."""
     return -math.log(p) + 0.0 if finite(p) and p > 0 else None
-
-
-def visible(value: Any) -> str:
-    """``value`` with what the eye or a page's text order would miss made visible.
-
-    Control characters become their pictures, and invisible ones such as right-to-left marks or
-    lone surrogates their code points; newlines and tabs stay.
-    """
-    shown = []
-    for char in str(value):
-        kind, code = unicodedata.category(char), ord(char)
-        if kind == "Cc" and char not in "\n\t":
-            shown.append(chr(0x2400 + code) if code < 32 else "␡" if code == 127 else f"[{code:X}]")
-        elif kind in ("Cf", "Cs", "Zl", "Zp"):
-            shown.append(f"[U+{code:04X}]")
-        else:
-            shown.append(char)
-    return "".join(shown)
 
 
 def token_text(value: Any) -> str:
@@ -281,6 +263,7 @@ PAGES.filters.update(
     fixed=fixed, signed=signed, p=probability, surprise=surprise, token=token_text, short=short
 )
 PAGES.tests["finite"] = finite
+PAGES.globals["csp"] = CSP
 
 
 def render_report(evaluation: dict[str, Any]) -> str:

@@ -3,17 +3,27 @@
 from typing import Any
 
 import jinja2
+from nudge.components.common.shown import CSP, visible
 
 SOURCES_SHOWN = 200
+
+
+def _finalize(value: Any) -> Any:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return visible(value) if type(value) is str else value
+
+
 PAGE = jinja2.Environment(
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
-    finalize=lambda value: f"{value:,}" if isinstance(value, int) else value,
+    finalize=_finalize,
 ).from_string(
     """\
 <!doctype html>
 <html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{{ csp }}">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>Corpus</title>
 <style>
 :root { color-scheme: light dark; --line: #8884; --bar: #3b78c4; }
@@ -94,6 +104,7 @@ still.</p>
 </body></html>
 """
 )
+PAGE.globals["csp"] = CSP
 
 
 def render_report(

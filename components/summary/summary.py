@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+
 from nudge.components.common.errors import UserError
 from nudge.components.common.progress import last_events
 from nudge.components.common.publish import write_atomic
 from nudge.components.common.releases import NOT_PROMOTED, find_served
+from nudge.components.common.shown import visible
 from nudge.components.common.step import step
 
 
@@ -18,7 +20,7 @@ def plain(value: Any) -> str:
 
     An error may quote a document, and a document may hold anything.
     """
-    line = " ".join(str(value).split())
+    line = visible(" ".join(str(value).split()))
     return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(line, quote=False))
 
 

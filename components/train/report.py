@@ -5,14 +5,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import jinja2
+from nudge.components.common.shown import CSP, visible
 
 DRAWN_POINTS = 400
 """Points of one drawn line; a longer one is thinned evenly."""
 
-PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+PAGE = jinja2.Environment(
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    finalize=lambda value: visible(value) if type(value) is str else value,
+).from_string(
     """\
 <!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Training</title>
+<meta http-equiv="Content-Security-Policy" content="{{ csp }}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 :root { color-scheme: light dark; --ink: #1c1f23; --paper: #fbfaf7; --line: #dcdad3;
@@ -61,6 +67,7 @@ aria-label="{{ title }} by step"><path d="{{ drawn.path }}"/></svg>
 </body></html>
 """
 )
+PAGE.globals["csp"] = CSP
 
 
 def render_report(facts: dict[str, Any], lines: dict[str, list[str]]) -> str:

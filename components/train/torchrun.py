@@ -43,7 +43,7 @@ def run_ranks(count: int, settings: TrainSettings, paths: dict[str, Path]) -> No
         recipe, error = Path(folder) / "recipe.json", Path(folder) / "error"
         recipe.write_text(json.dumps({"train": dataclasses.asdict(settings)}), encoding="utf-8")
         command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", str(count), "-m", "nudge.components.train"),
             *("--recipe", recipe.as_uri()),
             *(word for name, path in paths.items() for word in (f"--{name}", str(path))),
@@ -51,6 +51,7 @@ def run_ranks(count: int, settings: TrainSettings, paths: dict[str, Path]) -> No
         variables = {
             ERROR_VARIABLE: str(error),
             "OMP_NUM_THREADS": str(threads_each(count, settings)),
+            "PYTHONSAFEPATH": "1",  # torchrun starts the ranks with no -P of their own
         }
         ranks = subprocess.Popen(command, env={**os.environ, **variables})
 

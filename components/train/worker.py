@@ -5,6 +5,7 @@ which finds its place among the nodes in the variables PET_* that Kubeflow Train
 the first rank hands the model, the history and the report back.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -21,7 +22,8 @@ OUTPUTS = ("model", "history", "report")
 def command(folder: Path) -> list[str]:
     """The command line of this node's ranks; inputs and outputs stand in ``folder``."""
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "-m", "nudge.components.train"),
+        *(sys.executable, "-P", "-m", "torch.distributed.run"),
+        *("-m", "nudge.components.train"),
         *("--recipe", (folder / "recipe").as_uri(), "--tokens", str(folder / "tokens")),
         *(word for name in OUTPUTS for word in (f"--{name}", str(folder / name))),
     ]
@@ -36,7 +38,7 @@ def main(uri: str) -> None:
         folder = Path(place)
         for name in ("recipe", "tokens"):
             exchange.fetch(name, folder / name)
-        ranks = subprocess.Popen(command(folder))
+        ranks = subprocess.Popen(command(folder), env={**os.environ, "PYTHONSAFEPATH": "1"})
         signal.signal(signal.SIGTERM, lambda number, _: ranks.send_signal(number))
         status = ranks.wait()
         if status:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 from nudge.components.common.errors import UserError
+from nudge.components.common.shown import visible
 
 URL = click.option("--url", default="", help="The pipelines server; default: NUDGE_PIPELINES_URL.")
 
@@ -59,7 +60,7 @@ def submit(
     from nudge.pipelines import display
     from nudge.pipelines.cluster import connect, runs
     from nudge.pipelines.recipes import load
-    from rich.console import Console
+    from nudge.pipelines.screen import Screen
 
     loaded = load(recipe, overrides)
     parameters = {"recipe": loaded.text, **_parameters(given)}
@@ -69,7 +70,7 @@ def submit(
     if no_follow:
         return
     try:
-        with display.Live(Console(stderr=True), run) as live:
+        with display.Live(Screen(stderr=True), run) as live:
             for current in runs.follow(server, run):
                 live.show(current)
                 live.lines(current.lines)
@@ -79,12 +80,13 @@ def submit(
     except UserError as error:
         raise UserError(f"{error}; not followed any more, the run goes on: {run.link}") from None
     if run.silent:
-        click.echo(f"no logs were shown: {run.silent}", err=True)
-    Console().print(display.followed(run))
+        click.echo(visible(f"no logs were shown: {run.silent}"), err=True)
+    Screen().print(display.followed(run))
     click.echo(run.state.lower())
     if run.state != "SUCCEEDED":
         failed = run.failed
-        click.echo(f"error: {failed.name}: {failed.error}" if failed else run.error, err=True)
+        error = f"{failed.name}: {failed.error}" if failed else run.error
+        click.echo(f"error: {visible(error)}" if failed else visible(error), err=True)
         if failed and (pod := run.pods.get(failed.name)):
             click.echo(f"its log: oc logs {pod} -c main", err=True)
         sys.exit(1)
@@ -124,7 +126,7 @@ def schedule_apply(file: Path, url: str) -> None:
 def schedule_list(url: str) -> None:
     """Show the schedules: when, which pipeline, and how overlaps and missed starts are treated."""
     from nudge.pipelines.cluster import connect, schedules
-    from rich.console import Console
+    from nudge.pipelines.screen import Screen
     from rich.table import Table
 
     rows = schedules.find(connect.connect(url))
@@ -150,7 +152,7 @@ def schedule_list(url: str) -> None:
             "dropped" if row.no_catchup else "made up for",
             fixed or "latest",
         )
-    Console().print(table)
+    Screen().print(table)
 
 
 @schedule.command("pause")
@@ -191,7 +193,7 @@ def doctor() -> None:
     Exit status: 0 nothing is missing, 1 something is.
     """
     from nudge.pipelines.cluster.doctor import examine
-    from rich.console import Console
+    from nudge.pipelines.screen import Screen
     from rich.table import Table
     from rich.text import Text
 
@@ -201,6 +203,6 @@ def doctor() -> None:
     for each in findings:
         told = f"{each.found}\n→ {each.mend}" if each.mend else each.found
         table.add_row(marks[each.state], each.check, Text(told, overflow="fold"))
-    Console().print(table)
+    Screen().print(table)
     if any(each.state == "missing" for each in findings):
         sys.exit(1)

@@ -23,6 +23,8 @@ LABEL = "nudge.run"
 SHARED_MEMORY = "1g"
 GIVEN = (*REQUIRED_KEYS, *OPTIONAL_KEYS, *SETTINGS_KEYS, URL, TOKEN)
 """What a pod would get from the data connection and the settings, and the way to local serving."""
+TOKEN_VARIABLE = "KF_PIPELINES_SA_TOKEN_PATH"
+"""The file of the registry's token; a step gets a copy below the folder that it can read."""
 RUN = ("NUDGE_RUN_ID", "NUDGE_RECIPE", "NUDGE_EVENTS")
 
 
@@ -73,7 +75,8 @@ def runner(recipe: str, artifacts: Path) -> Any:
     readable = named_paths(recipe)
     for folder in (artifacts, state):
         folder.mkdir(parents=True, exist_ok=True)
-    for path in (artifacts, state, events):
+    token = _token(state)
+    for path in (artifacts, state, events, *token):
         if os.getuid() == 0:
             os.chown(path, user, 0)
     return local.DockerRunner(
@@ -124,11 +127,25 @@ def end(run_id: str) -> None:
         container.remove(force=True)
 
 
+def _token(state: Path) -> list[Path]:
+    """The copy of the registry's token for steps in containers; none if there is no token."""
+    source = Path(os.environ.get(TOKEN_VARIABLE, ""))
+    if not source.is_file():
+        return []
+    copy = state / "model-registry.token"
+    copy.unlink(missing_ok=True)
+    with os.fdopen(os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(source.read_text(encoding="utf-8"))
+    return [copy]
+
+
 def _environment(state: Path) -> dict[str, str]:
     given = {name: os.environ[name] for name in (*GIVEN, *RUN) if os.environ.get(name)}
     own: dict[str, Path | str] = {"NUDGE_HOME": state, "HF_HOME": state / "huggingface"}
     checkpoints = os.environ["NUDGE_CHECKPOINTS"]
     own["NUDGE_CHECKPOINTS"] = checkpoints if "://" in checkpoints else state / "checkpoints"
+    if (copy := state / "model-registry.token").is_file():
+        own[TOKEN_VARIABLE] = copy
     if "NUDGE_REUSE" in os.environ:
         own["NUDGE_REUSE"] = state / "reuse"
     return given | {name: str(value) for name, value in own.items()}

@@ -5,7 +5,6 @@ The local serving of this machine for steps that run in containers: each request
 """
 
 import os
-import secrets
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
@@ -13,9 +12,10 @@ from typing import Annotated
 import anyio
 import click
 import uvicorn
-from fastapi import Body, Depends, FastAPI, HTTPException, Request
+from fastapi import Body, FastAPI
 from fastapi.responses import JSONResponse, Response
 from nudge.components.common.errors import UserError
+from nudge.components.common.guard import Guard
 from nudge.components.common.releases import Version
 from nudge.components.deploy.host_serving import TOKEN
 from nudge.components.deploy.local_serving import LocalServing
@@ -44,13 +44,8 @@ class Held(Response):
             self._lock.__exit__(None, None, None)
 
 
-def create_app(home: Path, token: str) -> FastAPI:
-    """The application; every request but /health needs the bearer token."""
-
-    def authorized(request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if not secrets.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            raise HTTPException(401, "the bearer token is missing or wrong")
+def create_app(home: Path, token: str) -> Guard:
+    """The application, behind a `Guard` that asks for the token."""
 
     def exclusive(model: Model, settings: DeploySettings) -> Held:
         return Held(LocalServing(home, settings).exclusive(model))
@@ -58,8 +53,9 @@ def create_app(home: Path, token: str) -> FastAPI:
     def live(model: Model, settings: DeploySettings) -> dict[str, int]:
         return LocalServing(home, settings).live(model)
 
-    def bring_up(version: Version, settings: DeploySettings) -> str:
-        return LocalServing(home, settings).bring_up(version).address
+    def bring_up(version: Version, settings: DeploySettings) -> dict[str, str]:
+        server = LocalServing(home, settings).bring_up(version)
+        return {"address": server.address, "token": server.token}
 
     def move(model: Model, shares: dict[str, int], settings: DeploySettings) -> str:
         return LocalServing(home, settings).move(model, shares)
@@ -74,13 +70,12 @@ def create_app(home: Path, token: str) -> FastAPI:
             f"/{handler.__name__}",
             handler,
             methods=["POST"],
-            dependencies=[Depends(authorized)],
             response_model=None,
         )
     app.add_exception_handler(
         UserError, lambda _, error: JSONResponse({"detail": str(error)}, status_code=409)
     )
-    return app
+    return Guard(app, token)
 
 
 @click.command()

@@ -20,7 +20,13 @@ from typing import Any
 
 import psutil
 from nudge.components.common.errors import UserError
-from nudge.components.common.processes import OUTER_TMPDIR, locked
+from nudge.components.common.processes import (
+    OUTER_TMPDIR,
+    PRIVATE_UMASK,
+    STEP_CHILD,
+    child_environment,
+    locked,
+)
 from nudge.components.common.provenance import code_fingerprint
 from nudge.components.common.publish import write_atomic
 from nudge.pipelines.recipes import Recipe
@@ -289,7 +295,7 @@ def _follow(
     events = run.events
     events.touch()
     environment = {
-        **os.environ,
+        **child_environment(STEP_CHILD),
         **services,
         "NUDGE_RUN_ID": run.run_id,
         "NUDGE_RECIPE": run.recipe.name,
@@ -306,7 +312,7 @@ def _follow(
     environment.pop("NUDGE_REUSE", None)
     if reuse:
         environment["NUDGE_REUSE"] = str(home / "reuse")
-    command = [sys.executable, "-m", "nudge.pipelines.local.runner"]
+    command = [sys.executable, "-P", "-m", "nudge.pipelines.local.runner"]
     command += ["--recipe", str(run.folder / "recipe.yaml")]
     command += ["--artifacts", str(run.folder / "artifacts"), "--engine", engine]
     command += ["--compiled", str(compiled)] if compiled else []
@@ -323,6 +329,7 @@ def _follow(
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            umask=PRIVATE_UMASK,
         )
         try:
             ended = False

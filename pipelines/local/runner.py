@@ -5,6 +5,7 @@
 """
 
 import atexit
+import io
 import os
 import re
 import signal
@@ -12,10 +13,11 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import click
 import yaml
+from nudge.components.common.shown import masked
 
 
 @click.command()
@@ -26,6 +28,9 @@ import yaml
 def main(recipe: Path, artifacts: Path, compiled: Path | None, engine: str) -> None:
     """Run train-and-serve, or the same pipeline from its compiled YAML, with a recipe."""
     _end_with_parent()
+    # kfp prints each line of a step's log here, and its own log has the step's parameters.
+    sys.stdout = cast(TextIO, Masked(sys.stdout))
+    sys.stderr = cast(TextIO, Masked(sys.stderr))
     from kfp import components, local
 
     text = recipe.read_text(encoding="utf-8")
@@ -47,6 +52,31 @@ def main(recipe: Path, artifacts: Path, compiled: Path | None, engine: str) -> N
         from nudge.pipelines.train_and_serve import train_and_serve as pipeline
     arguments = {"recipe": text}
     settled(pipeline, arguments)(**arguments)
+
+
+class Masked(io.TextIOBase):
+    """A stream that masks the credentials of URIs in what goes through it, line by line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._line = stream, ""
+
+    def write(self, text: str) -> int:
+        """Pass on the complete lines; the rest waits for its end."""
+        lines, newline, self._line = (self._line + text).rpartition("\n")
+        if newline:
+            self._stream.write(masked(lines) + newline)
+            self._stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing: a line that is not complete may hold half of a credential."""
+
+    def close(self) -> None:
+        """Pass on what waits; the stream itself stays open."""
+        if self._line:
+            self._stream.write(masked(self._line))
+            self._line = ""
+        self._stream.flush()
 
 
 def settled(pipeline: Any, arguments: dict[str, Any]) -> Any:

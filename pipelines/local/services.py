@@ -9,7 +9,6 @@ import functools
 import hmac
 import json
 import os
-import secrets
 import shutil
 import socket
 import sys
@@ -19,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from nudge.components.common import processes
+from nudge.components.common import guard, processes
 from nudge.components.common.errors import UserError
+from nudge.pipelines.local import object_store
+from nudge.pipelines.local.object_store import BUCKET, START_TIMEOUT_S
 
-BUCKET = "nudge"
 STORE, REGISTRY, SERVING = "object-store", "model-registry", "host-serving"
 CONNECTION = ("AWS_S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_BUCKET")
 GIVEN = (*CONNECTION, "NUDGE_REGISTRY_URL")
 """The variables of what may be given in the place of the store and the registry."""
-START_TIMEOUT_S = 60.0
+TOKEN_VARIABLE = "KF_PIPELINES_SA_TOKEN_PATH"
+"""The file of the registry's token, where nudge and the model-registry client look for it."""
 STORE_PORTS = (
     "s3.port",
     "s3.port.grpc",
@@ -60,18 +61,30 @@ def up(
             _check_port(home, name, port)
         environment = {"NUDGE_HOME": str(home), **instead}
         if "AWS_S3_ENDPOINT" not in instead:
+            _stop_open(home, STORE, _store_security(home))
             store = _running(home, STORE) or _start_store(home, asked.get(STORE, 0))
             environment |= {
-                **_credentials(home),
+                **object_store.credentials(home),
                 "AWS_S3_ENDPOINT": store.address,
                 "AWS_DEFAULT_REGION": "us-east-1",
                 "AWS_S3_BUCKET": BUCKET,
             }
-            _make_bucket(environment)
+            object_store.make_bucket(environment)
         if "NUDGE_REGISTRY_URL" not in instead:
+            _stop_open(home, REGISTRY, home / "services" / f"{REGISTRY}.token")
             registry = _running(home, REGISTRY) or _start_registry(home, asked.get(REGISTRY, 0))
-            environment["NUDGE_REGISTRY_URL"] = registry.address
+            environment |= {"NUDGE_REGISTRY_URL": registry.address, **_registry_token(home)}
     return environment
+
+
+def _stop_open(home: Path, name: str, protection: Path) -> None:
+    """Stop a part that an older nudge started without what protects it now."""
+    if _running(home, name) and not protection.exists():
+        processes.stop(home, name)
+
+
+def _registry_token(home: Path) -> dict[str, str]:
+    return {TOKEN_VARIABLE: str(guard.token_file(home, REGISTRY))}
 
 
 def given() -> dict[str, str]:
@@ -106,26 +119,46 @@ def registry_to_read(home: Path) -> Iterator[str]:
     """The URL of the registry that runs, or of one that reads the same file and ends with the
     block: a thread of this process, which no other one comes to rely on.
 
-    Raises `NothingRun` if there never was one here.
+    Its token is in this process's variables during the block. Raises `NothingRun` if there never
+    was one here.
     """
-    if running := _running(home, REGISTRY):
-        yield running.address
-        return
     database = _database(home)
+    running = _running(home, REGISTRY)
+    if running:
+        with _variables(_registry_token(home)):
+            yield running.address
+        return
     if not database.is_file():
         raise NothingRun(f"no models: nothing was run in this folder ({home})")
     import uvicorn
     from nudge.pipelines.local.registry.app import create_app
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(create_app(database), log_level="warning"))
+        app = guard.Guard(create_app(database), guard.read_token(home, REGISTRY))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            with _variables(_registry_token(home)):
+                yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join()
+
+
+@contextlib.contextmanager
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of this process for the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def serves(home: Path, model: str, endpoint: str) -> bool | None:
@@ -189,10 +222,12 @@ def serve_again(home: Path, environment: dict[str, str]) -> list[str]:
 
 def _answers(home: Path, model: str, version: str) -> bool:
     """Whether a served version and the address of its model are up."""
-    from nudge.components.deploy.gateway import gateway_name
+    from nudge.components.deploy.gateway import gateway_name, is_open
     from nudge.components.deploy.local_serving import service_name
 
-    return all(_running(home, name) for name in (gateway_name(model), service_name(model, version)))
+    return not is_open(home, model) and all(
+        _running(home, name) for name in (gateway_name(model), service_name(model, version))
+    )
 
 
 def down(home: Path) -> list[str]:
@@ -242,7 +277,13 @@ def _running(home: Path, name: str) -> processes.Record | None:
     return record if record and record.process() else None
 
 
+def _store_security(home: Path) -> Path:
+    return home / "services" / f"{STORE}.security"
+
+
 def _start_store(home: Path, asked: int) -> processes.Record:
+    from nudge.pipelines.local import store_security
+
     weed = shutil.which("weed", path=os.pathsep.join([_scripts(), os.environ.get("PATH", "")]))
     if weed is None:
         raise UserError(
@@ -253,24 +294,26 @@ def _start_store(home: Path, asked: int) -> processes.Record:
     data = home / STORE
     data.mkdir(parents=True, exist_ok=True)
     address = f"http://127.0.0.1:{ports['s3.port']}"
+    security = store_security.prepare(_store_security(home), address)
     # Its log names the access key: it goes where only this user reads, and no copy to /tmp.
-    log = home / "services" / f"{STORE}.log"
-    log.touch(mode=0o600)
-    log.chmod(0o600)
-    command = [weed, "-logtostderr", "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    command = [weed, "-logtostderr", f"-config_dir={security}", "mini", f"-dir={data}"]
+    command += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.allowedOrigins={address}"]
+    # Paths of sockets are short: these are below the folder that the store runs in.
+    command += ["-s3.localSocket=s3.sock", "-filer.localSocket=filer.sock", "-s3.iam=false"]
     command += [f"-{name}={port}" for name, port in ports.items()]
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false"]
     command += ["-master.telemetry=false"]
-    credentials = _credentials(home)
+    credentials = object_store.credentials(home)
     return processes.start(
         home,
         STORE,
         command,
         address=address,
-        ready=lambda: _store_answers({**credentials, "AWS_S3_ENDPOINT": address}),
+        ready=lambda: object_store.answers({**credentials, "AWS_S3_ENDPOINT": address}),
         timeout_s=START_TIMEOUT_S,
-        cwd=data,
-        environment=credentials,
+        cwd=security,
+        # Its home is another folder in which it would look for its configuration.
+        environment={**credentials, "HOME": str(security)},
     )
 
 
@@ -279,7 +322,9 @@ def _start_registry(home: Path, asked: int) -> processes.Record:
     address = f"http://127.0.0.1:{port}"
     database = _database(home)
     database.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "nudge.pipelines.local.registry", "--database", str(database)]
+    command = [sys.executable, "-P", "-m", "nudge.pipelines.local.registry"]
+    command += ["--database", str(database)]
+    command += ["--token-file", str(guard.token_file(home, REGISTRY))]
     return processes.start(
         home,
         REGISTRY,
@@ -297,7 +342,8 @@ def _database(home: Path) -> Path:
 def _start_serving(home: Path, environment: dict[str, str]) -> processes.Record:
     port = _ports(home, SERVING, ("port",), 0)["port"]
     address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "nudge.pipelines.local.host_serving", "--home", str(home)]
+    command = [sys.executable, "-P", "-m", "nudge.pipelines.local.host_serving"]
+    command += ["--home", str(home)]
     return processes.start(
         home,
         SERVING,
@@ -306,6 +352,7 @@ def _start_serving(home: Path, environment: dict[str, str]) -> processes.Record:
         ready=lambda: processes.answers(f"{address}/health"),
         timeout_s=START_TIMEOUT_S,
         environment=environment,
+        passes=processes.STEP_CHILD,
     )
 
 
@@ -341,67 +388,6 @@ def _unlike(taken: set[int]) -> int:
     while (port := processes.free_port()) in taken:
         pass
     return port
-
-
-def _credentials(home: Path) -> dict[str, str]:
-    """The store's keys, made once and kept where only this user can read them."""
-    path = home / "services" / "credentials"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        keys = {
-            "AWS_ACCESS_KEY_ID": secrets.token_hex(10),
-            "AWS_SECRET_ACCESS_KEY": secrets.token_urlsafe(30),
-        }
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(keys, file)
-    return dict(json.loads(path.read_text()))
-
-
-def _client(environment: dict[str, str]) -> Any:
-    import boto3
-    import botocore.config
-
-    return boto3.client(
-        "s3",
-        endpoint_url=environment["AWS_S3_ENDPOINT"],
-        region_name="us-east-1",
-        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
-        config=botocore.config.Config(
-            connect_timeout=2, read_timeout=10, retries={"total_max_attempts": 1}
-        ),
-    )
-
-
-def _store_answers(environment: dict[str, str]) -> bool:
-    import botocore.exceptions
-
-    try:
-        _client(environment).list_buckets()
-    except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError):
-        return False
-    return True
-
-
-def _make_bucket(environment: dict[str, str]) -> None:
-    import botocore.exceptions
-    import tenacity
-
-    # The store lists buckets a moment before it can make one.
-    for attempt in tenacity.Retrying(
-        stop=tenacity.stop_after_delay(START_TIMEOUT_S),
-        wait=tenacity.wait_fixed(0.2),
-        retry=tenacity.retry_if_exception_type(
-            (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError)
-        ),
-        reraise=True,
-    ):
-        with attempt:
-            client = _client(environment)
-            names = [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]
-            if BUCKET not in names:
-                client.create_bucket(Bucket=BUCKET)
 
 
 def _scripts() -> str:

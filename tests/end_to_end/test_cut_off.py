@@ -19,6 +19,7 @@ from nudge.components.common.storage import list_keys, s3_client
 from nudge.pipelines.local import services
 
 from tests.end_to_end.test_faults import NUDGE, Place, eventually, statuses
+from tests.local_registry import endpoint_headers
 
 BOUNDARIES = [
     ("upload", "step_end"),
@@ -103,7 +104,12 @@ def test_killed_and_run_again(
     assert programs == [each.pid for each in here if each.name.startswith("serving-")]
     assert not list((place.home / "serving" / name).glob(".*"))
     body = {"model": name, "prompt": "The", "max_tokens": 2}
-    answer = httpx.post(f"{result['endpoint']}/v1/completions", json=body, timeout=60)
+    answer = httpx.post(
+        f"{result['endpoint']}/v1/completions",
+        json=body,
+        headers=endpoint_headers(place.home),
+        timeout=60,
+    )
     assert answer.json()["choices"][0]["text"]
     (kept,) = (folder for folder in place.folders() if folder.name == run_id)
     assert json.loads((kept / "result.json").read_text())["version"] == run_id

@@ -99,7 +99,11 @@ PROMPT = "Once upon a time"
 
 def test_what_was_printed_works(place: Place, first: dict[str, Any]) -> None:
     answer = subprocess.run(
-        shlex.split(curl(first, PROMPT)), capture_output=True, text=True, check=True, timeout=60
+        shlex.split(curl(first, PROMPT, place.home)),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
     assert json.loads(answer.stdout)["choices"][0]["text"]
     assert "<html" in Path(first["report"]).read_text()
@@ -127,7 +131,9 @@ def test_what_is_not_better_changes_nothing(place: Place, first: dict[str, Any])
         *["skipped"] * 3,
     ]
     assert f"Nothing was promoted: {result['reason']}" in place.page(result)
-    subprocess.run(shlex.split(curl(first, PROMPT)), check=True, capture_output=True, timeout=60)
+    subprocess.run(
+        shlex.split(curl(first, PROMPT, place.home)), check=True, capture_output=True, timeout=60
+    )
 
 
 def test_what_is_no_causal_language_model_is_refused(place: Place, tmp_path: Path) -> None:

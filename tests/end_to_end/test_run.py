@@ -16,6 +16,8 @@ import pytest
 import yaml
 from nudge.pipelines.local import services
 
+from tests.local_registry import endpoint_headers
+
 NUDGE = str(Path(sys.executable).parent / "nudge")
 COMPILED = Path(__file__).parents[2] / "pipelines" / "compiled" / "train_and_serve.yaml"
 WORDS = ["Paris", "Seine", "tower", "bridge", "museum", "river", "garden", "street", "bread"]
@@ -80,7 +82,9 @@ def statuses(result: dict[str, Any]) -> dict[str, str]:
     return {step["name"]: step["status"] for step in result["steps"]}
 
 
-def test_all_seven_steps_end_in_a_served_model_that_answers(first: dict[str, Any]) -> None:
+def test_all_seven_steps_end_in_a_served_model_that_answers(
+    first: dict[str, Any], place: Path
+) -> None:
     assert set(statuses(first).values()) == {"done"}
     assert first["promoted"]
     assert (
@@ -88,7 +92,12 @@ def test_all_seven_steps_end_in_a_served_model_that_answers(first: dict[str, Any
     )
     assert first["model_uri"].endswith(f"/tiny/{first['version']}")
     body = {"model": first["served_model"], "prompt": "Paris", "max_tokens": 4}
-    answer = httpx.post(f"{first['endpoint']}/v1/completions", json=body, timeout=60)
+    answer = httpx.post(
+        f"{first['endpoint']}/v1/completions",
+        json=body,
+        headers=endpoint_headers(place / "home"),
+        timeout=60,
+    )
     assert answer.status_code == 200
     assert answer.json()["choices"][0]["text"]
 

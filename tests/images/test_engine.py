@@ -16,6 +16,7 @@ import pytest
 
 from nudge.components.common.errors import UserError
 from nudge.pipelines.local import containers, services
+from tests.local_registry import endpoint_headers
 from tests.tiny import make_tiny_model
 
 NUDGE = str(Path(sys.executable).parent / "nudge")
@@ -60,7 +61,12 @@ def test_the_compiled_pipeline_ends_in_a_served_model(result: dict[str, Any], pl
     assert {step["status"] for step in result["steps"]} == {"done"}
     assert result["promoted"]
     body = {"model": result["served_model"], "prompt": "Paris", "max_tokens": 4}
-    answer = httpx.post(f"{result['endpoint']}/v1/completions", json=body, timeout=60)
+    answer = httpx.post(
+        f"{result['endpoint']}/v1/completions",
+        json=body,
+        headers=endpoint_headers(place / "home"),
+        timeout=60,
+    )
     assert answer.json()["choices"][0]["text"]
     log = (place / "home" / "runs" / result["run_id"] / "run.log").read_text()
     for name in ("data", "train"):

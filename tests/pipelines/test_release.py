@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from nudge.components.common import processes
+from nudge.components.common import guard, processes
 from nudge.components.common.registry import with_registry
 from nudge.components.common.releases import Served, find_version, note_served
 from nudge.components.deploy import gateway
@@ -35,6 +35,8 @@ def down(home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     port = processes.free_port()
     endpoint = f"http://127.0.0.1:{port}"
     url = services._start_registry(home, 0).address
+    token = guard.token_file(home, services.REGISTRY)
+    monkeypatch.setenv(services.TOKEN_VARIABLE, str(token))
     client = ModelRegistry(url, author="test", is_secure=False)
     for version in ("v1", "v2"):
         client.register_model(

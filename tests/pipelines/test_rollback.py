@@ -16,6 +16,7 @@ from nudge.components.upload.upload import upload
 from nudge.pipelines import compile as compiling
 from nudge.pipelines.local.runner import settled
 
+from tests.local_registry import endpoint_headers
 from tests.tiny import make_tiny_model, turn_around
 
 NAME, PROMPT = "back", "The Eiffel Tower"
@@ -40,18 +41,20 @@ def registry(connected: dict[str, str], tmp_path: Path) -> str:
     return address
 
 
-def ask(endpoint: str) -> str:
+def ask(endpoint: str, home: Path) -> str:
     body = {"model": NAME, "prompt": PROMPT, "max_tokens": 8, "temperature": 0.0}
-    answer = httpx.post(f"{endpoint}/v1/completions", json=body, timeout=60.0)
+    answer = httpx.post(
+        f"{endpoint}/v1/completions", json=body, headers=endpoint_headers(home), timeout=60.0
+    )
     return str(answer.json()["choices"][0]["text"])
 
 
 def test_the_old_version_answers_again(registry: str, home: Path, tmp_path: Path) -> None:
     settings = DeploySettings(smoke_prompt=PROMPT)
     endpoint = deploy(settings, registered_model=NAME, version="v1")["endpoint"]
-    old = ask(endpoint)
+    old = ask(endpoint, home)
     assert deploy(settings, registered_model=NAME, version="v2")["endpoint"] == endpoint
-    assert ask(endpoint) != old
+    assert ask(endpoint, home) != old
     local.init(
         runner=local.SubprocessRunner(use_venv=False),
         pipeline_root=str(tmp_path / "artifacts"),
@@ -61,11 +64,11 @@ def test_the_old_version_answers_again(registry: str, home: Path, tmp_path: Path
     arguments = {"model_name": NAME, "recipe": RECIPE}
     pipeline = settled(compiled, arguments)
     pipeline(**arguments)
-    assert ask(endpoint) == old
+    assert ask(endpoint, home) == old
     served = with_registry(registry, find_served(NAME))
     assert (served.main, served.endpoint) == ("v1", endpoint)
     names = [record.name for record in processes.records(home)]
     assert [name for name in names if name.startswith("serving-")] == [f"serving-{NAME}@v1"]
     with pytest.raises(RuntimeError):  # nothing was served before it
         pipeline(**arguments)
-    assert ask(endpoint) == old
+    assert ask(endpoint, home) == old

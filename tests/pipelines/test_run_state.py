@@ -254,10 +254,12 @@ def test_the_tables_show_what_came_out(run: Run) -> None:
         assert part in text
 
 
-def test_the_curl_line_survives_a_shell(run: Run) -> None:
+def test_the_curl_line_survives_a_shell(run: Run, tmp_path: Path) -> None:
     evaluated(run, promote=True)
     served(run)
-    words = shlex.split(display.curl(result(run), "it's in"))
+    home = tmp_path / "it's a home"
+    words = shlex.split(display.curl(result(run), "it's in", home))
+    assert f"@{home / 'services' / 'endpoint.header'}" in words
     assert "http://127.0.0.1:1/v1/completions" in words
     body = json.loads(words[words.index("-d") + 1])
     assert (body["model"], body["prompt"]) == ("m", "it's in")

@@ -1,9 +1,10 @@
-"""``python -m nudge.pipelines.local.registry --database FILE --host HOST --port PORT``."""
+"""``python -m nudge.pipelines.local.registry --database FILE --port PORT --token-file FILE``."""
 
 from pathlib import Path
 
 import click
 import uvicorn
+from nudge.components.common.guard import Guard
 from nudge.pipelines.local.registry.app import create_app
 
 
@@ -11,9 +12,11 @@ from nudge.pipelines.local.registry.app import create_app
 @click.option("--database", type=click.Path(path_type=Path), required=True)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=int, required=True)
-def main(database: Path, host: str, port: int) -> None:
-    """Serve the Model Registry API over a SQLite file."""
-    uvicorn.run(create_app(database), host=host, port=port, log_level="warning")
+@click.option("--token-file", type=click.Path(path_type=Path, exists=True), required=True)
+def main(database: Path, host: str, port: int, token_file: Path) -> None:
+    """Serve the Model Registry API over a SQLite file to whoever has the token."""
+    app = Guard(create_app(database), token_file.read_text(encoding="utf-8"))
+    uvicorn.run(app, host=host, port=port, log_level="warning")
 
 
 if __name__ == "__main__":

@@ -83,3 +83,20 @@ def test_a_flipped_byte_is_seen(tmp_path: Path) -> None:
     os.unlink(path)
     with pytest.raises(UserError, match="missing"):
         verify_file(path, sha256)
+
+
+@pytest.mark.parametrize(("in_pod", "mode"), [(False, 0o755), (True, 0o775)])
+def test_a_group_can_write_only_in_a_pod(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_pod: bool, mode: int
+) -> None:
+    """Even where the umask would let it."""
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    if in_pod:
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    before = os.umask(0o002)
+    try:
+        with published(tmp_path / "made"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "made").stat().st_mode & 0o777 == mode

@@ -4,20 +4,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nudge.components.common import processes
 from nudge.components.common.errors import UserError
 from nudge.components.common.registry import with_registry
 from nudge.components.common.releases import find_served, find_version
-from nudge.pipelines.local import services
 
 from tests.faulty_proxy import FAULTS, Fault, FaultyProxy
+from tests.local_registry import running_registry
 
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     home: Path = tmp_path_factory.mktemp("registry")
-    yield services._start_registry(home, 0).address
-    processes.stop(home, services.REGISTRY)
+    with running_registry(home) as address:
+        yield address
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -5,17 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nudge.components.common import processes
-from nudge.pipelines.local import services
 
 from tests.components.deploy.kserve_cluster import EXPECTED, QUICK, VERSIONS, ServingCluster
+from tests.local_registry import running_registry
 
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     home = tmp_path_factory.mktemp("registry")
-    yield services._start_registry(home, 0).address
-    processes.stop(home, services.REGISTRY)
+    with running_registry(home) as address:
+        yield address
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from nudge.components.deploy import gateway
 from nudge.pipelines.cli import main
 
 from tests.components.deploy.stream import Stream
+from tests.local_registry import endpoint_headers, endpoint_token
 from tests.web_server import Server
 
 CHANGES = 200
@@ -38,7 +39,7 @@ def servers() -> Iterator[dict[str, str]]:
 
 def test_shares_are_exact(home: Path, servers: dict[str, str]) -> None:
     endpoint = gateway.route(home, "m", servers, {"v1": 93, "v2": 7}, 0)
-    with httpx.Client() as client:
+    with httpx.Client(headers=endpoint_headers(home)) as client:
         answers = [client.post(f"{endpoint}/v1/completions", json={}) for _ in range(100)]
     texts = [answer.json()["choices"][0]["text"] for answer in answers]
     assert collections.Counter(texts) == {"v1": 93, "v2": 7}
@@ -52,19 +53,29 @@ def test_shares_are_exact(home: Path, servers: dict[str, str]) -> None:
 def test_the_model_is_listed_as_openai_does(home: Path, servers: dict[str, str]) -> None:
     """The servers know nothing of /v1/models here, and of too much in a real one."""
     endpoint = gateway.route(home, "a.b-1", servers, {"v1": 100}, 0)
-    listed = httpx.get(f"{endpoint}/v1/models")
+    listed = httpx.get(f"{endpoint}/v1/models", headers=endpoint_headers(home))
     assert listed.headers["content-type"] == "application/json"
     (entry,) = listed.json().pop("data")
     assert listed.json()["object"] == "list"
     assert (entry["id"], entry["object"], entry["owned_by"]) == ("a.b-1", "model", "nudge")
     assert isinstance(entry["created"], int)
-    assert httpx.get(f"{endpoint}/v1/models/a.b-1").json() == entry
-    head = httpx.head(f"{endpoint}/v1/models")
+    assert httpx.get(f"{endpoint}/v1/models/a.b-1", headers=endpoint_headers(home)).json() == entry
+    head = httpx.head(f"{endpoint}/v1/models", headers=endpoint_headers(home))
     assert (head.status_code, head.content) == (200, b"")
     # All else is for the servers.
-    assert httpx.get(f"{endpoint}/v1/models/other").status_code == 404
-    assert httpx.post(f"{endpoint}/v1/models", json={}).status_code == 404
-    assert httpx.post(f"{endpoint}/v1/completions", json={}).status_code == 200
+    assert (
+        httpx.get(f"{endpoint}/v1/models/other", headers=endpoint_headers(home)).status_code == 404
+    )
+    assert (
+        httpx.post(f"{endpoint}/v1/models", json={}, headers=endpoint_headers(home)).status_code
+        == 404
+    )
+    assert (
+        httpx.post(
+            f"{endpoint}/v1/completions", json={}, headers=endpoint_headers(home)
+        ).status_code
+        == 200
+    )
 
 
 def test_the_table_of_parts_shows_where_users_meet_the_model(
@@ -97,11 +108,19 @@ def test_a_taken_port_is_said_and_another_one_moves_the_model(
         moved = gateway.route(home, "m", servers, shares, free)
     assert moved == f"http://127.0.0.1:{free}"
     assert f"m moved from port {port} to {moved}" in capsys.readouterr().err
-    assert httpx.post(f"{moved}/v1/completions", json={}).status_code == 200
+    assert (
+        httpx.post(f"{moved}/v1/completions", json={}, headers=endpoint_headers(home)).status_code
+        == 200
+    )
     # It stays there, and leaves there too when it is asked to.
     assert gateway.route(home, "m", servers, shares, 0) == moved
     assert gateway.route(home, "m", servers, shares, port) == endpoint
-    assert httpx.post(f"{endpoint}/v1/completions", json={}).status_code == 200
+    assert (
+        httpx.post(
+            f"{endpoint}/v1/completions", json={}, headers=endpoint_headers(home)
+        ).status_code
+        == 200
+    )
     assert processes.port_is_free(free)
 
 
@@ -109,7 +128,7 @@ def test_a_taken_port_is_said_and_another_one_moves_the_model(
 def test_no_change_loses_a_request(home: Path, servers: dict[str, str]) -> None:
     """A reload of Caddy per change lost about one in ten changes here."""
     endpoint = gateway.route(home, "m", servers, {"v1": 100}, 0)
-    stream = Stream(endpoint, "m", clients=4)
+    stream = Stream(endpoint, "m", endpoint_token(home), clients=4)
     for change in range(CHANGES):
         wanted = "v2" if change % 2 else "v1"
         assert gateway.route(home, "m", servers, {wanted: 100}, 0) == endpoint

@@ -20,6 +20,7 @@ from nudge.pipelines.local import services
 
 from tests.components.deploy.local_promote import BOUNDARIES, promote, quick_server
 from tests.components.deploy.stream import Stream
+from tests.local_registry import endpoint_token
 
 NAME = "killed"
 
@@ -54,7 +55,7 @@ def test_killed_at_every_boundary_and_run_again(
     monkeypatch.setattr(LocalServing, "_serve", quick_server)
     promote(NAME, "v1")
     served = with_registry(url, find_served(NAME))
-    stream = Stream(served.endpoint, NAME, clients=2)
+    stream = Stream(served.endpoint, NAME, endpoint_token(home), clients=2)
     try:
         now, other = "v1", "v2"
         for at in range(1, BOUNDARIES + 1):

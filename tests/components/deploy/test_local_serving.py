@@ -21,6 +21,7 @@ from nudge.pipelines.local import services
 from nudge.pipelines.release import _rows
 
 from tests.components.deploy.stream import Stream
+from tests.local_registry import endpoint_headers, endpoint_token
 from tests.tiny import make_tiny_model, turn_around
 
 NAME = "stream"
@@ -58,9 +59,11 @@ def _expected(folder: Path) -> list[dict[str, Any]]:
     return [{"prompt": PROMPT, "token": tokenizer.decode([int(logits.argmax())]), "p": 0.9}]
 
 
-def ask(endpoint: str) -> str:
+def ask(endpoint: str, home: Path) -> str:
     body = {"model": NAME, "prompt": PROMPT, "max_tokens": 4, "temperature": 0.0}
-    answer = httpx.post(f"{endpoint}/v1/completions", json=body, timeout=60.0)
+    answer = httpx.post(
+        f"{endpoint}/v1/completions", json=body, headers=endpoint_headers(home), timeout=60.0
+    )
     return str(answer.json()["choices"][0]["text"])
 
 
@@ -69,21 +72,21 @@ def test_a_stream_of_requests_loses_none(registered: str, home: Path) -> None:
     settings = DeploySettings(smoke_prompt=PROMPT)
     first = deploy(settings, registered_model=NAME, version="v1")
     endpoint = first["endpoint"]
-    one = ask(endpoint)
-    stream = Stream(endpoint, NAME, prompt=PROMPT)
+    one = ask(endpoint, home)
+    stream = Stream(endpoint, NAME, endpoint_token(home), prompt=PROMPT)
     try:
         second = deploy(settings, registered_model=NAME, version="v2")
         assert second["endpoint"] == endpoint
-        two = ask(endpoint)
+        two = ask(endpoint, home)
         assert two != one
         stream.seen()
         shared = serve(settings, NAME, {"v1": 50, "v2": 50})
         assert shared["shares"] == {"v1": 50, "v2": 50}
         stream.seen()
-        assert {ask(endpoint) for _ in range(8)} == {one, two}
+        assert {ask(endpoint, home) for _ in range(8)} == {one, two}
         back = rollback(settings, registered_model=NAME, version="v1")
         assert back["endpoint"] == endpoint
-        assert {ask(endpoint) for _ in range(4)} == {one}
+        assert {ask(endpoint, home) for _ in range(4)} == {one}
     finally:
         stream.stop()
     assert stream.faults == []
@@ -101,14 +104,14 @@ def test_a_stream_of_requests_loses_none(registered: str, home: Path) -> None:
     with pytest.raises(UserError, match="is not what was evaluated"):
         deploy(settings, registered_model=NAME, version="v2")
     assert gateway.routes(home)[NAME] == route
-    assert ask(endpoint) == one
+    assert ask(endpoint, home) == one
 
 
 @pytest.mark.long
 def test_what_was_served_comes_back_after_a_reboot(registered: str, home: Path) -> None:
     settings = DeploySettings(smoke_prompt=PROMPT)
     endpoint = deploy(settings, registered_model=NAME, version="v1")["endpoint"]
-    answer = ask(endpoint)
+    answer = ask(endpoint, home)
     for record in processes.records(home):  # as the machine's end does: nothing is told
         if process := record.process():
             process.kill()
@@ -120,7 +123,7 @@ def test_what_was_served_comes_back_after_a_reboot(registered: str, home: Path) 
     assert up.exit_code == 0, up.output
     found = find_incumbent(NAME)
     assert (found.state, found.version) == ("found", "v1")
-    assert ask(endpoint) == answer
+    assert ask(endpoint, home) == answer
     pids = {record.name: record.pid for record in processes.records(home)}
     assert services.serve_again(home, services.up(home)) == []
     assert {record.name: record.pid for record in processes.records(home)} == pids

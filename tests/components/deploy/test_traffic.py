@@ -13,7 +13,8 @@ from nudge.components.common.releases import Served, Version, find_served, list_
 from nudge.components.deploy import deploy, traffic
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import Server
-from nudge.pipelines.local import services
+
+from tests.local_registry import running_registry
 
 
 class Killed(BaseException):
@@ -77,8 +78,8 @@ class Place:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     home = tmp_path_factory.mktemp("traffic")
-    yield services._start_registry(home, 0).address
-    processes.stop(home, services.REGISTRY)
+    with running_registry(home) as address:
+        yield address
 
 
 @pytest.fixture

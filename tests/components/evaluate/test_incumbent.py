@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from nudge.components.common import processes, registry, storage
+from nudge.components.common import registry, storage
 from nudge.components.common.publish import sha256_file, write_manifest
 from nudge.components.common.registry import with_registry
 from nudge.components.common.releases import Served, find_version, note_served
 from nudge.components.evaluate import incumbent
 from nudge.components.evaluate.incumbent import Incumbent, bring, find_incumbent
-from nudge.pipelines.local import services
 
 from tests.faulty_proxy import FAULTS, Fault, FaultyProxy
+from tests.local_registry import running_registry
 from tests.web_server import Server
 
 MODEL = "served"
@@ -37,21 +37,20 @@ def known(endpoint: FaultyProxy, tmp_path_factory: pytest.TempPathFactory) -> It
     from model_registry import ModelRegistry
 
     home = tmp_path_factory.mktemp("registry")
-    url = services._start_registry(home, 0).address
-    ModelRegistry(url, author="test", is_secure=False).register_model(
-        MODEL,
-        "s3://bucket/models/served/v1",
-        version="v1",
-        model_format_name="vLLM",
-        model_format_version="1",
-        metadata={"model_sha256": "of-the-run"},
-    )
-    version = with_registry(url, find_version(MODEL, "v1"))
-    served = Served(MODEL, endpoint.url, {"v1": 100}, ("v1",))
-    with_registry(url, note_served(version, served, "test", "vllm"))
-    with FaultyProxy(url, share=0) as proxy:
-        yield proxy
-    processes.stop(home, services.REGISTRY)
+    with running_registry(home) as url:
+        ModelRegistry(url, author="test", is_secure=False).register_model(
+            MODEL,
+            "s3://bucket/models/served/v1",
+            version="v1",
+            model_format_name="vLLM",
+            model_format_version="1",
+            metadata={"model_sha256": "of-the-run"},
+        )
+        version = with_registry(url, find_version(MODEL, "v1"))
+        served = Served(MODEL, endpoint.url, {"v1": 100}, ("v1",))
+        with_registry(url, note_served(version, served, "test", "vllm"))
+        with FaultyProxy(url, share=0) as proxy:
+            yield proxy
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,7 @@ def environment(
     environment = services.up(home)  # a test may have stopped one
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
+    shutil.copy(environment["KF_PIPELINES_SA_TOKEN_PATH"], tmp_path / "token")
     monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
     return environment
 

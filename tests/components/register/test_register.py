@@ -232,7 +232,7 @@ def test_the_token_goes_over_tls_of_a_known_authority_only(
 ) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(context)
-    (tmp_path / "token").write_text("the-token\n")
+    token = (tmp_path / "token").read_text()
     with FaultyProxy(environment["NUDGE_REGISTRY_URL"], share=0.0, tls=context) as proxy:
         with pytest.raises(UserError, match="set NUDGE_REGISTRY_CA to the file"):
             release("secure", "v1", registry_url=proxy.url)
@@ -242,7 +242,7 @@ def test_the_token_goes_over_tls_of_a_known_authority_only(
         release("secure", "v1", registry_url=proxy.url)
         headers = [headers for _, _, headers, _ in proxy.requests]
         assert headers
-        assert {each.get("Authorization") for each in headers} == {"Bearer the-token"}
+        assert {each.get("Authorization") for each in headers} == {f"Bearer {token}"}
     assert versions(environment, "secure") == {"v1": False}
 
 

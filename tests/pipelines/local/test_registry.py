@@ -1,6 +1,7 @@
 """The registry through the unmodified client, over real HTTP."""
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import pytest
 from nudge.components.common import processes
 from nudge.pipelines.local import services
 
+from tests.local_registry import registry_headers, running_registry
+
 warnings.simplefilter("ignore")
 
 
 @pytest.fixture
-def address(home: Path) -> str:
-    return services._start_registry(home, 0).address
+def address(home: Path) -> Iterator[str]:
+    with running_registry(home) as address:
+        yield address
 
 
 @pytest.fixture
@@ -67,8 +71,10 @@ def test_experiments_runs_and_metric_history(registry: Any, address: str) -> Non
     (found,) = registry.get_experiment_runs(experiment_name="e")
     url = f"{address}/api/model_registry/v1alpha3/experiment_runs/{found.id}"
     metric = {"artifactType": "metric", "name": "loss", "value": 0.5, "step": 2, "timestamp": "2"}
-    assert httpx.post(f"{url}/artifacts", json=metric).status_code == 200
-    history = httpx.get(f"{url}/metric_history").json()
+    assert (
+        httpx.post(f"{url}/artifacts", json=metric, headers=registry_headers()).status_code == 200
+    )
+    history = httpx.get(f"{url}/metric_history", headers=registry_headers()).json()
     assert [row["value"] for row in history["items"]] == [1.0, 0.5]
 
 
@@ -88,8 +94,9 @@ def test_filters(address: str, prefix: str, query: str, names: list[str] | None)
     for number, name in enumerate("abc", 1):
         size = {"metadataType": "MetadataIntValue", "int_value": str(number)}
         body = {"name": name, "customProperties": {"size": size}}
-        assert httpx.post(url, json=body).status_code == 201
-    answer = httpx.get(url, params={"filterQuery": query, "orderBy": "ID"})
+        assert httpx.post(url, json=body, headers=registry_headers()).status_code == 201
+    query_parameters = {"filterQuery": query, "orderBy": "ID"}
+    answer = httpx.get(url, params=query_parameters, headers=registry_headers())
     if names is None:
         assert answer.status_code == 400
     else:
@@ -98,12 +105,19 @@ def test_filters(address: str, prefix: str, query: str, names: list[str] | None)
 
 def test_bad_requests_are_refused(address: str) -> None:
     url = f"{address}/api/model_registry/v1alpha3/registered_models"
-    assert httpx.post(url, json={"name": "m"}).status_code == 201
-    assert httpx.post(url, json={"name": "m"}).status_code == 409
-    unknown = httpx.post(url, json={"name": "x", "colour": 1})
+    assert httpx.post(url, json={"name": "m"}, headers=registry_headers()).status_code == 201
+    assert httpx.post(url, json={"name": "m"}, headers=registry_headers()).status_code == 409
+    unknown = httpx.post(url, json={"name": "x", "colour": 1}, headers=registry_headers())
     assert (unknown.status_code, unknown.json()["message"]) == (400, 'json: unknown field "colour"')
-    assert httpx.post(url, json={"name": "n" * 256}).status_code == 400
-    assert httpx.post(url, json={}).status_code == 400
-    assert httpx.post(url, content=b"{").status_code == 400
-    assert httpx.get(f"{url}/99").status_code == 404
-    assert httpx.get(url, params={"pageSize": "none"}).status_code == 400
+    assert httpx.post(url, json={"name": "n" * 256}, headers=registry_headers()).status_code == 400
+    assert httpx.post(url, json={}, headers=registry_headers()).status_code == 400
+    assert (
+        httpx.post(
+            url, content=b"{", headers={**registry_headers(), "Content-Type": "application/json"}
+        ).status_code
+        == 400
+    )
+    assert httpx.get(f"{url}/99", headers=registry_headers()).status_code == 404
+    assert (
+        httpx.get(url, params={"pageSize": "none"}, headers=registry_headers()).status_code == 400
+    )

@@ -12,8 +12,6 @@ import hypothesis
 import pytest
 import schemathesis
 import yaml
-from nudge.components.common import processes
-from nudge.pipelines.local import services
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -21,6 +19,8 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+
+from tests.local_registry import registry_headers, running_registry
 
 CHECKS = [
     not_a_server_error,
@@ -70,26 +70,27 @@ def map_path_parameters(
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     home = tmp_path_factory.mktemp("conformance")
-    address = services._start_registry(home, 0).address
-    with httpx.Client(base_url=address + PREFIX) as client:
+    with running_registry(home) as address:
+        with httpx.Client(base_url=address + PREFIX, headers=registry_headers()) as client:
 
-        def make(path: str, **body: object) -> str:
-            answer = client.post(path, json=body)
-            answer.raise_for_status()
-            return str(answer.json()["id"])
+            def make(path: str, **body: object) -> str:
+                answer = client.post(path, json=body)
+                answer.raise_for_status()
+                return str(answer.json()["id"])
 
-        for name in ("one", "two"):
-            model = make("/registered_models", name=name)
-            version = make("/model_versions", name="v", registeredModelId=model)
-            make(f"/model_versions/{version}/artifacts", artifactType="model-artifact", name="m")
-            place = make("/serving_environments", name=name)
-            make("/inference_services", servingEnvironmentId=place, registeredModelId=model)
-            make("/experiments", name=name)
-    yield address
-    processes.stop(home, services.REGISTRY)
+            for name in ("one", "two"):
+                model = make("/registered_models", name=name)
+                version = make("/model_versions", name="v", registeredModelId=model)
+                make(
+                    f"/model_versions/{version}/artifacts", artifactType="model-artifact", name="m"
+                )
+                place = make("/serving_environments", name=name)
+                make("/inference_services", servingEnvironmentId=place, registeredModelId=model)
+                make("/experiments", name=name)
+        yield address
 
 
 @schema.parametrize()
 @hypothesis.settings(max_examples=15, derandomize=True, deadline=None, database=None)
 def test_every_operation_answers_as_described(case: schemathesis.Case, address: str) -> None:
-    case.call_and_validate(base_url=address, checks=CHECKS)
+    case.call_and_validate(base_url=address, checks=CHECKS, headers=registry_headers())

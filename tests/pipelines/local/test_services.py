@@ -102,6 +102,8 @@ def test_what_is_given_stands_in_the_place_of_a_part(
     environment = services.up(home, instead=services.given())
     assert [record.name for record in processes.records(home)] == [services.REGISTRY]
     registry = environment.pop("NUDGE_REGISTRY_URL")
+    token = environment.pop(services.TOKEN_VARIABLE)
+    assert Path(token).stat().st_mode & 0o777 == 0o600
     assert environment == {"NUDGE_HOME": str(home), **connection}
     assert services.not_used({**environment, "NUDGE_REGISTRY_URL": registry}) == []
     own = {**dict.fromkeys(connection, "own"), "NUDGE_REGISTRY_URL": registry}

@@ -1,0 +1,74 @@
+"""The embedded object store as its users see it: its keys, a client, and the bucket."""
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+BUCKET = "nudge"
+START_TIMEOUT_S = 60.0
+
+
+def credentials(home: Path) -> dict[str, str]:
+    """The store's keys, made once and kept where only this user can read them."""
+    path = home / "services" / "credentials"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        keys = {
+            "AWS_ACCESS_KEY_ID": secrets.token_hex(10),
+            "AWS_SECRET_ACCESS_KEY": secrets.token_urlsafe(30),
+        }
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(keys, file)
+    return dict(json.loads(path.read_text()))
+
+
+def client(environment: dict[str, str]) -> Any:
+    """A boto3 client with the variables of `services.up`."""
+    import boto3
+    import botocore.config
+
+    return boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_S3_ENDPOINT"],
+        region_name="us-east-1",
+        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+        config=botocore.config.Config(
+            connect_timeout=2, read_timeout=10, retries={"total_max_attempts": 1}
+        ),
+    )
+
+
+def answers(environment: dict[str, str]) -> bool:
+    """Whether the store answers with these keys."""
+    import botocore.exceptions
+
+    try:
+        client(environment).list_buckets()
+    except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError):
+        return False
+    return True
+
+
+def make_bucket(environment: dict[str, str]) -> None:
+    """Make the bucket unless it is there."""
+    import botocore.exceptions
+    import tenacity
+
+    # The store lists buckets a moment before it can make one.
+    for attempt in tenacity.Retrying(
+        stop=tenacity.stop_after_delay(START_TIMEOUT_S),
+        wait=tenacity.wait_fixed(0.2),
+        retry=tenacity.retry_if_exception_type(
+            (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError)
+        ),
+        reraise=True,
+    ):
+        with attempt:
+            s3 = client(environment)
+            names = [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]]
+            if BUCKET not in names:
+                s3.create_bucket(Bucket=BUCKET)

@@ -1,0 +1,37 @@
+"""An embedded registry for a test, with its token where clients look for it."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from nudge.components.common import guard, processes
+from nudge.components.deploy import gateway
+from nudge.pipelines.local import services
+
+
+@contextlib.contextmanager
+def running_registry(home: Path) -> Iterator[str]:
+    """Yields the URL; the token's file is in this process's variables during the block."""
+    address = services._start_registry(home, 0).address
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(services.TOKEN_VARIABLE, str(guard.token_file(home, services.REGISTRY)))
+        yield address
+    processes.stop(home, services.REGISTRY)
+
+
+def registry_headers() -> dict[str, str]:
+    """What a request to that registry needs besides its content."""
+    token = Path(os.environ[services.TOKEN_VARIABLE]).read_text()
+    return {"Authorization": f"Bearer {token}"}
+
+
+def endpoint_token(home: Path) -> str:
+    """The token of the models served below a home."""
+    return guard.read_token(home, gateway.TOKEN)
+
+
+def endpoint_headers(home: Path) -> dict[str, str]:
+    """What a request to a model served below a home needs besides its content."""
+    return {"Authorization": f"Bearer {endpoint_token(home)}"}
