@@ -304,9 +304,10 @@ class ServingCluster:
                 self.models[name] = ModelServer(service, self.api.token)
             model = self.models[name]
         _until(lambda: processes.answers(f"http://{model.address}/health"))
-        for number, each in enumerate(self._pods(service)):
-            extra = number >= pods.replicas(service) and _owner(each) == owner["metadata"]["uid"]
-            if extra or _owner(each) != owner["metadata"]["uid"]:
+        mine = [each for each in self._pods(service) if _owner(each) == owner["metadata"]["uid"]]
+        kept = {each["metadata"]["name"] for each in mine[: pods.replicas(service)]}
+        for each in self._pods(service):
+            if each["metadata"]["name"] not in kept:
                 self.api.remove("Pod", each["metadata"]["name"])
         self._report(service, case)
 
