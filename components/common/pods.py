@@ -169,4 +169,4 @@ def failed(status: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _has_started(pod: Mapping[str, Any]) -> bool:
-    return any((each.get("state") or {}).get("running") for each in containers(pod))
+    return any("running" in (each.get("state") or {}) for each in containers(pod))

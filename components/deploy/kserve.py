@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import tenacity
 from nudge.components.common import kube
@@ -197,7 +198,17 @@ class KServe:
         ]
 
     def _server(self, address: str) -> Server:
+        """Where a version answers, with this account's token if it asks for one.
+
+        Raises `UserError` where the token would cross a network in plain text.
+        """
         token = self._cluster.token() if self._settings.kserve.authentication else ""
+        url = urlsplit(address)
+        if token and url.scheme != "https" and url.hostname not in ("127.0.0.1", "::1"):
+            raise UserError(
+                f"{address} asks for a token, which is sent over https only; serve it with TLS, or "
+                "set deploy.kserve.authentication: false"
+            )
         return Server(address, token, settles_s=ROUTER_S)
 
     def _ready(self, service: dict[str, Any]) -> bool:

@@ -41,10 +41,11 @@ SETTLES_S = 10
 
 UNTIL_QUIET = """\
 import time, urllib.error, urllib.request
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({{}}))
 NAMES = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 def busy():
     try:
-        with urllib.request.urlopen("http://127.0.0.1:8080/metrics", timeout=10) as answer:
+        with opener.open("http://127.0.0.1:8080/metrics", timeout=10) as answer:
             lines = answer.read().decode().splitlines()
     except (urllib.error.HTTPError, TimeoutError):
         return True
