@@ -293,7 +293,8 @@ class ServingCluster:
             self._say_of(pod, does)
         if does != "ready":
             stuck = {"create": "failed-load" if bad else "create", "start": "start"}
-            self._report(service, stuck.get(case, "update-stuck"), ready=does == "ready")
+            played = stuck.get(case, "update-stuck")
+            self._report(service, played, ready=played not in ("create", "start"))
             return
         self._report(service, case, ready=False)
         name = service["metadata"]["name"]
