@@ -46,7 +46,7 @@ PATH = re.compile(
 )
 CORE = {
     "v1": ("ConfigMap", "Event", "PersistentVolumeClaim", "Pod", "Secret", "Service"),
-    "apps/v1": ("Deployment",),
+    "apps/v1": ("Deployment", "ReplicaSet"),
     "batch/v1": ("Job",),
     "coordination.k8s.io/v1": ("Lease",),
 }

@@ -114,7 +114,8 @@ class Objects:
         )
 
     def on_change(self, kind: str, controller: Callable[[Object], None]) -> None:
-        """Call ``controller`` with each new object of a kind, and each new generation of one."""
+        """Call ``controller`` with each new object of a kind, and each whose spec, labels or
+        annotations changed."""
         self._controllers["change", kind] = controller
 
     def on_delete(self, kind: str, controller: Callable[[Object], None]) -> None:
@@ -236,7 +237,11 @@ class Objects:
         def wanted(body: Object) -> Object:
             return {name: part for name, part in body.items() if name not in ("metadata", "status")}
 
-        return self._store(changed, bump=wanted(current) != wanted(changed))
+        def marks(body: Object) -> list[Any]:
+            return [body["metadata"].get(name) or {} for name in ("labels", "annotations")]
+
+        marked = marks(current) != marks(changed)
+        return self._store(changed, bump=wanted(current) != wanted(changed), tell=marked)
 
     def _store(self, body: Object, *, bump: bool, tell: bool = False) -> Object:
         self._version += 1

@@ -25,6 +25,10 @@ NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 PATIENCE_S = 60.0
 """How long a busy or silent server is asked again, with back-off."""
 
+LOG_PATIENCE_S = 3.0
+"""The same for a log. An API server answers 500 for as long as a node's kubelet is away, and a log
+is never the only way to know how a pod does."""
+
 TIMEOUTS_S = (10.0, 60.0)
 """Of connecting, and of waiting for an answer."""
 
@@ -184,11 +188,16 @@ class Cluster:
             raise NotInTime(f"{what} is not ready after {timeout_s:g} s", why) from None
 
     def log(self, pod: str, container: str = "", **query: str) -> str:
-        """The log of a pod's container; ``query`` as the API has it (tailLines, sinceTime, ...)."""
+        """The log of a pod's container; ``query`` as the API has it (tailLines, sinceTime, ...).
+
+        A server that fails is asked again for `LOG_PATIENCE_S` only.
+        """
         if container:
             query["container"] = container
         path = POD.path(self.namespace, pod, "log")
-        return self._text(POD, "GET", path, pod, query, subresource="log") or ""
+        patience_s = min(self.patience_s, LOG_PATIENCE_S)
+        text = self._text(POD, "GET", path, pod, query, subresource="log", patience_s=patience_s)
+        return text or ""
 
     def token(self) -> str:
         """The bearer token that this asks with; empty where it has none (client certificates)."""
@@ -238,6 +247,7 @@ class Cluster:
         verb: str = "",
         subresource: str = "",
         missing_is_none: bool = False,
+        patience_s: float | None = None,
     ) -> str | None:
         """The text of an answer, or None if the object is not there."""
         import urllib3
@@ -246,7 +256,7 @@ class Cluster:
         what = f"{verb or VERBS[method]} {kind.name}{f' {name}' if name else ''}"
         doing = f"{what} in namespace {self.namespace}"
         retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_delay(self.patience_s),
+            stop=tenacity.stop_after_delay(self.patience_s if patience_s is None else patience_s),
             wait=_wait,
             retry=tenacity.retry_if_exception(_is_passing),
             reraise=True,

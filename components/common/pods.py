@@ -2,7 +2,7 @@
 run or has ended, and the lines of its log as they come."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nudge.components.common.errors import UserError
@@ -21,16 +21,29 @@ QUEUE = "kueue.x-k8s.io/queue-name"
 """The label that names the LocalQueue of Kueue which a job, a server or a workbench waits in."""
 
 TAIL_LINES = 20
+ROUTINE = ("VirtualServiceCRDNotFound", "UpdateFailed")
+"""Warnings that KServe records of services that work: no Istio, and conflicts that it retries."""
 STAMPED = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?Z ?(.*)")
 
 
 def why(cluster: Cluster, labels: Mapping[str, str], owner: Mapping[str, Any] | None = None) -> str:
-    """Why the pods with these labels do not run or have failed, as plain lines.
+    """Why the pods with these labels do not run or have failed; see `why_of`."""
+    return why_of(cluster, cluster.list(POD, labels), owner)
 
-    Waiting and ended containers with their reasons, the end of the first failed container's log,
-    and warnings from the events of the pods and of ``owner``. Empty if nothing is wrong.
+
+def why_of(
+    cluster: Cluster,
+    pods: Sequence[Mapping[str, Any]],
+    owner: Mapping[str, Any] | None = None,
+    *,
+    logs: bool = True,
+    events: bool = True,
+) -> str:
+    """Why these pods do not run or have failed, as plain lines.
+
+    Waiting and ended containers with their reasons, warnings from the events of the pods and of
+    ``owner``, and the end of the first failed container's log. Empty if nothing is wrong.
     """
-    pods = cluster.list(POD, labels)
     told: list[str] = []
     ended: list[tuple[str, str, str]] = []
     for pod in pods:
@@ -40,15 +53,18 @@ def why(cluster: Cluster, labels: Mapping[str, str], owner: Mapping[str, Any] | 
                 told.append(f"pod {name} is not scheduled: {found.get('message', '')}")
         if status.get("reason"):  # the pod as a whole: Evicted, DeadlineExceeded, ...
             told.append(f"pod {name}: {status['reason']} {status.get('message', '')}".rstrip())
-        for container in _containers(status):
+        for container in containers(pod):
             said = _container(container)
             if said:
                 told.append(f"pod {name}, container {container['name']}: {said}")
-            if end := _failed(container):
+            if end := failed(container):
                 ended.append((str(end.get("finishedAt", "")), name, container["name"]))
-    for named in [*pods, *([owner] if owner else [])]:
-        told += warnings(cluster, named)
-    if ended:
+    if events:
+        for pod in pods:
+            resolved = ("FailedMount",) if _has_started(pod) else ()
+            told += warnings(cluster, pod, resolved)
+        told += warnings(cluster, owner) if owner else []
+    if ended and logs:
         # The first to fail is the cause; the others of a group end because of it.
         _, pod_name, container_name = min(ended)
         lines = end_of_log(cluster, pod_name, container_name)
@@ -57,8 +73,11 @@ def why(cluster: Cluster, labels: Mapping[str, str], owner: Mapping[str, Any] | 
     return "\n".join(dict.fromkeys(told))
 
 
-def warnings(cluster: Cluster, object: Mapping[str, Any]) -> list[str]:
-    """The warnings among an object's events, oldest first, or none where they may not be read."""
+def warnings(cluster: Cluster, object: Mapping[str, Any], without: Sequence[str] = ()) -> list[str]:
+    """The warnings among an object's events, oldest first, or none where they may not be read.
+
+    Leaves out the `ROUTINE` ones and those whose reason is in ``without``.
+    """
     meta = object["metadata"]
     try:
         events = cluster.list(EVENT, involvedObject__uid=meta["uid"])
@@ -69,7 +88,7 @@ def warnings(cluster: Cluster, object: Mapping[str, Any]) -> list[str]:
     return [
         f"{kind} {meta['name']}: {event.get('reason', '')}: {event.get('message', '')}"
         for event in events
-        if event.get("type") == "Warning"
+        if event.get("type") == "Warning" and event.get("reason") not in (*ROUTINE, *without)
     ]
 
 
@@ -117,7 +136,9 @@ class LogTail:
         return fresh
 
 
-def _containers(status: Mapping[str, Any]) -> list[dict[str, Any]]:
+def containers(pod: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The statuses of a pod's containers, those that prepare it first."""
+    status = pod.get("status", {})
     return [
         *(status.get("initContainerStatuses") or []),
         *(status.get("containerStatuses") or []),
@@ -129,16 +150,23 @@ def _container(status: Mapping[str, Any]) -> str:
     waiting = status.get("state", {}).get("waiting") or {}
     if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
         return f"waits: {waiting['reason']} {waiting.get('message', '')}".rstrip()
-    if end := _failed(status):
+    if end := failed(status):
         code = end.get("exitCode")
         hint = "; it needs more memory" if end.get("reason") == "OOMKilled" else ""
         return f"ended with {end.get('reason', 'Error')}, status {code}{hint}"
     return ""
 
 
-def _failed(status: Mapping[str, Any]) -> dict[str, Any] | None:
+def failed(status: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How a container last ended, if it failed and has not come back since."""
+    if status.get("ready"):
+        return None
     for place in ("state", "lastState"):
         end = status.get(place, {}).get("terminated")
         if end and end.get("exitCode"):
             return dict(end)
     return None
+
+
+def _has_started(pod: Mapping[str, Any]) -> bool:
+    return any("running" in (each.get("state") or {}) for each in containers(pod))

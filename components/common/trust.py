@@ -16,5 +16,18 @@ def trusted() -> ssl.SSLContext:
     if given and not Path(given).is_file():
         raise UserError(f"NUDGE_SERVING_CA names {given}, and there is no such file")
     for path in (*SERVICE_ACCOUNT.glob("*.crt"), *([Path(given)] if given else [])):
-        context.load_verify_locations(path)
+        text = path.read_bytes()
+        # service-ca.crt is an empty file until OpenShift has injected the CA, and elsewhere for
+        # good; ssl raises for a file without a certificate.
+        if b"-----BEGIN" in text:
+            _load(context, path)
+        elif given and path == Path(given):
+            raise UserError(f"NUDGE_SERVING_CA names {given}, which holds no certificate in PEM")
     return context
+
+
+def _load(context: ssl.SSLContext, path: Path) -> None:
+    try:
+        context.load_verify_locations(path)
+    except ssl.SSLError as error:
+        raise UserError(f"the certificates in {path} cannot be read: {error}") from None

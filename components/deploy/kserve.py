@@ -1,16 +1,20 @@
-"""Serving on a cluster: an InferenceService a version (`kserve_objects`), a model's `doors`."""
+"""Serving on a cluster: one InferenceService per version (`kserve_objects`), one of the `doors` per
+model."""
 
 import contextlib
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import tenacity
-from nudge.components.common import kube, pods
+from nudge.components.common import kube
 from nudge.components.common.errors import UserError
 from nudge.components.common.kube import Cluster, Conflict, Kind
 from nudge.components.common.releases import Version
 from nudge.components.deploy import kserve_objects as objects
+from nudge.components.deploy import readiness
 from nudge.components.deploy.doors import Door, GatewayRoute, Route, of_another
 from nudge.components.deploy.lease import Held, held
 from nudge.components.deploy.settings import DeploySettings
@@ -33,12 +37,9 @@ QUIET_S = 15.0
 """A server is done when nothing was under way on it for this long after the traffic moved:
 OpenShift's router reads changes every 5 s, and some replica may not have been asked."""
 
-BLOCKED = ("BlockedByFailedLoad", "InvalidSpec")
-STUCK = (
-    *("ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError"),
-    "PostStartHookError",  # the files are not those that were evaluated; see `verify.hook`
-)
-"""Waiting containers that KServe reports as pending for ever."""
+SUSPECT_S = 9.0
+"""How long KServe's own status must report a failure before it counts. After a change it may be
+about what was there before: seen for 0.2 s after a restart; and a runtime may be a moment late."""
 
 
 class KServe:
@@ -50,6 +51,9 @@ class KServe:
         self._door: Door = GatewayRoute(place) if place.gateway else Route(place)
         self._lease: Held | None = None
         self._seen: dict[str, int] = {}
+        self._had_traffic: set[str] = set()
+        self._made: set[str] = set()
+        """The InferenceServices that this shift created."""
         self.environment = cluster.namespace
         self.runtime = settings.kserve.runtime
 
@@ -59,6 +63,7 @@ class KServe:
         name = objects.endpoint_name(model)
         with held(self._cluster, f"nudge-{name}", objects.owned(model), LEASE_WAIT_S) as lease:
             self._lease, self._seen = lease, self._weights(model)
+            self._had_traffic, self._made = set(self._seen), set()
             yield
 
     def live(self, model: str) -> dict[str, int]:
@@ -73,7 +78,9 @@ class KServe:
     def bring_up(self, version: Version) -> Server:
         """Create the version's InferenceService, or bring it up to the settings, and wait for it.
 
-        Raises `UserError` with what KServe, the pods' events and the log of a failed container say.
+        It is ready when the wanted number of pods with these settings are Ready, no older ones
+        remain, and its address answers. Raises `UserError` as soon as the pods, their ReplicaSet or
+        KServe report what will not change by itself, with the end of a failed container's log.
         """
         self._check()
         body = objects.inference_service(version, self._settings)
@@ -83,17 +90,21 @@ class KServe:
         found = self._cluster.get(SERVICE, name)
         if found and name in self._seen:
             _same_door(found, body)
-        elif found and ("deletionTimestamp" in found["metadata"] or _blocked(found)):
-            # An earlier try may have failed for a cause that is mended by now.
+        elif found and ("deletionTimestamp" in found["metadata"] or self._failed(found)):
+            # An earlier try may have failed for a cause that has been fixed since.
             self._remove(found)
-        applied = self._cluster.apply(SERVICE, body, force=True)
+            found = None
+        if found is None:
+            self._made.add(name)
+        self._cluster.apply(SERVICE, body, force=True)
+        start = _Start(self._cluster, body, self._address, self._server)
         address = self._cluster.poll(
             SERVICE,
             name,
-            self._judge,
+            start.judge,
             timeout_s=self._settings.kserve.start_timeout_s,
             interval_s=POLL_S,
-            late=lambda: self._why(applied),
+            late=start.late,
         )
         return self._server(address)
 
@@ -102,7 +113,7 @@ class KServe:
         if not self._settings.kserve.stop_old_first:
             return False
         services = dict(self._services(model))
-        up = {version for version, service in services.items() if _serves(service)}
+        up = {version for version, service in services.items() if self._ready(service)}
         going = services.keys() - wanted
         if wanted <= up or not going:
             return False
@@ -144,17 +155,28 @@ class KServe:
                     metadata = {**body["metadata"], **revision}
                     self._cluster.patch(door.KIND, name, {**body, "metadata": metadata})
         self._seen = wanted
+        self._had_traffic |= set(wanted)
         return self._cluster.poll(
             door.KIND, name, door.url, timeout_s=ROUTER_S, interval_s=POLL_S, late=lambda: ""
         )
 
     def retire(self, model: str, keep: set[str]) -> None:
-        """Delete the InferenceServices of other versions, once nothing is under way on them."""
-        for version, service in self._services(model):
-            if version not in keep:
-                self._check()
-                self._drain(service)
-                self._cluster.delete(SERVICE, _name(service), service["metadata"]["uid"])
+        """Delete the InferenceServices of other versions, once nothing is under way on them.
+
+        Only a version that had traffic is waited for; one that failed before it had any goes now.
+        """
+        going = [each for each in self._services(model) if each[0] not in keep]
+        # Those that nobody waits for first: what failed must not stay while an old one drains.
+        for version, service in sorted(going, key=lambda each: self._may_be_busy(each[1])):
+            self._check()
+            if self._may_be_busy(service):
+                self._drain(version, service)
+            self._cluster.delete(SERVICE, _name(service), service["metadata"]["uid"])
+
+    def _may_be_busy(self, service: dict[str, Any]) -> bool:
+        """False for what this shift made and gave no traffic. What a killed shift left may have
+        had some."""
+        return _name(service) in self._had_traffic or _name(service) not in self._made
 
     def _check(self) -> None:
         if self._lease:
@@ -182,24 +204,25 @@ class KServe:
         ]
 
     def _server(self, address: str) -> Server:
+        """Where a version answers, with this account's token if it asks for one.
+
+        Raises `UserError` where the token would cross a network in plain text.
+        """
         token = self._cluster.token() if self._settings.kserve.authentication else ""
+        url = urlsplit(address)
+        if token and url.scheme != "https" and url.hostname not in ("127.0.0.1", "::1"):
+            raise UserError(
+                f"{address} asks for a token, which is sent over https only; serve it with TLS, or "
+                "set deploy.kserve.authentication: false"
+            )
         return Server(address, token, settles_s=ROUTER_S)
 
-    def _judge(self, service: dict[str, Any] | None) -> str | None:
-        """The address of an InferenceService that serves what was asked for; None if not yet."""
-        if service is None:
-            raise UserError("the InferenceService was deleted by somebody else; run this again")
-        if _blocked(service):
-            raise UserError(
-                f"{service['metadata']['annotations']['openshift.io/display-name']} does not "
-                f"start: {_failure(service)}\n{self._why(service)}".rstrip()
-            )
-        if _serves(service):
-            return self._address(service)
-        why = self._why(service)
-        if any(reason in why for reason in STUCK):
-            raise UserError(f"{_name(service)} does not start: {why}")
-        return None
+    def _ready(self, service: dict[str, Any]) -> bool:
+        return readiness.look(self._cluster, service, readiness.digest_of(service)).ready
+
+    def _failed(self, service: dict[str, Any]) -> bool:
+        found = readiness.look(self._cluster, service, readiness.digest_of(service))
+        return bool(found.failed or found.suspect)
 
     def _address(self, service: dict[str, Any]) -> str:
         """Where a version answers by itself: inside a cluster with a Gateway its Service, for there
@@ -208,10 +231,6 @@ class KServe:
         inside = (status.get("address") or {}).get("url")
         here = self._settings.kserve.gateway and kube.NAMESPACE_FILE.is_file()
         return str(inside if here and inside else status["url"])
-
-    def _why(self, service: dict[str, Any]) -> str:
-        labels = {"serving.kserve.io/inferenceservice": _name(service)}
-        return pods.why(self._cluster, labels, service)
 
     def _remove(self, service: dict[str, Any]) -> None:
         self._cluster.delete(SERVICE, _name(service), service["metadata"]["uid"])
@@ -224,18 +243,122 @@ class KServe:
             interval_s=POLL_S,
         )
 
-    def _drain(self, service: dict[str, Any]) -> None:
+    def _drain(self, version: str, service: dict[str, Any]) -> None:
         """Wait until a server has been quiet, or for as long as a request may take."""
-        if not _serves(service):
+        if not (service.get("status") or {}).get("url"):
+            return
+        if not readiness.some_ready(self._cluster, service):
             return
         server = self._server(self._address(service))
-        deadline = time.monotonic() + self._settings.kserve.request_timeout_s
-        quiet_since = time.monotonic()
+        longest_s = self._settings.kserve.request_timeout_s
+        started = quiet_since = time.monotonic()
+        announced = False
         with server.client(timeout_s=10.0) as client:
-            while time.monotonic() < min(deadline, quiet_since + QUIET_S):
-                if _under_way(client) != 0:
+            while time.monotonic() < min(started + longest_s, quiet_since + QUIET_S):
+                count = _under_way(client)
+                if count:  # what does not say how much is under way (None) is not known to be busy
                     quiet_since = time.monotonic()
+                    if not announced:
+                        say(f"{version} ends when its {count} requests do, or in {longest_s} s")
+                        announced = True
                 time.sleep(1.0)
+
+
+class _Start:
+    """The wait for one version: what it reports meanwhile, and what ends it."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        body: dict[str, Any],
+        address: Callable[[dict[str, Any]], str],
+        server: Callable[[str], Server],
+    ) -> None:
+        self._cluster, self._address, self._server = cluster, address, server
+        self._name, self._digest = _name(body), readiness.digest_of(body)
+        self._title = body["metadata"]["annotations"]["openshift.io/display-name"]
+        self._said = ""
+        self._suspected_since = self._ready_since = 0.0
+        self._started_again = False
+        self._silent = ""
+
+    def judge(self, service: dict[str, Any] | None) -> str | None:
+        """The version's address if it is ready, None if not yet; raises `UserError` if never."""
+        if service is None:
+            raise UserError("the InferenceService was deleted by somebody else; run this again")
+        self._start_if_stopped(service)
+        found = readiness.look(self._cluster, service, self._digest)
+        if found.failed:
+            raise self._failure(service, found.failed)
+        now = time.monotonic()
+        if not found.suspect:
+            self._suspected_since = 0.0
+        elif not self._suspected_since:
+            self._suspected_since = now
+        elif now - self._suspected_since >= SUSPECT_S:
+            raise self._failure(service, found.suspect)
+        if found.waiting and found.waiting != self._said:
+            self._said = found.waiting
+            say(f"{self._title} waits: {found.waiting}")
+        if not found.ready:
+            self._ready_since = 0.0
+            return None
+        self._ready_since = self._ready_since or now
+        return self._answering(service)
+
+    def late(self) -> str:
+        """Everything that is known about a version that is not ready in time."""
+        service = self._cluster.get(SERVICE, self._name)
+        if service is None:
+            return "it is not there"
+        return "\n".join(
+            filter(None, [readiness.why(self._cluster, service, self._digest), self._silent])
+        )
+
+    def _start_if_stopped(self, service: dict[str, Any]) -> None:
+        if (service["metadata"].get("annotations") or {}).get(objects.STOP) != "true":
+            return
+        if self._started_again:
+            raise UserError(
+                f"{self._title} was stopped by somebody while it started (annotation "
+                f"{objects.STOP}); run this again when it may be served"
+            )
+        self._started_again = True
+        say(f"{self._title} had been stopped by somebody (annotation {objects.STOP}); starting it")
+        change = {"metadata": {"annotations": {objects.STOP: None}}}
+        self._cluster.patch(SERVICE, _name(service), change)
+
+    def _answering(self, service: dict[str, Any]) -> str | None:
+        """The address of a version whose pods are ready, once something answers there."""
+        import httpx
+
+        if not (service.get("status") or {}).get("url"):
+            return None
+        address = self._address(service)
+        try:
+            with self._server(address).client(timeout_s=10.0) as client:
+                answered = client.get("/health").status_code
+            if answered not in (502, 503, 504):
+                return address
+            self._silent = f"its pods are ready, but {address} answers {answered}"
+        except httpx.TransportError as error:
+            self._silent = f"its pods are ready, but {address} does not answer: {error}"
+        if time.monotonic() - self._ready_since > ROUTER_S:
+            raise UserError(f"{self._title}: {self._silent}")
+        return None
+
+    def _failure(self, service: dict[str, Any], why: str) -> UserError:
+        old = ""
+        if readiness.some_ready(self._cluster, service):
+            old = (
+                "\nThe pods with the earlier settings still serve; set them back and run this again"
+            )
+        return UserError(f"{self._title} does not start: {why}{old}")
+
+
+def say(line: str) -> None:
+    """Show whoever follows the step or command what it waits for."""
+    print(f"deploy: {line}", file=sys.stderr, flush=True)
 
 
 def _under_way(client: Any) -> int | None:
@@ -252,40 +375,6 @@ def _under_way(client: Any) -> int | None:
         if line.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting"))
     ]
     return int(sum(counted)) if counted else None
-
-
-def _serves(service: dict[str, Any]) -> bool:
-    """Whether KServe says that this generation is loaded and ready.
-
-    Ready alone is not enough: it has been seen True while pods crash
-    (https://github.com/kserve/kserve/issues/1859).
-    """
-    status = service.get("status") or {}
-    if status.get("observedGeneration", 0) < service["metadata"].get("generation", 0):
-        return False
-    model = status.get("modelStatus") or {}
-    ready = kube.condition(service, "Ready") or {}
-    return bool(
-        ready.get("status") == "True"
-        and model.get("transitionStatus") == "UpToDate"
-        and (model.get("states") or {}).get("activeModelState") == "Loaded"
-        and status.get("url")
-    )
-
-
-def _blocked(service: dict[str, Any]) -> bool:
-    status = service.get("status") or {}
-    current = status.get("observedGeneration", 0) >= service["metadata"].get("generation", 0)
-    return current and (status.get("modelStatus") or {}).get("transitionStatus") in BLOCKED
-
-
-def _failure(service: dict[str, Any]) -> str:
-    model = service["status"]["modelStatus"]
-    info = model.get("lastFailureInfo") or {}
-    told = [str(info[key]) for key in ("reason", "message") if info.get(key)]
-    if info.get("exitCode"):
-        told.append(f"(exit status {info['exitCode']})")
-    return " ".join(told) or str(model["transitionStatus"])
 
 
 def _same_door(found: dict[str, Any], body: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ its address whatever stands behind it.
 """
 
 import hashlib
+import json
 import re
 from typing import Any
 
@@ -25,7 +26,43 @@ Object = dict[str, Any]
 MODEL, VERSION = "nudge-lm/model", "nudge-lm/version"
 """Annotations with the names as the registry has them."""
 
+SETTINGS = "nudge-lm/settings"
+"""Annotation with a digest of everything else here but the number of replicas. KServe copies it to
+the pods, so that it tells the pods of these settings from older ones."""
+
+STOP = "serving.kserve.io/stop"
+"""Annotation by which the dashboard stops a model."""
+
 AUTHENTICATION = "security.opendatahub.io/enable-auth"
+
+GRACE_S = 30
+"""Seconds that a server has to end after its requests did."""
+SETTLES_S = 10
+"""Seconds after which nothing new reaches a pod that is ending."""
+
+UNTIL_QUIET = """\
+import time, urllib.error, urllib.request
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({{}}))
+NAMES = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+def busy():
+    try:
+        with opener.open("http://127.0.0.1:8080/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+    except (urllib.error.HTTPError, TimeoutError):
+        return True
+    except OSError:
+        return False
+    counts = [float(line.rpartition(" ")[2]) for line in lines if line.startswith(NAMES)]
+    return sum(counts) > 0 or not counts
+end = time.monotonic() + {longest_s}
+quiet = time.monotonic()
+while time.monotonic() < min(end, quiet + {settles_s}):
+    if busy():
+        quiet = time.monotonic()
+    time.sleep(1)
+"""
+"""A server that answers and does not say what is under way may be busy; one that does not listen is
+not."""
 
 
 def service_name(model: str, version: str) -> str:
@@ -90,20 +127,25 @@ def inference_service(version: Version, settings: DeploySettings) -> Object:
         # Users ask for the model, whichever version answers; the version's own name is for those
         # who ask it alone. The last --served-model-name stands, and ours comes after the runtime's.
         "args": ["--served-model-name", version.model, name, *place.arguments],
-        # Whatever the runtime says; KServe gives it to the container that fetches the model too.
+        # Whatever the runtime says. This is for the server alone: KServe adds storage-initializer,
+        # modelcar and kube-rbac-proxy without a securityContext (seen in the pods of OpenShift AI's
+        # fork of 2026-08), and no field of an InferenceService sets theirs. An SCC fills them in; a
+        # namespace without SCCs must allow the level baseline (see `readiness`).
         "securityContext": RESTRICTED,
+        "lifecycle": {"preStop": {"exec": {"command": _until_quiet(place.request_timeout_s)}}},
     }
     predictor: Object = {
         "minReplicas": place.replicas,
         "maxReplicas": place.replicas,
         "timeout": place.request_timeout_s,
+        "terminationGracePeriodSeconds": place.request_timeout_s + GRACE_S,
     }
     if place.stop_old_first:
         # A change of a version's own settings has no room for a second pod either.
         predictor["deploymentStrategy"] = {"type": "Recreate"}
     if version.uri.startswith("s3://"):
         served["storage"] = _storage(version, place)
-        served["lifecycle"] = hook(version)
+        served["lifecycle"] |= hook(version)
         annotations["opendatahub.io/connections"] = place.connection
         annotations["opendatahub.io/connection-path"] = served["storage"]["path"]
     elif version.uri.startswith(("oci://", "pvc://", "hf://")):
@@ -126,16 +168,35 @@ def inference_service(version: Version, settings: DeploySettings) -> Object:
             amounts[place.gpu_type] = str(place.gpus)
         served["resources"] = {"requests": amounts, "limits": amounts}
         predictor |= {"nodeSelector": place.node_selector, "tolerations": place.tolerations}
-    return {
+    made = {
         "apiVersion": "serving.kserve.io/v1beta1",
         "kind": "InferenceService",
-        "metadata": {
-            "name": name,
-            "labels": labels,
-            "annotations": annotations,
-        },
+        "metadata": {"name": name, "labels": labels, "annotations": annotations},
         "spec": {"predictor": {**predictor, "model": served}},
     }
+    annotations[SETTINGS] = _digest(made)
+    return made
+
+
+def _digest(made: Object) -> str:
+    """A digest of what a change of would replace the pods; their number does not."""
+    predictor = {
+        key: value
+        for key, value in made["spec"]["predictor"].items()
+        if key not in ("minReplicas", "maxReplicas")
+    }
+    text = json.dumps([made["metadata"], predictor], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _until_quiet(longest_s: int) -> list[str]:
+    """The command of a preStop hook: wait until vLLM has nothing under way, at most ``longest_s``.
+
+    vLLM aborts what is under way at SIGTERM. For the first seconds the Service may still send
+    requests, so quiet means none for `SETTLES_S`. Where the image has no Python it sleeps.
+    """
+    script = UNTIL_QUIET.format(longest_s=longest_s, settles_s=SETTLES_S)
+    return ["/bin/sh", "-c", f'python3 -c "$0" || sleep {longest_s}', script]
 
 
 def _storage(version: Version, place: KServe) -> Object:

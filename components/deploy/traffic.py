@@ -105,7 +105,12 @@ def shift(
             # A model takes minutes to start. A registry that is away by now lets nothing move.
             registry(find_served(model))
         except UserError as error:
-            target.retire(model, serving)
+            # Said now: what is cleaned up next may take as long as a request.
+            note(f"failed: {error}"[:300])
+            try:
+                target.retire(model, serving)
+            except UserError as left:
+                raise UserError(f"{error}\nIt could not be cleaned up: {left}") from None
             had = dict.fromkeys(live, 100) if len(live) == 1 else before and before.shares
             if made_room and had:
                 _bring_back(target, registry, model, had, error)

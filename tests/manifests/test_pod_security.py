@@ -16,7 +16,7 @@ from nudge.components.train.settings import LaunchSettings
 from nudge.pipelines.compile import COMPILED, PIPELINES
 
 from tests.kubernetes_schemas import definition, problems, schema
-from tests.manifests.test_manifests import asked_for, of_kind
+from tests.manifests.test_manifests import ROOT, asked_for, of_kind
 from tests.pod_security import violations
 
 Object = dict[str, Any]
@@ -168,7 +168,7 @@ def test_the_pods_of_a_rayjob(settings: LaunchSettings) -> None:
 
 
 @pytest.mark.parametrize("gpus", [0, 1])
-def test_the_pods_of_a_served_version_whatever_its_runtime_says(gpus: int) -> None:
+def test_the_server_of_a_version_whatever_its_runtime_says(gpus: int) -> None:
     version = Version(
         model="m", name="v1", model_id="1", id="2", uri="s3://b/m/v1", archived=False, created_ms=0,
         properties={},
@@ -181,10 +181,22 @@ def test_the_pods_of_a_served_version_whatever_its_runtime_says(gpus: int) -> No
     assert ours
     for runtime in ({"containers": [{"name": "kserve-container"}]}, *ours):
         pod = merged(runtime, {"containers": [over]})
-        (server,) = pod["containers"]
-        # KServe's webhook gives the container that fetches the model the server's context.
-        pod["initContainers"] = [{"name": "storage", "securityContext": server["securityContext"]}]
         assert violations(pod) == []
+        # As in the pods of a real KServe: what it adds says nothing, whatever the server says. An
+        # SCC fills it in; without SCCs the level restricted admits no such pod.
+        pod["initContainers"] = [{"name": "storage-initializer"}]
+        pod["containers"].append({"name": "kube-rbac-proxy"})
+        refused = violations(pod)
+        assert {each.partition(":")[0] for each in refused} == {
+            "storage-initializer",
+            "kube-rbac-proxy",
+        }
+
+
+def test_what_the_project_says_of_clusters_without_sccs() -> None:
+    text = (ROOT / "base" / "project.yaml").read_text(encoding="utf-8")
+    for part in ("without SCCs", "storage-initializer", "baseline"):
+        assert part in text
 
 
 def test_the_code_makes_no_object_with_pods_besides() -> None:

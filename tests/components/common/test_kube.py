@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from nudge.components.common import kube
 from nudge.components.common.errors import UserError
 from nudge.components.common.kube import POD, Cluster, Conflict, Kind, connect
-from nudge.components.common.pods import LogTail, warnings, why
+from nudge.components.common.pods import LogTail, warnings, why, why_of
 
 from tests.kubernetes_api import KubernetesApi
 
@@ -272,3 +273,42 @@ def test_no_cluster_and_no_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match="no namespace is known"):
         connect()
     assert connect("given").namespace == "given"
+
+
+def test_a_log_that_cannot_be_read_costs_seconds(api: KubernetesApi) -> None:
+    """A kubelet that is away: the API server answers 500 to every request for a log."""
+    cluster = connect()
+    api.add(pod("p"), **ended(1, "2026-01-01T00:00:09Z"))
+    api.write_log("p", "node", "never read")
+    api.fail_next(500, verb="get", resource="pods", times=1000)
+    began = time.monotonic()
+    cause = why_of(cluster, api.all("Pod"))
+    assert time.monotonic() - began < 20
+    assert "container node: ended with Error, status 1" in cause
+    with pytest.raises(UserError, match="answered 500"):
+        cluster.log("p", "node")
+
+
+def test_warnings_of_what_works_are_no_causes(api: KubernetesApi, cluster: Cluster) -> None:
+    running = {"state": {"running": {}}, "image": "i", "imageID": "", "restartCount": 0}
+    there = api.add(pod("p"), containerStatuses=[{"name": "node", "ready": True, **running}])
+    waits = api.add(pod("q"))
+    for each in (there, waits):
+        for reason in ("VirtualServiceCRDNotFound", "UpdateFailed", "FailedMount", "Unhealthy"):
+            api.warn(each, reason, f"of {each['metadata']['name']}")
+    told = why_of(cluster, [there, waits], None)
+    assert "VirtualServiceCRDNotFound" not in told
+    assert "UpdateFailed" not in told
+    assert "FailedMount: of p" not in told  # it was mounted in the end
+    assert "FailedMount: of q" in told
+    assert "Unhealthy: of p" in told
+
+
+def test_a_failure_that_a_container_came_back_from_is_no_cause(
+    api: KubernetesApi, cluster: Cluster
+) -> None:
+    (status,) = ended(1, "2026-01-01T00:00:09Z")["containerStatuses"]
+    back = {**status, "lastState": status["state"], "state": {"running": {}}, "ready": True}
+    assert why_of(cluster, [api.add(pod("p"), containerStatuses=[back])]) == ""
+    still = {**back, "ready": False}
+    assert "status 1" in why_of(cluster, [api.add(pod("q"), containerStatuses=[still])])

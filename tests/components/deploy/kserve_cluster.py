@@ -1,9 +1,10 @@
 """A small OpenShift for serving: KServe's controller and the router, over the stand-in API server.
 
 Each InferenceService gets a real server that speaks the OpenAI API as vLLM does (tokens, names,
-log-probabilities, metrics); the router is Caddy with TLS, which learns of weights a moment after
-a Route was changed, as OpenShift's does. Versions named ``bad...`` do not load, ``odd...`` answer
-as another model would.
+log-probabilities, metrics), and the pods and statuses that were recorded from KServe (see
+`tests.components.deploy.kserve_pods`); the router is Caddy with TLS, which learns of weights a
+moment after a Route was changed, as OpenShift's does. Versions named ``bad...`` do not load,
+``odd...`` answer as another model would.
 """
 
 import asyncio
@@ -32,6 +33,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from tests.components.deploy import kserve_pods as pods
 from tests.kubernetes_api import KubernetesApi
 
 PROMPT, TOKEN, P = "The Eiffel Tower is located in", " Paris", 0.8
@@ -49,7 +51,7 @@ PLAIN = DeploySettings(
 )
 """As on Kubernetes without OpenShift."""
 QUICK: dict[Any, dict[str, float]] = {
-    kserve: {"POLL_S": 0.1, "QUIET_S": 1.5},
+    kserve: {"POLL_S": 0.1, "QUIET_S": 1.5, "SUSPECT_S": 0.8},
     lease: {"ASK_S": 0.1, "RENEW_S": 0.5, "DURATION_S": 3},
 }
 """Seconds for what takes minutes on a cluster."""
@@ -181,6 +183,14 @@ class ServingCluster:
         """Called with a new InferenceService; True if the test sets its status by itself."""
         self.one_gpu = False
         """Whether a version waits for its GPU until no other one runs."""
+        self.new_pods = "ready"
+        """What becomes of pods that are created from now on (see `kserve_pods.pod_status`)."""
+        self.refused = ""
+        """Why the API server creates no pod: what stands in the ReplicaSet's condition."""
+        self.runtimes = {SETTINGS.kserve.runtime}
+        self._deployed: dict[str, dict[str, Any]] = {}
+        """By uid of an InferenceService, its Deployment: generation, revision, replicas."""
+        self._reconciling = threading.RLock()
 
     def __enter__(self) -> Self:
         self.api.__enter__()
@@ -219,14 +229,75 @@ class ServingCluster:
     def _service(self, service: dict[str, Any]) -> None:
         if self.on_service(service):
             return
-        generation = service["metadata"]["generation"]
-        version = service["metadata"]["annotations"][objects.VERSION]
-        if version.startswith("bad"):
-            self._fail(service)
-            return
         name = service["metadata"]["name"]
-        if self.one_gpu:
-            _until(lambda: self.models.keys() <= {name} or not self._there(service))
+        if self.one_gpu and name not in self.models:
+            self._wait_for_the_gpu(service)
+        with self._reconciling:
+            current = self.api.find("InferenceService", name)
+            if current is None or current["metadata"]["uid"] != service["metadata"]["uid"]:
+                return
+            self._reconcile(current)
+
+    def _reconcile(self, service: dict[str, Any]) -> None:
+        """Bring pods and status to what the InferenceService says now."""
+        uid, annotations = service["metadata"]["uid"], service["metadata"]["annotations"]
+        revision, replicas = pods.revision(service), pods.replicas(service)
+        known = self._deployed.get(uid)
+        if service["spec"]["predictor"]["model"]["runtime"] not in self.runtimes:
+            self._report(service, "invalid-runtime")
+        elif annotations.get(objects.STOP) == "true":
+            self._deployed[uid] = {"stopped": True}
+            self._end_pods(service)
+            self._kill(service["metadata"]["name"])
+            self._report(service, "stop")
+        elif known is None or known.get("stopped"):
+            self._deployed[uid] = {"generation": 1, "revision": revision, "replicas": replicas}
+            for reason in ("VirtualServiceCRDNotFound", "UpdateFailed"):
+                self.api.warn(service, reason, "as on every service that works")
+            self._roll_out(service, "create" if known is None else "start")
+        elif (known["revision"], known["replicas"]) != (revision, replicas):
+            rolled = known["revision"] != revision
+            # Seen to run ahead of the InferenceService's: one for the pods, one for their number.
+            known["generation"] += rolled + (known["replicas"] != replicas)
+            known |= {"revision": revision, "replicas": replicas}
+            self._roll_out(service, "update" if rolled else "scale")
+
+    def _roll_out(self, service: dict[str, Any], case: str) -> None:
+        """Start the pods of the present template beside the older ones, which end once the new ones
+        are ready; until then the status goes on as it was recorded."""
+        bad = service["metadata"]["annotations"][objects.VERSION].startswith("bad")
+        does = "no-model" if bad else self.new_pods
+        made = pods.replica_set(service)
+        found = self.api.find("ReplicaSet", made["metadata"]["name"])
+        owner = found or self.api.add(made)
+        if self.refused:
+            self.api.set_status(
+                owner,
+                replicas=0,
+                conditions=[
+                    {
+                        "type": "ReplicaFailure",
+                        "status": "True",
+                        "reason": "FailedCreate",
+                        "message": self.refused,
+                    }
+                ],
+            )
+            self._report(
+                service, "failed-create" if case in ("create", "start") else "update-stuck"
+            )
+            return
+        mine = [each for each in self._pods(service) if _owner(each) == owner["metadata"]["uid"]]
+        for number in range(len(mine), pods.replicas(service)):
+            pod = self.api.add(pods.pod(owner, number), **pods.pod_status(does))
+            self._say_of(pod, does)
+        if does != "ready":
+            stuck = {"create": "failed-load" if bad else "create", "start": "start"}
+            played = stuck.get(case, "update-stuck")
+            self._report(service, played, ready=played not in ("create", "start"))
+            return
+        self._report(service, case, ready=False)
+        name = service["metadata"]["name"]
         with self._lock:
             if not self._there(service):
                 return
@@ -234,68 +305,70 @@ class ServingCluster:
                 self.models[name] = ModelServer(service, self.api.token)
             model = self.models[name]
         _until(lambda: processes.answers(f"http://{model.address}/health"))
-        self.api.set_status(
-            service,
-            url=f"http://{model.address}",
-            observedGeneration=generation,
-            conditions=[{"type": "Ready", "status": "True"}],
-            modelStatus={
-                "transitionStatus": "UpToDate",
-                "states": {"activeModelState": "Loaded", "targetModelState": "Loaded"},
-            },
-        )
+        mine = [each for each in self._pods(service) if _owner(each) == owner["metadata"]["uid"]]
+        kept = {each["metadata"]["name"] for each in mine[: pods.replicas(service)]}
+        for each in self._pods(service):
+            if each["metadata"]["name"] not in kept:
+                self.api.remove("Pod", each["metadata"]["name"])
+        self._report(service, case)
+
+    def _say_of(self, pod: dict[str, Any], does: str) -> None:
+        """Log and events of a pod, with the routine warnings that every pod gets."""
+        name = pod["metadata"]["name"]
+        self.api.warn(pod, "FailedMount", 'secret "predictor-serving-cert" not found')
+        if does == "no-model":
+            self.api.warn(pod, "BackOff", "Back-off restarting failed container")
+            self.api.write_log(name, "storage-initializer", "RuntimeError: no model in s3://b/bad")
+        if does == "crash":
+            self.api.write_log(name, "kserve-container", pods.CRASH_LOG)
+        if does == "missing":
+            self.api.warn(pod, "Failed", f"Failed to pull image: {pods.NOT_FOUND}")
+
+    def _report(self, service: dict[str, Any], case: str, ready: bool = True) -> None:
+        """Play a recorded case's statuses; without its last one, which is of ready pods, unless
+        ``ready``."""
+        rows = pods.recorded(case)
+        deployed = self._deployed.get(service["metadata"]["uid"], {})
+        model = self.models.get(service["metadata"]["name"])
+        for row in rows if ready else rows[:-1]:
+            before = self.api.find("InferenceService", service["metadata"]["name"]) or {}
+            told = pods.status(
+                row,
+                deployed.get("generation", 0),
+                model.address if model else "127.0.0.1:9",
+                before.get("status") or {},
+            )
+            self.api.set_status(service, **told)
+
+    def _pods(self, service: dict[str, Any]) -> list[dict[str, Any]]:
+        name = service["metadata"]["name"]
+        return [
+            each for each in self.api.all("Pod") if each["metadata"]["labels"][pods.LABEL] == name
+        ]
+
+    def _end_pods(self, service: dict[str, Any]) -> None:
+        for kind in ("Pod", "ReplicaSet"):
+            for each in self.api.all(kind):
+                if each["metadata"]["labels"].get(pods.LABEL) == service["metadata"]["name"]:
+                    self.api.remove(kind, each["metadata"]["name"])
+
+    def _wait_for_the_gpu(self, service: dict[str, Any]) -> None:
+        name = service["metadata"]["name"]
+        _until(lambda: self.models.keys() <= {name} or not self._there(service))
 
     def _there(self, service: dict[str, Any]) -> bool:
         found = self.api.find("InferenceService", service["metadata"]["name"])
         return found is not None and found["metadata"]["uid"] == service["metadata"]["uid"]
 
-    def _fail(self, service: dict[str, Any]) -> None:
-        """The model is not where the storage initializer looks for it."""
-        name = service["metadata"]["name"]
-        labels = {"serving.kserve.io/inferenceservice": name}
-        container = {"name": "kserve-container", "image": "vllm"}
-        pod = self.api.add(
-            {
-                "apiVersion": "v1",
-                "kind": "Pod",
-                "metadata": {"name": f"{name}-predictor-1", "labels": labels},
-                "spec": {"containers": [container]},
-            },
-            initContainerStatuses=[
-                {
-                    "name": "storage-initializer",
-                    "image": "i",
-                    "imageID": "i",
-                    "ready": False,
-                    "restartCount": 1,
-                    "state": {"terminated": {"exitCode": 1, "reason": "Error"}},
-                }
-            ],
-        )
-        self.api.warn(pod, "BackOff", "Back-off restarting failed container storage-initializer")
-        self.api.write_log(
-            pod["metadata"]["name"], "storage-initializer", "RuntimeError: no model in s3://b/bad"
-        )
-        self.api.set_status(
-            service,
-            observedGeneration=service["metadata"]["generation"],
-            conditions=[{"type": "Ready", "status": "False"}],
-            modelStatus={
-                "transitionStatus": "BlockedByFailedLoad",
-                "states": {"activeModelState": "", "targetModelState": "FailedToLoad"},
-                "lastFailureInfo": {"reason": "ModelLoadFailed", "exitCode": 1},
-            },
-        )
-
     def _gone(self, service: dict[str, Any]) -> None:
-        name = service["metadata"]["name"]
+        # Its ReplicaSets and pods go with it: they are owned.
+        self._kill(service["metadata"]["name"])
+
+    def _kill(self, name: str) -> None:
         with self._lock:
             model = self.models.pop(name, None)
         if model:
             model.kill()
-        for pod in self.api.all("Pod"):
-            if pod["metadata"]["labels"].get("serving.kserve.io/inferenceservice") == name:
-                self.api.remove("Pod", pod["metadata"]["name"])
 
     def _turn(self) -> None:
         """Send requests where the door says now, whichever of its changes was met."""
@@ -334,6 +407,10 @@ class ServingCluster:
                 }
             ],
         )
+
+
+def _owner(pod: dict[str, Any]) -> str:
+    return str(pod["metadata"]["ownerReferences"][0]["uid"])
 
 
 def _names(args: list[str]) -> list[str]:
