@@ -50,12 +50,16 @@ def confused_with(name: str, existing: Iterable[str]) -> str | None:
 
     The name itself is not one of them.
     """
-    folded = _fold(name)
+    folded = fold(name)
     for other in existing:
         if other == name:
             continue
-        other_folded = _fold(other)
-        if folded == other_folded or _like(folded, other_folded) or _like(other_folded, folded):
+        other_folded = fold(other)
+        if (
+            folded.rstrip() == other_folded.rstrip()
+            or like(folded, other_folded)
+            or like(other_folded, folded)
+        ):
             return other
     return None
 
@@ -73,14 +77,14 @@ def refuse_confusable(kind: str, name: str, existing: Iterable[str]) -> None:
         )
 
 
-def _fold(name: str) -> str:
-    """A name as MariaDB's collations compare it: without case, accents and trailing blanks."""
+def fold(name: str) -> str:
+    """A name as MariaDB's collations compare it: without case and accents."""
     letters = unicodedata.normalize("NFKD", name)
-    kept = "".join(letter for letter in letters if unicodedata.category(letter) != "Mn")
-    return kept.casefold().rstrip(" ")
+    return "".join(each for each in letters if unicodedata.category(each) != "Mn").casefold()
 
 
-def _like(pattern: str, text: str) -> bool:
+def like(pattern: str, text: str) -> bool:
+    """Whether SQL's ``text LIKE pattern`` is true, with the backslash as escape character."""
     parts, escaped = [], False
     for character in pattern:
         if not escaped and character == "\\":

@@ -282,7 +282,7 @@ def _start_registry(home: Path, asked: int) -> processes.Record:
         REGISTRY,
         [*command, "--host", "127.0.0.1", "--port", str(port)],
         address=address,
-        ready=lambda: processes.answers(f"{address}/health"),
+        ready=lambda: processes.answers(f"{address}/readyz/health"),
         timeout_s=START_TIMEOUT_S,
     )
 

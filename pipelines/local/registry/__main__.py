@@ -1,19 +1,37 @@
 """``python -m nudge.pipelines.local.registry --database FILE --host HOST --port PORT``."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 import uvicorn
-from nudge.pipelines.local.registry.app import create_app
+from nudge.pipelines.local.registry.app import VERSIONS, create_app
 
 
 @click.command()
 @click.option("--database", type=click.Path(path_type=Path), required=True)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=int, required=True)
-def main(database: Path, host: str, port: int) -> None:
+@click.option(
+    "--collation",
+    type=click.Choice(["postgresql", "mariadb"]),
+    default="postgresql",
+    show_default=True,
+    help="The database whose rules for names apply; MariaDB ignores case and accents.",
+)
+@click.option(
+    "--api",
+    "versions",
+    type=click.Choice(VERSIONS),
+    multiple=True,
+    default=VERSIONS,
+    show_default=True,
+    help="An API version to serve; may be given more than once.",
+)
+def main(database: Path, host: str, port: int, collation: Any, versions: tuple[str, ...]) -> None:
     """Serve the Model Registry API over a SQLite file."""
-    uvicorn.run(create_app(database), host=host, port=port, log_level="warning")
+    app = create_app(database, collation, versions)
+    uvicorn.run(app, host=host, port=port, log_level="warning")
 
 
 if __name__ == "__main__":
