@@ -265,7 +265,10 @@ class Api:
     def _list(
         self, types: tuple[str, ...], request: Request, parent: int | None = None
     ) -> Response:
-        return _page(self._store.children(types, parent), request)
+        rows: Iterable[dict[str, Any]] = self._store.children(types, parent)
+        if parent is not None and (name := request.query_params.get("name")):
+            rows = [row for row in rows if self._store.matches(name, row["name"])]
+        return _page(rows, request)
 
 
 def _page(rows: Iterable[dict[str, Any]], request: Request) -> Response:

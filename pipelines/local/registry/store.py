@@ -56,6 +56,7 @@ class Store:
     def create(self, kind: str, parent: int, body: dict[str, Any]) -> dict[str, Any]:
         """Add an entity; raises `Conflict` and `TooLong`."""
         now = _now()
+        body = self._distinct(body)
         names = (body.get("name"), body.get("externalId"))
         stored = f"{parent}:{names[0]}" if parent else names[0] or ""
         _check_length([stored, names[1] or "", *body.get("customProperties", {})])
@@ -78,7 +79,7 @@ class Store:
         with self._lock:
             row = self._row(entity_id)
             assert row is not None
-            body = {**_body(row[3]), **changes}
+            body = self._distinct({**_body(row[3]), **changes})
             # A clock of milliseconds may not have moved since the last change.
             now = max(_now(), row[5] + 1)
             try:
@@ -110,7 +111,7 @@ class Store:
             " ORDER BY id",
             (*values, *kinds),
         ).fetchall()
-        return [_entity(row) for row in rows if not name or self._matches(name, row[6])]
+        return [_entity(row) for row in rows if not name or self.matches(name, row[6])]
 
     def children(self, kinds: tuple[str, ...], parent: int | None) -> Iterator[dict[str, Any]]:
         """Entities of these kinds by id, of one parent if one is given."""
@@ -121,7 +122,19 @@ class Store:
         )
         return map(_entity, rows)
 
-    def _matches(self, pattern: str, name: str) -> bool:
+    def _distinct(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A body whose properties have keys that the database tells apart; the last value stays."""
+        if self._exact or not body.get("customProperties"):
+            return body
+        keys: dict[str, str] = {}
+        kept = {
+            keys.setdefault(fold(key).rstrip(" "), key): value
+            for key, value in body["customProperties"].items()
+        }
+        return {**body, "customProperties": kept}
+
+    def matches(self, pattern: str, name: str) -> bool:
+        """Whether the database finds a name by a pattern."""
         # LIKE does not pad: only unique keys ignore trailing blanks.
         return like(pattern, name) if self._exact else like(fold(pattern), fold(name))
 
