@@ -3,7 +3,7 @@
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,16 @@ from nudge.pipelines.local.registry.app import VERSIONS, create_app
 
 @contextlib.contextmanager
 def registry_server(
-    folder: Path, collation: Any = "postgresql", versions: tuple[str, ...] = VERSIONS
+    folder: Path,
+    collation: Any = "postgresql",
+    versions: tuple[str, ...] = VERSIONS,
+    around: Callable[[Any], Any] = lambda app: app,
 ) -> Iterator[str]:
-    """The URL of a registry over ``folder/registry.sqlite``; it ends with the block."""
-    app = create_app(folder / "registry.sqlite", collation, versions)
+    """The URL of a registry over ``folder/registry.sqlite``; it ends with the block.
+
+    ``around`` may wrap the ASGI application.
+    """
+    app = around(create_app(folder / "registry.sqlite", collation, versions))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
