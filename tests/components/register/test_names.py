@@ -5,6 +5,7 @@ import json
 import math
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -242,16 +243,30 @@ def test_a_listing_has_a_few_connections_and_not_one_for_each_version(tmp_path: 
 
     with registry_server(tmp_path, around=noting) as url:
         model_id = enter(url, entry("m", "v0"))["registered_model_id"]
-        with httpx.Client(base_url=f"{url}{API}") as client:
+        database = sqlite3.connect(tmp_path / "registry.sqlite")
+        with database:  # one transaction: 458 requests would each wait for the disk
             for number in range(1, 230):
-                body = {"name": f"v{number}", "registeredModelId": model_id}
-                version = client.post("/model_versions", json=body).json()["id"]
-                artifact = {"artifactType": "model-artifact", "name": "m", "uri": "s3://b"}
-                client.post(f"/model_versions/{version}/artifacts", json=artifact)
+                _insert(database, "model_versions", int(model_id), f"v{number}")
+                (version,) = database.execute("SELECT last_insert_rowid()").fetchone()
+                _insert(database, "model-artifact", version, "m")
+        database.close()
         peers.clear()
+        begun = time.perf_counter()
         found = with_registry(url, list_versions("m"))
+        seconds = time.perf_counter() - begun
+    print(f"230 versions in {seconds:.2f} s")  # 1 s on an idle machine
     assert [each.name for each in found] == [f"v{number}" for number in range(230)]
     assert len(peers) <= PARALLEL
+
+
+def _insert(database: sqlite3.Connection, kind: str, parent: int, name: str) -> None:
+    body = {"name": name, "uri": "s3://b", "artifactType": "model-artifact"}
+    if kind == "model_versions":
+        body = {"name": name, "registeredModelId": str(parent), "state": "LIVE"}
+    database.execute(
+        "INSERT INTO entity (kind, parent, name, body, created, updated) VALUES (?, ?, ?, ?, 1, 1)",
+        (kind, parent, name, json.dumps(body)),
+    )
 
 
 def _noting(asked: list[str]) -> Callable[[Any], Any]:
