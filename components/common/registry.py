@@ -27,7 +27,14 @@ PERMANENT = re.compile(
 
 
 class Unreachable(UserError):
-    """The registry cannot be used now; the same may succeed later."""
+    """The registry cannot be used now; the same may succeed later.
+
+    ``permanent`` if that takes another URL.
+    """
+
+    def __init__(self, message: str, *, permanent: bool = False) -> None:
+        super().__init__(message)
+        self.permanent = permanent
 
 
 def registry_url(given: str = "") -> str:
@@ -104,7 +111,8 @@ def with_registry(url: str, work: Callable[[Any], Awaitable[T]], attempts_s: flo
     except NotARegistry as error:
         raise Unreachable(
             f"the model registry {url} is not a Model Registry: {error}; correct the URL "
-            "(registry_url, NUDGE_REGISTRY_URL)"
+            "(registry_url, NUDGE_REGISTRY_URL)",
+            permanent=True,
         ) from None
     except pydantic.ValidationError as error:
         raise Unreachable(
