@@ -78,7 +78,8 @@ async def together(calls: Iterable[Awaitable[T]]) -> list[T]:
 
 async def pages(get: Callable[..., Awaitable[Any]]) -> list[Any]:
     """The items of all pages of a list of the generated API."""
-    items, token = [], ""
+    items: list[Any] = []
+    token = ""
     while True:
         page = await get(page_size="100", next_page_token=token)
         items += page.items or []

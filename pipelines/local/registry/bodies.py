@@ -229,9 +229,9 @@ def _property(key: str, given: Any) -> dict[str, Any]:
     if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
         raise BadBody(f"failed to unmarshal MetadataValue as {kind}: wrong type of {field}")
     if kind == "MetadataIntValue":
-        value = str(_integer(key, value))
+        value = str(_integer(key, str(value)))
     elif kind == "MetadataStructValue":
-        value = _struct(key, value)
+        value = _struct(key, str(value))
     elif isinstance(value, int) and not isinstance(value, bool) and abs(value) > 2**1023:
         raise BadBody(f"failed to unmarshal MetadataValue as {kind}: out of range")
     return {field: value, "metadataType": kind}
