@@ -102,17 +102,16 @@ def readable(answer: Any) -> Any:
 def _readable_properties(properties: dict[str, Any]) -> dict[str, Any]:
     kept, as_text = {}, []
     for name, value in properties.items():
-        field, kind = TYPES.get(
-            value.get("metadataType") if isinstance(value, dict) else "", ("", str)
-        )
-        held = value.get(field) if field else None
+        given_type = value.get("metadataType") if isinstance(value, dict) else None
+        field, kind = TYPES.get(str(given_type), ("", str))
+        held: Any = value.get(field) if field else None
         if not isinstance(held, kind) or (isinstance(held, float) and not math.isfinite(held)):
             continue
-        if field == "int_value" and not re.fullmatch(r"-?([1-9]\d{0,8}|0)", held):
-            if not re.fullmatch(r"-?\d+", held):
+        if field == "int_value" and not re.fullmatch(r"-?([1-9]\d{0,8}|0)", str(held)):
+            if not re.fullmatch(r"-?\d+", str(held)):
                 continue
             as_text.append(name)
-            value = _text(held)
+            value = _text(str(held))
         kept[name] = value
     if as_text:
         listed = kept.get(NUMBERS_AS_TEXT, {}).get("string_value", "[]")
