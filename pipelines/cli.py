@@ -87,6 +87,7 @@ def run(
     130 Ctrl-C ended it.
     """
     from nudge.components.common.processes import nudge_home
+    from nudge.components.register.preflight import check_registration, check_registry
     from nudge.pipelines import display
     from nudge.pipelines.local import run as local_run
     from nudge.pipelines.local import services
@@ -108,7 +109,9 @@ def run(
         from nudge.pipelines.local import needs
 
         needs.check(loaded.text)
+    check_registration(loaded.text)
     started = services.up(home, instead=services.given() if given else {})
+    check_registry(started["NUDGE_REGISTRY_URL"], loaded.text)
     if unused := services.not_used(started):
         told = f"{', '.join(unused)} {'is' if len(unused) == 1 else 'are'} set and not used"
         click.echo(f"{told}: this run has parts of its own; --given takes those", err=True)

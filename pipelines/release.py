@@ -5,14 +5,25 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
 from nudge.components.common.errors import UserError
 from nudge.components.common.shown import visible
 
+
+def _checked_name(_: click.Context, __: click.Parameter, name: str) -> str:
+    from nudge.components.common.registry_names import check_lookup
+
+    return check_lookup(name) if name else ""
+
+
 MODEL = click.option(
-    "--model", default="", help="The registered model; default: the only one that there is."
+    "--model",
+    default="",
+    callback=_checked_name,
+    help="The registered model; default: the only one that there is.",
 )
 RECIPE = click.option(
     "--recipe",
@@ -126,22 +137,79 @@ def rollback(version: str, model: str, recipe_name: str, target: str | None) -> 
 
 @click.command()
 @click.argument("uri")
-@click.option("--registry-url", default="", help="Default: NUDGE_REGISTRY_URL, or this machine's.")
-def register(uri: str, registry_url: str) -> None:
-    """Finish a registration that the model registry did not take when the run asked it.
+@click.option(
+    "--registry-url",
+    default="",
+    help="The registry's URL, or `embedded`; default: NUDGE_REGISTRY_URL, or this machine's.",
+)
+@click.option(
+    "--store",
+    default="",
+    help="The object store's URL, `aws`, or `embedded`; default: this machine's, or AWS_S3_ENDPOINT"
+    " if a registry is given. The credentials of a store are taken from AWS_ACCESS_KEY_ID and"
+    " AWS_SECRET_ACCESS_KEY.",
+)
+@click.option("--bucket", default="", help="Where the registration of an image is kept.")
+@click.option(
+    "--home",
+    type=click.Path(path_type=Path),
+    help="The folder of the embedded parts; default: NUDGE_HOME, or `.nudge`.",
+)
+def register(uri: str, registry_url: str, store: str, bucket: str, home: Path | None) -> None:
+    """Finish a registration that an outage of the model registry interrupted.
 
-    URI is the version's folder in the object store; the run's error names it.
+    URI is the version's folder in the object store; the run's error names the whole command.
     """
     from nudge.components.register.unfinished import finish
 
-    if registry_url:
-        os.environ["NUDGE_REGISTRY_URL"] = registry_url
-    _start()
-    told = finish(uri)
+    if home:
+        os.environ["NUDGE_HOME"] = str(home.resolve())
+    if bucket:
+        os.environ["AWS_S3_BUCKET"] = bucket
+    _connect(registry_url, store)
+    told = finish(uri, any_registry=bool(registry_url))
     click.echo(
         f"{told['registered_model']} {told['version']} is registered; `nudge promote "
         f"{told['version']} --model {told['registered_model']}` serves it"
     )
+
+
+def _connect(registry: str, store: str) -> None:
+    """Set the variables of the registry and the store that a command names; starts what is
+    embedded. Raises `UserError` if the credentials of a store are missing."""
+    from nudge.components.common.processes import nudge_home
+    from nudge.components.common.registry import registry_url
+    from nudge.components.register.unfinished import AWS, EMBEDDED
+    from nudge.pipelines.local import services
+
+    if registry and registry != EMBEDDED:
+        os.environ["NUDGE_REGISTRY_URL"] = registry_url(registry)
+    elif registry:
+        os.environ.pop("NUDGE_REGISTRY_URL", None)
+    if not store:
+        _start()
+        return
+    if store == AWS:
+        os.environ.pop("AWS_S3_ENDPOINT", None)
+    elif store != EMBEDDED:
+        os.environ["AWS_S3_ENDPOINT"] = store
+    if store != EMBEDDED:
+        keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+        if missing := [name for name in keys if not os.environ.get(name)]:
+            raise UserError(
+                f"the credentials of the store {store} are missing: set {' and '.join(missing)}"
+            )
+    # What is named here stands in for the embedded part.
+    instead = {
+        name: os.environ.get(name, "")
+        for name in services.GIVEN
+        if (store != EMBEDDED if name in services.CONNECTION else os.environ.get(name))
+    }
+    if store == EMBEDDED or "NUDGE_REGISTRY_URL" not in instead:
+        started = services.up(nudge_home(), instead=instead)
+        os.environ.update({name: value for name, value in started.items() if value})
+    else:
+        os.environ.pop("NUDGE_EMBEDDED", None)
 
 
 def _shift(settings: Any, model: str, shares: dict[str, int], check: Any = None) -> None:
@@ -179,11 +247,14 @@ def _start() -> None:
     from nudge.components.common.processes import nudge_home
     from nudge.pipelines.local import services
 
-    if os.environ.get("NUDGE_REGISTRY_URL"):
-        return
     home = nudge_home()
+    if url := os.environ.get("NUDGE_REGISTRY_URL"):
+        # The objects of a run that was given a registry alone are in this machine's store.
+        if services.has_store(home) and not os.environ.get("AWS_S3_ENDPOINT"):
+            os.environ.update(services.up(home, instead={"NUDGE_REGISTRY_URL": url}))
+        return
     begun = services.resting(home)
-    os.environ.update(services.up(home))
+    os.environ.update(services.up(home, instead=services.given_store(home)))
     if begun:
         told = f"started {' and '.join(begun)}; `nudge services down` ends what runs"
         click.echo(told, err=True)
@@ -255,10 +326,6 @@ def _rows_of(ask: Callable[[Any], Any], name: str) -> Iterator[dict[str, Any]]:
 
 
 async def _names(client: Any) -> list[str]:
-    from model_registry.types import ListOptions
+    from nudge.components.common.registry_lookup import list_models
 
-    options, names = ListOptions(limit=100), []
-    while True:
-        names += [model.name for model in await client.get_registered_models(options)]
-        if not options.next_page_token:
-            return names
+    return [model.name for model in await list_models(client)]

@@ -11,6 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nudge.components.common.errors import UserError, nearest
+from nudge.components.common.registry_lookup import (
+    find_environment,
+    find_model,
+    find_model_artifact,
+    find_model_version,
+    list_model_versions,
+    pages,
+    together,
+)
+from nudge.components.common.registry_values import read_properties
 
 KEPT_HISTORY = 20
 """Versions remembered as ones that had all the traffic."""
@@ -69,9 +79,9 @@ def find_version(model: str, version: str) -> Callable[[Any], Awaitable[Version]
 
     async def work(client: Any) -> Version:
         entry = await _model(client, model)
-        found = await client.get_model_version_by_params(entry.id, version)
+        found = await find_model_version(client, entry.id, version)
         if found is None:
-            versions = await _all(lambda options: client.get_model_versions(entry.id, options))
+            versions = await list_model_versions(client, entry.id)
             hint = nearest(version, [other.name for other in versions])
             raise UserError(f"the registry has no version {version!r} of {model}; {hint}")
         complete = await _version(client, model, entry, found)
@@ -87,8 +97,8 @@ def list_versions(model: str) -> Callable[[Any], Awaitable[list[Version]]]:
 
     async def work(client: Any) -> list[Version]:
         entry = await _model(client, model)
-        found = await _all(lambda options: client.get_model_versions(entry.id, options))
-        versions = [await _version(client, model, entry, version) for version in found]
+        found = await list_model_versions(client, entry.id)
+        versions = await together(_version(client, model, entry, version) for version in found)
         return [version for version in versions if version]
 
     return work
@@ -133,7 +143,7 @@ def find_served(model: str) -> Callable[[Any], Awaitable[Served | None]]:
     """Work that gives what is `Served` of a model, or None if nothing is."""
 
     async def work(client: Any) -> Served | None:
-        entry = await client.get_registered_model_by_params(model)
+        entry = await find_model(client, model)
         service = entry and await _service(client, model, str(entry.id))
         return _read(model, service) if service else None
 
@@ -167,36 +177,46 @@ def note_served(version: Version, served: Served, environment: str, runtime: str
 
     async def work(client: Any) -> None:
         import mr_openapi
-        from mr_openapi.exceptions import NotFoundException
+        from mr_openapi.exceptions import ConflictException
 
         properties = _properties(served)
-        service = await _service(client, served.model, version.model_id)
-        async with client.get_client() as api:
-            if service is not None:
-                # An update replaces the whole map of properties: keep those of others.
-                change = mr_openapi.InferenceServiceUpdate(
-                    modelVersionId=version.id,
-                    desiredState="DEPLOYED",
-                    customProperties={**(service.custom_properties or {}), **properties},
-                )
-                await api.update_inference_service(service.id, change)
-                return
-            try:
-                place = await api.find_serving_environment(name=environment)
-            except NotFoundException:
-                fresh = mr_openapi.ServingEnvironmentCreate(name=environment)
-                place = await api.create_serving_environment(fresh)
-            await api.create_inference_service(
-                mr_openapi.InferenceServiceCreate(
-                    name=served.model,
-                    runtime=runtime,
-                    registeredModelId=version.model_id,
-                    modelVersionId=version.id,
-                    servingEnvironmentId=place.id,
-                    desiredState="DEPLOYED",
-                    customProperties=properties,
-                )
+
+        async def update() -> bool:
+            service = await _service(client, served.model, version.model_id)
+            if service is None:
+                return False
+            # An update replaces the whole map of properties: keep those of others.
+            change = mr_openapi.InferenceServiceUpdate(
+                modelVersionId=version.id,
+                desiredState="DEPLOYED",
+                customProperties={**(service.custom_properties or {}), **properties},
             )
+            async with client.get_client() as api:
+                await api.update_inference_service(service.id, change)
+            return True
+
+        if await update():
+            return
+        environment_id = await _environment(client, environment)
+        fresh = mr_openapi.InferenceServiceCreate(
+            name=served.model,
+            runtime=runtime,
+            registeredModelId=version.model_id,
+            modelVersionId=version.id,
+            servingEnvironmentId=environment_id,
+            desiredState="DEPLOYED",
+            customProperties=properties,
+        )
+        try:
+            async with client.get_client() as api:
+                await api.create_inference_service(fresh)
+        except ConflictException:
+            # Another process was first, or the name belongs to a service that is not nudge's.
+            if not await update():
+                raise UserError(
+                    f"the registry has a service {served.model!r} in the serving environment "
+                    f"{environment!r} already, which nudge did not write; rename that one"
+                ) from None
 
     return work
 
@@ -231,8 +251,30 @@ def note_properties(version_id: str, values: Mapping[str, str | bool]) -> Work:
     return work
 
 
+async def _environment(client: Any, name: str) -> str:
+    """The id of a serving environment, which is made if there is none of exactly this name."""
+    import mr_openapi
+    from mr_openapi.exceptions import ConflictException
+
+    found = await find_environment(client, name)
+    if found is None:
+        try:
+            async with client.get_client() as api:
+                found = await api.create_serving_environment(
+                    mr_openapi.ServingEnvironmentCreate(name=name)
+                )
+        except ConflictException:
+            found = await find_environment(client, name)
+    if found is None:
+        raise UserError(
+            f"the registry confuses the serving environment {name!r} with one that it has already; "
+            "give another namespace"
+        )
+    return str(found.id)
+
+
 async def _model(client: Any, model: str) -> Any:
-    entry = await client.get_registered_model_by_params(model)
+    entry = await find_model(client, model)
     if entry is None:
         raise UserError(f"the registry has no model {model!r}; a run that promotes registers one")
     return entry
@@ -240,44 +282,29 @@ async def _model(client: Any, model: str) -> Any:
 
 async def _version(client: Any, model: str, entry: Any, found: Any) -> Version | None:
     """None if it has no artifact: its registration was cut short."""
-    artifacts = await client.get_model_version_artifacts(found.id)
-    if not artifacts:
+    artifact = await find_model_artifact(client, found.id, model)
+    if artifact is None:
         return None
     return Version(
         model=model,
         name=found.name,
         model_id=str(entry.id),
         id=str(found.id),
-        uri=str(artifacts[0].uri),
+        uri=str(artifact.uri),
         archived=found.state is not None and found.state.value == "ARCHIVED",
         created_ms=int(found.create_time_since_epoch or 0),
-        properties=dict(found.custom_properties or {}),
+        properties=read_properties(found.custom_properties),
     )
 
 
 async def _service(client: Any, model: str, model_id: str) -> Any:
     """The InferenceService entity of a model, of those that this project wrote."""
     async with client.get_client() as api:
-        token = ""
-        while True:
-            page = await api.get_inference_services(page_size="100", next_page_token=token)
-            for service in page.items or []:
-                ours = "shares" in (service.custom_properties or {})
-                if ours and service.name == model and service.registered_model_id == model_id:
-                    return service
-            token = page.next_page_token
-            if not token:
-                return None
-
-
-async def _all(get: Callable[[Any], Awaitable[list[Any]]]) -> list[Any]:
-    from model_registry.types import ListOptions
-
-    options, items = ListOptions(limit=100), []
-    while True:
-        items += await get(options)
-        if not options.next_page_token:
-            return items
+        for service in await pages(api.get_inference_services):
+            ours = "shares" in (service.custom_properties or {})
+            if ours and service.name == model and service.registered_model_id == model_id:
+                return service
+    return None
 
 
 def _read(model: str, service: Any) -> Served:

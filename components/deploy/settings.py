@@ -4,6 +4,7 @@ from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
 from nudge.components.common.recipe import read_recipe, some_settings, step_settings
+from nudge.components.common.registry import RegistryUrl
 from nudge.components.common.settings import settings
 from pydantic import Field, model_validator
 
@@ -72,7 +73,7 @@ class DeploySettings:
     target: Literal["auto", "local", "kserve"] = "auto"
     """This machine, or the cluster (KServe, as on OpenShift AI). "auto" is the cluster for a step
     of a pipeline that runs on one, and for a model that is served there; else this machine."""
-    registry_url: str = ""
+    registry_url: RegistryUrl = ""
     """Empty means NUDGE_REGISTRY_URL."""
     registry_name: str = "model-registry"
     """The registry's name on the dashboard, which ties a deployment to its version there."""

@@ -4,6 +4,8 @@ from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from nudge.components.common.held_out import FEWEST_DOCUMENTS
+from nudge.components.common.registry import RegistryUrl
+from nudge.components.common.registry_names import OptionalRegistryName
 from nudge.components.common.settings import settings
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -60,10 +62,10 @@ def _named(value: Any) -> Any:
 @settings
 class EvaluateSettings:
     base_model: str
-    model_name: str = ""
+    model_name: OptionalRegistryName = ""
     """The registered model whose served version is the incumbent; empty: what is served is not
     known, and nothing is promoted."""
-    registry_url: str = ""
+    registry_url: RegistryUrl = ""
     """Empty means NUDGE_REGISTRY_URL."""
     window: Annotated[int, Field(ge=8)] = 512
     """Tokens of context that one forward pass sees."""

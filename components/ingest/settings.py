@@ -2,6 +2,8 @@
 
 from typing import Annotated, Literal
 
+from nudge.components.common.registry import RegistryUrl
+from nudge.components.common.registry_names import OptionalRegistryName
 from nudge.components.common.settings import settings
 from pydantic import Field, model_validator
 
@@ -53,8 +55,8 @@ class IngestSettings:
     only_new: bool = False
     """Whether a run ends here, before anything is trained, if the served version of `model_name`
     was trained on the very same corpus."""
-    model_name: str = ""
-    registry_url: str = ""
+    model_name: OptionalRegistryName = ""
+    registry_url: RegistryUrl = ""
     """Asked if `only_new`; empty means NUDGE_REGISTRY_URL."""
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,15 @@ from nudge.components.common.errors import UserError
 from nudge.components.common.names import check_name
 from nudge.components.common.publish import read_manifest, sha256_file
 from nudge.components.common.registry import Unreachable
+from nudge.components.common.registry_lookup import (
+    find_model,
+    find_model_artifact,
+    find_model_version,
+    list_model_versions,
+    list_models,
+)
+from nudge.components.common.registry_names import refuse_confusable
+from nudge.components.common.registry_values import read_properties, storable
 from nudge.components.common.step import step
 from nudge.components.register.evaluated import evaluated_manifest
 from nudge.components.register.settings import RegisterSettings
@@ -96,28 +106,17 @@ def register(
 
 def enter(url: str, entry: Registration) -> dict[str, Any]:
     """Make what is not there yet of a registration; returns the names and ids for its lineage."""
-    from model_registry.types import ModelArtifact, ModelVersion, RegisteredModel
     from nudge.components.common.registry import with_registry
     from nudge.components.common.releases import note_properties
 
     async def complete(client: Any) -> tuple[str, str]:
-        model = await client.get_registered_model_by_params(entry.model_name)
-        if model is None:
-            fresh = RegisteredModel(name=entry.model_name, owner=entry.author)
-            model = await client.upsert_registered_model(fresh)
-        found = await client.get_model_version_by_params(model.id, entry.version)
-        if found is None:
-            fresh_version = ModelVersion(
-                name=entry.version,
-                author=entry.author,
-                description=entry.description,
-                custom_properties=entry.properties,
-            )
-            found = await client.upsert_model_version(fresh_version, model.id)
-        elif (found.custom_properties or {}).get("run_id") != entry.run_id:
+        model = await _model(client, entry)
+        found = await _version(client, model.id, entry)
+        registered_by = read_properties(found.custom_properties).get("run_id")
+        if registered_by != entry.run_id:
             raise UserError(
                 f"{entry.model_name} {entry.version} is registered already, by run "
-                f"{(found.custom_properties or {}).get('run_id')!r}; give another version"
+                f"{registered_by!r}; give another version"
             )
         else:
             # A run that goes on may have been compared with another incumbent this time.
@@ -125,19 +124,7 @@ def enter(url: str, entry: Registration) -> dict[str, Any]:
             known = found.custom_properties or {}
             if any(known.get(key) != value for key, value in compared.items()):
                 await note_properties(str(found.id), compared)(client)
-        if not await client.get_model_version_artifacts(found.id):
-            artifact = ModelArtifact(
-                name=entry.model_name,
-                uri=entry.uri,
-                model_format_name=FORMAT_NAME,
-                model_format_version=FORMAT_VERSION,
-                model_source_kind="kfp",
-                model_source_class="pipelinerun",
-                model_source_group=entry.group,
-                model_source_id=entry.run_id,
-                model_source_name=entry.run_id,
-            )
-            await client.upsert_model_version_artifact(artifact, found.id)
+        await _artifact(client, found.id, entry)
         return str(model.id), str(found.id)
 
     model_id, version_id = with_registry(url, complete)
@@ -148,6 +135,86 @@ def enter(url: str, entry: Registration) -> dict[str, Any]:
         "version_id": version_id,
         "registry": entry.registry_name,
     }
+
+
+async def _model(client: Any, entry: Registration) -> Any:
+    from model_registry.types import RegisteredModel
+
+    async def create() -> Any:
+        existing = [model.name for model in await list_models(client)]
+        refuse_confusable("model", entry.model_name, existing)
+        return await client.upsert_registered_model(
+            RegisteredModel(name=entry.model_name, owner=entry.author)
+        )
+
+    return await _find_or_create(
+        f"model {entry.model_name!r}", lambda: find_model(client, entry.model_name), create
+    )
+
+
+async def _version(client: Any, model_id: str, entry: Registration) -> Any:
+    from model_registry.types import ModelVersion
+
+    async def create() -> Any:
+        existing = [version.name for version in await list_model_versions(client, model_id)]
+        refuse_confusable("version", entry.version, existing)
+        fresh = ModelVersion(
+            name=entry.version,
+            author=entry.author,
+            description=entry.description,
+            custom_properties=storable(entry.properties),
+        )
+        return await client.upsert_model_version(fresh, model_id)
+
+    return await _find_or_create(
+        f"version {entry.version!r}",
+        lambda: find_model_version(client, model_id, entry.version),
+        create,
+    )
+
+
+async def _artifact(client: Any, version_id: str, entry: Registration) -> Any:
+    from model_registry.types import ModelArtifact
+
+    async def create() -> Any:
+        artifact = ModelArtifact(
+            name=entry.model_name,
+            uri=entry.uri,
+            model_format_name=FORMAT_NAME,
+            model_format_version=FORMAT_VERSION,
+            model_source_kind="kfp",
+            model_source_class="pipelinerun",
+            model_source_group=entry.group,
+            model_source_id=entry.run_id,
+            model_source_name=entry.run_id,
+        )
+        return await client.upsert_model_version_artifact(artifact, version_id)
+
+    return await _find_or_create(
+        f"artifact {entry.model_name!r}",
+        lambda: find_model_artifact(client, version_id, entry.model_name),
+        create,
+    )
+
+
+async def _find_or_create(
+    what: str, find: Callable[[], Awaitable[Any]], create: Callable[[], Awaitable[Any]]
+) -> Any:
+    """What ``find`` finds, else what ``create`` makes; another process may be making the same."""
+    from mr_openapi.exceptions import ConflictException
+
+    found = await find()
+    if found is None:
+        try:
+            return await create()
+        except ConflictException as error:
+            found = await find()
+            if found is None:
+                raise UserError(
+                    f"the registry says that the {what} exists already ({error.body}), and lists "
+                    "none of exactly this name; choose another name"
+                ) from None
+    return found
 
 
 def _tidied(url: str, settings: RegisterSettings) -> dict[str, list[str]]:

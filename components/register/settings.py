@@ -2,14 +2,16 @@
 
 from typing import Annotated
 
+from nudge.components.common.registry import RegistryUrl
+from nudge.components.common.registry_names import RegistryName
 from nudge.components.common.settings import settings
 from pydantic import Field
 
 
 @settings
 class RegisterSettings:
-    model_name: str
-    registry_url: str = ""
+    model_name: RegistryName
+    registry_url: RegistryUrl = ""
     """Empty means NUDGE_REGISTRY_URL."""
     registry_name: str = "model-registry"
     """The registry's name on the dashboard, for lineage."""

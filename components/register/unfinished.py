@@ -13,35 +13,52 @@ import shlex
 from typing import Any
 
 from nudge.components.common.errors import UserError
+from nudge.components.common.processes import nudge_home
 from nudge.components.common.registry import registry_url
 from nudge.components.common.storage import list_keys, s3_client, s3_errors, split_s3_uri
 from nudge.components.register.register import Registration, enter
 
 FORMAT, VERSION = "nudge.registration", 1
 ENDING = ".registration.json"
+EMBEDDED, AWS = "embedded", "aws"
+"""Names of a store or registry on the command line: this machine's own, and Amazon's."""
 
 
 def keep(entry: Registration, url: str) -> str:
-    """Write a registration down; returns the command that finishes it with the registry ``url``."""
+    """Write a registration down; returns the command that finishes it with the registry ``url``.
+
+    The command names the registry and the store, so it means the same in any shell.
+    """
     bucket, key = _place(entry.uri)
-    body = {"format": FORMAT, "version": VERSION, "registration": dataclasses.asdict(entry)}
+    own = _is_embedded("model-registry") and url == registry_url()
+    registry = EMBEDDED if own else url
+    body = {
+        "format": FORMAT,
+        "version": VERSION,
+        "registry": registry,
+        "registration": dataclasses.asdict(entry),
+    }
     with s3_errors(f"keep the registration of {entry.uri}"):
         s3_client().put_object(
             Bucket=bucket,
             Key=key,
             Body=json.dumps(body, indent=2, sort_keys=True).encode(),
         )
-    command = ["nudge", "register", entry.uri]
-    # On a laptop the command finds the embedded registry by itself, also at another port.
-    if not os.environ.get("NUDGE_HOME"):
-        command += ["--registry-url", url]
+    store = os.environ.get("AWS_S3_ENDPOINT") or AWS
+    store = EMBEDDED if _is_embedded("object-store") else store
+    command = ["nudge", "register", entry.uri, "--registry-url", registry, "--store", store]
+    if entry.uri.startswith("oci:") and store != EMBEDDED:
+        command += ["--bucket", bucket]
+    if EMBEDDED in (registry, store):
+        command += ["--home", str(nudge_home())]
     return shlex.join(command)
 
 
-def finish(uri: str) -> dict[str, Any]:
+def finish(uri: str, *, any_registry: bool = False) -> dict[str, Any]:
     """Register what was kept for the version at ``uri``; returns what `register` does.
 
-    Raises `UserError` if nothing was kept, if the version is not complete, or as `register`.
+    Unless ``any_registry``, the registry must be the one that the run meant. Raises `UserError` if
+    it is another, if nothing was kept, if the version is not complete, or as `register`.
     """
     if not _complete(uri):
         raise UserError(f"{uri} holds no complete version; `nudge models` lists those there are")
@@ -59,7 +76,15 @@ def finish(uri: str) -> dict[str, Any]:
     values = json.loads(kept.getvalue())
     if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
         raise UserError(f"{uri}{ENDING} is no {FORMAT} of version {VERSION}")
-    told = enter(registry_url(), Registration(**values["registration"]))
+    url = registry_url()
+    here = EMBEDDED if _is_embedded("model-registry") else url
+    meant = values.get("registry", here)  # older releases did not write it
+    if meant != here and not any_registry:
+        raise UserError(
+            f"the run meant to register {uri} in the registry {meant}, and this would use {here}; "
+            f"give --registry-url {meant} (or --registry-url {here}, to register it there)"
+        )
+    told = enter(url, Registration(**values["registration"]))
     forget(uri)
     return told
 
@@ -69,6 +94,11 @@ def forget(uri: str) -> None:
     bucket, key = _place(uri)
     with s3_errors(f"forget the registration of {uri}"):
         s3_client().delete_object(Bucket=bucket, Key=key)
+
+
+def _is_embedded(part: str) -> bool:
+    """Whether a part is one that nudge started below NUDGE_HOME."""
+    return part in os.environ.get("NUDGE_EMBEDDED", "").split(",")
 
 
 def _place(uri: str) -> tuple[str, str]:

@@ -1,5 +1,7 @@
 """The settings of the step `summary`."""
 
+from nudge.components.common.registry import RegistryUrl
+from nudge.components.common.registry_names import RegistryName
 from nudge.components.common.settings import settings
 
 
@@ -7,6 +9,6 @@ from nudge.components.common.settings import settings
 class SummarySettings:
     """What the recipe's section `register` says of where a version is to be found."""
 
-    model_name: str
-    registry_url: str = ""
+    model_name: RegistryName
+    registry_url: RegistryUrl = ""
     """Empty means NUDGE_REGISTRY_URL."""

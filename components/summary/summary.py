@@ -10,6 +10,11 @@ import jinja2
 from nudge.components.common.errors import UserError
 from nudge.components.common.progress import last_events
 from nudge.components.common.publish import write_atomic
+from nudge.components.common.registry_lookup import (
+    find_model,
+    find_model_artifact,
+    find_model_version,
+)
 from nudge.components.common.releases import NOT_PROMOTED, find_served
 from nudge.components.common.shown import visible
 from nudge.components.common.step import step
@@ -109,15 +114,15 @@ def _told_here() -> tuple[str, str, str]:
 
 def _lookup(name: str, version: str, run_id: str) -> Any:
     async def work(client: Any) -> dict[str, Any] | None:
-        model = await client.get_registered_model_by_params(name)
-        found = model and await client.get_model_version_by_params(model.id, version)
+        model = await find_model(client, name)
+        found = model and await find_model_version(client, model.id, version)
         # A version of this name may be there from another run.
         if not found or (found.custom_properties or {}).get("run_id") != run_id:
             return None
-        artifacts = await client.get_model_version_artifacts(found.id)
+        artifact = await find_model_artifact(client, found.id, name)
         served = await find_served(name)(client)
         return {
-            "uri": artifacts[0].uri if artifacts else "not known",
+            "uri": artifact.uri if artifact else "not known",
             "description": found.description,
             "not_promoted": (found.custom_properties or {}).get(NOT_PROMOTED, ""),
             "endpoint": served.endpoint if served and version in served.shares else "",

@@ -29,6 +29,8 @@ GIVEN = (*CONNECTION, "NUDGE_REGISTRY_URL")
 """The variables of what may be given in the place of the store and the registry."""
 TOKEN_VARIABLE = "KF_PIPELINES_SA_TOKEN_PATH"
 """The file of the registry's token, where nudge and the model-registry client look for it."""
+GIVEN_STORE = "given-store"
+"""Holds the URL of the store that the last run was given beside the embedded registry."""
 STORE_PORTS = (
     "s3.port",
     "s3.port.grpc",
@@ -59,7 +61,13 @@ def up(
     with processes.locked(home, "up"):
         for name, port in asked.items():
             _check_port(home, name, port)
-        environment = {"NUDGE_HOME": str(home), **instead}
+        embedded = [
+            name
+            for name, variable in ((STORE, "AWS_S3_ENDPOINT"), (REGISTRY, "NUDGE_REGISTRY_URL"))
+            if variable not in instead
+        ]
+        _note_given_store(home, instead)
+        environment = {"NUDGE_HOME": str(home), "NUDGE_EMBEDDED": ",".join(embedded), **instead}
         if "AWS_S3_ENDPOINT" not in instead:
             _stop_open(home, STORE, _store_security(home))
             store = _running(home, STORE) or _start_store(home, asked.get(STORE, 0))
@@ -107,6 +115,31 @@ def given() -> dict[str, str]:
 def not_used(environment: Mapping[str, str]) -> list[str]:
     """The variables of this process that say something else than those of the parts used."""
     return [name for name in GIVEN if os.environ.get(name, "") not in ("", environment[name])]
+
+
+def given_store(home: Path) -> dict[str, str]:
+    """The data connection that is set, if the last run used it beside the embedded registry.
+
+    Its credentials are not kept, so a later command has it only while the variables are set.
+    """
+    note = home / GIVEN_STORE
+    endpoint = os.environ.get("AWS_S3_ENDPOINT")
+    if not endpoint or not note.is_file() or note.read_text(encoding="utf-8") != endpoint:
+        return {}
+    return {name: os.environ[name] for name in CONNECTION if os.environ.get(name)}
+
+
+def _note_given_store(home: Path, instead: Mapping[str, str]) -> None:
+    note = home / GIVEN_STORE
+    if "AWS_S3_ENDPOINT" in instead and "NUDGE_REGISTRY_URL" not in instead:
+        note.write_text(instead["AWS_S3_ENDPOINT"], encoding="utf-8")
+    elif "AWS_S3_ENDPOINT" not in instead:
+        note.unlink(missing_ok=True)
+
+
+def has_store(home: Path) -> bool:
+    """Whether an object store was ever started below this home."""
+    return (home / STORE).is_dir()
 
 
 def resting(home: Path) -> list[str]:
@@ -330,7 +363,7 @@ def _start_registry(home: Path, asked: int) -> processes.Record:
         REGISTRY,
         [*command, "--host", "127.0.0.1", "--port", str(port)],
         address=address,
-        ready=lambda: processes.answers(f"{address}/health"),
+        ready=lambda: processes.answers(f"{address}/readyz/health"),
         timeout_s=START_TIMEOUT_S,
     )
 

@@ -1,11 +1,12 @@
 """``python -m nudge.pipelines.local.registry --database FILE --port PORT --token-file FILE``."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 import uvicorn
 from nudge.components.common.guard import Guard
-from nudge.pipelines.local.registry.app import create_app
+from nudge.pipelines.local.registry.app import VERSIONS, create_app
 
 
 @click.command()
@@ -13,9 +14,32 @@ from nudge.pipelines.local.registry.app import create_app
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=int, required=True)
 @click.option("--token-file", type=click.Path(path_type=Path, exists=True), required=True)
-def main(database: Path, host: str, port: int, token_file: Path) -> None:
+@click.option(
+    "--collation",
+    type=click.Choice(["postgresql", "mariadb"]),
+    default="postgresql",
+    show_default=True,
+    help="The database whose rules for names apply; MariaDB ignores case and accents.",
+)
+@click.option(
+    "--api",
+    "versions",
+    type=click.Choice(VERSIONS),
+    multiple=True,
+    default=VERSIONS,
+    show_default=True,
+    help="An API version to serve; may be given more than once.",
+)
+def main(
+    database: Path,
+    host: str,
+    port: int,
+    token_file: Path,
+    collation: Any,
+    versions: tuple[str, ...],
+) -> None:
     """Serve the Model Registry API over a SQLite file to whoever has the token."""
-    app = Guard(create_app(database), token_file.read_text(encoding="utf-8"))
+    app = Guard(create_app(database, collation, versions), token_file.read_text(encoding="utf-8"))
     uvicorn.run(app, host=host, port=port, log_level="warning")
 
 

@@ -1,39 +1,101 @@
-"""The registry's HTTP API: v1alpha3, and the same under v1."""
+"""The registry's HTTP API as the real server answers: v1alpha3, and the same under v1.
+
+It has what nudge and the registry's unmodified client use. Every answer follows a recording of the
+real server; filter queries are refused.
+"""
 
 import base64
-import json
 import re
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse
-from nudge.pipelines.local.registry import filters, kinds
-from nudge.pipelines.local.registry.kinds import ARTIFACT_KINDS, KINDS, BadBody, Kind, checked
-from nudge.pipelines.local.registry.store import ORDERS, Conflict, Store
+from nudge.pipelines.local.registry import bodies
+from nudge.pipelines.local.registry.bodies import (
+    ARTIFACT_KINDS,
+    KINDS,
+    MODEL_VERSION,
+    REGISTERED_MODEL,
+    BadBody,
+    Kind,
+    decode,
+    parse_id,
+)
+from nudge.pipelines.local.registry.store import Collation, Conflict, Store, TooLong
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
-PREFIXES = ("/api/model_registry/v1alpha3", "/api/model_registry/v1")
+API = "/api/model_registry"
+VERSIONS = ("v1alpha3", "v1")
 DEFAULT_PAGE, LARGEST_PAGE = 100, 1000
-ID = re.compile(r"^[1-9][0-9]{0,8}$")
-HISTORY = "metric-history"
-SERVE = "serve_model"
+MODEL_ARTIFACT = ("model-artifact",)
+CODES = {
+    400: "Bad Request",
+    404: "Not Found",
+    409: "Conflict",
+    422: "Bad Request",
+    500: "Internal Server Error",
+}
+
+Handler = Callable[[Request], Awaitable[Response]]
 
 
-def create_app(database: Path) -> FastAPI:
-    """The application over a database file, which is made if it is not there."""
-    app = FastAPI(title="Model Registry", openapi_url=None)
-    api = Api(Store(database))
-    for prefix in PREFIXES:
-        app.include_router(api.router(), prefix=prefix)
-    app.add_api_route("/health", lambda: {"status": "ok"})
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(BadBody, _bad_body)
-    app.add_exception_handler(Conflict, _conflict)
-    app.add_exception_handler(filters.BadFilter, lambda _, error: _error(400, str(error)))
+def create_app(
+    database: Path,
+    collation: Collation = "postgresql",
+    versions: Iterable[str] = VERSIONS,
+) -> Starlette:
+    """The application over a database file, which is made if it is not there.
+
+    ``collation`` is that of the database whose rules names follow; ``versions`` are the API
+    versions that are served.
+    """
+    api = Api(Store(database, collation))
+    routes = [
+        Route(f"{API}/{version}{path}", _Methods(handlers))
+        for version in versions
+        for path, handlers in api.routes().items()
+    ]
+    routes += [Route(f"/readyz/{name}", _Methods({"GET": _ok})) for name in ("health", "isDirty")]
+    app = Starlette(
+        routes=routes,
+        exception_handlers={
+            HTTPException: _router_error,
+            BadBody: _bad_body,
+            TooLong: _too_long,
+        },
+    )
+    app.router.redirect_slashes = False
     return app
+
+
+class _Methods:
+    """The handlers of one path by method; any other is answered like the server's router."""
+
+    def __init__(self, handlers: Mapping[str, Handler]) -> None:
+        self._handlers = handlers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        handler = self._handlers.get(request.method)
+        if handler is None:
+            allowed = list(self._handlers)[-1]
+            answer = Response(status_code=405, headers={"Allow": allowed})
+        else:
+            answer = await handler(request)
+        await answer(scope, receive, send)
+
+
+class NotFound(BadBody):
+    """There is no such entity."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"{message}: not found", 404)
 
 
 class Api:
@@ -42,332 +104,248 @@ class Api:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def router(self) -> APIRouter:
-        """Every route, without a prefix."""
-        router = APIRouter()
+    def routes(self) -> dict[str, dict[str, Handler]]:
+        """Every path below a version's prefix, with its handlers by method."""
+        routes: dict[str, dict[str, Handler]] = {}
+        for kind in KINDS:
+            routes |= self._of_kind(kind)
+        routes["/registered_models/{id}/versions"] = self._versions_of()
+        routes["/model_versions/{id}/artifacts"] = self._artifacts_of()
+        routes |= self._of_artifacts("artifact", "artifacts", ARTIFACT_KINDS)
+        routes |= self._of_artifacts("model_artifact", "model_artifacts", MODEL_ARTIFACT)
+        return routes
 
-        def add(method: str, path: str, handler: Callable[..., Any]) -> None:
-            router.add_api_route(path, handler, methods=[method], response_model=None)
+    def _of_kind(self, kind: Kind) -> dict[str, dict[str, Handler]]:
+        async def create(request: Request) -> Response:
+            return self._create(kind, bodies.created(kind, decode(await request.body())))
 
-        add("GET", "/experiment_runs/metric_history", self.all_history)
-        for kind in KINDS.values():
-            self._add_kind(add, kind)
-        for parent, children in (
-            ("registered_models", "model_versions"),
-            ("serving_environments", "inference_services"),
-            ("experiments", "experiment_runs"),
-        ):
-            self._add_nested(add, KINDS[parent], KINDS[children])
-        for parent in ("model_versions", "experiment_runs"):
-            self._add_artifacts_of(add, KINDS[parent])
-        self._add_artifacts(add, "artifact", "artifacts", ARTIFACT_KINDS)
-        self._add_artifacts(add, "model_artifact", "model_artifacts", ("model-artifact",))
-        add("GET", "/experiment_runs/{id}/metric_history", self.history)
-        add("GET", "/inference_services/{id}/model", self.served_model)
-        add("GET", "/inference_services/{id}/version", self.served_version)
-        add("GET", "/inference_services/{id}/serves", self.serves)
-        add("POST", "/inference_services/{id}/serves", self.serve)
-        return router
+        async def update(request: Request) -> Response:
+            changes = bodies.updated(kind, decode(await request.body()))
+            found = self._get((kind.plural,), kind.title, request)
+            return self._change(kind.title, found, changes)
 
-    def _add_kind(self, add: Callable[..., None], kind: Kind) -> None:
-        status = 200 if kind.plural == "inference_services" else 201
-
-        async def create(request: Request) -> JSONResponse:
-            body = checked(kind.create, await _json(request))
-            return JSONResponse(self._create(kind, body), status)
-
-        async def update(id: str, request: Request) -> JSONResponse:
-            entity = self._get((kind.plural,), id)
-            changes = checked(kind.update, await _json(request), partial=True)
-            return JSONResponse(self._store.update(int(entity["id"]), changes))
-
-        async def every(request: Request) -> JSONResponse:
+        async def every(request: Request) -> Response:
             return self._list((kind.plural,), request)
 
-        async def find(request: Request) -> JSONResponse:
-            return JSONResponse(self._find((kind.plural,), request, bool(kind.parent)))
+        async def find(request: Request) -> Response:
+            return self._find((kind.plural,), kind.title, request, bool(kind.parent_field))
 
-        async def one(id: str) -> JSONResponse:
-            return JSONResponse(self._get((kind.plural,), id))
+        async def one(request: Request) -> Response:
+            return JSONResponse(self._get((kind.plural,), kind.title, request))
 
-        add("POST", f"/{kind.plural}", create)
-        add("GET", f"/{kind.plural}", every)
-        add("GET", f"/{kind.name}", find)
-        add("GET", f"/{kind.plural}/{{id}}", one)
-        add("PATCH", f"/{kind.plural}/{{id}}", update)
+        return {
+            f"/{kind.name}": {"GET": find},
+            f"/{kind.plural}": {"GET": every, "POST": create},
+            f"/{kind.plural}/{{id}}": {"GET": one, "PATCH": update},
+        }
 
-    def _add_nested(self, add: Callable[..., None], parent: Kind, child: Kind) -> None:
-        path = "versions" if child.plural == "model_versions" else child.plural
+    def _versions_of(self) -> dict[str, Handler]:
+        async def create(request: Request) -> Response:
+            body = bodies.created(MODEL_VERSION, decode(await request.body()))
+            parent = parse_id(request.path_params["id"], "invalid registered model ID")
+            return self._create(MODEL_VERSION, {**body, "registeredModelId": str(parent)})
 
-        async def create(id: str, request: Request) -> JSONResponse:
-            self._get((parent.plural,), id)
-            data = await _json(request)
-            if isinstance(data, dict):
-                data = {**data, child.parent_field: id}
-            return JSONResponse(self._create(child, checked(child.create, data)), 201)
+        async def every(request: Request) -> Response:
+            parent = parse_id(request.path_params["id"], "invalid registered model ID")
+            return self._list((MODEL_VERSION.plural,), request, parent)
 
-        async def every(id: str, request: Request) -> JSONResponse:
-            self._get((parent.plural,), id)
-            return self._list((child.plural,), request, int(id))
+        return {"GET": every, "POST": create}
 
-        add("POST", f"/{parent.plural}/{{id}}/{path}", create)
-        add("GET", f"/{parent.plural}/{{id}}/{path}", every)
-
-    def _add_artifacts_of(self, add: Callable[..., None], parent: Kind) -> None:
-        async def upsert(id: str, request: Request) -> JSONResponse:
-            self._get((parent.plural,), id)
-            data = await _json(request)
-            artifact, model, _ = kinds.artifact_models(data)
-            body = checked(model, data)
-            found = None
-            if given := data.get("id"):
-                found = self._get(ARTIFACT_KINDS, str(given))
-            elif parent.plural == "experiment_runs" and body.get("name"):
-                # A run's metrics and parameters are written again under the same name.
-                name = body["name"]
-                found = self._store.find((artifact,), name=name, external_id=None, parent=int(id))
+    def _artifacts_of(self) -> dict[str, Handler]:
+        async def upsert(request: Request) -> Response:
+            data = decode(await request.body())
+            body = bodies.artifact(data, ARTIFACT_KINDS)
+            version = self._get((MODEL_VERSION.plural,), MODEL_VERSION.title, request)
+            kind = body["artifactType"]
+            if not (given := data.get("id")):
+                return self._create_artifact(kind, int(version["id"]), body)
+            found = self._store.get((kind,), parse_id(given, "invalid artifact ID"))
             if found is None:
-                made, status = self._create_artifact(artifact, int(id), body), 201
-            else:
-                _same_type(found, artifact)
-                made, status = self._store.update(int(found["id"]), {**body, **_named(found)}), 200
-            if artifact == "metric" and parent.plural == "experiment_runs":
-                self._store.create(HISTORY, int(id), {**body, "name": None, "metric": made["name"]})
-            return JSONResponse(made, status)
+                title = kind.replace("-", " ")
+                raise BadBody(
+                    f"mismatched types, artifact with id {given} is not a {title}: bad request"
+                )
+            return self._change(kind, found, {**body, "name": found["name"]})
 
-        async def every(id: str, request: Request) -> JSONResponse:
-            self._get((parent.plural,), id)
-            return self._list(_asked_types(request, ARTIFACT_KINDS), request, int(id))
+        async def every(request: Request) -> Response:
+            parent = parse_id(request.path_params["id"], "invalid model version ID")
+            return self._list(_asked_types(request), request, parent)
 
-        add("POST", f"/{parent.plural}/{{id}}/artifacts", upsert)
-        add("GET", f"/{parent.plural}/{{id}}/artifacts", every)
+        return {"GET": every, "POST": upsert}
 
-    def _add_artifacts(
-        self, add: Callable[..., None], single: str, plural: str, types: tuple[str, ...]
-    ) -> None:
-        async def create(request: Request) -> JSONResponse:
-            data = await _json(request)
-            if isinstance(data, dict) and len(types) == 1:
-                data = {"artifactType": types[0], **data}
-            artifact, model, _ = kinds.artifact_models(data)
-            if artifact not in types:
-                raise BadBody(f"artifactType {artifact!r}: expected {types[0]}")
-            return JSONResponse(self._create_artifact(artifact, 0, checked(model, data)), 201)
+    def _of_artifacts(
+        self, single: str, plural: str, types: tuple[str, ...]
+    ) -> dict[str, dict[str, Handler]]:
+        async def create(request: Request) -> Response:
+            body = bodies.artifact(decode(await request.body()), types)
+            return self._create_artifact(body["artifactType"], 0, body)
 
-        async def update(id: str, request: Request) -> JSONResponse:
-            found = self._get(types, id)
-            data = await _json(request)
-            if isinstance(data, dict):
-                data = {"artifactType": found["artifactType"], **data}
-            artifact, _, model = kinds.artifact_models(data)
-            _same_type(found, artifact)
-            changes = checked(model, data, partial=True)
-            return JSONResponse(self._store.update(int(id), changes))
+        async def update(request: Request) -> Response:
+            data = decode(await request.body())
+            found = self._get(types, single.replace("_", " "), request)
+            kind = found["artifactType"]
+            given = data.get("artifactType") if isinstance(data, dict) else None
+            if given != kind and not (given is None and len(types) == 1):
+                raise BadBody(
+                    f"cannot change artifact type from '{kind}' to '{given or 'unknown'}': artifact"
+                    " type is immutable"
+                )
+            return self._change(kind, found, bodies.artifact(data, (kind,), update=True))
 
-        async def every(request: Request) -> JSONResponse:
+        async def every(request: Request) -> Response:
             return self._list(_asked_types(request, types), request)
 
-        async def find(request: Request) -> JSONResponse:
-            return JSONResponse(self._find(types, request, True))
+        async def find(request: Request) -> Response:
+            return self._find(types, single.replace("_", " "), request, True)
 
-        async def one(id: str) -> JSONResponse:
-            return JSONResponse(self._get(types, id))
+        async def one(request: Request) -> Response:
+            return JSONResponse(self._get(types, single.replace("_", " "), request))
 
-        add("POST", f"/{plural}", create)
-        add("GET", f"/{plural}", every)
-        add("GET", f"/{single}", find)
-        add("GET", f"/{plural}/{{id}}", one)
-        add("PATCH", f"/{plural}/{{id}}", update)
+        return {
+            f"/{single}": {"GET": find},
+            f"/{plural}": {"GET": every, "POST": create},
+            f"/{plural}/{{id}}": {"GET": one, "PATCH": update},
+        }
 
-    async def all_history(self, request: Request) -> JSONResponse:
-        """The metric history of every run."""
-        return self._history(request, None)
+    def _create(self, kind: Kind, body: dict[str, Any]) -> Response:
+        parent = int(body[kind.parent_field]) if kind.parent_field else 0
+        # The server looks for no other parent.
+        served = kind.plural == "inference_services"
+        if served and self._store.get(("serving_environments",), parent) is None:
+            raise NotFound(f"no serving environment found for id {parent}")
+        body = {**body, "name": body.get("name") or str(uuid.uuid4())}
+        return self._made(kind.title, kind.plural, parent, body)
 
-    async def history(self, id: str, request: Request) -> JSONResponse:
-        """Every value that a metric of a run had."""
-        self._get(("experiment_runs",), id)
-        return self._history(request, int(id))
+    def _create_artifact(self, kind: str, parent: int, body: dict[str, Any]) -> Response:
+        body = {**body, "name": body.get("name") or str(uuid.uuid4())}
+        return self._made(kind.replace("-", " "), kind, parent, body)
 
-    async def served_model(self, id: str) -> JSONResponse:
-        """The registered model of an inference service."""
-        service = self._get(("inference_services",), id)
-        return JSONResponse(self._get(("registered_models",), service["registeredModelId"]))
+    def _made(self, title: str, kind: str, parent: int, body: dict[str, Any]) -> Response:
+        try:
+            return JSONResponse(self._store.create(kind, parent, body), 201)
+        except Conflict as conflict:
+            return _exists(title, conflict)
 
-    async def served_version(self, id: str) -> JSONResponse:
-        """The version that an inference service names, or the model's latest."""
-        service = self._get(("inference_services",), id)
-        if given := service.get("modelVersionId"):
-            return JSONResponse(self._get(("model_versions",), given))
-        parent = int(service["registeredModelId"])
-        versions = list(self._store.children(("model_versions",), parent))
-        if not versions:
-            raise HTTPException(404, f"registered model {parent} has no version")
-        return JSONResponse(versions[-1])
+    def _change(self, title: str, found: dict[str, Any], changes: dict[str, Any]) -> Response:
+        try:
+            return JSONResponse(self._store.update(int(found["id"]), changes))
+        except Conflict as conflict:
+            return _exists(title, conflict)
 
-    async def serves(self, id: str, request: Request) -> JSONResponse:
-        """What an inference service has served."""
-        self._get(("inference_services",), id)
-        return self._list((SERVE,), request, int(id))
-
-    async def serve(self, id: str, request: Request) -> JSONResponse:
-        """Note that an inference service serves a version."""
-        import mr_openapi
-
-        self._get(("inference_services",), id)
-        body = checked(mr_openapi.ServeModelCreate, await _json(request))
-        self._must_exist(("model_versions",), body["modelVersionId"], "modelVersionId")
-        body.setdefault("name", str(uuid.uuid4()))
-        return JSONResponse(self._store.create(SERVE, int(id), body), 201)
-
-    def _create(self, kind: Kind, body: dict[str, Any]) -> dict[str, Any]:
-        parent = 0
-        if kind.parent:
-            self._must_exist((kind.parent,), body[kind.parent_field], kind.parent_field)
-            parent = int(body[kind.parent_field])
-        if kind.plural == "inference_services":
-            self._must_exist(("registered_models",), body["registeredModelId"], "registeredModelId")
-            if given := body.get("modelVersionId"):
-                self._must_exist(("model_versions",), given, "modelVersionId")
-        if not body.get("name"):
-            body["name"] = str(uuid.uuid4())
-        return self._store.create(kind.plural, parent, body)
-
-    def _create_artifact(self, kind: str, parent: int, body: dict[str, Any]) -> dict[str, Any]:
-        if not body.get("name"):
-            body["name"] = str(uuid.uuid4())
-        return self._store.create(kind, parent, body)
-
-    def _must_exist(self, types: tuple[str, ...], given: str, field: str) -> None:
-        if not ID.match(given) or self._store.get(types, int(given)) is None:
-            raise BadBody(f"{field} {given!r}: there is no such entity")
-
-    def _get(self, types: tuple[str, ...], given: str) -> dict[str, Any]:
-        found = self._store.get(types, int(given)) if ID.match(given) else None
+    def _get(self, types: tuple[str, ...], title: str, request: Request) -> dict[str, Any]:
+        given = request.path_params["id"]
+        found = self._store.get(types, parse_id(given, f"invalid {title} ID"))
         if found is None:
-            raise HTTPException(404, f"no {types[0]} with id {given!r}")
+            raise NotFound(f"no {title} found for id {given}")
         return found
 
-    def _find(self, types: tuple[str, ...], request: Request, needs_parent: bool) -> dict[str, Any]:
+    def _find(
+        self, types: tuple[str, ...], title: str, request: Request, needs_parent: bool
+    ) -> Response:
         asked = request.query_params
-        name, external_id = asked.get("name"), asked.get("externalId")
-        parent = asked.get("parentResourceId") or "0"
-        complete = external_id or (name and (parent != "0" or not needs_parent))
-        if parent != "0" and not ID.match(parent):
-            raise HTTPException(400, f"parentResourceId {parent!r} is not an id")
-        if not complete:
-            if needs_parent:
-                raise HTTPException(400, "give externalId, or name and parentResourceId")
-            raise HTTPException(404, "give name or externalId")
-        found = self._store.find(types, name=name, external_id=external_id, parent=int(parent))
-        if found is None:
-            raise HTTPException(404, f"no {types[0]} {name or external_id!r}")
-        return found
-
-    def _history(self, request: Request, run: int | None) -> JSONResponse:
-        items: Iterable[dict[str, Any]] = self._store.children((HISTORY,), run)
-        wanted, steps = request.query_params.get("name"), request.query_params.get("stepIds")
-        chosen = set(steps.split(",")) if steps else None
-        rows = [
-            {**{k: v for k, v in item.items() if k != "metric"}, "name": item["metric"]}
-            for item in items
-            if (not wanted or item["metric"] == wanted)
-            and (chosen is None or str(item.get("step")) in chosen)
-        ]
-        return _page(rows, request)
+        name, external_id = asked.get("name", ""), asked.get("externalId", "")
+        parent = asked.get("parentResourceId", "")
+        for field, value in (("name", name), ("externalId", external_id)):
+            if "\0" in value:
+                raise BadBody(
+                    f"Invalid {field} query parameter: contains null bytes which are not allowed"
+                )
+        parent_id = parse_id(parent, f"invalid {REGISTERED_MODEL.title} ID") if parent else 0
+        if not external_id and not (name and (parent or not needs_parent)):
+            named = "(name and parentResourceId)," if needs_parent else "name"
+            raise BadBody(
+                f"invalid parameters call, supply either {named} or externalId: bad request"
+            )
+        found = self._store.find(types, name=name, external_id=external_id, parent=parent_id)
+        if len(found) != 1:
+            how_many = "multiple" if found else "no"
+            raise NotFound(f"{how_many} {title}s found for name={name}, externalId={external_id}")
+        return JSONResponse(found[0])
 
     def _list(
         self, types: tuple[str, ...], request: Request, parent: int | None = None
-    ) -> JSONResponse:
-        asked = request.query_params
+    ) -> Response:
         rows: Iterable[dict[str, Any]] = self._store.children(types, parent)
-        for field in ("name", "externalId"):
-            if parent is not None and (wanted := asked.get(field)):
-                rows = [row for row in rows if row.get(field) == wanted]
+        if parent is not None and (name := request.query_params.get("name")):
+            rows = [row for row in rows if self._store.matches(name, row["name"])]
         return _page(rows, request)
 
 
-def _page(rows: Iterable[dict[str, Any]], request: Request) -> JSONResponse:
-    """One page of rows, filtered and ordered as the request asks."""
+def _page(rows: Iterable[dict[str, Any]], request: Request) -> Response:
+    """One page of rows, ordered as the request asks."""
     asked = request.query_params
-    if query := asked.get("filterQuery", "").strip():
-        test = filters.parse(query)
-        rows = [row for row in rows if test(row)]
-    order, direction = asked.get("orderBy") or "ID", asked.get("sortOrder") or "ASC"
-    if order not in ORDERS or direction not in ("ASC", "DESC"):
-        raise HTTPException(400, f"orderBy {order!r} {direction!r}: expected {', '.join(ORDERS)}")
-    field = {"created": "createTimeSinceEpoch", "updated": "lastUpdateTimeSinceEpoch"}
-    size_text = asked.get("pageSize") or str(DEFAULT_PAGE)
-    if not ID.match(size_text):
-        raise HTTPException(400, f"pageSize {size_text!r}: expected a whole number from 1 on")
-    size = min(int(size_text), LARGEST_PAGE)
+    if asked.get("filterQuery", "").strip():
+        raise BadBody("filterQuery is not supported by the embedded registry")
+    given = parse_id(asked.get("pageSize") or "0", "invalid numeric string")
+    size = min(given, LARGEST_PAGE) if given > 0 else DEFAULT_PAGE
+    field = {
+        "CREATE_TIME": "createTimeSinceEpoch",
+        "LAST_UPDATE_TIME": "lastUpdateTimeSinceEpoch",
+    }.get(asked.get("orderBy", ""), "id")
+    backwards = asked.get("sortOrder") == "DESC"
 
     def key(row: dict[str, Any]) -> tuple[int, int]:
-        return int(row[field.get(ORDERS[order], "id")]), int(row["id"])
+        return int(row[field]), int(row["id"])
 
-    ordered = sorted(rows, key=key, reverse=direction == "DESC")
+    ordered = sorted(rows, key=key, reverse=backwards)
     if token := asked.get("nextPageToken"):
         last = _from_token(token)
-        ordered = [r for r in ordered if (key(r) < last if direction == "DESC" else key(r) > last)]
+        ordered = [row for row in ordered if (key(row) < last if backwards else key(row) > last)]
     shown = ordered[:size]
     following = _to_token(key(shown[-1])) if len(ordered) > size else ""
-    body = {"items": shown, "size": len(shown), "pageSize": size, "nextPageToken": following}
+    body = {"items": shown, "size": len(shown), "pageSize": given, "nextPageToken": following}
     return JSONResponse(body)
 
 
 def _to_token(key: tuple[int, int]) -> str:
-    return base64.urlsafe_b64encode(json.dumps(key).encode()).decode()
+    return base64.b64encode("{1}:{0}".format(*key).encode()).decode()
 
 
 def _from_token(token: str) -> tuple[int, int]:
     try:
-        first, second = json.loads(base64.urlsafe_b64decode(token.encode()))
-        return int(first), int(second)
-    except (ValueError, TypeError):
-        raise HTTPException(400, "nextPageToken is none that this server gave") from None
+        text = base64.b64decode(token, validate=True).decode()
+    except ValueError:
+        raise BadBody("invalid nextPageToken: illegal base64 data: bad request") from None
+    match = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", text)
+    if match is None:
+        raise BadBody("invalid nextPageToken: it is none that this server gave: bad request")
+    return int(match[2]), int(match[1])
 
 
-def _asked_types(request: Request, types: tuple[str, ...]) -> tuple[str, ...]:
+def _asked_types(request: Request, types: tuple[str, ...] = ARTIFACT_KINDS) -> tuple[str, ...]:
     asked = request.query_params.get("artifactType")
     if not asked:
         return types
     if asked not in ARTIFACT_KINDS:
-        raise HTTPException(400, f"artifactType {asked!r}: expected {', '.join(ARTIFACT_KINDS)}")
+        raise BadBody(f"invalid artifact type {asked}: bad request")
     return (asked,) if asked in types else ()
 
 
-def _same_type(found: dict[str, Any], artifact: str) -> None:
-    if found["artifactType"] != artifact:
-        raise BadBody(f"artifactType is {found['artifactType']} and cannot be {artifact}")
+def _error(status: int, message: str) -> Response:
+    return JSONResponse({"code": CODES[status], "message": message}, status)
 
 
-def _named(found: dict[str, Any]) -> dict[str, Any]:
-    return {"name": found["name"]}
+def _exists(title: str, conflict: Conflict) -> Response:
+    return _error(409, f"{title} with name {conflict} already exists: conflict")
 
 
-async def _json(request: Request) -> Any:
-    try:
-        return json.loads(await request.body())
-    except (ValueError, RecursionError):
-        raise BadBody("the body is not valid JSON") from None
+async def _ok(_: Request) -> Response:
+    return PlainTextResponse("OK")
 
 
-def _error(status: int, message: str) -> JSONResponse:
-    return JSONResponse({"code": str(status), "message": message}, status)
-
-
-async def _http_error(_: Request, error: Exception) -> JSONResponse:
+async def _router_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _error(error.status_code, str(error.detail))
+    return PlainTextResponse(f"{error.status_code} page not found\n", error.status_code)
 
 
-async def _conflict(request: Request, error: Exception) -> JSONResponse:
-    # The API's description has no 409 for a change, only for what is made.
-    return _error(400 if request.method == "PATCH" else 409, str(error))
-
-
-async def _bad_body(request: Request, error: Exception) -> JSONResponse:
+async def _bad_body(_: Request, error: Exception) -> Response:
     assert isinstance(error, BadBody)
-    # Only these two say in the API's description that what is missing is "unprocessable".
-    unprocessable = request.url.path.endswith(("/model_versions", "/experiment_runs"))
-    nested = re.search(r"/experiments/\d+/", request.url.path)
-    return _error(422 if error.missing and unprocessable and not nested else 400, str(error))
+    return _error(error.status, str(error))
+
+
+async def _too_long(_: Request, error: Exception) -> Response:
+    return _error(
+        500,
+        f"error saving {error}: ERROR: value too long for type character varying(255) "
+        "(SQLSTATE 22001)",
+    )

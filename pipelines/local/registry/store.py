@@ -1,4 +1,8 @@
-"""Entities of the registry in one SQLite file: one table, and constraints that hold under races."""
+"""Entities of the registry in one SQLite file, found and kept unique as the real databases do.
+
+One table, and constraints that hold under races. PostgreSQL compares names exactly; MariaDB ignores
+case, accents and trailing blanks. Lookups by name are SQL LIKE on both.
+"""
 
 import json
 import sqlite3
@@ -6,7 +10,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from nudge.components.common.registry_names import fold, like
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS entity (
@@ -23,52 +29,66 @@ CREATE TABLE IF NOT EXISTS entity (
 );
 CREATE INDEX IF NOT EXISTS entity_by_parent ON entity (kind, parent);
 """
-ORDERS = {"ID": "id", "CREATE_TIME": "created", "LAST_UPDATE_TIME": "updated"}
 COLUMNS = "id, kind, parent, body, created, updated"
+LONGEST = 255
+"""Characters of a name, which the server stores behind its parent's id and a colon."""
+
+Collation = Literal["postgresql", "mariadb"]
 
 
 class Conflict(Exception):
     """An entity of this kind with this name or external id is there already."""
 
 
+class TooLong(Exception):
+    """A value that does not fit into its column."""
+
+
 class Store:
     """The entities; every change is durable when its method returns (WAL, synchronous)."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, collation: Collation = "postgresql") -> None:
         self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._database.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + SCHEMA)
         self._lock = threading.Lock()
+        self._exact = collation == "postgresql"
 
     def create(self, kind: str, parent: int, body: dict[str, Any]) -> dict[str, Any]:
-        """Add an entity; raises `Conflict`."""
+        """Add an entity; raises `Conflict` and `TooLong`."""
         now = _now()
-        names = (body.get("name"), body.get("externalId") or None)
+        body = self._distinct(body)
+        names = (body.get("name"), body.get("externalId"))
+        stored = f"{parent}:{names[0]}" if parent else names[0] or ""
+        _check_length([stored, names[1] or "", *body.get("customProperties", {})])
         with self._lock:
+            if self._taken(kind, parent, names[0]):
+                raise Conflict(names[0])
             try:
                 made = self._database.execute(
                     "INSERT INTO entity (kind, parent, name, external_id, body, created, updated)"
                     " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    (kind, parent, *names, json.dumps(body), now, now),
+                    (kind, parent, *names, json.dumps(body, allow_nan=False), now, now),
                 )
             except sqlite3.IntegrityError:
-                raise Conflict(f"{kind} {names[0] or names[1]!r} already exists") from None
+                raise Conflict(names[0]) from None
         return _entity((made.lastrowid, kind, parent, json.dumps(body), now, now))
 
     def update(self, entity_id: int, changes: dict[str, Any]) -> dict[str, Any]:
-        """Replace the fields that ``changes`` holds; raises `Conflict`."""
+        """Replace the fields that ``changes`` holds; raises `Conflict` and `TooLong`."""
+        _check_length([changes.get("externalId") or "", *changes.get("customProperties", {})])
         with self._lock:
             row = self._row(entity_id)
             assert row is not None
-            body = {**json.loads(row[3]), **changes}
+            body = self._distinct({**_body(row[3]), **changes})
             # A clock of milliseconds may not have moved since the last change.
             now = max(_now(), row[5] + 1)
             try:
                 self._database.execute(
                     "UPDATE entity SET body = ?, external_id = ?, updated = ? WHERE id = ?",
-                    (json.dumps(body), body.get("externalId") or None, now, entity_id),
+                    (json.dumps(body, allow_nan=False), body.get("externalId"), now, entity_id),
                 )
             except sqlite3.IntegrityError:
-                raise Conflict(f"external id {body.get('externalId')!r} already exists") from None
+                raise Conflict(body.get("name")) from None
         return _entity((*row[:3], json.dumps(body), row[4], now))
 
     def get(self, kinds: tuple[str, ...], entity_id: int) -> dict[str, Any] | None:
@@ -78,15 +98,20 @@ class Store:
 
     def find(
         self, kinds: tuple[str, ...], *, name: str | None, external_id: str | None, parent: int
-    ) -> dict[str, Any] | None:
-        """An entity by external id, or by name and parent."""
-        asked = "external_id = ?" if external_id else "name = ? AND parent = ?"
-        values: tuple[Any, ...] = (external_id,) if external_id else (name, parent)
-        row = self._database.execute(
-            f"SELECT {COLUMNS} FROM entity WHERE {asked} AND kind IN ({_marks(kinds)})",
+    ) -> list[dict[str, Any]]:
+        """The entities that a lookup by name and parent, or else by external id, matches."""
+        if not name:
+            where, values = "external_id = ?", (external_id,)
+        elif self._exact and not set(name) & set("_%\\"):
+            where, values = "parent = ? AND name = ?", (parent, name)  # type: ignore[assignment]
+        else:
+            where, values = "parent = ? AND name IS NOT NULL", (parent,)  # type: ignore[assignment]
+        rows = self._database.execute(
+            f"SELECT {COLUMNS}, name FROM entity WHERE {where} AND kind IN ({_marks(kinds)})"
+            " ORDER BY id",
             (*values, *kinds),
-        ).fetchone()
-        return _entity(row) if row else None
+        ).fetchall()
+        return [_entity(row) for row in rows if not name or self.matches(name, row[6])]
 
     def children(self, kinds: tuple[str, ...], parent: int | None) -> Iterator[dict[str, Any]]:
         """Entities of these kinds by id, of one parent if one is given."""
@@ -97,6 +122,31 @@ class Store:
         )
         return map(_entity, rows)
 
+    def _distinct(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A body whose properties have keys that the database tells apart; the last value stays."""
+        if self._exact or not body.get("customProperties"):
+            return body
+        keys: dict[str, str] = {}
+        kept = {
+            keys.setdefault(fold(key).rstrip(" "), key): value
+            for key, value in body["customProperties"].items()
+        }
+        return {**body, "customProperties": kept}
+
+    def matches(self, pattern: str, name: str) -> bool:
+        """Whether the database finds a name by a pattern."""
+        # LIKE does not pad: only unique keys ignore trailing blanks.
+        return like(pattern, name) if self._exact else like(fold(pattern), fold(name))
+
+    def _taken(self, kind: str, parent: int, name: str | None) -> bool:
+        if self._exact or name is None:
+            return False
+        rows = self._database.execute(
+            "SELECT name FROM entity WHERE kind = ? AND parent = ?", (kind, parent)
+        )
+        wanted = fold(name).rstrip(" ")
+        return any(fold(other).rstrip(" ") == wanted for (other,) in rows if other is not None)
+
     def _row(self, entity_id: int) -> Any:
         return self._database.execute(
             f"SELECT {COLUMNS} FROM entity WHERE id = ?", (entity_id,)
@@ -105,11 +155,32 @@ class Store:
 
 def _entity(row: Any) -> dict[str, Any]:
     return {
-        **json.loads(row[3]),
+        "customProperties": {},
+        **_body(row[3]),
         "id": str(row[0]),
         "createTimeSinceEpoch": str(row[4]),
         "lastUpdateTimeSinceEpoch": str(row[5]),
     }
+
+
+def _body(text: str) -> dict[str, Any]:
+    """A stored body; numbers that are not finite, which older releases took, are left out."""
+    constants: list[str] = []
+    body: dict[str, Any] = json.loads(text, parse_constant=constants.append)
+    if constants:
+        held = body.get("customProperties") or {}
+        body["customProperties"] = {key: value for key, value in held.items() if _finite(value)}
+    return body
+
+
+def _finite(value: dict[str, Any]) -> bool:
+    return value.get("double_value", 0) is not None
+
+
+def _check_length(names: list[str]) -> None:
+    for name in names:
+        if len(name) > LONGEST:
+            raise TooLong(f"{name[:20]}...")
 
 
 def _marks(values: tuple[str, ...]) -> str:

@@ -90,6 +90,12 @@ def test_a_registry_that_is_not_there_gives_unknown() -> None:
     assert "does not answer" in found.why
 
 
+def test_a_wrong_path_of_the_registry_gives_unknown(known: FaultyProxy) -> None:
+    found = find_incumbent(MODEL, f"{known.url}/elsewhere")
+    assert found.state == "unknown"
+    assert "is not a Model Registry" in found.why
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_endpoint_that_stays_ill_gives_unknown(
     known: FaultyProxy, endpoint: FaultyProxy, fault: Fault

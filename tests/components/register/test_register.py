@@ -138,10 +138,17 @@ def test_what_an_outage_left_is_finished_by_the_command_that_was_told(
     uri = f"s3://{services.BUCKET}/models/later/v1"
     assert f"safe at {uri}" in str(told.value)
     command = shlex.split(str(told.value).splitlines()[-1])
-    assert command == ["nudge", "register", uri]
+    named = ["--registry-url", "embedded", "--store", "embedded", "--home", str(home)]
+    assert command == ["nudge", "register", uri, *named]
 
     monkeypatch.setattr(registry, "ATTEMPTS_S", 60.0)
-    monkeypatch.delenv("NUDGE_REGISTRY_URL")
+    # Another registry and another folder in this shell change nothing, nor take the record away.
+    monkeypatch.setenv("NUDGE_EMBEDDED", "")
+    monkeypatch.setenv("NUDGE_REGISTRY_URL", "http://127.0.0.1:9")
+    other = CliRunner().invoke(main, command[1:3])
+    assert other.exit_code == 2
+    assert "meant to register" in other.output
+    monkeypatch.setenv("NUDGE_HOME", str(home.parent / "elsewhere"))
     done = CliRunner().invoke(main, command[1:], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "later v1 is registered" in done.output
@@ -181,7 +188,7 @@ def test_an_image_is_registered_and_an_outage_of_the_registry_ended_alike(
         with pytest.raises(UserError, match="does not answer") as failed:
             register(given, uri=uri, **told)
         command = shlex.split(str(failed.value).splitlines()[-1])
-        assert command == ["nudge", "register", uri]
+        assert command[:5] == ["nudge", "register", uri, "--registry-url", "embedded"]
 
         monkeypatch.setattr(registry, "ATTEMPTS_S", 60.0)
         monkeypatch.delenv("NUDGE_REGISTRY_URL")

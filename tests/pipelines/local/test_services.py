@@ -104,7 +104,13 @@ def test_what_is_given_stands_in_the_place_of_a_part(
     registry = environment.pop("NUDGE_REGISTRY_URL")
     token = environment.pop(services.TOKEN_VARIABLE)
     assert Path(token).stat().st_mode & 0o777 == 0o600
-    assert environment == {"NUDGE_HOME": str(home), **connection}
+    embedded = {"NUDGE_HOME": str(home), "NUDGE_EMBEDDED": services.REGISTRY}
+    assert environment == {**embedded, **connection}
+    # A later command finds the same store, as long as the variables are set.
+    assert services.given_store(home) == connection
+    monkeypatch.setenv("AWS_S3_ENDPOINT", "https://another.example.com")
+    assert services.given_store(home) == {}
+    monkeypatch.setenv("AWS_S3_ENDPOINT", connection["AWS_S3_ENDPOINT"])
     assert services.not_used({**environment, "NUDGE_REGISTRY_URL": registry}) == []
     own = {**dict.fromkeys(connection, "own"), "NUDGE_REGISTRY_URL": registry}
     assert services.not_used(own) == list(connection)

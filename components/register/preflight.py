@@ -1,0 +1,56 @@
+"""What a registration will need that is known before training starts, checked then."""
+
+from typing import Any
+
+from nudge.components.common.errors import UserError
+from nudge.components.common.recipe import step_settings
+from nudge.components.common.registry import Unreachable, registry_url, with_registry
+from nudge.components.common.registry_lookup import find_model, find_model_version, list_models
+from nudge.components.common.names import check_name
+from nudge.components.common.registry_names import refuse_confusable
+from nudge.components.common.registry_values import check_sendable
+from nudge.components.register.settings import RegisterSettings
+
+
+def check_registration(recipe: str, version: str = "", *, model_name: str = "") -> None:
+    """Raise `UserError` if the registry could not hold what `register` will write of a recipe.
+
+    Names, texts and numbers are checked; the registry is not asked. What comes out of training is
+    bounded by its type. ``version`` is empty if the run's id names it.
+    """
+    settings = step_settings(RegisterSettings, "register", recipe, model_name=model_name)
+    if version:
+        check_name("the version", version)
+    texts = {
+        "register.author": settings.author,
+        "register.description": settings.description,
+        "register.registry_name": settings.registry_name,
+    }
+    for where, text in texts.items():
+        check_sendable(text, where)
+
+
+def check_registry(url: str, recipe: str, version: str = "") -> None:
+    """Ask the registry whether it could take a new version of a recipe's model.
+
+    ``url`` counts unless the recipe names one. Raises `UserError` if a server there is no registry,
+    or would confuse the model with another one, or has the version. A registry that is down may be
+    up again when a model has been trained: that is left to `register`.
+    """
+    settings = step_settings(RegisterSettings, "register", recipe)
+
+    async def work(client: Any) -> None:
+        model = await find_model(client, settings.model_name)
+        if model is None:
+            existing = [each.name for each in await list_models(client)]
+            refuse_confusable("model", settings.model_name, existing)
+        elif version and await find_model_version(client, model.id, version):
+            raise UserError(
+                f"{settings.model_name} {version} is registered already; give another version"
+            )
+
+    try:
+        with_registry(registry_url(settings.registry_url or url), work, attempts_s=1)
+    except Unreachable as error:
+        if error.permanent:
+            raise

@@ -1,0 +1,43 @@
+"""What register could not write is refused before anything is trained."""
+
+from pathlib import Path
+
+import pytest
+from nudge.components.common.errors import UserError
+from nudge.components.register.preflight import check_registration, check_registry
+from nudge.components.register.register import enter
+
+from tests.components.register.test_names import entry
+from tests.registry_server import registry_server
+
+
+@pytest.mark.parametrize(
+    ("recipe", "version", "said"),
+    [
+        ('model_name: "m "', "", "begins or ends with a blank"),
+        (f"model_name: {'n' * 300}", "", "has 300 characters"),
+        ('{model_name: m, register: {description: "a\\0b"}}', "", "register.description contains"),
+        ("model_name: m", "v\n1", "control character"),
+        ("{model_name: m, register: {registry_url: registry}}", "", "is not the URL"),
+    ],
+)
+def test_what_the_registry_cannot_hold_is_refused(recipe: str, version: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check_registration(recipe, version)
+
+
+def test_names_that_the_registry_would_confuse_are_refused(tmp_path: Path) -> None:
+    with registry_server(tmp_path) as url:
+        enter(url, entry("t1-edge", "v1"))
+        check_registry(url, "model_name: t1-edge")
+        check_registry(url, "model_name: t1-edge", "v2")
+        with pytest.raises(UserError, match="confuse the new model 't1_edge'"):
+            check_registry(url, "model_name: t1_edge")
+        with pytest.raises(UserError, match="t1-edge v1 is registered already"):
+            check_registry(url, "model_name: t1-edge", "v1")
+        with pytest.raises(UserError, match="is not a Model Registry"):
+            check_registry(f"{url}/elsewhere", "model_name: m")
+
+
+def test_a_registry_that_is_down_is_left_to_the_step() -> None:
+    check_registry("http://127.0.0.1:9", "model_name: m")
