@@ -106,7 +106,7 @@ def run(
     else:
         from nudge.pipelines.local import needs
 
-        needs.check(loaded.text)
+        needs.check(loaded.text, given)
     started = services.up(home, instead=services.given() if given else {})
     if unused := services.not_used(started):
         told = f"{', '.join(unused)} {'is' if len(unused) == 1 else 'are'} set and not used"

@@ -101,12 +101,13 @@ class Network:
     def full_state(self) -> dict[str, torch.Tensor]:
         """The model's whole state dict on the CPU of the main rank; every rank must ask."""
         if not self.sharded:
-            return dict(self.model.state_dict())
+            state = self.model.state_dict() if self.ranks.main else {}
+            return {name: tensor.cpu() for name, tensor in state.items()}
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state: dict[str, Any] = get_model_state_dict(self.model, options=options)
-        return state
+        gathered: dict[str, Any] = get_model_state_dict(self.model, options=options)
+        return gathered
 
     def _layers(self) -> list[nn.Module]:
         kinds = set(self.model._no_split_modules or ())
