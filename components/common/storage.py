@@ -105,7 +105,7 @@ def _endpoint() -> str:
     if not given:
         return ""
     endpoint = given.rstrip("/")
-    if "://" not in endpoint:
+    if "://" not in given:
         host = urlsplit(f"//{endpoint}").hostname or ""
         inside = _is_loopback(f"//{endpoint}") or "." not in host.removesuffix(".")
         inside = inside or host.endswith((".svc", ".svc.cluster.local"))

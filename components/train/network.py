@@ -70,6 +70,12 @@ class Network:
         self._shards_again()
         return loss
 
+    def local_loss(self, rows: Rows) -> torch.Tensor:
+        """As `summed_loss`, but ranks of replicas exchange nothing, in backward neither."""
+        with self.precision():
+            loss: torch.Tensor = self._module(_on(rows, self.ranks.device))
+        return loss
+
     @torch.no_grad()
     def probabilities(self, prompt: list[int], target: list[int]) -> torch.Tensor:
         """`probabilities_along` a prompt's and a target's ids; every rank must ask."""

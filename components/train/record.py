@@ -130,7 +130,7 @@ class Tracking:
         try:
             yield
         # Whatever a plugin or a transport of MLflow's raises: none of it is worth a training.
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             self._mlflow = None
             missing = isinstance(error, ModuleNotFoundError) and error.name == "mlflow"
             reason = "mlflow is not installed" if missing else f"{type(error).__name__}: {error}"

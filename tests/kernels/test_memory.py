@@ -164,8 +164,9 @@ def test_every_level_of_onednn_that_this_cpu_has(feature: str) -> None:
     if feature != "sse41" and not known.get(feature):
         pytest.skip(f"this CPU has no {feature}")
     level = FEATURES[feature]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not level"],
+        [*command, "-k", "not level"],
         env={**os.environ, "ONEDNN_MAX_CPU_ISA": level}, capture_output=True, text=True,
         timeout=250,
     )  # fmt: skip

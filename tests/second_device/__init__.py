@@ -1,7 +1,7 @@
-"""A device type of torch, ``second``, in host memory: what runs on it runs on a GPU's device rules.
+"""A device type of torch, ``second``, in host memory, with a GPU's rules about devices.
 
-A tensor left on the CPU beside one on ``second`` raises, as it does beside CUDA's. `load` builds the
-backend with the C++ compiler and registers it; torch holds it until the process ends.
+A tensor left on the CPU beside one on ``second`` raises, as it does beside CUDA's. `load` builds
+the backend with the C++ compiler and registers it; torch holds it until the process ends.
 """
 
 import functools
