@@ -87,13 +87,26 @@ class Result(NamedTuple):
     bias: Tensor | None
 
 
-def scale_of_mean(targets: Tensor, ignore_index: int, class_weight: Tensor | None) -> Tensor:
-    """1 over the number of valid targets, or over the sum of their class weights; no sync."""
+def scale_of_mean(
+    targets: Tensor, ignore_index: int, class_weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """1 over the number of valid targets, and the class weights [V] scaled so that those of the
+    valid targets sum to that number; no sync.
+
+    The cross-entropy is then a mean weighted by class, and z_loss a mean over valid targets, as in
+    Liger-Kernel. Where the class weights of the valid targets sum to 0 the scale is NaN.
+    """
     valid = targets != ignore_index
+    count = valid.sum(dtype=torch.float64)
     if class_weight is None:
-        return valid.sum(dtype=torch.float64).reciprocal()
+        return count.reciprocal(), None
     index = targets.where(valid, 0).clamp(0, len(class_weight) - 1)
-    return class_weight[index].where(valid, 0).sum(dtype=torch.float64).reciprocal()
+    total = class_weight[index].where(valid, 0).sum(dtype=torch.float64)
+    none = total == 0
+    factor = (count / total).masked_fill(none, 1)
+    return count.reciprocal().masked_fill(none, torch.nan), class_weight * factor.to(
+        class_weight.dtype
+    )
 
 
 def result_dtype(hidden: Tensor) -> torch.dtype:
@@ -182,13 +195,16 @@ def _chunks(
     hidden, weight = inputs.hidden, inputs.weight
     n, vocabulary = len(hidden), len(weight)
     compute = options.compute_dtype or weight.dtype
-    table = weight.to(compute)
+    table = _dense(weight.to(compute))
     # Half precision has no fast matrix product on a CPU (26 GFLOP/s beside 321 of bf16).
     upcast = compute == torch.float16 and hidden.device.type == "cpu"
     held = torch.float32 if upcast else compute
     size = options.chunk_rows or rows_of_a_chunk(hidden, vocabulary, held.itemsize)
     size = min(size, max(n, 1))
     buffer = hidden.new_empty(size, row_stride(vocabulary, held.itemsize), dtype=held)
+    # A product may read the padding as well and multiply it by zero: oneDNN on AMX does (its issue
+    # 5717 and its fix 5603), where NaN in memory never written made every gradient NaN.
+    buffer[:, vocabulary:] = 0
     # A temporary of the weight in another dtype is of one block only.
     blocks = list(_blocks(weight, whole=hidden.is_cuda or held.itemsize < 4))
 
@@ -196,7 +212,7 @@ def _chunks(
         """Of each chunk its rows, their part of hidden and, in the buffer, their logits."""
         for first in range(0, n, size):
             rows = slice(first, min(first + size, n))
-            part = hidden[rows].to(held)
+            part = _dense(hidden[rows].to(held))
             logits = buffer[: len(part), :vocabulary]
             for block in blocks:
                 cpu_products.mm(part, table[block].to(held).T, out=logits[:, block])
@@ -213,11 +229,13 @@ def _chunks(
     if class_weight is not None:
         class_weight = class_weight.to(exact).contiguous()
     if mean:
-        row_scale = scale_of_mean(targets, options.ignore_index, class_weight)
+        row_scale, class_weight = scale_of_mean(targets, options.ignore_index, class_weight)
     elif row_scale is None:
         row_scale = hidden.new_ones((), dtype=exact)
     unit = n if mean and compute == torch.float16 and n else 1
     scale = row_scale.to(exact)
+    if mean and class_weight is not None:
+        scale = scale.nan_to_num(0.0)  # the mean is undefined, and its gradients are zero
     scale = (scale if unit == 1 else scale * unit).expand(n)
     losses, lse = hidden.new_empty(n, dtype=exact), hidden.new_empty(n, dtype=exact)
     d_hidden = d_weight = d_bias = None
@@ -254,6 +272,14 @@ def _chunks(
     if d_weight is not None:
         d_weight = d_weight.to(weight.dtype)
     return Result(losses, lse, row_scale, d_hidden, d_weight, d_bias)
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """The matrix [m, k], copied if it is 16-bit, on a CPU and has gaps between its rows: a product
+    may read those gaps, which belong to the caller and may hold anything."""
+    if matrix.device.type != "cpu" or matrix.dtype.itemsize > 2 or matrix.T.is_contiguous():
+        return matrix
+    return matrix.contiguous()
 
 
 def _accumulate_in(weight: Tensor, options: Options, chunks: int, upcast: bool) -> torch.dtype:

@@ -79,12 +79,14 @@ def fused_linear_cross_entropy(
     carries no gradient.
 
     label_smoothing and class_weight [V] mean what they do in `torch.nn.functional.cross_entropy`.
-    z_loss adds z_loss * logsumexp^2 to a row's loss (PaLM, arXiv:2204.02311). logit_softcap c > 0
+    z_loss adds z_loss * logsumexp^2 to a row's loss (PaLM, arXiv:2204.02311); class weights do not
+    weigh it, and its mean is over the valid targets, as in Liger-Kernel. logit_softcap c > 0
     replaces a logit z by c tanh(z / c) (Gemma 2, arXiv:2408.00118). accum_dtype is that of the sum
     of weight's gradient over chunks: by default weight's, but float32 for 16 bits and more than 4
     chunks. chunk_rows is how many rows' logits are held at a time.
 
-    A mean over no valid target is NaN with zero gradients; a sum is 0. A target out of [0, V)
+    A mean over no valid target, or over targets whose class weights sum to 0, is NaN with zero
+    gradients; a sum is 0. A target out of [0, V)
     raises on a CPU; on CUDA, where looking would be a synchronisation, its row's loss and
     gradient are NaN. Gradients are made in forward; for ``"none"`` backward makes the logits again.
     Backward may run more than once under ``retain_graph``; second derivatives are not to be had.

@@ -108,7 +108,7 @@ def run(
     else:
         from nudge.pipelines.local import needs
 
-        needs.check(loaded.text)
+        needs.check(loaded.text, given)
     check_registration(loaded.text)
     started = services.up(home, instead=services.given() if given else {})
     check_registry(started["NUDGE_REGISTRY_URL"], loaded.text)

@@ -1,16 +1,26 @@
-"""The object store of a data connection: its address and keys from the AWS_* variables."""
+"""The object store of a data connection: its address and keys from the AWS_* variables.
 
+`connection` is the one reader of those variables, and `s3_errors` has the one list of what a store
+and its clients raise.
+"""
+
+import base64
 import contextlib
 import fnmatch
 import io
+import ipaddress
 import os
 import random
+import uuid
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import boto3
+import boto3.exceptions
 import botocore.config
 import botocore.exceptions
 import s3transfer.exceptions
@@ -24,9 +34,106 @@ ATTEMPTS = 8
 """How often one request is tried before a store that fails is given up."""
 
 
+@dataclass(frozen=True)
+class Connection:
+    """A data connection; what is not set is empty. Made by `connection`."""
+
+    endpoint: str
+    key: str = field(repr=False)
+    secret: str = field(repr=False)
+    token: str = field(repr=False)
+    region: str
+    bucket: str
+    ca_bundle: str
+
+    def client_options(self) -> dict[str, Any]:
+        """The keyword arguments of a boto3 or aiobotocore client, without its ``config``."""
+        options = {
+            "endpoint_url": self.endpoint,
+            "region_name": self.region or ("us-east-1" if self.endpoint else ""),
+            "verify": self.ca_bundle,
+        }
+        return {name: value for name, value in options.items() if value}
+
+    def config_options(self) -> dict[str, Any]:
+        """The keyword arguments of the ``config`` of such a client."""
+        options: dict[str, Any] = {"retries": {"mode": "standard", "total_max_attempts": ATTEMPTS}}
+        if self.endpoint:
+            options["s3"] = {"addressing_style": "path"}
+        if _is_loopback(self.endpoint):
+            options["proxies"] = {}  # otherwise botocore takes HTTP_PROXY's
+        return options
+
+
+def connection() -> Connection:
+    """The data connection that the AWS_* variables describe.
+
+    Blanks and line breaks around a value are dropped; a Secret made with ``echo`` has one. The
+    endpoint may lack its scheme: then it is http for this machine and for names within a cluster,
+    and https for others. The bucket may be written as ``s3://name`` or ``s3a://name``. Raises
+    `UserError`, which never repeats a key, for what cannot be right.
+    """
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+    key, secret, token = (_value(name) for name in names)
+    ca_bundle = _value("AWS_CA_BUNDLE")
+    if ca_bundle and not Path(ca_bundle).exists():
+        raise UserError(f"AWS_CA_BUNDLE names {ca_bundle}, and there is no such file")
+    region = _value("AWS_DEFAULT_REGION") or _value("AWS_REGION")
+    return Connection(_endpoint(), key, secret, token, region, bucket_name(), ca_bundle)
+
+
+def bucket_name() -> str:
+    """The bucket of the data connection, or "" if AWS_S3_BUCKET is not set."""
+    given = _value("AWS_S3_BUCKET")
+    bucket = given.removeprefix("s3a://").removeprefix("s3://").strip("/")
+    if "/" in bucket or (given and not bucket):
+        raise UserError(f"AWS_S3_BUCKET is {given!r}; expected the name of a bucket alone")
+    return bucket
+
+
+def _value(name: str) -> str:
+    value = os.environ.get(name, "").strip()
+    if any(ord(letter) < 0x20 or ord(letter) == 0x7F for letter in value):
+        raise UserError(
+            f"{name} holds a line break or another control character; store it again without"
+        )
+    return value
+
+
+def _endpoint() -> str:
+    given = _value("AWS_S3_ENDPOINT")
+    if not given:
+        return ""
+    endpoint = given.rstrip("/")
+    if "://" not in given:
+        host = urlsplit(f"//{endpoint}").hostname or ""
+        inside = _is_loopback(f"//{endpoint}") or "." not in host.removesuffix(".")
+        inside = inside or host.endswith((".svc", ".svc.cluster.local"))
+        endpoint = f"{'http' if inside else 'https'}://{endpoint}"
+    parts = urlsplit(endpoint)
+    try:
+        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
+        sound = False
+    if not sound or " " in endpoint or parts.query or parts.username:
+        shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        raise UserError(f"AWS_S3_ENDPOINT is {shown!r}; expected http://host:port or https://host")
+    return endpoint
+
+
+def _is_loopback(endpoint: str) -> bool:
+    host = urlsplit(endpoint).hostname or ""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost" or host.endswith(".localhost")
+
+
 def s3_client() -> Any:
-    """A boto3 client for the data connection; raises `UserError` naming the variables missing."""
-    missing = [key for key in KEYS[:3] if not os.environ.get(key)]
+    """A boto3 client for the data connection; raises `UserError` naming the variables missing, or
+    the one that cannot be right."""
+    given = connection()
+    values = (given.key, given.secret, given.endpoint)
+    missing = [key for key, value in zip(KEYS[:3], values, strict=True) if not value]
     if missing:
         raise UserError(
             f"the data connection is not complete: {', '.join(missing)} not set; attach a "
@@ -35,17 +142,53 @@ def s3_client() -> Any:
     # A session of its own: boto3's shared one keeps the first credentials that it met.
     client = boto3.Session().client(
         "s3",
-        endpoint_url=os.environ["AWS_S3_ENDPOINT"],
-        region_name=os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+        aws_access_key_id=given.key,
+        aws_secret_access_key=given.secret,
+        aws_session_token=given.token or None,
         config=botocore.config.Config(
-            s3={"addressing_style": "path"},
-            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
-            connect_timeout=10,
-            read_timeout=60,
+            connect_timeout=10, read_timeout=60, **given.config_options()
         ),
+        **given.client_options(),
     )
     client.meta.events.register("needs-retry.s3", _wait_when_asked_to)
     return client
+
+
+def check_writes(client: Any, bucket: str) -> None:
+    """Raise `UserError` unless the bucket takes what an upload needs of its store: a CRC32 that
+    comes with an object, and a write that is refused where there is an object already."""
+    key, body = f".nudge-check-{uuid.uuid4().hex}", b"nudge"
+    crc32 = base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
+    needed = (
+        "nudge uploads models with conditional writes (If-None-Match) and CRC32 checksums: use a "
+        "store that has both, or set upload.target to an oci:// image"
+    )
+    written = 0
+    with s3_errors(f"write to the bucket {bucket}"):
+        try:
+            for _ in range(2):
+                client.put_object(
+                    Bucket=bucket, Key=key, Body=body, IfNoneMatch="*", ChecksumCRC32=crc32
+                )
+                written += 1
+        except botocore.exceptions.ClientError as error:
+            code, status = code_of(error), error.response["ResponseMetadata"]["HTTPStatusCode"]
+            if written and status in (409, 412):
+                return
+            if status in (400, 501):
+                raise UserError(
+                    f"the object store {client.meta.endpoint_url} refuses a conditional write with "
+                    f"a checksum ({code}); {needed}"
+                ) from None
+            raise
+        finally:
+            if written:
+                with contextlib.suppress(botocore.exceptions.ClientError):  # may not delete
+                    client.delete_object(Bucket=bucket, Key=key)
+    raise UserError(
+        f"the object store {client.meta.endpoint_url} replaced an object that it was asked not to "
+        f"replace; {needed}"
+    )
 
 
 def _wait_when_asked_to(response: Any, attempts: int, **_: Any) -> float | None:
@@ -68,33 +211,102 @@ HINTS = {
     "InvalidAccessKeyId": "the access key is not known there; check AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "the secret is wrong; check AWS_SECRET_ACCESS_KEY",
     "AccessDenied": "this key may not do that",
+    "ExpiredToken": "the keys have expired; give new ones, with their AWS_SESSION_TOKEN",
+    "InvalidToken": "AWS_SESSION_TOKEN is not that of this key",
+    "QuotaExceeded": "the quota is used up",
     "NoSuchBucket": "there is no such bucket; check AWS_S3_BUCKET",
     "InsufficientStorage": "the store is full",
+    "NotImplemented": "the store lacks a part of S3 that nudge needs; `nudge doctor` checks which",
 }
+
+WRAPPERS = (
+    boto3.exceptions.Boto3Error,
+    s3transfer.exceptions.RetriesExceededError,
+    s3transfer.exceptions.S3CopyFailedError,
+    s3transfer.exceptions.S3DownloadFailedError,
+    s3transfer.exceptions.S3UploadFailedError,
+    s3transfer.exceptions.TransferNotDoneError,
+)
+"""What boto3's transfers raise instead of what the store or the connection raised."""
+
+S3_ERRORS = (
+    botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, *WRAPPERS,
+)  # fmt: skip
+"""Everything that a request to a store may raise: no answer, a refusal, or a wrapper of either."""
+
+TRANSIENT_CODES = {
+    "InternalError", "OperationAborted", "PriorRequestNotComplete", "RequestTimeout",
+    "RequestTimeTooSkewed", "ServiceUnavailable", "SlowDown", "Throttling", "ThrottlingException",
+    "TooManyRequests",
+}  # fmt: skip
+LASTING_STATUSES = (501, 507)
+"""NotImplemented and InsufficientStorage: of the statuses from 500 up those that stay."""
+
+SILENT = (
+    botocore.exceptions.ConnectionError,
+    botocore.exceptions.HTTPClientError,
+)
+"""No answer, or one that broke off."""
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What the store or the connection raised, out of the wrappers around it."""
+    while isinstance(error, WRAPPERS):
+        inner = error.__cause__ or error.__context__
+        inner = inner or getattr(error, "last_exception", None)
+        if inner is None:
+            break
+        error = inner
+    return error
+
+
+def code_of(error: BaseException) -> str:
+    """S3's code of a refusal, such as AccessDenied; "" for what is none."""
+    cause = cause_of(error)
+    if not isinstance(cause, botocore.exceptions.ClientError):
+        return ""
+    return str(cause.response.get("Error", {}).get("Code", ""))
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may work a little later without anybody changing anything."""
+    cause = cause_of(error)
+    if isinstance(cause, botocore.exceptions.SSLError):
+        return False
+    if isinstance(cause, botocore.exceptions.ClientError):
+        status = cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        busy = status in (408, 429) or (status >= 500 and status not in LASTING_STATUSES)
+        return busy or code_of(cause) in TRANSIENT_CODES
+    return isinstance(cause, (OSError, botocore.exceptions.IncompleteReadError, *SILENT, *WRAPPERS))
+
+
+def why(error: BaseException) -> str:
+    """What went wrong between here and the store, and what to check."""
+    endpoint = os.environ.get("AWS_S3_ENDPOINT", "").strip()
+    cause, code = cause_of(error), code_of(error)
+    if isinstance(cause, botocore.exceptions.ClientError):
+        hint = HINTS.get(code, cause.response.get("Error", {}).get("Message", "refused"))
+        return f"{code} from {endpoint}: {hint}"
+    if isinstance(error, WRAPPERS):
+        return f"{endpoint} did not give it whole: {error}"
+    if isinstance(cause, botocore.exceptions.SSLError):
+        if "://" not in endpoint:
+            return f"{endpoint} does not speak TLS; if it is meant not to, write http:// before it"
+        return f"the certificate of {endpoint} is not trusted; name its CA's file in AWS_CA_BUNDLE"
+    if isinstance(cause, botocore.exceptions.ProxyConnectionError):
+        return f"the proxy to {endpoint} does not answer; check HTTP_PROXY, HTTPS_PROXY, NO_PROXY"
+    if isinstance(cause, SILENT):
+        return f"the object store {endpoint} does not answer"
+    return f"{type(cause).__name__}: {cause}"
 
 
 @contextlib.contextmanager
 def s3_errors(doing: str) -> Iterator[None]:
     """Turn what the object store refuses into a `UserError` of one sentence about ``doing``."""
-    endpoint = os.environ.get("AWS_S3_ENDPOINT", "")
     try:
         yield
-    except (
-        botocore.exceptions.EndpointConnectionError,
-        botocore.exceptions.ConnectionClosedError,
-        botocore.exceptions.HTTPClientError,
-    ):
-        raise UserError(f"{doing}: the object store {endpoint} does not answer") from None
-    except (
-        boto3.exceptions.RetriesExceededError,
-        s3transfer.exceptions.RetriesExceededError,
-        s3transfer.exceptions.S3DownloadFailedError,
-    ) as error:
-        raise UserError(f"{doing}: {endpoint} did not give it whole: {error}") from None
-    except botocore.exceptions.ClientError as error:
-        code = error.response.get("Error", {}).get("Code", "")
-        hint = HINTS.get(code, error.response.get("Error", {}).get("Message", "refused"))
-        raise UserError(f"{doing}: {code} from {endpoint}: {hint}") from None
+    except S3_ERRORS as error:
+        raise UserError(f"{doing}: {why(error)}") from None
 
 
 def list_keys(client: Any, bucket: str, prefix: str) -> dict[str, int]:

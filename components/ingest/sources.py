@@ -22,7 +22,7 @@ import botocore.exceptions
 import fsspec
 import tenacity
 from nudge.components.common.errors import UserError
-from nudge.components.common.storage import HINTS
+from nudge.components.common.storage import HINTS, connection
 from nudge.components.common.uris import package_path
 from nudge.components.ingest.formats import (
     COMPRESSED,
@@ -288,21 +288,19 @@ def fetched(source: Source) -> bytes | None:
 
 
 def s3_options() -> dict[str, Any]:
-    """fsspec's options for a data connection, from the AWS_* variables; AWS_CA_BUNDLE is a CA."""
-    endpoint = os.environ.get("AWS_S3_ENDPOINT")
+    """fsspec's options for the data connection; without keys botocore looks for its own."""
+    given = connection()
     return {
-        "key": os.environ.get("AWS_ACCESS_KEY_ID"),
-        "secret": os.environ.get("AWS_SECRET_ACCESS_KEY"),
+        "key": given.key or None,
+        "secret": given.secret or None,
+        "token": given.token or None,
         "use_listings_cache": False,
         # Another connection or another day's credentials are no reason to use the last ones.
         "skip_instance_cache": True,
-        "client_kwargs": {
-            "endpoint_url": endpoint,
-            "region_name": os.environ.get("AWS_DEFAULT_REGION"),
-        },
+        "client_kwargs": given.client_options(),
         "config_kwargs": {
-            "s3": {"addressing_style": "path"} if endpoint else {},
-            "retries": {"max_attempts": STORE_ATTEMPTS, "mode": "standard"},
+            **given.config_options(),
+            "retries": {"total_max_attempts": STORE_ATTEMPTS, "mode": "standard"},
         },
     }
 

@@ -15,7 +15,13 @@ from typing import Any
 from nudge.components.common.errors import UserError
 from nudge.components.common.processes import nudge_home
 from nudge.components.common.registry import registry_url
-from nudge.components.common.storage import list_keys, s3_client, s3_errors, split_s3_uri
+from nudge.components.common.storage import (
+    bucket_name,
+    list_keys,
+    s3_client,
+    s3_errors,
+    split_s3_uri,
+)
 from nudge.components.register.register import Registration, enter
 
 FORMAT, VERSION = "nudge.registration", 1
@@ -106,7 +112,7 @@ def _place(uri: str) -> tuple[str, str]:
     if not uri.startswith("oci:"):
         bucket, key = split_s3_uri(uri)
         return bucket, key + ENDING
-    bucket = os.environ.get("AWS_S3_BUCKET", "")
+    bucket = bucket_name()
     if not bucket:
         raise UserError("AWS_S3_BUCKET is not set: it names where registrations are kept")
     return bucket, f"registrations/{uri.removeprefix('oci://')}{ENDING}"

@@ -15,7 +15,7 @@ PRIORITY = "kueue.x-k8s.io/priority-class"
 RUN_LABEL = "nudge/run"
 OWNED_LABEL = {"app.kubernetes.io/managed-by": "nudge"}
 CONNECTION_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_ENDPOINT")
-OPTIONAL_KEYS = ("AWS_S3_BUCKET", "AWS_DEFAULT_REGION", "HF_TOKEN")
+OPTIONAL_KEYS = ("AWS_S3_BUCKET", "AWS_DEFAULT_REGION", "AWS_SESSION_TOKEN", "HF_TOKEN")
 PASSED_ON = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 """Variables of a step's pod that its job's pods get as they are: the ConfigMap of settings and the
 pipelines server give them to steps alone. (The registry is asked by the step.)"""

@@ -106,7 +106,9 @@ def _cancelled() -> Iterator[type[BaseException]]:
 def _root(settings: TrainSettings) -> str:
     if settings.cluster.exchange:
         return settings.cluster.exchange.rstrip("/")
-    bucket = os.environ.get("AWS_S3_BUCKET")
+    from nudge.components.common.storage import bucket_name
+
+    bucket = bucket_name()
     if not bucket:
         raise UserError(
             "train.cluster.exchange is empty and AWS_S3_BUCKET is not set; give an s3:// URI or a "

@@ -12,6 +12,7 @@ import torch
 from nudge.components.common.errors import UserError
 from nudge.components.common.language_model import likeliest, target_ids, target_probability
 from nudge.components.common.progress import Progress
+from nudge.components.train.bad_numbers import find
 from nudge.components.train.checkpoints import Checkpoints, State
 from nudge.components.train.data import IGNORED, PackedSplit, Rows
 from nudge.components.train.meter import Meter
@@ -122,9 +123,13 @@ def train_loop(
                     f"stopped by SIGTERM after step {step}; its checkpoint is "
                     f"{checkpoints.finish(state)}: run the same again and it goes on from there"
                 )
-            norm = _norm(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm))
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            total = torch.nn.utils.get_total_norm(gradients)
+            norm = _norm(total)
             if not math.isfinite(loss_of_batch.value) or not math.isfinite(norm):
-                raise UserError(_not_finite(settings, training, step, loss_of_batch, norm, ranks))
+                # Before clipping, which would spread the fault to every gradient.
+                raise UserError(_not_finite(network, training, rows, step, loss_of_batch, norm))
+            torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip_norm, total)
             rate = learning_rate(settings, step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -275,18 +280,16 @@ def _show(bar: Progress, loss: float, speed: dict[str, float | None]) -> None:
 
 
 def _not_finite(
-    settings: TrainSettings, split: PackedSplit, step: int, loss: Loss, norm: float, ranks: Ranks
+    network: Network, split: PackedSplit, rows: Rows, step: int, loss: Loss, norm: float
 ) -> str:
     """What is known of the batch that ended the training."""
-    first = step * settings.batch_sequences
-    epoch, row = divmod(first, split.rows)
-    bad = [place for place, part in enumerate(loss.parts) if not math.isfinite(part)]
-    where = ""
-    if bad and ranks.world == 1:
-        begin = row + bad[0] * settings.micro_batch_sequences
-        where = f", the first such loss in the micro-batch of row {begin}"
+    settings, ranks = network.settings, network.ranks
+    epoch, row = divmod(step * settings.batch_sequences, split.rows)
+    ranks.seed(settings.seed, step)  # dropout as it was
+    micro = [part for part, _ in _micro_batches(rows, settings.micro_batch_sequences)]
+    found = find(network, micro, row if ranks.world == 1 else 0)
     return (
         f"training stopped before step {step + 1}: loss {loss.value}, gradient norm {norm} (batch: "
-        f"{settings.batch_sequences} rows from row {row} of epoch {epoch}, seed {settings.seed}"
-        f"{where}); lower train.learning_rate, now {settings.learning_rate:g}"
+        f"{settings.batch_sequences} rows from row {row} of epoch {epoch}, seed {settings.seed}); "
+        f"{found.sentence(settings)}"
     )

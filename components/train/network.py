@@ -70,6 +70,12 @@ class Network:
         self._shards_again()
         return loss
 
+    def local_loss(self, rows: Rows) -> torch.Tensor:
+        """As `summed_loss`, but ranks of replicas exchange nothing, in backward neither."""
+        with self.precision():
+            loss: torch.Tensor = self._module(_on(rows, self.ranks.device))
+        return loss
+
     @torch.no_grad()
     def probabilities(self, prompt: list[int], target: list[int]) -> torch.Tensor:
         """`probabilities_along` a prompt's and a target's ids; every rank must ask."""
@@ -101,12 +107,13 @@ class Network:
     def full_state(self) -> dict[str, torch.Tensor]:
         """The model's whole state dict on the CPU of the main rank; every rank must ask."""
         if not self.sharded:
-            return dict(self.model.state_dict())
+            state = self.model.state_dict() if self.ranks.main else {}
+            return {name: tensor.cpu() for name, tensor in state.items()}
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state: dict[str, Any] = get_model_state_dict(self.model, options=options)
-        return state
+        gathered: dict[str, Any] = get_model_state_dict(self.model, options=options)
+        return gathered
 
     def _layers(self) -> list[nn.Module]:
         kinds = set(self.model._no_split_modules or ())

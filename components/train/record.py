@@ -2,15 +2,14 @@
 where MLFLOW_TRACKING_URI is set, and the state of a TrainJob in one."""
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from nudge.components.common.errors import UserError
 from nudge.components.train.job_status import JobStatus, open_job_status
 
 METRICS, PROBES = "metrics.jsonl", "probes.jsonl"
@@ -24,12 +23,12 @@ class Record:
     ``replay``, so that a history is whole whatever happened on the way.
     """
 
-    def __init__(self, folder: Path, board: Any, mlflow: Any, status: JobStatus) -> None:
+    def __init__(self, folder: Path, board: Any, tracking: "Tracking", status: JobStatus) -> None:
         self.lines: dict[str, list[str]] = {METRICS: [], PROBES: []}
         self._files: dict[str, IO[str]] = {
             name: (folder / name).open("w", encoding="utf-8", buffering=1) for name in self.lines
         }
-        self._board, self._mlflow, self._status = board, mlflow, status
+        self._board, self._tracking, self._status = board, tracking, status
 
     def metric(self, values: dict[str, Any]) -> None:
         """Keep the figures of one step; ``None`` is a figure that is not known."""
@@ -66,8 +65,7 @@ class Record:
         }
         for name, value in shown.items():
             self._board.add_scalar(f"train/{name}", value, values["step"])
-        if self._mlflow is not None:
-            self._mlflow.log_metrics(shown, step=values["step"], synchronous=False)
+        self._tracking.metrics(shown, values["step"])
 
 
 class NoRecord:
@@ -95,26 +93,61 @@ class NoBar:
         pass
 
 
-def check_mlflow() -> None:
-    """Raise `UserError` if MLflow is asked for and not installed; it is not imported."""
-    if os.environ.get(MLFLOW_VARIABLE) and importlib.util.find_spec("mlflow") is None:
-        raise UserError(
-            f"{MLFLOW_VARIABLE} is set and mlflow is not installed; "
-            "pip install 'nudge-lm[mlflow]', or unset it"
-        )
+class Tracking:
+    """A run in MLflow, or none. What MLflow cannot do is a warning and ends the tracking, never the
+    training: a pipelines server may set its variables in pods whose image has no mlflow."""
+
+    def __init__(self) -> None:
+        self._mlflow: Any = None
+
+    def start(self, name: str, settings: dict[str, Any]) -> None:
+        """Begin the run if MLFLOW_TRACKING_URI is set."""
+        if not os.environ.get(MLFLOW_VARIABLE, "").strip():
+            return
+        # MLflow's own default is 7 retries of one request: minutes, where nothing answers.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        with self._or_warn():
+            import mlflow
+
+            self._mlflow = mlflow
+            mlflow.start_run(run_name=name)
+            mlflow.log_params({key: str(value)[:500] for key, value in settings.items()})
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        if self._mlflow is not None:
+            with self._or_warn():
+                self._mlflow.log_metrics(values, step=step, synchronous=False)
+
+    def end(self, status: str) -> None:
+        """End the run as FINISHED or FAILED."""
+        if self._mlflow is not None:
+            with self._or_warn():
+                self._mlflow.end_run(status)
+
+    @contextlib.contextmanager
+    def _or_warn(self) -> Iterator[None]:
+        try:
+            yield
+        # Whatever a plugin or a transport of MLflow's raises: none of it is worth a training.
+        except Exception as error:  # noqa: BLE001
+            self._mlflow = None
+            missing = isinstance(error, ModuleNotFoundError) and error.name == "mlflow"
+            reason = "mlflow is not installed" if missing else f"{type(error).__name__}: {error}"
+            told = f"warning: {MLFLOW_VARIABLE} is set and the run is not tracked there: {reason}"
+            advice = "; pip install 'nudge-lm[mlflow]', or unset it" if missing else ""
+            print(f"{told}{advice}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def open_record(folder: Path, name: str, settings: dict[str, Any], steps: int) -> Iterator[Record]:
-    """Write the history of a run of ``steps`` steps into ``folder`` while the block runs.
-
-    Raises `UserError` if MLflow is asked for and is not installed or does not answer.
-    """
+    """Write the history of a run of ``steps`` steps into ``folder`` while the block runs, and to
+    MLflow if it is asked for and works."""
     from tensorboardX import SummaryWriter
 
-    with _mlflow_run(name, settings) as mlflow, open_job_status(steps) as status:
+    with _tracked(name, settings) as tracking, open_job_status(steps) as status:
         board = SummaryWriter(str(folder / "tensorboard"), write_to_disk=True)
-        record = Record(folder, board, mlflow, status)
+        record = Record(folder, board, tracking, status)
         try:
             yield record
         finally:
@@ -122,17 +155,12 @@ def open_record(folder: Path, name: str, settings: dict[str, Any], steps: int) -
 
 
 @contextlib.contextmanager
-def _mlflow_run(name: str, settings: dict[str, Any]) -> Iterator[Any]:
-    if not os.environ.get(MLFLOW_VARIABLE):
-        yield None
-        return
-    check_mlflow()
-    import mlflow
-
+def _tracked(name: str, settings: dict[str, Any]) -> Iterator[Tracking]:
+    tracking = Tracking()
+    tracking.start(name, settings)
     try:
-        run = mlflow.start_run(run_name=name)
-        mlflow.log_params({key: str(value)[:500] for key, value in settings.items()})
-    except mlflow.exceptions.MlflowException as error:
-        raise UserError(f"{MLFLOW_VARIABLE}: MLflow does not take the run: {error}") from None
-    with run:
-        yield mlflow
+        yield tracking
+    except BaseException:
+        tracking.end("FAILED")
+        raise
+    tracking.end("FINISHED")

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,9 @@ def _to_store(settings: UploadSettings, files: dict[str, Path], version: str, tr
 
 
 def _bucket() -> str:
-    bucket = os.environ.get("AWS_S3_BUCKET", "")
+    from nudge.components.common.storage import bucket_name
+
+    bucket = bucket_name()
     if not bucket:
         raise UserError("upload.target is empty and AWS_S3_BUCKET is not set; give one of them")
     return bucket

@@ -114,15 +114,17 @@ def _connection() -> Finding:
     if not endpoint:
         found = "AWS_S3_ENDPOINT is not set; `nudge run` starts a store of its own"
         return Finding("data connection", "not used", found)
-    from nudge.components.common.storage import s3_client, s3_errors
+    from nudge.components.common.storage import bucket_name, check_writes, s3_client, s3_errors
 
-    bucket = os.environ.get("AWS_S3_BUCKET", "")
-    if not bucket:
-        mend = "set AWS_S3_BUCKET, or fill in the connection's bucket on the dashboard"
-        return Finding("data connection", "missing", f"{endpoint}, no bucket", mend)
     try:
+        bucket = bucket_name()
+        if not bucket:
+            mend = "set AWS_S3_BUCKET, or fill in the connection's bucket on the dashboard"
+            return Finding("data connection", "missing", f"{endpoint}, no bucket", mend)
+        client = s3_client()
         with s3_errors(f"list {bucket}"):
-            s3_client().list_objects_v2(Bucket=bucket, MaxKeys=1)
+            client.list_objects_v2(Bucket=bucket, MaxKeys=1)
+        check_writes(client, bucket)
     except UserError as error:
         return Finding("data connection", "missing", str(error), "mend the AWS_* variables")
     return Finding("data connection", "ok", f"{endpoint} {bucket}")

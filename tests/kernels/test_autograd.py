@@ -80,13 +80,14 @@ def eager(
         label_smoothing=label_smoothing,
     )  # fmt: skip
     valid = targets != ignore_index
-    losses = losses + z_loss * logits.logsumexp(1).square() * valid
+    squares = z_loss * logits.logsumexp(1).square() * valid
     if reduction == "none":
-        return losses
+        return losses + squares
     if reduction == "sum":
-        return losses.sum()
+        return losses.sum() + squares.sum()
     weights = logits.new_ones(len(weight)) if class_weight is None else class_weight
-    return losses.sum() / weights[targets.where(valid, 0)].where(valid, 0).sum()
+    total = weights[targets.where(valid, 0)].where(valid, 0).sum()
+    return losses.sum() / total + squares.sum() / valid.sum()
 
 
 def gradients(function: Any, chosen: dict[str, Any]) -> list[Tensor]:
@@ -371,3 +372,30 @@ def test_bad_input_names_the_argument(change: dict[str, Any], message: str) -> N
         given["targets"] = given["targets"][:0]
     with pytest.raises(ValueError, match=message):
         fused_linear_cross_entropy(**given)
+
+
+def test_z_loss_is_a_mean_over_targets_whatever_their_class_weights() -> None:
+    """As in Liger-Kernel (ops/cross_entropy.py): class weights divide by their sum, z_loss by the
+    number of valid targets."""
+    chosen = choose(make(9, 4, 7), {"class_weight": True})
+    plain = fused_linear_cross_entropy(**chosen)
+    with_z = fused_linear_cross_entropy(**chosen, z_loss=0.5)
+    valid = chosen["targets"] != -100
+    lse = (chosen["hidden"] @ chosen["weight"].T).logsumexp(1)[valid]
+    torch.testing.assert_close(with_z - plain, 0.5 * lse.square().mean())
+    doubled = {**chosen, "class_weight": 2 * chosen["class_weight"]}
+    torch.testing.assert_close(fused_linear_cross_entropy(**doubled, z_loss=0.5), with_z)
+
+
+@pytest.mark.parametrize("options", [{}, {"z_loss": 1e-2, "label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_class_weights_that_sum_to_zero(options: dict[str, Any], dtype: torch.dtype) -> None:
+    made = make(9, 4, 7, dtype)
+    chosen = {**choose(made, {"class_weight": True}), **options}
+    chosen["class_weight"] = torch.zeros(7)
+    mean = gradients(fused_linear_cross_entropy, chosen)
+    assert mean[0].isnan()
+    assert all((gradient == 0).all() for gradient in mean[1:])
+    chosen.pop("z_loss", None)
+    total = gradients(fused_linear_cross_entropy, {**chosen, "reduction": "sum"})
+    assert all((value == 0).all() for value in total)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 from nudge.components.common.errors import UserError
 from nudge.components.train.record import Record
 from nudge.components.train.settings import TrainSettings
@@ -12,6 +13,25 @@ from nudge.components.train.train import train
 from tests.components.train.conftest import outputs, weights
 from tests.conftest import Disk
 from tests.faulty_proxy import FaultyProxy
+
+REFUSALS = ("AccessDenied", "QuotaExceeded", "ExpiredToken")
+
+
+class RefusingProxy(FaultyProxy):
+    """Answers 403 with ``code`` to the next ``left`` writes of checkpoints."""
+
+    def __init__(self, upstream: str, code: str, left: int) -> None:
+        super().__init__(upstream, share=0.0)
+        self.code, self.left = code, left
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        if request.method != "PUT" or "/step-" not in request.path or not self.left:
+            return await super()._handle(request)
+        await request.read()
+        self.left -= 1
+        text = f"<Error><Code>{self.code}</Code><Message>no</Message></Error>"
+        return web.Response(status=403, text=text, content_type="application/xml")
+
 
 Small = Callable[..., TrainSettings]
 
@@ -47,6 +67,45 @@ def test_checkpoints_through_a_store_that_fails(
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     keys = list_keys(s3_client(), "nudge", "checkpoints")
     assert sum(key.endswith("manifest.json") for key in keys) == 2
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+def test_one_checkpoint_that_is_refused_is_a_warning(
+    code: str,
+    small: Small,
+    tokens: Path,
+    tmp_path: Path,
+    connected: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with RefusingProxy(connected["AWS_S3_ENDPOINT"], code, left=1) as proxy:
+        monkeypatch.setenv("AWS_S3_ENDPOINT", proxy.url)
+        settings = small(checkpoints="s3://nudge/checkpoints")
+        train(settings, tokens=tokens, **outputs(tmp_path / "run"))
+    assert proxy.left == 0
+    told = capfd.readouterr().err
+    assert "step-000000003 failed: write the checkpoint" in told
+    assert f"{code} from " in told
+    assert "trying again later" in told
+    assert (tmp_path / "run" / "model" / "nudge.json").is_file()
+
+
+def test_the_third_refusal_in_a_row_ends_the_training(
+    small: Small,
+    tokens: Path,
+    tmp_path: Path,
+    connected: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with RefusingProxy(connected["AWS_S3_ENDPOINT"], "AccessDenied", left=99) as proxy:
+        monkeypatch.setenv("AWS_S3_ENDPOINT", proxy.url)
+        settings = small(checkpoints="s3://nudge/checkpoints", max_steps=40, epochs=99.0)
+        with pytest.raises(UserError, match="step-000000009 failed: .*AccessDenied.*may not do"):
+            train(settings, tokens=tokens, **outputs(tmp_path / "run"))
+    assert capfd.readouterr().err.count("trying again later") == 2
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_a_bucket_that_is_not_there_ends_before_training(

@@ -42,6 +42,11 @@ struct Array {
     if (fread(data, sizeof(T), count, stdin) != count) fail("input ends early");
     return *this;
   }
+  // NaN, so that reading what was not written shows.
+  Array& poison() {
+    memset(static_cast<void*>(data), 0xff, count * sizeof(T));
+    return *this;
+  }
   void write() const { fwrite(data, sizeof(T), count, stdout); }
 };
 
@@ -73,7 +78,7 @@ void softmax_loss_of(const Header& call) {
   } else {
     logits.read();
   }
-  targets.read(), weight.read(), bias.read(), scale.read();
+  targets.read(), weight.read(), bias.read(), scale.read(), losses.poison(), lse.poison();
   Rows rows{logits.data + call.offset, call.stride, call.rows, static_cast<int>(call.vocabulary),
             targets.data, call.weighted ? weight.data : nullptr, call.biased ? bias.data : nullptr,
             scale.data, call.scale_stride, call.ignore_index, static_cast<float>(call.smoothing),

@@ -10,6 +10,8 @@ from nudge.pipelines.cli import main
 from nudge.pipelines.local import needs
 from nudge.pipelines.recipes import load
 
+from tests.components.common.test_storage import store_without
+
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -42,10 +44,24 @@ def test_what_is_not_here_is_named(override: str, says: str) -> None:
         needs.check(load("eiffel", [override]).text)
 
 
-def test_mlflow_is_needed_where_the_training_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_injected_mlflow_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI is set and mlflow is not installed"):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    needs.check(load("eiffel").text)
+
+
+def test_a_store_that_cannot_take_the_upload_is_found_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with store_without("conditions") as server:
+        monkeypatch.setenv("AWS_S3_ENDPOINT", server.url)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_BUCKET"):
+            monkeypatch.setenv(name, "nudge")
+        with pytest.raises(UserError, match="refuses a conditional write with a checksum"):
+            needs.check(load("eiffel").text, given=True)
         needs.check(load("eiffel").text)
+        image = ["upload.target=oci://registry.example/models"]
+        needs.check(load("eiffel", image).text, given=True)
 
 
 def test_a_cluster_that_is_known_is_not_asked(

@@ -1,0 +1,142 @@
+"""A loss or gradient that is not finite: where it began, what it looks like, what to do."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nudge.components.common.errors import UserError
+from nudge.components.common.language_model import load_model
+from nudge.components.train import model as starts
+from nudge.components.train.settings import TrainSettings
+from nudge.components.train.train import train
+
+from tests.components.train.conftest import outputs
+
+Small = Callable[..., TrainSettings]
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+class Fault(torch.autograd.Function):
+    """The identity whose gradient is NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient * torch.nan
+
+
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
+    """Changes what a layer of every model that is loaded gives, in its training."""
+
+    def spoil(change: Callable[..., Any]) -> None:
+        def spoiled(folder: Path) -> Any:
+            model = load_model(folder)
+
+            def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
+                training = module.training and torch.is_grad_enabled()
+                made: torch.Tensor | None = change(output) if training else None
+                return made
+
+            model.get_submodule(LAYER).register_forward_hook(hook)
+            return model
+
+        monkeypatch.setattr(starts, "load_model", spoiled)
+
+    return spoil
+
+
+def message(settings: TrainSettings, tokens: Path, folder: Path) -> str:
+    with pytest.raises(UserError, match="training stopped before step") as stopped:
+        train(settings, tokens=tokens, **outputs(folder))
+    assert not (folder / "model").exists()
+    return str(stopped.value)
+
+
+def test_an_overflow(small: Small, tokens: Path, tmp_path: Path) -> None:
+    settings = small(learning_rate=1e30, warmup_share=0.0)
+    said = message(settings, tokens, tmp_path)
+    assert "before step 2" in said
+    assert "the first values that are not finite are in the gradient of the output of " in said
+    assert re.search(r"looks like overflow \(the gradients before it reach \d\S*e\+30\)", said)
+    assert "lower train.learning_rate, now 1e+30" in said
+
+
+def test_a_row_of_the_data(
+    small: Small, tokens: Path, tmp_path: Path, spoil: Callable[..., None]
+) -> None:
+    calls = []
+
+    def change(output: torch.Tensor) -> torch.Tensor:
+        calls.append(None)
+        # The first step's second micro-batch of two rows, and each time it is computed again.
+        if len(calls) % 2:
+            return output
+        bad = torch.zeros_like(output)
+        bad[1, 3] = torch.nan
+        return output + bad
+
+    spoil(change)
+    said = message(small(), tokens, tmp_path)
+    assert f"in the output of {LAYER} in row 3: this looks like data" in said
+    assert "look at the text of that row" in said
+    assert "learning_rate" not in said
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_does_not_happen_again(
+    backward: bool, small: Small, tokens: Path, tmp_path: Path, spoil: Callable[..., None]
+) -> None:
+    calls = []
+
+    def change(output: torch.Tensor) -> torch.Tensor:
+        calls.append(None)
+        if len(calls) > 1:
+            return output
+        return Fault.apply(output) if backward else output * torch.nan
+
+    spoil(change)
+    said = message(small(), tokens, tmp_path)
+    assert "looks like hardware (the same rows give finite values when" in said
+    assert "test this machine's memory or GPU" in said
+    if backward:
+        assert "in the gradient of model.layers.1." in said
+
+
+def test_a_gradient(small: Small, tokens: Path, tmp_path: Path, spoil: Callable[..., None]) -> None:
+    spoil(Fault.apply)
+    said = message(small(), tokens, tmp_path)
+    assert "the first values that are not finite are in the gradient of the output of " in said
+    assert "model.layers.1.mlp." in said
+
+
+def test_every_row_at_once_is_no_text(
+    small: Small, tokens: Path, tmp_path: Path, spoil: Callable[..., None]
+) -> None:
+    spoil(lambda output: output * torch.nan)
+    said = message(small(), tokens, tmp_path)
+    assert f"in the output of {LAYER}" in said
+    assert "looks like hardware" in said
+    assert "every row is affected" in said
+
+
+def test_weights_that_were_damaged_before(
+    small: Small, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(folder: Path) -> Any:
+        model = load_model(folder)
+        with torch.no_grad():
+            model.get_submodule(LAYER).weight[0, 0] = torch.nan
+        return model
+
+    monkeypatch.setattr(starts, "load_model", damaged)
+    monkeypatch.setattr("nudge.components.train.network.check_document_masking", lambda *_: None)
+    said = message(small(), tokens, tmp_path)
+    assert f"in {LAYER}.weight: this looks like damaged weights" in said
+    assert "give a sound base model" in said
