@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tenacity
-from nudge.components.common.errors import UserError
+from nudge.components.common.errors import Transient, UserError
 
 T = TypeVar("T")
 
@@ -16,7 +16,7 @@ ATTEMPTS_S = 60.0
 """How long a registry that does not answer is asked again, with back-off."""
 
 
-class Unreachable(UserError):
+class Unreachable(Transient):
     """The registry cannot be used now; the same may succeed later."""
 
 

@@ -15,7 +15,7 @@ import boto3
 import botocore.config
 import botocore.exceptions
 import s3transfer.exceptions
-from nudge.components.common.errors import UserError
+from nudge.components.common.errors import Transient, UserError
 
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_ENDPOINT", "AWS_S3_BUCKET")
 """The variables of a data connection (an OpenShift AI connection Secret has the same keys)."""
@@ -84,17 +84,19 @@ def s3_errors(doing: str) -> Iterator[None]:
         botocore.exceptions.ConnectionClosedError,
         botocore.exceptions.HTTPClientError,
     ):
-        raise UserError(f"{doing}: the object store {endpoint} does not answer") from None
+        raise Transient(f"{doing}: the object store {endpoint} does not answer") from None
     except (
         boto3.exceptions.RetriesExceededError,
         s3transfer.exceptions.RetriesExceededError,
         s3transfer.exceptions.S3DownloadFailedError,
     ) as error:
-        raise UserError(f"{doing}: {endpoint} did not give it whole: {error}") from None
+        raise Transient(f"{doing}: {endpoint} did not give it whole: {error}") from None
     except botocore.exceptions.ClientError as error:
         code = error.response.get("Error", {}).get("Code", "")
         hint = HINTS.get(code, error.response.get("Error", {}).get("Message", "refused"))
-        raise UserError(f"{doing}: {code} from {endpoint}: {hint}") from None
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        kind = Transient if status == 429 or status >= 500 else UserError
+        raise kind(f"{doing}: {code} from {endpoint}: {hint}") from None
 
 
 def list_keys(client: Any, bucket: str, prefix: str) -> dict[str, int]:

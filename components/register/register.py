@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.errors import UserError
+from nudge.components.common.errors import Transient, UserError
 from nudge.components.common.publish import read_manifest
 from nudge.components.common.registry import Unreachable
 from nudge.components.common.step import step
@@ -76,7 +76,7 @@ def register(
             told = enter(url, entry)
         except Unreachable as error:
             command = unfinished.keep(entry, url)
-            raise UserError(
+            raise Transient(
                 f"{error}\nthe model itself is safe at {uri}; this finishes it later:\n  {command}"
             ) from None
         except UserError as error:
