@@ -15,6 +15,7 @@ from nudge.pipelines.cluster.connect import Server, run_link
 from nudge.pipelines.cluster.logs import Logs
 from nudge.pipelines.compile import COMPILED
 from nudge.pipelines.local.run import StepState
+from nudge.pipelines.placement import SIZES
 
 EXPERIMENT = "nudge"
 POLL_S = 2.0
@@ -196,6 +197,11 @@ def fitted(version: Any, parameters: dict[str, Any]) -> dict[str, Any]:
     """
     known = _spec(version).get("root", {}).get("inputDefinitions", {}).get("parameters", {})
     for name in parameters.keys() - known.keys():
+        if name in ("cpu", "memory") and "size" in known:
+            raise UserError(
+                f"{name} is no parameter of {version.display_name} any more; give size: "
+                f"{', '.join(SIZES)}"
+            )
         raise UserError(f"{name} is no parameter of {version.display_name}; {nearest(name, known)}")
     lacking = [
         name
@@ -207,6 +213,8 @@ def fitted(version: Any, parameters: dict[str, Any]) -> dict[str, Any]:
     if lacking:
         told = ", ".join(f"{name} ({known[name].get('description', '')})" for name in lacking)
         raise UserError(f"{version.display_name} needs {told}; give -p NAME=VALUE")
+    if "size" in known and (size := parameters.get("size", SIZES[0])) not in SIZES:
+        raise UserError(f"size = {size!r}: expected {', '.join(SIZES)}")
     return {
         name: _fitted(name, value, known[name].get("parameterType", ""))
         for name, value in parameters.items()

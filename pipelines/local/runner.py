@@ -7,8 +7,10 @@
 import atexit
 import os
 import re
+import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -29,6 +31,13 @@ def main(recipe: Path, artifacts: Path, compiled: Path | None, engine: str) -> N
     from kfp import components, local
 
     text = recipe.read_text(encoding="utf-8")
+    _refuse_placeholders(artifacts)
+    artifacts.mkdir(parents=True, exist_ok=True)
+    # As a file, beside what the steps write and so in their containers too: kfp.local would replace
+    # parts of a text, and passes a parameter as one argument of a command (at most 128 KiB).
+    file = artifacts / "recipe.yaml"
+    file.write_text(text, encoding="utf-8")
+    file.chmod(0o644)
     runner = local.SubprocessRunner(use_venv=False)
     if engine == "docker":
         from nudge.pipelines.local import containers
@@ -45,8 +54,32 @@ def main(recipe: Path, artifacts: Path, compiled: Path | None, engine: str) -> N
         pipeline = components.load_component_from_file(str(compiled))
     else:
         from nudge.pipelines.train_and_serve import train_and_serve as pipeline
-    arguments = {"recipe": text}
-    settled(pipeline, arguments)(**arguments)
+    arguments = {"recipe": f"file://{file.absolute()}"}
+    with tempfile.TemporaryDirectory() as folder:
+        _name_python(Path(folder))
+        settled(pipeline, arguments)(**arguments)
+
+
+def _name_python(folder: Path) -> None:
+    """Let `kfp.local` call this Python by the name that its commands have.
+
+    It replaces every ``python3`` in a step's command by `sys.executable`, in the paths of the
+    artifacts too. Here that changes nothing: the name stays, and is found first on the PATH.
+    """
+    program = folder / "python3"
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    program.chmod(0o755)
+    os.environ["PATH"] = os.pathsep.join((str(folder), os.environ.get("PATH", os.defpath)))
+    sys.executable = program.name
+
+
+def _refuse_placeholders(artifacts: Path) -> None:
+    for text in ("{{$", "/kfp-workspace"):
+        if text in str(artifacts.absolute()):
+            raise click.UsageError(
+                f"the artifacts folder {artifacts} has {text} in its path, which kfp.local replaces; "
+                "set NUDGE_HOME to another folder"
+            )
 
 
 def settled(pipeline: Any, arguments: dict[str, Any]) -> Any:
@@ -62,6 +95,8 @@ def settled(pipeline: Any, arguments: dict[str, Any]) -> Any:
     for component in (spec["root"], *spec["components"].values()):
         for task in component.get("dag", {}).get("tasks", {}).values():
             task.pop("retryPolicy", None)
+            for given in task.get("inputs", {}).get("parameters", {}).values():
+                given.pop("parameterExpressionSelector", None)
     defaults = spec["root"]["inputDefinitions"]["parameters"]
     for executor in spec["deploymentSpec"]["executors"].values():
         container = executor.get("container", {})
