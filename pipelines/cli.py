@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 from nudge.components.common.errors import UserError
-from nudge.pipelines import release
+from nudge.pipelines import output, release
 from nudge.pipelines.cluster import commands
 
 
@@ -17,6 +17,7 @@ class Errors(click.Group):
     Ctrl-C ends with status 130."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        output.write_anything()
         try:
             return super().invoke(ctx)
         except UserError as error:

@@ -103,7 +103,7 @@ NEEDS = {
     "register": Need(0.25, "100m", "1", "256Mi", "2Gi"),
     "deploy": Need(2, "100m", "1", "256Mi", "2Gi"),
     "roll_back": Need(2, "100m", "1", "256Mi", "2Gi"),
-    "summary": Need(0.25, "100m", "1", "256Mi", "2Gi", connection=False),
+    "summary": Need(0.25, "100m", "1", "256Mi", "2Gi"),
 }  # fmt: skip
 
 
@@ -149,7 +149,8 @@ class Place:
         # The API server labels every pod of a run with its id (a parameter would spoil the cache).
         kubernetes.use_field_path_as_env(task, "NUDGE_RUN_ID", "metadata.labels['pipeline/runid']")
         if need.connection:
-            for names, optional in ((REQUIRED_KEYS, False), (OPTIONAL_KEYS, True)):
+            # The summary says what became of a run that had no Secret, too.
+            for names, optional in ((REQUIRED_KEYS, name == "summary"), (OPTIONAL_KEYS, True)):
                 keys = dict(zip(names, names, strict=True))
                 kubernetes.use_secret_as_env(task, self.connection, keys, optional=optional)
         if need.images:

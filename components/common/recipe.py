@@ -40,7 +40,7 @@ kfp.local replace ``{{...}}``; the server and its schedules ``[[...]]``; the kub
 narrow character set refuses what is not ASCII."""
 
 IN_POD = "KFP_POD_NAME"
-WORKFLOW = re.compile(r"(.+-[a-z0-9]{5})-(?:[a-z-]*-)?\d+")
+WORKFLOW = re.compile(r"(.+?)-(?:retry-)?system-container-impl-\d+")
 """A step's pod: the name of the run's Workflow, the template's name and a number."""
 
 
@@ -75,6 +75,10 @@ def read_recipe(recipe: str) -> dict[str, Any]:
     else:
         _refuse_replaced(recipe)
         text = recipe
+    return _parsed(text)
+
+
+def _parsed(text: str) -> dict[str, Any]:
     try:
         values = read_yaml(text)
     except yaml.YAMLError as error:
@@ -97,7 +101,7 @@ def portable(recipe: str) -> str:
     if recipe.startswith(URI_SCHEMES) or not REPLACED.search(recipe.replace("\n", "")):
         return recipe
     return yaml.dump(
-        read_recipe(recipe), Dumper=_Dumper, sort_keys=False, width=math.inf, allow_unicode=False
+        _parsed(recipe), Dumper=_Dumper, sort_keys=False, width=math.inf, allow_unicode=False
     )
 
 

@@ -41,19 +41,22 @@ class Logs:
     server: Server
     run_id: str
     problem: str = ""
-    _seen: dict[str, _Seen] = field(default_factory=dict)
+    _seen: dict[tuple[str, ...], _Seen] = field(default_factory=dict)
 
-    def lines(self, steps: dict[str, StepState], pods: dict[str, str]) -> Iterator[tuple[str, str]]:
-        """Each new line with the name of its step; ``pods`` has the newest pod of each step."""
+    def lines(
+        self, steps: dict[str, StepState], pods: dict[str, tuple[str, ...]]
+    ) -> Iterator[tuple[str, str]]:
+        """Each new line with the name of its step; ``pods`` has the names that the newest pod of
+        each step may have, the likeliest first."""
         for name, step in steps.items():
-            pod = pods.get(name, "")
+            pod = pods.get(name, ())
             if not pod or self.problem or step.status in ("waiting", "skipped", "reused"):
                 continue
             seen = self._seen.setdefault(pod, _Seen())
             over = step.status != "running"
             if seen.ended or (not over and time.monotonic() < seen.next):
                 continue
-            text = self._text(pod)
+            text = next(filter(None, map(self._text, pod)), "")
             seen.next = time.monotonic() + INTERVAL_S + len(text) / BYTES_PER_S
             seen.ended = over
             for line in _fresh(seen, text, over):

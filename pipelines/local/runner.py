@@ -5,6 +5,7 @@
 """
 
 import atexit
+import io
 import os
 import re
 import shlex
@@ -28,6 +29,11 @@ import yaml
 def main(recipe: Path, artifacts: Path, compiled: Path | None, engine: str) -> None:
     """Run train-and-serve, or the same pipeline from its compiled YAML, with a recipe."""
     _end_with_parent()
+    # What the steps print reaches the log whatever encoding the terminal has.
+    os.environ["PYTHONIOENCODING"] = "utf-8"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     from kfp import components, local
 
     text = recipe.read_text(encoding="utf-8")
