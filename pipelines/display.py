@@ -97,6 +97,8 @@ class Live:
         if step.status not in ("waiting", self._said.get(name, "waiting")):
             took = f" {step.seconds:.1f} s" if step.seconds else ""
             self._line(f"{name}: {step.status}{took}{_tries(step)}")
+            if step.note:
+                self._line(f"{name}: waits: {step.note}")
             self._spoke[name] = now
         elif step.status in ("waiting", "running"):
             if told != before and (step.note or step.attempts > before[0]):
@@ -118,7 +120,7 @@ class Live:
         parts = []
         if step.unit:
             of = f"/{step.total:g}" if step.total else ""
-            parts += [f"{step.done:g}{of} {step.unit}", figures(step.fields)]
+            parts += [f"{step.done:g}{of} {step.unit}", figures(step.fields).strip()]
             begun, done = self._first.setdefault(step.name, (now, step.done))
             if step.done < done:  # a new attempt counts anew
                 begun, done = self._first[step.name] = (now, step.done)

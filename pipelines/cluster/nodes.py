@@ -24,6 +24,7 @@ class Ran:
     """What is known of a step's pods."""
 
     attempts: int = 0
+    """Counted where there is a retry strategy; a cached step has none."""
     pods: tuple[str, ...] = field(default=())
     """Names that the newest attempt's pod may have, the likeliest first."""
 
@@ -76,8 +77,8 @@ def ran(task: Any, tasks: list[Any], names: list[str]) -> Ran:
             attempts += 1
         # Without a retry strategy the executor is the pod.
         newest = f"{executor}({attempts - 1})" if attempts else executor
-        return Ran(max(attempts, 1), tuple(pod_names(workflow, newest)))
-    return Ran(1, (children[-1],))
+        return Ran(attempts, tuple(pod_names(workflow, newest)))
+    return Ran(0, (children[-1],))
 
 
 def cached(task: Any, tasks: list[Any]) -> bool:

@@ -331,9 +331,9 @@ def _take_in(run: Following, found: Any) -> None:
             continue
         step = run.steps[name]
         step.status = STATES.get(str(task.state), "waiting")
-        if step.status == "done" and nodes.cached(task, tasks):
-            step.status = "reused"  # from the engine's cache: its pod never ran
         ran = nodes.ran(task, tasks, run.paths.get(name, []))
+        if step.status == "done" and not ran.attempts and nodes.cached(task, tasks):
+            step.status = "reused"  # from the engine's cache: its pod never ran
         step.attempts = max(ran.attempts, 1)
         if task.start_time:
             step.started = task.start_time.timestamp()
