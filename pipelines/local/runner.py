@@ -38,12 +38,6 @@ def main(recipe: Path, artifacts: Path, compiled: Path | None, engine: str) -> N
 
     text = recipe.read_text(encoding="utf-8")
     _refuse_placeholders(artifacts)
-    artifacts.mkdir(parents=True, exist_ok=True)
-    # As a file, beside what the steps write and so in their containers too: kfp.local would replace
-    # parts of a text, and passes a parameter as one argument of a command (at most 128 KiB).
-    file = artifacts / "recipe.yaml"
-    file.write_text(text, encoding="utf-8")
-    file.chmod(0o644)
     runner = local.SubprocessRunner(use_venv=False)
     if engine == "docker":
         from nudge.pipelines.local import containers
@@ -51,7 +45,7 @@ def main(recipe: Path, artifacts: Path, compiled: Path | None, engine: str) -> N
         # The daemon would let the containers of a run that is stopped run on.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         atexit.register(containers.end, os.environ["NUDGE_RUN_ID"])
-        runner = containers.runner(text, artifacts)
+        runner = containers.runner(text, artifacts, recipe.absolute())
     workspace = artifacts.with_name("workspace")  # kfp removes it, but not where it is killed
     workspace.mkdir(parents=True, exist_ok=True)
     folders = {"pipeline_root": str(artifacts), "workspace_root": str(workspace)}
@@ -60,7 +54,9 @@ def main(recipe: Path, artifacts: Path, compiled: Path | None, engine: str) -> N
         pipeline = components.load_component_from_file(str(compiled))
     else:
         from nudge.pipelines.train_and_serve import train_and_serve as pipeline
-    arguments = {"recipe": f"file://{file.absolute()}"}
+    # As a file: kfp.local would replace parts of a text, and passes a parameter as one argument of a
+    # command, which holds at most 128 KiB.
+    arguments = {"recipe": f"file://{recipe.absolute()}"}
     with tempfile.TemporaryDirectory() as folder:
         _name_python(Path(folder))
         settled(pipeline, arguments)(**arguments)

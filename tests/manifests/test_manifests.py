@@ -360,3 +360,32 @@ def test_the_page_for_a_disconnected_cluster_lists_every_pin_of_the_images() -> 
             pins |= {tuple(line.split(" ")[0].lower().split("==")) for line in lines}
     assert len(pins) > 150
     assert {(re.sub(r"\[.*\]", "", name), version) for name, version in pins} <= rows
+
+
+IMMUTABLE = {
+    "PersistentVolumeClaim": ("spec",),
+    "RoleBinding": ("roleRef",),
+    "ClusterRoleBinding": ("roleRef",),
+    "Service": ("spec", "clusterIP"),
+    "Deployment": ("spec", "selector"),
+    # The operator makes a claim of it, which cannot shrink.
+    "DataSciencePipelinesApplication": ("spec", "database", "mariaDB", "pvcSize"),
+}
+"""By kind, what the API server lets nobody change once the object is there."""
+
+
+def fixed(each: dict[str, Any]) -> Any:
+    value: Any = each
+    for key in IMMUTABLE[each["kind"]]:
+        value = value.get(key, {}) if isinstance(value, dict) else value
+    return value
+
+
+def test_every_overlay_applies_after_every_other() -> None:
+    """Going from `dev` to `gpu` once failed: the workbench's volume had another size."""
+    seen: dict[tuple[str, str], tuple[str, Any]] = {}
+    for (folder, kind, name), each in objects().items():
+        if folder.startswith("overlays/") and kind in IMMUTABLE:
+            first, value = seen.setdefault((kind, name), (folder, fixed(each)))
+            assert value == fixed(each), f"{kind} {name}: {first} and then {folder}"
+    assert ("PersistentVolumeClaim", "nudge-workbench") in seen
