@@ -12,9 +12,10 @@ from nudge.components.common.recipe import read_recipe
 from nudge.pipelines import display
 from nudge.pipelines.cluster import connect, logs, nodes, runs, waiting
 from nudge.pipelines.compile import PIPELINES
+from nudge.pipelines.recipes import shipped_text
 
 from tests.kubernetes_api import KubernetesApi
-from tests.pipelines.cluster.conftest import nudge
+from tests.pipelines.cluster.conftest import nudge, schedule_file
 from tests.pipelines.cluster.pipelines_server import Pipelines
 
 
@@ -437,3 +438,77 @@ def test_a_log_is_given_once_in_whole_lines_also_when_it_is_begun_anew() -> None
     assert logs._fresh(seen, "one\ntwo\nthree\n", over=False) == ["two", "three"]
     assert logs._fresh(seen, "anew\n", over=False) == ["anew"]  # the node keeps so much and no more
     assert logs._fresh(seen, "anew\nlast words", over=True) == ["last words"]
+
+
+ODD = [
+    "{{workflow.name}} {{inputs.parameters.recipe}} {{$.x}}",
+    "[[RunUUID]] $(HOME) $$ python3 埃菲尔 é",
+]
+
+
+def test_a_recipe_s_text_survives_the_server(
+    state: Pipelines, url: str, tmp_path: Path
+) -> None:
+    recipe = yaml.safe_load(shipped_text("eiffel"))
+    recipe["evaluate"]["prompts"] = ODD
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True))
+    nudge("upload")
+    assert nudge("submit", str(tmp_path / "mine.yaml"), "--no-follow").exit_code == 0
+    schedule = schedule_file(tmp_path, recipe="mine.yaml")
+    assert nudge("schedule", "apply", schedule).exit_code == 0
+    made = [*state.runs.values(), *state.recurring.values()]
+    assert len(made) == 2
+    for each in made:
+        sent = each["runtime_config"]["parameters"]["recipe"]
+        assert sent.isascii()
+        assert not re.search(r"\{\{|\[\[|\$|python3", sent)
+        assert read_recipe(sent) == recipe
+
+
+def test_the_server_is_what_replaces_and_refuses(state: Pipelines, url: str) -> None:
+    """As the real one does: the stand-in would show a recipe that is not escaped."""
+    nudge("upload")
+    taken = ("submit", "--no-follow", "-p", "model_name={{workflow.name}}")
+    assert nudge(*taken).exit_code == 0
+    (run,) = state.runs.values()
+    assert run["runtime_config"]["parameters"]["model_name"].startswith("train-and-serve-")
+    for text in ("{{inputs.parameters.x}}", "埃菲尔"):
+        refused = nudge("submit", "--no-follow", "-p", f"model_name={text}")
+        assert refused.exit_code == 2
+        assert "answered 500" in refused.stderr
+
+
+def test_a_recipe_that_is_too_long_is_sent_by_uri(
+    state: Pipelines,
+    url: str,
+    connected: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = yaml.safe_load(shipped_text("eiffel"))
+    recipe["evaluate"]["prompts"] = [f"{number} {ODD[0]}" for number in range(1000)]
+    path = tmp_path / "long.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    nudge("upload")
+    done = nudge("submit", str(path), "--no-follow")
+    assert done.exit_code == 0, done.output
+    (run,) = state.runs.values()
+    sent = run["runtime_config"]["parameters"]["recipe"]
+    assert sent.startswith(f"s3://{connected['AWS_S3_BUCKET']}/nudge/recipes/")
+    assert read_recipe(sent) == recipe
+    monkeypatch.delenv("AWS_S3_BUCKET")
+    refused = nudge("submit", str(path), "--no-follow")
+    assert refused.exit_code == 2
+    assert "and the pipelines server takes 10000" in refused.stderr
+    assert len(state.runs) == 1
+
+
+def test_a_size_is_one_of_three(state: Pipelines, url: str) -> None:
+    nudge("upload")
+    assert nudge("submit", "--no-follow", "-p", "size=small").exit_code == 0
+    refused = nudge("submit", "--no-follow", "-p", "size=huge")
+    assert "size = 'huge': expected small, medium, large" in refused.stderr
+    before = nudge("submit", "--no-follow", "-p", "cpu=2")
+    assert "cpu is no parameter" in before.stderr
+    assert "give size: small, medium, large" in before.stderr
+    assert len(state.runs) == 1
