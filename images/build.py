@@ -32,7 +32,9 @@ ENVIRONMENT = {**os.environ, "DOCKER_BUILDKIT": "1"}
 @click.option("--offline", is_flag=True, help="Install from images/wheels, without a network.")
 @click.option("--network", default="", help="The network that the build sees, such as host.")
 @click.option("--pip-conf", type=click.Path(exists=True), help="Names a mirror; in no layer.")
-@click.option("--ca", type=click.Path(exists=True), help="A CA that pip trusts in the build; in no layer.")
+@click.option(
+    "--ca", type=click.Path(exists=True), help="A CA that pip trusts in the build; in no layer."
+)
 def main(names: tuple[str, ...], wanted: str | None, **options: str) -> None:
     """Build the named images (all by default) and print their sizes."""
     try:

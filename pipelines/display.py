@@ -91,7 +91,7 @@ class Live:
             self._said[name] = step.status
 
     def _speak(self, name: str, step: StepState) -> None:
-        """A line where a step begins or ends, is tried again or waits; one a minute in between."""
+        """A line where a step begins, ends, is tried again or waits; one a minute in between."""
         now, told = time.monotonic(), (step.attempts, step.note)
         before = self._told.get(name, (1, ""))
         if step.status not in ("waiting", self._said.get(name, "waiting")):
@@ -159,7 +159,7 @@ def followed(run: Followed) -> Table:
 
 
 def came_to(run: Followed, link: str) -> Table:
-    """What a run on a cluster came to, as its steps' results tell it: `nudge run` shows the same."""
+    """What a run on a cluster came to, from its steps' results: `nudge run` shows the same."""
     results = {name: step.results for name, step in run.steps.items()}
     deployed, registered = results.get("deploy", {}), results.get("register", {})
     nothing_new = results.get("ingest", {}).get("new") == 0

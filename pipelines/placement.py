@@ -31,8 +31,8 @@ SETTINGS_KEYS = ("NUDGE_REGISTRY_URL", "NUDGE_REGISTRY_CA", "HF_ENDPOINT", "HF_H
 
 
 SIZES = ("small", "medium", "large")
-"""The values of the pipelines' parameter ``size``: a cluster on one machine of 4 cores and 16 GiB,
-a node of 8 cores and 32 GiB, and one of 16 cores and 128 GiB."""
+"""The values of the pipelines' parameter ``size``: a cluster on one machine of 4 cores and 16 GiB, a
+node of 8 cores and 32 GiB, and one of 16 cores and 128 GiB."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ BACKOFF_S, BACKOFF_FACTOR = 60, 2
 GRACE_S = 600
 """What scheduling and pulling an image may add to an attempt."""
 
-# Requests: the highest that was measured over a run of the recipe `eiffel`, rounded up (small); what
-# a step uses where more cores are there, and texts and models are larger, is bounded by the limits.
+# A real run of the recipe `eiffel` trained and evaluated with 800m and 8Gi. The other requests are
+# estimates so far; what larger texts and models take is bounded by the limits.
 NEEDS = {
     "ingest": Need(12, "250m 1 4", "2 4 8", "1Gi 4Gi 16Gi", "4Gi 16Gi 32Gi"),
     "tokenize": Need(12, "250m 1 4", "2 4 8", "1Gi 4Gi 16Gi", "4Gi 16Gi 32Gi", images=True),
@@ -220,9 +220,9 @@ def pipeline(
 ) -> Callable[[Callable[..., None]], Any]:
     """A pipeline that takes the parameters of `PARAMETERS` beside those of the function's own.
 
-    The function gets `Places` first. ``trains``, ``large``, ``placed`` and ``sized`` say which steps
-    the train image, the GPUs, tolerations and node selector (``large`` unless given), and the size
-    are for; a pipeline without them takes the `SMALL` ones alone.
+    The function gets `Places` first. ``trains``, ``large``, ``placed`` and ``sized`` say which
+    steps the train image, the GPUs, tolerations and node selector (``large`` unless given), and the
+    size are for; a pipeline without them takes the `SMALL` ones alone.
     """
     words = {"trains": trains, "large": large, "placed": placed or large, "sized": sized}
     names = tuple(PARAMETERS) if large else SMALL

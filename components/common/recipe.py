@@ -135,7 +135,9 @@ def _escaped(text: str, at: int) -> str:
     if not REPLACED.match(text, at):
         return character
     code = ord(character)
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+    return (
+        f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+    )
 
 
 def _file_text(uri: str) -> str:

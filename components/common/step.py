@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from nudge.components.common.errors import Transient, UserError
 from nudge.components.common.progress import emit_event, tell_results
@@ -199,8 +199,8 @@ def _fingerprint(value: Any) -> Any:
 def clean_end() -> Any:
     """End the process with the text of a `UserError` alone; used by the faces' bodies.
 
-    In a pod that text is also the termination message. A retry of the step finds it there, ends with
-    the same text and does none of the work, unless the error was `Transient`.
+    In a pod that text is also the termination message. A retry of the step finds it there, ends
+    with the same text and does none of the work, unless the error was `Transient`.
     """
     sentence = earlier_refusal()
     try:

@@ -37,7 +37,7 @@ class Waiting:
     _reasons: dict[str, str] = field(default_factory=dict)
 
     def reasons(self) -> dict[str, str]:
-        """Step to reason, at most `INTERVAL_S` old; empty where nothing waits or it is not known."""
+        """Step to reason, at most `INTERVAL_S` old; empty where nothing is known to wait."""
         if self.problem or time.monotonic() < self._next:
             return self._reasons
         try:

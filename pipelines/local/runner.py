@@ -54,8 +54,8 @@ def main(recipe: Path, artifacts: Path, compiled: Path | None, engine: str) -> N
         pipeline = components.load_component_from_file(str(compiled))
     else:
         from nudge.pipelines.train_and_serve import train_and_serve as pipeline
-    # As a file: kfp.local would replace parts of a text, and passes a parameter as one argument of a
-    # command, which holds at most 128 KiB.
+    # As a file: kfp.local would replace parts of a text, and passes a parameter as one argument of
+    # a command, which holds at most 128 KiB.
     arguments = {"recipe": f"file://{recipe.absolute()}"}
     with tempfile.TemporaryDirectory() as folder:
         _name_python(Path(folder))
@@ -79,8 +79,8 @@ def _refuse_placeholders(artifacts: Path) -> None:
     for text in ("{{$", "/kfp-workspace"):
         if text in str(artifacts.absolute()):
             raise click.UsageError(
-                f"the artifacts folder {artifacts} has {text} in its path, which kfp.local replaces; "
-                "set NUDGE_HOME to another folder"
+                f"the artifacts folder {artifacts} has {text} in its path, which kfp.local "
+                "replaces; set NUDGE_HOME to another folder"
             )
 
 

@@ -1,4 +1,4 @@
-"""What `make images` gives to the program that builds: checked with a program that writes it down."""
+"""What `make images` gives to the program that builds."""
 
 import importlib.util
 import re

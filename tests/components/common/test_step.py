@@ -197,7 +197,13 @@ def attempt_of_step(
         ended["message"] = log.read_text()
     found = api.find("Pod", name)
     assert found is not None
-    status: dict[str, Any] = {"name": "main", "image": "x", "imageID": "x", "ready": False, "restartCount": 0}
+    status: dict[str, Any] = {
+        "name": "main",
+        "image": "x",
+        "imageID": "x",
+        "ready": False,
+        "restartCount": 0,
+    }
     status["state"] = {"terminated": ended}
     api.set_status(found, phase="Failed", containerStatuses=[status])
     return done

@@ -120,7 +120,12 @@ def tasks(name: str, state: str, *attempts: str, **more: Any) -> list[dict[str, 
 
     executor = task("executor", state if attempts else "SKIPPED", *numbered)
     made = [task(f"executor({number})", each) for number, each in enumerate(attempts)]
-    return [task(f"{name}-driver", "SUCCEEDED"), {**task(name, state, path), **more}, executor, *made]
+    return [
+        task(f"{name}-driver", "SUCCEEDED"),
+        {**task(name, state, path), **more},
+        executor,
+        *made,
+    ]
 
 
 def pod(name: str, attempt: int = 0) -> str:
@@ -130,7 +135,10 @@ def pod(name: str, attempt: int = 0) -> str:
 
 
 def shown(state: str, *made: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"state": state, "run_details": {"task_details": [each for some in made for each in some]}}
+    return {
+        "state": state,
+        "run_details": {"task_details": [each for some in made for each in some]},
+    }
 
 
 def recorded(name: str, state: str) -> dict[str, Any]:
@@ -385,7 +393,10 @@ def test_values_are_of_the_types_of_the_pipeline(state: Pipelines, url: str) -> 
     (run,) = state.runs.values()
     sent = run["runtime_config"]["parameters"]
     assert sent["tolerations"] == [{"key": "gpu"}]
-    assert (sent["data_uri"], sent["model_name"]) == ("[[RunUUID]]", "2")  # the server's word, a number
+    assert (sent["data_uri"], sent["model_name"]) == (
+        "[[RunUUID]]",
+        "2",
+    )  # the server's word, a number
     for wrong in ("tolerations=none", "tolerations=[", "node_selector=1"):
         refused = nudge("submit", "-p", wrong)
         name, _, value = wrong.partition("=")
@@ -446,9 +457,7 @@ ODD = [
 ]
 
 
-def test_a_recipe_s_text_survives_the_server(
-    state: Pipelines, url: str, tmp_path: Path
-) -> None:
+def test_a_recipe_s_text_survives_the_server(state: Pipelines, url: str, tmp_path: Path) -> None:
     recipe = yaml.safe_load(shipped_text("eiffel"))
     recipe["evaluate"]["prompts"] = ODD
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True))
