@@ -31,16 +31,16 @@ SETTINGS_KEYS = ("NUDGE_REGISTRY_URL", "NUDGE_REGISTRY_CA", "HF_ENDPOINT", "HF_H
 
 
 SIZES = ("small", "medium", "large")
-"""The values of the pipelines' parameter ``size``: a cluster on one machine of 4 cores and 16 GiB, a
-node of 8 cores and 32 GiB, and one of 16 cores and 128 GiB."""
+"""The values of the pipelines' parameter ``size``: a cluster on one machine of 4 cores and
+16 GiB, a node of 8 cores and 32 GiB, and one of 16 cores and 128 GiB."""
 
 
 @dataclass(frozen=True)
 class Need:
     """What a step needs: hours for one attempt, CPU and memory, and where its files are.
 
-    ``cpu`` and ``memory`` are requested; the step may use up to the limits. Each is one quantity, or
-    one for each of `SIZES`. ``shm`` is the largest shared memory (it counts as memory),
+    ``cpu`` and ``memory`` are requested; the step may use up to the limits. Each is one quantity,
+    or one for each of `SIZES`. ``shm`` is the largest shared memory (it counts as memory),
     ``connection`` says that the step reaches the object store, ``images`` that it may read or write
     a model in a registry of images. A step that fails is tried ``retries`` more times.
     """
