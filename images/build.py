@@ -18,6 +18,9 @@ IMAGES = {
     "train": TRAIN_IMAGE,
     "workbench": WORKBENCH_IMAGE,
 }
+CA = "/run/secrets/ca.pem"
+"""Where the file given as ``--ca`` is while an image is built."""
+
 ENGINES = ("podman", "docker", "buildah")
 ENVIRONMENT = {**os.environ, "DOCKER_BUILDKIT": "1"}
 
@@ -30,7 +33,9 @@ ENVIRONMENT = {**os.environ, "DOCKER_BUILDKIT": "1"}
 @click.option("--offline", is_flag=True, help="Install from images/wheels, without a network.")
 @click.option("--network", default="", help="The network that the build sees, such as host.")
 @click.option("--pip-conf", type=click.Path(exists=True), help="Names a mirror; in no layer.")
-@click.option("--ca", type=click.Path(exists=True), help="Its CA, at /run/secrets/ca.pem.")
+@click.option(
+    "--ca", type=click.Path(exists=True), help="A CA that pip trusts in the build; in no layer."
+)
 def main(names: tuple[str, ...], wanted: str | None, **options: str) -> None:
     """Build the named images (all by default) and print their sizes."""
     try:
@@ -73,8 +78,10 @@ def build(program: str, name: str, **options: str) -> None:
         folder = ROOT / "images" / "wheels" / "cuda"
         folder.mkdir(exist_ok=True)
         shutil.copy(wheel, folder)
-    if options.get("offline"):
-        arguments["PIP_OPTIONS"] = "--no-index"
+    pip = ["--no-index"] if options.get("offline") else []
+    pip += ["--cert", CA] if options.get("ca") else []
+    if pip:
+        arguments["PIP_OPTIONS"] = " ".join(pip)
     network = "none" if options.get("offline") else options.get("network")
     command = [program, "build", "--file", "images/Containerfile", "--tag", IMAGES[name]]
     command += [f"--build-arg={key}={value}" for key, value in arguments.items()]

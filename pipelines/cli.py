@@ -9,7 +9,7 @@ from typing import Any
 import click
 from nudge.components.common.errors import UserError
 from nudge.components.common.shown import visible
-from nudge.pipelines import release
+from nudge.pipelines import output, release
 from nudge.pipelines.cluster import commands
 
 
@@ -18,6 +18,7 @@ class Errors(click.Group):
     Ctrl-C ends with status 130."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        output.write_anything()
         try:
             return super().invoke(ctx)
         except UserError as error:

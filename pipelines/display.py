@@ -12,7 +12,7 @@ from nudge.components.common.guard import header_file
 from nudge.components.common.progress import RESULTS, SHOWN, figures
 from nudge.components.common.shown import visible
 from nudge.components.deploy.gateway import TOKEN
-from nudge.pipelines.local.run import Run, StepState
+from nudge.pipelines.local.run import NOTHING_NEW, Run, StepState
 from nudge.pipelines.screen import Screen
 from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -21,6 +21,10 @@ from rich.text import Text
 
 PLAIN = (str, int, float)
 MARKS = {"waiting": " ", "running": "›", "done": "✓", "reused": "↺", "skipped": "–", "failed": "✗"}
+
+
+MINUTE_S = 60.0
+"""Between two lines about a step that runs, where there is no terminal."""
 
 
 class Followed(Protocol):
@@ -34,6 +38,9 @@ class Live:
 
     def __init__(self, console: Console, run: Followed) -> None:
         self._console, self._said = console, dict.fromkeys(run.steps, "waiting")
+        self._told: dict[str, tuple[int, str]] = {}
+        self._spoke: dict[str, float] = {}
+        self._first: dict[str, tuple[float, float]] = {}
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         if console.is_terminal:
@@ -80,14 +87,58 @@ class Live:
                     # Rich's own clock stops as soon as a step has done all that it counts.
                     clock="" if step.status in ("waiting", "skipped") else f"{passed:.0f} s",
                     mark=MARKS[step.status],
-                    figures=step.status if ended else figures(step.fields),
+                    figures=step.status if ended else self._figures(step),
                 )
                 if ended:
                     self._bars.stop_task(task)
-            elif step.status not in ("waiting", self._said.get(name, "waiting")):
-                took = f" {step.seconds:.1f} s" if step.seconds else ""
-                self._console.print(f"{name}: {step.status}{took}", markup=False, highlight=False)
+            else:
+                self._speak(name, step)
             self._said[name] = step.status
+
+    def _speak(self, name: str, step: StepState) -> None:
+        """A line where a step begins, ends, is tried again or waits; one a minute in between."""
+        now, told = time.monotonic(), (step.attempts, step.note)
+        before = self._told.get(name, (1, ""))
+        if step.status not in ("waiting", self._said.get(name, "waiting")):
+            took = f" {step.seconds:.1f} s" if step.seconds else ""
+            self._line(f"{name}: {step.status}{took}{_tries(step)}")
+            if step.note:
+                self._line(f"{name}: waits: {step.note}")
+            self._spoke[name] = now
+        elif step.status in ("waiting", "running"):
+            if told != before and (step.note or step.attempts > before[0]):
+                waits = f"waits: {step.note}" if step.note else "running"
+                self._line(f"{name}: {waits}{_tries(step)}")
+                self._spoke[name] = now
+            elif step.status == "running" and now - self._spoke.get(name, now) >= MINUTE_S:
+                passed = max(time.time() - step.started, 0)
+                self._line(f"{name}: running {passed:.0f} s  {self._figures(step)}".rstrip())
+                self._spoke[name] = now
+        self._told[name] = told
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _figures(self, step: StepState) -> str:
+        """Progress, figures, time left, attempt and reason for waiting of a step that runs."""
+        now = time.monotonic()
+        parts = []
+        if step.unit:
+            of = f"/{step.total:g}" if step.total else ""
+            parts += [f"{step.done:g}{of} {step.unit}", figures(step.fields).strip()]
+            begun, done = self._first.setdefault(step.name, (now, step.done))
+            if step.done < done:  # a new attempt counts anew
+                begun, done = self._first[step.name] = (now, step.done)
+            if step.total and done < step.done < step.total:
+                left = (step.total - step.done) * (now - begun) / (step.done - done)
+                parts.append(f"about {left:.0f} s left")
+        else:
+            parts.append(figures(step.fields))
+        if step.attempts > 1:
+            parts.append(f"attempt {step.attempts}")
+        if step.note:
+            parts.append(f"waits: {step.note}")
+        return "  ".join(filter(None, parts))
 
     def lines(self, lines: Iterable[tuple[str, str]]) -> None:
         """Write lines of the steps' logs above the bars, but for those that a bar or the table at
@@ -107,9 +158,29 @@ def followed(run: Followed) -> Table:
     for name, step in run.steps.items():
         plain = {key: each for key, each in step.results.items() if isinstance(each, PLAIN)}
         seconds = f"{step.seconds:.1f}" if step.seconds else ""
-        status = f"{MARKS[step.status]} {step.status}"
+        status = f"{MARKS[step.status]} {step.status}{_tries(step)}"
         table.add_row(name, seconds, status, Text(figures(plain)))
     return table
+
+
+def came_to(run: Followed, link: str) -> Table:
+    """What a run on a cluster came to, from its steps' results: `nudge run` shows the same."""
+    results = {name: step.results for name, step in run.steps.items()}
+    deployed, registered = results.get("deploy", {}), results.get("register", {})
+    nothing_new = results.get("ingest", {}).get("new") == 0
+    version = f"{registered.get('registered_model')} {registered.get('version')}"
+    rows = {
+        "verdict": NOTHING_NEW if nothing_new else results.get("evaluate", {}).get("reason"),
+        "model": results.get("upload", {}).get("uri"),
+        "registered": version if registered else None,
+        "endpoint": deployed.get("endpoint"),
+        "report": f"{link} (evaluate, report)" if results.get("evaluate") else None,
+    }
+    return _rows(rows)
+
+
+def _tries(step: StepState) -> str:
+    return f" ({step.attempts} attempts)" if step.attempts > 1 else ""
 
 
 def summary(values: dict[str, Any], run: Run) -> Group:
@@ -200,10 +271,14 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _places(values: dict[str, Any]) -> Table:
-    table = Table(show_header=False, box=None)
     rows = {"verdict": values["reason"], "report": values["report"], "model": values["model_uri"]}
     if values["version"]:
         rows["registered"] = f"{values['registered_model']} {values['version']}"
+    return _rows(rows)
+
+
+def _rows(rows: dict[str, Any]) -> Table:
+    table = Table(show_header=False, box=None)
     for name, value in rows.items():
         if value:
             table.add_row(name, Text(str(value), overflow="fold"))

@@ -12,6 +12,7 @@ from nudge.pipelines.retrain import Named, retrain
     "Retrain a language model on many nodes; serve it if it is shown to be better.",
     trains="tokenize, evaluate and the nodes",
     large="evaluate",
+    sized="ingest, tokenize and evaluate",
     placed="each node and of evaluate",
 )
 def distributed_training(

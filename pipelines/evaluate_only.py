@@ -11,6 +11,7 @@ from nudge.pipelines.placement import Places, pipeline
     "Compare a trained model with its base on the text there is now; change nothing.",
     trains="evaluate",
     large="evaluate",
+    sized="ingest and evaluate",
 )
 def evaluate_only(
     places: Places,

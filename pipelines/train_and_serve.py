@@ -12,6 +12,7 @@ from nudge.pipelines.retrain import Named, retrain
     "Retrain a language model on your text; serve it if it is shown to be better.",
     trains="tokenize, train and evaluate",
     large="train and of evaluate",
+    sized="ingest, tokenize, train and evaluate",
 )
 def train_and_serve(
     places: Places,

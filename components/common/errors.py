@@ -17,6 +17,10 @@ class UserError(ValueError):
         return visible(masked(super().__str__()))
 
 
+class Transient(UserError):
+    """The input is not to blame: an outage, a stopped process, a full disk. A retry may succeed."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: ``did you mean 'a' or 'b'?``, or every known name, sorted."""
     names = sorted(known)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 import tenacity
-from nudge.components.common.errors import UserError
+from nudge.components.common.errors import Transient, UserError
 
 T = TypeVar("T")
 Object = dict[str, Any]
@@ -58,7 +58,7 @@ class Kind:
         return "/" + "/".join([*parts, self.plural, *(quote(p) for p in (name, subresource) if p)])
 
 
-class NotInTime(UserError):
+class NotInTime(Transient):
     """What was waited for has not come; ``why`` is the cause alone."""
 
     def __init__(self, message: str, why: str) -> None:
@@ -264,14 +264,14 @@ class Cluster:
         try:
             status, text = retrying(self._once, method, path, query, body, media)
         except _Busy as busy:
-            raise UserError(f"{doing}: {where} answered {busy.status}: {busy}") from None
+            raise Transient(f"{doing}: {where} answered {busy.status}: {busy}") from None
         except urllib3.exceptions.SSLError as error:
             raise UserError(
                 f"{doing}: the certificate of {where} is not trusted: {error}; give its CA in the "
                 "kubeconfig"
             ) from None
         except urllib3.exceptions.HTTPError as error:
-            raise UserError(f"{doing}: the cluster {where} does not answer: {error}") from None
+            raise Transient(f"{doing}: the cluster {where} does not answer: {error}") from None
         if status < 300:
             return text
         told = _status(text)

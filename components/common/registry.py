@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pydantic
 import tenacity
-from nudge.components.common.errors import UserError
+from nudge.components.common.errors import Transient, UserError
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ PERMANENT = re.compile(
 42) and exceeded limits (54), and MariaDB's codes for the same."""
 
 
-class Unreachable(UserError):
+class Unreachable(Transient):
     """The registry cannot be used now; the same may succeed later.
 
     ``permanent`` if that takes another URL.

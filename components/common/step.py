@@ -16,6 +16,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -24,7 +25,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from nudge.components.common.errors import UserError
+from nudge.components.common.errors import Transient, UserError
 from nudge.components.common.progress import emit_event, tell_results
 from nudge.components.common.provenance import code_fingerprint
 from nudge.components.common.publish import published, sha256_file, sha256_tree
@@ -34,6 +35,18 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 REUSE_VARIABLE = "NUDGE_REUSE"
+TERMINATION_LOG, TERMINATION_BYTES = Path("/dev/termination-log"), 4096
+"""Where a container writes why it ended, and how much of that the kubelet keeps."""
+
+POD_VARIABLE, RETRY_VARIABLE = "KFP_POD_NAME", "KFP_RETRY_INDEX"
+"""What Kubeflow Pipelines tells a step's container; servers before 2026 leave the second out."""
+
+NODE_ANNOTATION = "workflows.argoproj.io/node-name"
+WORKFLOW_LABEL = "workflows.argoproj.io/workflow"
+REFUSAL, FAILURE = "error: ", "failed: "
+"""How a termination message begins after bad input, and after what a retry may do better."""
+
+RETRY_PATIENCE_S = 5.0
 _status: ContextVar[str] = ContextVar("status")
 """Of the step that runs: done, or reused."""
 
@@ -119,9 +132,9 @@ def disk_is_full(error: BaseException) -> bool:
     return os.strerror(errno.ENOSPC) in str(error)
 
 
-def _full_disk(name: str, outputs: list[Path]) -> UserError:
+def _full_disk(name: str, outputs: list[Path]) -> Transient:
     places = " or ".join(sorted({str(path.parent) for path in outputs})) or "this machine"
-    return UserError(
+    return Transient(
         f"{name}: no space is left on the disk of {places}; nothing half-written stays there, so "
         "free some space (or give a larger volume) and run it again"
     )
@@ -184,9 +197,60 @@ def _fingerprint(value: Any) -> Any:
 
 @contextlib.contextmanager
 def clean_end() -> Any:
-    """End the process with the text of a `UserError` alone; used by the faces' bodies."""
+    """End the process with the text of a `UserError` alone; used by the faces' bodies.
+
+    In a pod that text is also the termination message. A retry of the step finds it there, ends
+    with the same text and does none of the work, unless the error was `Transient`.
+    """
+    sentence = earlier_refusal()
     try:
+        if sentence:
+            raise UserError(sentence)
         yield
     except UserError as error:
+        sys.stdout.flush()
+        if os.environ.get("KUBERNETES_SERVICE_HOST"):
+            message = f"{FAILURE if isinstance(error, Transient) else REFUSAL}{error}"
+            with contextlib.suppress(OSError):  # not every container has this file
+                TERMINATION_LOG.write_bytes(message.encode()[:TERMINATION_BYTES])
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def earlier_refusal() -> str:
+    """The sentence with which an earlier attempt of this step refused its input; empty if none did.
+
+    The engine repeats a step that failed, whatever the cause: KFP cannot say which failures are
+    worth it. So the termination messages of the step's earlier pods are asked for. Where they
+    cannot be had the step does its work again.
+    """
+    own = os.environ.get(POD_VARIABLE, "")
+    if not own or os.environ.get(RETRY_VARIABLE, "") == "0":
+        return ""
+    from nudge.components.common.kube import POD, connect
+
+    try:
+        # Only this once: the work itself asks again where it needs the cluster.
+        cluster = connect(patience_s=RETRY_PATIENCE_S)
+        found = [pod["metadata"] for pod in cluster.list(POD, metadata__name=own)]
+        workflow = found[0].get("labels", {}).get(WORKFLOW_LABEL, "") if found else ""
+        node, attempt = _attempt(found[0]) if found else ("", 0)
+        if not workflow or not attempt:
+            return ""
+        pods = cluster.list(POD, {WORKFLOW_LABEL: workflow})
+    except UserError:
+        return ""
+    for pod in pods:
+        earlier, number = _attempt(pod["metadata"])
+        if earlier == node and number < attempt:
+            for status in pod.get("status", {}).get("containerStatuses") or []:
+                ended = status.get("state", {}).get("terminated") or {}
+                if str(ended.get("message", "")).startswith(REFUSAL) and ended.get("exitCode"):
+                    return str(ended["message"]).removeprefix(REFUSAL).strip()
+    return ""
+
+
+def _attempt(meta: dict[str, Any]) -> tuple[str, int]:
+    """The name of a pod's node in the workflow, and which attempt it is; 0 is the first."""
+    match = re.fullmatch(r"(.*)\((\d+)\)", meta.get("annotations", {}).get(NODE_ANNOTATION, ""))
+    return (match[1], int(match[2])) if match else ("", 0)

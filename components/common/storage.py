@@ -24,7 +24,7 @@ import boto3.exceptions
 import botocore.config
 import botocore.exceptions
 import s3transfer.exceptions
-from nudge.components.common.errors import UserError
+from nudge.components.common.errors import Transient, UserError
 from nudge.components.common.model_files import Tampered, check_manifest
 
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_ENDPOINT", "AWS_S3_BUCKET")
@@ -306,7 +306,8 @@ def s3_errors(doing: str) -> Iterator[None]:
     try:
         yield
     except S3_ERRORS as error:
-        raise UserError(f"{doing}: {why(error)}") from None
+        kind = Transient if is_transient(error) else UserError
+        raise kind(f"{doing}: {why(error)}") from None
 
 
 def list_keys(client: Any, bucket: str, prefix: str) -> dict[str, int]:

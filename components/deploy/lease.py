@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from nudge.components.common.errors import UserError
+from nudge.components.common.errors import Transient, UserError
 from nudge.components.common.kube import Cluster, Conflict, Kind
 
 LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
@@ -58,7 +58,7 @@ class Held:
                 return
             if time.monotonic() > deadline:
                 assert lease is not None
-                raise UserError(
+                raise Transient(
                     f"{lease['spec'].get('holderIdentity')} is at work on this since "
                     f"{lease['spec'].get('acquireTime')}; run this again when it has ended "
                     f"(lease {self._name} in namespace {self._cluster.namespace})"

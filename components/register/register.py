@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nudge.components.common.comparison import RECORD, comparison_properties
-from nudge.components.common.errors import UserError
+from nudge.components.common.errors import Transient, UserError
 from nudge.components.common.names import check_name
 from nudge.components.common.publish import read_manifest, sha256_file
 from nudge.components.common.registry import Unreachable
@@ -95,7 +95,7 @@ def register(
             told = enter(url, entry)
         except Unreachable as error:
             command = unfinished.keep(entry, url)
-            raise UserError(
+            raise Transient(
                 f"{error}\nthe model itself is safe at {uri}; this finishes it later:\n  {command}"
             ) from None
         except UserError as error:

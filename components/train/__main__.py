@@ -11,12 +11,12 @@ import tempfile
 from pathlib import Path
 
 import click
-from nudge.components.common.errors import UserError
+from nudge.components.common.errors import Transient, UserError
 from nudge.components.common.recipe import step_settings
 from nudge.components.common.step import clean_end, disk_is_full
 from nudge.components.common.uris import is_local, local_path
 from nudge.components.train.settings import TrainSettings
-from nudge.components.train.torchrun import ERROR_VARIABLE
+from nudge.components.train.torchrun import ERROR_VARIABLE, TRANSIENT
 
 
 @click.command()
@@ -40,9 +40,9 @@ def main(
         except BaseException as error:
             told = error if isinstance(error, UserError) else None
             if disk_is_full(error):
-                told = UserError(f"train: no space is left on the disk of {model.parent}")
+                told = Transient(f"train: no space is left on the disk of {model.parent}")
             if told is not None:
-                _tell(f"{told}")
+                _tell(told)
                 raise told from error
             raise
 
@@ -56,10 +56,12 @@ def _tokens(uri: str, folder: Path) -> Path:
     return folder
 
 
-def _tell(text: str) -> None:
+def _tell(error: UserError) -> None:
     if path := os.environ.get(ERROR_VARIABLE):
+        if isinstance(error, Transient):
+            Path(path).with_suffix(TRANSIENT).touch()
         with Path(path).open("a", encoding="utf-8") as file:
-            print(text, file=file)
+            print(error, file=file)
 
 
 if __name__ == "__main__":

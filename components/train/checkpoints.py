@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from nudge.components.common.errors import UserError
+from nudge.components.common.errors import Transient, UserError
 from nudge.components.common.provenance import code_version
 from nudge.components.common.publish import sha256_file, verify_file
 from nudge.components.common.step import disk_is_full
@@ -234,7 +234,7 @@ class Checkpoints:
         except CheckpointFailed as error:
             self._failures += 1
             if self._failures >= allowed:
-                raise UserError(f"{error}; the one before it is kept") from None
+                raise Transient(f"{error}; the one before it is kept") from None
             print(f"warning: {error}; trying again later", file=sys.stderr, flush=True)
             if self.settings.keeps_best:
                 state.best_step, state.best_loss = self._best

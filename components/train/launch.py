@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from nudge.components.common.base_model import resolved
-from nudge.components.common.errors import UserError
+from nudge.components.common.errors import Transient, UserError
 from nudge.components.common.images import TRAIN_IMAGE
 from nudge.components.common.kube import POD, Cluster, Conflict, NotInTime, connect
 from nudge.components.common.pods import LogTail, why
@@ -81,7 +81,7 @@ def launch(settings: TrainSettings, paths: dict[str, Path]) -> None:
             print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
-class _Late(UserError):
+class _Late(Transient):
     """The job is not done by its deadline, or was never admitted."""
 
 
@@ -184,7 +184,7 @@ def _follow(
 
     def judge(found: dict[str, Any] | None) -> bool | None:
         if found is None or found["metadata"]["uid"] != job["metadata"]["uid"]:
-            raise UserError(f"the {kind.name} {name} was deleted before it was complete")
+            raise Transient(f"the {kind.name} {name} was deleted before it was complete")
         stage = engine.stage(found)
         if stage == "suspended":
             queue = settings.cluster.queue
@@ -195,7 +195,7 @@ def _follow(
         if stage == "failed":
             told, cause = engine.told(found), why(cluster, engine.pods(name), found)
             longer = f"; {LONGER}" if "DeadlineExceeded" in told else ""
-            raise UserError(f"the {kind.name} {name} failed: {told}{longer}\n{cause}".rstrip())
+            raise Transient(f"the {kind.name} {name} failed: {told}{longer}\n{cause}".rstrip())
         return True if stage == "complete" else None
 
     def late() -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from nudge.components.common.errors import UserError
+from nudge.components.common.errors import Transient, UserError
 from nudge.components.common.language_model import likeliest, target_ids, target_probability
 from nudge.components.common.progress import Progress
 from nudge.components.train.bad_numbers import find
@@ -119,7 +119,7 @@ def train_loop(
             if loss_of_batch is None:
                 optimizer.zero_grad()
                 checkpoints.save(network, optimizer, state, record)
-                raise UserError(
+                raise Transient(
                     f"stopped by SIGTERM after step {step}; its checkpoint is "
                     f"{checkpoints.finish(state)}: run the same again and it goes on from there"
                 )

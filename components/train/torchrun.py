@@ -14,12 +14,14 @@ import tempfile
 from pathlib import Path
 from types import FrameType
 
-from nudge.components.common.errors import UserError
+from nudge.components.common.errors import Transient, UserError
 from nudge.components.common.processes import usable_cores
 from nudge.components.train.settings import TrainSettings
 
 ERROR_VARIABLE = "NUDGE_ERROR_FILE"
 """A file that a rank which ends in a `UserError` puts the text into."""
+TRANSIENT = ".transient"
+"""The suffix of an empty file beside it, which says that the error is a `Transient`."""
 
 
 def processes_wanted(settings: TrainSettings) -> int:
@@ -67,9 +69,10 @@ def run_ranks(count: int, settings: TrainSettings, paths: dict[str, Path]) -> No
                 ranks.terminate()
                 ranks.wait()
         if error.exists():
-            raise UserError(error.read_text(encoding="utf-8"))
+            kind = Transient if error.with_suffix(TRANSIENT).exists() else UserError
+            raise kind(error.read_text(encoding="utf-8"))
         if status:
-            raise UserError(
+            raise Transient(
                 f"a rank of the training died (torchrun ended with status {status}, the log says "
                 "which one and why); run the same again: it goes on from its newest checkpoint"
             )

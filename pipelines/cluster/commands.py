@@ -63,7 +63,7 @@ def submit(
     from nudge.pipelines.screen import Screen
 
     loaded = load(recipe, overrides)
-    parameters = {"recipe": loaded.text, **_parameters(given)}
+    parameters = runs.sendable({"recipe": loaded.text, **_parameters(given)})
     server = connect.connect(url)
     run = runs.submit(server, pipeline, name or loaded.name, parameters)
     click.echo(f"{run.run_id} {run.link}")
@@ -81,14 +81,17 @@ def submit(
         raise UserError(f"{error}; not followed any more, the run goes on: {run.link}") from None
     if run.silent:
         click.echo(visible(f"no logs were shown: {run.silent}"), err=True)
+    if run.reasonless:
+        click.echo(visible(f"why a step waits was not shown: {run.reasonless}"), err=True)
     Screen().print(display.followed(run))
+    Screen().print(display.came_to(run, run.link))
     click.echo(run.state.lower())
     if run.state != "SUCCEEDED":
         failed = run.failed
         error = f"{failed.name}: {failed.error}" if failed else run.error
         click.echo(f"error: {visible(error)}" if failed else visible(error), err=True)
-        if failed and (pod := run.pods.get(failed.name)):
-            click.echo(f"its log: oc logs {pod} -c main", err=True)
+        if failed and (pods := run.pods.get(failed.name)):
+            click.echo(f"its log: oc logs {pods[0]} -c main", err=True)
         sys.exit(1)
 
 

@@ -32,6 +32,8 @@ class _Seen:
     characters: int = 0
     next: float = 0.0
     ended: bool = False
+    name: str = ""
+    """Which of the names that the pod may have is its own."""
 
 
 @dataclass
@@ -41,26 +43,41 @@ class Logs:
     server: Server
     run_id: str
     problem: str = ""
-    _seen: dict[str, _Seen] = field(default_factory=dict)
+    _seen: dict[tuple[str, ...], _Seen] = field(default_factory=dict)
 
-    def lines(self, steps: dict[str, StepState], pods: dict[str, str]) -> Iterator[tuple[str, str]]:
-        """Each new line with the name of its step; ``pods`` has the newest pod of each step."""
+    def lines(
+        self, steps: dict[str, StepState], pods: dict[str, tuple[str, ...]]
+    ) -> Iterator[tuple[str, str]]:
+        """Each new line with the name of its step; ``pods`` has the names that the newest pod of
+        each step may have, the likeliest first."""
         for name, step in steps.items():
-            pod = pods.get(name, "")
+            pod = pods.get(name, ())
             if not pod or self.problem or step.status in ("waiting", "skipped", "reused"):
                 continue
             seen = self._seen.setdefault(pod, _Seen())
             over = step.status != "running"
             if seen.ended or (not over and time.monotonic() < seen.next):
                 continue
-            text = self._text(pod)
+            text = self._first_text(seen, pod)
             seen.next = time.monotonic() + INTERVAL_S + len(text) / BYTES_PER_S
             seen.ended = over
             for line in _fresh(seen, text, over):
                 _take_in(step, line)
                 yield name, line
 
-    def _text(self, pod: str) -> str:
+    def _first_text(self, seen: _Seen, names: tuple[str, ...]) -> str:
+        """The log of the pod that has one of these names; empty if it cannot be had now."""
+        for name in (seen.name,) if seen.name else names:
+            text = self._text(name)
+            if text is None:
+                break
+            if text:
+                seen.name = name
+                return text
+        return ""
+
+    def _text(self, pod: str) -> str | None:
+        """A pod's log; empty if there is no such pod, None if the server does not hand it out."""
         api = self.server.api("RunServiceApi").api_client
         place = {"run_id": self.run_id, "node_id": pod}
         try:
@@ -72,7 +89,7 @@ class Logs:
             # A server that is busy may answer the next time; these answers stay as they are.
             if re.search(r"answered (401|403|404|405|501)", str(error)):
                 self.problem = str(error)
-            return ""
+            return None
         text = str(answer.data.decode("utf-8", errors="replace"))
         return "" if text.startswith('{"error_message"') else text
 

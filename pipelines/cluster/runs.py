@@ -2,6 +2,8 @@
 
 import contextlib
 import hashlib
+import json
+import os
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -10,13 +12,21 @@ from typing import Any
 
 import yaml
 from nudge.components.common.errors import UserError, nearest
+from nudge.components.common.recipe import URI_SCHEMES, portable
 from nudge.components.common.uris import read_text
+from nudge.pipelines.cluster import nodes
 from nudge.pipelines.cluster.connect import Server, run_link
 from nudge.pipelines.cluster.logs import Logs
+from nudge.pipelines.cluster.waiting import Waiting
 from nudge.pipelines.compile import COMPILED
 from nudge.pipelines.local.run import StepState
+from nudge.pipelines.placement import SIZES
 
 EXPERIMENT = "nudge"
+MAX_PARAMETER_BYTES = 10_000
+"""Of all parameters of a run together, as JSON: the server's default (MAX_PARAMETER_BYTES in
+backend/src/common/util/consts.go), which OpenShift AI leaves as it is."""
+
 POLL_S = 2.0
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 STATES = {
@@ -60,11 +70,16 @@ class Following:
     state: str = "PENDING"
     error: str = ""
     steps: dict[str, StepState] = field(default_factory=dict)
-    pods: dict[str, str] = field(default_factory=dict)
+    paths: dict[str, list[str]] = field(default_factory=dict)
+    """The names that each step's node in the Workflow may have."""
+    pods: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """The names that the pod of each step's newest attempt may have."""
     lines: list[tuple[str, str]] = field(default_factory=list)
     """What came in the logs since the last time, each line with its step's name."""
     silent: str = ""
     """Why no logs are shown; empty if they are."""
+    reasonless: str = ""
+    """Why no reasons for waiting are shown; empty if they are."""
 
     @property
     def failed(self) -> StepState | None:
@@ -183,8 +198,55 @@ def submit(server: Server, pipeline: str, name: str, parameters: dict[str, Any])
     made = server.change(
         f"start a run of {pipeline}", server.api("RunServiceApi").run_service_create_run, body
     )
-    steps = {name: StepState(name) for name in steps_of(newest)}
-    return Following(made.run_id, run_link(server, made.run_id), steps=steps)
+    paths = nodes.paths(_spec(newest))
+    steps = {name: StepState(name) for name in paths}
+    return Following(made.run_id, run_link(server, made.run_id), steps=steps, paths=paths)
+
+
+def sendable(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with a recipe that reaches every step unchanged (see `portable`).
+
+    A recipe that is too long for the server is put into the object store that this machine's
+    variables name, under its hash, and its URI is sent. Raises `UserError` where none is known.
+    """
+    recipe = parameters.get("recipe")
+    if not isinstance(recipe, str):
+        return parameters
+    made = {**parameters, "recipe": portable(recipe)}
+    if sent_bytes(made) <= MAX_PARAMETER_BYTES:
+        return made
+    if "recipe" in made and recipe.startswith(URI_SCHEMES):
+        raise UserError(
+            f"the parameters are {sent_bytes(made)} bytes and the pipelines server takes "
+            f"{MAX_PARAMETER_BYTES}; give shorter ones"
+        )
+    bucket = os.environ.get("AWS_S3_BUCKET", "")
+    if not bucket or not os.environ.get("AWS_ACCESS_KEY_ID"):
+        raise UserError(
+            f"the recipe makes the parameters {sent_bytes(made)} bytes and the pipelines server "
+            f"takes {MAX_PARAMETER_BYTES}; set the variables of the data connection "
+            "(AWS_S3_ENDPOINT, AWS_S3_BUCKET, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) to have it "
+            "stored there, or give the URI of a file: -p recipe=s3://<bucket>/<file>"
+        )
+    return {**made, "recipe": _stored(recipe, bucket)}
+
+
+def sent_bytes(parameters: dict[str, Any]) -> int:
+    """The size of parameters as the server measures it: Go's JSON, which escapes ``<>&`` too."""
+    text = json.dumps(parameters, ensure_ascii=False, separators=(",", ":"))
+    return len(text.encode("utf-8")) + 5 * sum(map(text.count, "<>&"))
+
+
+def _stored(recipe: str, bucket: str) -> str:
+    """Put a recipe into the object store; returns its URI."""
+    from nudge.components.common.storage import s3_client, s3_errors
+
+    data = recipe.encode("utf-8")
+    key = f"nudge/recipes/{hashlib.sha256(data).hexdigest()}.yaml"
+    uri = f"s3://{bucket}/{key}"
+    with s3_errors(f"store the recipe as {uri}"):
+        s3_client().put_object(Bucket=bucket, Key=key, Body=data)
+    return uri
 
 
 def fitted(version: Any, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -196,6 +258,11 @@ def fitted(version: Any, parameters: dict[str, Any]) -> dict[str, Any]:
     """
     known = _spec(version).get("root", {}).get("inputDefinitions", {}).get("parameters", {})
     for name in parameters.keys() - known.keys():
+        if name in ("cpu", "memory") and "size" in known:
+            raise UserError(
+                f"{name} is no parameter of {version.display_name} any more; give size: "
+                f"{', '.join(SIZES)}"
+            )
         raise UserError(f"{name} is no parameter of {version.display_name}; {nearest(name, known)}")
     lacking = [
         name
@@ -207,6 +274,8 @@ def fitted(version: Any, parameters: dict[str, Any]) -> dict[str, Any]:
     if lacking:
         told = ", ".join(f"{name} ({known[name].get('description', '')})" for name in lacking)
         raise UserError(f"{version.display_name} needs {told}; give -p NAME=VALUE")
+    if "size" in known and (size := parameters.get("size", SIZES[0])) not in SIZES:
+        raise UserError(f"size = {size!r}: expected {', '.join(SIZES)}")
     return {
         name: _fitted(name, value, known[name].get("parameterType", ""))
         for name, value in parameters.items()
@@ -227,33 +296,6 @@ def _fitted(name: str, value: Any, type: str) -> Any:
     return made
 
 
-def steps_of(version: Any) -> list[str]:
-    """The names of a version's steps, each after those that it depends on."""
-    spec = _spec(version)
-    components, found = spec.get("components", {}), []
-
-    def visit(dag: dict[str, Any]) -> None:
-        tasks, seen = dag.get("tasks", {}), set()
-
-        def add(name: str) -> None:
-            if name in seen:
-                return
-            seen.add(name)
-            for before in tasks[name].get("dependentTasks", []):
-                add(before)
-            component = components.get(tasks[name]["componentRef"]["name"], {})
-            if "dag" in component:
-                visit(component["dag"])
-            else:
-                found.append(name)
-
-        for name in tasks:
-            add(name)
-
-    visit(spec.get("root", {}).get("dag", {}))
-    return found
-
-
 def _spec(version: Any) -> dict[str, Any]:
     spec = version.pipeline_spec or {}
     return dict(spec.get("pipeline_spec", spec))
@@ -263,11 +305,16 @@ def follow(server: Server, run: Following, poll_s: float = POLL_S) -> Generator[
     """Ask for the run, and for the logs of its steps, until it has ended; yields it each time."""
     api = server.api("RunServiceApi")
     logs = Logs(server, run.run_id)
+    waiting = Waiting(run.run_id, server.namespace)
     while True:
         found = server.read(f"look at the run {run.run_id}", api.run_service_get_run, run.run_id)
         _take_in(run, found)
+        active = [step for step in run.steps.values() if step.status in ("waiting", "running")]
+        reasons = waiting.reasons() if active and run.state not in ENDED else {}
+        for step in run.steps.values():
+            step.note = reasons.get(step.name, "")
         run.lines = list(logs.lines(run.steps, run.pods))
-        run.silent = logs.problem
+        run.silent, run.reasonless = logs.problem, waiting.problem
         yield run
         if run.state in ENDED:
             return
@@ -277,45 +324,30 @@ def follow(server: Server, run: Following, poll_s: float = POLL_S) -> Generator[
 def _take_in(run: Following, found: Any) -> None:
     run.state = found.state or "PENDING"
     run.error = (found.error and found.error.message) or ""
-    details = found.run_details.task_details if found.run_details else None
-    nodes = {_end(task.pod_name): task for task in details or [] if task.pod_name}
-    for task in details or []:
+    tasks = list((found.run_details and found.run_details.task_details) or [])
+    for task in tasks:
         # Groups, the drivers of steps and the pods inside of them are tasks too.
         if (name := str(task.display_name or "")) not in run.steps:
             continue
-        step, pod = run.steps[name], _newest_pod(task, nodes)
+        step = run.steps[name]
         step.status = STATES.get(str(task.state), "waiting")
-        if step.status == "done" and str(getattr(pod, "state", "")) == "SKIPPED":
+        ran = nodes.ran(task, tasks, run.paths.get(name, []))
+        if step.status == "done" and not ran.attempts and nodes.cached(task, tasks):
             step.status = "reused"  # from the engine's cache: its pod never ran
+        step.attempts = max(ran.attempts, 1)
         if task.start_time:
             step.started = task.start_time.timestamp()
-        if task.start_time and task.end_time:
+        # A task that runs ends in the year 1, a run in 1970.
+        ended = task.start_time and task.end_time and task.end_time >= task.start_time
+        if ended and step.status not in ("waiting", "running"):
             step.seconds = (task.end_time - task.start_time).total_seconds()
         if step.status == "failed":
             step.error = (task.error and task.error.message) or "it failed"
-        if pod is not None:
-            run.pods[name] = pod.pod_name
+        if ran.pods:
+            run.pods[name] = ran.pods
     if run.state in ENDED:
         for step in run.steps.values():
             step.status = "skipped" if step.status == "waiting" else step.status
-
-
-def _newest_pod(task: Any, nodes: dict[str, Any]) -> Any:
-    """What ran a step, the newest of its tries: a task, or a child that has a pod's name alone."""
-    inner = [child for child in task.child_tasks or [] if child.pod_name]
-    known = [nodes[_end(child.pod_name)] for child in inner if _end(child.pod_name) in nodes]
-    tries = [each for each in known if str(each.display_name).startswith("executor")]
-    if tries:
-        last = max(tries, key=lambda each: each.start_time.timestamp() if each.start_time else 0)
-        return _newest_pod(last, nodes)
-    if str(task.display_name).startswith("executor") or not inner:
-        return task if task.pod_name else None
-    return inner[-1]
-
-
-def _end(node: str) -> str:
-    """What a node's name and its pod's have in common: the number at the end."""
-    return node.rpartition("-")[2]
 
 
 def _named(file: Path, text: str) -> tuple[str, str]:

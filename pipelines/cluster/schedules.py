@@ -216,7 +216,7 @@ def _body(server: Server, schedule: Schedule, mark: str) -> Any:
         reference = api.V2beta1PipelineVersionReference(
             pipeline_id=entry.pipeline_id, pipeline_version_id=wanted[0].pipeline_version_id
         )
-    parameters = schedule.parameters
+    parameters = runs.sendable(schedule.parameters)
     for version in wanted:
         parameters = runs.fitted(version, parameters)
     if schedule.cron:

@@ -65,14 +65,18 @@ def check_paths(recipe: str, home: Path) -> None:
             )
 
 
-def runner(recipe: str, artifacts: Path) -> Any:
-    """The DockerRunner of a run, whose variables this process has; makes what it writes to."""
+def runner(recipe: str, artifacts: Path, file: Path) -> Any:
+    """The DockerRunner of a run, whose variables this process has; makes what it writes to.
+
+    ``file`` holds the recipe's text, and the steps read it there.
+    """
     from docker.types import Mount
     from kfp import local
 
     home, events = Path(os.environ["NUDGE_HOME"]), Path(os.environ["NUDGE_EVENTS"])
     user, state = user_of(home), home / "containers"
-    readable = named_paths(recipe)
+    readable = sorted({*named_paths(recipe), file})
+    file.chmod(0o644)
     for folder in (artifacts, state):
         folder.mkdir(parents=True, exist_ok=True)
     token = _token(state)

@@ -60,6 +60,9 @@ class StepState:
     outputs: dict[str, str] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     error: str = ""
+    attempts: int = 1
+    note: str = ""
+    """Why it waits, where that is known."""
 
     def apply(self, event: dict[str, Any]) -> None:
         """Take in one event of `nudge.components.common.progress`."""

@@ -8,8 +8,10 @@ import atexit
 import io
 import os
 import re
+import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -28,12 +30,18 @@ from nudge.components.common.shown import masked
 def main(recipe: Path, artifacts: Path, compiled: Path | None, engine: str) -> None:
     """Run train-and-serve, or the same pipeline from its compiled YAML, with a recipe."""
     _end_with_parent()
+    # What the steps print reaches the log whatever encoding the terminal has.
+    os.environ["PYTHONIOENCODING"] = "utf-8"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     # kfp prints each line of a step's log here, and its own log has the step's parameters.
     sys.stdout = cast(TextIO, Masked(sys.stdout))
     sys.stderr = cast(TextIO, Masked(sys.stderr))
     from kfp import components, local
 
     text = recipe.read_text(encoding="utf-8")
+    _refuse_placeholders(artifacts)
     runner = local.SubprocessRunner(use_venv=False)
     if engine == "docker":
         from nudge.pipelines.local import containers
@@ -41,7 +49,7 @@ def main(recipe: Path, artifacts: Path, compiled: Path | None, engine: str) -> N
         # The daemon would let the containers of a run that is stopped run on.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         atexit.register(containers.end, os.environ["NUDGE_RUN_ID"])
-        runner = containers.runner(text, artifacts)
+        runner = containers.runner(text, artifacts, recipe.absolute())
     workspace = artifacts.with_name("workspace")  # kfp removes it, but not where it is killed
     workspace.mkdir(parents=True, exist_ok=True)
     folders = {"pipeline_root": str(artifacts), "workspace_root": str(workspace)}
@@ -50,8 +58,34 @@ def main(recipe: Path, artifacts: Path, compiled: Path | None, engine: str) -> N
         pipeline = components.load_component_from_file(str(compiled))
     else:
         from nudge.pipelines.train_and_serve import train_and_serve as pipeline
-    arguments = {"recipe": text}
-    settled(pipeline, arguments)(**arguments)
+    # As a file: kfp.local would replace parts of a text, and passes a parameter as one argument of
+    # a command, which holds at most 128 KiB.
+    arguments = {"recipe": f"file://{recipe.absolute()}"}
+    with tempfile.TemporaryDirectory() as folder:
+        _name_python(Path(folder))
+        settled(pipeline, arguments)(**arguments)
+
+
+def _name_python(folder: Path) -> None:
+    """Let `kfp.local` call this Python by the name that its commands have.
+
+    It replaces every ``python3`` in a step's command by `sys.executable`, in the paths of the
+    artifacts too. Here that changes nothing: the name stays, and is found first on the PATH.
+    """
+    program = folder / "python3"
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    program.chmod(0o755)
+    os.environ["PATH"] = os.pathsep.join((str(folder), os.environ.get("PATH", os.defpath)))
+    sys.executable = program.name
+
+
+def _refuse_placeholders(artifacts: Path) -> None:
+    for text in ("{{$", "/kfp-workspace"):
+        if text in str(artifacts.absolute()):
+            raise click.UsageError(
+                f"the artifacts folder {artifacts} has {text} in its path, which kfp.local "
+                "replaces; set NUDGE_HOME to another folder"
+            )
 
 
 class Masked(io.TextIOBase):
@@ -92,6 +126,8 @@ def settled(pipeline: Any, arguments: dict[str, Any]) -> Any:
     for component in (spec["root"], *spec["components"].values()):
         for task in component.get("dag", {}).get("tasks", {}).values():
             task.pop("retryPolicy", None)
+            for given in task.get("inputs", {}).get("parameters", {}).values():
+                given.pop("parameterExpressionSelector", None)
     defaults = spec["root"]["inputDefinitions"]["parameters"]
     for executor in spec["deploymentSpec"]["executors"].values():
         container = executor.get("container", {})

@@ -111,7 +111,7 @@ def check(values: Mapping[str, Any]) -> None:
             "of its own tokenizer"
         )
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(dict.fromkeys(problems)))
 
 
 def _set(values: dict[str, Any], override: str) -> None:

@@ -348,3 +348,32 @@ def test_what_is_mirrored_has_the_name_that_the_disconnected_overlay_asks_for() 
     }
     assert len(asked) == 2
     assert asked <= {image.partition("/")[2] for image in mirrored()}
+
+
+IMMUTABLE = {
+    "PersistentVolumeClaim": ("spec",),
+    "RoleBinding": ("roleRef",),
+    "ClusterRoleBinding": ("roleRef",),
+    "Service": ("spec", "clusterIP"),
+    "Deployment": ("spec", "selector"),
+    # The operator makes a claim of it, which cannot shrink.
+    "DataSciencePipelinesApplication": ("spec", "database", "mariaDB", "pvcSize"),
+}
+"""By kind, what the API server lets nobody change once the object is there."""
+
+
+def fixed(each: dict[str, Any]) -> Any:
+    value: Any = each
+    for key in IMMUTABLE[each["kind"]]:
+        value = value.get(key, {}) if isinstance(value, dict) else value
+    return value
+
+
+def test_every_overlay_applies_after_every_other() -> None:
+    """Going from `dev` to `gpu` once failed: the workbench's volume had another size."""
+    seen: dict[tuple[str, str], tuple[str, Any]] = {}
+    for (folder, kind, name), each in objects().items():
+        if folder.startswith("overlays/") and kind in IMMUTABLE:
+            first, value = seen.setdefault((kind, name), (folder, fixed(each)))
+            assert value == fixed(each), f"{kind} {name}: {first} and then {folder}"
+    assert ("PersistentVolumeClaim", "nudge-workbench") in seen

@@ -1,6 +1,7 @@
 """The compiled YAML is what a dashboard takes, and made files are current."""
 
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from nudge.pipelines import compile as compiling
+from nudge.pipelines import placement
 from nudge.pipelines.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -70,12 +72,83 @@ def test_every_step_says_what_it_needs(documents: list[dict[str, Any]]) -> None:
             assert place["nodeSelector"]["nodeSelectorJson"]["componentInputParameter"]
             assert "gpu_type" in resources["accelerator"]["resourceType"]
             assert "gpu_count" in resources["accelerator"]["resourceCount"]
+
+
+def test_a_retry_has_the_time_that_a_first_attempt_has(documents: list[dict[str, Any]]) -> None:
+    """The backend writes these fields as Argo's limit, duration, factor and maxDuration, and the
+    last is a deadline from the start of the first attempt: all attempts must fit in it."""
+    spec, platform = documents
+    placed = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    found = 0
     for tasks in tasks_by_group(spec).values():
         for name, task in tasks.items():
-            if f"exec-{name}" in executors:
-                retry = task["retryPolicy"]
-                assert retry["maxRetryCount"] == 2
-                assert retry["backoffFactor"] > 1
+            if f"exec-{name}" not in placed:
+                continue
+            found += 1
+            retry = task["retryPolicy"]
+            assert set(retry) == {
+                *("maxRetryCount", "backoffDuration", "backoffFactor", "backoffMaxDuration"),
+            }
+            retries, pause = retry["maxRetryCount"], int(retry["backoffDuration"].rstrip("s"))
+            assert retries >= (4 if name.startswith("train") else 2)
+            assert (pause, retry["backoffFactor"]) == (60, 2.0)
+            waits = sum(pause * 2**number for number in range(retries))
+            longest = int(placed[f"exec-{name}"]["activeDeadlineSeconds"])
+            deadline = int(retry["backoffMaxDuration"].rstrip("s"))
+            assert deadline >= (retries + 1) * longest + waits
+    assert found
+
+
+QUANTITIES = {"m": 1e-3, "Mi": 2**20, "Gi": 2**30, "": 1.0}
+
+
+def quantity(text: str) -> float:
+    match = re.fullmatch(r"([\d.]+)(m|Mi|Gi|)", text)
+    assert match is not None, text
+    return float(match[1]) * QUANTITIES[match[2]]
+
+
+def resources_of(documents: list[dict[str, Any]], size: str) -> dict[str, dict[str, float]]:
+    """What each step requests and may use, as the backend resolves it: an input of the task, chosen
+    by an expression, of which ``{...}[string_value]`` is the form used here (CEL)."""
+    spec, found = documents[0], {}
+    executors = spec["deploymentSpec"]["executors"]
+    for group, tasks in tasks_by_group(spec).items():
+        inputs = (spec["components"][group] if group else spec["root"])["inputDefinitions"]
+        for name, task in tasks.items():
+            if f"exec-{name}" not in executors:
+                continue
+            made = found.setdefault(name, {})
+            for key in ("CpuRequest", "CpuLimit", "MemoryRequest", "MemoryLimit"):
+                text = executors[f"exec-{name}"]["container"]["resources"][f"resource{key}"]
+                if match := re.fullmatch(r"\{\{\$\.inputs\.parameters\['(.+)'\]\}\}", text):
+                    given = task["inputs"]["parameters"][match[1]]
+                    assert given["componentInputParameter"] in inputs["parameters"]
+                    table = given["parameterExpressionSelector"].removesuffix("[string_value]")
+                    text = json.loads(table)[size]
+                made[key] = quantity(text)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("size", "cores", "memory"), [("small", 2, 6), ("medium", 8, 32), ("large", 16, 128)]
+)
+def test_every_step_fits_the_node_that_a_size_is_for(
+    documents: list[dict[str, Any]], size: str, cores: int, memory: int
+) -> None:
+    """Small fits beside what else a node of two cores and OpenShift Local run."""
+    found = resources_of(documents, size)
+    assert found
+    for name, each in found.items():
+        assert 0 < each["CpuRequest"] < each["CpuLimit"], name
+        assert 0 < each["MemoryRequest"] < each["MemoryLimit"], name
+        assert each["CpuRequest"] <= cores / 2, name
+        assert each["MemoryRequest"] <= memory * 2**30 / 2, name
+    parameters = documents[0]["root"]["inputDefinitions"]["parameters"]
+    assert not {"cpu", "memory"} & set(parameters)
+    if "size" in parameters:
+        assert parameters["size"]["defaultValue"] in placement.SIZES
+        assert resources_of(documents, "large") != resources_of(documents, "small")
 
 
 def test_secrets_are_named_by_a_parameter_and_never_held(

@@ -1,5 +1,9 @@
 """What is printed can be copied: an address stays in one piece."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from nudge.pipelines import display
 
@@ -32,3 +36,30 @@ def test_no_address_folds(
     assert ADDRESS in shown
     assert "4194304" in shown
     assert columns == 200 or NAME not in shown
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii", "utf-8"])
+def test_a_table_is_shown_in_any_encoding(encoding: str) -> None:
+    code = """
+from nudge.pipelines.cli import main
+
+@main.command()
+def shown():
+    from nudge.pipelines import display
+    from nudge.pipelines.local.run import StepState
+    from rich.console import Console
+    class Ended:
+        steps = {"ingest": StepState("ingest", status="done", results={"prompt": "埃菲尔 é"})}
+    Console().print(display.followed(Ended()))
+    print("✓ ✗ 埃")
+
+main(["shown"])
+"""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert (done.returncode, done.stderr.decode(encoding)) == (0, "")
+    shown = done.stdout.decode(encoding)
+    mark, crossed, last = ("✓", "✗", "埃") if encoding == "utf-8" else ("+", "x", "?")
+    assert f"{mark} done" in shown
+    assert shown.splitlines()[-1] == f"{mark} {crossed} {last}"
+    assert ("é" in shown) is (encoding != "ascii")

@@ -2,12 +2,18 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from nudge.components.common import provenance
 from nudge.components.common.step import reusable, reuse_key, step
+
+from tests.kubernetes_api import KubernetesApi
 
 CALLS: list[str] = []
 
@@ -147,3 +153,97 @@ def test_the_code_is_the_same_beside_a_build_of_it(
     assert fingerprint() == before
     (tmp_path / "kernels" / "native.py").write_text("x = 2")
     assert fingerprint() != before
+
+
+WORKFLOW = "train-and-serve-7vk7x"
+STEP = """
+import sys
+from pathlib import Path
+from nudge.components.common import step
+from nudge.components.common.errors import Transient, UserError
+
+step.TERMINATION_LOG = Path(sys.argv[1])
+with step.clean_end():
+    print("the data is read")
+    if sys.argv[2] == "bug":
+        raise KeyError("a bug")
+    raise {"refused": UserError, "outage": Transient}[sys.argv[2]]("train.epochs = -1: too few")
+"""
+
+
+def attempt_of_step(
+    api: KubernetesApi, folder: Path, number: int, how: str, **variables: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run a step as the attempt ``number`` in a pod; its end is written into the pod's status."""
+    name = f"{WORKFLOW}-retry-system-container-impl-{number + 100}"
+    label = {"workflows.argoproj.io/workflow": WORKFLOW}
+    node = {"workflows.argoproj.io/node-name": f"{WORKFLOW}.root.train.executor({number})"}
+    meta = {"name": name, "labels": label, "annotations": node}
+    spec = {"containers": [{"name": "main", "image": "x"}]}
+    api.add({"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec})
+    log = folder / f"termination-log-{number}"
+    environment = {
+        **os.environ,
+        "KUBECONFIG": str(api.kubeconfig(folder)),
+        "KUBERNETES_SERVICE_HOST": "127.0.0.1",
+        "KFP_POD_NAME": name,
+        "KFP_RETRY_INDEX": str(number),
+        **variables,
+    }
+    command = [sys.executable, "-c", STEP, str(log), how]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    ended = {"exitCode": 1, "reason": "Error"}
+    if log.exists():
+        ended["message"] = log.read_text()
+    found = api.find("Pod", name)
+    assert found is not None
+    status: dict[str, Any] = {
+        "name": "main",
+        "image": "x",
+        "imageID": "x",
+        "ready": False,
+        "restartCount": 0,
+    }
+    status["state"] = {"terminated": ended}
+    api.set_status(found, phase="Failed", containerStatuses=[status])
+    return done
+
+
+@pytest.fixture
+def api() -> Iterator[KubernetesApi]:
+    with KubernetesApi() as api:
+        yield api
+
+
+def test_a_retry_repeats_a_refusal_and_reads_no_data(api: KubernetesApi, tmp_path: Path) -> None:
+    first = attempt_of_step(api, tmp_path, 0, "refused")
+    assert (first.returncode, first.stdout) == (2, "the data is read\n")
+    assert first.stderr == "error: train.epochs = -1: too few\n"
+    assert (tmp_path / "termination-log-0").read_text() == first.stderr.strip()
+    for number in (1, 2):
+        retried = attempt_of_step(api, tmp_path, number, "refused")
+        assert (retried.returncode, retried.stdout) == (2, "")
+        assert retried.stderr == first.stderr
+
+
+def test_a_server_that_does_not_count_attempts_is_no_obstacle(
+    api: KubernetesApi, tmp_path: Path
+) -> None:
+    attempt_of_step(api, tmp_path, 0, "refused", KFP_RETRY_INDEX="")
+    assert attempt_of_step(api, tmp_path, 1, "refused", KFP_RETRY_INDEX="").stdout == ""
+
+
+@pytest.mark.parametrize("how", ["outage", "bug"])
+def test_a_retry_after_anything_else_does_its_work(
+    api: KubernetesApi, tmp_path: Path, how: str
+) -> None:
+    """A stopped training must go on from its checkpoint, so its error is no refusal."""
+    first = attempt_of_step(api, tmp_path, 0, how)
+    assert ("Traceback" in first.stderr) is (how == "bug")
+    assert attempt_of_step(api, tmp_path, 1, how).stdout == "the data is read\n"
+
+
+def test_a_retry_that_may_not_list_pods_does_its_work(api: KubernetesApi, tmp_path: Path) -> None:
+    attempt_of_step(api, tmp_path, 0, "refused")
+    api.forbid("list", "pods")
+    assert attempt_of_step(api, tmp_path, 1, "refused").stdout == "the data is read\n"

@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 SWAGGER = json.loads((Path(__file__).parent / "kfp-v2beta1.swagger.json").read_text())
+MAX_PARAMETER_BYTES = 10000
 NOW = "2026-01-01T02:00:00Z"
 TAKEN = {
     "STRING": (str,), "LIST": (list,), "STRUCT": (dict,), "BOOLEAN": (bool,),
@@ -41,6 +42,10 @@ def strict(name: str) -> Any:
     definitions["protobufAny"] = {}
     schema = {"definitions": definitions, "$ref": f"#/definitions/{name}"}
     return jsonschema_rs.Draft7Validator(schema)
+
+
+class Broken(str):
+    """What the server says with 500, of what it should have refused as wrong."""
 
 
 class Pipelines:
@@ -87,6 +92,8 @@ class Pipelines:
         self._check_query(operation, request)
         body = await self._body(operation, request)
         result = self._do(operation["operationId"], named, body, dict(request.query_params))
+        if isinstance(result, Broken):
+            return JSONResponse({"code": 13, "message": str(result)}, status_code=500)
         if isinstance(result, str):
             return JSONResponse({"code": 3, "message": result, "details": []}, status_code=400)
         if isinstance(result, int):
@@ -184,7 +191,20 @@ class Pipelines:
         ]
         root = versions[-1]["pipeline_spec"]["pipeline_spec"]["root"]
         known = root.get("inputDefinitions", {}).get("parameters", {})
-        for name, value in body["runtime_config"]["parameters"].items():
+        parameters = body["runtime_config"]["parameters"]
+        size = len(json.dumps(parameters, separators=(",", ":")).encode())
+        if size > MAX_PARAMETER_BYTES:
+            return f"The input parameter length exceed maximum size of {MAX_PARAMETER_BYTES}"
+        for name, value in parameters.items():
+            if isinstance(value, str):
+                if not value.isascii():  # of a table with the character set latin1
+                    return Broken("Error 1366: Incorrect string value for column 'Parameters'")
+                if "{{inputs.parameters." in value:
+                    return Broken(f"failed to resolve {value}")
+                # Argo replaces its own words, and leaves others as they are.
+                value = value.replace("{{workflow.name}}", "train-and-serve-7vk7x")
+                parameters[name] = value.replace("{{workflow.uid}}", str(uuid.uuid4()))
+        for name, value in parameters.items():
             if name not in known:
                 return f"parameter(s) provided are not required by pipeline: {name}"
             if type(value) not in TAKEN[known[name]["parameterType"]]:

@@ -1,5 +1,7 @@
 """`upload` and `submit`: versions, parameters, and a run that is followed with its logs."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +9,13 @@ import pytest
 import yaml
 from nudge.components.common.errors import UserError
 from nudge.components.common.recipe import read_recipe
-from nudge.pipelines.cluster import connect, logs, runs
+from nudge.pipelines import display
+from nudge.pipelines.cluster import connect, logs, nodes, runs, waiting
 from nudge.pipelines.compile import PIPELINES
+from nudge.pipelines.recipes import shipped_text
 
-from tests.pipelines.cluster.conftest import nudge
+from tests.kubernetes_api import KubernetesApi
+from tests.pipelines.cluster.conftest import nudge, schedule_file
 from tests.pipelines.cluster.pipelines_server import Pipelines
 
 
@@ -92,59 +97,79 @@ def test_a_run_is_followed_to_its_end(state: Pipelines, url: str) -> None:
 
 
 START, END = "2026-01-01T00:00:00Z", "2026-01-01T00:00:42Z"
+RUNS_STILL = "0001-01-01T00:00:00Z"
+"""What the server gives as the end of a task that runs."""
+
+WORKFLOW = "train-and-serve-7vk7x"
+GROUPS = {"tokenize": ".condition-2", "train": ".condition-2", "evaluate": ".condition-2"}
 
 
-def node(number: int, name: str, state: str, *children: int, **more: Any) -> dict[str, Any]:
-    """A task as the server makes it of a workflow's node: its children by the nodes' own names,
-    itself by its pod's, which have only the number at the end in common."""
-    made = {"display_name": name, "state": state, "pod_name": f"run-abc-template-{number}"}
-    made["child_tasks"] = [{"pod_name": f"run-abc-{child}"} for child in children]
-    if state != "PENDING":
-        made["start_time"] = START
-    if state in ("SUCCEEDED", "FAILED"):
-        made["end_time"] = END
-    return {**made, **more}
+def tasks(name: str, state: str, *attempts: str, **more: Any) -> list[dict[str, Any]]:
+    """The tasks of a step as the server makes them: names and children's ids, no ids of their own.
+
+    ``attempts`` are the states of the attempts; none where the engine's cache had the answer.
+    """
+    path = f"{WORKFLOW}.root.exit-handler-1{GROUPS.get(name, '')}.{name}.executor"
+    numbered = [f"{path}({number})" for number in range(len(attempts))]
+
+    def task(shown: str, state: str, *children: str) -> dict[str, Any]:
+        ids = [{"pod_name": nodes.node_id(WORKFLOW, child)} for child in children]
+        end = END if state in ("SUCCEEDED", "FAILED", "SKIPPED") else RUNS_STILL
+        times = {"start_time": START, "end_time": end}
+        return {"display_name": shown, "state": state, "child_tasks": ids, **times}
+
+    executor = task("executor", state if attempts else "SKIPPED", *numbered)
+    made = [task(f"executor({number})", each) for number, each in enumerate(attempts)]
+    return [
+        task(f"{name}-driver", "SUCCEEDED"),
+        {**task(name, state, path), **more},
+        executor,
+        *made,
+    ]
 
 
-def shown(state: str, *tasks: dict[str, Any]) -> dict[str, Any]:
-    return {"state": state, "run_details": {"task_details": list(tasks)}}
+def pod(name: str, attempt: int = 0) -> str:
+    path = f"{WORKFLOW}.root.exit-handler-1{GROUPS.get(name, '')}.{name}.executor({attempt})"
+    number = nodes.node_id(WORKFLOW, path).rpartition("-")[2]
+    return f"{WORKFLOW}-retry-system-container-impl-{number}"
+
+
+def shown(state: str, *made: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "state": state,
+        "run_details": {"task_details": [each for some in made for each in some]},
+    }
+
+
+def recorded(name: str, state: str) -> dict[str, Any]:
+    """What a real server told of a run (Kubeflow Pipelines of 2026-08 with Argo 4.1)."""
+    run = json.loads((Path(__file__).parent / name).read_text())
+    return {"state": state, "run_details": run["run_details"], "finished_at": run["finished_at"]}
 
 
 def test_logs_and_figures_of_the_steps_are_shown(
     state: Pipelines, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps inside of groups, tries of a step, what came from the cache, what never began."""
+    """Steps inside of groups, attempts of a step, what came from the cache, what never began."""
     monkeypatch.setattr(logs, "INTERVAL_S", 0.0)
-    around = [
-        node(1, "train-and-serve-x", "RUNNING", 2),
-        node(2, "ingest-driver", "SUCCEEDED", 3),
-        node(3, "ingest", "SUCCEEDED", 4),
-        node(4, "executor", "SUCCEEDED", 9),
-        node(9, "condition-2", "RUNNING", 10),
-        node(10, "tokenize", "SUCCEEDED", 11),
-        node(11, "executor", "SKIPPED", 12),
-        node(12, "train", "RUNNING", 13),
-        node(13, "executor", "RUNNING", 14, 15),
-        node(14, "executor(0)", "FAILED"),
-    ]
+    before = [tasks("ingest", "SUCCEEDED", "SUCCEEDED"), tasks("tokenize", "SUCCEEDED")]
     state.logs = {
-        "run-abc-template-4": 'ingest: 9/9 files\ningest: results {"documents": 9}\n',
-        "run-abc-template-14": "the first try\n",
-        "run-abc-template-15": "train: 1/2 steps loss 3.1\n\x1b[2Jhalf a li",
+        pod("ingest"): 'ingest: 9/9 files\ningest: results {"documents": 9}\n',
+        pod("train"): "the first try\n",
+        pod("train", 1): "train: 1/2 steps loss 3.1\n\x1b[2Jhalf a li",
     }
-    running = [*around, node(15, "executor(1)", "RUNNING", start_time=END)]
-    ended = [each for each in around if each["display_name"] != "train"]
-    ended += [node(12, "train", "SUCCEEDED", 13), node(15, "executor(1)", "SUCCEEDED")]
-    ended[-1]["start_time"] = END
-    state.story = [shown("RUNNING", *running), shown("SUCCEEDED", *ended)]
+    state.story = [
+        shown("RUNNING", *before, tasks("train", "RUNNING", "FAILED", "RUNNING")),
+        shown("SUCCEEDED", *before, tasks("train", "SUCCEEDED", "FAILED", "SUCCEEDED")),
+    ]
     nudge("upload")
 
     answer = state._log
 
-    def grows(run: str, pod: str) -> Any:
-        made = answer(run, pod)
-        if pod == "run-abc-template-15":
-            state.logs[pod] += 'ne\ntrain: results {"loss": 2.5, "steps": 2, "more": [1]}\n'
+    def grows(run: str, name: str) -> Any:
+        made = answer(run, name)
+        if name == pod("train", 1):
+            state.logs[name] += 'ne\ntrain: results {"loss": 2.5, "steps": 2, "more": [1]}\n'
         return made
 
     monkeypatch.setattr(state, "_log", grows)
@@ -159,14 +184,125 @@ def test_logs_and_figures_of_the_steps_are_shown(
     assert lines[3] == "train | [2Jhalf a line"
     assert len(lines) == 5
     assert "the first try" not in done.output
+    assert "train: running (2 attempts)" in done.stderr
     table = {row.split()[1]: row for row in done.stdout.splitlines() if row.count("│") == 5}
     assert list(table) == [
         *("ingest", "tokenize", "train", "evaluate", "upload", "register", "deploy", "summary"),
     ]
     assert "documents 9" in table["ingest"]
     assert "reused" in table["tokenize"]
-    assert "loss 2.5  steps 2" in table["train"]
+    assert "loss 2.5" in table["train"]
+    assert "2 attempts" in " ".join(done.stdout.split())
     assert "skipped" in table["deploy"]
+
+
+def test_a_real_run_is_followed(
+    state: Pipelines, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run as a real server told it while it trained, and after deploy had failed twice."""
+    monkeypatch.setattr(logs, "INTERVAL_S", 0.0)
+    monkeypatch.setattr(display, "MINUTE_S", 0.0)
+    train = f"{WORKFLOW}-retry-system-container-impl-2562324982"
+    deploy = f"{WORKFLOW}-retry-system-container-impl-3645402195"
+    evaluate = f"{WORKFLOW}-retry-system-container-impl-2726721535"  # as Argo hashes its name
+    state.logs = {
+        train: "train: 4/24 steps loss 3.1\n",
+        evaluate: 'evaluate: results {"promote": 1, "reason": "better by 0.2 bits per byte"}\n',
+        deploy: "error: the new pods crash\n",
+    }
+    running = recorded("run-running.json", "RUNNING")
+    for each in running["run_details"]["task_details"]:
+        # It was recorded between two steps; a moment before, this one ran.
+        if each.get("start_time") == "2026-11-30T10:38:17Z":
+            each |= {"state": "RUNNING", "end_time": RUNS_STILL}
+    state.story = [running, running, running, recorded("run.json", "FAILED")]
+    nudge("upload")
+    answer = state._log
+
+    def grows(run: str, name: str) -> Any:
+        made = answer(run, name)
+        if name == train:
+            state.logs[name] += f"train: {4 + state.logs[name].count('steps')}/24 steps loss 2.9\n"
+        return made
+
+    monkeypatch.setattr(state, "_log", grows)
+    done = nudge("submit")
+    assert done.exit_code == 1
+    assert not re.search(r" -\d", done.stderr)
+    minute = [line for line in done.stderr.splitlines() if re.match(r"train: running \d+ s ", line)]
+    assert minute
+    assert re.search(r"\d+/24 steps  loss 2.9  about \d+ s left$", minute[-1])
+    assert "deploy: failed 649.0 s (2 attempts)" in done.stderr
+    assert "deploy | error: the new pods crash" in done.stderr
+    assert f"its log: oc logs {deploy} -c main" in done.stderr
+    assert re.search("verdict +better by 0.2 bits per byte", done.stdout)
+    table = {row.split()[1]: row for row in done.stdout.splitlines() if row.count("│") == 5}
+    assert [row.split("│")[2].strip() for row in table.values()][:4] == [
+        *("44.0", "94.0", "229.0", "165.0"),
+    ]
+
+
+def test_the_end_shows_what_the_run_came_to(
+    state: Pipelines, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "INTERVAL_S", 0.0)
+    state.logs = {
+        pod("ingest"): 'ingest: results {"new": 1}\n',
+        pod("evaluate"): 'evaluate: results {"promote": 1, "reason": "it is better"}\n',
+    }
+    ended = [tasks(name, "SUCCEEDED", "SUCCEEDED") for name in ("ingest", "evaluate")]
+    for name, results in {
+        "upload": {"uri": "s3://models/m/1"},
+        "register": {"registered_model": "m", "version": "v7"},
+        "deploy": {"endpoint": "https://m.example", "served_model": "m"},
+    }.items():
+        monkeypatch.setitem(GROUPS, name, ".condition-2.condition-3")
+        state.logs[pod(name)] = f"{name}: results {json.dumps(results)}\n"
+        ended.append(tasks(name, "SUCCEEDED", "SUCCEEDED"))
+    state.story = [shown("SUCCEEDED", *ended)]
+    nudge("upload")
+    done = nudge("submit")
+    assert done.exit_code == 0, done.output
+    rows = {row.split()[0]: row.strip() for row in done.stdout.splitlines() if row.strip()}
+    assert rows["verdict"].endswith("it is better")
+    assert rows["model"].endswith("s3://models/m/1")
+    assert rows["registered"].endswith("m v7")
+    assert rows["endpoint"].endswith("https://m.example")
+    assert url in rows["report"] or url in done.stdout
+
+
+def test_a_step_that_waits_says_why(
+    state: Pipelines,
+    url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(waiting, "INTERVAL_S", 0.0)
+    state.story = [shown("RUNNING", tasks("train", "RUNNING", "PENDING"))] * 2
+    state.story.append(shown("SUCCEEDED", tasks("train", "SUCCEEDED", "SUCCEEDED")))
+    nudge("upload")
+    path = f"{WORKFLOW}.root.exit-handler-1.condition-2.train.executor(0)"
+    room = "Unschedulable: 0/1 nodes are available: 1 Insufficient memory."
+    node = {"id": nodes.node_id(WORKFLOW, path), "name": path, "phase": "Pending", "message": room}
+    with KubernetesApi(role="nudge-author") as api:
+        # Argo's CRD is not among the schemas here.
+        api._kinds["workflows", "argoproj.io/v1alpha1"] = ("argoproj.io/v1alpha1", "Workflow")
+        monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path)))
+        answer = state._do
+
+        def appear(name: str, *given: Any) -> Any:
+            made = answer(name, *given)
+            if name.endswith("CreateRun"):
+                meta = {"name": WORKFLOW, "labels": {"pipeline/runid": made["run_id"]}}
+                status = {"nodes": {node["id"]: node}}
+                key = ("Workflow", api.namespace, WORKFLOW)
+                api.objects[key] = {"metadata": meta, "status": status}
+            return made
+
+        monkeypatch.setattr(state, "_do", appear)
+        done = nudge("submit")
+    assert done.exit_code == 0, done.output
+    assert f"train: waits: {room}" in done.stderr
 
 
 def test_a_server_that_goes_away_does_not_end_the_run(
@@ -194,9 +330,8 @@ def test_a_run_is_followed_where_its_logs_cannot_be_had(
     state: Pipelines, url: str, monkeypatch: pytest.MonkeyPatch, status: int, asked: int
 ) -> None:
     monkeypatch.setattr(logs, "INTERVAL_S", 0.0)
-    tasks = [node(3, "ingest", "RUNNING", 4), node(4, "executor", "RUNNING")]
-    ended = [node(3, "ingest", "SUCCEEDED", 4), node(4, "executor", "SUCCEEDED")]
-    state.story = [shown("RUNNING", *tasks)] * 2 + [shown("SUCCEEDED", *ended)]
+    running = shown("RUNNING", tasks("ingest", "RUNNING", "RUNNING"))
+    state.story = [running] * 2 + [shown("SUCCEEDED", tasks("ingest", "SUCCEEDED", "SUCCEEDED"))]
     state.no_logs = status
     nudge("upload")
     done = nudge("submit")
@@ -253,12 +388,15 @@ def test_what_the_pipeline_does_not_know_is_said_before_anything_runs(
 
 def test_values_are_of_the_types_of_the_pipeline(state: Pipelines, url: str) -> None:
     nudge("upload")
-    given = ("-p", "tolerations=[{key: gpu}]", "-p", "data_uri=[[RunUUID]]", "-p", "cpu=2")
+    given = ("-p", "tolerations=[{key: gpu}]", "-p", "data_uri=[[RunUUID]]", "-p", "model_name=2")
     assert nudge("submit", "--no-follow", *given).exit_code == 0
     (run,) = state.runs.values()
     sent = run["runtime_config"]["parameters"]
     assert sent["tolerations"] == [{"key": "gpu"}]
-    assert (sent["data_uri"], sent["cpu"]) == ("[[RunUUID]]", "2")  # the server's word, a number
+    assert (sent["data_uri"], sent["model_name"]) == (
+        "[[RunUUID]]",
+        "2",
+    )  # the server's word, a number
     for wrong in ("tolerations=none", "tolerations=[", "node_selector=1"):
         refused = nudge("submit", "-p", wrong)
         name, _, value = wrong.partition("=")
@@ -311,3 +449,75 @@ def test_a_log_is_given_once_in_whole_lines_also_when_it_is_begun_anew() -> None
     assert logs._fresh(seen, "one\ntwo\nthree\n", over=False) == ["two", "three"]
     assert logs._fresh(seen, "anew\n", over=False) == ["anew"]  # the node keeps so much and no more
     assert logs._fresh(seen, "anew\nlast words", over=True) == ["last words"]
+
+
+ODD = [
+    "{{workflow.name}} {{inputs.parameters.recipe}} {{$.x}}",
+    "[[RunUUID]] $(HOME) $$ python3 埃菲尔 é",
+]
+
+
+def test_a_recipe_s_text_survives_the_server(state: Pipelines, url: str, tmp_path: Path) -> None:
+    recipe = yaml.safe_load(shipped_text("eiffel"))
+    recipe["evaluate"]["prompts"] = ODD
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True))
+    nudge("upload")
+    assert nudge("submit", str(tmp_path / "mine.yaml"), "--no-follow").exit_code == 0
+    schedule = schedule_file(tmp_path, recipe="mine.yaml")
+    assert nudge("schedule", "apply", schedule).exit_code == 0
+    made = [*state.runs.values(), *state.recurring.values()]
+    assert len(made) == 2
+    for each in made:
+        sent = each["runtime_config"]["parameters"]["recipe"]
+        assert sent.isascii()
+        assert not re.search(r"\{\{|\[\[|\$|python3", sent)
+        assert read_recipe(sent) == recipe
+
+
+def test_the_server_is_what_replaces_and_refuses(state: Pipelines, url: str) -> None:
+    """As the real one does: the stand-in would show a recipe that is not escaped."""
+    nudge("upload")
+    taken = ("submit", "--no-follow", "-p", "model_name={{workflow.name}}")
+    assert nudge(*taken).exit_code == 0
+    (run,) = state.runs.values()
+    assert run["runtime_config"]["parameters"]["model_name"].startswith("train-and-serve-")
+    for text in ("{{inputs.parameters.x}}", "埃菲尔"):
+        refused = nudge("submit", "--no-follow", "-p", f"model_name={text}")
+        assert refused.exit_code == 2
+        assert "answered 500" in refused.stderr
+
+
+def test_a_recipe_that_is_too_long_is_sent_by_uri(
+    state: Pipelines,
+    url: str,
+    connected: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = yaml.safe_load(shipped_text("eiffel"))
+    recipe["evaluate"]["prompts"] = [f"{number} {ODD[0]}" for number in range(1000)]
+    path = tmp_path / "long.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    nudge("upload")
+    done = nudge("submit", str(path), "--no-follow")
+    assert done.exit_code == 0, done.output
+    (run,) = state.runs.values()
+    sent = run["runtime_config"]["parameters"]["recipe"]
+    assert sent.startswith(f"s3://{connected['AWS_S3_BUCKET']}/nudge/recipes/")
+    assert read_recipe(sent) == recipe
+    monkeypatch.delenv("AWS_S3_BUCKET")
+    refused = nudge("submit", str(path), "--no-follow")
+    assert refused.exit_code == 2
+    assert "and the pipelines server takes 10000" in refused.stderr
+    assert len(state.runs) == 1
+
+
+def test_a_size_is_one_of_three(state: Pipelines, url: str) -> None:
+    nudge("upload")
+    assert nudge("submit", "--no-follow", "-p", "size=small").exit_code == 0
+    refused = nudge("submit", "--no-follow", "-p", "size=huge")
+    assert "size = 'huge': expected small, medium, large" in refused.stderr
+    before = nudge("submit", "--no-follow", "-p", "cpu=2")
+    assert "cpu is no parameter" in before.stderr
+    assert "give size: small, medium, large" in before.stderr
+    assert len(state.runs) == 1
