@@ -120,7 +120,7 @@ def enter(url: str, entry: Registration) -> dict[str, Any]:
             )
         else:
             # A run that goes on may have been compared with another incumbent this time.
-            compared = {key: entry.properties[key] for key in RECORD if key in entry.properties}
+            compared = {key: str(entry.properties[key]) for key in RECORD if key in entry.properties}
             known = found.custom_properties or {}
             if any(known.get(key) != value for key, value in compared.items()):
                 await note_properties(str(found.id), compared)(client)

@@ -88,8 +88,8 @@ def submit(
     click.echo(run.state.lower())
     if run.state != "SUCCEEDED":
         failed = run.failed
-        error = f"{failed.name}: {failed.error}" if failed else run.error
-        click.echo(f"error: {visible(error)}" if failed else visible(error), err=True)
+        reason = f"error: {failed.name}: {failed.error}" if failed else run.error
+        click.echo(visible(reason), err=True)
         if failed and (pods := run.pods.get(failed.name)):
             click.echo(f"its log: oc logs {pods[0]} -c main", err=True)
         sys.exit(1)
