@@ -19,9 +19,9 @@ from nudge.components.common import workers
 from nudge.components.common.corpus import text_sha256
 from nudge.components.common.errors import UserError
 from nudge.components.common.processes import usable_cores
+from nudge.components.common.readers import Page, Record, Unreadable
 from nudge.components.ingest.duplicates import BUCKETS, Documents, signature
 from nudge.components.ingest.filters import Filter, make_filters, normalise
-from nudge.components.ingest.formats import Page, Record, Unreadable
 from nudge.components.ingest.settings import IngestSettings
 
 SAMPLES, SAMPLE_CHARACTERS = 5, 120
@@ -108,6 +108,7 @@ class Tally:
         self.dropped: Counter[str] = Counter()
         self.dropped_bytes: Counter[str] = Counter()
         self.samples: dict[str, list[str]] = {}
+        self.encodings: Counter[str] = Counter()
         self.columns = ""
         self.void = self.lost = False
         self._digest = hashlib.sha256()
@@ -139,6 +140,7 @@ class Tally:
             "sha256": self._digest.hexdigest(),
             "lost": self.lost,
             "columns": self.columns,
+            "encodings": dict(self.encodings),
             "samples": self.samples,
         }
 
@@ -172,6 +174,8 @@ class Cleaner:
     def put(self, tally: Tally, record: Record) -> None:
         """Take one record of an object."""
         self._batch.append((tally, record))
+        if record.encoding:
+            tally.encodings[record.encoding] += 1
         if isinstance(record.text, Page):
             self._held += PAGE_WORK * len(record.text.raw)
         elif isinstance(record.text, str):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nudge.components.common.errors import UserError
-from nudge.components.ingest.formats import Unreadable
+from nudge.components.common.readers import Unreadable
 from nudge.components.ingest.settings import IngestSettings
 
 Filter = Callable[[str], str | Unreadable]

@@ -40,6 +40,7 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
     """
     from nudge.components.common.corpus import SPLITS, write_corpus
     from nudge.components.common.progress import progress
+    from nudge.components.ingest.account import account, check_loss
     from nudge.components.ingest.duplicates import Documents
     from nudge.components.ingest.filters import make_filters
     from nudge.components.ingest.novelty import is_new
@@ -64,6 +65,8 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
             samples |= _count_duplicates(documents, sources, facts)
             counts = _counts(settings, documents, facts)
             _check(settings, counts, next(filter(None, columns), ""))
+            check_loss(counts, settings.max_lost)
+            _check_split(settings, counts)
             bar.note(stage="writing")
             with published(corpus) as part:
                 place = Path(folder)
@@ -85,6 +88,9 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
         documents.close()
     write_atomic(report, page)
     return {
+        "account": account(counts),
+        "read": counts["documents_in"],
+        "dropped": counts["dropped"],
         "documents": counts["documents"],
         "train_documents": counts["train_documents"],
         "validation_documents": counts["validation_documents"],
@@ -172,7 +178,9 @@ def _counts(
 ) -> dict[str, Any]:
     dropped: Counter[str] = Counter()
     dropped_bytes: Counter[str] = Counter()
+    encodings: Counter[str] = Counter()
     for fact in facts:
+        encodings.update(fact.pop("encodings"))
         assert not fact.pop("lost") or not fact["documents"], fact
         dropped.update(fact["dropped"])
         dropped_bytes.update(fact["dropped_bytes"])
@@ -188,6 +196,7 @@ def _counts(
         "text_bytes_kept": sum(fact["text_bytes_kept"] for fact in facts),
         "dropped": dict(sorted(dropped.items())),
         "dropped_bytes": dict(sorted(dropped_bytes.items())),
+        "encodings": dict(sorted(encodings.items())),
         "sources": facts,
         "train_documents": kept - held_out,
         "validation_documents": held_out,
@@ -269,6 +278,11 @@ def _check(settings: IngestSettings, counts: dict[str, Any], columns: str) -> No
                 f"ingest.{setting} is {getattr(settings, setting)!r}, and no document of "
                 f"{settings.data_uri} has a value there; give the column's name, or leave it out"
             )
+
+
+def _check_split(settings: IngestSettings, counts: dict[str, Any]) -> None:
+    documents_in, count, dropped = (counts[key] for key in ("documents_in", "documents", "dropped"))
+    reasons = ", ".join(f"{reason} {number}" for reason, number in dropped.items())
     train, validation = counts["train_documents"], counts["validation_documents"]
     if not train or not validation:
         need = corpus_size(settings.validation_share)

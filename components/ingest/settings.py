@@ -1,15 +1,19 @@
 """The settings of the step `ingest`."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from nudge.components.common.settings import settings
 from pydantic import Field, model_validator
 
+if TYPE_CHECKING:
+    from nudge.components.common.readers import ReadOptions
+
 
 @settings
 class IngestSettings:
-    data_uri: str
-    """Where the text is; several URIs stand apart by spaces or lines, each may be a glob."""
+    data_uri: str | tuple[str, ...]
+    """Where the text is: a path, URI or glob, or a list of them. In a text, several stand apart by
+    lines or blanks; a name with blanks is one if it exists, or in quotation marks."""
     text_column: str = "text"
     """The column or key that holds the text, in csv, jsonl and parquet."""
     id_column: str = "id"
@@ -19,8 +23,20 @@ class IngestSettings:
     source_column: str = ""
     """The column or key that says where a document is from (kept as its ``origin``); empty: none
     is kept. The file it was read from is always kept."""
+    encoding: str = ""
+    """The encoding of text files and tables, such as windows-1252; empty: UTF-8, else what the file
+    declares, else what is detected (and reported)."""
+    delimiter: Annotated[str, Field(max_length=1)] = ""
+    """The delimiter of .csv files; empty: the one of comma, semicolon, tab and bar under which the
+    first row names the text column."""
+    keep_front_matter: bool = False
+    """Whether the YAML front matter of Markdown files stays in their text."""
     min_characters: Annotated[int, Field(ge=1)] = 20
     max_characters: Annotated[int, Field(ge=1)] = 10_000_000
+    max_lost: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """The largest share of documents, or of their bytes, that may be dropped for any reason other
+    than duplication; with more the run stops and shows what was lost. Hidden files and files that
+    hold no text, such as images, do not count."""
     filters: tuple[Literal["unicode", "length", "repetition", "language", "pii"], ...] = (
         "unicode",
         "length",
@@ -56,6 +72,21 @@ class IngestSettings:
     model_name: str = ""
     registry_url: str = ""
     """Asked if `only_new`; empty means NUDGE_REGISTRY_URL."""
+
+    @property
+    def reading(self) -> "ReadOptions":
+        """How files are read."""
+        from nudge.components.common.readers import ReadOptions
+
+        return ReadOptions(
+            text_column=self.text_column,
+            id_column=self.id_column,
+            license_column=self.license_column,
+            source_column=self.source_column,
+            encoding=self.encoding,
+            delimiter=self.delimiter,
+            keep_front_matter=self.keep_front_matter,
+        )
 
     @model_validator(mode="after")
     def _filters_are_named(self) -> "IngestSettings":
