@@ -41,6 +41,7 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
     from nudge.components.common.corpus import SPLITS, write_corpus
     from nudge.components.common.progress import progress
     from nudge.components.ingest.account import account, check_loss
+    from nudge.components.ingest.downloads import WebLimits
     from nudge.components.ingest.duplicates import Documents
     from nudge.components.ingest.filters import make_filters
     from nudge.components.ingest.novelty import is_new
@@ -49,7 +50,8 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
     from nudge.components.ingest.state import State
 
     make_filters(settings)  # what a filter lacks is told before anything is read
-    sources = find_sources(settings.data_uri)
+    limits = WebLimits(settings.allow_private_addresses, settings.max_download_bytes)
+    sources = find_sources(settings.data_uri, limits)
     corpus.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".ingest-", dir=corpus.parent) as folder:
         documents = Documents(Path(folder))

@@ -14,6 +14,11 @@ class IngestSettings:
     data_uri: str | tuple[str, ...]
     """Where the text is: a path, URI or glob, or a list of them. In a text, several stand apart by
     lines or blanks; a name with blanks is one if it exists, or in quotation marks."""
+    max_download_bytes: Annotated[int, Field(ge=1)] = 16 << 30
+    """The largest file that is downloaded from an http:// or https:// address."""
+    allow_private_addresses: bool = False
+    """Whether a download may be redirected to this machine or to a private network. The host that
+    `data_uri` names may be private either way."""
     text_column: str = "text"
     """The column or key that holds the text, in csv, jsonl and parquet."""
     id_column: str = "id"

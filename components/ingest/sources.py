@@ -33,6 +33,7 @@ from nudge.components.common.readers import (
 )
 from nudge.components.common.storage import HINTS
 from nudge.components.common.uris import is_local, package_path
+from nudge.components.ingest.downloads import Client, Counting, WebLimits
 from nudge.components.ingest.listing import MAGIC, local_files, local_name, named_uris
 from nudge.components.ingest.settings import IngestSettings
 
@@ -83,6 +84,7 @@ class Source:
     path: str
     listed: str = ""
     bytes: int | None = None
+    limits: WebLimits = WebLimits()
     skipped: str = ""
     """Why it is not read, such as ``hidden``; empty where its kind alone decides."""
 
@@ -183,7 +185,12 @@ class ResumableFile(io.RawIOBase):
         """Copy the object to a file of this machine, and read from there; returns its bytes."""
         with tempfile.NamedTemporaryFile(prefix="nudge-") as copy:
             get = self._source.file_system.get_file
-            again(lambda: get(self._source.path, copy.name), self._source.uri)
+
+            def download() -> None:
+                count = Counting(self._source.limits, self._source.uri)
+                get(self._source.path, copy.name, callback=count)
+
+            again(download, self._source.uri)
             self._file = open(copy.name, "rb")  # noqa: SIM115  outlives its name
             return os.fstat(self._file.fileno()).st_size
 
@@ -218,6 +225,8 @@ def again(work: Any, uri: str) -> Any:
         return retrying(work)
     except FileNotFoundError as error:
         cause = error.__cause__
+        if isinstance(cause, UserError):  # fsspec's HTTP hides it
+            raise cause from None
         if temporary(error) or isinstance(cause, aiohttp.ClientSSLError):
             raise UserError(f"{uri}: cannot be read: {why(cause or error)}") from None
         raise Vanished from None
@@ -251,7 +260,9 @@ def why(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def find_sources(data_uri: str | Sequence[str]) -> list[Source]:
+def find_sources(
+    data_uri: str | Sequence[str], limits: WebLimits | None = None
+) -> list[Source]:
     """Every file that the URIs name, in a fixed order, folders and globs expanded.
 
     What `listing.named_uris` says of ``data_uri`` holds; hidden and special files come with the
@@ -266,7 +277,7 @@ def find_sources(data_uri: str | Sequence[str]) -> list[Source]:
         _check_scheme(uri)
     if isinstance(data_uri, str) and len(uris) > 1 and _is_remote_name(data_uri.strip()):
         uris = [data_uri.strip()]
-    named = (source for uri in uris for source in _expand(uri))
+    named = (source for uri in uris for source in _expand(uri, limits or WebLimits()))
     found = {(source.file_system, source.path): source for source in named}
     if not found:
         raise UserError("ingest.data_uri names no source; give a file, a folder or a glob")
@@ -296,7 +307,10 @@ def opened(source: Source, settings: IngestSettings) -> Iterator[tuple[Records, 
 
 def fetched(source: Source) -> bytes | None:
     """The bytes of a small object if they are those of the version that was listed, else None: then
-    `opened` finds out what became of it."""
+    `opened` finds out what became of it. A web server may send more than it said, so `opened` reads
+    what it has."""
+    if source.path.startswith(WEB):
+        return None
     try:
         data = bytes(again(lambda: source.file_system.cat_file(source.path), source.uri))
         is_listed = len(data) == source.bytes and _listed(*source.version()) == source.listed
@@ -325,9 +339,13 @@ def s3_options() -> dict[str, Any]:
     }
 
 
-def file_system_of(uri: str, setting: str) -> tuple[Any, str]:
+def file_system_of(
+    uri: str, setting: str, limits: WebLimits | None = None
+) -> tuple[Any, str]:
     """fsspec's file system for a URI, and the path in it; ``setting`` is whose URI it is."""
     options = s3_options() if uri.startswith("s3://") else {}
+    if uri.startswith(WEB):
+        options = {"get_client": Client(urlsplit(uri).hostname or "", limits or WebLimits())}
     try:
         file_system, path = fsspec.core.url_to_fs(uri, **options)
     except (*TRANSIENT, ValueError, ImportError) as error:
@@ -360,16 +378,17 @@ def _is_remote_name(uri: str) -> bool:
     return bool(again(lambda: file_system.exists(path), uri))
 
 
-def _expand(uri: str) -> list[Source]:
+def _expand(uri: str, limits: WebLimits) -> list[Source]:
     if is_local(uri):
         found = _found_here(uri)
         target = str(package_path(uri)) if uri.startswith("package://") else local_name(uri)
         return _usable(uri, found, os.path.isdir(target))
-    file_system, path = file_system_of(uri, "ingest.data_uri")
+    file_system, path = file_system_of(uri, "ingest.data_uri", limits)
     if uri.startswith(WEB) and "*" not in uri and not reason_unread(urlsplit(uri).path):
-        source = Source(_public(uri, path), file_system, path)
+        source = Source(_public(uri, path), file_system, path, limits=limits)
         try:
             name, size = source.version()
+            limits.check_size(size, source.uri)
             return [dataclasses.replace(source, listed=_listed(name, size), bytes=size)]
         except Vanished:
             raise UserError(f"ingest.data_uri {source.uri}: there is no such file") from None
@@ -406,7 +425,9 @@ def _expand(uri: str) -> list[Source]:
             sources[p] = Source(_public(uri, p), file_system, p, skipped="hidden")
             continue
         version = _listed(*_version(info))
-        sources[p] = Source(_public(uri, p), file_system, p, version, info.get("size"))
+        sources[p] = Source(_public(uri, p), file_system, p, version, info.get("size"), limits)
+        if uri.startswith(WEB):
+            limits.check_size(info.get("size"), sources[p].uri)
     if not any(source.is_readable for source in sources.values()) and uri.startswith("s3://"):
         if not file_system.exists(bucket := path.partition("/")[0]):
             raise UserError(
@@ -438,7 +459,14 @@ def _found_here(uri: str) -> list[Source]:
             with contextlib.suppress(OSError):  # gone meanwhile; reading it says so
                 version, size = _version(file_system.info(path))
         sources.append(
-            Source(_public(uri, path), file_system, path, _listed(version, size), size, skipped)
+            Source(
+                _public(uri, path),
+                file_system,
+                path,
+                _listed(version, size),
+                size,
+                skipped=skipped,
+            )
         )
     return sources
 

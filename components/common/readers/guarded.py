@@ -16,9 +16,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from nudge.components.common.errors import UserError
 from nudge.components.common.readers.records import Unreadable
 
 SECONDS = 60.0
+IMPORT_SECONDS = 600.0
 MEMORY_BYTES = 2 << 30
 """What a document's parser may allocate beyond what its libraries take."""
 
@@ -45,7 +47,13 @@ class Worker:
                 assert process.stdin is not None
                 process.stdin.write(struct.pack("<Q", len(task)) + task)
                 process.stdin.flush()
-                self._frame(process, time.monotonic() + 10 * SECONDS)  # its imports are done
+                # First comes what its imports miss.
+                missing = pickle.loads(self._frame(process, time.monotonic() + IMPORT_SECONDS))
+                if missing is not None:
+                    raise UserError(
+                        f"reading this kind of file needs the Python package {missing}, which is "
+                        "not installed; install the extra: pip install 'nudge-lm[data]'"
+                    )
                 return pickle.loads(self._frame(process, time.monotonic() + SECONDS))
             except _Stuck:
                 self.close()
@@ -53,6 +61,8 @@ class Worker:
             except (EOFError, OSError):
                 self.close()
                 return Unreadable("reader_crashed", "its process ended", len(raw))
+            except UserError:
+                raise
             except BaseException:
                 self.close()  # an answer may be under way that belongs to this document
                 raise

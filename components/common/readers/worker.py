@@ -18,8 +18,12 @@ def main() -> None:
     while header := sys.stdin.buffer.read(8):
         (size,) = struct.unpack("<Q", header)
         needs, *call, seconds, memory = pickle.loads(sys.stdin.buffer.read(size))
-        for name in needs:
-            importlib.import_module(name)
+        try:
+            for name in needs:
+                importlib.import_module(name)
+        except ImportError as error:
+            _send(answers, error.name or str(error))
+            continue
         _send(answers, None)
         _limit(seconds, memory)
         _send(answers, _answer(*call))
