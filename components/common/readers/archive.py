@@ -5,6 +5,7 @@ import zipfile
 from pathlib import PurePosixPath
 from typing import IO
 
+from nudge.components.common.errors import UserError
 from nudge.components.common.readers import records
 from nudge.components.common.readers.records import (
     DAMAGED_ARCHIVE,
@@ -20,6 +21,8 @@ def read_zip(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
     """The documents of every member."""
     try:
         yield from _members(stream, options)
+    except UserError:  # a ValueError too: the store does not answer, which is no damage
+        raise
     except DAMAGED_ARCHIVE as error:
         yield Record(name, Unreadable("damaged", str(error)))
 

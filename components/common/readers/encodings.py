@@ -84,12 +84,14 @@ def detected(raw: bytes) -> str:
 
     if b"\0" in raw:
         return ""
-    best = from_bytes(raw[:SAMPLE_BYTES], cp_isolation=CANDIDATES, threshold=0.35).best()
+    matches = from_bytes(raw[:SAMPLE_BYTES], cp_isolation=CANDIDATES, threshold=0.35)
+    best = matches.best()
     if best is None:
         return ""
-    # Of the encodings that give the very same text, the best-known one is named.
-    same = [best.encoding, *(match.encoding for match in best.submatch)]
-    name = next((name for name in CANDIDATES if name in same), best.encoding)
+    # Of those that fit as well, the most common one: French is as likely in windows-1250.
+    fitting = [m for m in matches if m.chaos <= best.chaos and m.coherence >= best.coherence]
+    names = {name for m in fitting for name in (m.encoding, *(s.encoding for s in m.submatch))}
+    name = next((name for name in CANDIDATES if name in names), best.encoding)
     try:
         return "" if CONTROL.search(raw.decode(name)) else name
     except UnicodeDecodeError:

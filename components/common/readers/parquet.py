@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import IO, Any
 
+from nudge.components.common.errors import UserError
 from nudge.components.common.readers.records import (
     BOMB_BYTES,
     BOMB_RATIO,
@@ -107,6 +108,8 @@ def read_arrow(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
                         if expanded > BOMB_BYTES and expanded > BOMB_RATIO * size:
                             raise Bomb
                         yield record
+        except UserError:  # a ValueError too: the store does not answer, which is no damage
+            raise
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             yield Record(name, Unreadable("damaged", str(error)))
 
@@ -128,6 +131,8 @@ def _is_text(schema: Any, column: str) -> bool:
     if column not in schema.names:
         return False
     kind = schema.field(column).type
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
     return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_binary(kind))
 
 

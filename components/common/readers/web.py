@@ -75,7 +75,7 @@ def all_text(raw: bytes) -> str:
     if not raw.strip():
         return ""
     try:
-        tree = html.document_fromstring(raw)
+        tree = html.document_fromstring(raw, html.HTMLParser(encoding=_utf8_if_valid(raw)))
     except (etree.LxmlError, ValueError):
         return ""
     parts: list[str] = []
@@ -94,6 +94,15 @@ def all_text(raw: bytes) -> str:
                 parts.append(re.sub(r"\s+", " ", element.tail))
     lines = (line.strip() for line in "".join(parts).split("\n"))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+
+
+def _utf8_if_valid(raw: bytes) -> str | None:
+    """UTF-8 where the bytes are; without it, lxml takes a page that declares nothing for latin-1."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return None
+    return "utf-8"
 
 
 def _is_hidden(element: Any) -> bool:

@@ -22,17 +22,9 @@ from nudge.components.common.readers import Page, ReadOptions, Unreadable, read_
 from nudge.components.common.readers.registry import READERS
 from nudge.components.common.readers.source_code import SUFFIXES
 
+from tests.components.common.reader_files import PDF, samples
+
 OPTIONS = ReadOptions()
-PDF = (
-    b"%PDF-1.1\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n"
-    b"2 0 obj<</Type/Pages/Kids[3 0 R]/Count 1>>endobj\n"
-    b"3 0 obj<</Type/Page/Parent 2 0 R/MediaBox[0 0 300 99]/Contents 4 0 R/Resources"
-    b"<</Font<</F<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>>>>>>>endobj\n"
-    b"4 0 obj<</Length 44>>stream\nBT /F 18 Tf 9 40 Td (The tower is in Paris) Tj ET\n"
-    b"endstream endobj\ntrailer<</Root 1 0 R>>"
-)
-
-
 PACKERS = {
     ".gz": gzip.compress,
     ".zst": lambda raw: zstd.compress(raw, options=CHECKED),
@@ -207,24 +199,13 @@ def test_pdf_and_web_pages() -> None:
     assert "menu" not in text
 
 
-SEEDS = {
-    ".jsonl": lines(3),
-    ".csv": b'id,text\n1,"a\nb"\n2,c\n',
-    ".tsv": b"id\ttext\n1\ta b\n2\tc\n",
-    ".pdf": PDF,
-    ".zip": archive({"a.txt": b"one", "b.jsonl": lines(2)}),
-    ".html": b"<html><body><p>text</p></body></html>",
-    ".txt": "täxt".encode(),
-    ".py": b"x = {'a': 'b'}",
-}
-TABLE = io.BytesIO()
-pyarrow.parquet.write_table(pyarrow.table({"id": ["1"], "text": ["abc"]}), TABLE)
-SEEDS[".parquet"] = TABLE.getvalue()
+SEEDS = samples()
+ALIASES = {*SUFFIXES, *".htm .xhtml .ndjson .markdown .mdx .asciidoc".split()}
 
 
-@pytest.mark.parametrize("suffix", sorted({*READERS} - {".htm", ".xhtml", ".ndjson", *SUFFIXES}))
+@pytest.mark.parametrize("suffix", sorted({*READERS} - ALIASES))
 @hypothesis_settings(
-    max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
 @given(
     cuts=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 4), st.binary(max_size=6)), max_size=4),
