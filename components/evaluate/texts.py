@@ -78,7 +78,9 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.is_file())
         visible = (p for p in found if not hidden_part(p.relative_to(path).as_posix()))
-        return [p for p in visible if reason_unread(p.name) != "not_text" and not is_metadata(p.name)]
+        return [
+            p for p in visible if reason_unread(p.name) != "not_text" and not is_metadata(p.name)
+        ]
     if path.is_file():  # an existing name wins over a pattern
         return [path]
     return sorted(p for p in path.parent.glob(path.name) if p.is_file())
@@ -128,6 +130,6 @@ def _unreadable(guard: Guard, path: Path, record: str, why: Unreadable) -> str:
     where = path.name if record in ("", path.name) else f"{path.name}, row {record}"
     detail = f" ({why.detail})" if why.detail else ""
     return (
-        f"evaluate.guards {guard.name}: {where} of {guard.uri} cannot be read: {why.reason}{detail}; "
-        'give UTF-8 text, JSON lines of {"text": ...}, or another kind that ingest reads'
+        f"evaluate.guards {guard.name}: {where} of {guard.uri} cannot be read: {why.reason}{detail}"
+        '; give UTF-8 text, JSON lines of {"text": ...}, or another kind that ingest reads'
     )

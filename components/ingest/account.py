@@ -4,7 +4,6 @@ is more than a run may go on with."""
 from collections import Counter
 from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
 
 from nudge.components.common.errors import UserError
 from nudge.components.common.readers import suffix_of
@@ -38,7 +37,7 @@ def examples(counts: dict[str, Any], reason: str) -> list[str]:
     seen: Counter[str] = Counter()
     for source in counts["sources"]:
         if count := source["dropped"].get(reason):
-            path = PurePosixPath(urlsplit(source["uri"]).path or source["uri"])
+            path = PurePosixPath(source["uri"].rpartition("/")[2])
             if reason in ("unknown_kind", "not_text") and path.suffix != ".zip":
                 seen[suffix_of(path.name) or path.name] += count
             else:

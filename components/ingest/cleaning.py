@@ -22,6 +22,7 @@ from nudge.components.common.processes import usable_cores
 from nudge.components.common.readers import Page, Record, Unreadable
 from nudge.components.ingest.duplicates import BUCKETS, Documents, signature
 from nudge.components.ingest.filters import Filter, make_filters, normalise
+from nudge.components.ingest.pieces import pieces
 from nudge.components.ingest.settings import IngestSettings
 
 SAMPLES, SAMPLE_CHARACTERS = 5, 120
@@ -67,6 +68,20 @@ def split_of(text: str, settings: IngestSettings) -> str:
     """The split of a document: a keyed hash of its text, so it stays there as the corpus grows, for
     as long as its text stays what it is."""
     return "validation" if share_of(text, settings) < settings.validation_share else "train"
+
+
+def clean_all(record: Record, filters: list[Filter], settings: IngestSettings) -> list[Row | Drop]:
+    """What becomes of one record; a long text is several documents if the settings say so."""
+    most = settings.split_characters
+    if not most:
+        return [clean(record, filters, settings)]
+    if isinstance(record.text, Page):
+        record = record._replace(text=record.text.text())
+    if not isinstance(record.text, str) or len(record.text) <= most:
+        return [clean(record, filters, settings)]
+    parts = pieces(normalise(record.text), most)
+    named = (record._replace(name=f"{record.name}:{n}", text=t) for n, t in enumerate(parts, 1))
+    return [clean(each, filters, settings) for each in named]
 
 
 def clean(record: Record, filters: list[Filter], settings: IngestSettings) -> Row | Drop:
@@ -154,7 +169,7 @@ class Cleaner:
         self._workers = settings.workers or usable_cores()
         self._pool: ProcessPoolExecutor | None = None
         self._batch: list[tuple[Tally, Record]] = []
-        self._sent: collections.deque[tuple[list[Tally], int, Future[list[Row | Drop]]]] = (
+        self._sent: collections.deque[tuple[list[Tally], int, Future[list[list[Row | Drop]]]]] = (
             collections.deque()
         )
         self._held = self._ahead = self._alone = 0
@@ -201,7 +216,7 @@ class Cleaner:
         if self._workers == 1 or self._alone < ALONE_BYTES:
             self._alone += size
             for tally, record in batch:
-                self._take(tally, clean(record, self._filters, self._settings))
+                self._take(tally, clean_all(record, self._filters, self._settings))
             return
         if self._pool is None:
             self._pool = workers.spawned(self._workers, _begin, self._settings)
@@ -230,13 +245,14 @@ class Cleaner:
                 "of memory; give the step more of it, or set ingest.workers to fewer"
             ) from None
 
-    def _take(self, tally: Tally, result: Row | Drop) -> None:
+    def _take(self, tally: Tally, results: list[Row | Drop]) -> None:
         if tally.void:
             return
-        self.documents_in += 1
-        if isinstance(result, Row):
-            self._documents.add(tally.number, tally.documents_in, result)
-        tally.take(result)
+        for result in results:
+            self.documents_in += 1
+            if isinstance(result, Row):
+                self._documents.add(tally.number, tally.documents_in, result)
+            tally.take(result)
 
 
 _worker: dict[str, Any] = {}
@@ -246,5 +262,5 @@ def _begin(settings: IngestSettings) -> None:
     _worker.update(settings=settings, filters=make_filters(settings))
 
 
-def _clean_batch(records: list[Record]) -> list[Row | Drop]:
-    return [clean(record, _worker["filters"], _worker["settings"]) for record in records]
+def _clean_batch(records: list[Record]) -> list[list[Row | Drop]]:
+    return [clean_all(record, _worker["filters"], _worker["settings"]) for record in records]

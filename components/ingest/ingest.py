@@ -1,6 +1,7 @@
 """The step `ingest`: sources in, a clean, deduplicated and split corpus out."""
 
 import copy
+import dataclasses
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -36,8 +37,28 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
     Documents wait in tables beside ``corpus``, so that memory does not grow with their number.
     With ``settings.state_uri`` only objects that are new or changed are read, with
     ``settings.engine`` ray the nodes of a cluster read them; the corpus is the same. Raises
-    `UserError` if a source is missing or nothing that could be split is left.
+    `UserError` if a source is missing, more is lost than ``settings.max_lost``, or nothing that
+    could be split is left.
     """
+    from nudge.components.ingest.pieces import AUTOMATIC
+
+    try:
+        return _ingest(settings, corpus, report)
+    except _TooFew as error:
+        if settings.split_characters or error.longest <= AUTOMATIC:
+            raise
+        # One book, or a few: the same again in pieces.
+        in_pieces = dataclasses.replace(settings, split_characters=AUTOMATIC)
+        return _ingest(in_pieces, corpus, report)
+
+
+class _TooFew(UserError):
+    """There are too few documents to hold any out; ``longest`` is in characters."""
+
+    longest = 0
+
+
+def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, Any]:
     from nudge.components.common.corpus import SPLITS, write_corpus
     from nudge.components.common.progress import progress
     from nudge.components.ingest.account import account, check_loss
@@ -68,7 +89,8 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
             counts = _counts(settings, documents, facts)
             _check(settings, counts, next(filter(None, columns), ""))
             check_loss(counts, settings.max_lost)
-            _check_split(settings, counts)
+            longest = next(documents.query(f"SELECT coalesce(max(characters), 0) {KEPT}"))[0]
+            _check_split(settings, counts, longest)
             bar.note(stage="writing")
             with published(corpus) as part:
                 place = Path(folder)
@@ -282,15 +304,18 @@ def _check(settings: IngestSettings, counts: dict[str, Any], columns: str) -> No
             )
 
 
-def _check_split(settings: IngestSettings, counts: dict[str, Any]) -> None:
+def _check_split(settings: IngestSettings, counts: dict[str, Any], longest: int) -> None:
     documents_in, count, dropped = (counts[key] for key in ("documents_in", "documents", "dropped"))
     reasons = ", ".join(f"{reason} {number}" for reason, number in dropped.items())
     train, validation = counts["train_documents"], counts["validation_documents"]
     if not train or not validation:
         need = corpus_size(settings.validation_share)
-        raise UserError(
+        error = _TooFew(
             f"the corpus is too small to split: {count} documents left of {documents_in} "
             f"(dropped: {reasons or 'none'}) gave {train} for training and "
             f"{validation} for validation; about {need} documents are needed, "
-            "or a larger ingest.validation_share"
+            "or a larger ingest.validation_share; ingest.split_characters makes several of a "
+            "long one"
         )
+        error.longest = longest
+        raise error

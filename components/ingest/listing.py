@@ -103,7 +103,7 @@ def _walk(folder: str, visited: set[str]) -> Iterator[Found]:
             yield Found(path, "hidden")
         elif os.path.isdir(path):
             target = os.path.realpath(path)
-            if target in visited or os.path.islink(path) and _is_inside(real, target):
+            if target in visited or (os.path.islink(path) and _is_inside(real, target)):
                 yield Found(path, "linked_folder")
             elif not os.access(path, os.R_OK | os.X_OK):
                 yield Found(path, "not_permitted")

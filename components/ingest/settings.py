@@ -1,12 +1,19 @@
 """The settings of the step `ingest`."""
 
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from nudge.components.common.errors import nearest
 from nudge.components.common.settings import settings
 from pydantic import Field, model_validator
 
 if TYPE_CHECKING:
     from nudge.components.common.readers import ReadOptions
+
+FILTERS = ("unicode", "length", "repetition", "language", "pii")
+FILTER_GROUP = "nudge.filters"
+"""Packages add filters with entry points of this group: its value is a function of the settings
+that returns a function of a text, which returns a text or an `Unreadable` with the reason."""
 
 
 @settings
@@ -38,15 +45,17 @@ class IngestSettings:
     """Whether the YAML front matter of Markdown files stays in their text."""
     min_characters: Annotated[int, Field(ge=1)] = 20
     max_characters: Annotated[int, Field(ge=1)] = 10_000_000
+    split_characters: Annotated[int, Field(ge=0)] = 0
+    """Longer texts become several documents of at most this many characters, cut between
+    paragraphs; each is trained on or held out. 0: only if there would otherwise be too few documents to hold
+    any out, as of a single book; then 4000."""
     max_lost: Annotated[float, Field(ge=0, le=1)] = 0.2
     """The largest share of documents, or of their bytes, that may be dropped for any reason other
     than duplication; with more the run stops and shows what was lost. Hidden files and files that
     hold no text, such as images, do not count."""
-    filters: tuple[Literal["unicode", "length", "repetition", "language", "pii"], ...] = (
-        "unicode",
-        "length",
-    )
-    """What each text goes through, in this order; a drop is counted under the filter's reason."""
+    filters: tuple[str, ...] = ("unicode", "length")
+    """What each text goes through, in this order, out of unicode, length, repetition, language, pii
+    and those of installed packages; a drop is counted under the filter's reason."""
     languages: tuple[str, ...] = ()
     """The languages that the filter ``language`` keeps, as ISO 639-1 codes."""
     pii: Literal["replace", "drop"] | None = None
@@ -95,6 +104,12 @@ class IngestSettings:
 
     @model_validator(mode="after")
     def _filters_are_named(self) -> "IngestSettings":
+        added = {point.name for point in entry_points(group=FILTER_GROUP)}
+        for name in self.filters:
+            if name not in FILTERS and name not in added:
+                raise ValueError(
+                    f"there is no filter {name!r}; {nearest(name, {*FILTERS, *added})}"
+                )
         for setting, name in (("pii", "pii"), ("languages", "language")):
             if getattr(self, setting) and name not in self.filters:
                 filters = ", ".join((*self.filters, name))

@@ -63,7 +63,11 @@ LASTING = (
     botocore.exceptions.EndpointConnectionError,
     botocore.exceptions.SSLError,
     aiohttp.ClientSSLError,
+    aiohttp.InvalidURL,  # also a redirect to another scheme than http and https
 )
+
+
+NO_SETTINGS = WebLimits()
 
 
 class Changed(Exception):
@@ -84,7 +88,7 @@ class Source:
     path: str
     listed: str = ""
     bytes: int | None = None
-    limits: WebLimits = WebLimits()
+    limits: WebLimits = NO_SETTINGS
     skipped: str = ""
     """Why it is not read, such as ``hidden``; empty where its kind alone decides."""
 
@@ -227,7 +231,7 @@ def again(work: Any, uri: str) -> Any:
         cause = error.__cause__
         if isinstance(cause, UserError):  # fsspec's HTTP hides it
             raise cause from None
-        if temporary(error) or isinstance(cause, aiohttp.ClientSSLError):
+        if temporary(error) or isinstance(cause, LASTING):
             raise UserError(f"{uri}: cannot be read: {why(cause or error)}") from None
         raise Vanished from None
     except TRANSIENT as error:
@@ -260,9 +264,7 @@ def why(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def find_sources(
-    data_uri: str | Sequence[str], limits: WebLimits | None = None
-) -> list[Source]:
+def find_sources(data_uri: str | Sequence[str], limits: WebLimits | None = None) -> list[Source]:
     """Every file that the URIs name, in a fixed order, folders and globs expanded.
 
     What `listing.named_uris` says of ``data_uri`` holds; hidden and special files come with the
@@ -339,9 +341,7 @@ def s3_options() -> dict[str, Any]:
     }
 
 
-def file_system_of(
-    uri: str, setting: str, limits: WebLimits | None = None
-) -> tuple[Any, str]:
+def file_system_of(uri: str, setting: str, limits: WebLimits | None = None) -> tuple[Any, str]:
     """fsspec's file system for a URI, and the path in it; ``setting`` is whose URI it is."""
     options = s3_options() if uri.startswith("s3://") else {}
     if uri.startswith(WEB):
@@ -428,12 +428,13 @@ def _expand(uri: str, limits: WebLimits) -> list[Source]:
         sources[p] = Source(_public(uri, p), file_system, p, version, info.get("size"), limits)
         if uri.startswith(WEB):
             limits.check_size(info.get("size"), sources[p].uri)
-    if not any(source.is_readable for source in sources.values()) and uri.startswith("s3://"):
-        if not file_system.exists(bucket := path.partition("/")[0]):
-            raise UserError(
-                f"ingest.data_uri {uri}: there is no bucket {bucket!r} at "
-                f"{os.environ.get('AWS_S3_ENDPOINT') or 'S3'}, or this key may not see it"
-            )
+    bucket = path.partition("/")[0]
+    is_empty = not any(source.is_readable for source in sources.values())
+    if is_empty and uri.startswith("s3://") and not file_system.exists(bucket):
+        raise UserError(
+            f"ingest.data_uri {uri}: there is no bucket {bucket!r} at "
+            f"{os.environ.get('AWS_S3_ENDPOINT') or 'S3'}, or this key may not see it"
+        )
     return _usable(uri, list(sources.values()), is_folder)
 
 

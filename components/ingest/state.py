@@ -38,6 +38,7 @@ CLEANING = (
     "encoding",
     "delimiter",
     "keep_front_matter",
+    "split_characters",
     "min_characters",
     "max_characters",
     "filters",

@@ -80,9 +80,7 @@ class _Table:
                 detail = f"{where}: {row.detail}" if row.detail else where
                 yield Record(str(number), Unreadable(row.reason, detail, row.bytes))
                 continue
-            record = record_of(
-                dict(itertools.zip_longest(header, row)), number, self._options
-            )
+            record = record_of(dict(itertools.zip_longest(header, row)), number, self._options)
             if self._broken:  # a line of this row was left out
                 record = record._replace(text=self._broken.pop())
                 self._broken.clear()
@@ -155,8 +153,9 @@ class _Table:
             if first:
                 self._again.append(first)
                 self._line -= 1
-        quoting = csv.QUOTE_NONE if self._is_tsv else csv.QUOTE_MINIMAL
-        return csv.reader(self._source(), delimiter=self._delimiter, quoting=quoting)
+        if self._is_tsv:
+            return csv.reader(self._source(), delimiter="\t", quoting=csv.QUOTE_NONE)
+        return csv.reader(self._source(), delimiter=self._delimiter)
 
     def _detected(self, header: str) -> str:
         """The delimiter under which the header has the text column, a comma if none does."""

@@ -1,4 +1,4 @@
-"""Office files: .docx, .pptx, .xlsx and .odt. All of them are zip archives, so bombs are checked."""
+"""Office files: .docx, .pptx, .xlsx and .odt, all of them zip archives that may be bombs."""
 
 import io
 import itertools
@@ -144,8 +144,11 @@ def _table(table: Any) -> str:
     rows = []
     for row in table.rows:
         # A merged cell is there once for each column that it covers.
-        cells = [cell for _, group in itertools.groupby(row.cells, lambda cell: cell._tc)
-                 for cell in [next(group)]]
+        cells = [
+            cell
+            for _, group in itertools.groupby(row.cells, lambda cell: cell._tc)
+            for cell in [next(group)]
+        ]
         rows.append(" | ".join(" ".join(cell.text.split()) for cell in cells))
     return "\n".join(rows)
 

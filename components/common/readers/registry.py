@@ -82,12 +82,61 @@ COMPRESSED: dict[str, Callable[[IO[bytes]], Any]] = {
     ".xz": lzma.LZMAFile,
 }
 NOT_TEXT = frozenset(
-    (
-        ".7z .a .aac .avi .avif .bin .bmp .class .dll .dylib .eot .exe .flac .gif .gguf .heic .ico "
-        ".iso .jar .jpeg .jpg .m4a .mkv .mov .mp3 .mp4 .npy .npz .o .ogg .onnx .opus .otf .png "
-        ".pt .pyc .pyd .pyo .rar .safetensors .so .svg .tif .tiff .ttf .wasm .wav .webm .webp "
-        ".wheel .whl .woff .woff2"
-    ).split()
+    [
+        ".7z",
+        ".a",
+        ".aac",
+        ".avi",
+        ".avif",
+        ".bin",
+        ".bmp",
+        ".class",
+        ".dll",
+        ".dylib",
+        ".eot",
+        ".exe",
+        ".flac",
+        ".gif",
+        ".gguf",
+        ".heic",
+        ".ico",
+        ".iso",
+        ".jar",
+        ".jpeg",
+        ".jpg",
+        ".m4a",
+        ".mkv",
+        ".mov",
+        ".mp3",
+        ".mp4",
+        ".npy",
+        ".npz",
+        ".o",
+        ".ogg",
+        ".onnx",
+        ".opus",
+        ".otf",
+        ".png",
+        ".pt",
+        ".pyc",
+        ".pyd",
+        ".pyo",
+        ".rar",
+        ".safetensors",
+        ".so",
+        ".svg",
+        ".tif",
+        ".tiff",
+        ".ttf",
+        ".wasm",
+        ".wav",
+        ".webm",
+        ".webp",
+        ".wheel",
+        ".whl",
+        ".woff",
+        ".woff2",
+    ]
 )
 """Suffixes of files that hold no text: counted, but no loss of text."""
 HIDDEN = frozenset(("__pycache__", "__MACOSX", "node_modules"))

@@ -17,9 +17,46 @@ from nudge.components.common.readers.records import (
 DECLARED = re.compile(rb"""<meta[^>]{0,200}charset\s*=\s*["']?\s*([\w.:-]{2,40})""", re.IGNORECASE)
 DECLARED_BYTES = 4096
 BLOCKS = frozenset(
-    "address article aside blockquote body br caption dd div dl dt figcaption figure footer form "
-    "h1 h2 h3 h4 h5 h6 header hr li main nav ol p pre section table tbody td tfoot th thead tr "
-    "ul".split()
+    [
+        "address",
+        "article",
+        "aside",
+        "blockquote",
+        "body",
+        "br",
+        "caption",
+        "dd",
+        "div",
+        "dl",
+        "dt",
+        "figcaption",
+        "figure",
+        "footer",
+        "form",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "header",
+        "hr",
+        "li",
+        "main",
+        "nav",
+        "ol",
+        "p",
+        "pre",
+        "section",
+        "table",
+        "tbody",
+        "td",
+        "tfoot",
+        "th",
+        "thead",
+        "tr",
+        "ul",
+    ]
 )
 HIDDEN = frozenset(("head", "script", "style", "template", "noscript"))
 
@@ -97,7 +134,7 @@ def all_text(raw: bytes) -> str:
 
 
 def _utf8_if_valid(raw: bytes) -> str | None:
-    """UTF-8 where the bytes are; without it, lxml takes a page that declares nothing for latin-1."""
+    """UTF-8 where the bytes are; lxml would take them for latin-1 if nothing is declared."""
     try:
         raw.decode()
     except UnicodeDecodeError:

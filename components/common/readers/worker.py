@@ -44,9 +44,7 @@ def _limit(seconds: float, memory: int) -> None:
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * resource.getpagesize()
         limit = used + memory
-        resource.setrlimit(
-            resource.RLIMIT_AS, (limit if hard == -1 else min(limit, hard), hard)
-        )
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == -1 else min(limit, hard), hard))
     except OSError:  # no /proc: only the time is limited
         pass
     # If the parent dies meanwhile, nobody else ends this process.

@@ -76,8 +76,9 @@ def open_document() -> bytes:
         "<text:span>Paris</text:span>.</text:p></office:text></office:body>"
         "</office:document-content>"
     )
-    return zipped({"mimetype": b"application/vnd.oasis.opendocument.text",
-                   "content.xml": content.encode()})
+    return zipped(
+        {"mimetype": b"application/vnd.oasis.opendocument.text", "content.xml": content.encode()}
+    )
 
 
 def book() -> bytes:
@@ -91,12 +92,16 @@ def book() -> bytes:
         '<spine><itemref idref="a"/><itemref idref="b"/></spine></package>'
     )
     page = '<html xmlns="http://www.w3.org/1999/xhtml"><head><title>x</title></head>'
-    return zipped({
-        "META-INF/container.xml": container.encode(),
-        "O/book.opf": package.encode(),
-        "O/two b.xhtml": f"{page}<body><p>The second chapter.</p></body></html>".encode(),
-        "O/one.xhtml": f"{page}<body><h1>One</h1><p>The <i>first</i> chapter.</p></body></html>".encode(),
-    })
+    return zipped(
+        {
+            "META-INF/container.xml": container.encode(),
+            "O/book.opf": package.encode(),
+            "O/two b.xhtml": f"{page}<body><p>The second chapter.</p></body></html>".encode(),
+            "O/one.xhtml": (
+                f"{page}<body><h1>One</h1><p>The <i>first</i> chapter.</p></body></html>".encode()
+            ),
+        }
+    )
 
 
 def notebook() -> bytes:

@@ -66,9 +66,11 @@ def test_a_quotation_mark_that_is_never_closed_costs_its_own_row_only(odd: dict[
     found = {record.name: record.text for record in records(rows(30, **odd), "a.csv")}
     lost = {name: text for name, text in found.items() if isinstance(text, Unreadable)}
     first = next(iter(odd)).removeprefix("row")
-    assert list(lost)[0] == first
+    assert next(iter(lost)) == first
     assert lost[first].reason == "unclosed_quote"
-    assert lost[first].detail.startswith(f"row {first}: the quotation mark in line {int(first) + 1}")
+    assert lost[first].detail.startswith(
+        f"row {first}: the quotation mark in line {int(first) + 1}"
+    )
     assert len(found) == 30
     assert len(lost) <= len(odd)
     untouched = {str(n) for n in range(1, 31)} - {key.removeprefix("row") for key in odd}

@@ -155,6 +155,8 @@ def test_blanks_are_also_read_in_quotation_marks_after_backslashes_and_as_percen
 def test_a_recipe_takes_a_list(tmp_path: Path) -> None:
     from nudge.components.common.recipe import step_settings
 
-    recipe = json.dumps({"ingest": {"data_uri": [str(tmp_path / "a b"), "https://x.example/a.txt"]}})
+    recipe = json.dumps(
+        {"ingest": {"data_uri": [str(tmp_path / "a b"), "https://x.example/a.txt"]}}
+    )
     settings = step_settings(IngestSettings, "ingest", recipe)
     assert settings.data_uri == (str(tmp_path / "a b"), "https://x.example/a.txt")

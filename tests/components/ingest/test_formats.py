@@ -200,7 +200,7 @@ def test_pdf_and_web_pages() -> None:
 
 
 SEEDS = samples()
-ALIASES = {*SUFFIXES, *".htm .xhtml .ndjson .markdown .mdx .asciidoc".split()}
+ALIASES = {*SUFFIXES, *[".htm", ".xhtml", ".ndjson", ".markdown", ".mdx", ".asciidoc"]}
 
 
 @pytest.mark.parametrize("suffix", sorted({*READERS} - ALIASES))
