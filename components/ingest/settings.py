@@ -47,8 +47,8 @@ class IngestSettings:
     max_characters: Annotated[int, Field(ge=1)] = 10_000_000
     split_characters: Annotated[int, Field(ge=0)] = 0
     """Longer texts become several documents of at most this many characters, cut between
-    paragraphs; each is trained on or held out. 0: only if there would otherwise be too few documents to hold
-    any out, as of a single book; then 4000."""
+    paragraphs; each is trained on or held out. 0: only if there would otherwise be too few
+    documents to hold any out, as of a single book; then 4000."""
     max_lost: Annotated[float, Field(ge=0, le=1)] = 0.2
     """The largest share of documents, or of their bytes, that may be dropped for any reason other
     than duplication; with more the run stops and shows what was lost. Hidden files and files that

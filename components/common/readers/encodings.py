@@ -50,7 +50,8 @@ def utf8_stream(
 ) -> tuple[IO[bytes], str]:
     """The stream as UTF-8 and the encoding it had (empty for UTF-8), found from its beginning.
 
-    Without ``detect`` only a BOM or a given encoding counts. A stream that mixes valid UTF-8 with other bytes is left alone: its bad rows are counted.
+    Without ``detect`` only a BOM or a given encoding counts. A stream that mixes valid UTF-8 with
+    other bytes is left alone: its bad rows are counted.
     """
     buffered = stream if isinstance(stream, io.BufferedReader) else None
     if buffered is None:
