@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from nudge.components.common.readers import hidden_part
 from nudge.components.common.uris import is_local, local_path
 
 MAGIC = "*?["
@@ -71,6 +70,8 @@ def local_files(path: str) -> list[Found]:
     Linked folders are read like others, but none twice; hidden folders and files, pipes, devices
     and links to nothing are named with the reason why they are skipped.
     """
+    from nudge.components.common.readers import hidden_part
+
     visited: set[str] = set()
     if os.path.lexists(path):
         if os.path.isdir(path):
@@ -93,6 +94,8 @@ def local_files(path: str) -> list[Found]:
 
 
 def _walk(folder: str, visited: set[str]) -> Iterator[Found]:
+    from nudge.components.common.readers import hidden_part
+
     real = os.path.realpath(folder)
     visited.add(real)
     with os.scandir(folder) as entries:

@@ -18,7 +18,8 @@ def pieces(text: str, most: int) -> list[str]:
     pieces of an edited book stay as they were, and on their side of the split.
     """
     found: list[str] = []
-    held, size = [], 0
+    held: list[str] = []
+    size = 0
     for part in _parts(text, most):
         if held and size + len(part) > most:
             found.append("".join(held))

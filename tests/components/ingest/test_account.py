@@ -160,3 +160,14 @@ def test_a_recipe_takes_a_list(tmp_path: Path) -> None:
     )
     settings = step_settings(IngestSettings, "ingest", recipe)
     assert settings.data_uri == (str(tmp_path / "a b"), "https://x.example/a.txt")
+
+
+def test_containers_mount_what_a_list_and_a_name_with_blanks_name(tmp_path: Path) -> None:
+    from nudge.pipelines.local.containers import named_paths
+
+    for name in ("my texts", "Texte[2023]"):
+        write(tmp_path / name, texts(1))
+    uris = [str(tmp_path / "my texts"), f"file://{tmp_path}/Texte[2023]", "s3://b/x"]
+    expected = [tmp_path / "Texte[2023]", tmp_path / "my texts"]
+    assert named_paths(json.dumps({"ingest": {"data_uri": uris}})) == expected
+    assert named_paths(json.dumps({"ingest": {"data_uri": uris[0]}})) == expected[1:]
