@@ -141,6 +141,9 @@ def test_html_is_read_in_the_encoding_that_it_declares() -> None:
     for declared, encoding in (("windows-1252", "cp1252"), ("iso-8859-1", "cp1252")):
         (record,) = records(page.format(declared, FRENCH).encode(encoding), "a.html")
         assert (record.text, record.encoding) == (FRENCH.strip(), "windows-1252")
+    # One that is never guessed.
+    (record,) = records(page.format("iso-8859-5", RUSSIAN).encode("iso-8859-5"), "a.html")
+    assert (record.text, record.encoding) == (RUSSIAN.strip(), "iso8859-5")
 
 
 def test_lists_in_table_cells_are_text() -> None:
