@@ -64,6 +64,7 @@ class _Table:
         self._line = self._read_again = 0
 
     def records(self) -> Records:
+        self._parts = self._decoded()
         self._rows = self._reader()
         header = self._header()
         if isinstance(header, Unreadable):  # without their names there are no columns
@@ -170,12 +171,11 @@ class _Table:
 
     def _source(self) -> Iterator[str]:
         self._asked_after_end = False
-        parts = self._decoded()
         while True:
             if self._again:
                 line = self._again.popleft()
             else:
-                following = next(parts, None)
+                following = next(self._parts, None)
                 if following is None:
                     self._asked_after_end = True
                     return

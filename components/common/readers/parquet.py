@@ -94,6 +94,7 @@ def read_arrow(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
             number = expanded = 0
             columns = [column for column in options.columns if column in opened.schema.names]
             for batch in batches:
+                batch.validate(full=True)  # damaged offsets would crash this process
                 if options.text_column not in columns:
                     for _ in range(batch.num_rows):
                         number += 1
