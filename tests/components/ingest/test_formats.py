@@ -136,7 +136,7 @@ def test_tables_with_tabs_with_bare_returns_and_without_a_header(
     ]
     before = csv.field_size_limit(1000)
     try:
-        assert counted(b'id,"text' + b"\n" * 2000 + b'"\n1,a\n', "a.csv") == {"bad_record": 1}
+        assert counted(b'id,"text' + b"\n" * 2000 + b'"\n1,a\n', "a.csv") == {"unclosed_quote": 1}
     finally:
         csv.field_size_limit(before)
 
