@@ -212,7 +212,10 @@ def _outcome(name: str, results: dict[str, Any]) -> str:
     if name == "deploy" and not results.get("promoted", True):
         return "registered, not promoted"
     return {
-        "ingest": "{train_documents} + {validation_documents} documents, {bytes} bytes",
+        # Runs of earlier versions have no account.
+        "ingest": "{account}"
+        if "account" in results
+        else "{train_documents} + {validation_documents} documents, {bytes} bytes",
         "tokenize": "{train_tokens} + {validation_tokens} tokens",
         "train": "{steps} steps, {tokens} tokens, last loss {loss:.3f}",
         "evaluate": "{base_bits_per_byte:.4f} -> {candidate_bits_per_byte:.4f} bits per byte",

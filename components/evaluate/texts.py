@@ -1,12 +1,9 @@
 """The texts that are scored: the held-out split, and each guard's own."""
 
-import gzip
 import itertools
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from nudge.components.common.corpus import (
@@ -17,6 +14,15 @@ from nudge.components.common.corpus import (
 )
 from nudge.components.common.errors import UserError
 from nudge.components.common.held_out import FEWEST_DOCUMENTS
+from nudge.components.common.readers import (
+    Page,
+    ReadOptions,
+    Unreadable,
+    hidden_part,
+    read_stream,
+    reason_unread,
+)
+from nudge.components.common.readers.parquet import is_metadata
 from nudge.components.common.uris import is_local, local_path
 from nudge.components.evaluate.settings import Guard
 
@@ -68,8 +74,15 @@ def texts_sha256(texts: list[str]) -> str:
 
 
 def _files(path: Path) -> list[Path]:
+    """The files of a guard; hidden ones, and those in a folder that hold no text, are left out."""
     if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        found = sorted(p for p in path.rglob("*") if p.is_file())
+        visible = (p for p in found if not hidden_part(p.relative_to(path).as_posix()))
+        return [
+            p for p in visible if reason_unread(p.name) != "not_text" and not is_metadata(p.name)
+        ]
+    if path.is_file():  # an existing name wins over a pattern
+        return [path]
     return sorted(p for p in path.parent.glob(path.name) if p.is_file())
 
 
@@ -91,24 +104,32 @@ def _documents(guard: Guard, files: list[Path]) -> list[Document]:
 
 
 def _texts(guard: Guard, path: Path) -> Iterator[str]:
+    """The texts of one file; a guard is small and chosen, so nothing of it may be unreadable."""
+    # A name of no known kind is a text.
+    name = f"{path.name}.txt" if reason_unread(path.name) else path.name
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-        if not path.name.removesuffix(".gz").endswith(".jsonl"):
-            yield text
-            return
-        for line in text.split("\n"):
-            if line.strip():
-                yield _text(json.loads(line))
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        with path.open("rb") as stream:
+            for record in read_stream(stream, name, ReadOptions()):
+                text = record.text.text() if isinstance(record.text, Page) else record.text
+                if isinstance(text, Unreadable):
+                    raise UserError(_unreadable(guard, path, record.name, text))
+                yield text
+    except OSError as error:
+        why = error.strerror or str(error)
         raise UserError(
-            f"evaluate.guards {guard.name}: {path.name} of {guard.uri} cannot be read ({error}); "
-            'give UTF-8 text, or JSON lines of {"text": ...}'
+            f"evaluate.guards {guard.name}: {path.name} of {guard.uri} cannot be read: {why}"
+        ) from None
+    except ImportError as error:
+        raise UserError(
+            f"evaluate.guards {guard.name}: {path.name} needs the Python package {error.name}; "
+            "install the extra: pip install 'nudge-lm[data]'"
         ) from None
 
 
-def _text(line: Any) -> str:
-    text = line["text"]
-    if not isinstance(text, str):
-        raise TypeError(f"text is a {type(text).__name__}")
-    return text
+def _unreadable(guard: Guard, path: Path, record: str, why: Unreadable) -> str:
+    where = path.name if record in ("", path.name) else f"{path.name}, row {record}"
+    detail = f" ({why.detail})" if why.detail else ""
+    return (
+        f"evaluate.guards {guard.name}: {where} of {guard.uri} cannot be read: {why.reason}{detail}"
+        '; give UTF-8 text, JSON lines of {"text": ...}, or another kind that ingest reads'
+    )

@@ -19,9 +19,10 @@ from nudge.components.common import workers
 from nudge.components.common.corpus import text_sha256
 from nudge.components.common.errors import UserError
 from nudge.components.common.processes import usable_cores
+from nudge.components.common.readers import Page, Record, Unreadable
 from nudge.components.ingest.duplicates import BUCKETS, Documents, signature
 from nudge.components.ingest.filters import Filter, make_filters, normalise
-from nudge.components.ingest.formats import Page, Record, Unreadable
+from nudge.components.ingest.pieces import pieces
 from nudge.components.ingest.settings import IngestSettings
 
 SAMPLES, SAMPLE_CHARACTERS = 5, 120
@@ -69,6 +70,20 @@ def split_of(text: str, settings: IngestSettings) -> str:
     return "validation" if share_of(text, settings) < settings.validation_share else "train"
 
 
+def clean_all(record: Record, filters: list[Filter], settings: IngestSettings) -> list[Row | Drop]:
+    """What becomes of one record; a long text is several documents if the settings say so."""
+    most = settings.split_characters
+    if not most:
+        return [clean(record, filters, settings)]
+    if isinstance(record.text, Page):
+        record = record._replace(text=record.text.text())
+    if not isinstance(record.text, str) or len(record.text) <= most:
+        return [clean(record, filters, settings)]
+    parts = pieces(normalise(record.text), most)
+    named = (record._replace(name=f"{record.name}:{n}", text=t) for n, t in enumerate(parts, 1))
+    return [clean(each, filters, settings) for each in named]
+
+
 def clean(record: Record, filters: list[Filter], settings: IngestSettings) -> Row | Drop:
     """What becomes of one record."""
     raw = record.text.text() if isinstance(record.text, Page) else record.text
@@ -108,6 +123,7 @@ class Tally:
         self.dropped: Counter[str] = Counter()
         self.dropped_bytes: Counter[str] = Counter()
         self.samples: dict[str, list[str]] = {}
+        self.encodings: Counter[str] = Counter()
         self.columns = ""
         self.void = self.lost = False
         self._digest = hashlib.sha256()
@@ -139,6 +155,7 @@ class Tally:
             "sha256": self._digest.hexdigest(),
             "lost": self.lost,
             "columns": self.columns,
+            "encodings": dict(self.encodings),
             "samples": self.samples,
         }
 
@@ -152,7 +169,7 @@ class Cleaner:
         self._workers = settings.workers or usable_cores()
         self._pool: ProcessPoolExecutor | None = None
         self._batch: list[tuple[Tally, Record]] = []
-        self._sent: collections.deque[tuple[list[Tally], int, Future[list[Row | Drop]]]] = (
+        self._sent: collections.deque[tuple[list[Tally], int, Future[list[list[Row | Drop]]]]] = (
             collections.deque()
         )
         self._held = self._ahead = self._alone = 0
@@ -172,6 +189,8 @@ class Cleaner:
     def put(self, tally: Tally, record: Record) -> None:
         """Take one record of an object."""
         self._batch.append((tally, record))
+        if record.encoding:
+            tally.encodings[record.encoding] += 1
         if isinstance(record.text, Page):
             self._held += PAGE_WORK * len(record.text.raw)
         elif isinstance(record.text, str):
@@ -197,7 +216,7 @@ class Cleaner:
         if self._workers == 1 or self._alone < ALONE_BYTES:
             self._alone += size
             for tally, record in batch:
-                self._take(tally, clean(record, self._filters, self._settings))
+                self._take(tally, clean_all(record, self._filters, self._settings))
             return
         if self._pool is None:
             self._pool = workers.spawned(self._workers, _begin, self._settings)
@@ -226,13 +245,14 @@ class Cleaner:
                 "of memory; give the step more of it, or set ingest.workers to fewer"
             ) from None
 
-    def _take(self, tally: Tally, result: Row | Drop) -> None:
+    def _take(self, tally: Tally, results: list[Row | Drop]) -> None:
         if tally.void:
             return
-        self.documents_in += 1
-        if isinstance(result, Row):
-            self._documents.add(tally.number, tally.documents_in, result)
-        tally.take(result)
+        for result in results:
+            self.documents_in += 1
+            if isinstance(result, Row):
+                self._documents.add(tally.number, tally.documents_in, result)
+            tally.take(result)
 
 
 _worker: dict[str, Any] = {}
@@ -242,5 +262,5 @@ def _begin(settings: IngestSettings) -> None:
     _worker.update(settings=settings, filters=make_filters(settings))
 
 
-def _clean_batch(records: list[Record]) -> list[Row | Drop]:
-    return [clean(record, _worker["filters"], _worker["settings"]) for record in records]
+def _clean_batch(records: list[Record]) -> list[list[Row | Drop]]:
+    return [clean_all(record, _worker["filters"], _worker["settings"]) for record in records]

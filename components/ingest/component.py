@@ -9,6 +9,7 @@ def ingest(
     model_name: str,
     corpus: dsl.Output[dsl.Dataset],
     report: dsl.Output[dsl.HTML],
+    metrics: dsl.Output[dsl.Metrics],
 ) -> int:
     """Read text from its sources, clean it, drop duplicates and split it.
 
@@ -18,6 +19,7 @@ def ingest(
         model_name: The model whose served version counts; empty means as the recipe says.
         corpus: Documents for training and validation, with exact counts.
         report: What came in, what was dropped and why.
+        metrics: How many documents were read, kept and held out, and dropped by reason.
 
     Returns:
         0 if only new text counts (`only_new`) and the served version has seen all of it, else 1.
@@ -33,5 +35,10 @@ def ingest(
         given = {"data_uri": data_uri, "model_name": model_name}
         settings = step_settings(IngestSettings, "ingest", recipe, **given)
         result = ingest(settings, corpus=Path(corpus.path), report=Path(report.path))
+        dropped = result.pop("dropped")
         corpus.metadata.update(result)
+        for name in ("read", "documents", "validation_documents"):
+            metrics.log_metric(name, result[name])
+        for reason, count in dropped.items():
+            metrics.log_metric(f"dropped_{reason}", count)
     return int(result["new"])

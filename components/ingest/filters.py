@@ -11,11 +11,12 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import Any
 
 from nudge.components.common.errors import UserError
-from nudge.components.ingest.formats import Unreadable
-from nudge.components.ingest.settings import IngestSettings
+from nudge.components.common.readers import Unreadable
+from nudge.components.ingest.settings import FILTER_GROUP, IngestSettings
 
 Filter = Callable[[str], str | Unreadable]
 
@@ -46,6 +47,14 @@ def make_filters(settings: IngestSettings) -> list[Filter]:
         "language": _language,
         "pii": _pii,
     }
+    for point in entry_points(group=FILTER_GROUP):
+        if point.name in settings.filters:
+            try:
+                made[point.name] = point.load()
+            except (ImportError, AttributeError) as error:
+                raise UserError(
+                    f"ingest.filters: {point.name} ({point.value}) cannot be loaded: {error}"
+                ) from None
     return [made[name](settings) for name in settings.filters]
 
 

@@ -1,6 +1,7 @@
 """The step `ingest`: sources in, a clean, deduplicated and split corpus out."""
 
 import copy
+import dataclasses
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -36,10 +37,32 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
     Documents wait in tables beside ``corpus``, so that memory does not grow with their number.
     With ``settings.state_uri`` only objects that are new or changed are read, with
     ``settings.engine`` ray the nodes of a cluster read them; the corpus is the same. Raises
-    `UserError` if a source is missing or nothing that could be split is left.
+    `UserError` if a source is missing, more is lost than ``settings.max_lost``, or nothing that
+    could be split is left.
     """
+    from nudge.components.ingest.pieces import AUTOMATIC
+
+    try:
+        return _ingest(settings, corpus, report)
+    except _TooFew as error:
+        if settings.split_characters or error.longest <= AUTOMATIC:
+            raise
+        # One book, or a few: the same again in pieces.
+        in_pieces = dataclasses.replace(settings, split_characters=AUTOMATIC)
+        return _ingest(in_pieces, corpus, report)
+
+
+class _TooFew(UserError):
+    """There are too few documents to hold any out; ``longest`` is in characters."""
+
+    longest = 0
+
+
+def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, Any]:
     from nudge.components.common.corpus import SPLITS, write_corpus
     from nudge.components.common.progress import progress
+    from nudge.components.ingest.account import account, check_loss
+    from nudge.components.ingest.downloads import WebLimits
     from nudge.components.ingest.duplicates import Documents
     from nudge.components.ingest.filters import make_filters
     from nudge.components.ingest.novelty import is_new
@@ -48,7 +71,8 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
     from nudge.components.ingest.state import State
 
     make_filters(settings)  # what a filter lacks is told before anything is read
-    sources = find_sources(settings.data_uri)
+    limits = WebLimits(settings.allow_private_addresses, settings.max_download_bytes)
+    sources = find_sources(settings.data_uri, limits)
     corpus.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".ingest-", dir=corpus.parent) as folder:
         documents = Documents(Path(folder))
@@ -64,6 +88,9 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
             samples |= _count_duplicates(documents, sources, facts)
             counts = _counts(settings, documents, facts)
             _check(settings, counts, next(filter(None, columns), ""))
+            check_loss(counts, settings.max_lost)
+            longest = next(documents.query(f"SELECT coalesce(max(characters), 0) {KEPT}"))[0]
+            _check_split(settings, counts, longest)
             bar.note(stage="writing")
             with published(corpus) as part:
                 place = Path(folder)
@@ -85,6 +112,9 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
         documents.close()
     write_atomic(report, page)
     return {
+        "account": account(counts),
+        "read": counts["documents_in"],
+        "dropped": counts["dropped"],
         "documents": counts["documents"],
         "train_documents": counts["train_documents"],
         "validation_documents": counts["validation_documents"],
@@ -172,7 +202,9 @@ def _counts(
 ) -> dict[str, Any]:
     dropped: Counter[str] = Counter()
     dropped_bytes: Counter[str] = Counter()
+    encodings: Counter[str] = Counter()
     for fact in facts:
+        encodings.update(fact.pop("encodings"))
         assert not fact.pop("lost") or not fact["documents"], fact
         dropped.update(fact["dropped"])
         dropped_bytes.update(fact["dropped_bytes"])
@@ -188,6 +220,7 @@ def _counts(
         "text_bytes_kept": sum(fact["text_bytes_kept"] for fact in facts),
         "dropped": dict(sorted(dropped.items())),
         "dropped_bytes": dict(sorted(dropped_bytes.items())),
+        "encodings": dict(sorted(encodings.items())),
         "sources": facts,
         "train_documents": kept - held_out,
         "validation_documents": held_out,
@@ -269,12 +302,20 @@ def _check(settings: IngestSettings, counts: dict[str, Any], columns: str) -> No
                 f"ingest.{setting} is {getattr(settings, setting)!r}, and no document of "
                 f"{settings.data_uri} has a value there; give the column's name, or leave it out"
             )
+
+
+def _check_split(settings: IngestSettings, counts: dict[str, Any], longest: int) -> None:
+    documents_in, count, dropped = (counts[key] for key in ("documents_in", "documents", "dropped"))
+    reasons = ", ".join(f"{reason} {number}" for reason, number in dropped.items())
     train, validation = counts["train_documents"], counts["validation_documents"]
     if not train or not validation:
         need = corpus_size(settings.validation_share)
-        raise UserError(
+        error = _TooFew(
             f"the corpus is too small to split: {count} documents left of {documents_in} "
             f"(dropped: {reasons or 'none'}) gave {train} for training and "
             f"{validation} for validation; about {need} documents are needed, "
-            "or a larger ingest.validation_share"
+            "or a larger ingest.validation_share; ingest.split_characters makes several of a "
+            "long one"
         )
+        error.longest = longest
+        raise error

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from nudge.components.common.progress import Progress
+from nudge.components.common.readers import Record, Unreadable, read_stream
 from nudge.components.ingest import sources
 from nudge.components.ingest.cleaning import Cleaner, Tally
 from nudge.components.ingest.duplicates import Documents
-from nudge.components.ingest.formats import Record, Unreadable, read_stream
 from nudge.components.ingest.settings import IngestSettings
 from nudge.components.ingest.sources import CHANGES, Changed, Source, Vanished, fetched, opened
 
@@ -84,14 +84,15 @@ def _read(
     """Put one object's records into the cleaner; all are of one version of the object."""
     if data is not None:
         tally = Tally(number, source.uri)
-        for record in read_stream(io.BytesIO(data), source.name, settings):
+        for record in read_stream(io.BytesIO(data), source.name, settings.reading):
             cleaner.put(tally, record)
         tally.stored_bytes = len(data)
         return tally
     if not source.is_readable:
         tally = Tally(number, source.uri)
-        cleaner.put(tally, Record("", Unreadable("unknown_kind")))
-        tally.stored_bytes = source.bytes or 0
+        size = source.bytes or 0
+        cleaner.put(tally, Record("", Unreadable(source.unread, bytes=size)))
+        tally.stored_bytes = size
         return tally
     lost = ""
     for _ in range(CHANGES):

@@ -4,6 +4,7 @@ from typing import Any
 
 import jinja2
 from nudge.components.common.shown import CSP, visible
+from nudge.components.ingest.account import examples
 
 SOURCES_SHOWN = 200
 
@@ -39,13 +40,17 @@ blockquote { margin: .5rem 0; padding-left: .8rem; border-left: 3px solid var(--
 <h1>Corpus</h1>
 <p><strong>{{ counts.documents }}</strong> of {{ counts.documents_in }} documents kept,
 {{ counts.bytes }} bytes of text: {{ counts.train_documents }} to train on,
-{{ counts.validation_documents }} held out. Fingerprint <code>{{ fingerprint }}</code>.</p>
+{{ counts.validation_documents }} held out.{% if counts.encodings %}
+In other encodings than UTF-8:
+{% for name, number in counts.encodings.items() %}{{ number }} {{ name }}
+{{- ", " if not loop.last }}{% endfor %}.{% endif %} Fingerprint <code>{{ fingerprint }}</code>.</p>
 <h2>Where it went</h2>
 <table><tr><th></th><th class="n">documents</th><th class="n">bytes of text</th></tr>
 <tr><td>read</td><td class="n">{{ counts.documents_in }}</td>
 <td class="n">{{ counts.text_bytes_in }}</td></tr>
 {% for reason, number in counts.dropped.items() %}
-<tr><td>dropped: {{ reason }}</td><td class="n">{{ number }}</td>
+<tr><td>dropped: {{ reason }}{% if examples[reason] %} <small>({{ examples[reason] | join(" ") }})
+</small>{% endif %}</td><td class="n">{{ number }}</td>
 <td class="n">{{ counts.dropped_bytes[reason] }}</td></tr>
 {% endfor %}
 <tr><td>kept</td><td class="n">{{ counts.documents }}</td>
@@ -125,6 +130,7 @@ def render_report(
         fingerprint=fingerprint,
         held_out=held_out,
         samples=samples,
+        examples={reason: examples(counts, reason) for reason in counts["dropped"]},
         lengths=bars,
         sources_shown=SOURCES_SHOWN,
     )

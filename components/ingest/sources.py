@@ -5,6 +5,7 @@ version (ETag, or size and time), and an object that changed meanwhile is told a
 """
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import io
@@ -12,25 +13,28 @@ import itertools
 import os
 import posixpath
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import aiohttp
 import botocore.exceptions
 import fsspec
 import tenacity
 from nudge.components.common.errors import UserError
-from nudge.components.common.storage import HINTS, connection
-from nudge.components.common.uris import package_path
-from nudge.components.ingest.formats import (
-    COMPRESSED,
-    READERS,
+from nudge.components.common.readers import (
     Records,
+    accepted,
+    hidden_part,
     read_stream,
+    reason_unread,
     suffix_of,
 )
+from nudge.components.common.storage import HINTS, connection
+from nudge.components.common.uris import is_local, package_path
+from nudge.components.ingest.downloads import Client, Counting, WebLimits
+from nudge.components.ingest.listing import MAGIC, local_files, local_name, named_uris
 from nudge.components.ingest.settings import IngestSettings
 
 WEB = ("http://", "https://")
@@ -59,7 +63,11 @@ LASTING = (
     botocore.exceptions.EndpointConnectionError,
     botocore.exceptions.SSLError,
     aiohttp.ClientSSLError,
+    aiohttp.InvalidURL,  # also a redirect to another scheme than http and https
 )
+
+
+NO_SETTINGS = WebLimits()
 
 
 class Changed(Exception):
@@ -80,6 +88,9 @@ class Source:
     path: str
     listed: str = ""
     bytes: int | None = None
+    limits: WebLimits = NO_SETTINGS
+    skipped: str = ""
+    """Why it is not read, such as ``hidden``; empty where its kind alone decides."""
 
     @property
     def name(self) -> str:
@@ -94,7 +105,12 @@ class Source:
     @property
     def is_readable(self) -> bool:
         """Whether there is a reader for it; what has none is named and counted."""
-        return self.suffix in READERS
+        return not self.unread
+
+    @property
+    def unread(self) -> str:
+        """The reason why it is not read; empty if it is."""
+        return self.skipped or reason_unread(self.name)
 
     def version(self) -> tuple[str, int | None]:
         """What names this state of the object (ETag or time of change), and its bytes as stored,
@@ -173,7 +189,12 @@ class ResumableFile(io.RawIOBase):
         """Copy the object to a file of this machine, and read from there; returns its bytes."""
         with tempfile.NamedTemporaryFile(prefix="nudge-") as copy:
             get = self._source.file_system.get_file
-            again(lambda: get(self._source.path, copy.name), self._source.uri)
+
+            def download() -> None:
+                count = Counting(self._source.limits, self._source.uri)
+                get(self._source.path, copy.name, callback=count)
+
+            again(download, self._source.uri)
             self._file = open(copy.name, "rb")  # noqa: SIM115  outlives its name
             return os.fstat(self._file.fileno()).st_size
 
@@ -208,7 +229,9 @@ def again(work: Any, uri: str) -> Any:
         return retrying(work)
     except FileNotFoundError as error:
         cause = error.__cause__
-        if temporary(error) or isinstance(cause, aiohttp.ClientSSLError):
+        if isinstance(cause, UserError):  # fsspec's HTTP hides it
+            raise cause from None
+        if temporary(error) or isinstance(cause, LASTING):
             raise UserError(f"{uri}: cannot be read: {why(cause or error)}") from None
         raise Vanished from None
     except TRANSIENT as error:
@@ -241,14 +264,22 @@ def why(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def find_sources(data_uri: str) -> list[Source]:
+def find_sources(data_uri: str | Sequence[str], limits: WebLimits | None = None) -> list[Source]:
     """Every file that the URIs name, in a fixed order, folders and globs expanded.
+
+    What `listing.named_uris` says of ``data_uri`` holds; hidden and special files come with the
+    reason why they are not read.
 
     URLs that differ only in what is not told of them (their queries) are numbered, and not known
     again by the next run. Raises `UserError` if a URI names nothing, or names a file of an unknown
     kind; those that lie in a folder are among the sources.
     """
-    named = (source for uri in data_uri.split() for source in _expand(uri))
+    uris = named_uris(data_uri)
+    for uri in uris:
+        _check_scheme(uri)
+    if isinstance(data_uri, str) and len(uris) > 1 and _is_remote_name(data_uri.strip()):
+        uris = [data_uri.strip()]
+    named = (source for uri in uris for source in _expand(uri, limits or WebLimits()))
     found = {(source.file_system, source.path): source for source in named}
     if not found:
         raise UserError("ingest.data_uri names no source; give a file, a folder or a glob")
@@ -272,13 +303,16 @@ def opened(source: Source, settings: IngestSettings) -> Iterator[tuple[Records, 
     """
     with ResumableFile(source) as file:
         stream = io.BufferedReader(file, BLOCK_BYTES)
-        yield read_stream(stream, source.name, settings), file
+        yield read_stream(stream, source.name, settings.reading), file
         file.check()
 
 
 def fetched(source: Source) -> bytes | None:
     """The bytes of a small object if they are those of the version that was listed, else None: then
-    `opened` finds out what became of it."""
+    `opened` finds out what became of it. A web server may send more than it said, so `opened` reads
+    what it has."""
+    if source.path.startswith(WEB):
+        return None
     try:
         data = bytes(again(lambda: source.file_system.cat_file(source.path), source.uri))
         is_listed = len(data) == source.bytes and _listed(*source.version()) == source.listed
@@ -305,9 +339,11 @@ def s3_options() -> dict[str, Any]:
     }
 
 
-def file_system_of(uri: str, setting: str) -> tuple[Any, str]:
+def file_system_of(uri: str, setting: str, limits: WebLimits | None = None) -> tuple[Any, str]:
     """fsspec's file system for a URI, and the path in it; ``setting`` is whose URI it is."""
     options = s3_options() if uri.startswith("s3://") else {}
+    if uri.startswith(WEB):
+        options = {"get_client": Client(urlsplit(uri).hostname or "", limits or WebLimits())}
     try:
         file_system, path = fsspec.core.url_to_fs(uri, **options)
     except (*TRANSIENT, ValueError, ImportError) as error:
@@ -315,46 +351,144 @@ def file_system_of(uri: str, setting: str) -> tuple[Any, str]:
     return file_system, path.rstrip("/") or path
 
 
-def _expand(uri: str) -> list[Source]:
-    target = str(package_path(uri)) if uri.startswith("package://") else uri
-    file_system, path = file_system_of(target, "ingest.data_uri")
-    if uri.startswith(WEB) and "*" not in uri and suffix_of(urlsplit(uri).path) in READERS:
-        source = Source(_public(uri, path), file_system, path)
+SCHEMES = ("package", "file", "s3", "hf", "https", "http", "gs", "gcs", "az", "abfs", "abfss")
+"""Chained and code-running schemes of fsspec are none of them."""
+
+
+def _check_scheme(uri: str) -> None:
+    scheme, separator, _ = uri.partition("://")
+    is_chained = "::" in uri.partition("?")[0] and not is_local(uri)
+    if (separator and scheme.lower() not in SCHEMES) or is_chained:
+        raise UserError(
+            f"ingest.data_uri {uri}: this scheme is not read; accepted are a path and "
+            f"{', '.join(f'{each}://' for each in SCHEMES)}"
+        )
+
+
+def _is_remote_name(uri: str) -> bool:
+    """Whether a text with blanks is the one name of an object or folder in a store."""
+    first, *others = uri.split()
+    if first.partition("://")[0] not in ("s3", "gs", "gcs", "az", "abfs", "abfss", "hf"):
+        return False
+    if "\n" in uri or any("://" in other or other.startswith("/") for other in others):
+        return False
+    file_system, path = file_system_of(uri, "ingest.data_uri")
+    return bool(again(lambda: file_system.exists(path), uri))
+
+
+def _expand(uri: str, limits: WebLimits) -> list[Source]:
+    if is_local(uri):
+        found = _found_here(uri)
+        target = str(package_path(uri)) if uri.startswith("package://") else local_name(uri)
+        return _usable(uri, found, os.path.isdir(target))
+    file_system, path = file_system_of(uri, "ingest.data_uri", limits)
+    if uri.startswith(WEB) and "*" not in uri and not reason_unread(urlsplit(uri).path):
+        source = Source(_public(uri, path), file_system, path, limits=limits)
         try:
             name, size = source.version()
+            limits.check_size(size, source.uri)
             return [dataclasses.replace(source, listed=_listed(name, size), bytes=size)]
         except Vanished:
             raise UserError(f"ingest.data_uri {source.uri}: there is no such file") from None
     try:
-        is_folder = not any(mark in path for mark in "*?[") and again(
-            lambda: file_system.isdir(path), uri
-        )
-        pattern = posixpath.join(path, "**") if is_folder else path
-        found = again(lambda: file_system.glob(pattern, detail=True), uri)
+        path, is_named = _name_or_pattern(file_system, path, uri)
+        is_folder = is_named and again(lambda: file_system.isdir(path), uri)
+        if is_folder and any(mark in path for mark in MAGIC):
+            infos = again(lambda: file_system.find(path, detail=True), uri)
+        elif is_named and not is_folder and any(mark in path for mark in MAGIC):
+            infos = {path: again(lambda: file_system.info(path), uri)}
+        else:
+            pattern = posixpath.join(path, "**") if is_folder else path
+            infos = again(lambda: file_system.glob(pattern, detail=True), uri)
     except Vanished:
-        found, is_folder = {}, False
+        infos, is_folder = {}, False
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"ingest.data_uri {uri}: cannot be listed: {why(error)}") from None
-    listed = [
-        Source(_public(uri, p), file_system, p, _listed(*_version(info)), info.get("size"))
-        for p, info in sorted(found.items())
-        if info.get("type") != "directory"
-    ]
     # Some stores list a folder as a file of its own name; those end in a slash.
-    sources = [source for source in listed if not source.name.endswith("/")]
-    unknown = [source for source in sources if not source.is_readable]
+    files = {
+        p: info
+        for p, info in sorted(infos.items())
+        if info.get("type") != "directory" and not p.endswith("/")
+    }
+    root = path if is_folder else posixpath.dirname(path.partition("*")[0].partition("?")[0])
+    sources: dict[str, Source] = {}
+    for p, info in files.items():
+        inside = posixpath.relpath(p, root) if p.startswith(root) else p
+        if is_folder and (hidden := hidden_part(inside)):
+            # A hidden folder is one thing that is skipped, however many objects are in it.
+            end = p.index(f"/{hidden}", len(root)) + 1 + len(hidden)
+            p, info = p[:end], {}
+            sources[p] = Source(_public(uri, p), file_system, p, skipped="hidden")
+            continue
+        version = _listed(*_version(info))
+        sources[p] = Source(_public(uri, p), file_system, p, version, info.get("size"), limits)
+        if uri.startswith(WEB):
+            limits.check_size(info.get("size"), sources[p].uri)
+    bucket = path.partition("/")[0]
+    is_empty = not any(source.is_readable for source in sources.values())
+    if is_empty and uri.startswith("s3://") and not file_system.exists(bucket):
+        raise UserError(
+            f"ingest.data_uri {uri}: there is no bucket {bucket!r} at "
+            f"{os.environ.get('AWS_S3_ENDPOINT') or 'S3'}, or this key may not see it"
+        )
+    return _usable(uri, list(sources.values()), is_folder)
+
+
+def _name_or_pattern(file_system: Any, path: str, uri: str) -> tuple[str, bool]:
+    """The path and whether it is a name: what exists wins over a pattern and over ``%20``."""
+    has_magic = any(mark in path for mark in MAGIC)
+    if not has_magic and "%" not in path:
+        return path, True
+    if again(lambda: file_system.exists(path), uri):
+        return path, True
+    if not has_magic and again(lambda: file_system.exists(unquote(path)), uri):
+        return unquote(path), True
+    return path, not has_magic
+
+
+def _found_here(uri: str) -> list[Source]:
+    target = str(package_path(uri)) if uri.startswith("package://") else local_name(uri)
+    file_system = fsspec.filesystem("file")
+    sources = []
+    for path, skipped in local_files(os.path.abspath(target)):
+        version, size = "", None
+        if not skipped:
+            with contextlib.suppress(OSError):  # gone meanwhile; reading it says so
+                version, size = _version(file_system.info(path))
+        sources.append(
+            Source(
+                _public(uri, path),
+                file_system,
+                path,
+                _listed(version, size),
+                size,
+                skipped=skipped,
+            )
+        )
+    return sources
+
+
+def _usable(uri: str, sources: list[Source], is_folder: bool) -> list[Source]:
+    """The sources, if there is something to read among them and no file of an unknown kind was
+    named itself."""
+    unread = [source for source in sources if not source.is_readable]
+    unknown = [source for source in unread if not source.skipped]
     if unknown and not is_folder:
         raise UserError(f"{unknown[0].uri}: unknown kind of file; accepted are {accepted()}")
-    if len(unknown) == len(sources):
-        if uri.startswith("s3://") and not file_system.exists(bucket := path.partition("/")[0]):
-            raise UserError(
-                f"ingest.data_uri {uri}: there is no bucket {bucket!r} at "
-                f"{os.environ.get('AWS_S3_ENDPOINT') or 'S3'}, or this key may not see it"
-            )
-        raise UserError(f"ingest.data_uri {uri}: no file found; accepted are {accepted()}")
+    if len(unread) == len(sources):
+        raise UserError(
+            f"ingest.data_uri {uri}: no file found{_what_instead(unread)}; "
+            f"accepted are {accepted()}"
+        )
     return sources
+
+
+def _what_instead(unread: list[Source]) -> str:
+    reasons = collections.Counter(source.unread for source in unread)
+    told = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    return f" (only {told})" if told else ""
 
 
 def _listed(name: str, size: int | None) -> str:
@@ -373,8 +507,3 @@ def _public(uri: str, path: str) -> str:
         parts = urlsplit(path)
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
     return f"{uri.split('://', 1)[0]}://{path.split('://', 1)[-1]}"
-
-
-def accepted() -> str:
-    """The suffixes that are read, for messages."""
-    return ", ".join(sorted(READERS)) + " (each also " + ", ".join(sorted(COMPRESSED)) + ")"

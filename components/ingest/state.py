@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from nudge.components.common import readers
 from nudge.components.common.errors import UserError
 from nudge.components.common.publish import read_manifest, sha256_file, write_manifest
 from nudge.components.common.uris import is_local, local_path
@@ -34,6 +35,10 @@ CLEANING = (
     "id_column",
     "license_column",
     "source_column",
+    "encoding",
+    "delimiter",
+    "keep_front_matter",
+    "split_characters",
     "min_characters",
     "max_characters",
     "filters",
@@ -43,11 +48,15 @@ CLEANING = (
     "split_seed",
 )
 LIBRARIES = (
+    "charset-normalizer",
     "ftfy",
+    "openpyxl",
     "phonenumbers",
     "py3langid",
     "pyarrow",
     "pypdfium2",
+    "python-docx",
+    "python-pptx",
     "python-stdnum",
     "trafilatura",
 )
@@ -159,6 +168,7 @@ class State:
 def _cleaning(settings: IngestSettings) -> str:
     """The sha256 of all that decides what becomes of a record."""
     versions = {name: metadata.version(name) for name in LIBRARIES}
-    code = [sha256_file(path) for path in sorted(Path(__file__).parent.glob("*.py"))]
+    folders = (Path(__file__).parent, Path(readers.__file__).parent)
+    code = [sha256_file(path) for folder in folders for path in sorted(folder.glob("*.py"))]
     values = {name: getattr(settings, name) for name in CLEANING}
     return hashlib.sha256(json.dumps([values, code, versions]).encode()).hexdigest()

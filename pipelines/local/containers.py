@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 from nudge.components.common.errors import UserError
 from nudge.components.common.recipe import read_recipe
-from nudge.components.common.uris import local_path
+from nudge.components.common.uris import is_local, local_path
 from nudge.components.deploy.host_serving import TOKEN, URL
+from nudge.components.ingest.listing import local_name, named_uris
 from nudge.pipelines.placement import OPTIONAL_KEYS, REQUIRED_KEYS, SETTINGS_KEYS
 
 COMPILED = Path(__file__).parents[1] / "compiled" / "train_and_serve.yaml"
@@ -114,11 +115,17 @@ def user_of(home: Path) -> int:
 def named_paths(recipe: str) -> list[Path]:
     """The files and folders of this machine that a recipe names, absolute; globs are resolved."""
     values = read_recipe(recipe)
-    uris = str((values.get("ingest") or {}).get("data_uri", "")).split()
+    data = named_uris((values.get("ingest") or {}).get("data_uri", ""))
+    uris = [local_name(uri) if is_local(uri) and "package:" not in uri else uri for uri in data]
     for section in (values, values.get("train") or {}):
         uris.append(str(section.get("base_model", "")).rpartition("?else=")[2])
     paths = [local_path(uri) for uri in uris if uri.startswith("file:") or "://" not in uri]
-    found = [name for path in paths for name in glob.glob(str(path)) if path != Path()]
+    found = [
+        name
+        for path in paths
+        for name in ([str(path)] if path.exists() else glob.glob(str(path)))
+        if path != Path()
+    ]
     return sorted({Path(name).absolute() for name in found})
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import glob
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,11 +63,51 @@ def load(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
     changed = copy.deepcopy(values)
     for override in overrides:
         _set(changed, override)
+    if is_file:
+        _resolve(changed, path.absolute().parent)
     check(changed)
     if changed != values:
         text = yaml.safe_dump(changed, sort_keys=False, allow_unicode=False, width=100)
     name = str(changed.get("name") or path.stem)
     return Recipe(name, str(changed.get("title", "")), text, changed)
+
+
+def _resolve(values: dict[str, Any], folder: Path) -> None:
+    """Make the relative paths of texts and guards absolute: they are relative to the recipe.
+
+    What exists relative to the current directory only is left as it is, as older versions read it.
+    """
+
+    def resolved(uri: Any) -> Any:
+        if not isinstance(uri, str) or "://" in uri or uri.startswith(("/", "~", "file:")):
+            return uri
+        beside = folder / uri
+        if not _is_there(beside) and _is_there(Path(uri)):
+            return uri
+        return str(beside)
+
+    ingest = values.get("ingest")
+    data = ingest.get("data_uri") if isinstance(ingest, dict) else None
+    if isinstance(ingest, dict) and isinstance(data, str) and data:
+        parts = data.split()
+        is_one = len(parts) < 2 or _is_there(folder / data) or _is_there(Path(data))
+        if is_one:
+            ingest["data_uri"] = resolved(data)
+        elif not any(mark in data for mark in "'\"\\"):
+            uris = [resolved(part) for part in parts]
+            if uris != parts:
+                ingest["data_uri"] = uris
+    elif isinstance(ingest, dict) and isinstance(data, list):
+        ingest["data_uri"] = [resolved(uri) for uri in data]
+    evaluate = values.get("evaluate")
+    guards = evaluate.get("guards") if isinstance(evaluate, dict) else None
+    for guard in guards if isinstance(guards, list) else []:
+        if isinstance(guard, dict) and guard.get("uri"):
+            guard["uri"] = resolved(guard["uri"])
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or bool(glob.glob(str(path), recursive=True))
 
 
 def kinds() -> dict[str, type[Any]]:

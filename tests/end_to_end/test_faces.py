@@ -45,7 +45,10 @@ def made(place: Path, recipe: str) -> dict[str, Any]:
     found, report = artifact(dsl.HTML, "found"), artifact(dsl.HTML, "report")
     scores = artifact(dsl.Dataset, "scores")
     named = {"recipe": recipe, "data_uri": "", "model_name": ""}
-    assert ingest.python_func(**named, corpus=corpus, report=found) == 1
+    counted = artifact(dsl.Metrics, "counted")
+    assert ingest.python_func(**named, corpus=corpus, report=found, metrics=counted) == 1
+    kept, dropped = counted.metadata["documents"], counted.metadata.get("dropped_duplicate", 0)
+    assert counted.metadata["read"] >= kept + dropped > 0
     tokenize.python_func(recipe=recipe, base_model="", corpus=corpus, tokens=tokens)
     curve, losses = artifact(dsl.HTML, "curve"), artifact(dsl.Metrics, "losses")
     train.python_func(
@@ -125,6 +128,7 @@ def test_bad_input_ends_a_face_with_its_text_alone(
             model_name="",
             corpus=corpus,
             report=report,
+            metrics=dsl.Metrics(name="none", uri=str(place / "none.json"), metadata={}),
         )
     assert ended.value.code == 2
     errors = capfd.readouterr().err

@@ -228,8 +228,8 @@ def test_a_guard_set_is_scored_and_stops(place: Place, tmp_path: Path) -> None:
     ("name", "content", "told"),
     [
         ("one.txt", b"a single text", "holds 1 documents with text; fewer than 16 cannot show"),
-        ("bad.jsonl", b'{"text": 1}\n', "bad.jsonl of .* cannot be read .*text is a int"),
-        ("bad.jsonl", b"{", "cannot be read .*give UTF-8 text, or JSON lines"),
+        ("bad.jsonl", b'{"text": 1}\n', "bad.jsonl, row 1 of .* cannot be read: no_text"),
+        ("bad.jsonl", b"{", r"cannot be read: bad_record \(line 1\); give UTF-8 text, JSON lines"),
         ("bad.txt", b"\xff\xfe", "cannot be read"),
         ("bad.jsonl.gz", b"no gzip", "cannot be read"),
     ],

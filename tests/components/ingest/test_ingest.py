@@ -109,9 +109,9 @@ def test_what_cannot_be_used_ends_clearly_and_leaves_nothing(
 def test_missing_and_unknown_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing\*.*no file found"):
         run(tmp_path, str(tmp_path / "nothing*"))
-    (tmp_path / "a.docx").write_text("x")
+    (tmp_path / "a.doc").write_text("x")
     with pytest.raises(UserError, match=r"unknown kind of file; accepted are .*\.jsonl"):
-        run(tmp_path, str(tmp_path / "a.docx"))
+        run(tmp_path, str(tmp_path / "a.doc"))
     with pytest.raises(UserError, match="'nowhere_at_all' is not installed"):
         run(tmp_path, "package://nowhere_at_all/x.txt")
 

@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     lines = "".join(json.dumps(row) + "\n" for row in rows) + "not json\n"
     (text / "<a&b>.jsonl").write_text(lines)
-    (text / "b.txt").write_bytes(b"\xff\xfe bad")
+    (text / "b.txt").write_bytes(b"\xff\0 bad")
     (text / "c.txt").write_text("Ã©tÃ© is summer, said over and over by another file.\r\n")
     settings = IngestSettings(
         data_uri=str(text), license_column="license", source_column="from", min_characters=20
@@ -65,7 +65,7 @@ def test_documents_and_bytes_reconcile_for_each_source_and_in_all(made: Path) ->
     records = [json.loads(line) for line in (made / "text/<a&b>.jsonl").open() if line[0] == "{"]
     texts = [record["text"].encode() for record in records]
     bad, third = (
-        b"\xff\xfe bad",
+        b"\xff\0 bad",
         "Ã©tÃ© is summer, said over and over by another file.\r\n".encode(),
     )
     read = sum(map(len, texts)) + len(b"not json\n") + len(bad) + len(third)

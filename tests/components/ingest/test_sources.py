@@ -24,6 +24,7 @@ from nudge.components.common.corpus import read_corpus, zstd
 from nudge.components.common.errors import UserError
 from nudge.components.common.storage import s3_client
 from nudge.components.ingest import sources
+from nudge.components.ingest.account import account
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
 
@@ -285,7 +286,7 @@ def odd_files() -> dict[str, bytes]:
 
 def test_any_name_is_read_and_what_has_no_reader_is_named(store: Store, tmp_path: Path) -> None:
     store(share=0.0)
-    contents = {**odd_files(), "more.jsonl": lines(1, 60), "d.docx": b"x" * 99, "LICENSE": b"x"}
+    contents = {**odd_files(), "more.jsonl": lines(1, 60), "d.doc": b"x" * 99, "LICENSE": b"x"}
     put("odd#1", contents)
     folder = tmp_path / "odd#1"
     folder.mkdir()
@@ -296,15 +297,18 @@ def test_any_name_is_read_and_what_has_no_reader_is_named(store: Store, tmp_path
         assert manifest["documents"] == 60 + len(ODD)
         assert manifest["dropped"] == {"unknown_kind": 2}
         told = {s["uri"].rpartition("/")[2]: s["dropped"] for s in manifest["sources"]}
-        unknown = {"d.docx", "LICENSE"}
+        unknown = {"d.doc", "LICENSE"}
         assert told == {n: {"unknown_kind": 1} if n in unknown else {} for n in contents}
-        assert "odd#1/d.docx" in (tmp_path / f"{number}.html").read_text()
+        assert "2 unknown_kind (.doc LICENSE)" in account(manifest)
+        assert "odd#1/d.doc" in (tmp_path / f"{number}.html").read_text()
         assert len(sources.find_sources(f"{uri}/*.txt")) == len(ODD) - 1
-        with pytest.raises(UserError, match=r"d\.docx: unknown kind of file"):
+        with pytest.raises(UserError, match=r"d\.doc: unknown kind of file"):
             read(tmp_path, f"{uri}/*.*", "all")
     (tmp_path / "none").mkdir()
-    (tmp_path / "none" / "a.docx").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"none: no file found; accepted are"):
+    (tmp_path / "none" / "a.doc").write_bytes(b"x")
+    with pytest.raises(
+        UserError, match=r"none: no file found \(only 1 unknown_kind\); accepted are"
+    ):
         read(tmp_path, str(tmp_path / "none"))
     # One file is one source, by whatever name, and through however many connections.
     both = f"{folder} file://{folder}/*.md s3://nudge/odd#1 s3://nudge/odd#1/more.*"

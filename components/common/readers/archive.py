@@ -1,0 +1,68 @@
+"""Zip archives: every member that has a reader, read in place and never unpacked to disk."""
+
+import re
+import zipfile
+from pathlib import PurePosixPath
+from typing import IO
+
+from nudge.components.common.errors import UserError
+from nudge.components.common.readers import records
+from nudge.components.common.readers.records import (
+    DAMAGED_ARCHIVE,
+    ReadOptions,
+    Record,
+    Records,
+    Unreadable,
+    seekable,
+)
+
+
+def read_zip(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
+    """The documents of every member."""
+    try:
+        yield from _members(stream, options)
+    except UserError:  # a ValueError too: the store does not answer, which is no damage
+        raise
+    except DAMAGED_ARCHIVE as error:
+        yield Record(name, Unreadable("damaged", str(error)))
+
+
+def _members(stream: IO[bytes], options: ReadOptions) -> Records:
+    from nudge.components.common.readers.registry import (
+        hidden_part,
+        read_stream,
+        reason_unread,
+        suffix_of,
+    )
+
+    with zipfile.ZipFile(seekable(stream)) as archive:
+        for member in archive.infolist():
+            inner = member.filename
+            if inner.endswith("/"):
+                continue
+            if PurePosixPath(inner).is_absolute() or ".." in re.split(r"[/\\]", inner):
+                yield Record(inner, Unreadable("unsafe_path"))
+            elif member.flag_bits & 1:
+                yield Record(inner, Unreadable("encrypted"))
+            elif hidden_part(inner):
+                yield Record(inner, Unreadable("hidden"))
+            elif suffix_of(inner) == ".zip":
+                yield Record(inner, Unreadable("unknown_kind", bytes=member.file_size))
+            elif reason := reason_unread(inner):
+                yield Record(inner, Unreadable(reason, bytes=member.file_size))
+            elif is_bomb(member):
+                yield Record(inner, Unreadable("decompression_bomb"))
+            else:
+                try:
+                    with archive.open(member) as file:
+                        for record in read_stream(file, inner, options):
+                            is_whole = record.name in (inner, PurePosixPath(inner).name)
+                            name = inner if is_whole else f"{inner}:{record.name}"
+                            yield record._replace(name=name)
+                except (NotImplementedError, zipfile.BadZipFile) as error:
+                    yield Record(inner, Unreadable("damaged", str(error)))
+
+
+def is_bomb(member: zipfile.ZipInfo) -> bool:
+    """Whether a member says that it grows out of all proportion."""
+    return member.file_size > max(records.BOMB_BYTES, records.BOMB_RATIO * member.compress_size)

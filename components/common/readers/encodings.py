@@ -1,0 +1,165 @@
+"""Which encoding a text is in: given, marked by a BOM, UTF-8, declared, or detected."""
+
+import codecs
+import io
+import re
+from typing import IO, Any
+
+from nudge.components.common.readers.records import ReadOptions, Unreadable
+
+SAMPLE_BYTES = 1 << 20
+BOMS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f]")
+"""Characters that no text has; one of them shows that an encoding was guessed wrong."""
+CANDIDATES = [
+    *("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "koi8_r"),
+    *("cp932", "euc_jp", "gb18030", "big5", "cp949"),
+]
+
+
+def decoded(raw: bytes, options: ReadOptions, declared: str = "") -> tuple[str | Unreadable, str]:
+    """The text of ``raw`` and its encoding, which is empty for UTF-8.
+
+    ``declared`` is what the file says about itself; it counts only if the bytes are no UTF-8.
+    """
+    bom = _marked(raw)
+    if not (bom or options.encoding):
+        try:
+            return raw.decode("utf-8-sig"), ""
+        except UnicodeDecodeError:
+            pass
+    encoding = bom or options.encoding or known(declared) or detected(raw)
+    if encoding:
+        try:
+            text = raw.decode(encoding)
+        except (UnicodeError, LookupError):
+            text = ""
+        if text and not (bom and CONTROL.search(text)):
+            return text.removeprefix("\ufeff"), _named(encoding)
+    reason = "wrong_encoding" if options.encoding else "not_utf8"
+    return Unreadable(reason, options.encoding, len(raw)), ""
+
+
+def utf8_stream(
+    stream: IO[bytes], options: ReadOptions, detect: bool = True
+) -> tuple[IO[bytes], str]:
+    """The stream as UTF-8 and the encoding it had (empty for UTF-8), found from its beginning.
+
+    Without ``detect`` only a BOM or a given encoding counts. A stream that mixes valid UTF-8 with
+    other bytes is left alone: its bad rows are counted.
+    """
+    buffered = stream if isinstance(stream, io.BufferedReader) else None
+    if buffered is None:
+        buffered = io.BufferedReader(_Raw(stream), SAMPLE_BYTES)
+    sample = buffered.peek(SAMPLE_BYTES)
+    encoding = _marked(sample) or options.encoding
+    if not encoding and detect and not _has_utf8(sample):
+        encoding = detected(sample[: sample.rfind(b"\n") + 1] or sample)
+    if not encoding or _named(encoding) == "":
+        return buffered, ""
+    return io.BufferedReader(_Recoded(buffered, encoding), SAMPLE_BYTES), _named(encoding)
+
+
+def known(name: str) -> str:
+    """The encoding that a declared name stands for; empty if Python has none of that name.
+
+    As browsers do (WHATWG Encoding Standard), latin-1 and ASCII are read as windows-1252.
+    """
+    name = name.strip().strip("\"'").lower()
+    if name in ("iso-8859-1", "latin1", "latin-1", "us-ascii", "ascii"):
+        return "cp1252"
+    try:
+        return codecs.lookup(name).name
+    except LookupError:
+        return ""
+
+
+def detected(raw: bytes) -> str:
+    """The encoding that charset-normalizer finds most likely; empty if none fits a text."""
+    from charset_normalizer import from_bytes
+
+    if b"\0" in raw:
+        return ""
+    matches = from_bytes(raw[:SAMPLE_BYTES], cp_isolation=CANDIDATES, threshold=0.35)
+    best = matches.best()
+    if best is None:
+        return ""
+    # Of those that fit as well, the most common one: French is as likely in windows-1250.
+    fitting = [m for m in matches if m.chaos <= best.chaos and m.coherence >= best.coherence]
+    names = {name for m in fitting for name in (m.encoding, *(s.encoding for s in m.submatch))}
+    name = next((name for name in CANDIDATES if name in names), best.encoding)
+    try:
+        return "" if CONTROL.search(raw.decode(name)) else name
+    except UnicodeDecodeError:
+        return ""
+
+
+def _marked(raw: bytes) -> str:
+    return next((name for bom, name in BOMS if raw.startswith(bom)), "")
+
+
+def _named(encoding: str) -> str:
+    name = codecs.lookup(encoding).name
+    if name.startswith("cp125"):
+        return f"windows-{name[2:]}"
+    return "" if name in ("utf-8", "utf-8-sig", "ascii") else name
+
+
+def _has_utf8(sample: bytes) -> bool:
+    """Whether a sample is UTF-8 as far as it goes, or has characters beyond ASCII that are."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(sample)
+        return True
+    except UnicodeDecodeError:
+        return any(not c.isascii() for c in sample.decode("utf-8", "ignore"))
+
+
+class _Raw(io.RawIOBase):
+    """Any binary stream as a raw one, so that it can be buffered and peeked into."""
+
+    def __init__(self, inner: IO[bytes]) -> None:
+        self._inner, self._left = inner, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._left:
+            self._left = self._more(len(buffer))
+        data, self._left = self._left[: len(buffer)], self._left[len(buffer) :]
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _more(self, size: int) -> bytes:
+        return self._inner.read(size)
+
+
+class _Recoded(_Raw):
+    """A stream in another encoding as UTF-8; what cannot be decoded becomes a byte that is none."""
+
+    def __init__(self, inner: IO[bytes], encoding: str) -> None:
+        super().__init__(inner)
+        self._decoder = codecs.getincrementaldecoder(encoding)("nudge-escape")
+        self._ended = False
+
+    def _more(self, size: int) -> bytes:
+        while not self._ended:
+            data = self._inner.read(size)
+            self._ended = not data
+            text = self._decoder.decode(data, self._ended)
+            if text:
+                return text.encode("utf-8", "surrogateescape")
+        return b""
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udcff", error.end
+
+
+codecs.register_error("nudge-escape", _escape)

@@ -1,0 +1,135 @@
+"""Parsing in a worker process with a time and a memory limit per document, which can be killed.
+
+Parsers of HTML, PDF and office files are third-party code that hostile or odd bytes can keep busy:
+1.1 MB of HTML ran for more than 100 seconds, and a thread or a signal cannot stop C code.
+"""
+
+import atexit
+import os
+import pickle
+import selectors
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from nudge.components.common.errors import UserError
+from nudge.components.common.readers.records import Unreadable
+
+SECONDS = 60.0
+IMPORT_SECONDS = 600.0
+MEMORY_BYTES = 2 << 30
+"""What a document's parser may allocate beyond what its libraries take."""
+
+
+class _Stuck(Exception):
+    """The worker did not answer in time."""
+
+
+class Worker:
+    """One worker process, started when it is needed and again after it was killed."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def call(
+        self, function: Callable[..., Any], raw: bytes, arguments: tuple[Any, ...], needs: Any
+    ) -> Any:
+        """``function(raw, *arguments)`` as the worker finds it, or an `Unreadable`."""
+        task = pickle.dumps((needs, function, raw, arguments, SECONDS, MEMORY_BYTES))
+        with self._lock:
+            try:
+                process = self._started()
+                assert process.stdin is not None
+                process.stdin.write(struct.pack("<Q", len(task)) + task)
+                process.stdin.flush()
+                # First comes what its imports miss.
+                missing = pickle.loads(self._frame(process, time.monotonic() + IMPORT_SECONDS))
+                if missing is not None:
+                    raise UserError(
+                        f"reading this kind of file needs the Python package {missing}, which is "
+                        "not installed; install the extra: pip install 'nudge-lm[data]'"
+                    )
+                return pickle.loads(self._frame(process, time.monotonic() + SECONDS))
+            except _Stuck:
+                self.close()
+                return Unreadable("too_slow", f"more than {SECONDS:g} s", len(raw))
+            except (EOFError, OSError):
+                self.close()
+                return Unreadable("reader_crashed", "its process ended", len(raw))
+            except UserError:
+                raise
+            except BaseException:
+                self.close()  # an answer may be under way that belongs to this document
+                raise
+
+    def close(self) -> None:
+        """Kill the worker, if there is one."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    try:
+                        pipe.close()
+                    except OSError:  # what was buffered has no reader any more
+                        continue
+
+    def _started(self) -> "subprocess.Popen[bytes]":
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "nudge.components.common.readers.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=_environment(),
+            )
+        return self._process
+
+    @staticmethod
+    def _frame(process: "subprocess.Popen[bytes]", deadline: float) -> bytes:
+        assert process.stdout is not None
+        descriptor = process.stdout.fileno()
+        with selectors.DefaultSelector() as selector:
+            selector.register(descriptor, selectors.EVENT_READ)
+
+            def exactly(size: int) -> bytes:
+                parts = bytearray()
+                while len(parts) < size:
+                    if not selector.select(max(0.0, deadline - time.monotonic())):
+                        raise _Stuck
+                    data = os.read(descriptor, min(size - len(parts), 1 << 20))
+                    if not data:
+                        raise EOFError
+                    parts += data
+                return bytes(parts)
+
+            return exactly(struct.unpack("<Q", exactly(8))[0])
+
+
+def _environment() -> dict[str, str]:
+    """What a parser needs; no credentials."""
+    kept = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "VIRTUAL_ENV")
+    found = {name: os.environ[name] for name in kept if name in os.environ}
+    return {**found, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+_worker = Worker()
+atexit.register(_worker.close)
+
+
+def guarded(
+    function: Callable[..., Any], raw: bytes, *arguments: Any, needs: tuple[str, ...] = ()
+) -> Any:
+    """What ``function(raw, *arguments)`` returns, or an `Unreadable` that says why not.
+
+    ``function`` is a module's function; it runs in this process's worker, which is killed after
+    `SECONDS` and gets at most `MEMORY_BYTES`. ``needs`` names the libraries that it imports, which
+    are loaded before both are counted.
+    """
+    return _worker.call(function, raw, arguments, needs)

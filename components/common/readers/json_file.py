@@ -1,0 +1,86 @@
+"""JSON files: an array of objects or texts, one object, or an export with one list in it."""
+
+import json
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+from nudge.components.common.readers.parquet import is_metadata
+from nudge.components.common.readers.plain import read_text
+from nudge.components.common.readers.records import (
+    ReadOptions,
+    Record,
+    Records,
+    Unreadable,
+    record_of,
+)
+
+
+def read_json(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
+    """One document per object that has the text column, or per text of an array."""
+    short = PurePosixPath(name).name
+    if is_metadata(name):
+        yield Record(short, Unreadable("metadata"))
+        return
+    text, encoding = read_text(stream, options)
+    if isinstance(text, Unreadable):
+        yield Record(short, text)
+        return
+    size = len(text.encode())
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if "Extra data" in str(error):  # JSON lines under another name
+            yield from _lines(text, options)
+            return
+        yield Record(short, Unreadable("bad_record", str(error)[:200], size))
+        return
+    rows = _rows(value, options)
+    if isinstance(rows, Unreadable):
+        yield Record(short, Unreadable(rows.reason, rows.detail, size))
+        return
+    for number, row in enumerate(rows, 1):
+        yield _record(row, number, options)._replace(encoding=encoding)
+
+
+def _lines(text: str, options: ReadOptions) -> Records:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        yield _record(row, number, options)
+
+
+def _record(row: Any, number: int, options: ReadOptions) -> Record:
+    if isinstance(row, str):
+        return Record(str(number), row)
+    if isinstance(row, dict):
+        return record_of(row, number, options)
+    size = len(json.dumps(row).encode())
+    return Record(str(number), Unreadable("bad_record", f"item {number}", size))
+
+
+def _rows(value: Any, options: ReadOptions) -> list[Any] | Unreadable:
+    if isinstance(value, list):
+        return value
+    if isinstance(value, dict):
+        if options.text_column in value:
+            return [value]
+        lists = [each for each in value.values() if isinstance(each, list)]
+        fitting = [
+            each
+            for each in lists
+            if any(isinstance(row, dict) and options.text_column in row for row in each)
+        ]
+        if len(fitting) == 1:
+            return fitting[0]
+        # An object of objects, keyed by id.
+        inner = [each for each in value.values() if isinstance(each, dict)]
+        if inner and len(inner) == len(value) and options.text_column in inner[0]:
+            return [{options.id_column: key, **row} for key, row in value.items()]
+        columns = lists[0][0] if len(lists) == 1 and lists[0] else value
+        names = columns if isinstance(columns, dict) else value
+        return Unreadable("no_column", ", ".join(map(str, list(names)[:20])))
+    return Unreadable("bad_record", f"a JSON {type(value).__name__}")

@@ -1,0 +1,81 @@
+"""Mail: .eml files and .mbox archives, one document per message: its subject and its body."""
+
+import email
+import email.policy
+import re
+from collections.abc import Iterator
+from email.message import EmailMessage
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+from nudge.components.common.readers import records
+from nudge.components.common.readers.records import (
+    Page,
+    ReadOptions,
+    Record,
+    Records,
+    Unreadable,
+    lines,
+    whole,
+)
+
+
+def read_eml(stream: IO[bytes], name: str, _: ReadOptions) -> Records:
+    """One message."""
+    raw = whole(stream)
+    text: Any = raw if isinstance(raw, Unreadable) else Page(raw, message_text, ("lxml.html",))
+    yield Record(PurePosixPath(name).name, text)
+
+
+def read_mbox(stream: IO[bytes], name: str, _: ReadOptions) -> Records:
+    """Every message of an archive (mboxrd and mboxo)."""
+    for number, raw in enumerate(_messages(stream), 1):
+        text: Any = raw if isinstance(raw, Unreadable) else Page(raw, message_text, ("lxml.html",))
+        yield Record(f"{PurePosixPath(name).name}:{number}", text)
+
+
+def message_text(raw: bytes) -> str | Unreadable:
+    """The subject and the body of a message; the plain text where there is one."""
+    from nudge.components.common.readers.web import all_text
+
+    message = email.message_from_bytes(raw, policy=email.policy.default)
+    assert isinstance(message, EmailMessage)
+    body = message.get_body(preferencelist=("plain", "html"))
+    content = ""
+    if body is not None:
+        try:
+            content = str(body.get_content())
+        except (LookupError, ValueError):  # an encoding of an unknown name
+            payload = body.get_payload(decode=True)
+            content = payload.decode("utf-8", "replace") if isinstance(payload, bytes) else ""
+        if body.get_content_subtype() == "html":
+            content = all_text(content.encode("utf-8", "replace"))
+    subject = str(message.get("subject", "")).strip()
+    text = "\n\n".join(part for part in (subject, content.strip()) if part)
+    return text or Unreadable("no_text", bytes=len(raw))
+
+
+def _messages(stream: IO[bytes]) -> Iterator[bytes | Unreadable]:
+    parts: list[bytes] = []
+    size = 0
+    is_after_blank = True
+    for line in lines(stream):
+        if isinstance(line, Unreadable):
+            size += line.bytes
+            continue
+        if is_after_blank and line.startswith(b"From "):
+            if size:
+                yield _message(parts, size)
+            parts, size = [], 0
+        else:
+            size += len(line)
+            if size <= records.RECORD_BYTES:
+                parts.append(re.sub(rb"^>(>*From )", rb"\1", line))
+        is_after_blank = not line.strip()
+    if size:
+        yield _message(parts, size)
+
+
+def _message(parts: list[bytes], size: int) -> bytes | Unreadable:
+    raw = b"".join(parts)
+    return raw if size <= records.RECORD_BYTES else Unreadable("too_long", bytes=size)

@@ -1,0 +1,177 @@
+"""Parquet files and Arrow files (a data set saved by Hugging Face datasets): one document per row.
+
+A dictionary page can make one long text stand in every row: a file of 357 bytes took 2.6 GB. So
+texts stay dictionary-encoded while they are read, and what a file may expand to is bounded.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+from nudge.components.common.errors import UserError
+from nudge.components.common.readers.records import (
+    BOMB_BYTES,
+    BOMB_RATIO,
+    Bomb,
+    ReadOptions,
+    Record,
+    Records,
+    Unreadable,
+    record_of,
+    seekable,
+)
+
+NO_VALUE = (ValueError, OverflowError, KeyError)
+"""What pyarrow raises where Python has no such value: nanoseconds, the year 12000, an unknown time
+zone, bytes that are no UTF-8."""
+BATCH_ROWS = 1024
+
+
+def read_parquet(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
+    """The rows of every row group; a corrupt group is counted row by row."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with seekable(stream) as file:
+        size = _size(file)
+        try:
+            table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+            schema = table.schema_arrow
+            texts = [column for column in options.columns if _is_text(schema, column)]
+            # Opened again: which columns are texts is known only now.
+            table = pyarrow.parquet.ParquetFile(
+                file, pre_buffer=False, buffer_size=1 << 20, read_dictionary=texts
+            )
+        except (pyarrow.ArrowException, OSError) as error:
+            yield Record(name, Unreadable("damaged", str(error)))
+            return
+        names = schema.names
+        columns = [column for column in options.columns if column in names]
+        number = expanded = 0
+        for group in range(table.num_row_groups):
+            facts = table.metadata.row_group(group)
+            left = facts.num_rows
+            if options.text_column not in names:
+                for absent in range(number + 1, number + left + 1):
+                    yield Record(str(absent), Unreadable("no_column", ", ".join(names)))
+                number += left
+                continue
+            if _stored_bytes(facts, columns) > max(BOMB_BYTES, BOMB_RATIO * size):
+                raise Bomb
+            try:
+                batches = table.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns)
+                for batch in batches:
+                    for row in _rows(batch):
+                        number, left = number + 1, left - 1
+                        record = record_of(row, number, options)
+                        expanded += len(record.text) if isinstance(record.text, str) else 0
+                        if expanded > BOMB_BYTES and expanded > BOMB_RATIO * size:
+                            raise Bomb
+                        yield record
+            except (pyarrow.ArrowException, OSError) as error:
+                for lost in range(number + 1, number + left + 1):
+                    yield Record(str(lost), Unreadable("damaged", str(error)))
+                number += left
+
+
+def read_arrow(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
+    """The rows of an Arrow IPC file or stream, batch by batch."""
+    import pyarrow
+
+    with seekable(stream) as file:
+        size = _size(file)
+        try:
+            is_file = file.read(6) == b"ARROW1"
+            file.seek(0)
+            opener = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
+            opened = opener(file)
+            batches = (
+                (opened.get_batch(n) for n in range(opened.num_record_batches))
+                if is_file
+                else iter(opened)
+            )
+            number = expanded = 0
+            columns = [column for column in options.columns if column in opened.schema.names]
+            for batch in batches:
+                batch.validate(full=True)  # damaged offsets would crash this process
+                if options.text_column not in columns:
+                    for _ in range(batch.num_rows):
+                        number += 1
+                        names = ", ".join(opened.schema.names)
+                        yield Record(str(number), Unreadable("no_column", names))
+                    continue
+                for start in range(0, batch.num_rows, BATCH_ROWS):
+                    for row in _rows(batch.select(columns).slice(start, BATCH_ROWS)):
+                        number += 1
+                        record = record_of(row, number, options)
+                        expanded += len(record.text) if isinstance(record.text, str) else 0
+                        if expanded > BOMB_BYTES and expanded > BOMB_RATIO * size:
+                            raise Bomb
+                        yield record
+        except UserError:  # a ValueError too: the store does not answer, which is no damage
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            yield Record(name, Unreadable("damaged", str(error)))
+
+
+def is_metadata(name: str) -> bool:
+    """Whether a file describes a saved Hugging Face data set and holds no documents."""
+    return PurePosixPath(name).name in ("dataset_info.json", "state.json", "dataset_dict.json")
+
+
+def _size(file: IO[bytes]) -> int:
+    size = file.seek(0, 2)
+    file.seek(0)
+    return size
+
+
+def _is_text(schema: Any, column: str) -> bool:
+    import pyarrow
+
+    if column not in schema.names:
+        return False
+    kind = schema.field(column).type
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_binary(kind))
+
+
+def _stored_bytes(group: Any, columns: list[str]) -> int:
+    """What the columns of a row group take once decompressed, as the file states."""
+    parts = (group.column(number) for number in range(group.num_columns))
+    return sum(part.total_uncompressed_size for part in parts if part.path_in_schema in columns)
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any]]:
+    columns = [_values(column) for column in batch.columns]
+    for values in zip(*columns, strict=True):
+        yield dict(zip(batch.schema.names, values, strict=True))
+
+
+def _values(column: Any) -> Iterator[Any]:
+    """The values of a column; those of a dictionary are made once, however often they occur."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        used = column.indices.unique().drop_null()
+        values = dict(zip(used.to_pylist(), _values(column.dictionary.take(used)), strict=True))
+        return (None if n is None else values[n] for n in column.indices.to_pylist())
+    if "[ns" not in str(column.type):
+        with contextlib.suppress(*NO_VALUE):
+            return iter(column.to_pylist())
+    return map(_value, column)
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        value = scalar.as_py()
+        # Where pandas is installed its own type comes, which has room for them; a corpus does not
+        # depend on that.
+        if getattr(value, "nanosecond", 0) or getattr(value, "nanoseconds", 0):
+            return Unreadable("bad_record", "a part of a microsecond")
+        return value
+    except UnicodeDecodeError:
+        return Unreadable("not_utf8")
+    except NO_VALUE as error:
+        return Unreadable("bad_record", str(error))

@@ -1,0 +1,161 @@
+"""What readers yield, the limits they obey, and how bytes become text.
+
+A reader takes a binary stream and yields one `Record` per document. An `Unreadable` stands for a
+document that is there but cannot be read, so that it is counted under a reason. No reader holds
+more than one record of `RECORD_BYTES`, and none trusts a size that a file states about itself.
+"""
+
+import io
+import lzma
+import shutil
+import struct
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import IO, Any, NamedTuple
+
+from nudge.components.common.corpus import zstd
+
+RECORD_BYTES = 64 << 20
+"""A longer line or file is counted as too_long and never held in memory as a whole."""
+BOMB_RATIO, BOMB_BYTES = 250, 256 << 20
+"""Output that exceeds both, relative to the input and in total, is a decompression bomb."""
+DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zstd.ZstdError, zipfile.BadZipFile)
+"""What a damaged stream raises; an object store that does not answer raises no OSError."""
+DAMAGED_ARCHIVE = (ValueError, IndexError, NotImplementedError, RuntimeError, struct.error)
+"""What zipfile raises besides BadZipFile on a nonsensical index; found by fuzzing."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A record that is there but cannot be read; counted under ``reason`` and left out."""
+
+    reason: str
+    detail: str = ""
+    bytes: int = 0
+    """The size of what was left out, where that is known."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """A file whose text is expensive to extract; `text` runs in a worker that can be killed."""
+
+    raw: bytes
+    finder: Callable[[bytes], str | Unreadable]
+    needs: tuple[str, ...] = ()
+    """The libraries that ``finder`` imports."""
+
+    def text(self) -> str | Unreadable:
+        """The extracted text, or why there is none."""
+        from nudge.components.common.readers.guarded import guarded
+
+        found: str | Unreadable = guarded(self.finder, self.raw, needs=self.needs)
+        return found
+
+
+class Record(NamedTuple):
+    """One document as it was read; ``name`` is unique in its file, if the file's own ids are.
+
+    ``encoding`` is set where the text was not UTF-8.
+    """
+
+    name: str
+    text: str | Unreadable | Page
+    license: str = ""
+    origin: str = ""
+    encoding: str = ""
+
+
+class Bomb(Exception):
+    """A stream grows out of all proportion to its input."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """How files are read; the defaults are those of the step `ingest`."""
+
+    text_column: str = "text"
+    id_column: str = "id"
+    license_column: str = ""
+    source_column: str = ""
+    encoding: str = ""
+    """The encoding of text files; empty: UTF-8, else declared or detected."""
+    delimiter: str = ""
+    """The delimiter of .csv files; empty: detected from the header."""
+    keep_front_matter: bool = False
+    """Whether YAML front matter stays in Markdown texts."""
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that are read from a table."""
+        named = (self.text_column, self.id_column, self.license_column, self.source_column)
+        return [name for name in named if name]
+
+
+Records = Iterator[Record]
+Reader = Callable[[IO[bytes], str, ReadOptions], Records]
+
+
+def whole(stream: IO[bytes]) -> bytes | Unreadable:
+    """All bytes of a stream, at most `RECORD_BYTES`."""
+    raw = stream.read(RECORD_BYTES + 1)
+    if len(raw) <= RECORD_BYTES:
+        return raw
+    size, more = len(raw), raw
+    while more := stream.read(1 << 20):
+        size += len(more)
+    return Unreadable("too_long", bytes=size)
+
+
+def lines(stream: IO[bytes]) -> Iterator[bytes | Unreadable]:
+    """The lines of a stream with their ends; one over `RECORD_BYTES` is skipped and counted."""
+    while line := stream.readline(RECORD_BYTES + 1):
+        if len(line) <= RECORD_BYTES:
+            yield line
+            continue
+        size = len(line)
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(1 << 20)
+            size += len(line)
+        yield Unreadable("too_long", bytes=size)
+
+
+def seekable(stream: IO[bytes]) -> IO[bytes]:
+    """The stream itself, or a temporary copy of one that cannot seek cheaply."""
+    if not isinstance(stream, zipfile.ZipExtFile) and stream.seekable():
+        return io.BufferedReader(stream) if isinstance(stream, io.RawIOBase) else stream
+    copy = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
+    shutil.copyfileobj(stream, copy, 1 << 20)
+    copy.seek(0)
+    return copy
+
+
+def record_of(row: dict[Any, Any], number: int, options: ReadOptions) -> Record:
+    """The record of one row of a table, named by its id or else by its ``number``."""
+    text = row.get(options.text_column)
+    if options.text_column not in row:
+        text = Unreadable("no_column", ", ".join(map(str, row)))
+    elif isinstance(text, bytes):  # a Parquet column of type binary
+        try:
+            text = text.decode()
+        except UnicodeDecodeError:
+            text = Unreadable("not_utf8", bytes=len(text))
+    elif not isinstance(text, str | Unreadable):
+        text = Unreadable("no_text")
+    if isinstance(text, str) and len(text) > RECORD_BYTES:
+        text = Unreadable("too_long", bytes=len(text))
+    return Record(
+        _plain_value(row, options.id_column) or str(number),
+        text,
+        _plain_value(row, options.license_column),
+        _plain_value(row, options.source_column),
+    )
+
+
+def _plain_value(row: dict[Any, Any], column: str) -> str:
+    value = row.get(column) if column else None
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    return "" if value is None or isinstance(value, Unreadable) else str(value)

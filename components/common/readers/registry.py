@@ -1,0 +1,222 @@
+"""Which reader reads which file, by its suffix; others can be added through an entry point.
+
+A package adds a reader with an entry point of the group ``nudge.readers``: its name is a suffix
+such as ``.log``, its value a `Reader`: a function of a binary stream, the file's name and the
+`ReadOptions`, which yields `Record` values.
+"""
+
+import bz2
+import functools
+import gzip
+import io
+import lzma
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+from nudge.components.common.corpus import zstd
+from nudge.components.common.errors import UserError
+from nudge.components.common.readers import records
+from nudge.components.common.readers.archive import read_zip
+from nudge.components.common.readers.delimited import read_csv, read_tsv
+from nudge.components.common.readers.epub import read_epub
+from nudge.components.common.readers.json_file import read_json
+from nudge.components.common.readers.json_lines import read_json_lines
+from nudge.components.common.readers.mail import read_eml, read_mbox
+from nudge.components.common.readers.notebook import read_notebook
+from nudge.components.common.readers.office import read_docx, read_odt, read_pptx, read_xlsx
+from nudge.components.common.readers.parquet import read_arrow, read_parquet
+from nudge.components.common.readers.pdf import read_pdf
+from nudge.components.common.readers.plain import read_markdown, read_plain
+from nudge.components.common.readers.records import (
+    DAMAGE,
+    Bomb,
+    Reader,
+    ReadOptions,
+    Record,
+    Records,
+    Unreadable,
+)
+from nudge.components.common.readers.source_code import SUFFIXES, read_python, read_source
+from nudge.components.common.readers.web import read_html
+
+GROUP = "nudge.readers"
+READERS: dict[str, Reader] = {
+    ".txt": read_plain,
+    ".text": read_plain,
+    ".md": read_markdown,
+    ".markdown": read_markdown,
+    ".mdx": read_markdown,
+    ".rst": read_plain,
+    ".adoc": read_plain,
+    ".asciidoc": read_plain,
+    ".org": read_plain,
+    ".html": read_html,
+    ".htm": read_html,
+    ".xhtml": read_html,
+    ".pdf": read_pdf,
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".docx": read_docx,
+    ".pptx": read_pptx,
+    ".xlsx": read_xlsx,
+    ".odt": read_odt,
+    ".epub": read_epub,
+    ".ipynb": read_notebook,
+    ".eml": read_eml,
+    ".mbox": read_mbox,
+    ".zip": read_zip,
+    ".py": read_python,
+    **dict.fromkeys(SUFFIXES, read_source),
+}
+COMPRESSED: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".zst": zstd.ZstdFile,
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+}
+NOT_TEXT = frozenset(
+    [
+        ".7z",
+        ".a",
+        ".aac",
+        ".avi",
+        ".avif",
+        ".bin",
+        ".bmp",
+        ".class",
+        ".dll",
+        ".dylib",
+        ".eot",
+        ".exe",
+        ".flac",
+        ".gif",
+        ".gguf",
+        ".heic",
+        ".ico",
+        ".iso",
+        ".jar",
+        ".jpeg",
+        ".jpg",
+        ".m4a",
+        ".mkv",
+        ".mov",
+        ".mp3",
+        ".mp4",
+        ".npy",
+        ".npz",
+        ".o",
+        ".ogg",
+        ".onnx",
+        ".opus",
+        ".otf",
+        ".png",
+        ".pt",
+        ".pyc",
+        ".pyd",
+        ".pyo",
+        ".rar",
+        ".safetensors",
+        ".so",
+        ".svg",
+        ".tif",
+        ".tiff",
+        ".ttf",
+        ".wasm",
+        ".wav",
+        ".webm",
+        ".webp",
+        ".wheel",
+        ".whl",
+        ".woff",
+        ".woff2",
+    ]
+)
+"""Suffixes of files that hold no text: counted, but no loss of text."""
+HIDDEN = frozenset(("__pycache__", "__MACOSX", "node_modules"))
+"""Folders that tools fill; skipped like those whose names begin with a dot."""
+
+
+@functools.cache
+def readers() -> dict[str, Reader]:
+    """Every reader by its suffix, those of installed packages included.
+
+    Raises `UserError` if the reader of a package cannot be loaded.
+    """
+    found = dict(READERS)
+    for point in entry_points(group=GROUP):
+        try:
+            found[point.name.lower()] = point.load()
+        except (ImportError, AttributeError) as error:
+            package = point.dist.name if point.dist else "a package"
+            raise UserError(
+                f"{package} adds the reader {point.name} ({point.value}), which cannot be loaded: "
+                f"{error}; fix it or uninstall it"
+            ) from None
+    return found
+
+
+def accepted() -> str:
+    """The suffixes that are read, for messages."""
+    code = {*SUFFIXES, ".py"}
+    names = sorted(suffix for suffix in readers() if suffix not in code)
+    return f"{', '.join(names)}, source code (each also {', '.join(sorted(COMPRESSED))})"
+
+
+def suffix_of(name: str) -> str:
+    """The suffix that names the format, without that of the compression."""
+    path = PurePosixPath(name)
+    is_compressed = path.suffix.lower() in COMPRESSED
+    return (PurePosixPath(path.stem).suffix if is_compressed else path.suffix).lower()
+
+
+def reason_unread(name: str) -> str:
+    """Why a file of this name is not read; empty if there is a reader."""
+    suffix = suffix_of(name)
+    if suffix in readers():
+        return ""
+    return "not_text" if suffix in NOT_TEXT else "unknown_kind"
+
+
+def hidden_part(path: str) -> str:
+    """The first part of a relative path that is hidden, if any."""
+    parts = PurePosixPath(path).parts
+    return next((part for part in parts if part[0] == "." or part in HIDDEN), "")
+
+
+def read_stream(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
+    """Every record of a stream whose format ``name`` tells; ends with what broke it, if so."""
+    opener = COMPRESSED.get(PurePosixPath(name).suffix.lower())
+    try:
+        if opener is not None:
+            stream = io.BufferedReader(_Bounded(opener(stream), stream), 1 << 20)
+        yield from readers()[suffix_of(name)](stream, name, options)
+    except Bomb:
+        yield Record(name, Unreadable("decompression_bomb"))
+    except DAMAGE as error:
+        yield Record(name, Unreadable("damaged", f"{type(error).__name__}: {error}"))
+
+
+class _Bounded(io.RawIOBase):
+    """A decompressed stream that refuses to grow out of all proportion to what it was read from."""
+
+    def __init__(self, inner: Any, compressed: IO[bytes]) -> None:
+        self._inner, self._compressed, self._out = inner, compressed, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._inner.read1(len(buffer))  # read() of a cut stream loses what it has
+        self._out += len(data)
+        most = max(records.BOMB_BYTES, records.BOMB_RATIO * max(1, self._compressed.tell()))
+        if self._out > most:
+            raise Bomb
+        buffer[: len(data)] = data
+        return len(data)

@@ -1,0 +1,145 @@
+"""Source code as text; a Python module that is nothing but texts by name gives one of each."""
+
+import ast
+import re
+from pathlib import PurePosixPath
+from typing import IO
+
+from nudge.components.common.readers.encodings import decoded
+from nudge.components.common.readers.guarded import guarded
+from nudge.components.common.readers.records import (
+    ReadOptions,
+    Record,
+    Records,
+    Unreadable,
+    whole,
+)
+
+SUFFIXES = [
+    ".asm",
+    ".bash",
+    ".bat",
+    ".c",
+    ".cc",
+    ".clj",
+    ".cmake",
+    ".cpp",
+    ".cs",
+    ".css",
+    ".cu",
+    ".cuh",
+    ".cxx",
+    ".dart",
+    ".el",
+    ".erl",
+    ".ex",
+    ".exs",
+    ".f90",
+    ".go",
+    ".gradle",
+    ".groovy",
+    ".h",
+    ".hh",
+    ".hpp",
+    ".hs",
+    ".java",
+    ".jl",
+    ".js",
+    ".jsx",
+    ".kt",
+    ".kts",
+    ".lean",
+    ".less",
+    ".lua",
+    ".m",
+    ".mjs",
+    ".ml",
+    ".mm",
+    ".nim",
+    ".nix",
+    ".pas",
+    ".php",
+    ".pl",
+    ".pm",
+    ".proto",
+    ".ps1",
+    ".pxd",
+    ".pyi",
+    ".pyx",
+    ".r",
+    ".rb",
+    ".rs",
+    ".s",
+    ".sass",
+    ".scala",
+    ".scm",
+    ".scss",
+    ".sh",
+    ".sql",
+    ".swift",
+    ".tcl",
+    ".tex",
+    ".tf",
+    ".toml",
+    ".ts",
+    ".tsx",
+    ".v",
+    ".vb",
+    ".vhd",
+    ".vue",
+    ".yaml",
+    ".yml",
+    ".zig",
+    ".zsh",
+]
+MAPPING = re.compile(r"""\s*(?:\#[^\n]*\n\s*|\"{3}.*?\"{3}\s*)*(?:\w+\s*=\s*)?\{""", re.DOTALL)
+SHORTEST_MEAN = 20
+"""Characters that the texts of a mapping have on average; settings are shorter."""
+
+
+def read_source(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
+    """The file as it is."""
+    raw = whole(stream)
+    if isinstance(raw, Unreadable):
+        text, encoding = raw, ""
+    else:
+        text, encoding = decoded(raw, options)  # type: ignore[assignment]
+    yield Record(PurePosixPath(name).name, text, encoding=encoding)
+
+
+def read_python(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
+    """The module as it is, or the texts of the one mapping that it consists of.
+
+    It is parsed, in a worker, and never executed.
+    """
+    raw = whole(stream)
+    if isinstance(raw, Unreadable):
+        yield Record(PurePosixPath(name).name, raw)
+        return
+    text, encoding = decoded(raw, options)
+    if isinstance(text, str) and MAPPING.match(text):
+        texts = guarded(texts_by_name, text.encode())
+        if isinstance(texts, dict):
+            for key, value in texts.items():
+                yield Record(key, value, encoding=encoding)
+            return
+    yield Record(PurePosixPath(name).name, text, encoding=encoding)
+
+
+def texts_by_name(raw: bytes) -> dict[str, str] | None:
+    """The mapping of a module that is one literal dict of texts, apart from its docstring."""
+    try:
+        body = ast.parse(raw).body
+        if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            body = body[1:]
+        if len(body) != 1 or not isinstance(body[0], ast.Assign | ast.Expr):
+            return None
+        if not isinstance(body[0].value, ast.Dict):
+            return None
+        mapping = ast.literal_eval(body[0].value)
+    except (SyntaxError, ValueError, TypeError, RecursionError):
+        return None
+    texts = {str(key): value for key, value in mapping.items() if isinstance(value, str)}
+    if not mapping or len(texts) != len(mapping):
+        return None
+    return texts if sum(map(len, texts.values())) >= SHORTEST_MEAN * len(texts) else None

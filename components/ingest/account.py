@@ -1,0 +1,80 @@
+"""The account of a run of ingest: what was read, kept, held out and dropped, and whether the loss
+is more than a run may go on with."""
+
+from collections import Counter
+from pathlib import PurePosixPath
+from typing import Any
+
+from nudge.components.common.errors import UserError
+from nudge.components.common.readers import suffix_of
+
+DUPLICATES = ("duplicate", "near_duplicate")
+NO_LOSS = ("hidden", "linked_folder", "metadata", "not_text")
+"""Skipped on purpose: neither a loss nor text that could have been kept."""
+EXAMPLES = 4
+
+
+def account(counts: dict[str, Any]) -> str:
+    """One line: ``read 340, kept 120, held out 12; dropped: 100 unknown_kind (.docx .xlsx)``."""
+    dropped = ", ".join(reasons(counts))
+    return f"{_totals(counts)}; dropped: {dropped or 'nothing'}{_encodings(counts)}"
+
+
+def reasons(counts: dict[str, Any]) -> list[str]:
+    """A phrase per reason, the most frequent first: its count, its name and some examples."""
+    found = sorted(counts["dropped"].items(), key=lambda item: (-item[1], item[0]))
+    phrases = []
+    for reason, count in found:
+        shown = examples(counts, reason)
+        phrases.append(f"{count} {reason}" + (f" ({' '.join(shown)})" if shown else ""))
+    return phrases
+
+
+def examples(counts: dict[str, Any], reason: str) -> list[str]:
+    """The kinds of file that a reason is about, or the names of some files."""
+    if reason in DUPLICATES:
+        return []
+    seen: Counter[str] = Counter()
+    for source in counts["sources"]:
+        if count := source["dropped"].get(reason):
+            path = PurePosixPath(source["uri"].rpartition("/")[2])
+            if reason in ("unknown_kind", "not_text") and path.suffix != ".zip":
+                seen[suffix_of(path.name) or path.name] += count
+            else:
+                seen[path.name] += count
+    ordered = sorted(seen.items(), key=lambda item: (-item[1], item[0]))
+    return [name for name, _ in ordered[:EXAMPLES]] + ["..."] * (len(ordered) > EXAMPLES)
+
+
+def check_loss(counts: dict[str, Any], most: float) -> None:
+    """Raise `UserError` with the account if more than the share ``most`` of the documents or of
+    their bytes was lost for any reason other than duplication."""
+    shares = []
+    for total, lost in (("documents_in", "dropped"), ("text_bytes_in", "dropped_bytes")):
+        skipped = sum(counts[lost].get(reason, 0) for reason in NO_LOSS)
+        duplicates = sum(counts[lost].get(reason, 0) for reason in DUPLICATES)
+        whole = counts[total] - skipped
+        gone = sum(counts[lost].values()) - skipped - duplicates
+        shares.append(gone / whole if whole else 0.0)
+    if max(shares) <= most:
+        return
+    needed = min(1.0, -(-max(shares) * 100 // 1) / 100)
+    table = "\n".join(f"  {phrase}" for phrase in reasons(counts))
+    raise UserError(
+        f"too much of the data is lost: {shares[0]:.0%} of the documents and {shares[1]:.0%} of "
+        f"their bytes, and ingest.max_lost allows {most:.0%}\n"
+        f"{_totals(counts)}; dropped:\n{table}\n"
+        f"Fix or leave out these files, or set ingest.max_lost: {needed:g} to train on the rest"
+    )
+
+
+def _totals(counts: dict[str, Any]) -> str:
+    return (
+        f"read {counts['documents_in']}, kept {counts['documents']}, "
+        f"held out {counts['validation_documents']}"
+    )
+
+
+def _encodings(counts: dict[str, Any]) -> str:
+    found = ", ".join(f"{count} {name}" for name, count in counts["encodings"].items())
+    return f"; encodings other than UTF-8: {found}" if found else ""

@@ -1,0 +1,88 @@
+"""What a download from the web may do: how large it gets, and where a redirect leads.
+
+A public address may redirect to one of this machine or network, such as a cloud's metadata server
+at 169.254.169.254. So only the host that `data_uri` names may be private; every other host that a
+redirect leads to is checked by the addresses that it resolves to, when it is connected to.
+"""
+
+import ipaddress
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import aiohttp.resolver
+import fsspec.callbacks
+from nudge.components.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class WebLimits:
+    """What a recipe allows of downloads from http:// and https:// addresses."""
+
+    allow_private: bool = False
+    max_bytes: int = 16 << 30
+
+    def check_size(self, size: int | None, uri: str) -> None:
+        """Raise `UserError` if a download is larger than allowed."""
+        if size is not None and size > self.max_bytes:
+            raise UserError(
+                f"{uri}: more than {self.max_bytes} bytes to download; if that is right, raise "
+                "ingest.max_download_bytes"
+            )
+
+
+class Counting(fsspec.callbacks.Callback):  # type: ignore[misc]
+    """Ends a download of unknown length that becomes too large."""
+
+    def __init__(self, limits: WebLimits, uri: str) -> None:
+        super().__init__()
+        self._limits, self._uri, self._bytes = limits, uri, 0
+
+    def relative_update(self, inc: int = 1) -> None:
+        self._bytes += inc
+        self._limits.check_size(self._bytes, self._uri)
+
+
+@dataclass(frozen=True)
+class Client:
+    """Makes the sessions of fsspec's HTTP file system; ``named`` is the host that was asked for."""
+
+    named: str
+    limits: WebLimits
+
+    async def __call__(self, **options: Any) -> aiohttp.ClientSession:
+        async def check(request: Any, handler: Any) -> Any:
+            self._check(request.url.host or "", [request.url.host or ""])
+            return await handler(request)
+
+        connector = aiohttp.TCPConnector(resolver=_Resolver(self))
+        return aiohttp.ClientSession(connector=connector, middlewares=(check,), **options)
+
+    def _check(self, host: str, addresses: list[str]) -> None:
+        if self.limits.allow_private or host == self.named:
+            return
+        if any(_is_private(address) for address in addresses):
+            raise UserError(
+                f"a download from {self.named} leads to {host}, an address of a private network or "
+                "of this machine; if that is right, set ingest.allow_private_addresses: true"
+            )
+
+
+class _Resolver(aiohttp.resolver.DefaultResolver):  # type: ignore[misc, valid-type]
+    def __init__(self, client: Client) -> None:
+        super().__init__()
+        self._client = client
+
+    async def resolve(self, host: str, *args: Any, **options: Any) -> Any:
+        found = await super().resolve(host, *args, **options)
+        self._client._check(host, [each["host"] for each in found])
+        return found
+
+
+def _is_private(address: str) -> bool:
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:  # a name, which is checked once it is resolved
+        return False
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    return not (mapped or parsed).is_global
