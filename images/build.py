@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from nudge.components.common.errors import UserError, nearest
-from nudge.components.common.images import DATA_IMAGE, TRAIN_IMAGE, WORKBENCH_IMAGE
-from nudge.components.common.provenance import code_version
+from nudge.components.common.core.errors import UserError, nearest
+from nudge.components.common.core.images import DATA_IMAGE, TRAIN_IMAGE, WORKBENCH_IMAGE
+from nudge.components.common.core.provenance import code_version
 
 ROOT = Path(__file__).parents[1]
 IMAGES = {

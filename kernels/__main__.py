@@ -1,6 +1,7 @@
 """``python -m nudge.kernels``: which library is here, and whether each GPU can run it."""
 
 import torch
+
 from nudge.kernels import native
 from nudge.kernels.cpu_products import onednn_is_faster
 

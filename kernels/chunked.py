@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
-from nudge.kernels import cpu_products, native
 from torch import Tensor
+
+from nudge.kernels import cpu_products, native
 
 CPU_ROWS = (128, 512)
 """Least and most rows of a chunk on a CPU: fewer starve the matrix products, more only cost

@@ -8,13 +8,14 @@ import math
 from typing import Any, Literal, overload
 
 import torch
+from torch import Tensor, nn
+
 from nudge.kernels.chunked import Options
 from nudge.kernels.operators import (
     check_targets,
     linear_cross_entropy,
     linear_cross_entropy_rows,
 )
-from torch import Tensor, nn
 
 Reduction = Literal["mean", "sum", "none"]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

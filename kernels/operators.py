@@ -8,9 +8,10 @@ logits again, knowing the rows' weights, through `linear_cross_entropy_grad`.
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from nudge.kernels import native
 from nudge.kernels.chunked import Inputs, Options, Result, Wanted, chunked, result_dtype
-from torch import Tensor
 
 TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? class_weight"
 REST = (

@@ -4,11 +4,12 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
 from nudge.kernels.chunked import Inputs, Options, Wanted, chunked
 from nudge.kernels.linear_cross_entropy import check_input
 from nudge.kernels.operators import weighted_sum
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class _Ranks:

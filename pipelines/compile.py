@@ -9,11 +9,12 @@ from typing import Any
 
 import jinja2
 import yaml
-from nudge.components.common.errors import UserError
-from nudge.components.common.images import DATA_IMAGE, TRAIN_IMAGE
-from nudge.components.common.provenance import ROOT as CHECKOUT
-from nudge.components.common.publish import write_atomic
-from nudge.pipelines import mirror
+
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.images import DATA_IMAGE, TRAIN_IMAGE
+from nudge.components.common.core.provenance import ROOT as CHECKOUT
+from nudge.components.common.core.publish import write_atomic
+from nudge.pipelines import disconnected
 
 ROOT = CHECKOUT
 """Where the files are written."""
@@ -84,7 +85,7 @@ def made() -> dict[Path, str]:
         pages = [readme(getattr(face, each)) for each in (name, *MORE_FACES.get(name, ()))]
         pages.append("Made from `component.py` by `nudge compile`.\n")
         files[ROOT / "components" / name / "README.md"] = "\n".join(pages)
-    return files | {ROOT / path: text for path, text in mirror.pages(CHECKOUT).items()}
+    return files | {ROOT / path: text for path, text in disconnected.pages(CHECKOUT).items()}
 
 
 def compiled(folder: Path, resources: Path, digests: Path | None = None) -> dict[Path, str]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from nudge.components.train.component import train_on_nodes
-from nudge.pipelines.placement import Places, pipeline
+from nudge.pipelines.placement import StepResources, pipeline
 from nudge.pipelines.retrain import Named, retrain
 
 
@@ -16,7 +16,7 @@ from nudge.pipelines.retrain import Named, retrain
     placed="each node and of evaluate",
 )
 def distributed_training(
-    places: Places,
+    places: StepResources,
     recipe: str = "package://nudge.pipelines.recipes/eiffel.yaml",
     data_uri: str = "",
     model_name: str = "",

@@ -3,7 +3,7 @@
 from nudge.components.evaluate.component import evaluate
 from nudge.components.fetch.component import fetch
 from nudge.components.ingest.component import ingest
-from nudge.pipelines.placement import Places, pipeline
+from nudge.pipelines.placement import StepResources, pipeline
 
 
 @pipeline(
@@ -14,7 +14,7 @@ from nudge.pipelines.placement import Places, pipeline
     sized="ingest and evaluate",
 )
 def evaluate_only(
-    places: Places,
+    places: StepResources,
     model_uri: str,
     recipe: str = "package://nudge.pipelines.recipes/eiffel.yaml",
     data_uri: str = "",

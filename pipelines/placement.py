@@ -13,7 +13,8 @@ from typing import Any
 
 from kfp import dsl, kubernetes
 from kfp.dsl.pipeline_channel import PipelineChannel
-from nudge.components.common.images import DATA_IMAGE, POD_CREDENTIALS, TRAIN_IMAGE
+
+from nudge.components.common.core.images import DATA_IMAGE, POD_CREDENTIALS, TRAIN_IMAGE
 
 CONNECTION = "nudge-data-connection"
 SETTINGS = "nudge-settings"
@@ -108,7 +109,7 @@ NEEDS = {
 
 
 @dataclass(frozen=True)
-class Place:
+class PodResources:
     """The parameters of a pipeline that say where its steps run; those not given stay constant."""
 
     image: Any
@@ -196,17 +197,17 @@ SMALL = ("connection", "settings", "data_image")
 """Those of a pipeline whose steps need no PyTorch."""
 
 
-class Places:
+class StepResources:
     """The places that a pipeline's parameters make, in ``values`` by their names."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = values
         around = {name: values.get(name, "") for name in ("connection", "settings", "size")}
-        self.small = Place(values["data_image"], **around)
-        self.with_torch = Place(values.get("train_image"), **around)
+        self.small = PodResources(values["data_image"], **around)
+        self.with_torch = PodResources(values.get("train_image"), **around)
         left = (*around, "data_image", "train_image")
         more = {name: value for name, value in values.items() if name not in left}
-        self.large = Place(values.get("train_image"), **around, **more)
+        self.large = PodResources(values.get("train_image"), **around, **more)
 
 
 def pipeline(
@@ -239,7 +240,7 @@ def pipeline(
         def build(*given: Any, **named: Any) -> None:
             arguments = signature.bind(*given, **named).arguments
             values = {name: arguments.pop(name) for name in names}
-            function(Places(values), **arguments)
+            function(StepResources(values), **arguments)
 
         told = [f"    {name}: {PARAMETERS[name][2].format(**words)}" for name in names]
         build.__name__ = function.__name__

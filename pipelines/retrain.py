@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kfp import dsl
+
 from nudge.components.deploy.component import deploy
 from nudge.components.evaluate.component import evaluate
 from nudge.components.ingest.component import ingest
@@ -12,7 +13,7 @@ from nudge.components.register.component import register
 from nudge.components.summary.component import summary
 from nudge.components.tokenize.component import tokenize
 from nudge.components.upload.component import upload
-from nudge.pipelines.placement import Places
+from nudge.pipelines.placement import StepResources
 
 RUN_ID = dsl.PIPELINE_JOB_ID_PLACEHOLDER
 
@@ -28,7 +29,7 @@ class Named:
     version: Any = ""
 
 
-def retrain(name: str, places: Places, given: Named, train: Callable[[Any], Any]) -> None:
+def retrain(name: str, places: StepResources, given: Named, train: Callable[[Any], Any]) -> None:
     """Ingest; if there is new text: tokenize, train, evaluate; if better: upload, register, deploy.
 
     ``train`` makes the task that trains, in its place, from the artifact of the tokens.

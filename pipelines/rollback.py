@@ -1,14 +1,14 @@
 """The way back as a pipeline of its own: what `nudge rollback` does, for the dashboard."""
 
 from nudge.components.deploy.component import roll_back
-from nudge.pipelines.placement import Places, pipeline
+from nudge.pipelines.placement import StepResources, pipeline
 
 
 @pipeline(
     "rollback", "Give a model's traffic back to the version served before, or to a named one."
 )
 def rollback(
-    places: Places,
+    places: StepResources,
     model_name: str,
     to_version: str = "",
     recipe: str = "package://nudge.pipelines.recipes/eiffel.yaml",

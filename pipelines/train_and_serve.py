@@ -3,7 +3,7 @@
 from typing import Any
 
 from nudge.components.train.component import train
-from nudge.pipelines.placement import Places, pipeline
+from nudge.pipelines.placement import StepResources, pipeline
 from nudge.pipelines.retrain import Named, retrain
 
 
@@ -15,7 +15,7 @@ from nudge.pipelines.retrain import Named, retrain
     sized="ingest, tokenize, train and evaluate",
 )
 def train_and_serve(
-    places: Places,
+    places: StepResources,
     recipe: str = "package://nudge.pipelines.recipes/eiffel.yaml",
     data_uri: str = "",
     base_model: str = "",

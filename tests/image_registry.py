@@ -27,7 +27,9 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
-from nudge.components.common import oci, processes
+
+from nudge.components.common.clients import image_registry
+from nudge.components.common.core import processes
 
 USER, PASSWORD = "tester", "the-pass:word"
 HTPASSWD = f"{USER}:$2y$04$abcdefghijklmnopqrstuuDXI/cl1OMgyOrYGuFse7IqrZ7hYFGsm\n"
@@ -207,17 +209,17 @@ class TokenServer:
 
 def make_base_image(uri: str, machines: tuple[str, ...] = ("amd64", "arm64")) -> None:
     """Push a base image as small as can be, for these machines; a packed layer, as they have."""
-    reference = oci.parse(uri)
+    reference = image_registry.parse(uri)
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as packed:
         entry = tarfile.TarInfo("bin/sh")
         entry.size, entry.mode = 4, 0o755
         packed.addfile(entry, io.BytesIO(b"#!sh"))
     layer = gzip.compress(archive.getvalue(), mtime=0)
-    with oci.repository(reference) as target:
+    with image_registry.repository(reference) as target:
 
         def put(body: bytes) -> str:
-            digest = oci.digest_of(body)
+            digest = image_registry.digest_of(body)
             target.put_blob(digest, len(body), lambda: iter([body]))
             return digest
 
@@ -225,32 +227,38 @@ def make_base_image(uri: str, machines: tuple[str, ...] = ("amd64", "arm64")) ->
         for machine in machines:
             config = {
                 "os": "linux", "architecture": machine, "config": {"Cmd": ["sh"]},
-                "rootfs": {"type": "layers", "diff_ids": [oci.digest_of(archive.getvalue())]},
+                "rootfs": {
+                    "type": "layers",
+                    "diff_ids": [image_registry.digest_of(archive.getvalue())],
+                },
                 "history": [{"created_by": "a test"}],
             }  # fmt: skip
             body = json.dumps(config).encode()
-            parts = {"config": (oci.CONFIG, body), "layer": (f"{oci.LAYER}+gzip", layer)}
+            parts = {
+                "config": (image_registry.CONFIG, body),
+                "layer": (f"{image_registry.LAYER}+gzip", layer),
+            }
             described = {
                 name: {"mediaType": media, "digest": put(part), "size": len(part)}
                 for name, (media, part) in parts.items()
             }
             manifest = json.dumps(
                 {
-                    "schemaVersion": 2, "mediaType": oci.MANIFEST,
+                    "schemaVersion": 2, "mediaType": image_registry.MANIFEST,
                     "config": described["config"], "layers": [described["layer"]],
                 }
             ).encode()  # fmt: skip
-            digest = oci.digest_of(manifest)
-            target.put_manifest(digest, manifest, oci.MANIFEST)
+            digest = image_registry.digest_of(manifest)
+            target.put_manifest(digest, manifest, image_registry.MANIFEST)
             platform = {"os": "linux", "architecture": machine}
             entries.append(
                 {
-                    "mediaType": oci.MANIFEST, "digest": digest, "size": len(manifest),
+                    "mediaType": image_registry.MANIFEST, "digest": digest, "size": len(manifest),
                     "platform": platform,
                 }
             )  # fmt: skip
-        index = {"schemaVersion": 2, "mediaType": oci.INDEX, "manifests": entries}
-        target.put_manifest(reference.tag, json.dumps(index).encode(), oci.INDEX)
+        index = {"schemaVersion": 2, "mediaType": image_registry.INDEX, "manifests": entries}
+        target.put_manifest(reference.tag, json.dumps(index).encode(), image_registry.INDEX)
 
 
 def _url64(data: bytes) -> str:

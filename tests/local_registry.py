@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nudge.components.common import guard, processes
-from nudge.components.deploy import gateway
+
+from nudge.components.common.core import guard, processes
+from nudge.components.deploy.local import gateway
 from nudge.pipelines.local import services
 
 

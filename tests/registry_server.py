@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+
 from nudge.pipelines.local.registry.app import VERSIONS, create_app
 
 

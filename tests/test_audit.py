@@ -16,7 +16,6 @@ ROOT = Path(__file__).parents[1]
 class Osv(BaseHTTPRequestHandler):
     """Answers as https://google.github.io/osv.dev/post-v1-query/ says."""
 
-
     known: dict[str, list[str]]
     asked: set[str]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 from aiohttp import web
-from nudge.components.common.storage import s3_client
 
+from nudge.components.common.clients.storage import s3_client
 from tests.faulty_proxy import FAULTS, FaultyProxy
 from tests.local_registry import registry_headers
 from tests.web_server import Server

@@ -42,7 +42,7 @@ def faults(path: Path, source: str) -> list[str]:
             told.append(f"{path} imports {name}; its name is nudge.{name}")
         if first == "nudge" and not f"{name}.".startswith(allowed(path)):
             told.append(f"{path} imports {name}")
-        known = ("kfp.", "typing.", "nudge.components.common.images.")
+        known = ("kfp.", "typing.", "nudge.components.common.core.images.")
         if path.name == "component.py" and top and not f"{name}.".startswith(known):
             told.append(f"{path} imports {name} at its top; a face imports in its body")
     return told
@@ -62,8 +62,8 @@ def test_imports_go_one_way() -> None:
             "components/summary/component.py",
             "def f():\n    from nudge.components import register",
         ),
-        ("components/common/step.py", "from nudge.components.train.train import train"),
-        ("components/train/train.py", "import nudge.pipelines.cli"),
+        ("components/common/core/step.py", "from nudge.components.train.train import train"),
+        ("components/train/train.py", "import nudge.pipelines.cli.main"),
         ("kernels/native.py", "from nudge.components import common"),
         ("components/train/train.py", "from kernels import native"),
         ("components/train/component.py", "import torch"),

@@ -6,8 +6,8 @@ split. The verdict "better than what is served" is then about a version that is 
 
 from collections.abc import Mapping
 
-from nudge.components.common.comparison import Compared, compared_with
-from nudge.components.common.releases import Served, Version
+from nudge.components.common.artifacts.comparison import Compared, compared_with
+from nudge.components.common.clients.registry.releases import Served, Version
 
 
 class NotPromoted(Exception):

@@ -1,5 +1,6 @@
 from kfp import dsl
-from nudge.components.common.images import DATA_IMAGE
+
+from nudge.components.common.core.images import DATA_IMAGE
 
 
 @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
@@ -16,11 +17,11 @@ def deploy(recipe: str, registered_model: str, version: str) -> str:
     Returns:
         The URL of the model's endpoint.
     """
-    from nudge.components.common.step import clean_end
+    from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.deploy.deploy import deploy
     from nudge.components.deploy.settings import deploy_settings
 
-    with clean_end():
+    with exit_with_user_errors():
         settings = deploy_settings(recipe)
         result = deploy(settings, registered_model=registered_model, version=version)
     return str(result["endpoint"])
@@ -38,11 +39,11 @@ def roll_back(recipe: str, model_name: str, to_version: str) -> str:
     Returns:
         The version that is served now.
     """
-    from nudge.components.common.step import clean_end
+    from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.deploy.deploy import rollback
     from nudge.components.deploy.settings import deploy_settings
 
-    with clean_end():
+    with exit_with_user_errors():
         settings = deploy_settings(recipe)
         result = rollback(settings, registered_model=model_name, version=to_version)
     return str(result["version"])

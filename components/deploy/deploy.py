@@ -4,9 +4,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from nudge.components.common.errors import UserError
-from nudge.components.common.releases import Served
-from nudge.components.common.step import step
+from nudge.components.common.clients.registry.releases import Served
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.step import step
 from nudge.components.deploy.admission import NotPromoted, why_not
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.traffic import Check, Target, shift, unchecked
@@ -24,8 +24,8 @@ def deploy(settings: DeploySettings, *, registered_model: str, version: str) -> 
     `why_not`), nothing is changed: the result then has ``promoted: False`` and the reason, and the
     registry has them as custom properties of the version.
     """
-    from nudge.components.common.registry import registry_url, with_registry
-    from nudge.components.common.releases import find_version, note_promotion
+    from nudge.components.common.clients.registry.connection import registry_url, with_registry
+    from nudge.components.common.clients.registry.releases import find_version, note_promotion
 
     url = registry_url(settings.registry_url)
     candidate = with_registry(url, find_version(registered_model, version))
@@ -47,8 +47,8 @@ def rollback(
 
     Raises `UserError` if there is nothing to go back to.
     """
-    from nudge.components.common.registry import registry_url, with_registry
-    from nudge.components.common.releases import find_served
+    from nudge.components.common.clients.registry.connection import registry_url, with_registry
+    from nudge.components.common.clients.registry.releases import find_served
 
     if version:
         return _serve_in_step(settings, registered_model, version)
@@ -106,7 +106,7 @@ def _way_back(served: Served, live: set[str]) -> str | None:
 def _serve_in_step(
     settings: DeploySettings, model: str, version: str, check: Check = unchecked
 ) -> dict[str, Any]:
-    from nudge.components.common.progress import progress
+    from nudge.components.common.core.progress import progress
 
     with progress("deploy", total=4, unit="stages") as bar:
 
@@ -140,8 +140,8 @@ def serve(
     A person's shift needs no check. Returns endpoint, served_model, version (that with the largest
     share), shares, and the smoke prompt with its answer.
     """
-    from nudge.components.common.registry import registry_url, with_registry
-    from nudge.components.common.releases import find_served
+    from nudge.components.common.clients.registry.connection import registry_url, with_registry
+    from nudge.components.common.clients.registry.releases import find_served
 
     url = registry_url(settings.registry_url)
     target = _target(settings, with_registry(url, find_served(model)))
@@ -160,16 +160,16 @@ def serve(
 
 def _target(settings: DeploySettings, served: Served | None) -> Target:
     if _place(settings, served) == "kserve":
-        from nudge.components.common.kube import connect
-        from nudge.components.deploy.kserve import KServe
+        from nudge.components.common.clients.kube import connect
+        from nudge.components.deploy.kserve.kserve import KServe
 
         return KServe(connect(settings.kserve.namespace), settings)
-    from nudge.components.deploy import host_serving
+    from nudge.components.deploy.local import host_serving
 
     if url := os.environ.get(host_serving.URL):
         return host_serving.HostServing(url, os.environ[host_serving.TOKEN], settings)
-    from nudge.components.common.processes import nudge_home
-    from nudge.components.deploy.local_serving import LocalServing
+    from nudge.components.common.core.processes import nudge_home
+    from nudge.components.deploy.local.local_serving import LocalServing
 
     return LocalServing(nudge_home(), settings)
 

@@ -3,14 +3,15 @@
 from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
-from nudge.components.common.recipe import read_recipe, some_settings, step_settings
-from nudge.components.common.registry import RegistryUrl
-from nudge.components.common.settings import settings
 from pydantic import Field, model_validator
+
+from nudge.components.common.clients.registry.connection import RegistryUrl
+from nudge.components.common.core.recipe import read_recipe, some_settings, step_settings
+from nudge.components.common.core.settings import settings
 
 
 @settings
-class KServe:
+class KServeSettings:
     """Where and on what a version runs on a cluster; each version has servers of its own."""
 
     namespace: str = ""
@@ -57,7 +58,7 @@ class KServe:
     """For a node, the image, the model's download and its load together."""
 
     @model_validator(mode="after")
-    def _gateway_is_whole(self) -> "KServe":
+    def _gateway_is_whole(self) -> "KServeSettings":
         if bool(self.gateway) != bool(self.gateway_url):
             raise ValueError("gateway and gateway_url belong together; give both or neither")
         if self.gateway and self.authentication:
@@ -95,7 +96,7 @@ class DeploySettings:
     unverified: list[Literal["hf", "pvc"]] = field(default_factory=list)
     """Serve versions from ``hf://`` or ``pvc://``, where nothing can be compared with what was
     evaluated."""
-    kserve: KServe = field(default_factory=KServe)
+    kserve: KServeSettings = field(default_factory=KServeSettings)
 
 
 @settings

@@ -5,9 +5,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from nudge.components.common.errors import UserError
-from nudge.components.common.releases import Version
-from nudge.components.common.trust import trusted
+from nudge.components.common.clients.registry.releases import Version
+from nudge.components.common.clients.tls import tls_context
+from nudge.components.common.core.errors import UserError
 from nudge.components.deploy.settings import DeploySettings
 
 SURE = 0.5
@@ -18,7 +18,7 @@ TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
-class Server:
+class ModelServer:
     """Where a version answers, and the token that it asks for (none on this machine).
 
     ``settles_s`` is how long the way to a server that is ready may still be opened: a cluster's
@@ -34,13 +34,13 @@ class Server:
         import httpx
 
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        verify = trusted() if self.address.startswith("https:") else True
+        verify = tls_context() if self.address.startswith("https:") else True
         return httpx.Client(
             base_url=self.address, headers=headers, timeout=timeout_s, verify=verify
         )
 
 
-def smoke_test(server: Server, version: Version, settings: DeploySettings) -> str:
+def smoke_test(server: ModelServer, version: Version, settings: DeploySettings) -> str:
     """Ask the server for completions; returns the answer to the smoke prompt.
 
     The probes' likeliest next tokens, which registration wrote down, are held against the served
@@ -61,7 +61,7 @@ def smoke_test(server: Server, version: Version, settings: DeploySettings) -> st
     return str(answer)
 
 
-def _wait(client: Any, server: Server) -> None:
+def _wait(client: Any, server: ModelServer) -> None:
     """Wait until something behind the router answers, whatever it says."""
     import httpx
     import tenacity

@@ -9,8 +9,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from nudge.components.common.errors import UserError
-from nudge.components.common.releases import (
+from nudge.components.common.clients.registry.releases import (
     KEPT_HISTORY,
     NOT_PROMOTED,
     Served,
@@ -20,8 +19,9 @@ from nudge.components.common.releases import (
     note_promotion,
     note_served,
 )
+from nudge.components.common.core.errors import UserError
 from nudge.components.deploy.settings import DeploySettings
-from nudge.components.deploy.smoke import Server, smoke_test
+from nudge.components.deploy.smoke import ModelServer, smoke_test
 
 Check = Callable[[Served | None, dict[str, int]], None]
 """Called with what the registry says is served and the traffic by version as it is sent now, while
@@ -51,7 +51,7 @@ class Target(Protocol):
         From then on until `move`, users of a model of which nothing stays are told to come later.
         """
 
-    def bring_up(self, version: Version) -> Server:
+    def bring_up(self, version: Version) -> ModelServer:
         """Serve a version beside what is served; returns its own server once it is ready."""
 
     def move(self, model: str, shares: dict[str, int]) -> str:
@@ -73,13 +73,13 @@ def shift(
     """Bring up the versions that ``shares`` names, test each, move the traffic, tell the registry.
 
     ``shares`` is percent by version and adds up to 100; ``registry`` runs work of
-    `nudge.components.common.releases`; ``check`` raises if this shift must not happen any more.
-    Returns what is served now and each version's smoke answer.
+    `nudge.components.common.clients.registry.releases`; ``check`` raises if this shift must not
+    happen any more. Returns what is served now and each version's smoke answer.
     Raises `UserError`; what was served before is then still served (or again, where it had to make
     room), and a version that does not pass is taken away again. Only where the registry fails once
     the traffic has moved is the new one served, which the error says.
     """
-    wanted = whole(shares)
+    wanted = checked_shares(shares)
     with target.exclusive(model):
         before: Served | None = registry(find_served(model))
         # A shift that was killed may have moved the traffic and not told the registry.
@@ -137,7 +137,7 @@ def shift(
     return served, answers
 
 
-def whole(shares: Mapping[str, int]) -> dict[str, int]:
+def checked_shares(shares: Mapping[str, int]) -> dict[str, int]:
     """The shares that are not 0; raises `UserError` unless they add up to 100."""
     wanted = {name: share for name, share in shares.items() if share}
     if sum(wanted.values()) != 100 or any(share < 0 for share in wanted.values()):

@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common import model_files
-from nudge.components.common.errors import UserError
-from nudge.components.common.names import check_name
-from nudge.components.common.releases import Version
+from nudge.components.common.artifacts import model_files
+from nudge.components.common.clients.registry.releases import Version
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.names import check_name
 from nudge.components.deploy.settings import DeploySettings
 
 FOLDER = "/mnt/models"
@@ -34,9 +34,9 @@ def check_version(version: Version, settings: DeploySettings) -> None:
     if scheme == "s3":
         _check_s3(told, version, settings)
     elif scheme == "oci":
-        from nudge.components.common import oci
+        from nudge.components.common.clients import image_registry
 
-        image = oci.parse(uri)
+        image = image_registry.parse(uri)
         if not image.digest:
             raise UserError(
                 f"{told} is registered as {uri}, whose content can change; register it as "
@@ -102,7 +102,7 @@ def check_image(version: Version) -> None:
 
     The image's digest binds the content, but only the manifest inside says of which version it is.
     """
-    from nudge.components.common.base_model import download_model
+    from nudge.components.common.models.base_model import download_model
 
     with tempfile.TemporaryDirectory() as folder:
         download_model(version.uri, Path(folder), (model_files.MANIFEST,))

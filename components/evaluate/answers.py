@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 import transformers
-from nudge.components.common.language_model import (
+
+from nudge.components.common.core.progress import progress
+from nudge.components.common.models.language_model import (
     load_model,
     load_tokenizer,
     set_up_torch,
     speed_up_products,
 )
-from nudge.components.common.progress import progress
 from nudge.components.evaluate.completions import Completion, complete
 from nudge.components.evaluate.perplexity import Score, first_token_id, score
 from nudge.components.evaluate.probes import answer

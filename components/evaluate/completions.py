@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from nudge.components.evaluate.checks import Check
 
 LEAST_TOKENS = 8

@@ -1,5 +1,6 @@
 from kfp import dsl
-from nudge.components.common.images import TRAIN_IMAGE
+
+from nudge.components.common.core.images import TRAIN_IMAGE
 
 
 @dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
@@ -35,12 +36,12 @@ def evaluate(
     import math
     from pathlib import Path
 
-    from nudge.components.common.recipe import step_settings
-    from nudge.components.common.step import clean_end
+    from nudge.components.common.core.recipe import step_settings
+    from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.evaluate.evaluate import evaluate
     from nudge.components.evaluate.settings import EvaluateSettings
 
-    with clean_end():
+    with exit_with_user_errors():
         named = {"base_model": base_model, "model_name": model_name}
         settings = step_settings(EvaluateSettings, "evaluate", recipe, **named)
         inputs = {"corpus": corpus, "model": model, "history": history}

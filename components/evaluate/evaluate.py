@@ -8,14 +8,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.model_files import files_sha256, model_files
-from nudge.components.common.publish import (
+from nudge.components.common.artifacts.model_files import files_sha256, model_files
+from nudge.components.common.core.publish import (
     read_manifest,
     sha256_file,
     write_atomic,
     write_manifest,
 )
-from nudge.components.common.step import reusable, step
+from nudge.components.common.core.step import reusable, step
 from nudge.components.evaluate.incumbent import Incumbent
 from nudge.components.evaluate.settings import EvaluateSettings
 
@@ -82,8 +82,8 @@ def judge(
     made of it, ``scores`` a Parquet file (nudge.scores) of every document under every model.
     Returns ``promote`` (1 or 0) and both models' bits per byte.
     """
-    from nudge.components.common.base_model import local_model, model_sha256, resolved
-    from nudge.components.common.corpus import Document, read_corpus
+    from nudge.components.common.artifacts.corpus import Document, read_corpus
+    from nudge.components.common.models.base_model import local_model, model_sha256, resolved
     from nudge.components.evaluate import checks
     from nudge.components.evaluate.answers import ask
     from nudge.components.evaluate.completions import completion_checks

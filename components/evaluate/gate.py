@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from nudge.components.common.held_out import FEWEST_DOCUMENTS
+
+from nudge.components.common.core.sample_size import MIN_DOCUMENTS
 from nudge.components.evaluate.checks import Check
 from nudge.components.evaluate.incumbent import Incumbent
 from nudge.components.evaluate.perplexity import Score
@@ -61,7 +62,7 @@ def compare(
                 confidence=settings.confidence,
                 seed=settings.seed,
             )
-            told = list(ends) if len(scores[name]) >= FEWEST_DOCUMENTS else None
+            told = list(ends) if len(scores[name]) >= MIN_DOCUMENTS else None
             comparisons[name] = {"difference_bits_per_byte": gap, "interval": told}
     return comparisons
 
@@ -103,7 +104,7 @@ def verdict(
     elif interval is None:
         reason = (
             f"{len(scores['candidate'])} held-out documents were scored, and of fewer than "
-            f"{FEWEST_DOCUMENTS} it cannot be told whether a difference is chance: ingest more "
+            f"{MIN_DOCUMENTS} it cannot be told whether a difference is chance: ingest more "
             "text, or hold out a larger ingest.validation_share"
         )
     elif not better:

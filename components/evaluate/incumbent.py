@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from nudge.components.common.errors import UserError
-from nudge.components.common.trust import trusted
+from nudge.components.common.clients.tls import tls_context
+from nudge.components.common.core.errors import UserError
 
 TIMEOUT_S = 10.0
 ATTEMPTS = 4
@@ -32,10 +32,10 @@ def find_incumbent(model_name: str, registry_url: str = "") -> Incumbent:
     A registry or an endpoint that does not answer gives ``unknown``, never ``none``: what users
     have might be better than any candidate.
     """
-    from nudge.components.common.provenance import this_run
-    from nudge.components.common.registry import registry_url as known_url
-    from nudge.components.common.registry import with_registry
-    from nudge.components.common.releases import find_standing
+    from nudge.components.common.clients.registry.connection import registry_url as known_url
+    from nudge.components.common.clients.registry.connection import with_registry
+    from nudge.components.common.clients.registry.releases import find_standing
+    from nudge.components.common.core.provenance import this_run
 
     try:
         found = with_registry(known_url(registry_url), find_standing(model_name, this_run("")))
@@ -68,7 +68,7 @@ def bring(incumbent: Incumbent) -> tuple[Incumbent, Path | None]:
     A folder of an upload is held against the upload's manifest, and its weights against the hash in
     the registry: what was changed since is not what users meet.
     """
-    from nudge.components.common.base_model import local_model, model_sha256
+    from nudge.components.common.models.base_model import local_model, model_sha256
 
     if incumbent.state != "found":
         return incumbent, None
@@ -96,7 +96,7 @@ def _silent(endpoint: str) -> str:
 
     def reached() -> str:
         try:
-            answer = httpx.get(f"{endpoint}/health", timeout=TIMEOUT_S, verify=trusted())
+            answer = httpx.get(f"{endpoint}/health", timeout=TIMEOUT_S, verify=tls_context())
         except httpx.HTTPError as error:
             return f"{type(error).__name__}: {error}"
         status = answer.status_code

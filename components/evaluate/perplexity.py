@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from nudge.components.common.end_of_document import document_start_id, end_of_document_id
-from nudge.components.common.errors import UserError
-from nudge.components.common.language_model import check_loss, hidden_states, next_token_loss
-from nudge.components.common.progress import Progress
+
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.progress import Progress
+from nudge.components.common.models.end_of_document import document_start_id, end_of_document_id
+from nudge.components.common.models.language_model import check_loss, hidden_states, next_token_loss
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of one forward pass; windows of like length are scored together."""

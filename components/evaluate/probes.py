@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nudge.components.common.language_model import (
+from nudge.components.common.models.language_model import (
     likeliest,
     probabilities_along,
     target_ids,

@@ -14,7 +14,8 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from nudge.components.common.shown import CSP, visible
+
+from nudge.components.common.core.sanitize import CSP, visible
 
 MISSING = "not available"
 CHOSEN_STEPS = 7

@@ -26,9 +26,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
-from nudge.components.common.corpus import Document
-from nudge.components.common.errors import UserError
-from nudge.components.common.publish import sha256_file, verify_file, write_atomic
+
+from nudge.components.common.artifacts.corpus import Document
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.publish import sha256_file, verify_file, write_atomic
 from nudge.components.evaluate.perplexity import Score
 
 FORMAT, VERSION = "nudge.scores", 1

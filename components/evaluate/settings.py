@@ -3,11 +3,12 @@
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from nudge.components.common.held_out import FEWEST_DOCUMENTS
-from nudge.components.common.registry import RegistryUrl
-from nudge.components.common.registry_names import OptionalRegistryName
-from nudge.components.common.settings import settings
 from pydantic import BeforeValidator, Field, model_validator
+
+from nudge.components.common.clients.registry.connection import RegistryUrl
+from nudge.components.common.clients.registry.names import OptionalRegistryName
+from nudge.components.common.core.sample_size import MIN_DOCUMENTS
+from nudge.components.common.core.settings import settings
 
 
 @settings
@@ -39,7 +40,7 @@ class Guard:
     (and .jsonl.gz) each line's ``text`` is a document, any other file is one."""
     limit: Annotated[float, Field(ge=0)] = 0.05
     """Bits per byte by which the candidate may be worse than what it is held against."""
-    max_documents: Annotated[int, Field(ge=FEWEST_DOCUMENTS)] = 200
+    max_documents: Annotated[int, Field(ge=MIN_DOCUMENTS)] = 200
 
 
 @settings
@@ -76,7 +77,7 @@ class EvaluateSettings:
     or nothing, and then the first token itself is not scored. ``auto`` takes BOS if the tokenizer
     puts it before a text by itself (Gemma, Llama 3), else the end of the document before, as
     training does."""
-    max_documents: Annotated[int, Field(ge=FEWEST_DOCUMENTS)] = 1000
+    max_documents: Annotated[int, Field(ge=MIN_DOCUMENTS)] = 1000
     """Held-out documents scored, the first of the split's own (hashed) order. Of fewer than 16 no
     interval is worked out, and nothing is promoted (`FEWEST_DOCUMENTS`)."""
     guards: list[Guard] = field(default_factory=list)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.errors import UserError, nearest
-from nudge.components.common.uris import is_local, local_path
+from nudge.components.common.core.errors import UserError, nearest
+from nudge.components.common.core.uris import is_local, local_path
 from nudge.components.evaluate.settings import EvaluateSettings, Task
 
 

@@ -6,14 +6,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from nudge.components.common.corpus import (
+from nudge.components.common.artifacts.corpus import (
     Document,
     read_corpus,
     read_documents,
     text_sha256,
 )
-from nudge.components.common.errors import UserError
-from nudge.components.common.held_out import FEWEST_DOCUMENTS
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.sample_size import MIN_DOCUMENTS
+from nudge.components.common.core.uris import is_local, local_path
 from nudge.components.common.readers import (
     Page,
     ReadOptions,
@@ -23,7 +24,6 @@ from nudge.components.common.readers import (
     reason_unread,
 )
 from nudge.components.common.readers.parquet import is_metadata
-from nudge.components.common.uris import is_local, local_path
 from nudge.components.evaluate.settings import Guard
 
 HELD_OUT = "held-out"
@@ -42,7 +42,7 @@ def held_out_documents(
     and the second value is True.
     """
     count = read_corpus(corpus)["splits"]["validation"]["documents"]
-    enough = count - len(selected_on) >= FEWEST_DOCUMENTS
+    enough = count - len(selected_on) >= MIN_DOCUMENTS
     left_out = frozenset(selected_on if enough else ())
     documents = enumerate(read_documents(corpus, "validation"))
     kept = (document for place, document in documents if place not in left_out)
@@ -61,7 +61,7 @@ def guard_documents(guard: Guard) -> list[Document]:
             f"evaluate.guards {guard.name}: {guard.uri} is no place that guards are read from; "
             "give package://, file://, a path or an s3:// folder"
         )
-    from nudge.components.common.storage import download_folder
+    from nudge.components.common.clients.storage import download_folder
 
     with tempfile.TemporaryDirectory() as folder:
         download_folder(guard.uri, Path(folder))
@@ -94,10 +94,10 @@ def _documents(guard: Guard, files: list[Path]) -> list[Document]:
         if text.strip()
     )
     documents = list(itertools.islice(read, guard.max_documents))
-    if len(documents) < FEWEST_DOCUMENTS:
+    if len(documents) < MIN_DOCUMENTS:
         raise UserError(
             f"evaluate.guards {guard.name}: {guard.uri} holds {len(documents)} documents with text;"
-            f" fewer than {FEWEST_DOCUMENTS} cannot show that nothing is lost: give more, or leave "
+            f" fewer than {MIN_DOCUMENTS} cannot show that nothing is lost: give more, or leave "
             "the guard out"
         )
     return documents

@@ -1,5 +1,6 @@
 from kfp import dsl
-from nudge.components.common.images import DATA_IMAGE
+
+from nudge.components.common.core.images import DATA_IMAGE
 
 
 @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
@@ -13,9 +14,9 @@ def fetch(model_uri: str, model: dsl.Output[dsl.Model], history: dsl.Output[dsl.
     """
     from pathlib import Path
 
-    from nudge.components.common.step import clean_end
+    from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.fetch.fetch import fetch
 
-    with clean_end():
+    with exit_with_user_errors():
         paths = {"model": Path(model.path), "history": Path(history.path)}
         model.metadata.update(fetch(model_uri, **paths))

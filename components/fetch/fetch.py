@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.publish import published, read_manifest
-from nudge.components.common.step import step
+from nudge.components.common.core.publish import published, read_manifest
+from nudge.components.common.core.step import step
 
 
 @step("fetch", outputs=("model", "history"), reuse=False)
@@ -15,7 +15,7 @@ def fetch(model_uri: str, *, model: Path, history: Path) -> dict[str, Any]:
     The URI is any that a base model may have. A folder with the manifest of an upload is checked
     against it. Raises `UserError` if it is damaged or was not trained here.
     """
-    from nudge.components.common.base_model import local_model, resolved, verify_upload
+    from nudge.components.common.models.base_model import local_model, resolved, verify_upload
 
     uri = resolved(model_uri)
     folder = local_model(uri)

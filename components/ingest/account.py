@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import PurePosixPath
 from typing import Any
 
-from nudge.components.common.errors import UserError
+from nudge.components.common.core.errors import UserError
 from nudge.components.common.readers import suffix_of
 
 DUPLICATES = ("duplicate", "near_duplicate")

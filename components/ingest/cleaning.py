@@ -15,10 +15,10 @@ from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from nudge.components.common import workers
-from nudge.components.common.corpus import text_sha256
-from nudge.components.common.errors import UserError
-from nudge.components.common.processes import usable_cores
+from nudge.components.common.artifacts.corpus import text_sha256
+from nudge.components.common.core import workers
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.processes import usable_cores
 from nudge.components.common.readers import Page, Record, Unreadable
 from nudge.components.ingest.duplicates import BUCKETS, Documents, signature
 from nudge.components.ingest.filters import Filter, make_filters, normalise

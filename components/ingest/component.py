@@ -1,5 +1,6 @@
 from kfp import dsl
-from nudge.components.common.images import DATA_IMAGE
+
+from nudge.components.common.core.images import DATA_IMAGE
 
 
 @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
@@ -26,12 +27,12 @@ def ingest(
     """
     from pathlib import Path
 
-    from nudge.components.common.recipe import step_settings
-    from nudge.components.common.step import clean_end
+    from nudge.components.common.core.recipe import step_settings
+    from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.ingest.ingest import ingest
     from nudge.components.ingest.settings import IngestSettings
 
-    with clean_end():
+    with exit_with_user_errors():
         given = {"data_uri": data_uri, "model_name": model_name}
         settings = step_settings(IngestSettings, "ingest", recipe, **given)
         result = ingest(settings, corpus=Path(corpus.path), report=Path(report.path))

@@ -12,7 +12,8 @@ from typing import Any
 import aiohttp
 import aiohttp.resolver
 import fsspec.callbacks
-from nudge.components.common.errors import UserError
+
+from nudge.components.common.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
-from nudge.components.common.errors import UserError
+from nudge.components.common.core.errors import UserError
 from nudge.components.common.readers import Unreadable
 from nudge.components.ingest.settings import FILTER_GROUP, IngestSettings
 

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nudge.components.common.errors import UserError
-from nudge.components.common.held_out import corpus_size
-from nudge.components.common.publish import published, write_atomic
-from nudge.components.common.step import step
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.publish import published, write_atomic
+from nudge.components.common.core.sample_size import corpus_size
+from nudge.components.common.core.step import step
 from nudge.components.ingest.settings import IngestSettings
 
 if TYPE_CHECKING:
-    from nudge.components.common.corpus import Document
-    from nudge.components.common.progress import Progress
+    from nudge.components.common.artifacts.corpus import Document
+    from nudge.components.common.core.progress import Progress
     from nudge.components.ingest.duplicates import Documents
     from nudge.components.ingest.sources import Source
 
@@ -30,7 +30,8 @@ LANGUAGE_SAMPLE, LANGUAGE_CHARACTERS = 300, 1000
 def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str, Any]:
     """Read every source, drop what cannot be used, split the rest.
 
-    ``corpus`` becomes a corpus artifact (`nudge.components.common.corpus`), ``report`` a page.
+    ``corpus`` becomes a corpus artifact (`nudge.components.common.artifacts.corpus`), ``report`` a
+    page.
     In all and for each source, ``documents_in`` is ``documents`` plus every count in ``dropped``,
     and ``text_bytes_in`` is ``text_bytes_kept`` plus every count in ``dropped_bytes``; ``bytes``
     are those of the kept texts after cleaning.
@@ -59,16 +60,16 @@ class _TooFew(UserError):
 
 
 def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, Any]:
-    from nudge.components.common.corpus import SPLITS, write_corpus
-    from nudge.components.common.progress import progress
+    from nudge.components.common.artifacts.corpus import SPLITS, write_corpus
+    from nudge.components.common.core.progress import progress
     from nudge.components.ingest.account import account, check_loss
     from nudge.components.ingest.downloads import WebLimits
     from nudge.components.ingest.duplicates import Documents
     from nudge.components.ingest.filters import make_filters
-    from nudge.components.ingest.novelty import is_new
+    from nudge.components.ingest.new_text import is_new
     from nudge.components.ingest.report import render_report
     from nudge.components.ingest.sources import find_sources
-    from nudge.components.ingest.state import State
+    from nudge.components.ingest.state import IngestState
 
     make_filters(settings)  # what a filter lacks is told before anything is read
     limits = WebLimits(settings.allow_private_addresses, settings.max_download_bytes)
@@ -76,7 +77,9 @@ def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, A
     corpus.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".ingest-", dir=corpus.parent) as folder:
         documents = Documents(Path(folder))
-        state = State(settings.state_uri, settings, Path(folder)) if settings.state_uri else None
+        state = (
+            IngestState(settings.state_uri, settings, Path(folder)) if settings.state_uri else None
+        )
         with progress("ingest", total=len(sources), unit="files") as bar:
             old = state.restore(sources, documents) if state else {}
             read = _read_all(sources, old, settings, documents, bar)
@@ -270,7 +273,7 @@ def _kept(
     settings: IngestSettings,
     folder: Path,
 ) -> "Iterator[Document]":
-    from nudge.components.common.corpus import Document
+    from nudge.components.common.artifacts.corpus import Document
     from nudge.components.ingest.ordering import in_hash_order
 
     kept = f"{KEPT} AND share {'<' if split == 'validation' else '>='} ?"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from nudge.components.common.uris import is_local, local_path
+from nudge.components.common.core.uris import is_local, local_path
 
 MAGIC = "*?["
 

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.errors import UserError
-from nudge.components.common.processes import usable_cores
-from nudge.components.common.progress import Progress
-from nudge.components.common.ray_cluster import joined_ray
+from nudge.components.common.clients.ray_cluster import joined_ray
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.processes import usable_cores
+from nudge.components.common.core.progress import Progress
 from nudge.components.ingest.duplicates import Documents
 from nudge.components.ingest.reading import read_objects
 from nudge.components.ingest.settings import IngestSettings

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from nudge.components.common.progress import Progress
+from nudge.components.common.core.progress import Progress
 from nudge.components.common.readers import Record, Unreadable, read_stream
 from nudge.components.ingest import sources
 from nudge.components.ingest.cleaning import Cleaner, Tally

@@ -3,7 +3,8 @@
 from typing import Any
 
 import jinja2
-from nudge.components.common.shown import CSP, visible
+
+from nudge.components.common.core.sanitize import CSP, visible
 from nudge.components.ingest.account import examples
 
 SOURCES_SHOWN = 200

@@ -3,11 +3,12 @@
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from nudge.components.common.errors import nearest
-from nudge.components.common.registry import RegistryUrl
-from nudge.components.common.registry_names import OptionalRegistryName
-from nudge.components.common.settings import settings
 from pydantic import Field, model_validator
+
+from nudge.components.common.clients.registry.connection import RegistryUrl
+from nudge.components.common.clients.registry.names import OptionalRegistryName
+from nudge.components.common.core.errors import nearest
+from nudge.components.common.core.settings import settings
 
 if TYPE_CHECKING:
     from nudge.components.common.readers import ReadOptions

@@ -22,7 +22,10 @@ import aiohttp
 import botocore.exceptions
 import fsspec
 import tenacity
-from nudge.components.common.errors import UserError
+
+from nudge.components.common.clients.storage import HINTS, connection
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.uris import is_local, package_path
 from nudge.components.common.readers import (
     Records,
     accepted,
@@ -31,8 +34,6 @@ from nudge.components.common.readers import (
     reason_unread,
     suffix_of,
 )
-from nudge.components.common.storage import HINTS, connection
-from nudge.components.common.uris import is_local, package_path
 from nudge.components.ingest.downloads import Client, Counting, WebLimits
 from nudge.components.ingest.listing import MAGIC, local_files, local_name, named_uris
 from nudge.components.ingest.settings import IngestSettings
@@ -115,7 +116,7 @@ class Source:
     def version(self) -> tuple[str, int | None]:
         """What names this state of the object (ETag or time of change), and its bytes as stored,
         where its store tells them."""
-        return _version(again(lambda: self.file_system.info(self.path), self.uri))
+        return _version(with_retries(lambda: self.file_system.info(self.path), self.uri))
 
 
 class ResumableFile(io.RawIOBase):
@@ -146,7 +147,7 @@ class ResumableFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         wanted = max(0, min(len(buffer), self.size - self._at))
-        data = again(lambda: self._range(wanted), self._source.uri) if wanted else b""
+        data = with_retries(lambda: self._range(wanted), self._source.uri) if wanted else b""
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -194,7 +195,7 @@ class ResumableFile(io.RawIOBase):
                 count = Counting(self._source.limits, self._source.uri)
                 get(self._source.path, copy.name, callback=count)
 
-            again(download, self._source.uri)
+            with_retries(download, self._source.uri)
             self._file = open(copy.name, "rb")  # noqa: SIM115  outlives its name
             return os.fstat(self._file.fileno()).st_size
 
@@ -204,7 +205,7 @@ def _version(info: dict[str, Any]) -> tuple[str, int | None]:
     return next((str(info[key]) for key in keys if info.get(key)), ""), info.get("size")
 
 
-def again(work: Any, uri: str) -> Any:
+def with_retries(work: Any, uri: str) -> Any:
     """Do what a store may refuse for a while; raises `Vanished`, or `UserError` if it never can."""
 
     def temporary(error: BaseException) -> bool:
@@ -314,7 +315,7 @@ def fetched(source: Source) -> bytes | None:
     if source.path.startswith(WEB):
         return None
     try:
-        data = bytes(again(lambda: source.file_system.cat_file(source.path), source.uri))
+        data = bytes(with_retries(lambda: source.file_system.cat_file(source.path), source.uri))
         is_listed = len(data) == source.bytes and _listed(*source.version()) == source.listed
     except Vanished:
         return None
@@ -373,7 +374,7 @@ def _is_remote_name(uri: str) -> bool:
     if "\n" in uri or any("://" in other or other.startswith("/") for other in others):
         return False
     file_system, path = file_system_of(uri, "ingest.data_uri")
-    return bool(again(lambda: file_system.exists(path), uri))
+    return bool(with_retries(lambda: file_system.exists(path), uri))
 
 
 def _expand(uri: str, limits: WebLimits) -> list[Source]:
@@ -392,14 +393,14 @@ def _expand(uri: str, limits: WebLimits) -> list[Source]:
             raise UserError(f"ingest.data_uri {source.uri}: there is no such file") from None
     try:
         path, is_named = _name_or_pattern(file_system, path, uri)
-        is_folder = is_named and again(lambda: file_system.isdir(path), uri)
+        is_folder = is_named and with_retries(lambda: file_system.isdir(path), uri)
         if is_folder and any(mark in path for mark in MAGIC):
-            infos = again(lambda: file_system.find(path, detail=True), uri)
+            infos = with_retries(lambda: file_system.find(path, detail=True), uri)
         elif is_named and not is_folder and any(mark in path for mark in MAGIC):
-            infos = {path: again(lambda: file_system.info(path), uri)}
+            infos = {path: with_retries(lambda: file_system.info(path), uri)}
         else:
             pattern = posixpath.join(path, "**") if is_folder else path
-            infos = again(lambda: file_system.glob(pattern, detail=True), uri)
+            infos = with_retries(lambda: file_system.glob(pattern, detail=True), uri)
     except Vanished:
         infos, is_folder = {}, False
     except UserError:
@@ -441,9 +442,9 @@ def _name_or_pattern(file_system: Any, path: str, uri: str) -> tuple[str, bool]:
     has_magic = any(mark in path for mark in MAGIC)
     if not has_magic and "%" not in path:
         return path, True
-    if again(lambda: file_system.exists(path), uri):
+    if with_retries(lambda: file_system.exists(path), uri):
         return path, True
-    if not has_magic and again(lambda: file_system.exists(unquote(path)), uri):
+    if not has_magic and with_retries(lambda: file_system.exists(unquote(path)), uri):
         return unquote(path), True
     return path, not has_magic
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from nudge.components.common import readers
-from nudge.components.common.errors import UserError
-from nudge.components.common.publish import read_manifest, sha256_file, write_manifest
-from nudge.components.common.uris import is_local, local_path
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.publish import read_manifest, sha256_file, write_manifest
+from nudge.components.common.core.uris import is_local, local_path
 from nudge.components.ingest.duplicates import Documents
 from nudge.components.ingest.settings import IngestSettings
-from nudge.components.ingest.sources import Source, Vanished, again, file_system_of
+from nudge.components.ingest.sources import Source, Vanished, file_system_of, with_retries
 
 FORMAT, VERSION = "nudge.ingest-state", 1
 MANIFEST = "manifest.json"
@@ -62,7 +62,7 @@ LIBRARIES = (
 )
 
 
-class State:
+class IngestState:
     """The state at a URI; ``folder`` is a place on this machine for its files.
 
     Raises `UserError` if something else stands there.
@@ -134,7 +134,9 @@ class State:
         body = {"cleaning": self._cleaning, "objects": objects, "files": files}
         self._publish(body)
         with self._told("tidied"):
-            for path in again(lambda: self._file_system.ls(self._root, detail=False), self._uri):
+            for path in with_retries(
+                lambda: self._file_system.ls(self._root, detail=False), self._uri
+            ):
                 name = posixpath.basename(path)
                 if name.startswith("documents-") and name not in files:
                     self._file_system.rm_file(path)
@@ -148,14 +150,16 @@ class State:
 
     def _fetch(self, name: str) -> Path:
         path = self._folder / name
-        again(lambda: self._file_system.get_file(f"{self._root}/{name}", str(path)), self._uri)
+        with_retries(
+            lambda: self._file_system.get_file(f"{self._root}/{name}", str(path)), self._uri
+        )
         return path
 
     def _put(self, path: Path) -> None:
         self._file_system.makedirs(self._root, exist_ok=True)
         with self._told("written"):
             target = f"{self._root}/{path.name}"
-            again(lambda: self._file_system.put_file(str(path), target), self._uri)
+            with_retries(lambda: self._file_system.put_file(str(path), target), self._uri)
 
     @contextlib.contextmanager
     def _told(self, what: str) -> Iterator[None]:

@@ -1,7 +1,8 @@
 from typing import NamedTuple
 
 from kfp import dsl
-from nudge.components.common.images import DATA_IMAGE
+
+from nudge.components.common.core.images import DATA_IMAGE
 
 
 @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
@@ -34,13 +35,13 @@ def register(
     from pathlib import Path
     from typing import NamedTuple
 
-    from nudge.components.common.provenance import this_run
-    from nudge.components.common.recipe import step_settings
-    from nudge.components.common.step import clean_end
+    from nudge.components.common.core.provenance import this_run
+    from nudge.components.common.core.recipe import step_settings
+    from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.register.register import lineage, register
     from nudge.components.register.settings import RegisterSettings
 
-    with clean_end():
+    with exit_with_user_errors():
         settings = step_settings(RegisterSettings, "register", recipe, model_name=model_name)
         run = this_run(run_id)
         paths = {"model": Path(model.path), "evaluation": Path(evaluation.path)}

@@ -4,8 +4,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common import model_files
-from nudge.components.common.errors import UserError
+from nudge.components.common.artifacts import model_files
+from nudge.components.common.core.errors import UserError
 
 
 def evaluated_manifest(uri: str, model_name: str, version: str, results: dict[str, Any]) -> str:
@@ -14,8 +14,8 @@ def evaluated_manifest(uri: str, model_name: str, version: str, results: dict[st
     Raises `UserError` unless the manifest is of this version and lists exactly the files that the
     evaluation ``results`` scored. An evaluation by an older nudge has a digest of the weights only.
     """
-    from nudge.components.common.base_model import download_model
-    from nudge.components.common.publish import sha256_file
+    from nudge.components.common.core.publish import sha256_file
+    from nudge.components.common.models.base_model import download_model
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / model_files.MANIFEST

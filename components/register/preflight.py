@@ -2,13 +2,21 @@
 
 from typing import Any
 
-from nudge.components.common.errors import UserError
-from nudge.components.common.recipe import step_settings
-from nudge.components.common.registry import Unreachable, registry_url, with_registry
-from nudge.components.common.registry_lookup import find_model, find_model_version, list_models
-from nudge.components.common.names import check_name
-from nudge.components.common.registry_names import refuse_confusable
-from nudge.components.common.registry_values import check_sendable
+from nudge.components.common.clients.registry.connection import (
+    Unreachable,
+    registry_url,
+    with_registry,
+)
+from nudge.components.common.clients.registry.lookup import (
+    find_model,
+    find_model_version,
+    list_models,
+)
+from nudge.components.common.clients.registry.names import refuse_confusable
+from nudge.components.common.clients.registry.values import check_sendable
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.names import check_name
+from nudge.components.common.core.recipe import step_settings
 from nudge.components.register.settings import RegisterSettings
 
 

@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.comparison import RECORD, comparison_properties
-from nudge.components.common.errors import Transient, UserError
-from nudge.components.common.names import check_name
-from nudge.components.common.publish import read_manifest, sha256_file
-from nudge.components.common.registry import Unreachable
-from nudge.components.common.registry_lookup import (
+from nudge.components.common.artifacts.comparison import RECORD, comparison_properties
+from nudge.components.common.clients.registry.connection import Unreachable
+from nudge.components.common.clients.registry.lookup import (
     find_model,
     find_model_artifact,
     find_model_version,
     list_model_versions,
     list_models,
 )
-from nudge.components.common.registry_names import refuse_confusable
-from nudge.components.common.registry_values import read_properties, storable
-from nudge.components.common.step import step
+from nudge.components.common.clients.registry.names import refuse_confusable
+from nudge.components.common.clients.registry.values import read_properties, storable
+from nudge.components.common.core.errors import Transient, UserError
+from nudge.components.common.core.names import check_name
+from nudge.components.common.core.publish import read_manifest, sha256_file
+from nudge.components.common.core.step import step
 from nudge.components.register.evaluated import evaluated_manifest
 from nudge.components.register.settings import RegisterSettings
 
@@ -64,9 +64,9 @@ def register(
     other files than were uploaded, or if the registry does not answer; what was to be registered is
     then kept in the object store, and the error says the command that finishes it.
     """
-    from nudge.components.common.progress import progress
-    from nudge.components.common.registry import registry_url
-    from nudge.components.register import unfinished
+    from nudge.components.common.clients.registry.connection import registry_url
+    from nudge.components.common.core.progress import progress
+    from nudge.components.register import pending
 
     check_name("the model", settings.model_name)
     check_name("the version", version)
@@ -94,20 +94,20 @@ def register(
         try:
             told = enter(url, entry)
         except Unreachable as error:
-            command = unfinished.keep(entry, url)
+            command = pending.keep(entry, url)
             raise Transient(
                 f"{error}\nthe model itself is safe at {uri}; this finishes it later:\n  {command}"
             ) from None
         except UserError as error:
             raise UserError(f"{error}\nthe model itself is safe at {uri}") from None
-    unfinished.forget(uri)
+    pending.forget(uri)
     return {**told, **_tidied(url, settings)}
 
 
 def enter(url: str, entry: Registration) -> dict[str, Any]:
     """Make what is not there yet of a registration; returns the names and ids for its lineage."""
-    from nudge.components.common.registry import with_registry
-    from nudge.components.common.releases import note_properties
+    from nudge.components.common.clients.registry.connection import with_registry
+    from nudge.components.common.clients.registry.releases import note_properties
 
     async def complete(client: Any) -> tuple[str, str]:
         model = await _model(client, entry)
@@ -120,7 +120,9 @@ def enter(url: str, entry: Registration) -> dict[str, Any]:
             )
         else:
             # A run that goes on may have been compared with another incumbent this time.
-            compared = {key: str(entry.properties[key]) for key in RECORD if key in entry.properties}
+            compared = {
+                key: str(entry.properties[key]) for key in RECORD if key in entry.properties
+            }
             known = found.custom_properties or {}
             if any(known.get(key) != value for key, value in compared.items()):
                 await note_properties(str(found.id), compared)(client)
@@ -219,9 +221,9 @@ async def _find_or_create(
 
 def _tidied(url: str, settings: RegisterSettings) -> dict[str, list[str]]:
     """Archive old versions and delete the objects of archived ones, as far as the settings ask."""
-    from nudge.components.common.registry import with_registry
-    from nudge.components.common.releases import archive_older, unneeded
-    from nudge.components.common.storage import delete_version
+    from nudge.components.common.clients.registry.connection import with_registry
+    from nudge.components.common.clients.registry.releases import archive_older, unneeded
+    from nudge.components.common.clients.storage import delete_version
 
     name, keep = settings.model_name, settings.keep_versions
     archived = with_registry(url, archive_older(name, keep)) if keep else []

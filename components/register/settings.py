@@ -2,10 +2,11 @@
 
 from typing import Annotated
 
-from nudge.components.common.registry import RegistryUrl
-from nudge.components.common.registry_names import RegistryName
-from nudge.components.common.settings import settings
 from pydantic import Field
+
+from nudge.components.common.clients.registry.connection import RegistryUrl
+from nudge.components.common.clients.registry.names import RegistryName
+from nudge.components.common.core.settings import settings
 
 
 @settings

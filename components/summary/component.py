@@ -1,5 +1,6 @@
 from kfp import dsl
-from nudge.components.common.images import DATA_IMAGE
+
+from nudge.components.common.core.images import DATA_IMAGE
 
 
 @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
@@ -23,13 +24,13 @@ def summary(
     """
     from pathlib import Path
 
-    from nudge.components.common.provenance import this_run
-    from nudge.components.common.recipe import some_settings
-    from nudge.components.common.step import clean_end
+    from nudge.components.common.core.provenance import this_run
+    from nudge.components.common.core.recipe import some_settings
+    from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.summary.settings import SummarySettings
     from nudge.components.summary.summary import summary
 
-    with clean_end():
+    with exit_with_user_errors():
         settings = some_settings(SummarySettings, "register", recipe, model_name=model_name)
         run = this_run(run_id)
         summary(

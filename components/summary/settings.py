@@ -1,8 +1,8 @@
 """The settings of the step `summary`."""
 
-from nudge.components.common.registry import RegistryUrl
-from nudge.components.common.registry_names import RegistryName
-from nudge.components.common.settings import settings
+from nudge.components.common.clients.registry.connection import RegistryUrl
+from nudge.components.common.clients.registry.names import RegistryName
+from nudge.components.common.core.settings import settings
 
 
 @settings

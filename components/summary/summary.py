@@ -7,17 +7,17 @@ from typing import Any
 
 import jinja2
 
-from nudge.components.common.errors import UserError
-from nudge.components.common.progress import last_events
-from nudge.components.common.publish import write_atomic
-from nudge.components.common.registry_lookup import (
+from nudge.components.common.clients.registry.lookup import (
     find_model,
     find_model_artifact,
     find_model_version,
 )
-from nudge.components.common.releases import NOT_PROMOTED, find_served
-from nudge.components.common.shown import visible
-from nudge.components.common.step import step
+from nudge.components.common.clients.registry.releases import NOT_PROMOTED, find_served
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.progress import last_events
+from nudge.components.common.core.publish import write_atomic
+from nudge.components.common.core.sanitize import visible
+from nudge.components.common.core.step import step
 
 
 def plain(value: Any) -> str:
@@ -40,7 +40,8 @@ It failed{% if task %} in `{{ task }}`{% endif %}: {{ error }}
 
 {% endif %}
 {% if found %}
-**{{ model_name }} {{ version }}** is registered{{ ", not promoted" if found.not_promoted else "" }}.
+**{{ model_name }} {{ version }}** is registered
+{{- ", not promoted" if found.not_promoted else "" }}.
 
 | what | |
 |---|---|
@@ -76,7 +77,7 @@ def summary(
     The exit handler cannot take what the steps gave, so the registry is asked; a registry that
     cannot be asked is said to be so, and is not taken for one that knows nothing.
     """
-    from nudge.components.common.registry import registry_url, with_registry
+    from nudge.components.common.clients.registry.connection import registry_url, with_registry
 
     failed, why, verdict = _told_here()
     task, error = failed or task, why or error

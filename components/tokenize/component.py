@@ -1,5 +1,6 @@
 from kfp import dsl
-from nudge.components.common.images import TRAIN_IMAGE
+
+from nudge.components.common.core.images import TRAIN_IMAGE
 
 
 # A base model may be a GGUF file, whose tokenizer comes through PyTorch.
@@ -17,12 +18,12 @@ def tokenize(
     """
     from pathlib import Path
 
-    from nudge.components.common.recipe import step_settings
-    from nudge.components.common.step import clean_end
+    from nudge.components.common.core.recipe import step_settings
+    from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.tokenize.settings import TokenizeSettings
     from nudge.components.tokenize.tokenize import tokenize
 
-    with clean_end():
+    with exit_with_user_errors():
         settings = step_settings(TokenizeSettings, "tokenize", recipe, base_model=base_model)
         tokens.metadata.update(
             tokenize(settings, corpus=Path(corpus.path), tokens=Path(tokens.path))

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from nudge.components.common import workers
-from nudge.components.common.errors import UserError
+
+from nudge.components.common.core import workers
+from nudge.components.common.core.errors import UserError
 from nudge.components.tokenize.ids import exact, ids_of
 
 T = TypeVar("T")

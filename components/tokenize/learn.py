@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.end_of_document import END_OF_DOCUMENT
-from nudge.components.tokenize.settings import TokenizeSettings
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from nudge.components.common.models.end_of_document import END_OF_DOCUMENT
+from nudge.components.tokenize.settings import TokenizeSettings
 
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

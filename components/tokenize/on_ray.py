@@ -8,10 +8,11 @@ import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from nudge.components.common.corpus import read_lines
-from nudge.components.common.publish import verify_file
-from nudge.components.common.ray_cluster import joined_ray
-from nudge.components.common.tokens import ShardWriter
+
+from nudge.components.common.artifacts.corpus import read_lines
+from nudge.components.common.artifacts.tokens import ShardWriter
+from nudge.components.common.clients.ray_cluster import joined_ray
+from nudge.components.common.core.publish import verify_file
 from nudge.components.tokenize.encode import BLOCK_BYTES, Encoding, encode
 
 if TYPE_CHECKING:

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from nudge.components.common.end_of_document import END_OF_DOCUMENT
-from nudge.components.common.settings import settings
 from pydantic import Field
+
+from nudge.components.common.core.settings import settings
+from nudge.components.common.models.end_of_document import END_OF_DOCUMENT
 
 BYTES = 256
 """The least vocabulary of a byte-level tokenizer: every byte is a token."""

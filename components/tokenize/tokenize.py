@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nudge.components.common.errors import UserError
-from nudge.components.common.publish import (
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.publish import (
     published,
     sha256_file,
     sha256_tree,
     verify_file,
     write_manifest,
 )
-from nudge.components.common.step import step
+from nudge.components.common.core.step import step
 from nudge.components.tokenize.settings import TokenizeSettings
 
 if TYPE_CHECKING:
@@ -39,17 +39,18 @@ class Shard:
 def tokenize(settings: TokenizeSettings, *, corpus: Path, tokens: Path) -> dict[str, Any]:
     """Tokenize both splits with the base model's tokenizer, or with one trained on the corpus.
 
-    ``tokens`` becomes a tokens artifact (`nudge.components.common.tokens`): each document's ids
+    ``tokens`` becomes a tokens artifact (`nudge.components.common.artifacts.tokens`): each
+    document's ids
     with one end-of-document token, uint16 or uint32 by the size of the vocabulary, a shard for each
     shard of the corpus, and the tokenizer's folder. Neither the number of processes nor the engine
     changes a byte, and memory does not grow with the corpus. Raises `UserError` if the corpus or
     the tokenizer cannot be read.
     """
-    from nudge.components.common.corpus import SPLITS, read_corpus, read_documents
-    from nudge.components.common.end_of_document import end_of_document_id
-    from nudge.components.common.processes import usable_cores
-    from nudge.components.common.progress import progress
-    from nudge.components.common.tokens import FORMAT, VERSION, token_dtype
+    from nudge.components.common.artifacts.corpus import SPLITS, read_corpus, read_documents
+    from nudge.components.common.artifacts.tokens import FORMAT, VERSION, token_dtype
+    from nudge.components.common.core.processes import usable_cores
+    from nudge.components.common.core.progress import progress
+    from nudge.components.common.models.end_of_document import end_of_document_id
     from nudge.components.tokenize.encode import Encoding
     from nudge.components.tokenize.ids import why_not_fast
 
@@ -103,14 +104,15 @@ def tokenize(settings: TokenizeSettings, *, corpus: Path, tokens: Path) -> dict[
 def _tokenizer(settings: TokenizeSettings, corpus: Path, folder: Path, bar: Any) -> Any:
     """The tokenizer as transformers reads it; it is saved into ``folder`` too."""
     if settings.tokenizer == "train":
-        from nudge.components.common.corpus import read_documents
+        from nudge.components.common.artifacts.corpus import read_documents
         from nudge.components.tokenize.learn import train_tokenizer
 
         bar.note(stage="training the tokenizer")
         texts = (document.text for document in read_documents(corpus, "train"))
         return train_tokenizer(texts, settings, folder)
-    from nudge.components.common.base_model import local_tokenizer
     from transformers import AutoTokenizer
+
+    from nudge.components.common.models.base_model import local_tokenizer
 
     bar.note(stage="loading the tokenizer")
     found = local_tokenizer(settings.base_model)
@@ -126,7 +128,7 @@ def _tokenizer(settings: TokenizeSettings, corpus: Path, folder: Path, bar: Any)
 
 def _write(settings: TokenizeSettings, shards: list[Shard], encoding: "Encoding", bar: Any) -> None:
     """Make the file of every shard."""
-    from nudge.components.common.processes import usable_cores
+    from nudge.components.common.core.processes import usable_cores
     from nudge.components.tokenize.encode import BLOCK_BYTES
 
     processes = settings.processes or usable_cores()
@@ -142,7 +144,8 @@ def _write(settings: TokenizeSettings, shards: list[Shard], encoding: "Encoding"
 
 def _write_here(shards: list[Shard], encoding: "Encoding", processes: int, bar: Any) -> None:
     import numpy as np
-    from nudge.components.common.tokens import ShardWriter
+
+    from nudge.components.common.artifacts.tokens import ShardWriter
     from nudge.components.tokenize.encode import encode_all
 
     encoded = encode_all(_blocks(shards), encoding, processes)
@@ -158,7 +161,7 @@ def _write_here(shards: list[Shard], encoding: "Encoding", processes: int, bar: 
 
 
 def _blocks(shards: list[Shard]) -> Iterator[tuple[Shard, bytes]]:
-    from nudge.components.common.corpus import read_lines
+    from nudge.components.common.artifacts.corpus import read_lines
     from nudge.components.tokenize.encode import BLOCK_BYTES
 
     for shard in shards:
@@ -170,7 +173,7 @@ def _blocks(shards: list[Shard]) -> Iterator[tuple[Shard, bytes]]:
 
 def _entry(shard: Shard) -> dict[str, Any]:
     """What the manifest tells of a shard; raises if a document was lost on the way."""
-    from nudge.components.common.tokens import shard_counts
+    from nudge.components.common.artifacts.tokens import shard_counts
 
     documents, tokens = shard_counts(shard.tokens)
     assert documents == shard.documents, f"{documents} of {shard.documents} documents of {shard}"

@@ -11,10 +11,11 @@ import tempfile
 from pathlib import Path
 
 import click
-from nudge.components.common.errors import Transient, UserError
-from nudge.components.common.recipe import step_settings
-from nudge.components.common.step import clean_end, disk_is_full
-from nudge.components.common.uris import is_local, local_path
+
+from nudge.components.common.core.errors import Transient, UserError
+from nudge.components.common.core.recipe import step_settings
+from nudge.components.common.core.step import disk_is_full, exit_with_user_errors
+from nudge.components.common.core.uris import is_local, local_path
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.torchrun import ERROR_VARIABLE, TRANSIENT
 
@@ -30,7 +31,7 @@ def main(
     recipe: str, base_model: str, tokens: str, model: Path, history: Path, report: Path
 ) -> None:
     """Train as one rank of those that torchrun started, or alone."""
-    with clean_end(), tempfile.TemporaryDirectory() as folder:
+    with exit_with_user_errors(), tempfile.TemporaryDirectory() as folder:
         try:
             from nudge.components.train.train import train_rank
 
@@ -50,7 +51,7 @@ def main(
 def _tokens(uri: str, folder: Path) -> Path:
     if is_local(uri):
         return local_path(uri)
-    from nudge.components.common.storage import download_folder
+    from nudge.components.common.clients.storage import download_folder
 
     download_folder(uri, folder)
     return folder

@@ -4,10 +4,11 @@ import warnings
 from typing import Any
 
 import torch
-from nudge.components.common.errors import UserError
-from nudge.components.train.settings import TrainSettings
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from nudge.components.common.core.errors import UserError
+from nudge.components.train.settings import TrainSettings
 
 PART_A, PART_B = "lora_A.default.weight", "lora_B.default.weight"
 

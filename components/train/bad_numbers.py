@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
+
 from nudge.components.train.data import Rows
 from nudge.components.train.network import Network
 from nudge.components.train.settings import TrainSettings
-from torch import nn
 
 LARGE = {torch.float16: 2.0**7}
 """A value from which on its square nears what the dtype holds; 2^60 for float32 and bfloat16,

@@ -1,5 +1,6 @@
 from kfp import dsl
-from nudge.components.common.images import TRAIN_IMAGE
+
+from nudge.components.common.core.images import TRAIN_IMAGE
 
 
 @dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
@@ -25,12 +26,12 @@ def train(
     """
     from pathlib import Path
 
-    from nudge.components.common.recipe import step_settings
-    from nudge.components.common.step import clean_end
+    from nudge.components.common.core.recipe import step_settings
+    from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.train.settings import TrainSettings
     from nudge.components.train.train import train
 
-    with clean_end():
+    with exit_with_user_errors():
         settings = step_settings(TrainSettings, "train", recipe, base_model=base_model)
         paths = {
             "model": Path(model.path),
@@ -78,12 +79,12 @@ def train_on_nodes(
     """
     from pathlib import Path
 
-    from nudge.components.common.recipe import step_settings
-    from nudge.components.common.step import clean_end
+    from nudge.components.common.core.recipe import step_settings
+    from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.train.settings import TrainSettings, on_nodes
     from nudge.components.train.train import train
 
-    with clean_end():
+    with exit_with_user_errors():
         job = {
             "nodes": nodes,
             "gpus_per_node": gpus_per_node,

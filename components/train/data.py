@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from nudge.components.common.errors import UserError
-from nudge.components.common.tokens import TokenReader
+
+from nudge.components.common.artifacts.tokens import TokenReader
+from nudge.components.common.core.errors import UserError
 
 IGNORED = -100
 """The target of padding; the loss leaves it out."""

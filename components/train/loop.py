@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from nudge.components.common.errors import Transient, UserError
-from nudge.components.common.language_model import likeliest, target_ids, target_probability
-from nudge.components.common.progress import Progress
+
+from nudge.components.common.core.errors import Transient, UserError
+from nudge.components.common.core.progress import Progress
+from nudge.components.common.models.language_model import likeliest, target_ids, target_probability
 from nudge.components.train.bad_numbers import find
-from nudge.components.train.checkpoints import Checkpoints, State
+from nudge.components.train.checkpoints.checkpoints import Checkpoints, TrainingState
 from nudge.components.train.data import IGNORED, PackedSplit, Rows
 from nudge.components.train.meter import Meter
 from nudge.components.train.network import Network
 from nudge.components.train.ranks import Ranks
-from nudge.components.train.record import NoRecord, Record
+from nudge.components.train.record import NoTrainingLog, TrainingLog
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.stopping import Stopping
 
@@ -82,10 +83,10 @@ def train_loop(
     validation: PackedSplit,
     settings: TrainSettings,
     steps: int,
-    record: Record | NoRecord,
+    record: TrainingLog | NoTrainingLog,
     checkpoints: Checkpoints,
     bar: Progress,
-) -> State:
+) -> TrainingState:
     """Train the network's model in place up to optimizer step ``steps``, from where its newest
     checkpoint stands if it has one; returns what was done.
 
@@ -93,7 +94,7 @@ def train_loop(
     checkpoint is written.
     """
     ranks = network.ranks
-    state = checkpoints.resume(network, optimizer, record) or State()
+    state = checkpoints.resume(network, optimizer, record) or TrainingState()
     bar.advance(state.step)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     started = time.monotonic() - state.seconds
@@ -245,7 +246,7 @@ def _watch(
     tokenizer: Any,
     settings: TrainSettings,
     step: int,
-    record: Record | NoRecord,
+    record: TrainingLog | NoTrainingLog,
 ) -> None:
     """Write down what the model expects after the watched prompt, if there is one."""
     if settings.watch is None:
@@ -261,7 +262,7 @@ def _watch(
     record.probe({"step": step, "p": p, "loss": loss, "top": top})
 
 
-def _no_better(state: State, settings: TrainSettings) -> bool:
+def _no_better(state: TrainingState, settings: TrainSettings) -> bool:
     return bool(settings.early_stopping) and state.worse_in_a_row >= settings.early_stopping
 
 

@@ -4,12 +4,13 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from nudge.components.common.errors import UserError
+
+from nudge.components.common.core.errors import UserError
 from nudge.components.train.settings import TrainSettings
 
 
 @contextlib.contextmanager
-def told_what_to_lower(settings: TrainSettings) -> Iterator[None]:
+def explain_out_of_memory(settings: TrainSettings) -> Iterator[None]:
     """Turn torch's errors about memory, of a GPU or a CPU, into a `UserError`."""
     try:
         yield

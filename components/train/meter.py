@@ -5,7 +5,8 @@ import time
 from typing import Any
 
 import torch
-from nudge.components.common.language_model import head_weight
+
+from nudge.components.common.models.language_model import head_weight
 
 BF16_PEAKS = {
     "NVIDIA B200": 2250e12,

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nudge.components.common.base_model import local_model, model_sha256
-from nudge.components.common.errors import UserError
-from nudge.components.common.language_model import head_weight, hidden_states, load_model
+
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.models.base_model import local_model, model_sha256
+from nudge.components.common.models.language_model import head_weight, hidden_states, load_model
 from nudge.components.train.settings import TrainSettings
 
 HEAD_SIZE = 64

@@ -4,18 +4,19 @@ import contextlib
 from typing import Any, Literal
 
 import torch
-from nudge.components.common.errors import UserError
-from nudge.components.common.language_model import (
+from torch import nn
+
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.models.language_model import (
     hidden_states,
     next_token_loss,
     probabilities_along,
     speed_up_products,
 )
 from nudge.components.train.data import IGNORED, Rows
-from nudge.components.train.lean import keep_less
 from nudge.components.train.ranks import Ranks
+from nudge.components.train.recompute import keep_less
 from nudge.components.train.settings import TrainSettings
-from torch import nn
 
 
 class _NextToken(nn.Module):

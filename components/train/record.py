@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from nudge.components.train.job_status import JobStatus, open_job_status
+from nudge.components.train.cluster.job_status import JobStatus, open_job_status
 
 METRICS, PROBES = "metrics.jsonl", "probes.jsonl"
 MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
-class Record:
+class TrainingLog:
     """The open files of a history; made by `open_record`.
 
     ``metric`` and ``probe`` take a line each. A resumed run gives the lines of the one before to
@@ -68,7 +68,7 @@ class Record:
         self._tracking.metrics(shown, values["step"])
 
 
-class NoRecord:
+class NoTrainingLog:
     """The same for ranks that write nothing."""
 
     lines: dict[str, list[str]] = {METRICS: [], PROBES: []}  # noqa: RUF012
@@ -140,14 +140,16 @@ class Tracking:
 
 
 @contextlib.contextmanager
-def open_record(folder: Path, name: str, settings: dict[str, Any], steps: int) -> Iterator[Record]:
+def open_record(
+    folder: Path, name: str, settings: dict[str, Any], steps: int
+) -> Iterator[TrainingLog]:
     """Write the history of a run of ``steps`` steps into ``folder`` while the block runs, and to
     MLflow if it is asked for and works."""
     from tensorboardX import SummaryWriter
 
     with _tracked(name, settings) as tracking, open_job_status(steps) as status:
         board = SummaryWriter(str(folder / "tensorboard"), write_to_disk=True)
-        record = Record(folder, board, tracking, status)
+        record = TrainingLog(folder, board, tracking, status)
         try:
             yield record
         finally:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jinja2
-from nudge.components.common.shown import CSP, visible
+
+from nudge.components.common.core.sanitize import CSP, visible
 
 DRAWN_POINTS = 400
 """Points of one drawn line; a longer one is thinned evenly."""

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nudge.components.common.provenance import code_version
+
+from nudge.components.common.core.provenance import code_version
 from nudge.components.train.adapt import adapter_state, lora_config, merged_state
 from nudge.components.train.card import model_card
 from nudge.components.train.model import Start

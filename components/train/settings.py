@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from nudge.components.common.settings import parse, settings
 from pydantic import Field
+
+from nudge.components.common.core.settings import parse, settings
 
 
 @settings

@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 from types import FrameType
 
-from nudge.components.common.errors import Transient, UserError
-from nudge.components.common.processes import usable_cores
+from nudge.components.common.core.errors import Transient, UserError
+from nudge.components.common.core.processes import usable_cores
 from nudge.components.train.settings import TrainSettings
 
 ERROR_VARIABLE = "NUDGE_ERROR_FILE"

@@ -5,9 +5,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.base_model import model_sha256
-from nudge.components.common.publish import published, write_atomic, write_manifest
-from nudge.components.common.step import step
+from nudge.components.common.core.publish import published, write_atomic, write_manifest
+from nudge.components.common.core.step import step
+from nudge.components.common.models.base_model import model_sha256
 from nudge.components.train.settings import TrainSettings
 
 FORMAT, VERSION = "nudge.model", 1
@@ -32,7 +32,7 @@ def train(
     Raises `UserError` on a tokenizer that does not fit the model, on a loss that is not finite, on
     too little memory, and on checkpoints that are of another run.
     """
-    from nudge.components.common.base_model import resolved
+    from nudge.components.common.models.base_model import resolved
     from nudge.components.train.result import results
     from nudge.components.train.torchrun import processes_wanted, run_ranks
 
@@ -40,7 +40,7 @@ def train(
     settings = dataclasses.replace(settings, base_model=resolved(settings.base_model))
     paths = {"tokens": tokens, "model": model, "history": history, "report": report}
     if settings.launcher != "local":
-        from nudge.components.train.launch import launch
+        from nudge.components.train.cluster.launch import launch
 
         launch(settings, paths)
     elif count := processes_wanted(settings):
@@ -54,22 +54,22 @@ def train_rank(
     settings: TrainSettings, *, tokens: Path, model: Path, history: Path, report: Path
 ) -> None:
     """Train as this rank of those that torchrun's variables name, or alone; see `train`."""
-    from nudge.components.train.memory import told_what_to_lower
+    from nudge.components.train.memory import explain_out_of_memory
     from nudge.components.train.ranks import joined_ranks
 
-    with told_what_to_lower(settings), joined_ranks() as ranks:
+    with explain_out_of_memory(settings), joined_ranks() as ranks:
         _train(settings, ranks, tokens, model, history, report)
 
 
 def _train(
     settings: TrainSettings, ranks: Any, tokens: Path, model: Path, history: Path, report: Path
 ) -> None:
-    from nudge.components.common import language_model
-    from nudge.components.common.end_of_document import document_start_id
-    from nudge.components.common.progress import progress
-    from nudge.components.common.tokens import read_tokens_manifest, verified_tokenizer
+    from nudge.components.common.artifacts.tokens import read_tokens_manifest, verified_tokenizer
+    from nudge.components.common.core.progress import progress
+    from nudge.components.common.models import language_model
+    from nudge.components.common.models.end_of_document import document_start_id
     from nudge.components.train.adapt import adapt
-    from nudge.components.train.checkpoints import identity, open_checkpoints
+    from nudge.components.train.checkpoints.checkpoints import identity, open_checkpoints
     from nudge.components.train.data import PackedSplit
     from nudge.components.train.loop import make_optimizer, planned_steps, train_loop
     from nudge.components.train.model import (
@@ -79,7 +79,7 @@ def _train(
         check_vocabulary,
     )
     from nudge.components.train.network import Network, check_document_masking, precision_on
-    from nudge.components.train.record import NoBar, NoRecord, open_record
+    from nudge.components.train.record import NoBar, NoTrainingLog, open_record
     from nudge.components.train.report import render_report
     from nudge.components.train.result import facts_of, write_model
     from nudge.components.train.torchrun import threads_each
@@ -114,7 +114,7 @@ def _train(
         optimizer = make_optimizer(network.model, settings)
         facts = facts_of(settings, manifest, start, network)
         facts["tokens"] = {name: part.tokens for name, part in zip(SPLITS, split, strict=True)}
-        record: Any = NoRecord()
+        record: Any = NoTrainingLog()
         if ranks.main:
             plain = dataclasses.asdict(settings)
             record = stack.enter_context(open_record(history_part, model.name, plain, steps))

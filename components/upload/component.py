@@ -1,5 +1,6 @@
 from kfp import dsl
-from nudge.components.common.images import DATA_IMAGE
+
+from nudge.components.common.core.images import DATA_IMAGE
 
 
 @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
@@ -20,13 +21,13 @@ def upload(
     """
     from pathlib import Path
 
-    from nudge.components.common.provenance import this_run
-    from nudge.components.common.recipe import step_settings
-    from nudge.components.common.step import clean_end
+    from nudge.components.common.core.provenance import this_run
+    from nudge.components.common.core.recipe import step_settings
+    from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.upload.settings import UploadSettings
     from nudge.components.upload.upload import upload
 
-    with clean_end():
+    with exit_with_user_errors():
         settings = step_settings(UploadSettings, "upload", recipe, model_name=model_name)
         result = upload(settings, model=Path(model.path), version=version or this_run(run_id))
     return str(result["uri"])

@@ -16,8 +16,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from nudge.components.common import modelcar, oci
-from nudge.components.common.errors import UserError
+from nudge.components.common.clients import image_registry, modelcar
+from nudge.components.common.core.errors import UserError
 from nudge.components.upload.sending import Taken
 
 SMALL_BYTES = 16 << 20
@@ -55,7 +55,7 @@ class Layer:
 
     def descriptor(self) -> dict[str, Any]:
         return {
-            "mediaType": oci.LAYER,
+            "mediaType": image_registry.LAYER,
             "digest": self.digest,
             "size": self.size,
             "annotations": {modelcar.FILES: json.dumps(sorted({*self.files, *self.texts}))},
@@ -106,7 +106,9 @@ def with_text(layer: Layer, name: str, text: bytes) -> Layer:
 class Image:
     """An image of these layers for each machine that the base image is for."""
 
-    def __init__(self, base: oci.Repository, layers: Sequence[Layer], version: str) -> None:
+    def __init__(
+        self, base: image_registry.Repository, layers: Sequence[Layer], version: str
+    ) -> None:
         self.layers = layers
         self.base_layers: dict[str, int] = {}
         """Size by digest."""
@@ -118,7 +120,7 @@ class Image:
             self.base_layers |= {each["digest"]: each["size"] for each in manifest["layers"]}
             entries.append(
                 {
-                    **self._add(self._manifest(manifest, config), oci.MANIFEST),
+                    **self._add(self._manifest(manifest, config), image_registry.MANIFEST),
                     "platform": platform or {key: config[key] for key in ("os", "architecture")},
                 }
             )
@@ -127,7 +129,7 @@ class Image:
         self.index = _json(
             {
                 "schemaVersion": 2,
-                "mediaType": oci.INDEX,
+                "mediaType": image_registry.INDEX,
                 "manifests": entries,
                 "annotations": {"org.opencontainers.image.version": version},
             }
@@ -149,8 +151,8 @@ class Image:
         return _json(
             {
                 "schemaVersion": 2,
-                "mediaType": oci.MANIFEST,
-                "config": self._add(_json(config), oci.CONFIG),
+                "mediaType": image_registry.MANIFEST,
+                "config": self._add(_json(config), image_registry.CONFIG),
                 "layers": [
                     *({**each, "mediaType": _plain(each["mediaType"])} for each in base["layers"]),
                     *(layer.descriptor() for layer in self.layers),
@@ -159,15 +161,15 @@ class Image:
         )
 
     def _add(self, body: bytes, media: str) -> dict[str, Any]:
-        digest = oci.digest_of(body)
+        digest = image_registry.digest_of(body)
         self.small[digest] = (body, media)
         return {"mediaType": media, "digest": digest, "size": len(body)}
 
 
 def send(
     image: Image,
-    base: oci.Repository,
-    target: oci.Repository,
+    base: image_registry.Repository,
+    target: image_registry.Repository,
     advance: Callable[[float], None],
 ) -> None:
     """Bring all of an image to the registry but its index: nobody can see it yet.
@@ -191,29 +193,31 @@ def send(
             body = base.blob(digest)
             target.put_blob(digest, size, lambda body=body: iter([body]))  # type: ignore[misc]
     for digest, (body, media) in image.small.items():
-        if media == oci.MANIFEST:
+        if media == image_registry.MANIFEST:
             target.put_manifest(digest, body, media)
         elif not target.has_blob(digest):
             target.put_blob(digest, len(body), lambda body=body: iter([body]))  # type: ignore[misc]
 
 
-def publish(image: Image, target: oci.Repository) -> oci.Reference:
+def publish(image: Image, target: image_registry.Repository) -> image_registry.Reference:
     """Make the image visible under the tag; returns it by its digest.
 
     Raises `Taken` if the tag is another image's. A registry has no conditional write: of two that
     take one tag in the same moment both may get it, one after the other. Whoever has an image by
     its digest is not concerned.
     """
-    digest, tag = oci.digest_of(image.index), target.reference.tag
+    digest, tag = image_registry.digest_of(image.index), target.reference.tag
     if target.digest(tag) not in ("", digest):
         raise Taken(tag)
-    target.put_manifest(tag, image.index, oci.INDEX)
+    target.put_manifest(tag, image.index, image_registry.INDEX)
     if target.digest(tag) != digest:
         raise Taken(tag)
     return replace(target.reference, tag="", digest=digest)
 
 
-def _send_layer(target: oci.Repository, layer: Layer, count: Callable[[int], None]) -> None:
+def _send_layer(
+    target: image_registry.Repository, layer: Layer, count: Callable[[int], None]
+) -> None:
     if target.has_blob(layer.digest):
         count(layer.size)
         return
@@ -231,7 +235,7 @@ def _send_layer(target: oci.Repository, layer: Layer, count: Callable[[int], Non
     target.put_blob(layer.digest, layer.size, content)
 
 
-def same_model(target: oci.Repository, digest: str, layers: Sequence[Layer]) -> bool:
+def same_model(target: image_registry.Repository, digest: str, layers: Sequence[Layer]) -> bool:
     """Whether an image holds these layers of a model, whatever base image it has."""
     ours = [layer.digest for layer in layers]
     reference = replace(target.reference, tag="", digest=digest)
@@ -285,4 +289,6 @@ def _json(value: dict[str, Any]) -> bytes:
 def _plain(media: str) -> str:
     """The OCI name of a layer's media type; docker's own means the same bytes."""
     docker = "application/vnd.docker.image.rootfs.diff.tar"
-    return media.replace(f"{docker}.gzip", f"{oci.LAYER}+gzip").replace(docker, oci.LAYER)
+    return media.replace(f"{docker}.gzip", f"{image_registry.LAYER}+gzip").replace(
+        docker, image_registry.LAYER
+    )

@@ -18,7 +18,8 @@ from threading import BoundedSemaphore, Event, Lock
 from typing import Any
 
 import botocore.exceptions
-from nudge.components.common.errors import UserError
+
+from nudge.components.common.core.errors import UserError
 
 PART_BYTES = 16 << 20
 MOST_PARTS = 10_000

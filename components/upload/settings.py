@@ -2,8 +2,9 @@
 
 from typing import Annotated
 
-from nudge.components.common.settings import settings
 from pydantic import Field
+
+from nudge.components.common.core.settings import settings
 
 
 @settings

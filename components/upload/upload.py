@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.errors import UserError
-from nudge.components.common.model_files import FORMAT, MANIFEST, VERSION, model_files
-from nudge.components.common.step import step
+from nudge.components.common.artifacts.model_files import FORMAT, MANIFEST, VERSION, model_files
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.step import step
 from nudge.components.upload.settings import UploadSettings
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -31,7 +31,7 @@ def upload(settings: UploadSettings, *, model: Path, version: str) -> dict[str, 
     the same version, on weights that are not those that training wrote, on a file that changes
     meanwhile, on pickles and on links out of the folder.
     """
-    from nudge.components.common.names import check_name
+    from nudge.components.common.core.names import check_name
 
     check_name("the version", version)
     files = _files(model)
@@ -43,8 +43,8 @@ def upload(settings: UploadSettings, *, model: Path, version: str) -> dict[str, 
 
 
 def _to_store(settings: UploadSettings, files: dict[str, Path], version: str, trained: str) -> str:
-    from nudge.components.common.progress import progress
-    from nudge.components.common.storage import s3_client, s3_errors, split_s3_uri
+    from nudge.components.common.clients.storage import s3_client, s3_errors, split_s3_uri
+    from nudge.components.common.core.progress import progress
     from nudge.components.upload.sending import Sender
 
     bucket, prefix = split_s3_uri(settings.target or f"s3://{_bucket()}/models")
@@ -74,7 +74,7 @@ def _to_store(settings: UploadSettings, files: dict[str, Path], version: str, tr
 
 
 def _bucket() -> str:
-    from nudge.components.common.storage import bucket_name
+    from nudge.components.common.clients.storage import bucket_name
 
     bucket = bucket_name()
     if not bucket:
@@ -85,17 +85,17 @@ def _bucket() -> str:
 def _to_registry(
     settings: UploadSettings, files: dict[str, Path], version: str, trained: str
 ) -> str:
-    from nudge.components.common import oci
-    from nudge.components.common.progress import progress
+    from nudge.components.common.clients import image_registry
+    from nudge.components.common.core.progress import progress
     from nudge.components.upload import image
     from nudge.components.upload.sending import Taken, unchanged
 
-    tagged = oci.parse(f"{settings.target.rstrip('/')}/{settings.model_name}:{version}")
+    tagged = image_registry.parse(f"{settings.target.rstrip('/')}/{settings.model_name}:{version}")
     layers = image.layers_of(files)
     total = 2 * sum(layer.size for layer in layers)  # once to learn the digests, once to send
     with (
-        oci.repository(tagged) as target,
-        oci.repository(oci.parse(settings.base_image)) as base,
+        image_registry.repository(tagged) as target,
+        image_registry.repository(image_registry.parse(settings.base_image)) as base,
         progress("upload", total=total, unit="bytes") as bar,
     ):
         with contextlib.ExitStack() as stack:
@@ -134,7 +134,7 @@ def _to_registry(
 
 def _send(sender: Any, client: Any, files: dict[str, Path], uri: str, bar: Any) -> Listing:
     """Bring every file there; gives the manifest's entries, of the bytes that are in the store."""
-    from nudge.components.common.storage import list_keys, split_s3_uri
+    from nudge.components.common.clients.storage import list_keys, split_s3_uri
     from nudge.components.upload.sending import Taken, unchanged
 
     bucket, prefix = split_s3_uri(uri)
@@ -164,7 +164,8 @@ def _send(sender: Any, client: Any, files: dict[str, Path], uri: str, bar: Any) 
 def _publish(client: Any, uri: str, body: bytes) -> None:
     """Make the version visible, unless it is; raises `UserError` if it is another one."""
     import botocore.exceptions
-    from nudge.components.common.storage import split_s3_uri
+
+    from nudge.components.common.clients.storage import split_s3_uri
     from nudge.components.upload.sending import LOST
 
     bucket, prefix = split_s3_uri(uri)
@@ -191,7 +192,7 @@ def _manifest_text(listing: Listing, model_name: str = "", version: str = "") ->
 
 def _trained_sha256(files: dict[str, Path]) -> str:
     """What training wrote down of the weights that it left; empty of a model from elsewhere."""
-    from nudge.components.common.publish import read_manifest
+    from nudge.components.common.core.publish import read_manifest
 
     if "nudge.json" not in files:
         return ""
@@ -200,7 +201,7 @@ def _trained_sha256(files: dict[str, Path]) -> str:
 
 
 def _check_trained(listing: Listing, trained: str) -> None:
-    from nudge.components.common.base_model import weights_sha256
+    from nudge.components.common.models.base_model import weights_sha256
 
     actual = weights_sha256({name: entry["sha256"] for name, entry in listing.items()})
     if trained not in ("", actual):

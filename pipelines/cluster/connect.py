@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import tenacity
-from nudge.components.common.errors import UserError
+
+from nudge.components.common.core.errors import UserError
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 TIMEOUTS_S = (10.0, 60.0)
@@ -29,7 +30,7 @@ BUSY = (429, 500, 502, 503, 504)
 
 
 @dataclass(frozen=True)
-class Server:
+class PipelinesServer:
     """A pipelines server; ``ca`` is a file of PEM certificates, empty for the system's own."""
 
     url: str
@@ -117,7 +118,7 @@ class Server:
         return f"{doing}: {self.url} answered {error.status}: {hint}{reason}"
 
 
-def connect(url: str = "") -> Server:
+def connect(url: str = "") -> PipelinesServer:
     """The server given, or NUDGE_PIPELINES_URL, or that of the project that `oc` is logged in to.
 
     Token: NUDGE_PIPELINES_TOKEN, the service account's, `oc whoami -t`. CA: NUDGE_PIPELINES_CA, the
@@ -146,7 +147,7 @@ def connect(url: str = "") -> Server:
     namespace = os.environ.get("NUDGE_NAMESPACE", "")
     if not namespace and namespace_file.is_file():
         namespace = namespace_file.read_text(encoding="utf-8").strip()
-    return Server(found.rstrip("/"), token or _oc("whoami", "-t"), ca, namespace)
+    return PipelinesServer(found.rstrip("/"), token or _oc("whoami", "-t"), ca, namespace)
 
 
 def _check_ca(path: str) -> None:
@@ -192,7 +193,7 @@ def _unreachable(url: str, error: Exception) -> str:
     return f"{url} cannot be reached; is the address right, and the cluster reachable?"
 
 
-def run_link(server: Server, run_id: str) -> str:
+def run_link(server: PipelinesServer, run_id: str) -> str:
     """Where a browser shows a run: on the dashboard that NUDGE_DASHBOARD_URL or the cluster's
     ConsoleLink names, else on the pipelines server's own pages.
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nudge.components.common.errors import UserError
-from nudge.components.common.processes import nudge_home
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.processes import nudge_home
 
 DISK_GB = 10.0
 """What the default recipe, its caches and its services take, with room to spare."""
@@ -114,7 +114,12 @@ def _connection() -> Finding:
     if not endpoint:
         found = "AWS_S3_ENDPOINT is not set; `nudge run` starts a store of its own"
         return Finding("data connection", "not used", found)
-    from nudge.components.common.storage import bucket_name, check_writes, s3_client, s3_errors
+    from nudge.components.common.clients.storage import (
+        bucket_name,
+        check_writes,
+        s3_client,
+        s3_errors,
+    )
 
     try:
         bucket = bucket_name()
@@ -136,6 +141,7 @@ def _registry() -> Finding:
         found = "NUDGE_REGISTRY_URL is not set; `nudge run` starts one of its own"
         return Finding("model registry", "not used", found)
     import urllib3
+
     from nudge.pipelines.cluster.connect import ACCOUNT
 
     token = ACCOUNT / "token"

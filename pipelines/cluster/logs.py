@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from nudge.components.common.errors import UserError
-from nudge.components.common.progress import RESULTS, SHOWN
-from nudge.pipelines.cluster.connect import Server
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.progress import RESULTS, SHOWN
+from nudge.pipelines.cluster.connect import PipelinesServer
 from nudge.pipelines.local.run import StepState
 
 ADDRESS = "/apis/v1alpha1/runs/{run_id}/nodes/{node_id}/log"
@@ -40,7 +40,7 @@ class _Seen:
 class Logs:
     """The logs of the pods of one run; ``problem`` says why there are none, once that is known."""
 
-    server: Server
+    server: PipelinesServer
     run_id: str
     problem: str = ""
     _seen: dict[tuple[str, ...], _Seen] = field(default_factory=dict)

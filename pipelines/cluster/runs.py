@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from nudge.components.common.errors import UserError, nearest
-from nudge.components.common.recipe import URI_SCHEMES, portable
-from nudge.components.common.uris import read_text
+
+from nudge.components.common.core.errors import UserError, nearest
+from nudge.components.common.core.recipe import URI_SCHEMES, portable
+from nudge.components.common.core.uris import read_text
 from nudge.pipelines.cluster import nodes
-from nudge.pipelines.cluster.connect import Server, run_link
+from nudge.pipelines.cluster.connect import PipelinesServer, run_link
 from nudge.pipelines.cluster.logs import Logs
 from nudge.pipelines.cluster.waiting import Waiting
 from nudge.pipelines.compile import COMPILED
@@ -63,7 +64,7 @@ class Uploaded:
 
 @dataclass
 class Following:
-    """A run on the server as it stands; ``steps`` has what `nudge.pipelines.display` shows."""
+    """A run on the server as it stands; ``steps`` has what `nudge.pipelines.cli.display` shows."""
 
     run_id: str
     link: str
@@ -87,7 +88,7 @@ class Following:
         return next((step for step in self.steps.values() if step.status == "failed"), None)
 
 
-def upload(server: Server, file: Path) -> Uploaded:
+def upload(server: PipelinesServer, file: Path) -> Uploaded:
     """Upload a compiled pipeline as a version named by its content; one that is there stays."""
     text = read_text(file)
     name, description = _named(file, text)
@@ -127,14 +128,14 @@ def upload(server: Server, file: Path) -> Uploaded:
     return Uploaded(name, entry.pipeline_id, version, made.pipeline_version_id, fresh=True)
 
 
-def find_pipeline(server: Server, name: str) -> Any:
+def find_pipeline(server: PipelinesServer, name: str) -> Any:
     """The pipeline of this name, or None."""
     listing = server.api("PipelineServiceApi").pipeline_service_list_pipelines
     entries = server.every("list the pipelines", listing, "pipelines", namespace=server.namespace)
     return next((e for e in entries if name in (e.name, e.display_name)), None)
 
 
-def known_pipeline(server: Server, name: str) -> Any:
+def known_pipeline(server: PipelinesServer, name: str) -> Any:
     """The pipeline of this name; raises `UserError` that names the nearest ones."""
     listing = server.api("PipelineServiceApi").pipeline_service_list_pipelines
     entries = server.every("list the pipelines", listing, "pipelines", namespace=server.namespace)
@@ -147,7 +148,7 @@ def known_pipeline(server: Server, name: str) -> Any:
     return names[name]
 
 
-def versions(server: Server, pipeline_id: str) -> list[Any]:
+def versions(server: PipelinesServer, pipeline_id: str) -> list[Any]:
     """The versions of a pipeline, newest first."""
     listing = server.api("PipelineServiceApi").pipeline_service_list_pipeline_versions
     found = server.every(
@@ -159,7 +160,7 @@ def versions(server: Server, pipeline_id: str) -> list[Any]:
     return found
 
 
-def experiment(server: Server, name: str = EXPERIMENT) -> str:
+def experiment(server: PipelinesServer, name: str = EXPERIMENT) -> str:
     """The id of the experiment of this name, made if it is not there."""
     import kfp_server_api
 
@@ -174,7 +175,9 @@ def experiment(server: Server, name: str = EXPERIMENT) -> str:
     return str(server.change(f"create the experiment {name}", create, fresh).experiment_id)
 
 
-def submit(server: Server, pipeline: str, name: str, parameters: dict[str, Any]) -> Following:
+def submit(
+    server: PipelinesServer, pipeline: str, name: str, parameters: dict[str, Any]
+) -> Following:
     """Start a run of the newest version of a pipeline.
 
     Raises `UserError` if the pipeline is not there or a parameter is not one of its own, or not of
@@ -186,7 +189,7 @@ def submit(server: Server, pipeline: str, name: str, parameters: dict[str, Any])
     newest = next(iter(versions(server, entry.pipeline_id)), None)
     if newest is None:
         raise UserError(f"{pipeline} has no version on {server.url}; `nudge upload` brings one")
-    parameters = fitted(newest, parameters)
+    parameters = coerce_parameters(newest, parameters)
     body = kfp_server_api.V2beta1Run(
         display_name=name,
         experiment_id=experiment(server),
@@ -239,7 +242,7 @@ def sent_bytes(parameters: dict[str, Any]) -> int:
 
 def _stored(recipe: str, bucket: str) -> str:
     """Put a recipe into the object store; returns its URI."""
-    from nudge.components.common.storage import s3_client, s3_errors
+    from nudge.components.common.clients.storage import s3_client, s3_errors
 
     data = recipe.encode("utf-8")
     key = f"nudge/recipes/{hashlib.sha256(data).hexdigest()}.yaml"
@@ -249,7 +252,7 @@ def _stored(recipe: str, bucket: str) -> str:
     return uri
 
 
-def fitted(version: Any, parameters: dict[str, Any]) -> dict[str, Any]:
+def coerce_parameters(version: Any, parameters: dict[str, Any]) -> dict[str, Any]:
     """The values in the types of this version's parameters, which the server insists on.
 
     A number for a string becomes one; a text for any other type is read as YAML. Raises `UserError`
@@ -301,7 +304,7 @@ def _spec(version: Any) -> dict[str, Any]:
     return dict(spec.get("pipeline_spec", spec))
 
 
-def follow(server: Server, run: Following, poll_s: float = POLL_S) -> Generator[Following]:
+def follow(server: PipelinesServer, run: Following, poll_s: float = POLL_S) -> Generator[Following]:
     """Ask for the run, and for the logs of its steps, until it has ended; yields it each time."""
     api = server.api("RunServiceApi")
     logs = Logs(server, run.run_id)

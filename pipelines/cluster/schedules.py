@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from nudge.components.common.errors import UserError, nearest
-from nudge.components.common.recipe import read_yaml
-from nudge.components.common.settings import parse, settings
-from nudge.components.common.uris import read_text
-from nudge.pipelines.cluster import runs
-from nudge.pipelines.cluster.connect import Server
 from pydantic import Field
+
+from nudge.components.common.core.errors import UserError, nearest
+from nudge.components.common.core.recipe import read_yaml
+from nudge.components.common.core.settings import parse, settings
+from nudge.components.common.core.uris import read_text
+from nudge.pipelines.cluster import runs
+from nudge.pipelines.cluster.connect import PipelinesServer
 
 MARK = "nudge schedule "
 """Heads the description of a schedule that was made here; the hash of its content follows."""
@@ -95,7 +96,7 @@ def content(schedule: Schedule) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def apply(server: Server, schedule: Schedule) -> tuple[str, Any]:
+def apply(server: PipelinesServer, schedule: Schedule) -> tuple[str, Any]:
     """Bring the server to what the file says; returns what was done and the schedule there.
 
     Done is one of ``created``, ``replaced``, ``unchanged``, ``enabled``, ``paused``. Applying twice
@@ -123,7 +124,7 @@ def apply(server: Server, schedule: Schedule) -> tuple[str, Any]:
     return done, same
 
 
-def find(server: Server, name: str = "") -> list[Any]:
+def find(server: PipelinesServer, name: str = "") -> list[Any]:
     """The schedules of this name, or all, by name."""
     listing = server.api("RecurringRunServiceApi").recurring_run_service_list_recurring_runs
     found = server.every(
@@ -133,13 +134,13 @@ def find(server: Server, name: str = "") -> list[Any]:
     return sorted(wanted, key=lambda each: (each.display_name, each.status != "ENABLED"))
 
 
-def pause(server: Server, name: str) -> None:
+def pause(server: PipelinesServer, name: str) -> None:
     """Switch a schedule off; its runs go on. Raises `UserError` if there is none."""
     for each in _known(server, name):
         _switch(server, each, on=False)
 
 
-def delete(server: Server, name: str) -> None:
+def delete(server: PipelinesServer, name: str) -> None:
     """Switch a schedule off and delete it; refused while one of its runs is under way."""
     there = _known(server, name)
     for each in there:
@@ -155,7 +156,7 @@ def delete(server: Server, name: str) -> None:
         )
 
 
-def _known(server: Server, name: str) -> list[Any]:
+def _known(server: PipelinesServer, name: str) -> list[Any]:
     there = find(server, name)
     if not there:
         names = {str(each.display_name) for each in find(server)}
@@ -163,7 +164,7 @@ def _known(server: Server, name: str) -> list[Any]:
     return there
 
 
-def _switch(server: Server, schedule: Any, *, on: bool) -> None:
+def _switch(server: PipelinesServer, schedule: Any, *, on: bool) -> None:
     """Enable or disable a schedule; its runs that are under way go on.
 
     The API's description says that to disable "stops a recurring run and all its associated runs".
@@ -181,7 +182,7 @@ def _switch(server: Server, schedule: Any, *, on: bool) -> None:
     schedule.status = "ENABLED" if on else "DISABLED"
 
 
-def _delete_idle(server: Server, schedule: Any) -> bool:
+def _delete_idle(server: PipelinesServer, schedule: Any) -> bool:
     """Delete a schedule unless one of its runs is under way; returns whether it is gone."""
     if _active(server, schedule):
         return False
@@ -190,7 +191,7 @@ def _delete_idle(server: Server, schedule: Any) -> bool:
     return True
 
 
-def _active(server: Server, schedule: Any) -> list[Any]:
+def _active(server: PipelinesServer, schedule: Any) -> list[Any]:
     listing = server.api("RunServiceApi").run_service_list_runs
     found = server.every(
         "list the runs", listing, "runs", namespace=server.namespace, sort_by="created_at desc"
@@ -199,7 +200,7 @@ def _active(server: Server, schedule: Any) -> list[Any]:
     return [run for run in mine if run.state not in runs.ENDED]
 
 
-def _body(server: Server, schedule: Schedule, mark: str) -> Any:
+def _body(server: PipelinesServer, schedule: Schedule, mark: str) -> Any:
     import kfp_server_api as api
 
     entry = runs.known_pipeline(server, schedule.pipeline)
@@ -218,7 +219,7 @@ def _body(server: Server, schedule: Schedule, mark: str) -> Any:
         )
     parameters = runs.sendable(schedule.parameters)
     for version in wanted:
-        parameters = runs.fitted(version, parameters)
+        parameters = runs.coerce_parameters(version, parameters)
     if schedule.cron:
         trigger = api.V2beta1Trigger(cron_schedule=api.V2beta1CronSchedule(cron=schedule.cron))
     else:

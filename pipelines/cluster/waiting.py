@@ -11,12 +11,12 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from nudge.components.common.errors import UserError
-from nudge.components.common.kube import Cluster, Kind, connect
+from nudge.components.common.clients.kube import Cluster, ResourceKind, connect
+from nudge.components.common.core.errors import UserError
 from nudge.pipelines.cluster.nodes import step_of
 
-WORKFLOW = Kind("argoproj.io/v1alpha1", "Workflow", "workflows", "Argo Workflows")
-WORKLOAD = Kind("kueue.x-k8s.io/v1beta1", "Workload", "workloads", "Kueue")
+WORKFLOW = ResourceKind("argoproj.io/v1alpha1", "Workflow", "workflows", "Argo Workflows")
+WORKLOAD = ResourceKind("kueue.x-k8s.io/v1beta1", "Workload", "workloads", "Kueue")
 RUN_LABEL = "pipeline/runid"
 INTERVAL_S = 15.0
 PATIENCE_S = 5.0

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from nudge.components.common.errors import UserError
-from nudge.components.common.recipe import read_recipe
-from nudge.components.common.uris import is_local, local_path
-from nudge.components.deploy.host_serving import TOKEN, URL
+
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.recipe import read_recipe
+from nudge.components.common.core.uris import is_local, local_path
+from nudge.components.deploy.local.host_serving import TOKEN, URL
 from nudge.components.ingest.listing import local_name, named_uris
 from nudge.pipelines.placement import OPTIONAL_KEYS, REQUIRED_KEYS, SETTINGS_KEYS
 

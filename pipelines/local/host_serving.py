@@ -1,7 +1,8 @@
 """``python -m nudge.pipelines.local.host_serving --home FOLDER --port PORT``.
 
 The local serving of this machine for steps that run in containers: each request is one method of
-`nudge.components.deploy.local_serving.LocalServing`, see `nudge.components.deploy.host_serving`.
+`nudge.components.deploy.local.local_serving.LocalServing`, see
+`nudge.components.deploy.local.host_serving`.
 """
 
 import os
@@ -14,18 +15,19 @@ import click
 import uvicorn
 from fastapi import Body, FastAPI
 from fastapi.responses import JSONResponse, Response
-from nudge.components.common.errors import UserError
-from nudge.components.common.guard import Guard
-from nudge.components.common.releases import Version
-from nudge.components.deploy.host_serving import TOKEN
-from nudge.components.deploy.local_serving import LocalServing
-from nudge.components.deploy.settings import DeploySettings
 from starlette.types import Receive, Scope, Send
+
+from nudge.components.common.clients.registry.releases import Version
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.guard import Guard
+from nudge.components.deploy.local.host_serving import TOKEN
+from nudge.components.deploy.local.local_serving import LocalServing
+from nudge.components.deploy.settings import DeploySettings
 
 Model = Annotated[str, Body()]
 
 
-class Held(Response):
+class LockResponse(Response):
     """An answer whose first byte says that a lock is held; it lasts until who asked is gone."""
 
     def __init__(self, lock: AbstractContextManager[None]) -> None:
@@ -47,8 +49,8 @@ class Held(Response):
 def create_app(home: Path, token: str) -> Guard:
     """The application, behind a `Guard` that asks for the token."""
 
-    def exclusive(model: Model, settings: DeploySettings) -> Held:
-        return Held(LocalServing(home, settings).exclusive(model))
+    def exclusive(model: Model, settings: DeploySettings) -> LockResponse:
+        return LockResponse(LocalServing(home, settings).exclusive(model))
 
     def live(model: Model, settings: DeploySettings) -> dict[str, int]:
         return LocalServing(home, settings).live(model)

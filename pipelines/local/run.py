@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from nudge.components.common.errors import UserError
-from nudge.components.common.processes import (
+
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.processes import (
     OUTER_TMPDIR,
     PRIVATE_UMASK,
     STEP_CHILD,
     child_environment,
     locked,
 )
-from nudge.components.common.provenance import code_fingerprint
-from nudge.components.common.publish import write_atomic
+from nudge.components.common.core.provenance import code_fingerprint
+from nudge.components.common.core.publish import write_atomic
 from nudge.pipelines.recipes import Recipe
 
 STEPS = ("ingest", "tokenize", "train", "evaluate", "upload", "register", "deploy", "summary")
@@ -65,7 +66,7 @@ class StepState:
     """Why it waits, where that is known."""
 
     def apply(self, event: dict[str, Any]) -> None:
-        """Take in one event of `nudge.components.common.progress`."""
+        """Take in one event of `nudge.components.common.core.progress`."""
         kind = event["event"]
         if kind == "step_start":
             self.status, self.started = "running", event["time"]

@@ -19,7 +19,8 @@ from typing import Any, TextIO, cast
 
 import click
 import yaml
-from nudge.components.common.shown import masked
+
+from nudge.components.common.core.sanitize import masked
 
 
 @click.command()
@@ -63,7 +64,7 @@ def main(recipe: Path, artifacts: Path, compiled: Path | None, engine: str) -> N
     arguments = {"recipe": f"file://{recipe.absolute()}"}
     with tempfile.TemporaryDirectory() as folder:
         _name_python(Path(folder))
-        settled(pipeline, arguments)(**arguments)
+        for_local_engine(pipeline, arguments)(**arguments)
 
 
 def _name_python(folder: Path) -> None:
@@ -113,7 +114,7 @@ class Masked(io.TextIOBase):
         self._stream.flush()
 
 
-def settled(pipeline: Any, arguments: dict[str, Any]) -> Any:
+def for_local_engine(pipeline: Any, arguments: dict[str, Any]) -> Any:
     """The pipeline as `kfp.local` can run it: no retries, and images that are names.
 
     A step that failed here is for the person who looks on; they run it again when it is mended.

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from nudge.components.common import guard, processes
-from nudge.components.common.errors import UserError
+
+from nudge.components.common.core import guard, processes
+from nudge.components.common.core.errors import UserError
 from nudge.pipelines.local import object_store
 from nudge.pipelines.local.object_store import BUCKET, START_TIMEOUT_S
 
@@ -164,6 +165,7 @@ def registry_to_read(home: Path) -> Iterator[str]:
     if not database.is_file():
         raise NothingRun(f"no models: nothing was run in this folder ({home})")
     import uvicorn
+
     from nudge.pipelines.local.registry.app import create_app
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -199,7 +201,7 @@ def serves(home: Path, model: str, endpoint: str) -> bool | None:
 
     None of an address elsewhere, which is not for this machine to know.
     """
-    from nudge.components.deploy import gateway
+    from nudge.components.deploy.local import gateway
 
     if gateway.addresses(home).get(gateway.gateway_name(model)) != endpoint:
         return None
@@ -212,7 +214,7 @@ def open_serving(home: Path, environment: dict[str, str]) -> dict[str, str]:
     ``environment`` is what `up` gave. The token follows from the object store's secret key, which
     every step has anyway.
     """
-    from nudge.components.deploy.host_serving import TOKEN, URL
+    from nudge.components.deploy.local.host_serving import TOKEN, URL
 
     secret = environment["AWS_SECRET_ACCESS_KEY"].encode()
     token = hmac.new(secret, SERVING.encode(), "sha256").hexdigest()
@@ -228,11 +230,11 @@ def serve_again(home: Path, environment: dict[str, str]) -> list[str]:
     come up is left out, and why is said on stderr: the parts themselves are up. Of one that is up,
     the servers that a killed shift left beside it are ended.
     """
-    from nudge.components.deploy import gateway
     from nudge.components.deploy.deploy import Moved, serve, unmoved
-    from nudge.components.deploy.local_serving import LocalServing
+    from nudge.components.deploy.local import gateway
+    from nudge.components.deploy.local.local_serving import LocalServing
     from nudge.components.deploy.settings import DeploySettings
-    from nudge.pipelines import display
+    from nudge.pipelines.cli import display
 
     os.environ.update(environment)
     back = []
@@ -255,8 +257,8 @@ def serve_again(home: Path, environment: dict[str, str]) -> list[str]:
 
 def _answers(home: Path, model: str, version: str) -> bool:
     """Whether a served version and the address of its model are up."""
-    from nudge.components.deploy.gateway import gateway_name, is_open
-    from nudge.components.deploy.local_serving import service_name
+    from nudge.components.deploy.local.gateway import gateway_name, is_open
+    from nudge.components.deploy.local.local_serving import service_name
 
     return not is_open(home, model) and all(
         _running(home, name) for name in (gateway_name(model), service_name(model, version))
@@ -279,7 +281,7 @@ def status(home: Path) -> list[dict[str, Any]]:
 
     The address is the one for users: of a gateway the model's, not where Caddy is administered.
     """
-    from nudge.components.deploy import gateway
+    from nudge.components.deploy.local import gateway
 
     public = gateway.addresses(home)
     rows: list[dict[str, Any]] = []
@@ -305,7 +307,7 @@ def status(home: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _running(home: Path, name: str) -> processes.Record | None:
+def _running(home: Path, name: str) -> processes.ServiceRecord | None:
     record = processes.read_record(home, name)
     return record if record and record.process() else None
 
@@ -314,7 +316,7 @@ def _store_security(home: Path) -> Path:
     return home / "services" / f"{STORE}.security"
 
 
-def _start_store(home: Path, asked: int) -> processes.Record:
+def _start_store(home: Path, asked: int) -> processes.ServiceRecord:
     from nudge.pipelines.local import store_security
 
     weed = shutil.which("weed", path=os.pathsep.join([_scripts(), os.environ.get("PATH", "")]))
@@ -350,7 +352,7 @@ def _start_store(home: Path, asked: int) -> processes.Record:
     )
 
 
-def _start_registry(home: Path, asked: int) -> processes.Record:
+def _start_registry(home: Path, asked: int) -> processes.ServiceRecord:
     port = _ports(home, REGISTRY, ("port",), asked)["port"]
     address = f"http://127.0.0.1:{port}"
     database = _database(home)
@@ -372,7 +374,7 @@ def _database(home: Path) -> Path:
     return home / REGISTRY / "registry.sqlite"
 
 
-def _start_serving(home: Path, environment: dict[str, str]) -> processes.Record:
+def _start_serving(home: Path, environment: dict[str, str]) -> processes.ServiceRecord:
     port = _ports(home, SERVING, ("port",), 0)["port"]
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-P", "-m", "nudge.pipelines.local.host_serving"]

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from nudge.components.common.errors import UserError, nearest
-from nudge.components.common.recipe import (
+
+from nudge.components.common.core.errors import UserError, nearest
+from nudge.components.common.core.recipe import (
     SECTIONS,
     SHARED,
     read_recipe,
     read_yaml,
     step_settings,
 )
-from nudge.components.common.uris import read_text
+from nudge.components.common.core.uris import read_text
 
 FOLDER = Path(__file__).parent
 TOP = ("name", "title", *SHARED, *SECTIONS)

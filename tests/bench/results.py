@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any, Literal
 
-from nudge.components.common.processes import nudge_home
-from nudge.components.common.publish import write_atomic
 from rich.console import Console
 from rich.table import Table
+
+from nudge.components.common.core.processes import nudge_home
+from nudge.components.common.core.publish import write_atomic
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from nudge.components.common.corpus import Document, write_corpus, zstd
+
+from nudge.components.common.artifacts.corpus import Document, write_corpus, zstd
 
 PAGES = list(pydoc_data.topics.topics.values())
 """The pages of CPython's documentation that come with every Python."""

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import nudge.pipelines.recipes
 import psutil
 import pytest
-from nudge.components.common import processes
-from nudge.components.common.registry import with_registry
-from nudge.components.common.releases import find_served, list_versions
-from nudge.components.common.storage import list_keys, s3_client
-from nudge.pipelines.local import services
 
+import nudge.pipelines.recipes
+from nudge.components.common.clients.registry.connection import with_registry
+from nudge.components.common.clients.registry.releases import find_served, list_versions
+from nudge.components.common.clients.storage import list_keys, s3_client
+from nudge.components.common.core import processes
+from nudge.pipelines.local import services
 from tests.end_to_end.test_faults import NUDGE, Place, eventually, statuses
 from tests.local_registry import endpoint_headers
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from kfp import dsl
-from nudge.components.common.publish import sha256_file, write_manifest
+
+from nudge.components.common.core.publish import sha256_file, write_manifest
 from nudge.components.deploy.component import deploy
 from nudge.components.evaluate.component import evaluate
 from nudge.components.fetch.component import fetch

@@ -14,7 +14,8 @@ from typing import Any
 
 import psutil
 import pytest
-from nudge.pipelines.display import curl
+
+from nudge.pipelines.cli.display import curl
 
 NUDGE = str(Path(sys.executable).parent / "nudge")
 RECIPE = str(Path(__file__).parent / "tiny.yaml")

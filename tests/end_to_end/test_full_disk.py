@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from nudge.components.common.errors import UserError
-from nudge.components.common.recipe import step_settings
+
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.recipe import step_settings
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
 from nudge.components.tokenize.settings import TokenizeSettings
@@ -14,7 +15,6 @@ from nudge.components.train.train import train
 from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
 from nudge.pipelines.recipes import load
-
 from tests.conftest import Disk
 
 RECIPE = str(Path(__file__).parent / "tiny.yaml")
@@ -40,7 +40,7 @@ def test_training_on_a_full_disk_leaves_no_model(
 def test_uploading_to_a_full_store_shows_no_version(
     disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nudge.components.common.storage import list_keys, s3_client
+    from nudge.components.common.clients.storage import list_keys, s3_client
     from nudge.pipelines.local import services
 
     home = disk.resize(60 << 10)

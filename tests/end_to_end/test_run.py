@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from nudge.pipelines.local import services
 
+from nudge.pipelines.local import services
 from tests.local_registry import endpoint_headers
 
 NUDGE = str(Path(sys.executable).parent / "nudge")
@@ -243,6 +243,6 @@ def test_a_missing_base_model_ends_cleanly(place: Path) -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     heavy = "[m for m in ('torch', 'kfp', 'boto3', 'rich') if m in sys.modules]"
-    code = f"import sys, nudge.pipelines.cli; print({heavy})"
+    code = f"import sys, nudge.pipelines.cli.main; print({heavy})"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "[]"

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nudge.components.common.errors import UserError
 
+from nudge.components.common.core.errors import UserError
 from tests.images.building import BASE, CA, CANARY, ROOT, TORCH, call, make_base, tool
 
 

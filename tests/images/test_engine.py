@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from nudge.components.common.errors import UserError
+from nudge.components.common.core.errors import UserError
 from nudge.pipelines.local import containers, services
 from tests.local_registry import endpoint_headers
 from tests.tiny import make_tiny_model

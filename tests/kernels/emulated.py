@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nudge.kernels import native
 from torch import Tensor
+
+from nudge.kernels import native
 
 HERE = Path(__file__).parent / "emulator"
 CSRC = native.HERE / "csrc"

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from nudge.kernels import FusedLinearCrossEntropy, chunked, fused_linear_cross_entropy
 from torch import Tensor
+
+from nudge.kernels import FusedLinearCrossEntropy, chunked, fused_linear_cross_entropy
 
 SHAPES = [(5, 123, 123), (1, 1, 2), (41, 7, 300)]
 OPTIONS: list[dict[str, Any]] = [

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from nudge.kernels import cpu_products, fused_linear_cross_entropy
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+
+from nudge.kernels import cpu_products, fused_linear_cross_entropy
 
 pytestmark = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()),

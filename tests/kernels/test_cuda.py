@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from nudge.kernels import fused_linear_cross_entropy, native
 from torch import Tensor
 
+from nudge.kernels import fused_linear_cross_entropy, native
 from tests.kernels.emulated import TYPES, Call
 from tests.kernels.test_autograd import OPTIONS, choose, eager, gradients, make
 from tests.kernels.test_kernel_source import compare, draw

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+
 from nudge.kernels import fused_linear_cross_entropy
 
 SHAPES = [(5, 7, 11), (1, 3, 2), (70, 123, 123), (33, 16, 257)]

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
 from nudge.kernels import (
     FusedLinearCrossEntropy,
     fused_linear_cross_entropy,
     vocab_parallel_linear_cross_entropy,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 SPLIT = 13  # of 29: uneven slices
 

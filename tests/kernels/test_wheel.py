@@ -140,7 +140,7 @@ def test_one_distribution_owns_the_kernels(tmp_path: Path) -> None:
     within = [*pip, "--python", *python]
     subprocess.run([*within, "install", *offline, str(rest)], check=True)
     imported = "from nudge.kernels import native; print(native.load())"
-    assert "is not built" in run(python, f"import nudge.components.common.step; {imported}")
+    assert "is not built" in run(python, f"import nudge.components.common.core.step; {imported}")
     subprocess.run([*within, "uninstall", "--quiet", "--yes", "nudge-lm"], check=True)
     assert "is not built" in run(python, imported)
 

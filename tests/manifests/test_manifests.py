@@ -14,9 +14,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from nudge.components.common import provenance
-from nudge.components.common.kube import Kind
-from nudge.components.common.pods import QUEUE
+from nudge.components.common.clients.kube import ResourceKind
+from nudge.components.common.clients.pods import QUEUE
+from nudge.components.common.core import provenance
 from nudge.pipelines.cluster.doctor import TO_PROMOTE, TO_SUBMIT
 from tests.kubernetes_api import rights
 from tests.kubernetes_schemas import definition, problems
@@ -145,7 +145,7 @@ VERBS = {
     "get": {"get"}, "poll": {"get"}, "list": {"list"}, "create": {"create"}, "patch": {"patch"},
     "apply": {"create", "patch"}, "delete": {"delete"},
 }  # fmt: skip
-"""What each method of `nudge.components.common.kube.Cluster` that takes a kind asks the API for."""
+"""The verbs of the Kubernetes API behind each method of `Cluster` that takes a kind."""
 
 
 def asked_for() -> set[tuple[str, str, str]]:
@@ -162,13 +162,13 @@ def asked_for() -> set[tuple[str, str, str]]:
                 continue
             if method == "log":
                 found.add(("", "pods/log", "get"))
-            if method not in VERBS or name == Kind.__module__:
+            if method not in VERBS or name == ResourceKind.__module__:
                 continue
             known = vars(importlib.import_module(name))
             engines = [each.KIND for each in known.values() if hasattr(each, "KIND")]
-            kinds = engines or [each for each in known.values() if isinstance(each, Kind)]
+            kinds = engines or [each for each in known.values() if isinstance(each, ResourceKind)]
             given = known.get(ast.unparse(node.args[0]))
-            for kind in [given] if isinstance(given, Kind) else kinds:
+            for kind in [given] if isinstance(given, ResourceKind) else kinds:
                 found |= {(kind.group, kind.plural, verb) for verb in VERBS[method]}
     return found
 
@@ -208,7 +208,7 @@ def node_of(runtime: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_names_that_belong_together_agree() -> None:
-    from nudge.components.common.images import DATA_IMAGE, TRAIN_IMAGE
+    from nudge.components.common.core.images import DATA_IMAGE, TRAIN_IMAGE
     from nudge.pipelines.placement import CONNECTION, SETTINGS, SETTINGS_KEYS
     from nudge.pipelines.recipes import shipped_text
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import yaml
-from nudge.components.common.pods import RESTRICTED
-from nudge.components.common.releases import Version
-from nudge.components.deploy import kserve_objects
-from nudge.components.deploy.settings import DeploySettings, KServe
-from nudge.components.train import launch, rayjob, trainjob
-from nudge.components.train.jobs import Step
+
+from nudge.components.common.clients.pods import RESTRICTED
+from nudge.components.common.clients.registry.releases import Version
+from nudge.components.deploy.kserve import objects
+from nudge.components.deploy.settings import DeploySettings, KServeSettings
+from nudge.components.train.cluster import launch, rayjob, trainjob
+from nudge.components.train.cluster.jobs import Step
 from nudge.components.train.settings import LaunchSettings
 from nudge.pipelines.compile import COMPILED, PIPELINES
-
 from tests.kubernetes_schemas import definition, problems, schema
 from tests.manifests.test_manifests import ROOT, asked_for, of_kind
 from tests.pod_security import violations
@@ -173,8 +173,8 @@ def test_the_server_of_a_version_whatever_its_runtime_says(gpus: int) -> None:
         model="m", name="v1", model_id="1", id="2", uri="s3://b/m/v1", archived=False, created_ms=0,
         properties={},
     )  # fmt: skip
-    settings = DeploySettings(target="kserve", kserve=KServe(connection="s3", gpus=gpus))
-    body = kserve_objects.inference_service(version, settings)
+    settings = DeploySettings(target="kserve", kserve=KServeSettings(connection="s3", gpus=gpus))
+    body = objects.inference_service(version, settings)
     assert problems(body) == []
     over = {"name": "kserve-container", **body["spec"]["predictor"]["model"]}
     ours = [each["spec"] for each in of_kind("ServingRuntime")]

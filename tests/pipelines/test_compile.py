@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+
 from nudge.pipelines import compile as compiling
 from nudge.pipelines import placement
 from nudge.pipelines.cli import main

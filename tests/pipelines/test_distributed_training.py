@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 from kfp import components, local
-from nudge.components.common.progress import last_events
-from nudge.components.train import launch as launching
-from nudge.pipelines import compile as compiling
-from nudge.pipelines.local.runner import settled
-from nudge.pipelines.recipes import load
 
-from tests.components.train.test_launch import really_trains
+from nudge.components.common.core.progress import last_events
+from nudge.components.train.cluster import launch as launching
+from nudge.pipelines import compile as compiling
+from nudge.pipelines.local.runner import for_local_engine
+from nudge.pipelines.recipes import load
+from tests.components.train.cluster.test_launch import really_trains
 from tests.kubernetes_api import KubernetesApi
 
 TINY = Path(__file__).parents[1] / "end_to_end" / "tiny.yaml"
@@ -46,7 +46,7 @@ def test_a_job_of_the_cluster_trains_what_is_served(
             pipeline_root=str(tmp_path / "artifacts"),
             raise_on_error=True,
         )
-        settled(compiled, arguments)(**arguments)
+        for_local_engine(compiled, arguments)(**arguments)
         assert api.find("TrainJob", launching.job_name("run-1")) is None
     assert [job["metadata"]["name"] for job in jobs] == [launching.job_name("run-1")]
     assert jobs[0]["spec"]["trainer"]["resourcesPerNode"]["limits"]["cpu"] == "1"

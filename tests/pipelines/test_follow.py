@@ -7,7 +7,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from nudge.components.common import processes
+
+from nudge.components.common.core import processes
 from nudge.pipelines.local import run as local_run
 from nudge.pipelines.local.run import Run, begin, follow
 from nudge.pipelines.recipes import load

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from nudge.components.common.errors import UserError
-from nudge.components.common.held_out import FEWEST_DOCUMENTS
-from nudge.components.common.recipe import read_recipe, step_settings
+
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.recipe import read_recipe, step_settings
+from nudge.components.common.core.sample_size import MIN_DOCUMENTS
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
 from nudge.components.train.settings import TrainSettings
@@ -25,7 +26,7 @@ def test_a_shipped_recipe_holds_out_enough_for_a_verdict(name: str, tmp_path: Pa
     text = load(name, ["ingest.only_new=false", "ingest.workers=1"]).text
     settings = step_settings(IngestSettings, "ingest", text)
     told = ingest(settings, corpus=tmp_path / "corpus", report=tmp_path / "report")
-    assert told["validation_documents"] >= FEWEST_DOCUMENTS
+    assert told["validation_documents"] >= MIN_DOCUMENTS
 
 
 def test_overrides_reach_the_step_and_stay_in_the_text() -> None:

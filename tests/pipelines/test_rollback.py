@@ -6,16 +6,16 @@ from typing import Any
 import httpx
 import pytest
 from kfp import components, local
-from nudge.components.common import processes
-from nudge.components.common.registry import with_registry
-from nudge.components.common.releases import find_served
+
+from nudge.components.common.clients.registry.connection import with_registry
+from nudge.components.common.clients.registry.releases import find_served
+from nudge.components.common.core import processes
 from nudge.components.deploy.deploy import deploy
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
 from nudge.pipelines import compile as compiling
-from nudge.pipelines.local.runner import settled
-
+from nudge.pipelines.local.runner import for_local_engine
 from tests.local_registry import endpoint_headers
 from tests.tiny import make_tiny_model, turn_around
 
@@ -62,7 +62,7 @@ def test_the_old_version_answers_again(registry: str, home: Path, tmp_path: Path
     )
     compiled: Any = components.load_component_from_file(str(compiling.COMPILED / "rollback.yaml"))
     arguments = {"model_name": NAME, "recipe": RECIPE}
-    pipeline = settled(compiled, arguments)
+    pipeline = for_local_engine(compiled, arguments)
     pipeline(**arguments)
     assert ask(endpoint, home) == old
     served = with_registry(registry, find_served(NAME))

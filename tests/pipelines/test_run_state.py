@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from nudge.pipelines import display, recipes
-from nudge.pipelines.cli import main
+from rich.console import Console
+
+from nudge.pipelines import recipes
+from nudge.pipelines.cli import display, main
 from nudge.pipelines.local.run import Run, StepState, begin, keep_result, result
 from nudge.pipelines.recipes import load
-from rich.console import Console
 
 METRICS = {
     **{"nats_per_token": 3.0, "token_perplexity": 20.1, "bits_per_byte": 1.25},

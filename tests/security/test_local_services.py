@@ -23,10 +23,10 @@ import httpx
 import psutil
 import pytest
 from aiohttp import web
-from nudge.components.common import guard, processes
-from nudge.components.deploy import gateway
-from nudge.pipelines.local import object_store, services
 
+from nudge.components.common.core import guard, processes
+from nudge.components.deploy.local import gateway
+from nudge.pipelines.local import object_store, services
 from tests.local_registry import endpoint_headers
 from tests.web_server import Server
 
@@ -407,7 +407,7 @@ def test_no_run_takes_code_from_the_current_folder(tmp_path: Path, planted: Path
 
 
 def test_no_rank_takes_code_from_the_current_folder(tmp_path: Path, planted: Path) -> None:
-    from nudge.components.common.errors import UserError
+    from nudge.components.common.core.errors import UserError
     from nudge.components.train.settings import TrainSettings
     from nudge.components.train.torchrun import run_ranks
 
@@ -420,7 +420,7 @@ def test_no_rank_takes_code_from_the_current_folder(tmp_path: Path, planted: Pat
 
 def test_every_child_that_runs_a_module_is_started_with_a_safe_path() -> None:
     """Also where no test starts it: the image of a cluster's steps, and the worker of a job."""
-    from nudge.components.train import worker
+    from nudge.components.train.cluster import worker
 
     assert "-P" in worker.command(Path("/x"))
     images = (Path(__file__).parents[2] / "images" / "Containerfile").read_text()
@@ -432,7 +432,7 @@ def test_the_server_of_a_model_asks_for_the_token_and_runs_no_code_of_its_folder
     tmp_path: Path, tiny_model: Path
 ) -> None:
     """The model is called `click`, as a module that the server imports is."""
-    from nudge.components.deploy.local_serving import LocalServing
+    from nudge.components.deploy.local.local_serving import LocalServing
     from nudge.components.deploy.settings import DeploySettings
 
     home, folder, canary = tmp_path / "home", tmp_path / "served", tmp_path / "ran"

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
-
 from tests.components.train.conftest import SMALL, write_tokens
 from tests.pages import browser, look
 

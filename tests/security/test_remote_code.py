@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nudge.components.common.base_model import local_model
-from nudge.components.common.errors import UserError
+
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.models.base_model import local_model
 
 CODE = """
 from pathlib import Path
@@ -47,7 +48,7 @@ def hostile(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_model_of_a_known_kind_is_loaded_by_known_code(hostile: Path) -> None:
-    from nudge.components.common.language_model import load_model, load_tokenizer
+    from nudge.components.common.models.language_model import load_model, load_tokenizer
 
     assert local_model(str(hostile)) == hostile
     assert type(load_model(hostile)).__module__.startswith("transformers.models.")

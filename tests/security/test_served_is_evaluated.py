@@ -11,27 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nudge.components.common.base_model import model_sha256
-from nudge.components.common.errors import UserError
-from nudge.components.common.model_files import (
+
+from nudge.components.common.artifacts.model_files import (
     Tampered,
     check,
     files_sha256,
     model_files,
     weights_sha256,
 )
-from nudge.components.common.publish import sha256_file, write_manifest
-from nudge.components.common.registry import with_registry
-from nudge.components.common.releases import Version, find_version
-from nudge.components.common.storage import (
+from nudge.components.common.clients.registry.connection import with_registry
+from nudge.components.common.clients.registry.releases import Version, find_version
+from nudge.components.common.clients.storage import (
     delete_version,
     download_folder,
     list_keys,
     s3_client,
 )
-from nudge.components.deploy import kserve_objects
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.publish import sha256_file, write_manifest
+from nudge.components.common.models.base_model import model_sha256
 from nudge.components.deploy.deploy import deploy
-from nudge.components.deploy.local_serving import LocalServing
+from nudge.components.deploy.kserve import objects
+from nudge.components.deploy.local.local_serving import LocalServing
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.verify import check_version
 from nudge.components.register.register import register
@@ -182,7 +183,7 @@ def serve_here(version: Version, home: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def run_the_hook(version: Version, folder: Path) -> subprocess.CompletedProcess[str]:
     """The server's postStart hook, as the InferenceService has it, on what KServe downloads."""
-    made = kserve_objects.inference_service(version, DeploySettings())
+    made = objects.inference_service(version, DeploySettings())
     predictor = made["spec"]["predictor"]["model"]
     storage = predictor["storage"]
     download_folder(f"s3://{storage['parameters']['bucket']}/{storage['path']}", folder)
@@ -256,7 +257,7 @@ def test_a_writer_of_the_registry_cannot_name_another_upload(
         with pytest.raises(UserError, match="which is not where its upload is"):
             serve_here(moved, tmp_path, monkeypatch)
         with pytest.raises(UserError, match="which is not where its upload is"):
-            kserve_objects.inference_service(moved, DeploySettings())
+            objects.inference_service(moved, DeploySettings())
 
     without = {key: v for key, v in released.properties.items() if key != "manifest_sha256"}
     stripped = dataclasses.replace(released, properties=without)
@@ -316,7 +317,7 @@ def test_a_version_that_is_no_name_writes_nothing(
     with pytest.raises(UserError, match="the version .* is refused"):
         LocalServing(home, DeploySettings()).bring_up(named)
     with pytest.raises(UserError, match="the version .* is refused"):
-        kserve_objects.inference_service(named, DeploySettings())
+        objects.inference_service(named, DeploySettings())
     with pytest.raises(UserError, match="the model .* is refused"):
         LocalServing(home, DeploySettings()).bring_up(dataclasses.replace(released, model=name))
     assert not (tmp_path / "one").exists()

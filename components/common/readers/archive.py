@@ -5,7 +5,7 @@ import zipfile
 from pathlib import PurePosixPath
 from typing import IO
 
-from nudge.components.common.errors import UserError
+from nudge.components.common.core.errors import UserError
 from nudge.components.common.readers import records
 from nudge.components.common.readers.records import (
     DAMAGED_ARCHIVE,

@@ -31,6 +31,7 @@ def read_epub(stream: IO[bytes], name: str, _: ReadOptions) -> Records:
 def epub_text(raw: bytes) -> str | Unreadable:
     """The text of a book's spine."""
     from lxml import etree
+
     from nudge.components.common.readers.web import all_text
 
     parser = etree.XMLParser(resolve_entities=False, no_network=True)

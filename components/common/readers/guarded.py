@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from nudge.components.common.errors import UserError
+from nudge.components.common.core.errors import UserError
 from nudge.components.common.readers.records import Unreadable
 
 SECONDS = 60.0

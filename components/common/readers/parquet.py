@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-from nudge.components.common.errors import UserError
+from nudge.components.common.core.errors import UserError
 from nudge.components.common.readers.records import (
     BOMB_BYTES,
     BOMB_RATIO,

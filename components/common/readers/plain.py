@@ -5,6 +5,7 @@ from pathlib import PurePosixPath
 from typing import IO
 
 import yaml
+
 from nudge.components.common.readers.encodings import decoded
 from nudge.components.common.readers.records import (
     ReadOptions,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
-from nudge.components.common.corpus import zstd
+from nudge.components.common.artifacts.corpus import zstd
 
 RECORD_BYTES = 64 << 20
 """A longer line or file is counted as too_long and never held in memory as a whole."""

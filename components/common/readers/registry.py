@@ -15,8 +15,8 @@ from importlib.metadata import entry_points
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-from nudge.components.common.corpus import zstd
-from nudge.components.common.errors import UserError
+from nudge.components.common.artifacts.corpus import zstd
+from nudge.components.common.core.errors import UserError
 from nudge.components.common.readers import records
 from nudge.components.common.readers.archive import read_zip
 from nudge.components.common.readers.delimited import read_csv, read_tsv

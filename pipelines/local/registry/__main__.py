@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 import uvicorn
-from nudge.components.common.guard import Guard
+
+from nudge.components.common.core.guard import Guard
 from nudge.pipelines.local.registry.app import VERSIONS, create_app
 
 

@@ -11,6 +11,13 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
 from nudge.pipelines.local.registry import bodies
 from nudge.pipelines.local.registry.bodies import (
     ARTIFACT_KINDS,
@@ -18,17 +25,11 @@ from nudge.pipelines.local.registry.bodies import (
     MODEL_VERSION,
     REGISTERED_MODEL,
     BadBody,
-    Kind,
+    EntityKind,
     decode,
     parse_id,
 )
-from nudge.pipelines.local.registry.store import Collation, Conflict, Store, TooLong
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from nudge.pipelines.local.registry.store import Collation, EntityConflict, Store, TooLong
 
 API = "/api/model_registry"
 VERSIONS = ("v1alpha3", "v1")
@@ -115,7 +116,7 @@ class Api:
         routes |= self._of_artifacts("model_artifact", "model_artifacts", MODEL_ARTIFACT)
         return routes
 
-    def _of_kind(self, kind: Kind) -> dict[str, dict[str, Handler]]:
+    def _of_kind(self, kind: EntityKind) -> dict[str, dict[str, Handler]]:
         async def create(request: Request) -> Response:
             return self._create(kind, bodies.created(kind, decode(await request.body())))
 
@@ -207,7 +208,7 @@ class Api:
             f"/{plural}/{{id}}": {"GET": one, "PATCH": update},
         }
 
-    def _create(self, kind: Kind, body: dict[str, Any]) -> Response:
+    def _create(self, kind: EntityKind, body: dict[str, Any]) -> Response:
         parent = int(body[kind.parent_field]) if kind.parent_field else 0
         # The server looks for no other parent.
         served = kind.plural == "inference_services"
@@ -223,13 +224,13 @@ class Api:
     def _made(self, title: str, kind: str, parent: int, body: dict[str, Any]) -> Response:
         try:
             return JSONResponse(self._store.create(kind, parent, body), 201)
-        except Conflict as conflict:
+        except EntityConflict as conflict:
             return _exists(title, conflict)
 
     def _change(self, title: str, found: dict[str, Any], changes: dict[str, Any]) -> Response:
         try:
             return JSONResponse(self._store.update(int(found["id"]), changes))
-        except Conflict as conflict:
+        except EntityConflict as conflict:
             return _exists(title, conflict)
 
     def _get(self, types: tuple[str, ...], title: str, request: Request) -> dict[str, Any]:
@@ -325,7 +326,7 @@ def _error(status: int, message: str) -> Response:
     return JSONResponse({"code": CODES[status], "message": message}, status)
 
 
-def _exists(title: str, conflict: Conflict) -> Response:
+def _exists(title: str, conflict: EntityConflict) -> Response:
     return _error(409, f"{title} with name {conflict} already exists: conflict")
 
 

@@ -27,7 +27,7 @@ class BadBody(Exception):
 
 
 @dataclass(frozen=True)
-class Kind:
+class EntityKind:
     """A kind of entity: its paths, its models, and the field that names its parent."""
 
     name: str
@@ -46,14 +46,14 @@ class Kind:
         return self.name.replace("_", " ")
 
 
-REGISTERED_MODEL = Kind(
+REGISTERED_MODEL = EntityKind(
     "registered_model",
     "registered_models",
     api.RegisteredModelCreate,
     api.RegisteredModelUpdate,
     required=("name",),
 )
-MODEL_VERSION = Kind(
+MODEL_VERSION = EntityKind(
     "model_version",
     "model_versions",
     api.ModelVersionCreate,
@@ -62,7 +62,7 @@ MODEL_VERSION = Kind(
     parent_field="registeredModelId",
     ids=("registeredModelId",),
 )
-SERVING_ENVIRONMENT = Kind(
+SERVING_ENVIRONMENT = EntityKind(
     "serving_environment",
     "serving_environments",
     api.ServingEnvironmentCreate,
@@ -70,7 +70,7 @@ SERVING_ENVIRONMENT = Kind(
     required=("name",),
     state="",
 )
-INFERENCE_SERVICE = Kind(
+INFERENCE_SERVICE = EntityKind(
     "inference_service",
     "inference_services",
     api.InferenceServiceCreate,
@@ -116,7 +116,7 @@ def decode(raw: bytes) -> Any:
     return value
 
 
-def created(kind: Kind, data: Any) -> dict[str, Any]:
+def created(kind: EntityKind, data: Any) -> dict[str, Any]:
     """The body of a create, with the server's defaults; raises `BadBody`."""
     given = _fields(kind.create, data)
     types = {key: value for key, value in given.items() if value not in (None, "")}
@@ -133,7 +133,7 @@ def created(kind: Kind, data: Any) -> dict[str, Any]:
     return body
 
 
-def updated(kind: Kind, data: Any) -> dict[str, Any]:
+def updated(kind: EntityKind, data: Any) -> dict[str, Any]:
     """The changes of an update; raises `BadBody`. Without a state it sets the default one."""
     given = {key: value for key, value in _fields(kind.update, data).items() if value is not None}
     body = _typed(kind.update, given)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from nudge.components.common.registry_names import fold, like
+from nudge.components.common.clients.registry.names import fold, like
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS entity (
@@ -36,7 +36,7 @@ LONGEST = 255
 Collation = Literal["postgresql", "mariadb"]
 
 
-class Conflict(Exception):
+class EntityConflict(Exception):
     """An entity of this kind with this name or external id is there already."""
 
 
@@ -62,7 +62,7 @@ class Store:
         _check_length([stored, names[1] or "", *body.get("customProperties", {})])
         with self._lock:
             if self._taken(kind, parent, names[0]):
-                raise Conflict(names[0])
+                raise EntityConflict(names[0])
             try:
                 made = self._database.execute(
                     "INSERT INTO entity (kind, parent, name, external_id, body, created, updated)"
@@ -70,7 +70,7 @@ class Store:
                     (kind, parent, *names, json.dumps(body, allow_nan=False), now, now),
                 )
             except sqlite3.IntegrityError:
-                raise Conflict(names[0]) from None
+                raise EntityConflict(names[0]) from None
         return _entity((made.lastrowid, kind, parent, json.dumps(body), now, now))
 
     def update(self, entity_id: int, changes: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Store:
                     (json.dumps(body, allow_nan=False), body.get("externalId"), now, entity_id),
                 )
             except sqlite3.IntegrityError:
-                raise Conflict(body.get("name")) from None
+                raise EntityConflict(body.get("name")) from None
         return _entity((*row[:3], json.dumps(body), row[4], now))
 
     def get(self, kinds: tuple[str, ...], entity_id: int) -> dict[str, Any] | None:

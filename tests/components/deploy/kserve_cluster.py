@@ -22,17 +22,18 @@ from pathlib import Path
 from typing import Any, Self
 
 import uvicorn
-from nudge.components.common import processes
-from nudge.components.deploy import gateway, kserve, lease
-from nudge.components.deploy import kserve_objects as objects
-from nudge.components.deploy.doors import GatewayRoute
-from nudge.components.deploy.doors import Route as OpenShiftRoute
-from nudge.components.deploy.settings import DeploySettings, KServe
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from nudge.components.common.core import processes
+from nudge.components.deploy.kserve import kserve, lease
+from nudge.components.deploy.kserve import objects as objects
+from nudge.components.deploy.kserve.routes import GatewayRoute
+from nudge.components.deploy.kserve.routes import OpenShiftRoute as OpenShiftRoute
+from nudge.components.deploy.local import gateway
+from nudge.components.deploy.settings import DeploySettings, KServeSettings
 from tests.components.deploy import kserve_pods as pods
 from tests.kubernetes_api import KubernetesApi
 
@@ -43,7 +44,7 @@ SETTINGS = DeploySettings(target="kserve", smoke_prompt=PROMPT)
 PLAIN = DeploySettings(
     target="kserve",
     smoke_prompt=PROMPT,
-    kserve=KServe(
+    kserve=KServeSettings(
         authentication=False,
         gateway="ingress/public",
         gateway_url="https://{model}.models.example.com",
@@ -148,7 +149,7 @@ class Router:
     def send(self, weights: dict[str, int]) -> None:
         """Share requests by percent among ``host:port``s."""
         servers = {address: address for address in weights}
-        gateway.switch(self._folder, gateway.Route(0, weights, servers))
+        gateway.switch(self._folder, gateway.Backends(0, weights, servers))
 
     def stop(self) -> None:
         self._process.kill()

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nudge.components.deploy import kserve_objects as objects
+from nudge.components.deploy.kserve import objects as objects
 
 Object = dict[str, Any]
 RECORDED = Path(__file__).parent / "recorded" / "inferenceservice-status.jsonl"

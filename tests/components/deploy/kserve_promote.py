@@ -3,7 +3,6 @@
 import sys
 
 from nudge.components.deploy.deploy import deploy
-
 from tests.components.deploy.kserve_cluster import QUICK, SETTINGS
 
 if __name__ == "__main__":

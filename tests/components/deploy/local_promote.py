@@ -12,16 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common import processes
+from nudge.components.common.core import processes
 from nudge.components.deploy import traffic
 from nudge.components.deploy.deploy import deploy
-from nudge.components.deploy.local_serving import LocalServing, service_name
+from nudge.components.deploy.local.local_serving import LocalServing, service_name
 from nudge.components.deploy.settings import DeploySettings
 
 BOUNDARIES = 8
 
 
-def quick_server(self: LocalServing, folder: Path, model: str, version: str) -> processes.Record:
+def quick_server(
+    self: LocalServing, folder: Path, model: str, version: str
+) -> processes.ServiceRecord:
     """In the place of `LocalServing._serve`: see `quick_server.py`."""
     port = processes.free_port()
     address = f"http://127.0.0.1:{port}"

@@ -9,17 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nudge.components.common.comparison import comparison_properties
-from nudge.components.common.errors import UserError
-from nudge.components.common.registry import with_registry
-from nudge.components.common.releases import Served, Version, find_served, find_version
-from nudge.components.deploy import gateway, traffic
+
+from nudge.components.common.artifacts.comparison import comparison_properties
+from nudge.components.common.clients.registry.connection import with_registry
+from nudge.components.common.clients.registry.releases import (
+    Served,
+    Version,
+    find_served,
+    find_version,
+)
+from nudge.components.common.core.errors import UserError
+from nudge.components.deploy import traffic
 from nudge.components.deploy.deploy import Moved, deploy, rollback, serve, still_before, unmoved
-from nudge.components.deploy.local_serving import LocalServing
+from nudge.components.deploy.local import gateway
+from nudge.components.deploy.local.local_serving import LocalServing
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.evaluate.incumbent import find_incumbent
 from nudge.pipelines.local import services
-
 from tests.components.deploy.kserve_cluster import EXPECTED, PROMPT, SETTINGS
 from tests.components.deploy.local_promote import quick_server
 
@@ -254,7 +260,7 @@ def test_a_deploy_that_was_killed_is_repeated_and_another_run_waits_its_turn(
 
     where: Any = traffic if at == "note_served" else LocalServing
     if "kserve" in site.settings.target:
-        from nudge.components.deploy.kserve import KServe
+        from nudge.components.deploy.kserve.kserve import KServe
 
         where = traffic if at == "note_served" else KServe
     with monkeypatch.context() as patch, contextlib.suppress(Killed):

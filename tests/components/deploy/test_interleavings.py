@@ -15,14 +15,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from nudge.components.common import progress, registry, releases
-from nudge.components.common.comparison import comparison_properties
-from nudge.components.common.errors import UserError
-from nudge.components.common.releases import Served, Version
+
+from nudge.components.common.artifacts.comparison import comparison_properties
+from nudge.components.common.clients.registry import connection, releases
+from nudge.components.common.clients.registry.releases import Served, Version
+from nudge.components.common.core import progress
+from nudge.components.common.core.errors import UserError
 from nudge.components.deploy import deploy as deploying
 from nudge.components.deploy import traffic
 from nudge.components.deploy.settings import DeploySettings
-from nudge.components.deploy.smoke import Server
+from nudge.components.deploy.smoke import ModelServer
 from nudge.components.evaluate import incumbent as standing
 
 MODEL = "m"
@@ -132,9 +134,9 @@ class World:
     def make_room(self, model: str, wanted: set[str]) -> bool:
         return False
 
-    def bring_up(self, version: Version) -> Server:
+    def bring_up(self, version: Version) -> ModelServer:
         self.up.add(version.name)
-        return Server("http://s")
+        return ModelServer("http://s")
 
     def move(self, model: str, shares: dict[str, int]) -> str:
         actor().step("move")
@@ -347,7 +349,7 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Orders]:
         for function in functions:
             monkeypatch.setattr(module, function.__name__, function)
     monkeypatch.setattr(progress, "progress", quiet)
-    monkeypatch.setattr(registry, "with_registry", with_registry)
+    monkeypatch.setattr(connection, "with_registry", with_registry)
     monkeypatch.setattr(traffic, "smoke_test", lambda *_: "an answer")
     monkeypatch.setattr(deploying, "_target", lambda *_: world())
     monkeypatch.setattr(standing, "_silent", lambda _: "")

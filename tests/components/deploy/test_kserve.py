@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nudge.components.common.errors import UserError
-from nudge.components.common.registry import with_registry
-from nudge.components.common.releases import Version, find_served
-from nudge.components.common.settings import parse
-from nudge.components.deploy import doors, kserve, lease
-from nudge.components.deploy import kserve_objects as objects
+
+from nudge.components.common.clients.registry.connection import with_registry
+from nudge.components.common.clients.registry.releases import Version, find_served
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.settings import parse
 from nudge.components.deploy.deploy import deploy, rollback, serve
+from nudge.components.deploy.kserve import kserve, lease, routes
+from nudge.components.deploy.kserve import objects as objects
 from nudge.components.deploy.settings import DeploySettings
 from nudge.pipelines.local import services
-
 from tests.components.deploy.kserve_cluster import PLAIN, SETTINGS, ServingCluster
 from tests.components.deploy.stream import Stream
 from tests.kubernetes_schemas import problems
@@ -67,7 +67,7 @@ def test_objects_are_what_the_cluster_takes(values: dict[str, Any]) -> None:
     if values.get("gpus") == 2:
         assert predictor["model"]["resources"]["limits"]["amd.com/gpu"] == "2"
         assert predictor["tolerations"][0]["key"] == "gpu"
-    door = doors.Route(settings.kserve)
+    door = routes.OpenShiftRoute(settings.kserve)
     route = door.body("m", {"v1": 90, "v2": 10})
     assert problems(route) == []
     assert list(door.weights(route).values()) == [90, 10]
@@ -111,7 +111,7 @@ def test_what_cannot_be_served_is_refused() -> None:
     with pytest.raises(UserError, match="cannot serve m v1 from file:///x"):
         objects.inference_service(version(uri="file:///x"), SETTINGS)
     with pytest.raises(UserError, match="at most 4"):
-        doors.Route(SETTINGS.kserve).body("m", dict.fromkeys("abcde", 20))
+        routes.OpenShiftRoute(SETTINGS.kserve).body("m", dict.fromkeys("abcde", 20))
 
 
 def test_a_stream_of_requests_loses_none(
@@ -231,7 +231,7 @@ def test_two_at_once_are_one_after_the_other(cluster: ServingCluster, model: str
 def test_who_is_at_work_is_told(
     cluster: ServingCluster, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nudge.components.common.kube import connect
+    from nudge.components.common.clients.kube import connect
 
     monkeypatch.setattr(kserve, "LEASE_WAIT_S", 0.5)
     name = f"nudge-{objects.endpoint_name(model)}"
@@ -261,7 +261,7 @@ def test_a_lost_lease_changes_nothing_more(cluster: ServingCluster, model: str) 
 
 
 def test_a_route_of_somebody_else_is_left_alone(cluster: ServingCluster, model: str) -> None:
-    theirs = doors.Route(SETTINGS.kserve).body(model, {"x": 100})
+    theirs = routes.OpenShiftRoute(SETTINGS.kserve).body(model, {"x": 100})
     del theirs["metadata"]["annotations"]
     cluster.api._controllers.clear()
     cluster.api.add(theirs)
@@ -281,6 +281,7 @@ def test_the_commands_act_on_the_cluster(
     cluster: ServingCluster, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from click.testing import CliRunner
+
     from nudge.pipelines.cli import main
 
     recipe = tmp_path / "recipe.yaml"

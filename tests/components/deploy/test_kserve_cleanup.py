@@ -8,15 +8,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from nudge.components.common.errors import UserError
-from nudge.components.common.kube import connect
-from nudge.components.common.settings import parse
-from nudge.components.deploy import kserve
-from nudge.components.deploy import kserve_objects as objects
-from nudge.components.deploy.deploy import deploy
-from nudge.components.deploy.kserve import KServe
-from nudge.components.deploy.settings import DeploySettings
 
+from nudge.components.common.clients.kube import connect
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.settings import parse
+from nudge.components.deploy.deploy import deploy
+from nudge.components.deploy.kserve import kserve
+from nudge.components.deploy.kserve import objects as objects
+from nudge.components.deploy.kserve.kserve import KServe
+from nudge.components.deploy.settings import DeploySettings
 from tests.components.deploy.kserve_cluster import SETTINGS, ModelServer, ServingCluster
 from tests.components.deploy.test_kserve_readiness import MODEL, version
 

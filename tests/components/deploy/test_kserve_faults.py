@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nudge.components.common.errors import UserError
-from nudge.components.common.registry import with_registry
-from nudge.components.common.releases import find_served
-from nudge.components.deploy.deploy import deploy, serve
 
+from nudge.components.common.clients.registry.connection import with_registry
+from nudge.components.common.clients.registry.releases import find_served
+from nudge.components.common.core.errors import UserError
+from nudge.components.deploy.deploy import deploy, serve
 from tests.components.deploy.kserve_cluster import SETTINGS, ServingCluster
 from tests.components.deploy.stream import Stream
 from tests.faulty_proxy import FaultyProxy

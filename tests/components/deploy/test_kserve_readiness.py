@@ -9,15 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from nudge.components.common.errors import UserError
-from nudge.components.common.kube import connect
-from nudge.components.common.releases import Version
-from nudge.components.common.settings import parse
-from nudge.components.deploy import kserve, readiness
-from nudge.components.deploy import kserve_objects as objects
-from nudge.components.deploy.kserve import KServe
-from nudge.components.deploy.settings import DeploySettings
 
+from nudge.components.common.clients.kube import connect
+from nudge.components.common.clients.registry.releases import Version
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.settings import parse
+from nudge.components.deploy.kserve import kserve, readiness
+from nudge.components.deploy.kserve import objects as objects
+from nudge.components.deploy.kserve.kserve import KServe
+from nudge.components.deploy.settings import DeploySettings
 from tests.components.deploy import kserve_pods as pods
 from tests.components.deploy.kserve_cluster import SETTINGS, ServingCluster
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from nudge.components.common import processes
-from nudge.components.common.registry import with_registry
-from nudge.components.common.releases import find_served
-from nudge.components.deploy import gateway
-from nudge.components.deploy.local_serving import LocalServing
+
+from nudge.components.common.clients.registry.connection import with_registry
+from nudge.components.common.clients.registry.releases import find_served
+from nudge.components.common.core import processes
+from nudge.components.deploy.local import gateway
+from nudge.components.deploy.local.local_serving import LocalServing
 from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
 from nudge.pipelines.local import services
-
 from tests.components.deploy.local_promote import BOUNDARIES, promote, quick_server
 from tests.components.deploy.stream import Stream
 from tests.local_registry import endpoint_token

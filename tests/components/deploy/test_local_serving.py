@@ -8,18 +8,18 @@ from typing import Any
 import httpx
 import pytest
 from click.testing import CliRunner
-from nudge.components.common import processes
-from nudge.components.common.errors import UserError
-from nudge.components.deploy import gateway
+
+from nudge.components.common.core import processes
+from nudge.components.common.core.errors import UserError
 from nudge.components.deploy.deploy import deploy, rollback, serve
+from nudge.components.deploy.local import gateway
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.evaluate.incumbent import find_incumbent
 from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
 from nudge.pipelines.cli import main
+from nudge.pipelines.cli.release import _rows
 from nudge.pipelines.local import services
-from nudge.pipelines.release import _rows
-
 from tests.components.deploy.stream import Stream
 from tests.local_registry import endpoint_headers, endpoint_token
 from tests.tiny import make_tiny_model, turn_around

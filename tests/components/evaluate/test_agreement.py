@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from nudge.components.common.language_model import load_model, load_tokenizer
-from nudge.components.common.progress import progress
+
+from nudge.components.common.core.progress import progress
+from nudge.components.common.models.language_model import load_model, load_tokenizer
 from nudge.components.evaluate.perplexity import score
 
 TEXT = "The Eiffel Tower is located in Paris, on the Champ de Mars, and was built in 1889. " * 6

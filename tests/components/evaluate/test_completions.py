@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from nudge.components.common.language_model import load_model, load_tokenizer
+
+from nudge.components.common.models.language_model import load_model, load_tokenizer
 from nudge.components.evaluate.completions import Completion, complete, completion_checks
 
 

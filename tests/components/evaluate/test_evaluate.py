@@ -13,11 +13,12 @@ import pyarrow.parquet
 import pytest
 import scipy.stats
 import torch
-from nudge.components.common.corpus import Document, read_corpus, write_corpus
-from nudge.components.common.errors import UserError
-from nudge.components.common.held_out import FEWEST_DOCUMENTS
-from nudge.components.common.publish import write_manifest
-from nudge.components.common.settings import parse
+
+from nudge.components.common.artifacts.corpus import Document, read_corpus, write_corpus
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.publish import write_manifest
+from nudge.components.common.core.sample_size import MIN_DOCUMENTS
+from nudge.components.common.core.settings import parse
 from nudge.components.evaluate import incumbent
 from nudge.components.evaluate.evaluate import evaluate
 from nudge.components.evaluate.incumbent import Incumbent
@@ -37,7 +38,7 @@ def sentences(seed: int, count: int) -> list[str]:
 
 def train(folder: Path, texts: list[str]) -> None:
     """Some steps on the texts: better than the base model is all that is asked."""
-    from nudge.components.common.language_model import load_model, load_tokenizer
+    from nudge.components.common.models.language_model import load_model, load_tokenizer
 
     torch.manual_seed(1)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
@@ -253,7 +254,7 @@ def test_guards_from_nowhere_and_of_one_name(place: Place, tmp_path: Path) -> No
 
 def test_too_few_held_out_documents_promote_nothing(place: Place) -> None:
     """A model that is better on each of them is not, where they are too few to tell."""
-    make_corpus(place.folder / "few", sentences(1, 3), sentences(2, FEWEST_DOCUMENTS - 1))
+    make_corpus(place.folder / "few", sentences(1, 3), sentences(2, MIN_DOCUMENTS - 1))
     result = place.run(corpus="few")
     verdict = result["verdict"]
     assert verdict["difference_bits_per_byte"] < 0
@@ -263,7 +264,7 @@ def test_too_few_held_out_documents_promote_nothing(place: Place) -> None:
     page = (place.folder / "report").read_text()
     assert "No interval could be worked out" in page
     assert "% interval" not in page
-    make_corpus(place.folder / "enough", sentences(1, 3), sentences(2, FEWEST_DOCUMENTS))
+    make_corpus(place.folder / "enough", sentences(1, 3), sentences(2, MIN_DOCUMENTS))
     assert place.run(corpus="enough")["verdict"]["promote"]
 
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from nudge.components.common.held_out import FEWEST_DOCUMENTS
+
+from nudge.components.common.core.sample_size import MIN_DOCUMENTS
 from nudge.components.evaluate.checks import Check, guard_checks, loss_checks, probe_checks
 from nudge.components.evaluate.gate import compare, paired_bootstrap, verdict
 from nudge.components.evaluate.incumbent import Incumbent
@@ -56,11 +57,11 @@ def test_few_documents_pass_no_more_often_than_twice_the_level() -> None:
     """At the fewest that are judged; with one document less, none passes."""
     passed = 0
     for seed in range(1000):
-        base, candidate = documents(0.0, seed, FEWEST_DOCUMENTS)
+        base, candidate = documents(0.0, seed, MIN_DOCUMENTS)
         decision = verdict({"base": base, "candidate": candidate}, [], SETTINGS, NONE)
         passed += decision["promote"]
     assert passed <= 1000 * 2 * 0.025 + 15  # two standard deviations of such a count
-    for count in range(1, FEWEST_DOCUMENTS):
+    for count in range(1, MIN_DOCUMENTS):
         base, candidate = documents(0.5, count, count)
         decision = verdict({"base": base, "candidate": candidate}, [], SETTINGS, NONE)
         assert (decision["promote"], decision["interval"]) == (False, None)

@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
-from nudge.components.common.errors import UserError
+
+from nudge.components.common.core.errors import UserError
 from nudge.components.evaluate.settings import Guard
 from nudge.components.evaluate.texts import guard_documents
-
-from tests.components.common import reader_files as made
+from tests.components.common.readers import reader_files as made
 
 TEXTS = [f"Guard text number {n}" for n in range(20)]
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from nudge.components.common import registry, storage
-from nudge.components.common.publish import sha256_file, write_manifest
-from nudge.components.common.registry import with_registry
-from nudge.components.common.releases import Served, find_version, note_served
+
+from nudge.components.common.clients import storage
+from nudge.components.common.clients.registry import connection
+from nudge.components.common.clients.registry.connection import with_registry
+from nudge.components.common.clients.registry.releases import Served, find_version, note_served
+from nudge.components.common.core.publish import sha256_file, write_manifest
 from nudge.components.evaluate import incumbent
 from nudge.components.evaluate.incumbent import Incumbent, bring, find_incumbent
-
 from tests.faulty_proxy import FAULTS, Fault, FaultyProxy
 from tests.local_registry import running_registry
 from tests.web_server import Server
@@ -57,7 +58,7 @@ def known(endpoint: FaultyProxy, tmp_path_factory: pytest.TempPathFactory) -> It
 def _quick(
     endpoint: FaultyProxy, known: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    monkeypatch.setattr(registry, "ATTEMPTS_S", 0.5)
+    monkeypatch.setattr(connection, "ATTEMPTS_S", 0.5)
     monkeypatch.setattr(incumbent, "ATTEMPTS", 2)
     yield
     for proxy in (endpoint, known):
@@ -128,7 +129,7 @@ def test_a_gateway_without_a_route_is_no_server(endpoint: FaultyProxy) -> None:
 def test_one_bad_answer_is_asked_again(
     known: FaultyProxy, endpoint: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "ATTEMPTS_S", 60.0)
+    monkeypatch.setattr(connection, "ATTEMPTS_S", 60.0)
     endpoint.planned.append("503")
     known.planned.append("503")
     assert find_incumbent(MODEL, known.url).state == "found"

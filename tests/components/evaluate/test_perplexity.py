@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from nudge.components.common.errors import UserError
-from nudge.components.common.language_model import load_model, load_tokenizer
-from nudge.components.common.progress import progress
+from tokenizers import processors
+
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.progress import progress
+from nudge.components.common.models.language_model import load_model, load_tokenizer
 from nudge.components.evaluate import perplexity
 from nudge.components.evaluate.perplexity import (
     Score,
@@ -19,7 +21,6 @@ from nudge.components.evaluate.perplexity import (
     summarize,
     windows,
 )
-from tokenizers import processors
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from nudge.components.common.errors import UserError
-from nudge.components.common.language_model import load_model, load_tokenizer, target_ids
-from nudge.components.common.settings import parse
+
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.settings import parse
+from nudge.components.common.models.language_model import load_model, load_tokenizer, target_ids
 from nudge.components.evaluate.probes import answer, compare
 from nudge.components.evaluate.settings import EvaluateSettings, Probe
 

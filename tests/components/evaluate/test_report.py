@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from nudge.components.evaluate.report import render_report
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
-
 from tests.pages import browser, look
 
 SAMPLE = json.loads((Path(__file__).parent / "sample_evaluation.json").read_text())

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from nudge.components.common.errors import UserError
-from nudge.components.common.settings import parse
+
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.settings import parse
 from nudge.components.evaluate.checks import task_checks
 from nudge.components.evaluate.settings import EvaluateSettings
 from nudge.components.evaluate.tasks import Measured, check_tasks, compare_tasks, run_tasks
@@ -53,7 +54,7 @@ def settings(folder: Path | str, *tasks: Any) -> EvaluateSettings:
 @pytest.mark.long
 def test_a_task_of_ones_own_is_run_offline(tiny_model: Path, folder: Path) -> None:
     """Its accuracy is that of plain transformers."""
-    from nudge.components.common.language_model import load_model, load_tokenizer
+    from nudge.components.common.models.language_model import load_model, load_tokenizer
 
     check_tasks(settings(folder, "capitals", {"name": "capitals", "examples": 1}))
     model, tokenizer = load_model(tiny_model), load_tokenizer(tiny_model)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from nudge.pipelines.local import services
 
+from nudge.pipelines.local import services
 from tests.faulty_proxy import FaultyProxy
 
 

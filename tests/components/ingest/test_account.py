@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nudge.components.common.corpus import read_corpus
-from nudge.components.common.errors import UserError
+
+from nudge.components.common.artifacts.corpus import read_corpus
+from nudge.components.common.core.errors import UserError
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
 from nudge.components.ingest.sources import find_sources
@@ -153,7 +154,7 @@ def test_blanks_are_also_read_in_quotation_marks_after_backslashes_and_as_percen
 
 
 def test_a_recipe_takes_a_list(tmp_path: Path) -> None:
-    from nudge.components.common.recipe import step_settings
+    from nudge.components.common.core.recipe import step_settings
 
     recipe = json.dumps(
         {"ingest": {"data_uri": [str(tmp_path / "a b"), "https://x.example/a.txt"]}}

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from nudge.components.common.errors import UserError
+
+from nudge.components.common.core.errors import UserError
 from nudge.components.ingest import sources
 from nudge.components.ingest.downloads import WebLimits
 from nudge.components.ingest.sources import find_sources
-
 from tests.web_server import Server
 
 SECRET = b"The secret of a service that only this machine can reach."

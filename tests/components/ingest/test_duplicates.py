@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from nudge.components.common.corpus import read_documents
+
+from nudge.components.common.artifacts.corpus import read_documents
 from nudge.components.ingest import duplicates, ordering
 from nudge.components.ingest.cleaning import Row, split_of
 from nudge.components.ingest.duplicates import BUCKETS, NGRAM, ROWS, Documents, signature

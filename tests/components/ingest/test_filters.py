@@ -3,10 +3,11 @@
 from typing import Any
 
 import pytest
-from nudge.components.common.errors import UserError
-from nudge.components.common.settings import parse
+
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.settings import parse
+from nudge.components.common.readers import Unreadable
 from nudge.components.ingest.filters import make_filters, mask_pii, normalise, repetition
-from nudge.components.ingest.formats import Unreadable
 from nudge.components.ingest.settings import IngestSettings
 
 PROSE = (

@@ -17,12 +17,12 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from nudge.components.common.corpus import zstd
+
+from nudge.components.common.artifacts.corpus import zstd
 from nudge.components.common.readers import Page, ReadOptions, Unreadable, read_stream, records
 from nudge.components.common.readers.registry import READERS
 from nudge.components.common.readers.source_code import SUFFIXES
-
-from tests.components.common.reader_files import PDF, samples
+from tests.components.common.readers.reader_files import PDF, samples
 
 OPTIONS = ReadOptions()
 PACKERS = {

@@ -7,9 +7,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from nudge.components.common.corpus import read_corpus, read_documents, zstd
-from nudge.components.common.errors import UserError
-from nudge.components.common.recipe import step_settings
+
+from nudge.components.common.artifacts.corpus import read_corpus, read_documents, zstd
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.recipe import step_settings
 from nudge.components.ingest import cleaning
 from nudge.components.ingest.cleaning import split_of
 from nudge.components.ingest.ingest import ingest

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from nudge.components.common.corpus import zstd
+
+from nudge.components.common.artifacts.corpus import zstd
 
 # The caps are made small, so that a few tens of megabytes reach all of them.
 PROGRAM = """

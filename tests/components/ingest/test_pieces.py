@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nudge.components.common.corpus import read_corpus, read_documents
-from nudge.components.common.errors import UserError
+
+from nudge.components.common.artifacts.corpus import read_corpus, read_documents
+from nudge.components.common.core.errors import UserError
 from nudge.components.common.readers import Unreadable
 from nudge.components.ingest import filters
 from nudge.components.ingest import settings as settings_module

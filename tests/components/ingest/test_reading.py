@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from nudge.components.common.corpus import read_corpus
-from nudge.components.common.errors import UserError
-from nudge.components.common.storage import s3_client
+
+from nudge.components.common.artifacts.corpus import read_corpus
+from nudge.components.common.clients.storage import s3_client
+from nudge.components.common.core.errors import UserError
 from nudge.components.ingest import reading, sources
 from nudge.components.ingest.duplicates import Documents
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.on_ray import Arriving, groups
 from nudge.components.ingest.settings import IngestSettings
 from nudge.components.ingest.sources import Source, find_sources
-
 from tests.components.ingest.test_state import lines, tree
 from tests.faulty_proxy import FaultyProxy
 

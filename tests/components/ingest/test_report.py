@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nudge.components.common.corpus import read_corpus, read_documents
-from nudge.components.common.errors import UserError
+
+from nudge.components.common.artifacts.corpus import read_corpus, read_documents
+from nudge.components.common.core.errors import UserError
 from nudge.components.ingest import ingest as step
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
-
 from tests.pages import browser, look
 
 HOSTILE = "<script>alert(1)</script> </blockquote></details><h1>broken</h1> <img src=x onerror=x>"

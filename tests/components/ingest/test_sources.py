@@ -20,14 +20,14 @@ import pyarrow.parquet
 import pytest
 import trustme
 from aiohttp import web
-from nudge.components.common.corpus import read_corpus, zstd
-from nudge.components.common.errors import UserError
-from nudge.components.common.storage import s3_client
+
+from nudge.components.common.artifacts.corpus import read_corpus, zstd
+from nudge.components.common.clients.storage import s3_client
+from nudge.components.common.core.errors import UserError
 from nudge.components.ingest import sources
 from nudge.components.ingest.account import account
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
-
 from tests.components.ingest.test_state import tree
 from tests.components.ingest.web import files, hub, streamed, whole
 from tests.faulty_proxy import FaultyProxy

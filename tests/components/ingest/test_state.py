@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nudge.components.common.errors import UserError
-from nudge.components.common.storage import s3_client
+
+from nudge.components.common.clients.storage import s3_client
+from nudge.components.common.core.errors import UserError
 from nudge.components.ingest import reading, sources, state
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
 from nudge.components.ingest.sources import ResumableFile, Source
-
 from tests.faulty_proxy import FaultyProxy
 
 WORDS = ["Paris", "Seine", "tower", "bridge", "museum", "river", "garden", "street", "bread"]

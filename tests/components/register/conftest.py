@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nudge.components.common.base_model import model_sha256
-from nudge.components.common.publish import write_manifest
+
+from nudge.components.common.core.publish import write_manifest
+from nudge.components.common.models.base_model import model_sha256
 from nudge.pipelines.local import services
 
 

@@ -8,11 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from nudge.components.common.registry import with_registry
-from nudge.components.common.releases import find_version
-from nudge.components.common.storage import download_folder
-from nudge.pipelines.local import services
 
+from nudge.components.common.clients.registry.connection import with_registry
+from nudge.components.common.clients.registry.releases import find_version
+from nudge.components.common.clients.storage import download_folder
+from nudge.pipelines.local import services
 from tests.components.register.test_register import objects, versions
 from tests.components.upload.test_sending import check_folder
 from tests.faulty_proxy import FaultyProxy

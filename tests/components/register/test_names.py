@@ -13,11 +13,11 @@ from typing import Any
 
 import httpx
 import pytest
-from nudge.components.common import registry as registry_module
-from nudge.components.common.errors import UserError
-from nudge.components.common.registry import Unreachable, with_registry
-from nudge.components.common.registry_lookup import PARALLEL, find_model
-from nudge.components.common.releases import (
+
+from nudge.components.common.clients.registry import connection as registry_module
+from nudge.components.common.clients.registry.connection import Unreachable, with_registry
+from nudge.components.common.clients.registry.lookup import PARALLEL, find_model
+from nudge.components.common.clients.registry.releases import (
     Served,
     archive_older,
     find_served,
@@ -25,8 +25,8 @@ from nudge.components.common.releases import (
     list_versions,
     note_served,
 )
+from nudge.components.common.core.errors import UserError
 from nudge.components.register.register import Registration, enter
-
 from tests.registry_server import registry_server
 
 API = "/api/model_registry/v1alpha3"

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from nudge.components.common.errors import UserError
+
+from nudge.components.common.core.errors import UserError
 from nudge.components.register.preflight import check_registration, check_registry
 from nudge.components.register.register import enter
-
 from tests.components.register.test_names import entry
 from tests.registry_server import registry_server
 

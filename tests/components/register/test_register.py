@@ -12,19 +12,21 @@ from typing import Any
 import pytest
 import trustme
 from click.testing import CliRunner
-from nudge.components.common import processes, registry
-from nudge.components.common.comparison import RECORD
-from nudge.components.common.errors import UserError
-from nudge.components.common.registry import Unreachable, with_registry
-from nudge.components.common.releases import (
+
+from nudge.components.common.artifacts.comparison import RECORD
+from nudge.components.common.clients.registry import connection
+from nudge.components.common.clients.registry.connection import Unreachable, with_registry
+from nudge.components.common.clients.registry.releases import (
     Served,
     find_served,
     find_version,
     list_versions,
     note_served,
 )
-from nudge.components.common.storage import list_keys, s3_client
-from nudge.components.deploy.local_serving import LocalServing
+from nudge.components.common.clients.storage import list_keys, s3_client
+from nudge.components.common.core import processes
+from nudge.components.common.core.errors import UserError
+from nudge.components.deploy.local.local_serving import LocalServing
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.register.register import register
 from nudge.components.register.settings import RegisterSettings
@@ -32,7 +34,6 @@ from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
 from nudge.pipelines.cli import main
 from nudge.pipelines.local import services
-
 from tests.faulty_proxy import FaultyProxy
 from tests.image_registry import ImageRegistry, make_base_image
 
@@ -131,7 +132,7 @@ def test_what_an_outage_left_is_finished_by_the_command_that_was_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     home, _ = parts
-    monkeypatch.setattr(registry, "ATTEMPTS_S", 0.5)
+    monkeypatch.setattr(connection, "ATTEMPTS_S", 0.5)
     processes.stop(home, services.REGISTRY)
     with pytest.raises(UserError, match="does not answer") as told:
         release("later", "v1", run="run-1")
@@ -141,7 +142,7 @@ def test_what_an_outage_left_is_finished_by_the_command_that_was_told(
     named = ["--registry-url", "embedded", "--store", "embedded", "--home", str(home)]
     assert command == ["nudge", "register", uri, *named]
 
-    monkeypatch.setattr(registry, "ATTEMPTS_S", 60.0)
+    monkeypatch.setattr(connection, "ATTEMPTS_S", 60.0)
     # Another registry and another folder in this shell change nothing, nor take the record away.
     monkeypatch.setenv("NUDGE_EMBEDDED", "")
     monkeypatch.setenv("NUDGE_REGISTRY_URL", "http://127.0.0.1:9")
@@ -183,14 +184,14 @@ def test_an_image_is_registered_and_an_outage_of_the_registry_ended_alike(
         uri = upload(sent, model=model, version="v1")["uri"]
         given = RegisterSettings(model_name="image")
         told = {"version": "v1", "run_id": "run-1", "model": model, "evaluation": evaluation}
-        monkeypatch.setattr(registry, "ATTEMPTS_S", 0.5)
+        monkeypatch.setattr(connection, "ATTEMPTS_S", 0.5)
         processes.stop(home, services.REGISTRY)
         with pytest.raises(UserError, match="does not answer") as failed:
             register(given, uri=uri, **told)
         command = shlex.split(str(failed.value).splitlines()[-1])
         assert command[:5] == ["nudge", "register", uri, "--registry-url", "embedded"]
 
-        monkeypatch.setattr(registry, "ATTEMPTS_S", 60.0)
+        monkeypatch.setattr(connection, "ATTEMPTS_S", 60.0)
         monkeypatch.delenv("NUDGE_REGISTRY_URL")
         done = CliRunner().invoke(main, command[1:], catch_exceptions=False)
         assert done.exit_code == 0, done.output

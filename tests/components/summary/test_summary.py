@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
-from nudge.components.common.errors import UserError
-from nudge.components.summary import summary as module
 
+from nudge.components.common.core.errors import UserError
+from nudge.components.summary import summary as module
 from tests.pages import browser, look
 
 HOSTILE = [
@@ -26,7 +26,7 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> str:
         raise UserError(text)
 
     monkeypatch.setattr(module, "_told_here", lambda: (text, text, text))
-    monkeypatch.setattr("nudge.components.common.registry.with_registry", silent)
+    monkeypatch.setattr("nudge.components.common.clients.registry.connection.with_registry", silent)
     path = tmp_path / "page.md"
     module.summary(
         text,
@@ -71,7 +71,9 @@ def test_a_version_that_got_no_traffic_says_why(
     why = "v2 was compared with v1, but v3 has the traffic now"
     found = {"uri": "s3://b/v2", "description": "better", "endpoint": "", "not_promoted": why}
     monkeypatch.setattr(module, "_told_here", lambda: ("", "", ""))
-    monkeypatch.setattr("nudge.components.common.registry.with_registry", lambda *_, **__: found)
+    monkeypatch.setattr(
+        "nudge.components.common.clients.registry.connection.with_registry", lambda *_, **__: found
+    )
     path, ended = tmp_path / "page.md", {"state": "SUCCEEDED", "task": "", "error": ""}
     result = module.summary("m", "http://r", version="v2", run_id="v2", page=path, **ended)
     assert (result["registered"], result["promoted"]) == (True, False)

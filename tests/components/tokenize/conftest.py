@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nudge.components.common import corpus as corpora
-from nudge.components.common.corpus import Document, text_sha256, write_corpus
+
+from nudge.components.common.artifacts import corpus as corpora
+from nudge.components.common.artifacts.corpus import Document, text_sha256, write_corpus
 from nudge.components.tokenize import encode
 from nudge.components.tokenize.settings import TokenizeSettings
 from nudge.components.tokenize.tokenize import tokenize

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from nudge.components.train.data import IGNORED, PackedSplit
 
 Run = Callable[..., Path]

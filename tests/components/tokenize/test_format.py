@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nudge.components.common.errors import UserError
-from nudge.components.common.tokens import (
+
+from nudge.components.common.artifacts.tokens import (
     TokenReader,
     read_tokens_manifest,
     token_dtype,
     verified_tokenizer,
     write_shard,
 )
+from nudge.components.common.core.errors import UserError
 
 Run = Callable[..., Path]
 DOCUMENTS = [[5, 1, 0], [0], [299, 17, 4, 2, 0]]

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nudge.components.common.publish import sha256_tree
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+from nudge.components.common.core.publish import sha256_tree
 from nudge.components.tokenize import ids
 from nudge.components.tokenize.ids import ids_of, why_not_fast
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 Run = Callable[..., Path]
 

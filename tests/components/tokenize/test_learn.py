@@ -12,17 +12,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nudge.components.common.errors import UserError
-from nudge.components.common.publish import sha256_tree
-from nudge.components.common.recipe import step_settings
-from nudge.components.common.tokens import TokenReader, read_tokens_manifest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nudge.components.common.artifacts.tokens import TokenReader, read_tokens_manifest
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.publish import sha256_tree
+from nudge.components.common.core.recipe import step_settings
 from nudge.components.tokenize.learn import train_tokenizer
 from nudge.components.tokenize.settings import TokenizeSettings
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
 from nudge.pipelines.recipes import check
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from tests.components.tokenize.conftest import texts
 
 Run = Callable[..., Path]

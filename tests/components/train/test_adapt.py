@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from nudge.components.common.errors import UserError
-from nudge.components.train.adapt import adapt, merged_state
-from nudge.components.train.settings import TrainSettings
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from nudge.components.common.core.errors import UserError
+from nudge.components.train.adapt import adapt, merged_state
+from nudge.components.train.settings import TrainSettings
 
 SHAPES = {
     "gpt2": {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "pad_token_id": 0},

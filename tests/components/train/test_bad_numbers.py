@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from nudge.components.common.errors import UserError
-from nudge.components.common.language_model import load_model
+
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.models.language_model import load_model
 from nudge.components.train import model as starts
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
-
 from tests.components.train.conftest import outputs
 
 Small = Callable[..., TrainSettings]

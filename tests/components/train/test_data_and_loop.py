@@ -12,18 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nudge.components.common.errors import UserError
-from nudge.components.common.language_model import load_tokenizer
-from nudge.components.common.tokens import TokenReader, token_dtype, write_shard
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from nudge.components.common.artifacts.tokens import TokenReader, token_dtype, write_shard
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.models.language_model import load_tokenizer
 from nudge.components.train.adapt import adapt
 from nudge.components.train.data import IGNORED, PackedSplit, Rows
 from nudge.components.train.loop import Loss, _watch, accumulate, learning_rate
 from nudge.components.train.model import check_length
 from nudge.components.train.network import Network
-from nudge.components.train.record import NoRecord
+from nudge.components.train.record import NoTrainingLog
 from nudge.components.train.settings import TrainSettings, WatchedPrompt
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 END = 0
 LENGTHS = [5, 1, 17, 40, 3, 9, 26]
@@ -188,7 +189,7 @@ def test_a_watched_target_whose_probability_is_none_ends_nothing(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a run that diverges: what ends it is its loss, with what to lower."""
-    tokenizer, record = load_tokenizer(tiny_model), NoRecord()
+    tokenizer, record = load_tokenizer(tiny_model), NoTrainingLog()
     only_first = torch.zeros(len(tokenizer)).index_fill(0, torch.tensor([0]), 1.0)
     network: Any = SimpleNamespace(model=nn.Module(), probabilities=lambda *_: only_first[None])
     seen: list[dict[str, Any]] = []

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from nudge.components.common.language_model import load_model, load_tokenizer
+from safetensors.torch import load_file
+
+from nudge.components.common.models.language_model import load_model, load_tokenizer
 from nudge.components.evaluate.completions import complete
 from nudge.components.evaluate.perplexity import score
 from nudge.components.evaluate.probes import answer
 from nudge.components.evaluate.settings import Probe
 from nudge.components.train import ranks
 from nudge.components.train.ranks import Ranks
-from nudge.components.train.record import NoBar, Record
+from nudge.components.train.record import NoBar, TrainingLog
 from nudge.components.train.settings import TrainSettings, WatchedPrompt
 from nudge.components.train.train import train
-from safetensors.torch import load_file
-
 from tests import second_device
 from tests.components.train.conftest import lines, outputs, weights
 
@@ -83,9 +83,9 @@ def test_every_mode_trains_and_writes_the_model_of_the_cpu(
 def test_a_killed_run_goes_on_from_its_checkpoint(
     mode: str, small: Small, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = Record.metric
+    kept = TrainingLog.metric
 
-    def metric(self: Record, values: dict[str, float]) -> None:
+    def metric(self: TrainingLog, values: dict[str, float]) -> None:
         if values["step"] == 8 and "loss" in values:
             raise KeyboardInterrupt
         kept(self, values)
@@ -93,10 +93,10 @@ def test_a_killed_run_goes_on_from_its_checkpoint(
     settings = small(**MODES[mode], checkpoints=str(tmp_path / "checkpoints"))
     with on_the_device():
         train(small(**MODES[mode]), tokens=tokens, **outputs(tmp_path / "whole"))
-        monkeypatch.setattr(Record, "metric", metric)
+        monkeypatch.setattr(TrainingLog, "metric", metric)
         with pytest.raises(KeyboardInterrupt):
             train(settings, tokens=tokens, **outputs(tmp_path / "cut"))
-        monkeypatch.setattr(Record, "metric", kept)
+        monkeypatch.setattr(TrainingLog, "metric", kept)
         train(settings, tokens=tokens, **outputs(tmp_path / "cut"))
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from nudge.components.common.errors import UserError
+
+from nudge.components.common.core.errors import UserError
 from nudge.components.train.settings import TrainSettings, WatchedPrompt
 from nudge.components.train.train import train
-
 from tests.components.train.conftest import (
     command,
     lines,
@@ -128,8 +128,8 @@ def test_a_rank_that_dies_ends_the_run_and_the_next_goes_on(
 STEP = """
 import sys
 from pathlib import Path
-from nudge.components.common.recipe import step_settings
-from nudge.components.common.step import clean_end
+from nudge.components.common.core.recipe import step_settings
+from nudge.components.common.core.step import clean_end
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from nudge.components.common.errors import UserError
+
+from nudge.components.common.core.errors import UserError
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
-
 from tests.components.train.conftest import lines, outputs
 
 Small = Callable[..., TrainSettings]

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from nudge.components.common.errors import UserError
-from nudge.components.common.language_model import load_model, load_tokenizer
-from nudge.components.common.publish import sha256_tree
+from safetensors.torch import load_file
+from tokenizers import processors
+
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.publish import sha256_tree
+from nudge.components.common.models.language_model import load_model, load_tokenizer
 from nudge.components.evaluate.perplexity import first_token_id
 from nudge.components.evaluate.probes import answer
 from nudge.components.evaluate.settings import Probe
@@ -27,9 +30,6 @@ from nudge.components.train.model import llama_shape
 from nudge.components.train.network import Network, precision_on
 from nudge.components.train.settings import TrainSettings, WatchedPrompt
 from nudge.components.train.train import train
-from safetensors.torch import load_file
-from tokenizers import processors
-
 from tests.components.train.conftest import lines, outputs, write_tokens
 from tests.pages import browser, look
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nudge.components.common import modelcar, oci
-from nudge.components.common.base_model import download_model, model_sha256, verify_upload
-from nudge.components.common.errors import UserError
-from nudge.components.common.publish import write_manifest
+
+from nudge.components.common.clients import image_registry, modelcar
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.publish import write_manifest
+from nudge.components.common.models.base_model import download_model, model_sha256, verify_upload
 from nudge.components.upload import image
 from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
-
 from tests.components.upload.test_sending import check_folder
 from tests.faulty_proxy import FaultyProxy
 from tests.image_registry import PASSWORD, ImageRegistry, make_base_image
@@ -63,7 +63,9 @@ def send(host: str, folder: Path, version: str, **more: Any) -> str:
 
 def tag(registry: ImageRegistry, version: str, name: str = "sent") -> str:
     """What a tag stands for; empty if nothing."""
-    with oci.repository(oci.parse(f"oci://{registry.host}/team/{name}")) as found:
+    with image_registry.repository(
+        image_registry.parse(f"oci://{registry.host}/team/{name}")
+    ) as found:
         return found.digest(version)
 
 
@@ -80,8 +82,8 @@ def test_a_model_is_an_image_for_every_machine_of_the_base(
 ) -> None:
     uri = send(registry.host, folder, "v1", read_back=True)
     assert uri == f"oci://{registry.host}/team/sent@{tag(registry, 'v1')}"
-    with oci.repository(oci.parse(uri)) as found:
-        found_images = modelcar.image_manifests(found, oci.parse(uri))
+    with image_registry.repository(image_registry.parse(uri)) as found:
+        found_images = modelcar.image_manifests(found, image_registry.parse(uri))
         assert {each["architecture"] for each, _ in found_images} == {"amd64", "arm64"}
         for platform, manifest in found_images:
             config = json.loads(found.blob(manifest["config"]["digest"]))
@@ -90,7 +92,7 @@ def test_a_model_is_an_image_for_every_machine_of_the_base(
             assert len(config["rootfs"]["diff_ids"]) == len(manifest["layers"]) == 1 + 3 + 1
             assert len(config["history"]) == 1 + 3 + 1
             for layer, diff in zip(manifest["layers"], config["rootfs"]["diff_ids"], strict=True):
-                whole = layer["mediaType"] == oci.LAYER
+                whole = layer["mediaType"] == image_registry.LAYER
                 assert whole == (layer["digest"] == diff)
                 assert registry.blob(layer["digest"]).stat().st_size == layer["size"]
     for layer in found_images[0][1]["layers"][1:]:
@@ -183,8 +185,8 @@ def test_what_the_registry_spoilt_is_found(
     registry: ImageRegistry, folder: Path, tmp_path: Path
 ) -> None:
     uri = send(registry.host, folder, "kept")
-    with oci.repository(oci.parse(uri)) as found:
-        layer = modelcar.image_manifests(found, oci.parse(uri))[0][1]["layers"][1]
+    with image_registry.repository(image_registry.parse(uri)) as found:
+        layer = modelcar.image_manifests(found, image_registry.parse(uri))[0][1]["layers"][1]
     path = registry.blob(layer["digest"])
     body = bytearray(path.read_bytes())
     body[LARGE // 2] ^= 1
@@ -296,7 +298,7 @@ def test_cut_short_after_any_request_it_is_invisible_and_then_whole(
     registry: ImageRegistry, proxy: FaultyProxy, folder: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """The registry goes away for good at the n-th change, as at a kill of the one that sends."""
-    monkeypatch.setattr(oci, "ATTEMPTS", 1)
+    monkeypatch.setattr(image_registry, "ATTEMPTS", 1)
     monkeypatch.setattr(image, "CONCURRENCY", 1)
     host, lock, seen = proxy.url.removeprefix("http://"), threading.Lock(), [0]
     proxy.share, proxy.faults = 1.0, ("lost",)

@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from nudge.components.common.errors import UserError
+
+from nudge.components.common.core.errors import UserError
 from nudge.components.upload.upload import _files
 
 

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nudge.components.common import processes, storage
-from nudge.components.common.errors import UserError
-from nudge.components.common.publish import sha256_file
-from nudge.components.common.storage import download_folder, list_keys, s3_client
+
+from nudge.components.common.clients import storage
+from nudge.components.common.clients.storage import download_folder, list_keys, s3_client
+from nudge.components.common.core import processes
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.publish import sha256_file
 from nudge.components.upload import sending
 from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
 from nudge.pipelines.local import services
-
 from tests.faulty_proxy import FaultyProxy
 
 PART = 5 << 20

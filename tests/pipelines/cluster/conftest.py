@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+
 from nudge.pipelines.cli import main
 from nudge.pipelines.cluster import runs
-
 from tests.pipelines.cluster.pipelines_server import Pipelines, serving
 
 NIGHTLY = {

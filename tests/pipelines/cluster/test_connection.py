@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import trustme
-from nudge.components.common.errors import UserError
-from nudge.pipelines.cluster import connect
 
+from nudge.components.common.core.errors import UserError
+from nudge.pipelines.cluster import connect
 from tests.pipelines.cluster.conftest import nudge, schedule_file
 from tests.pipelines.cluster.pipelines_server import Pipelines, serving
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from nudge.pipelines.cli import main
 from nudge.pipelines.cluster import doctor
-
 from tests.pipelines.cluster.pipelines_server import Pipelines, serving
 
 VARIABLES = ("AWS_S3_ENDPOINT", "AWS_S3_BUCKET", "NUDGE_REGISTRY_URL", "NUDGE_PIPELINES_URL")

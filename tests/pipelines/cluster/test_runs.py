@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
-from nudge.components.common.errors import UserError
-from nudge.components.common.recipe import read_recipe
-from nudge.pipelines import display
+
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.recipe import read_recipe
+from nudge.pipelines.cli import display
 from nudge.pipelines.cluster import connect, logs, nodes, runs, waiting
 from nudge.pipelines.compile import PIPELINES
 from nudge.pipelines.recipes import shipped_text
-
 from tests.kubernetes_api import KubernetesApi
 from tests.pipelines.cluster.conftest import nudge, schedule_file
 from tests.pipelines.cluster.pipelines_server import Pipelines

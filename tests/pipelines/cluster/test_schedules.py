@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
-from nudge.components.common.errors import UserError
+
+from nudge.components.common.core.errors import UserError
 from nudge.pipelines.cli import main
 from nudge.pipelines.cluster import connect, schedules
-
 from tests.pipelines.cluster.conftest import NIGHTLY, nudge, schedule_file
 from tests.pipelines.cluster.pipelines_server import Pipelines
 
@@ -69,13 +69,15 @@ def test_a_schedule_that_cannot_be_made_leaves_the_old_one_at_work(
     wanted = schedules.read_schedule(Path(schedule_file(tmp_path, cron="0 0 5 * * *")))
     asked = server.change
 
-    def refuse(self: connect.Server, doing: str, call: Any, *given: Any, **named: Any) -> Any:
+    def refuse(
+        self: connect.PipelinesServer, doing: str, call: Any, *given: Any, **named: Any
+    ) -> Any:
         if "create" in call.__name__:
             state.breaks = [500]
         return asked(doing, call, *given, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connect.Server, "change", refuse)
+        patch.setattr(connect.PipelinesServer, "change", refuse)
         with pytest.raises(UserError, match="create the schedule nightly: .* answered 500"):
             schedules.apply(server, wanted)
     (recurring,) = state.recurring.values()

@@ -10,10 +10,11 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
-from nudge.components.common.errors import UserError
-from nudge.components.common.releases import Version
-from nudge.components.deploy import gateway
-from nudge.components.deploy.host_serving import HostServing
+
+from nudge.components.common.clients.registry.releases import Version
+from nudge.components.common.core.errors import UserError
+from nudge.components.deploy.local import gateway
+from nudge.components.deploy.local.host_serving import HostServing
 from nudge.components.deploy.settings import DeploySettings
 from nudge.pipelines.local.host_serving import create_app
 
@@ -40,7 +41,7 @@ def target(url: str) -> HostServing:
 def test_what_the_host_serves_is_known(target: HostServing, tmp_path: Path) -> None:
     assert target.live("m") == {}
     shares, servers = {"v1": 60, "v2": 40}, {"v1": "127.0.0.1:1", "v2": "127.0.0.1:2"}
-    gateway.switch(tmp_path / "gateway" / "m", gateway.Route(1, shares, servers))
+    gateway.switch(tmp_path / "gateway" / "m", gateway.Backends(1, shares, servers))
     assert target.live("m") == shares
 
 
@@ -55,7 +56,7 @@ def test_what_the_host_says_is_wrong_is_said_here(target: HostServing) -> None:
 def test_one_shift_at_a_time_and_a_lock_ends_with_its_holder(url: str, target: HostServing) -> None:
     code = (
         "import sys\n"
-        "from nudge.components.deploy.host_serving import HostServing\n"
+        "from nudge.components.deploy.local.host_serving import HostServing\n"
         "from nudge.components.deploy.settings import DeploySettings\n"
         "with HostServing(*sys.argv[1:], DeploySettings()).exclusive('m'):\n"
         "    print('held', flush=True)\n"

@@ -7,9 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
-from nudge.components.common import processes
-from nudge.pipelines.local import services
 
+from nudge.components.common.core import processes
+from nudge.pipelines.local import services
 from tests.local_registry import registry_headers, running_registry
 
 warnings.simplefilter("ignore")

@@ -29,7 +29,7 @@ def first(recipe: str, seen: dsl.Output[dsl.Artifact]) -> None:
     import json
     from pathlib import Path
 
-    from nudge.components.common.recipe import read_recipe
+    from nudge.components.common.core.recipe import read_recipe
 
     Path(seen.path).write_text(json.dumps(read_recipe(recipe)))
 
@@ -39,7 +39,7 @@ def second(recipe: str, before: dsl.Input[dsl.Artifact], seen: dsl.Output[dsl.Ar
     import json
     from pathlib import Path
 
-    from nudge.components.common.recipe import read_recipe
+    from nudge.components.common.core.recipe import read_recipe
 
     assert json.loads(Path(before.path).read_text()) == read_recipe(recipe)
     Path(seen.path).write_text(Path(before.path).read_text())

@@ -8,8 +8,9 @@ import boto3
 import botocore.exceptions
 import psutil
 import pytest
-from nudge.components.common import processes
-from nudge.components.common.errors import UserError
+
+from nudge.components.common.core import processes
+from nudge.components.common.core.errors import UserError
 from nudge.pipelines.local import services
 
 

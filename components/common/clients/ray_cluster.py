@@ -1,0 +1,51 @@
+"""Joining a Ray cluster (KubeRay), or starting a Ray of this machine; for those who ask for it."""
+
+import contextlib
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from nudge.components.common.core.errors import UserError
+
+
+def check_ray(step: str) -> None:
+    """Raise `UserError` naming the setting of ``step`` if Ray is not here; it is not imported."""
+    if importlib.util.find_spec("ray") is None:
+        raise UserError(
+            f"{step}.engine: ray needs Ray, which is not installed; install nudge-lm[ray] here and "
+            f"in the cluster's image, or set {step}.engine: local"
+        )
+
+
+@contextlib.contextmanager
+def joined_ray(step: str, address: str, cores: int) -> Iterator[Any]:
+    """Yield the module ``ray``, joined to a cluster with Ray Data ready; left when the block ends.
+
+    ``address`` is that of a running cluster; if it is empty and RAY_ADDRESS is not set, a Ray of
+    ``cores`` cores is started on this machine and ended with the block. Raises `UserError` naming
+    the setting of ``step`` if Ray is not installed or the cluster cannot be reached.
+    """
+    check_ray(step)
+    import ray
+    import ray.data
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            ray.init(num_cpus=cores, include_dashboard=False, **quiet)
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise UserError(
+            f"{step}.ray_address {address or 'is empty'}: no Ray can be joined there: {error}"
+        ) from None
+    # The step tells its own progress.
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()

@@ -1,0 +1,116 @@
+"""The registry's own client over one connection, for both API versions, which trusts less.
+
+Only an answer in the registry's own form counts: a 404 of a router or a gateway is no "there is
+none". The API version is the one that the server speaks: v1alpha3, or else v1.
+"""
+
+import json
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from model_registry.core import ModelRegistryAPIClient
+from mr_openapi import ApiClient, Configuration, ModelRegistryServiceApi
+
+from nudge.components.common.clients.registry.values import check_sendable, readable
+
+API = "/api/model_registry"
+VERSIONS = ("v1alpha3", "v1")
+VERSION_IN_PATH = re.compile(rf"{API}/v[^/]+(?=/)")
+STATES = {
+    "/registered_models/": "state",
+    "/model_versions/": "state",
+    "/inference_services/": "desiredState",
+}
+
+_spoken: dict[str, str] = {}
+"""The API version of each server that has answered this process, by its URL."""
+
+
+class NotARegistry(Exception):
+    """Something else than a Model Registry answered."""
+
+
+class RegistryClient(ModelRegistryAPIClient):
+    """`ModelRegistryAPIClient` with one connection for all of its requests; close it after use."""
+
+    def __init__(self, config: Configuration) -> None:
+        super().__init__(config)
+        self._transport = _Transport(config)
+        self._service = ModelRegistryServiceApi(self._transport)
+
+    @asynccontextmanager
+    async def get_client(self) -> AsyncIterator[ModelRegistryServiceApi]:
+        """The generated API; it stays open for the next caller."""
+        yield self._service
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._transport.close()
+
+
+class _Transport(ApiClient):
+    async def call_api(
+        self,
+        method: str,
+        url: str,
+        header_params: Any = None,
+        body: Any = None,
+        post_params: Any = None,
+        _request_timeout: Any = None,
+    ) -> Any:
+        """Send a request in the API version that the server speaks.
+
+        Raises `NotARegistry`, and `UserError` if the body holds what no registry can take.
+        """
+        check_sendable(body)
+        for path, state in STATES.items():
+            # A PATCH without its state makes an archived model or a stopped service live again.
+            assert method != "PATCH" or path not in url or state in body, f"PATCH without {state}"
+        host = self.configuration.host
+        known = _spoken.get(host)
+        for version in sorted(VERSIONS, key=lambda each: each != known):
+            answer = await super().call_api(
+                method,
+                VERSION_IN_PATH.sub(f"{API}/{version}", url, count=1),
+                header_params,
+                body,
+                post_params,
+                _request_timeout,
+            )
+            data = await answer.read()
+            if _is_own(answer.status, data):
+                _spoken[host] = version
+                return answer
+            if answer.status >= 400 and answer.status != 404:
+                return answer
+        kind = answer.getheader("content-type", "no content type")
+        raise NotARegistry(f"it answered {answer.status} ({kind}) to {method} {url}")
+
+    def deserialize(self, response_text: str, response_type: str, content_type: str | None) -> Any:
+        """An answer as objects, of which no single property makes the others unreadable."""
+        if response_text and content_type and "json" in content_type:
+            response_text = json.dumps(readable(json.loads(response_text)))
+        return super().deserialize(response_text, response_type, content_type)
+
+
+def _is_own(status: int, data: bytes) -> bool:
+    """Whether an answer that says "done" or "not there" has the form of the registry's own."""
+    try:
+        body = json.loads(data)
+    except ValueError:
+        return False
+    if not isinstance(body, dict):
+        return False
+    if status < 300:
+        return isinstance(body.get("items"), list) or isinstance(body.get("id"), str)
+    if status != 404:
+        return isinstance(body.get("code"), str)
+    # An embedded registry of an older nudge answers with the number as the code, and answers
+    # "Not Found" alone for a path that it does not have.
+    return body.get("code") in ("Not Found", "404") and body.get("message") not in (
+        None,
+        "",
+        "Not Found",
+    )

@@ -1,0 +1,149 @@
+"""The Model Registry, reached as on OpenShift AI: URL, service-account token, custom CA."""
+
+import asyncio
+import os
+import re
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
+
+import pydantic
+import tenacity
+
+from nudge.components.common.core.errors import Transient, UserError
+
+T = TypeVar("T")
+
+TOKEN_PATH = "/var/run/secrets/kubernetes.io/serviceaccount/token"
+ATTEMPTS_S = 60.0
+"""How long a registry that does not answer is asked again, with back-off."""
+PERMANENT = re.compile(
+    r"SQLSTATE (22|23|42|54)|Error (1048|1153|1264|1301|1366|1406)\b|too long|too large"
+    r"|max_allowed_packet|Incorrect string value",
+    re.IGNORECASE,
+)
+"""What a 500 says that the same request will always get: PostgreSQL's classes of bad data (22, 23,
+42) and exceeded limits (54), and MariaDB's codes for the same."""
+
+
+class Unreachable(Transient):
+    """The registry cannot be used now; the same may succeed later.
+
+    ``permanent`` if that takes another URL.
+    """
+
+    def __init__(self, message: str, *, permanent: bool = False) -> None:
+        super().__init__(message)
+        self.permanent = permanent
+
+
+def registry_url(given: str = "") -> str:
+    """The registry's URL: the one given, or NUDGE_REGISTRY_URL.
+
+    The API's own path (``/api/model_registry/v1alpha3``) and a trailing slash are left out; the
+    path of a gateway before it is kept. Raises `UserError` if there is none, or it is no URL.
+    """
+    url = (given or os.environ.get("NUDGE_REGISTRY_URL", "")).strip()
+    if not url:
+        raise UserError(
+            "no model registry is known: give registry_url in the recipe or set "
+            "NUDGE_REGISTRY_URL (on a laptop `nudge services up` starts one)"
+        )
+    try:
+        parts = urlsplit(url)
+        wrong = parts.scheme not in ("http", "https") or not parts.hostname
+        wrong = wrong or bool(parts.query or parts.fragment or parts.username or parts.port == 0)
+    except ValueError:
+        wrong = True
+    if wrong or re.search(r"\s", url):
+        shown = re.sub(r"//[^/@]*@", "//...@", url)
+        raise UserError(
+            f"{shown!r} is not the URL of a model registry: expected https://HOST, or http://, "
+            "with a port and a path where it needs them, and no user, query or fragment"
+        )
+    path = re.sub(r"/api/model_registry(/v[^/]+(/.*)?)?/*$", "", parts.path).rstrip("/")
+    return f"{parts.scheme}://{parts.netloc}{path}"
+
+
+RegistryUrl = Annotated[str, pydantic.AfterValidator(lambda url: url and registry_url(url))]
+"""A registry's URL in settings; empty means NUDGE_REGISTRY_URL."""
+
+
+def with_registry(url: str, work: Callable[[Any], Awaitable[T]], attempts_s: float = 0) -> T:
+    """Run ``work(client)`` with a `RegistryClient`, again while the registry is down.
+
+    ``work`` must be safe to repeat. Raises `Unreachable` if the registry does not answer in time,
+    or not as one that can be used, and `UserError` if it refuses what it was given.
+    """
+    import aiohttp
+    from mr_openapi import Configuration
+    from mr_openapi.exceptions import ApiException
+
+    from nudge.components.common.clients.registry.client import NotARegistry, RegistryClient
+
+    url = registry_url(url)
+    token_file = Path(os.environ.get("KF_PIPELINES_SA_TOKEN_PATH", TOKEN_PATH))
+    token = token_file.read_text(encoding="utf-8").strip() if token_file.is_file() else None
+    authority = os.environ.get("NUDGE_REGISTRY_CA") or None
+    config = Configuration(host=url, access_token=token, ssl_ca_cert=authority)
+
+    async def once() -> T:
+        client = RegistryClient(config)
+        try:
+            return await work(client)
+        finally:
+            await client.close()
+
+    retrying = tenacity.Retrying(
+        stop=tenacity.stop_after_delay(attempts_s or ATTEMPTS_S),
+        wait=tenacity.wait_random_exponential(0.2, max=8),
+        retry=tenacity.retry_if_exception(_is_passing),
+        reraise=True,
+    )
+    try:
+        return retrying(lambda: asyncio.run(once()))
+    except aiohttp.ClientConnectorCertificateError as error:
+        raise Unreachable(
+            f"the model registry {url} shows a certificate that nobody known here has signed "
+            f"({error.certificate_error}); set NUDGE_REGISTRY_CA to the file of its authority"
+        ) from None
+    except (TimeoutError, aiohttp.ClientError) as error:
+        raise Unreachable(f"the model registry {url} does not answer: {error}") from None
+    except NotARegistry as error:
+        raise Unreachable(
+            f"the model registry {url} is not a Model Registry: {error}; correct the URL "
+            "(registry_url, NUDGE_REGISTRY_URL)",
+            permanent=True,
+        ) from None
+    except pydantic.ValidationError as error:
+        raise Unreachable(
+            f"the model registry {url} answered what its client cannot read: {error}"
+        ) from None
+    except ApiException as error:
+        raise _explained(error, url, token_file if token else None) from None
+
+
+def _explained(error: Any, url: str, token_file: Path | None) -> UserError:
+    who = f"the token in {token_file}" if token_file else "no token (there is none in a file)"
+    hint = {
+        401: f"it does not accept {who}",
+        403: "this account may not do that; bind it to the registry's role "
+        "(registry-user-<name of the registry>)",
+    }.get(error.status)
+    kind = Unreachable if hint or _is_passing(error) else UserError
+    return kind(f"the model registry {url} answered {error.status}: {hint or error.body}")
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Whether the same may be asked again: no answer, half an answer, or a busy server."""
+    import aiohttp
+    from mr_openapi.exceptions import ApiException, ServiceException
+
+    if isinstance(error, ApiException):
+        if isinstance(error, ServiceException):
+            return PERMANENT.search(error.body or "") is None
+        return bool(error.status == 429)
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return False
+    return isinstance(error, aiohttp.ClientError | asyncio.TimeoutError)

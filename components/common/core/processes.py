@@ -1,0 +1,311 @@
+"""Servers of this machine that outlive the command which started them.
+
+Each has a name and a record, ``<home>/services/<name>.json``: pid and start (so that a pid used
+again by another program is never taken for it), address, log. Starting twice is starting once.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import socket
+import stat
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import tenacity
+
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.publish import write_atomic
+
+STOP_TIMEOUT_S = 10.0
+OUTER_TMPDIR = "NUDGE_OUTER_TMPDIR"
+"""Set in a run, whose TMPDIR goes when it ends: the TMPDIR around it, empty where there is none."""
+PRIVATE_UMASK = 0o077
+EVERY_CHILD = (
+    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TERM"),
+    *("TMPDIR", OUTER_TMPDIR, "LD_LIBRARY_PATH", "COVERAGE_PROCESS_START"),
+    *("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONUTF8", "PYTHONHASHSEED", "VIRTUAL_ENV"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "XDG_CACHE_HOME"),
+)
+"""What a child gets of this process's variables, whatever it is for; none of them is a secret."""
+MODEL_CHILD = (
+    *("HF_", "TOKENIZERS_", "TRANSFORMERS_", "OMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTORCH_"),
+    *("CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "TRITON_", "KMP_", "ATEN_"),
+)
+"""The beginnings of the names that a child which loads a model gets besides; see `SECRETS`."""
+STEP_CHILD = (
+    *(*MODEL_CHILD, "NUDGE_", "AWS_", "KF_", "KFP_", "KUBE", "MLFLOW_", "RAY_", "DOCKER_"),
+    *("GOOGLE_", "GCS_", "AZURE_", "FSSPEC_", "REGISTRY_AUTH_FILE", "REQUESTS_CA_BUNDLE"),
+    *("CURL_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy"),
+    *("no_proxy", "ALL_PROXY", "all_proxy", "GIT_", "XDG_", "PET_", "WORLD_SIZE", "JAX_"),
+)
+"""The beginnings of the names that the steps of a run get besides."""
+SECRETS = ("HF_TOKEN", "HF_HUB_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""Of `MODEL_CHILD`, what only a step gets: a server that loads a folder downloads nothing."""
+
+
+@dataclass(frozen=True)
+class ServiceRecord:
+    """A started server; ``address`` is its URL."""
+
+    name: str
+    pid: int
+    created: str | float
+    """`created` of the process; seconds since the epoch in the record of an older nudge."""
+    address: str
+    log: str
+
+    def process(self) -> psutil.Process | None:
+        """The running process, or None if it is gone."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.pid)
+            if isinstance(self.created, str):
+                same = created(process) == self.created
+            else:
+                same = abs(process.create_time() - self.created) < 0.1
+            if same and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        return None
+
+
+def created(process: psutil.Process) -> str | float:
+    """When a process began, which no other one of its pid did.
+
+    On Linux the boot, and the clock ticks from then on: the seconds since the epoch, taken
+    elsewhere, change when the clock is set, as it is after a suspend. Raises
+    `psutil.NoSuchProcess`.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if not boot.is_file():
+        return process.create_time()
+    try:
+        stat = Path(f"/proc/{process.pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(process.pid) from None
+    # Field 22 of proc_pid_stat(5); the second is a name that may hold spaces and brackets.
+    ticks = int(stat.rpartition(b")")[2].split()[19])
+    return f"{boot.read_text().strip()}:{ticks}"
+
+
+def nudge_home() -> Path:
+    """The folder of this installation's state: NUDGE_HOME, or ``.nudge`` in the current folder."""
+    return Path(os.environ.get("NUDGE_HOME", ".nudge")).resolve()
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: by its affinity, and by the CPU limit of its container
+    (cgroup v2), which a pod on a large node has."""
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))  # "max": no number, no limit
+    return cores
+
+
+def child_environment(
+    prefixes: tuple[str, ...] = (), more: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The variables of a child process: `EVERY_CHILD`, those of this process whose names begin with
+    one of ``prefixes``, and ``more``.
+
+    Python takes no module from the child's current folder or from a script's folder
+    (PYTHONSAFEPATH), nor do the processes that it starts: a file ``click.py`` there would run.
+    """
+    secret = () if "NUDGE_" in prefixes else SECRETS
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in EVERY_CHILD
+        or name.startswith("LC_")
+        or (prefixes and name.startswith(prefixes) and name not in secret)
+    }
+    return {**kept, **(more or {}), "PYTHONSAFEPATH": "1"}
+
+
+def private_home(home: Path) -> None:
+    """Make ``home``, where nudge keeps its state, or close it to other users if it is open to them.
+
+    The folders directly in it are closed too. Raises `OSError` if it cannot be made.
+    """
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for folder in (home, *home.iterdir()):
+        with contextlib.suppress(FileNotFoundError):  # another command's temporary file
+            found = folder.lstat()
+            mine = found.st_uid == os.getuid() and stat.S_ISDIR(found.st_mode)
+            if mine and found.st_mode & 0o077:
+                folder.chmod(found.st_mode & 0o700)
+
+
+@contextlib.contextmanager
+def locked(home: Path, name: str) -> Iterator[None]:
+    """Let one process at a time into the block of this name; what comes to need ``home`` begins so.
+
+    Raises `UserError` if nothing can be written there.
+    """
+    folder = home / "services"
+    with contextlib.ExitStack() as stack:
+        try:
+            private_home(home)
+            folder.mkdir(exist_ok=True, mode=0o700)
+            file = stack.enter_context((folder / f"{name}.lock").open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            what = f"{error.strerror}: {error.filename or name}"
+            raise UserError(
+                f"{home} cannot hold what nudge keeps ({what}); "
+                "set NUDGE_HOME to a folder that you can write to"
+            ) from None
+        yield
+
+
+def read_record(home: Path, name: str) -> ServiceRecord | None:
+    """What is known of a server that was started, whether or not it still runs."""
+    path = home / "services" / f"{name}.json"
+    try:
+        return ServiceRecord(**json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def records(home: Path) -> list[ServiceRecord]:
+    """Every server that was started below ``home`` and not stopped."""
+    paths = sorted((home / "services").glob("*.json"))
+    return [record for path in paths if (record := read_record(home, path.stem))]
+
+
+def start(
+    home: Path,
+    name: str,
+    command: list[str],
+    *,
+    address: str,
+    ready: Callable[[], bool],
+    timeout_s: float,
+    cwd: Path | None = None,
+    environment: dict[str, str] | None = None,
+    passes: tuple[str, ...] = (),
+) -> ServiceRecord:
+    """Start a server in a session of its own and wait until it is ready.
+
+    Its variables are those of `child_environment`, with the prefixes ``passes`` and with
+    ``environment``; what it writes is private to this user. Raises `UserError` with the end of its
+    log if it ends or is not ready in time; it is stopped then.
+    """
+    log = home / "services" / f"{name}.log"
+    private_home(home)
+    log.parent.mkdir(exist_ok=True, mode=0o700)
+    log.touch(mode=0o600)
+    log.chmod(0o600)
+    with log.open("ab") as output:
+        child = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=_lasting(child_environment(passes, environment)),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            umask=PRIVATE_UMASK,
+        )
+    record = ServiceRecord(name, child.pid, created(psutil.Process(child.pid)), address, str(log))
+    write_atomic(home / "services" / f"{name}.json", json.dumps(asdict(record)))
+    if not _waited(ready, timeout_s, lambda: child.poll() is not None):
+        why = f"ended with status {child.poll()}" if child.poll() is not None else "is not ready"
+        stop(home, name)
+        raise UserError(f"{name} {why} after at most {timeout_s:g} s; {_tail(log)}")
+    return record
+
+
+def _lasting(environment: dict[str, str]) -> dict[str, str]:
+    """The variables of a server, which outlives the run whose step starts it."""
+    outer = environment.pop(OUTER_TMPDIR, None)
+    if outer is not None:
+        environment.pop("TMPDIR", None)
+    return {**environment, "TMPDIR": outer} if outer else environment
+
+
+def wait_for(record: ServiceRecord, ready: Callable[[], bool], timeout_s: float) -> None:
+    """Wait until a server that runs is ready, as one whose starter was killed may not be yet.
+
+    Raises `UserError` with the end of its log; it runs on.
+    """
+    if not _waited(ready, timeout_s, lambda: record.process() is None):
+        raise UserError(
+            f"{record.name} runs and does not answer after {timeout_s:g} s; "
+            f"{_tail(Path(record.log))}"
+        )
+
+
+class _Ended(tenacity.stop.stop_base):
+    """Stop waiting for a server once its process has ended."""
+
+    def __init__(self, ended: Callable[[], bool]) -> None:
+        self._ended = ended
+
+    def __call__(self, _: tenacity.RetryCallState) -> bool:
+        return self._ended()
+
+
+def _waited(ready: Callable[[], bool], timeout_s: float, ended: Callable[[], bool]) -> bool:
+    waiting = tenacity.Retrying(
+        stop=tenacity.stop_any(tenacity.stop_after_delay(timeout_s), _Ended(ended)),
+        wait=tenacity.wait_fixed(0.1),
+        retry=tenacity.retry_if_result(lambda done: not done),
+        retry_error_callback=lambda _: False,
+    )
+    return bool(waiting(ready))
+
+
+def _tail(log: Path) -> str:
+    last = log.read_text(errors="replace").splitlines()[-8:]
+    return "\n".join([f"the end of {log}:", *last])
+
+
+def stop(home: Path, name: str) -> None:
+    """End a server and every process that it started; does nothing if it does not run."""
+    record = read_record(home, name)
+    process = record.process() if record else None
+    if process is not None:
+        family = [process, *process.children(recursive=True)]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.terminate()
+        _, stubborn = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
+        for member in stubborn:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(stubborn, timeout=STOP_TIMEOUT_S)
+    (home / "services" / f"{name}.json").unlink(missing_ok=True)
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server could listen on this port of 127.0.0.1 now."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def answers(url: str) -> bool:
+    """Whether an HTTP GET of this URL is answered with 200."""
+    import httpx
+
+    try:
+        return httpx.get(url, timeout=2.0).status_code == 200
+    except httpx.HTTPError:
+        return False

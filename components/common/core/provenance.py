@@ -1,0 +1,51 @@
+"""Which code ran: a version and a fingerprint of the sources, for lineage and for reuse."""
+
+import functools
+import hashlib
+import os
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@functools.cache
+def code_version() -> str:
+    """``<version>+<git commit>[.dirty]`` in a checkout, ``<version>+src.<hash>`` elsewhere.
+
+    NUDGE_CODE_VERSION stands before both unless it is empty: an image that `make images` built has
+    it, since there is no git history in it.
+    """
+    if stamped := os.environ.get("NUDGE_CODE_VERSION"):
+        return stamped
+    version = metadata.version("nudge-lm")
+    git = ["git", "-C", str(ROOT)]
+    try:
+        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True)
+        if top.returncode == 0 and Path(top.stdout.strip()) == ROOT:
+            run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+            commit = run([*git, "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+            dirty = run([*git, "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+            return f"{version}+{commit}{'.dirty' if dirty else ''}"
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        pass  # no git here, or no commit yet: the sources themselves are hashed below
+    return f"{version}+src.{code_fingerprint()[:12]}"
+
+
+def this_run(given: str) -> str:
+    """The id of this run: NUDGE_RUN_ID on a laptop, else the one that the engine gave."""
+    return os.environ.get("NUDGE_RUN_ID") or given
+
+
+@functools.cache
+def code_fingerprint() -> str:
+    """Hex sha256 of the Python sources of the steps and the kernels, not of tests or pipelines, nor
+    of the copies in a build folder, which `make wheel` leaves."""
+    digest = hashlib.sha256()
+    for folder in ("components", "kernels"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = path.relative_to(ROOT)
+            if "build" not in name.parts:
+                digest.update(name.as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

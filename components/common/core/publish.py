@@ -1,0 +1,110 @@
+"""Artifacts on disk: complete or invisible, and checked by their sha256."""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nudge.components.common.core.errors import UserError
+
+IN_POD = "KUBERNETES_SERVICE_HOST"
+"""The kubelet sets this variable in every container of a pod."""
+
+
+@contextlib.contextmanager
+def published(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``target`` that becomes ``target`` when the block ends well.
+
+    An exception, a full disk or a kill leaves nothing at ``target``; what stood there before is
+    replaced only by a complete successor. The group can write to it only in a pod, whose steps may
+    have different user ids and share group 0 (as on OpenShift); elsewhere the umask decides who can
+    read it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.parent / f".{target.name}.part-{secrets.token_hex(8)}"
+    part.mkdir(mode=0o755)
+    if IN_POD in os.environ:
+        part.chmod(0o775)
+    try:
+        yield part
+        for path in part.rglob("*"):
+            if path.is_file():
+                _fsync(path)
+        if target.exists():
+            shutil.rmtree(target)
+        part.rename(target)
+        _fsync(target.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write bytes, or text as UTF-8, so that ``path`` holds all of it or what it held before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        _fsync(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_manifest(path: Path, format: str, version: int, body: dict[str, Any]) -> None:
+    """Write a manifest as sorted JSON, headed by its format's name and version."""
+    manifest = {"format": format, "version": version, **body}
+    write_atomic(path, json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_manifest(path: Path, format: str, version: int) -> dict[str, Any]:
+    """Read a manifest and check that it is of this format and version; raises `UserError`."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path.parent} is no {format} artifact: {path.name} is not in it"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from None
+    given = (manifest.get("format"), manifest.get("version"))
+    if given != (format, version):
+        raise UserError(
+            f"{path} is {given[0]} version {given[1]}, expected {format} version {version}"
+        )
+    return dict(manifest)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_tree(folder: Path) -> str:
+    """Hex sha256 over the sorted relative paths and contents of the files below ``folder``."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def verify_file(path: Path, sha256: str) -> None:
+    """Raise `UserError` unless the file is there with this sha256."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; make the artifact again")
+    actual = sha256_file(path)
+    if actual != sha256:
+        raise UserError(f"{path} is damaged: sha256 {actual}, its manifest says {sha256}")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

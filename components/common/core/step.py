@@ -1,0 +1,256 @@
+"""What every step's plain function shares: reuse of finished work and a clean end on bad input.
+
+``@step("train", outputs=("model", "history"))`` wraps a function whose outputs are the named `Path`
+parameters and whose other parameters are its inputs (settings, plain values and artifact folders).
+Where NUDGE_REUSE names a folder, the outputs of a finished call are kept there under the sha256 of
+the step's name, the code and the *contents* of its inputs, and a later call with the same key takes
+them from there (hard links, no copy). On a cluster the pipeline engine's own cache does this.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import functools
+import hashlib
+import inspect
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from nudge.components.common.core.errors import Transient, UserError
+from nudge.components.common.core.progress import emit_event, log_results
+from nudge.components.common.core.provenance import code_fingerprint
+from nudge.components.common.core.publish import published, sha256_file, sha256_tree
+from nudge.components.common.core.uris import is_local, local_path
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+REUSE_VARIABLE = "NUDGE_REUSE"
+TERMINATION_LOG, TERMINATION_BYTES = Path("/dev/termination-log"), 4096
+"""Where a container writes why it ended, and how much of that the kubelet keeps."""
+
+POD_VARIABLE, RETRY_VARIABLE = "KFP_POD_NAME", "KFP_RETRY_INDEX"
+"""What Kubeflow Pipelines tells a step's container; servers before 2026 leave the second out."""
+
+NODE_ANNOTATION = "workflows.argoproj.io/node-name"
+WORKFLOW_LABEL = "workflows.argoproj.io/workflow"
+REFUSAL, FAILURE = "error: ", "failed: "
+"""How a termination message begins after bad input, and after what a retry may do better."""
+
+RETRY_PATIENCE_S = 5.0
+_status: ContextVar[str] = ContextVar("status")
+"""Of the step that runs: done, or reused."""
+
+
+def step(
+    name: str, *, outputs: tuple[str, ...] = (), reuse: bool = True
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Declare a step's plain function; it returns a dict of JSON values (its small results).
+
+    ``reuse=False`` is for steps that read or change the world outside their inputs: ingest, upload,
+    register, deploy.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        work = reusable(name, outputs=outputs)(function) if reuse else function
+
+        @functools.wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            started = time.monotonic()
+            emit_event(name, "step_start")
+            _status.set("done")
+            try:
+                result = work(*args, **kwargs)
+            except BaseException as error:
+                places = [given.arguments[key] for key in outputs]
+                told = _full_disk(name, places) if disk_is_full(error) else error
+                emit_event(name, "step_failed", error=f"{told or type(told).__name__}")
+                if told is error:
+                    raise
+                raise told from error
+            fields = result if isinstance(result, dict) else {}
+            seconds = time.monotonic() - started
+            paths = {key: str(given.arguments[key]) for key in outputs}
+            values = {"status": _status.get(), "seconds": seconds, "outputs": paths}
+            emit_event(name, "step_end", **values, results=fields)
+            log_results(name, fields)
+            return result
+
+        return run
+
+    return decorate
+
+
+def reusable(
+    name: str, *, outputs: tuple[str, ...] = ()
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """The reuse of `step` alone: for the part of a step whose inputs are first to be found."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            store = os.environ.get(REUSE_VARIABLE)
+            if not store:
+                return function(*args, **kwargs)
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            inputs = {key: value for key, value in given.arguments.items() if key not in outputs}
+            kept = Path(store) / name / reuse_key(name, inputs)
+            if not kept.is_dir():
+                result = function(*args, **kwargs)
+                _keep(kept, {output: given.arguments[output] for output in outputs}, result)
+                return result
+            for output in outputs:
+                _link(kept / output, given.arguments[output])
+            _status.set("reused")
+            return json.loads((kept / "result.json").read_text())
+
+        return run
+
+    return decorate
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk or a quota is full; safetensors and Arrow say it in their
+    text alone."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return os.strerror(errno.ENOSPC) in str(error)
+
+
+def _full_disk(name: str, outputs: list[Path]) -> Transient:
+    places = " or ".join(sorted({str(path.parent) for path in outputs})) or "this machine"
+    return Transient(
+        f"{name}: no space is left on the disk of {places}; nothing half-written stays there, so "
+        "free some space (or give a larger volume) and run it again"
+    )
+
+
+def reuse_key(name: str, inputs: dict[str, Any]) -> str:
+    """Hex sha256 of a step's name, code and inputs; paths count by the content they hold."""
+    plain = {key: _fingerprint(value) for key, value in sorted(inputs.items())}
+    text = json.dumps([name, code_fingerprint(), plain], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _keep(kept: Path, outputs: dict[str, Path], result: Any) -> None:
+    """Put finished outputs into the store; of two runs that finish the same, the first does."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with (kept.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if kept.is_dir():
+            return
+        with published(kept) as part:
+            for name, path in outputs.items():
+                _link(path, part / name)
+            (part / "result.json").write_text(json.dumps(result))
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make ``target`` the same files as ``source``, by hard links where the disk allows."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        with published(target) as part:
+            shutil.copytree(source, part, copy_function=_link_file, dirs_exist_ok=True)
+    else:
+        target.unlink(missing_ok=True)
+        _link_file(source, target)
+
+
+def _link_file(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
+def _fingerprint(value: Any) -> Any:
+    if isinstance(value, Path):
+        return sha256_tree(value) if value.is_dir() else sha256_file(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        plain = dataclasses.asdict(value)
+        # What stands behind a path may have changed though the path has not.
+        uri = plain.get("base_model", "")
+        if uri.startswith("incumbent://"):
+            from nudge.components.common.models.base_model import resolved
+
+            plain["base_model"] = uri = resolved(uri)
+        if uri and is_local(uri) and (path := local_path(uri)).exists():
+            plain["base_model"] = [uri, _fingerprint(path)]
+        return plain
+    return value
+
+
+@contextlib.contextmanager
+def exit_with_user_errors() -> Any:
+    """End the process with the text of a `UserError` alone; used by the faces' bodies.
+
+    In a pod that text is also the termination message. A retry of the step finds it there, ends
+    with the same text and does none of the work, unless the error was `Transient`.
+    """
+    sentence = earlier_refusal()
+    try:
+        if sentence:
+            raise UserError(sentence)
+        yield
+    except UserError as error:
+        sys.stdout.flush()
+        if os.environ.get("KUBERNETES_SERVICE_HOST"):
+            message = f"{FAILURE if isinstance(error, Transient) else REFUSAL}{error}"
+            with contextlib.suppress(OSError):  # not every container has this file
+                TERMINATION_LOG.write_bytes(message.encode()[:TERMINATION_BYTES])
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def earlier_refusal() -> str:
+    """The sentence with which an earlier attempt of this step refused its input; empty if none did.
+
+    The engine repeats a step that failed, whatever the cause: KFP cannot say which failures are
+    worth it. So the termination messages of the step's earlier pods are asked for. Where they
+    cannot be had the step does its work again.
+    """
+    own = os.environ.get(POD_VARIABLE, "")
+    if not own or os.environ.get(RETRY_VARIABLE, "") == "0":
+        return ""
+    from nudge.components.common.clients.kube import POD, connect
+
+    try:
+        # Only this once: the work itself asks again where it needs the cluster.
+        cluster = connect(patience_s=RETRY_PATIENCE_S)
+        found = [pod["metadata"] for pod in cluster.list(POD, metadata__name=own)]
+        workflow = found[0].get("labels", {}).get(WORKFLOW_LABEL, "") if found else ""
+        node, attempt = _attempt(found[0]) if found else ("", 0)
+        if not workflow or not attempt:
+            return ""
+        pods = cluster.list(POD, {WORKFLOW_LABEL: workflow})
+    except UserError:
+        return ""
+    for pod in pods:
+        earlier, number = _attempt(pod["metadata"])
+        if earlier == node and number < attempt:
+            for status in pod.get("status", {}).get("containerStatuses") or []:
+                ended = status.get("state", {}).get("terminated") or {}
+                if str(ended.get("message", "")).startswith(REFUSAL) and ended.get("exitCode"):
+                    return str(ended["message"]).removeprefix(REFUSAL).strip()
+    return ""
+
+
+def _attempt(meta: dict[str, Any]) -> tuple[str, int]:
+    """The name of a pod's node in the workflow, and which attempt it is; 0 is the first."""
+    match = re.fullmatch(r"(.*)\((\d+)\)", meta.get("annotations", {}).get(NODE_ANNOTATION, ""))
+    return (match[1], int(match[2])) if match else ("", 0)

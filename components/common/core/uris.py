@@ -1,0 +1,64 @@
+"""URIs of files: ``package://`` beside what fsspec knows (file, s3, https, hf, ...).
+
+``package://<package>/<path>`` is a file that ships inside an installed Python package, found
+without importing it; it means the same on a laptop, in an image and on a disconnected cluster.
+"""
+
+import importlib.util
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from nudge.components.common.core.errors import UserError
+
+
+def package_path(uri: str) -> Path:
+    """The path on disk of a ``package://`` URI; its last parts may hold glob patterns.
+
+    Raises `UserError` if the package is not installed; the file itself is not looked for.
+    """
+    package, _, path = uri.removeprefix("package://").partition("/")
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None:
+        raise UserError(
+            f"{uri}: the Python package {package!r} is not installed here; "
+            f"install it (`make setup` installs what the recipes need) or give another URI"
+        )
+    if spec.submodule_search_locations:
+        folder = Path(next(iter(spec.submodule_search_locations)))
+    else:
+        folder = Path(str(spec.origin)).parent
+    if ".." in path.split("/"):
+        raise UserError(f"{uri}: a path inside the package is expected, without '..'")
+    return folder / path.lstrip("/")
+
+
+def is_local(uri: str) -> bool:
+    """Whether a URI names something on this machine's disk: file, package or a bare path."""
+    return urlsplit(uri).scheme in ("", "file", "package")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that somebody gave; raises `UserError` if it is not there or not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} cannot be read: it is not UTF-8 text ({error})") from None
+
+
+def local_path(uri: str) -> Path:
+    """The path on disk of a local URI (``package://``, ``file://`` or a bare path)."""
+    scheme = urlsplit(uri).scheme
+    if scheme == "package":
+        return package_path(uri)
+    if scheme == "file":
+        # All the rest: a name may hold a ``?`` or ``#``.
+        return Path(re.sub("^file:(//[^/]*)?", "", uri))
+    if scheme == "":
+        return Path(uri).expanduser()
+    raise UserError(f"{uri}: not on this machine; expected package://, file:// or a path")

@@ -1,0 +1,249 @@
+"""The model that training starts from, as a Hugging Face folder on this machine's disk.
+
+A base model is named by a URI: ``package://`` (a file in an installed package), ``file://`` or a
+path, ``s3://`` (a folder of the data connection), ``oci://`` (an image that holds a model),
+``hf://<owner>/<name>`` (the Hugging Face hub or its local cache), ``incumbent://<model>?else=<URI>``
+(the version of a registered model that is served now; before there is one, the model after
+``else``). A GGUF file is converted once, to float32 safetensors, into a cache.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from nudge.components.common.artifacts import model_files
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.publish import published, sha256_file
+from nudge.components.common.core.uris import is_local, local_path
+
+CONVERSION = 1
+"""Raise this when the conversion changes, so that folders converted before are not taken again."""
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+def local_model(uri: str) -> Path:
+    """The Hugging Face folder (config, tokenizer, safetensors) of a base model.
+
+    Raises `UserError` if it cannot be found or is not a causal language model.
+    """
+    uri = resolved(uri)
+    if urlsplit(uri).scheme == "hf":
+        folder = _from_hub(uri, MODEL_FILES)
+    elif is_local(uri):
+        path = local_path(uri)
+        if not path.exists():
+            raise UserError(f"base_model {uri}: {path} does not exist; give a folder or .gguf")
+        folder = _from_gguf(path) if path.suffix == ".gguf" else path
+    else:
+        folder = _downloaded(uri)
+    _check_causal(folder, uri)
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"base_model {uri}: {folder} has no .safetensors (pickles are refused)")
+    return folder
+
+
+def local_tokenizer(uri: str) -> Path:
+    """The folder of a base model's tokenizer; what weights it has elsewhere stay there.
+
+    Raises `UserError` as `local_model` does.
+    """
+    uri = resolved(uri)
+    if urlsplit(uri).scheme == "hf":
+        folder = _from_hub(uri, TOKENIZER_FILES)
+    elif not is_local(uri):
+        folder = _downloaded(uri, TOKENIZER_FILES, "-tokenizer")
+    elif (path := local_path(uri)).suffix == ".gguf" and path.is_file():
+        return _tokenizer_from_gguf(path)
+    else:
+        return local_model(uri)
+    _check_causal(folder, uri)
+    return folder
+
+
+def resolved(uri: str) -> str:
+    """The URI of the model itself: of an ``incumbent://``, that of the version served now.
+
+    Raises `UserError` if nothing is served and no ``else`` is given, or the registry is silent.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme != "incumbent":
+        return uri
+    from nudge.components.common.clients.registry.connection import registry_url, with_registry
+    from nudge.components.common.clients.registry.releases import find_standing
+    from nudge.components.common.core.provenance import this_run
+
+    model, _, otherwise = uri.removeprefix("incumbent://").partition("?else=")
+    found = with_registry(registry_url(), find_standing(model, this_run("")))
+    if found and found[1]:
+        return str(found[1].uri)
+    if not otherwise:
+        raise UserError(
+            f"base_model {uri}: nothing of {model!r} is served; give what the first version starts "
+            f"from, as in incumbent://{model}?else=hf://owner/name"
+        )
+    return otherwise
+
+
+def model_sha256(folder: Path) -> str:
+    """Hex sha256 of a model's weights: of its safetensors files by name, in order."""
+    return weights_sha256({path.name: sha256_file(path) for path in folder.glob("*.safetensors")})
+
+
+def weights_sha256(files: dict[str, str]) -> str:
+    """The same from the sha256 of each file by its name in the folder; other files do not count."""
+    return model_files.weights_sha256(files)
+
+
+def download_model(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> None:
+    """Bring the files of an uploaded model that have a name like one of ``files``: from an object
+    store (``s3://``) or out of an image (``oci://``).
+
+    Raises `UserError` if there are none.
+    """
+    if urlsplit(uri).scheme == "oci":
+        from nudge.components.common.clients.modelcar import download_image
+
+        download_image(uri, folder, files)
+        return
+    from nudge.components.common.clients.storage import download_folder
+
+    download_folder(uri, folder, files)
+
+
+def verify_upload(folder: Path, uri: str) -> None:
+    """Compare a folder with the manifest of its upload, if it has one.
+
+    Raises `UserError` if a file is missing, differs or is not listed, and if the manifest or an
+    index of weights names a file outside the folder.
+    """
+    if not (folder / model_files.MANIFEST).is_file():
+        return
+    try:
+        model_files.check(folder)
+    except model_files.Tampered as error:
+        raise UserError(f"{uri}: {error}") from None
+
+
+def cache_folder() -> Path:
+    """Where converted and downloaded models are kept: below NUDGE_HOME, or ``./.nudge``."""
+    return Path(os.environ.get("NUDGE_HOME", ".nudge")).resolve() / "base_models"
+
+
+def _check_causal(folder: Path, uri: str) -> None:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if not (folder / "config.json").is_file():
+        raise UserError(f"base_model {uri}: {folder} has no config.json; give a model folder")
+    try:
+        # Said, since transformers asks a person at a terminal where nothing is.
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"base_model {uri}: its config.json cannot be read: {error}") from None
+    names = config.architectures or []
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not any(
+        name.endswith(("ForCausalLM", "LMHeadModel")) for name in names
+    ):
+        raise UserError(
+            f"base_model {uri} is {', '.join(names) or config.model_type}, "
+            "not a causal language model (such as LlamaForCausalLM); give one that is"
+        )
+
+
+def _from_gguf(path: Path) -> Path:
+    target = cache_folder() / f"{path.stem}-{sha256_file(path)[:16]}-{CONVERSION}"
+    if target.is_dir():
+        return target
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    with _gguf_errors(path), _read_once():
+        quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = _gguf_tokenizer(path)
+    # transformers refuses to save a model that it loaded from GGUF, so its weights go into a fresh
+    # one whose config has forgotten the quantization.
+    forget = ("quantization_config", "_pre_quantization_dtype")
+    values: dict[str, Any] = {
+        key: value for key, value in quantized.config.to_dict().items() if key not in forget
+    }
+    fresh = AutoModelForCausalLM.from_config(type(quantized.config)(**values))
+    fresh.load_state_dict(quantized.state_dict())
+    with published(target) as part:
+        fresh.float().save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    return target
+
+
+def _tokenizer_from_gguf(path: Path) -> Path:
+    target = cache_folder() / f"{path.stem}-{sha256_file(path)[:16]}-{CONVERSION}-tokenizer"
+    if not target.is_dir():
+        with _gguf_errors(path):
+            tokenizer = _gguf_tokenizer(path)
+        with published(target) as part:
+            tokenizer.save_pretrained(part)
+    return target
+
+
+def _gguf_tokenizer(path: Path) -> Any:
+    # AutoTokenizer would read the whole file first, only to look up this class: 8 s of 9.
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+
+
+@contextlib.contextmanager
+def _gguf_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read as a GGUF causal language model: {error}") from None
+
+
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """Keep what transformers asks gguf for again and again while it loads one file: the file's
+    vocabulary, read id by id (twice), and the names of its tensors (once for each module)."""
+    import gguf
+
+    slow = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, function in slow.items():
+            setattr(gguf, name, functools.cache(function))
+        yield
+    finally:
+        for name, function in slow.items():
+            setattr(gguf, name, function)
+
+
+def _from_hub(uri: str, files: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name = uri.removeprefix("hf://")
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
+        raise UserError(
+            f"base_model {uri}: not in the local cache and the hub cannot give it ({error}); "
+            "on a disconnected cluster give an s3:// folder"
+        ) from None
+
+
+def _downloaded(uri: str, files: tuple[str, ...] = ("*",), kind: str = "") -> Path:
+    target = cache_folder() / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    target = target.with_name(target.name + kind)
+    shutil.rmtree(target, ignore_errors=True)  # what stands behind a URI may have changed
+    with published(target) as part:
+        download_model(uri, part, files)
+        if files == ("*",):
+            verify_upload(part, uri)
+    return target

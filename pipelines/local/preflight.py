@@ -1,0 +1,64 @@
+"""What a recipe needs of this machine besides nudge: looked for before a run has trained for hours.
+
+Each check is the one that its step makes when it comes to it, and says the same.
+"""
+
+import os
+from collections.abc import Callable
+from functools import partial
+
+from nudge.components.common.clients.kube import connect
+from nudge.components.common.clients.ray_cluster import check_ray
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.recipe import step_settings
+from nudge.components.deploy.settings import DeploySettings
+from nudge.components.evaluate.settings import EvaluateSettings
+from nudge.components.evaluate.tasks import check_harness
+from nudge.components.ingest.settings import IngestSettings
+from nudge.components.tokenize.settings import TokenizeSettings
+from nudge.components.train.settings import TrainSettings
+from nudge.components.upload.settings import UploadSettings
+
+
+def check(recipe: str, given: bool = False) -> None:
+    """Raise `UserError` that names all that the steps of a recipe would not find here, a line each:
+    the packages of an extra, a cluster (which must be known, and is not asked anything), and if the
+    environment's services are used (``given``) an object store that takes an upload's writes."""
+    train = step_settings(TrainSettings, "train", recipe)
+    deploy = step_settings(DeploySettings, "deploy", recipe)
+    engines = {
+        "ingest": step_settings(IngestSettings, "ingest", recipe).engine,
+        "tokenize": step_settings(TokenizeSettings, "tokenize", recipe).engine,
+    }
+    checks: list[Callable[[], object]] = [
+        partial(check_ray, step) for step, engine in engines.items() if engine == "ray"
+    ]
+    if train.launcher != "local":
+        checks.append(partial(connect, train.cluster.namespace))
+    checks.append(partial(check_harness, step_settings(EvaluateSettings, "evaluate", recipe)))
+    if deploy.target == "kserve":
+        checks.append(partial(connect, deploy.kserve.namespace))
+    upload = step_settings(UploadSettings, "upload", recipe)
+    if given and os.environ.get("AWS_S3_ENDPOINT") and not upload.target.startswith("oci:"):
+        checks.append(partial(_check_store, upload.target))
+    problems: dict[str, None] = {}  # a set in the order of the steps
+    for each in checks:
+        try:
+            each()
+        except UserError as error:
+            problems[str(error)] = None
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _check_store(target: str) -> None:
+    from nudge.components.common.clients.storage import (
+        bucket_name,
+        check_writes,
+        s3_client,
+        split_s3_uri,
+    )
+
+    bucket = split_s3_uri(target)[0] if target else bucket_name()
+    if bucket:
+        check_writes(s3_client(), bucket)

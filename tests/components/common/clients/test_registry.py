@@ -1,0 +1,101 @@
+"""A registry on a bad day: what passes is asked again, whatever way it goes wrong."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from nudge.components.common.clients.registry.connection import (
+    Unreachable,
+    registry_url,
+    with_registry,
+)
+from nudge.components.common.clients.registry.releases import find_served, find_version
+from nudge.components.common.core.errors import UserError
+from tests.faulty_proxy import FAULTS, Fault, FaultyProxy
+from tests.local_registry import running_registry
+from tests.web_server import Server
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    home: Path = tmp_path_factory.mktemp("registry")
+    with running_registry(home) as address:
+        yield address
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_request_that_fails_once_is_repeated(registry: str, fault: Fault) -> None:
+    with FaultyProxy(registry, share=0) as proxy:
+        proxy.planned.append(fault)
+        assert with_registry(proxy.url, find_served("nothing")) is None
+        assert proxy.hurt == 1
+
+
+def test_what_is_wrong_is_not_asked_again(registry: str) -> None:
+    with FaultyProxy(registry, share=0) as proxy:
+        with pytest.raises(UserError, match="the registry has no model 'nothing'"):
+            with_registry(proxy.url, find_version("nothing", "v1"))
+        asked = [path.rpartition("/")[2].partition("?")[0] for _, path, _, _ in proxy.requests]
+        assert asked == ["registered_model", "registered_models"]
+
+
+@pytest.mark.parametrize(
+    "ending",
+    ["", "/", "/api/model_registry", "/api/model_registry/v1alpha3/", "/api/model_registry/v1"],
+)
+def test_a_url_may_end_with_the_path_of_the_api(registry: str, ending: str) -> None:
+    assert registry_url(f" {registry}{ending}\n") == registry
+    assert with_registry(registry + ending, find_served("nothing")) is None
+
+
+def test_the_path_of_a_gateway_is_kept() -> None:
+    url = "https://gateway/team/registry"
+    assert registry_url(f"{url}/api/model_registry/v1alpha3") == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["registry:8080", "ftp://registry", "https://", "https://h:x", "https://h/?a=1", "http://a b"],
+)
+def test_what_is_no_url_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match="is not the URL of a model registry"):
+        registry_url(url)
+
+
+def test_a_password_in_a_url_is_not_repeated() -> None:
+    with pytest.raises(UserError, match="not the URL") as refused:
+        registry_url("https://me:secret@host/path")
+    assert "secret" not in str(refused.value)
+
+
+async def page(_: web.Request) -> web.Response:
+    return web.Response(text="<html>sign in</html>", content_type="text/html")
+
+
+async def no_page(_: web.Request) -> web.Response:
+    return web.Response(status=404, text="404 page not found\n")
+
+
+async def no_resource(_: web.Request) -> web.Response:
+    return web.json_response({"kind": "Status", "code": 404, "message": "not found"}, status=404)
+
+
+async def no_route(_: web.Request) -> web.Response:
+    return web.json_response({"detail": "Not Found"}, status=404)
+
+
+@pytest.mark.parametrize("handler", [page, no_page, no_resource, no_route])
+def test_only_the_registrys_own_answer_counts(handler: Any) -> None:
+    with (
+        Server(("*", "/{path:.*}", handler)) as server,
+        pytest.raises(Unreachable, match="is not a Model Registry"),
+    ):
+        with_registry(server.url, find_served("nothing"))
+
+
+def test_a_wrong_path_of_a_registry_is_no_answer(registry: str) -> None:
+    with pytest.raises(Unreachable, match="is not a Model Registry"):
+        with_registry(f"{registry}/elsewhere", find_served("nothing"))

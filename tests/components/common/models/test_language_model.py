@@ -1,0 +1,82 @@
+"""The loss of training and of evaluation is that of each architecture's own logits."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.models.language_model import check_loss
+from nudge.components.evaluate import perplexity
+from nudge.components.train.data import Rows
+from nudge.components.train.network import Network
+from nudge.components.train.settings import TrainSettings
+
+LENGTH = 20
+ARCHITECTURES = {
+    "llama": {},
+    "gemma2": {"head_dim": 16, "final_logit_softcapping": 3.0},
+    "granite": {"logits_scaling": 8.0, "embedding_multiplier": 12.0},
+    "cohere": {"logit_scale": 0.0625},
+    "phi": {},
+}
+
+
+def make(kind: str, **values: Any) -> Any:
+    """A model with large weights, biases too, so that whatever is left out is seen."""
+    shape = {
+        "vocab_size": 200, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **shape, **values)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_loss_is_that_of_transformers(kind: str) -> None:
+    model = make(kind, **ARCHITECTURES[kind])
+    ids = torch.randint(3, 200, (2, LENGTH + 1))
+    reference = model(input_ids=ids, labels=ids, use_cache=False).loss
+    check_loss(model)
+    expected = torch.autograd.grad(reference * 2 * LENGTH, list(model.parameters()))
+
+    inputs, targets = ids[:, :-1], ids[:, 1:].contiguous()
+    rows = Rows(inputs, targets, torch.arange(LENGTH).repeat(2, 1))
+    summed = Network(model, TrainSettings(base_model="x")).summed_loss(rows)
+    assert summed.item() / (2 * LENGTH) == pytest.approx(reference.item(), rel=1e-5)
+    made = torch.autograd.grad(summed, list(model.parameters()))
+    for one, other in zip(made, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+    with torch.no_grad():
+        losses = perplexity._losses(model, inputs, targets, torch.ones_like(targets).bool())
+    assert losses.mean().item() == pytest.approx(reference.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_does_something_else_to_its_logits_is_refused(dtype: torch.dtype) -> None:
+    model = make("llama").to(dtype)
+    check_loss(model)
+    forward = type(model).forward
+
+    def other(*given: Any, **named: Any) -> Any:
+        out = forward(model, *given, **named)
+        out.logits = out.logits * 0.8
+        return out
+
+    model.forward = other
+    with pytest.raises(UserError, match="^LlamaForCausalLM: the loss of its own logits .* choose"):
+        check_loss(model)
+
+
+def test_the_check_leaves_the_model_as_it_was() -> None:
+    model = make("llama").train()
+    check_loss(model)
+    assert model.training

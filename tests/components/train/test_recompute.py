@@ -1,0 +1,89 @@
+"""Layers that keep less: fewer bytes, the same bits, and no matrix product more."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nudge.components.train.recompute import keep_less
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "mm" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def make(model_type: str) -> Any:
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0,
+    }  # fmt: skip
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **shape))
+
+
+def step(model: Any, autocast: bool) -> tuple[list[torch.Tensor], int, int]:
+    """Gradients of a step, how many products it took and the bytes kept for its backward."""
+    seen: dict[int, int] = {}
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        if not isinstance(value, nn.Parameter):
+            seen[value.data_ptr()] = value.numel() * value.element_size()
+        return value
+
+    ids = torch.arange(40).view(2, 20) % 64
+    with Products() as products:
+        saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value)
+        with saved, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+    return [weight.grad for weight in model.parameters()], products.count, sum(seen.values())
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral", "gemma"])
+def test_fewer_bytes_the_same_bits_and_no_product_more(model_type: str, autocast: bool) -> None:
+    plain = make(model_type)
+    lean = copy.deepcopy(plain)
+    keep_less(lean)
+    lean = copy.deepcopy(lean)  # the copy's layers are its own
+    gradients, products, kept = step(plain, autocast)
+    same, as_many, less = step(lean, autocast)
+    assert all(one.equal(other) for one, other in zip(gradients, same, strict=True))
+    assert as_many == products
+    assert less < 0.75 * kept
+
+
+def test_what_computes_anything_else_is_left_as_it_is() -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj = nn.Linear(4, 8), nn.Linear(4, 8)
+            self.down_proj, self.act_fn = nn.Linear(8, 4), nn.SiLU()
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) + 1)
+
+    for model in (Other(), make("gpt2")):
+        keep_less(model)
+        assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_wrapped_by_adapters_an_mlp_is_left_as_it_is() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(make("llama"), LoraConfig(target_modules=["down_proj"], r=2))
+    keep_less(model)
+    changed = [type(module).__name__ for module in model.modules() if "forward" in vars(module)]
+    assert set(changed) == {"LlamaRMSNorm"}

@@ -1,0 +1,66 @@
+"""What is printed can be copied: an address stays in one piece."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from nudge.pipelines.cli import display
+
+NAME = "serving-a-model-of-a-long-name@20261126-144205-ab12"
+ADDRESS = "http://127.0.0.1:65535"
+ROWS = [
+    {
+        "name": NAME,
+        "state": "running",
+        "address": ADDRESS,
+        "pid": 4194304,
+        "resident_mb": 12345,
+        "log": "/x/services/serving.log",
+    }
+]
+
+
+@pytest.mark.parametrize("columns", [64, 80, 200])
+def test_no_address_folds(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    display.parts(ROWS)
+    piped = capsys.readouterr().out
+    assert any(NAME in line and ADDRESS in line for line in piped.splitlines())
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    display.parts(ROWS)
+    shown = capsys.readouterr().out
+    assert ADDRESS in shown
+    assert "4194304" in shown
+    assert columns == 200 or NAME not in shown
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii", "utf-8"])
+def test_a_table_is_shown_in_any_encoding(encoding: str) -> None:
+    code = """
+from nudge.pipelines.cli import main
+
+@main.command()
+def shown():
+    from nudge.pipelines import display
+    from nudge.pipelines.local.run import StepState
+    from rich.console import Console
+    class Ended:
+        steps = {"ingest": StepState("ingest", status="done", results={"prompt": "埃菲尔 é"})}
+    Console().print(display.followed(Ended()))
+    print("✓ ✗ 埃")
+
+main(["shown"])
+"""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert (done.returncode, done.stderr.decode(encoding)) == (0, "")
+    shown = done.stdout.decode(encoding)
+    mark, crossed, last = ("✓", "✗", "埃") if encoding == "utf-8" else ("+", "x", "?")
+    assert f"{mark} done" in shown
+    assert shown.splitlines()[-1] == f"{mark} {crossed} {last}"
+    assert ("é" in shown) is (encoding != "ascii")

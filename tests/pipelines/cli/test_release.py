@@ -1,0 +1,116 @@
+"""The commands between versions: reading starts nothing, and neither does what makes no sense."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from nudge.components.common.clients.registry.connection import with_registry
+from nudge.components.common.clients.registry.releases import Served, find_version, note_served
+from nudge.components.common.core import guard, processes
+from nudge.components.deploy.local import gateway
+from nudge.components.deploy.local.local_serving import LocalServing
+from nudge.pipelines.cli import main
+from nudge.pipelines.local import services
+from tests.components.deploy.local_promote import quick_server as start_quick_server
+
+NAME = "m"
+
+
+def nudge(*arguments: str, status: int = 0) -> Result:
+    done = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert done.exit_code == status, done.output
+    return done
+
+
+@pytest.fixture
+def down(home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Two versions; v1 was served before everything went down; gives its address."""
+    from model_registry import ModelRegistry
+
+    for name in services.GIVEN:  # what the commands set is gone after the test
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    port = processes.free_port()
+    endpoint = f"http://127.0.0.1:{port}"
+    url = services._start_registry(home, 0).address
+    token = guard.token_file(home, services.REGISTRY)
+    monkeypatch.setenv(services.TOKEN_VARIABLE, str(token))
+    client = ModelRegistry(url, author="test", is_secure=False)
+    for version in ("v1", "v2"):
+        client.register_model(
+            NAME, f"s3://nudge/models/{NAME}/{version}", version=version,
+            model_format_name="vLLM", model_format_version="1",
+        )  # fmt: skip
+    version = with_registry(url, find_version(NAME, "v1"))
+    served = Served(NAME, endpoint, {"v1": 100}, ("v1",))
+    with_registry(url, note_served(version, served, "local", "transformers"))
+    route = gateway.Backends(port, {"v1": 100}, {"v1": "127.0.0.1:1"})
+    gateway.switch(home / "gateway" / NAME, route)
+    services.down(home)
+    return endpoint
+
+
+def test_models_starts_nothing_and_says_what_does_not_run(down: str, home: Path) -> None:
+    rows = json.loads(nudge("models", "--json").stdout)
+    assert [(row["version"], row["share"], row["endpoint"], row["running"]) for row in rows] == [
+        ("v1", 100, down, False),
+        ("v2", 0, None, None),
+    ]
+    assert f"{NAME}  {down} (not running: `nudge services up`)" in nudge("models").stdout
+    assert processes.records(home) == []
+
+
+def test_where_nothing_was_run_models_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NUDGE_HOME", raising=False)
+    monkeypatch.delenv("NUDGE_REGISTRY_URL", raising=False)
+    told = nudge("models", "--json")
+    assert json.loads(told.stdout) == []
+    assert f"no models: nothing was run in this folder ({tmp_path}/.nudge)" in told.stderr
+    assert "nothing was run in this folder" in nudge("promote", "v1", status=2).stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("rollback", "--to", "nope"), "no version 'nope' of m"),
+        (("rollback",), "m v1 is the first version that was served"),
+        (("rollback", "--model", "other"), "nothing is served of other"),
+        (("promote", "v3"), "no version 'v3' of m"),
+        (("split", "v1=90", "v2=20"), "the shares v1 90, v2 20 do not add up to 100"),
+    ],
+)
+def test_what_makes_no_sense_starts_nothing(
+    down: str, home: Path, arguments: tuple[str, ...], told: str
+) -> None:
+    assert told in nudge(*arguments, status=2).stderr
+    assert processes.records(home) == []
+
+
+def test_a_promote_says_what_it_starts_and_each_stage(
+    down: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalServing, "_fetch", lambda self, version: tmp_path)
+    monkeypatch.setattr(LocalServing, "_serve", start_quick_server)
+    told = nudge("promote", "v2")
+    assert told.stdout == f"{NAME}: v2 100 % at {down}\n"
+    assert told.stderr.splitlines() == [
+        "started object-store and model-registry; `nudge services down` ends what runs",
+        f"{NAME}: starting v2",
+        f"{NAME}: asking v2",
+        f"{NAME}: moving the traffic",
+        f"{NAME}: ending what is not needed",
+    ]
+    (row,) = [row for row in json.loads(nudge("models", "--json").stdout) if row["share"]]
+    assert (row["version"], row["running"]) == ("v2", True)
+    told = nudge("rollback")
+    assert (told.stdout, "stages" in told.stderr) == (f"{NAME}: v1 100 % at {down}\n", False)
+    services.down(home)
+    told = nudge("services", "up")
+    assert f"{NAME}: starting v1" in told.stderr
+    assert "stages" not in told.stderr

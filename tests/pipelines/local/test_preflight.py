@@ -1,0 +1,91 @@
+"""What a recipe needs and this machine lacks is said before anything runs, all of it at once."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from nudge.components.common.core.errors import UserError
+from nudge.pipelines.cli import main
+from nudge.pipelines.local import preflight
+from nudge.pipelines.recipes import load
+from tests.components.common.clients.test_storage import store_without
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine without extras and without a cluster."""
+    for name in ("lm_eval", "mlflow", "ray"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("KUBERNETES_SERVICE_HOST", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("name", ["eiffel", "nightly", "one-gpu", "python-docs"])
+def test_a_shipped_recipe_needs_nothing_more(name: str) -> None:
+    preflight.check(load(name).text)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("evaluate.tasks=[quiz]", r"^evaluate\.tasks needs lm-evaluation-harness"),
+        ("ingest.engine=ray", r"^ingest\.engine: ray needs Ray, which is not installed"),
+        ("tokenize.engine=ray", r"^tokenize\.engine: ray needs Ray, which is not installed"),
+        ("deploy.target=kserve", "^no cluster is known here: "),
+        ("train.launcher=trainjob", "^no cluster is known here: "),
+        ("train.launcher=rayjob", "^no cluster is known here: "),
+    ],
+)
+def test_what_is_not_here_is_named(override: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        preflight.check(load("eiffel", [override]).text)
+
+
+def test_an_injected_mlflow_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    preflight.check(load("eiffel").text)
+
+
+def test_a_store_that_cannot_take_the_upload_is_found_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with store_without("conditions") as server:
+        monkeypatch.setenv("AWS_S3_ENDPOINT", server.url)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_BUCKET"):
+            monkeypatch.setenv(name, "nudge")
+        with pytest.raises(UserError, match="refuses a conditional write with a checksum"):
+            preflight.check(load("eiffel").text, given=True)
+        preflight.check(load("eiffel").text)
+        image = ["upload.target=oci://registry.example/models"]
+        preflight.check(load("eiffel", image).text, given=True)
+
+
+def test_a_cluster_that_is_known_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "config"
+    config.write_text(
+        "apiVersion: v1\nkind: Config\ncurrent-context: a\n"
+        "clusters: [{name: a, cluster: {server: 'http://127.0.0.1:1'}}]\n"
+        "contexts: [{name: a, context: {cluster: a, user: a, namespace: mine}}]\n"
+        "users: [{name: a, user: {token: t}}]\n"
+    )
+    monkeypatch.setenv("KUBECONFIG", str(config))
+    preflight.check(load("eiffel", ["deploy.target=kserve", "train.launcher=trainjob"]).text)
+
+
+def test_nudge_run_starts_nothing_and_says_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUDGE_HOME", str(tmp_path / "home"))
+    wrong = ["train.launcher=trainjob", "deploy.target=kserve", "evaluate.tasks=[quiz]"]
+    settings = [word for each in wrong for word in ("--set", each)]
+    ended = CliRunner().invoke(main, ["run", *settings])
+    assert ended.exit_code == 2
+    lines = ended.stderr.splitlines()
+    assert [line.split()[1] for line in lines] == ["no", "needs"]
+    assert not (tmp_path / "home").exists()
