@@ -15,8 +15,8 @@ from typing import Any
 
 HOSTS = ("127.0.0.1", "localhost", "[::1]")
 """The names under which a server of this machine answers, whatever the port."""
-OPEN = "/health"
-"""The one path that needs no token; it says nothing but that the server is up."""
+OPEN = ("/health", "/readyz/health")
+"""The paths that need no token; they report nothing but that the server is up."""
 WRITES = ("POST", "PUT", "PATCH")
 JSON = ("application/json", "application/merge-patch+json")
 TOKEN_BYTES = 32
@@ -57,7 +57,7 @@ class Guard:
         host = b",".join(headers.get(b"host", [])).decode("latin-1")
         if name_of(host) not in HOSTS:
             return 421, "this server answers to 127.0.0.1 and localhost only"
-        if scope["path"] != OPEN or scope["method"] not in ("GET", "HEAD"):
+        if scope["path"] not in OPEN or scope["method"] not in ("GET", "HEAD"):
             given = b",".join(headers.get(b"authorization", []))
             if not secrets.compare_digest(given, self._expected):
                 return 401, "the bearer token is missing or wrong"

@@ -264,7 +264,7 @@ def _configuration(port: int, model: str, token: str) -> dict[str, Any]:
 
 def _refusals(token: str) -> list[dict[str, Any]]:
     """Caddy's routes that refuse what `guard.Guard` refuses."""
-    health = {"path": [guard.OPEN], "method": ["GET", "HEAD"]}
+    health = {"path": list(guard.OPEN), "method": ["GET", "HEAD"]}
     allowed = {"header": {"Authorization": [f"Bearer {token}"]}}
     content = [{"header": {"Content-Type": [kind, f"{kind};*"]}} for kind in guard.JSON]
     cases = [
