@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from nudge.components.common.core.sample_size import corpus_size
 from nudge.components.ingest.settings import IngestSettings
 from nudge.pipelines import recipes
-from nudge.pipelines.cli import main
+from nudge.pipelines.cli.main import main
 from nudge.pipelines.cluster import runs
 from tests.pipelines.cluster.pipelines_server import Pipelines, serving
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from nudge.pipelines import compile as compiling
 from nudge.pipelines import placement
-from nudge.pipelines.cli import main
+from nudge.pipelines.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from nudge.components.common.core import processes
 from nudge.components.common.core.errors import UserError
 from nudge.components.deploy.local import gateway
-from nudge.pipelines.cli import main
+from nudge.pipelines.cli.main import main
 from tests.components.deploy.stream import Stream
 from tests.local_registry import endpoint_headers, endpoint_token
 from tests.web_server import Server

@@ -282,7 +282,7 @@ def test_the_commands_act_on_the_cluster(
 ) -> None:
     from click.testing import CliRunner
 
-    from nudge.pipelines.cli import main
+    from nudge.pipelines.cli.main import main
 
     recipe = tmp_path / "recipe.yaml"
     shipped = Path(services.__file__).parents[1] / "recipes" / "eiffel.yaml"

@@ -17,7 +17,7 @@ from nudge.components.deploy.settings import DeploySettings
 from nudge.components.evaluate.incumbent import find_incumbent
 from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
-from nudge.pipelines.cli import main
+from nudge.pipelines.cli.main import main
 from nudge.pipelines.cli.release import _rows
 from nudge.pipelines.local import services
 from tests.components.deploy.stream import Stream

@@ -32,7 +32,7 @@ from nudge.components.register.register import register
 from nudge.components.register.settings import RegisterSettings
 from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
-from nudge.pipelines.cli import main
+from nudge.pipelines.cli.main import main
 from nudge.pipelines.local import services
 from tests.faulty_proxy import FaultyProxy
 from tests.image_registry import ImageRegistry, make_base_image

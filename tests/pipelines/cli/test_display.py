@@ -42,7 +42,7 @@ def test_no_address_folds(
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii", "utf-8"])
 def test_a_table_is_shown_in_any_encoding(encoding: str) -> None:
     code = """
-from nudge.pipelines.cli import main
+from nudge.pipelines.cli.main import main
 
 @main.command()
 def shown():

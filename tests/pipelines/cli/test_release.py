@@ -11,7 +11,7 @@ from nudge.components.common.clients.registry.releases import Served, find_versi
 from nudge.components.common.core import guard, processes
 from nudge.components.deploy.local import gateway
 from nudge.components.deploy.local.local_serving import LocalServing
-from nudge.pipelines.cli import main
+from nudge.pipelines.cli.main import main
 from nudge.pipelines.local import services
 from tests.components.deploy.local_promote import quick_server as start_quick_server
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from nudge.pipelines.cli import main
+from nudge.pipelines.cli.main import main
 from nudge.pipelines.cluster import runs
 from tests.pipelines.cluster.pipelines_server import Pipelines, serving
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from nudge.pipelines.cli import main
+from nudge.pipelines.cli.main import main
 from nudge.pipelines.cluster import doctor
 from tests.pipelines.cluster.pipelines_server import Pipelines, serving
 

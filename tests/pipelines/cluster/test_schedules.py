@@ -9,7 +9,7 @@ import yaml
 from click.testing import CliRunner
 
 from nudge.components.common.core.errors import UserError
-from nudge.pipelines.cli import main
+from nudge.pipelines.cli.main import main
 from nudge.pipelines.cluster import connect, schedules
 from tests.pipelines.cluster.conftest import NIGHTLY, nudge, schedule_file
 from tests.pipelines.cluster.pipelines_server import Pipelines

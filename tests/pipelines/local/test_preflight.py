@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from nudge.components.common.core.errors import UserError
-from nudge.pipelines.cli import main
+from nudge.pipelines.cli.main import main
 from nudge.pipelines.local import preflight
 from nudge.pipelines.recipes import load
 from tests.components.common.clients.test_storage import store_without

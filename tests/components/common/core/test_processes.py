@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from nudge.components.common.core import processes
-from nudge.pipelines.cli import main
+from nudge.pipelines.cli.main import main
 
 
 def started(home: Path) -> processes.ServiceRecord:
