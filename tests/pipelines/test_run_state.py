@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from nudge.pipelines import recipes
-from nudge.pipelines.cli import display, main
+from nudge.pipelines.cli import display
+from nudge.pipelines.cli.main import main
 from nudge.pipelines.local.run import Run, StepState, begin, keep_result, result
 from nudge.pipelines.recipes import load
 
