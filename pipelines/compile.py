@@ -14,7 +14,7 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.images import DATA_IMAGE, TRAIN_IMAGE
 from nudge.components.common.core.provenance import ROOT as CHECKOUT
 from nudge.components.common.core.publish import write_atomic
-from nudge.pipelines import disconnected
+from nudge.pipelines import disconnected, settings_reference
 
 ROOT = CHECKOUT
 """Where the files are written."""
@@ -85,6 +85,7 @@ def made() -> dict[Path, str]:
         pages = [readme(getattr(face, each)) for each in (name, *MORE_FACES.get(name, ()))]
         pages.append("Made from `component.py` by `nudge compile`.\n")
         files[ROOT / "components" / name / "README.md"] = "\n".join(pages)
+    files |= settings_reference.pages(ROOT)
     return files | {ROOT / path: text for path, text in disconnected.pages(CHECKOUT).items()}
 
 

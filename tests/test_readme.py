@@ -1,4 +1,4 @@
-"""What the READMEs tell people to type is there: commands, options, files, targets, links."""
+"""Everything that the pages tell people to type exists: commands, options, files, targets, links."""
 
 import os
 import re
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -22,11 +23,13 @@ from tests.pipelines.cluster.pipelines_server import Pipelines, serving
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    *("README.md", "images/README.md", "images/wheels/README.md", "kernels/NOTES.md"),
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
+    *("docs/guide.md", "docs/cluster.md", "docs/architecture.md", "docs/kernel.md"),
+    *("docs/settings.md", "images/README.md", "images/wheels/README.md", "kernels/NOTES.md"),
     "manifests/overlays/disconnected/README.md",
 ]
 OTHERS = {"oc", "cp", "sed", "hf", "aws", "curl", "docker", "podman", "git", "cat", "ls"}
-"""Programs of others that a page may name; what they are given is looked at, not what they do."""
+"""Other people's programs that a page may name: their arguments are checked, not what they do."""
 
 FORM = re.compile(r"[\[\]|]|\b[A-Z_]{4,}\b")
 """What makes a line the form of a command (`nudge run [RECIPE]`) and not one to type."""
@@ -85,7 +88,15 @@ def test_the_pages_are_all_known() -> None:
     made = {f"components/{path.parent.name}/README.md" for path in ROOT.glob("components/*/*.md")}
     found = {
         str(path.relative_to(ROOT))
-        for folder in ("", "components/*/", "images/*/", "kernels/", "images/", "manifests/**/")
+        for folder in (
+            "",
+            "docs/",
+            "components/*/",
+            "images/*/",
+            "kernels/",
+            "images/",
+            "manifests/**/",
+        )
         for path in ROOT.glob(f"{folder}*.md")
     }
     assert found <= known | made
@@ -132,13 +143,13 @@ def test_the_forms_of_commands_name_their_options() -> None:
 def test_the_recipe_that_is_shown_is_one() -> None:
     (recipe,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     recipes.check(yaml.safe_load(recipe))
-    (least,) = re.findall(r"At least (\d+) documents", (ROOT / "README.md").read_text())
+    (least,) = re.findall(r"at least (\d+) documents", (ROOT / "README.md").read_text())
     assert int(least) >= corpus_size(IngestSettings(data_uri="texts/").validation_share)
 
 
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
-        for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
+        for link in re.findall(r"\]\(([^)#\s]+)\)", (ROOT / page).read_text()):
             if not link.startswith("http"):
                 assert ((ROOT / page).parent / link).exists(), (page, link)
 
@@ -149,11 +160,11 @@ def exported(page: str) -> dict[str, str]:
     return dict(each.split("=", 1) for words in found for each in words)
 
 
-def test_what_the_readme_says_of_a_cluster_runs(
+def test_the_commands_of_the_cluster_guide_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Its own lines, against a server that speaks the pipelines API; the pipelines name the images
-    that OpenShift's own builds give."""
+    """Run its own lines against a server that speaks the pipelines API; the pipelines name the
+    images that OpenShift's own builds produce."""
     state = Pipelines()
     state.story = [{"state": "SUCCEEDED"}]
     monkeypatch.chdir(ROOT)
@@ -162,13 +173,13 @@ def test_what_the_readme_says_of_a_cluster_runs(
     ran = []
     with serving(state) as address:
         monkeypatch.setenv("NUDGE_PIPELINES_URL", address)
-        for words in typed("README.md"):
+        for words in typed("docs/cluster.md"):
             if words[0] != "nudge" or words[1] not in ("compile", "upload", "submit", "schedule"):
                 continue
             rest = [word.replace("build/pipelines", str(tmp_path)) for word in words[1:]]
             if words[1] == "compile":  # in a process of its own, which reads the variables
                 program = str(Path(sys.executable).parent / "nudge")
-                environment = {**os.environ, **exported("README.md")}
+                environment = {**os.environ, **exported("docs/cluster.md")}
                 subprocess.run([program, *rest], env=environment, check=True, capture_output=True)
             else:
                 done = CliRunner().invoke(main, rest)
@@ -201,3 +212,12 @@ def test_a_wrong_line_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     command, left = command_of(["nudge", "submit", "--follow"])
     with pytest.raises(click.UsageError):
         command.make_context("submit", left)
+
+
+def test_the_example_of_the_kernel_runs() -> None:
+    text = (ROOT / "docs" / "kernel.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    exec(code.replace("49152", "512"), names)
+    assert names["loss"].item() > 0
+    assert names["weight"].grad is not None

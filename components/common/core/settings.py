@@ -20,7 +20,7 @@ T = TypeVar("T")
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def settings(cls: type[T]) -> type[T]:
     """Class decorator: a frozen, keyword-only dataclass whose field types are checked."""
-    config = pydantic.ConfigDict(extra="forbid")
+    config = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
     made: Any = validated_dataclass(config=config, frozen=True, kw_only=True)(cls)
     return made  # type: ignore[no-any-return]
 
