@@ -100,7 +100,10 @@ def pages(root: Path) -> dict[Path, str]:
 def recipe_schema() -> Schema:
     """The JSON Schema of a recipe; required keys may also come from a pipeline's parameters."""
     definitions: Schema = {}
-    properties: Schema = {}
+    properties: Schema = {
+        "name": {"type": "string", "description": "The recipe's name in lists and results."},
+        "title": {"type": "string", "description": "One line that says what the recipe does."},
+    }
     for section, kind in SETTINGS.items():
         schema = _schema(kind)
         definitions |= schema.pop("$defs", {})

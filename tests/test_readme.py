@@ -1,4 +1,4 @@
-"""Everything that the pages tell people to type exists: commands, options, files, targets, links."""
+"""Everything that the pages tell people to type exists: commands, options, files, links."""
 
 import os
 import re
