@@ -163,11 +163,12 @@ def test_what_does_not_load_tells_why_and_takes_nothing(
 def test_pods_that_wait_for_ever_end_the_wait(cluster: ServingCluster, model: str) -> None:
     def pull(service: dict[str, Any]) -> bool:
         labels = {"serving.kserve.io/inferenceservice": service["metadata"]["name"]}
+        digest = {objects.SETTINGS: service["metadata"]["annotations"][objects.SETTINGS]}
         cluster.api.add(
             {
                 "apiVersion": "v1",
                 "kind": "Pod",
-                "metadata": {"name": "p", "labels": labels},
+                "metadata": {"name": "p", "labels": labels, "annotations": digest},
                 "spec": {"containers": [{"name": "kserve-container", "image": "vllm"}]},
             },
             containerStatuses=[

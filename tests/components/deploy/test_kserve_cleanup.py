@@ -68,7 +68,8 @@ def test_the_wait_for_requests_is_announced(
     assert capfd.readouterr().err.count("v1 ends when its 2 requests do, or in 3 s") == 1
 
 
-def test_an_ending_pod_has_as_long_as_a_request_may_take() -> None:
+def test_an_ending_pod_has_as_long_as_a_request_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_S3_BUCKET", "bucket")
     place = replace(SETTINGS.kserve, request_timeout_s=900)
     predictor = objects.inference_service(version(), replace(SETTINGS, kserve=place))["spec"][
         "predictor"
