@@ -58,6 +58,8 @@ QUICK: dict[Any, dict[str, float]] = {
 }
 """Seconds instead of the minutes that a cluster takes."""
 ROUTER_DELAY_S = 0.5
+START_S = 1.0
+"""How long a new pod runs before it is ready, even if its server answers already."""
 ANSWER_S = 0.2
 
 
@@ -290,7 +292,9 @@ class ServingCluster:
             return
         mine = [each for each in self._pods(service) if _owner(each) == owner["metadata"]["uid"]]
         for number in range(len(mine), pods.replicas(service)):
-            pod = self.api.add(pods.pod(owner, number), **pods.pod_status(fate))
+            pod = self.api.add(
+                pods.pod(owner, number), **pods.pod_status("starting" if fate == "ready" else fate)
+            )
             self._report_pod(pod, fate)
         if fate != "ready":
             stuck = {"create": "failed-load" if bad else "create", "start": "start"}
@@ -306,7 +310,10 @@ class ServingCluster:
                 self.models[name] = ModelServer(service, self.api.token)
             model = self.models[name]
         _until(lambda: processes.answers(f"http://{model.address}/health"))
+        time.sleep(START_S)
         mine = [each for each in self._pods(service) if _owner(each) == owner["metadata"]["uid"]]
+        for each in mine:
+            self.api.set_status(each, **pods.pod_status("ready"))
         kept = {each["metadata"]["name"] for each in mine[: pods.replicas(service)]}
         for each in self._pods(service):
             if each["metadata"]["name"] not in kept:
