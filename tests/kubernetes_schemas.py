@@ -174,8 +174,8 @@ def add(source: Path) -> Path:
     """Add a CRD (YAML) to the folder, without descriptions and unserved or deprecated versions."""
     import yaml
 
-    whole = yaml.load(source.read_text(encoding="utf-8"), yaml.CSafeLoader)
-    spec = whole["spec"]
+    crd = yaml.load(source.read_text(encoding="utf-8"), yaml.CSafeLoader)
+    spec = crd["spec"]
     kept = {key: spec[key] for key in ("group", "names", "scope") if key in spec}
     kept["versions"] = [
         _without_descriptions(version)
@@ -203,20 +203,20 @@ def add_openshift(openapi: Path, name: str) -> Path:
     group, version, kind = name.split(".")
     loose = ("IntOrString", "resource.Quantity")
 
-    def whole(node: Any) -> Any:
+    def inlined(node: Any) -> Any:
         if isinstance(node, list):
-            return [whole(each) for each in node]
+            return [inlined(each) for each in node]
         if not isinstance(node, dict):
             return node
         if "$ref" in node:
             target = str(node["$ref"]).rpartition("/")[2]
             if target.endswith(loose):
                 return {"x-kubernetes-int-or-string": True}
-            return whole(known[target])
-        return {key: whole(value) for key, value in node.items() if key != "default"}
+            return inlined(known[target])
+        return {key: inlined(value) for key, value in node.items() if key != "default"}
 
     found = known[f"com.github.openshift.api.{name}"]
-    parts = {key: whole(found["properties"][key]) for key in ("spec", "status")}
+    parts = {key: inlined(found["properties"][key]) for key in ("spec", "status")}
     schema = {"type": "object", "required": ["spec"], "properties": parts}
     plural = f"{kind.lower()}s"
     spec = {
@@ -231,8 +231,8 @@ def add_openshift(openapi: Path, name: str) -> Path:
 def _write(made: Object) -> Path:
     spec = made["spec"]
     path = FOLDER / f"{spec['names']['plural']}.{spec['group']}.json.gz"
-    whole = {"kind": "CustomResourceDefinition", **made}
-    text = json.dumps(whole, separators=(",", ":"), sort_keys=True)
+    crd = {"kind": "CustomResourceDefinition", **made}
+    text = json.dumps(crd, separators=(",", ":"), sort_keys=True)
     path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
     return path
 

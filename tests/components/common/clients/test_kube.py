@@ -287,7 +287,7 @@ def test_no_cluster_and_no_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path.write_text(path.read_text().replace("namespace:", "user:"))
     with pytest.raises(UserError, match="no namespace is known"):
         connect()
-    assert connect("given").namespace == "given"
+    assert connect("another").namespace == "another"
 
 
 def test_a_log_that_cannot_be_read_costs_seconds(api: KubernetesApi) -> None:
