@@ -85,7 +85,7 @@ class KubernetesApi(Objects):
     """The server; ``objects`` and ``requests`` (verb, resource, name) are for assertions."""
 
     def __init__(self, namespace: str = NAMESPACE, role: str = "") -> None:
-        """``role`` (one in manifests/base/access.yaml) has the permissions of clients; "" has all."""
+        """``role`` is one in manifests/base/access.yaml; clients have its permissions, or all."""
         super().__init__(namespace)
         self._allowed = rights(role) if role else None
         self.token = secrets.token_urlsafe(32)
