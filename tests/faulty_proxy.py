@@ -1,22 +1,22 @@
-"""A reverse HTTP proxy that hurts: a seeded share of the requests through it goes wrong.
+"""A reverse HTTP proxy that injects faults into a seeded share of the requests.
 
-It stands on 127.0.0.1 in front of any HTTP server: an S3 store (the Host header stays the one that
-the client signed), the registry, a Kubernetes API. It can speak TLS to its clients.
+It listens on 127.0.0.1 in front of any HTTP server: an S3 store (it keeps the Host header that the
+client signed), the registry, a Kubernetes API. It can use TLS towards its clients.
 
     with FaultyProxy("http://127.0.0.1:9000", share=0.2, seed=1) as proxy:
         ...  # talk to proxy.url
-        proxy.share = 0.0  # well again
-        proxy.planned.append("lost")  # the next request is done, and its answer never arrives
+        proxy.share = 0.0  # no more faults
+        proxy.planned.append("lost")  # the next request is done, but its answer is lost
         proxy.counts["reset"]
 
-| fault | what the client meets | does the server do it? |
+| fault | what the client sees | does the server process it? |
 |---|---|---|
 | 500, 503, 429 | that status, at once; 503 and 429 with Retry-After | no |
-| reset | the connection is reset, nothing answered | no |
-| cut-upload | reset when half of the request's body was passed on | it gets half |
-| lost | reset when the server has answered | yes |
+| reset | the connection is reset without an answer | no |
+| cut-upload | reset after half of the request's body was forwarded | it gets half |
+| lost | reset after the server has answered | yes |
 | cut-download | the answer's head and half of its body, then a reset | yes |
-| slow | the right answer, late and in small pieces | yes |
+| slow | the correct answer, late and in small pieces | yes |
 """
 
 import asyncio
@@ -39,23 +39,23 @@ from tests.web_server import Server
 Fault = Literal["500", "503", "429", "reset", "cut-upload", "lost", "cut-download", "slow"]
 FAULTS: tuple[Fault, ...] = get_args(Fault)
 
-# Headers of one connection, which a proxy does not pass on (RFC 9110, 7.6.1); aiohttp sets them.
+# Headers of one connection, which a proxy does not forward (RFC 9110, 7.6.1); aiohttp sets them.
 HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "expect"}
 RESET = struct.pack("ii", 1, 0)
-"""SO_LINGER of 0 seconds: closing sends RST in the place of FIN."""
+"""SO_LINGER of 0 seconds: closing sends RST instead of FIN."""
 
 
 class _Cut(Exception):
-    """Ends the passing on of a request's body."""
+    """Stops forwarding a request's body."""
 
 
 class FaultyProxy(Server):
-    """A proxy in a thread of its own, from ``start`` (or ``with``) to ``stop``.
+    """A proxy in its own thread, from ``start`` (or ``with``) to ``stop``.
 
-    ``share`` of the requests for which ``only(method, path)`` is true meet one of ``faults``;
-    ``planned`` faults come first, one a request. All three may be changed while it runs. ``counts``
-    holds how often each fault was done, and under "passed" the requests that were left in peace;
-    a fault that a request has no place for (no body to cut) counts as what was done in its stead.
+    ``share`` of the requests for which ``only(method, path)`` is true get one of ``faults``;
+    ``planned`` faults come first, one per request. All three may change while it runs. ``counts``
+    has the number of each injected fault, and of unharmed requests under "passed"; a fault that a
+    request does not allow (no body to cut) counts as the one injected instead.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class FaultyProxy(Server):
 
     @property
     def hurt(self) -> int:
-        """How many requests met a fault."""
+        """How many requests got a fault."""
         return sum(count for name, count in self.counts.items() if name != "passed")
 
     async def _connected(self, _: web.Application) -> AsyncIterator[None]:
@@ -160,7 +160,7 @@ class FaultyProxy(Server):
         if length is None:
             response.enable_chunked_encoding()
         if fault != "cut-download":
-            # Before the body: who has its last byte may look at the counts at once.
+            # Count before the body: a client with its last byte may read the counts at once.
             self._count("slow" if fault == "slow" else "passed")
         await response.prepare(request)
         left = (length or 2) // 2 if fault == "cut-download" else None
@@ -189,7 +189,7 @@ class FaultyProxy(Server):
                     raw: Any = transport.get_extra_info("socket")
                     raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
                 transport.abort()
-            else:  # what was sent must arrive, so the end is a plain one
+            else:  # close normally, so that the sent part arrives
                 transport.close()
         return web.Response()
 

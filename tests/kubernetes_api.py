@@ -6,12 +6,12 @@
 
 It creates, gets, lists (label and field selectors, pages), merge-patches, applies (with conflicts
 between field managers), deletes (with what the object owns), keeps uid, resourceVersion and
-generation, serves pod logs and the OpenAPI schema of each kind, and refuses what
-`tests.kubernetes_schemas` finds wrong: unknown fields too, as ``fieldValidation=Strict`` does.
-Controllers are functions that a test gives; each runs in a thread of its own. What goes wrong is
-said beforehand: `forbid`, `fail_next`, `lose_next`. It knows no watches, no CEL and no quota.
+generation, serves pod logs and the OpenAPI schema of each kind, and refuses objects that
+`tests.kubernetes_schemas` finds invalid, including unknown fields, like ``fieldValidation=Strict``.
+A test registers functions as controllers; each call runs in its own thread. A test plans faults
+with `forbid`, `fail_next` and `lose_next`. Watches, CEL and quotas are not supported.
 
-Here stand HTTP, rights and faults; the objects themselves are in `tests.kubernetes_objects`.
+This module has HTTP, permissions and faults; the objects are in `tests.kubernetes_objects`.
 """
 
 import copy
@@ -53,7 +53,7 @@ CORE = {
 
 
 def rights(role: str) -> set[tuple[str, str, str]]:
-    """What a Role of the manifests gives: (API group, resource, verb)."""
+    """The permissions of a Role in the manifests: (API group, resource, verb)."""
     path = Path(__file__).parents[1] / "manifests" / "base" / "access.yaml"
     (found,) = [
         each
@@ -71,23 +71,23 @@ def rights(role: str) -> set[tuple[str, str, str]]:
 
 @dataclass
 class Fault:
-    """The next ``times`` requests of this verb and resource ("" is any) fail."""
+    """The next ``times`` requests with this verb and resource ("" matches any) fail."""
 
     verb: str
     plural: str
     times: int
     status: int = 0
-    """0 loses the answer after the work was done."""
+    """0 means: do the work, then lose the answer."""
     headers: tuple[tuple[str, str], ...] = ()
 
 
 class KubernetesApi(Objects):
-    """The server; ``objects`` and ``requests`` (verb, resource, name) are there for assertions."""
+    """The server; ``objects`` and ``requests`` (verb, resource, name) are for assertions."""
 
     def __init__(self, namespace: str = NAMESPACE, role: str = "") -> None:
-        """``role`` names one of manifests/base/access.yaml: whoever asks may do what it gives."""
+        """``role`` is one in manifests/base/access.yaml; clients have its permissions, or all."""
         super().__init__(namespace)
-        self._given = rights(role) if role else None
+        self._allowed = rights(role) if role else None
         self.token = secrets.token_urlsafe(32)
         self.requests: list[tuple[str, str, str]] = []
         self._forbidden: set[tuple[str, str]] = set()
@@ -100,9 +100,9 @@ class KubernetesApi(Objects):
         for (version, kind), found in schemas.definitions().items():
             self._kinds[found["spec"]["names"]["plural"], version] = (version, kind)
         self.older: dict[str, Callable[[Object], Object]] = {}
-        """By kind, what makes the schema of an older release of the newest one."""
+        """By kind, a function that turns the newest schema into that of an older release."""
 
-    # The server itself.
+    # The server.
 
     def __enter__(self) -> "KubernetesApi":
         self._socket = socket.create_server(("127.0.0.1", 0))
@@ -150,28 +150,28 @@ class KubernetesApi(Objects):
         path.write_text(yaml.safe_dump(config))
         return path
 
-    # What goes wrong.
+    # Faults.
 
     def forbid(self, verb: str, resource: str) -> None:
         """Answer 403 to this verb on this resource (``trainjobs``, ``pods/log``)."""
         self._forbidden.add((verb, resource))
 
     def forget_kind(self, kind: str) -> None:
-        """Be a cluster on which this kind is not installed."""
+        """Become a cluster without this kind."""
         self._kinds = {key: found for key, found in self._kinds.items() if found[1] != kind}
 
     def fail_next(
         self, status: int, *, verb: str = "", resource: str = "", times: int = 1, **headers: str
     ) -> None:
-        """Answer ``status`` to the next requests instead of doing them."""
+        """Answer the next requests with ``status`` instead of doing them."""
         named = tuple((key.replace("_", "-"), value) for key, value in headers.items())
         self._faults.append(Fault(verb, resource, times, status, named))
 
     def lose_next(self, *, verb: str = "", resource: str = "", times: int = 1) -> None:
-        """Do the next requests, and cut the connection before their answers are whole."""
+        """Do the next requests, and cut the connection before their answers are complete."""
         self._faults.append(Fault(verb, resource, times))
 
-    # Answering.
+    # Answers.
 
     async def _serve(self, request: Request) -> Response:
         text = (await request.body()).decode()
@@ -220,10 +220,10 @@ class KubernetesApi(Objects):
             return raised
         if (part["plural"], version) not in self._kinds:
             return PlainTextResponse("404 page not found\n", 404)
-        self._check_right(verb, part)
+        self._check_permission(verb, part)
         with self._lock:
             response = self._do(request, verb, part, self._kinds[part["plural"], version], body)
-        if fault:  # more is promised than comes: the client sees the connection end
+        if fault:  # announce more than is sent: the client sees the connection end
             response.headers["content-length"] = str(len(response.body) + 1)
         return response
 
@@ -235,11 +235,11 @@ class KubernetesApi(Objects):
                     return fault
         return None
 
-    def _check_right(self, verb: str, part: dict[str, Any]) -> None:
+    def _check_permission(self, verb: str, part: dict[str, Any]) -> None:
         resource = part["plural"] + (f"/{part['subresource']}" if part["subresource"] else "")
         group = part["group"] or ""
-        lacking = self._given is not None and (group, resource, verb) not in self._given
-        if lacking or (verb, resource) in self._forbidden:
+        missing = self._allowed is not None and (group, resource, verb) not in self._allowed
+        if missing or (verb, resource) in self._forbidden:
             name = f' "{part["name"]}"' if part["name"] else ""
             raise Refused(
                 403,
@@ -257,7 +257,7 @@ class KubernetesApi(Objects):
         if verb == "list":
             return JSONResponse(self._list(kind, part["namespace"], query))
         if part["subresource"] == "log":
-            self._there(key, part)
+            self._existing(key, part)
             return PlainTextResponse(self._log(part["name"], query))
         if verb == "create":
             return JSONResponse(self._create(body, part["namespace"], manager, kind), 201)
@@ -266,7 +266,7 @@ class KubernetesApi(Objects):
             if not query.get("fieldManager"):
                 raise Refused(422, "PatchOptions.meta.k8s.io is invalid: fieldManager: Required")
             return JSONResponse(self._apply(key, body, kind, manager, query.get("force") == "true"))
-        current = self._there(key, part)
+        current = self._existing(key, part)
         if verb == "get":
             return JSONResponse(current)
         if verb == "delete":
@@ -279,7 +279,7 @@ class KubernetesApi(Objects):
         changed = merge_patch(current, body) if verb == "patch" else copy.deepcopy(body)
         return JSONResponse(self._change(current, changed, part["subresource"] or "", manager))
 
-    def _there(self, key: Key, part: dict[str, Any]) -> Object:
+    def _existing(self, key: Key, part: dict[str, Any]) -> Object:
         if key not in self.objects:
             plural = part["plural"] + (f".{part['group']}" if part["group"] else "")
             raise Refused(404, f'{plural} "{key[2]}" not found', name=key[2], kind=part["plural"])

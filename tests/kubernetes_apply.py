@@ -1,8 +1,8 @@
-"""Which field manager owns which field, and what a server-side apply makes of an object.
+"""Field ownership by field managers, and the result of a server-side apply.
 
-Fields are leaves: scalars, empty containers, and lists without keys as a whole. Items of a list of
-which each has a name (containers, env, conditions by type) are fields of their own. This is the
-rule of the API server for what this project applies, without its version conversions.
+Fields are leaves: scalars, empty containers, and complete lists whose items have no keys. If every
+item of a list has a name (containers, env, conditions by type), each item has its own fields. These
+are the API server's rules for the objects that this project applies, without version conversions.
 """
 
 import copy
@@ -15,7 +15,7 @@ FIXED = {"uid", "resourceVersion", "generation", "creationTimestamp", "name", "n
 
 
 def merge_patch(target: Any, patch: Any) -> Any:
-    """The JSON merge patch of RFC 7386; neither argument is changed."""
+    """The JSON merge patch of RFC 7386; does not change its arguments."""
     if not isinstance(patch, dict):
         return copy.deepcopy(patch)
     made = dict(copy.deepcopy(target)) if isinstance(target, dict) else {}
@@ -28,7 +28,7 @@ def merge_patch(target: Any, patch: Any) -> Any:
 
 
 def leaves(value: Any, path: Path = ()) -> dict[Path, Any]:
-    """The leaves of an object by their path."""
+    """The leaves of an object by path."""
     key = _list_key(value)
     if isinstance(value, dict) and value:
         parts = [leaves(part, (*path, name)) for name, part in value.items()]
@@ -40,7 +40,7 @@ def leaves(value: Any, path: Path = ()) -> dict[Path, Any]:
 
 
 def take_ownership(owners: dict[Path, set[str]], old: Object, new: Object, manager: str) -> None:
-    """Note that ``manager`` wrote the fields in which ``new`` differs from ``old``."""
+    """Record that ``manager`` wrote the fields in which ``new`` differs from ``old``."""
     before, after = _fields(old), _fields(new)
     for path, value in after.items():
         if path not in before or before[path] != value:
@@ -53,11 +53,11 @@ def apply_fields(
     current: Object, body: Object, owners: dict[Path, set[str]], manager: str, force: bool
 ) -> tuple[Object, list[tuple[str, str]]]:
     """The object after an apply, and its conflicts as (field, manager); changes ``owners``."""
-    there, wanted = _fields(current), _fields(body)
+    existing, wanted = _fields(current), _fields(body)
     conflicts = []
     for path, value in wanted.items():
         others = owners.get(path, set()) - {manager}
-        if others and there.get(path) != value:
+        if others and existing.get(path) != value:
             if not force:
                 conflicts += [(_dotted(path), other) for other in sorted(others)]
             owners[path] = set()
@@ -83,7 +83,7 @@ def _fields(body: Object) -> dict[Path, Any]:
 
 
 def _list_key(value: Any) -> str:
-    """The key by which the items of a list are told apart, or an empty string."""
+    """The key that identifies the items of a list, or an empty string."""
     if not isinstance(value, list) or not value or not all(isinstance(v, dict) for v in value):
         return ""
     for key in KEYS:
@@ -117,7 +117,7 @@ def _item(items: list[Any], step: tuple[str, str]) -> Any:
 
 
 def _drop(target: Any, path: Path) -> None:
-    """Remove a leaf, and the containers that hold nothing then."""
+    """Remove a leaf and the containers that become empty."""
     step = path[0]
     if isinstance(step, tuple):
         found = next((item for item in target if item.get(step[0]) == step[1]), None)

@@ -1,8 +1,8 @@
-"""The objects of the stand-in for a cluster, and the rules that an API server keeps for them.
+"""The objects of the stand-in for a cluster, and an API server's rules for them.
 
-`Objects` is what `tests.kubernetes_api` serves: uid, resourceVersion and generation, field managers
-and their conflicts, what an object owns, pod logs, and controllers that a test gives, each call of
-which runs in a thread of its own. What `tests.kubernetes_schemas` finds wrong is refused.
+`tests.kubernetes_api` serves `Objects`: uid, resourceVersion and generation, field managers and
+their conflicts, ownership, pod logs, and controllers that a test registers; each call of one runs
+in its own thread. It refuses objects that `tests.kubernetes_schemas` finds invalid.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ REASONS = {
 
 
 class Refused(Exception):
-    """What the server answers instead of the object."""
+    """The server's error answer."""
 
     def __init__(self, status: int, message: str, reason: str = "", **details: Any) -> None:
         super().__init__(message)
@@ -42,13 +42,13 @@ class Refused(Exception):
 
 
 class Objects:
-    """The objects of one namespace; ``objects`` is there for assertions."""
+    """The objects of one namespace; ``objects`` is for assertions."""
 
     def __init__(self, namespace: str) -> None:
         self.namespace = namespace
         self.objects: dict[Key, Object] = {}
         self.errors: list[BaseException] = []
-        """What controllers raised."""
+        """The exceptions that controllers raised."""
         self._lock = threading.RLock()
         self._version = 0
         self._owners: dict[Key, dict[Any, set[str]]] = {}
@@ -56,10 +56,10 @@ class Objects:
         self._controllers: dict[tuple[str, str], Callable[[Object], None]] = {}
         self._threads: list[threading.Thread] = []
 
-    # What a test says and asks, as the cluster's other inhabitants would.
+    # Methods for tests, acting as other clients of the cluster.
 
     def add(self, body: Object, **status: Any) -> Object:
-        """Put an object there as a controller would; ``status`` are fields of its status."""
+        """Create an object as a controller would; ``status`` has the fields of its status."""
         with self._lock:
             made = self._create(copy.deepcopy(body), body["metadata"].get("namespace"), "test")
         return self.set_status(made, **status) if status else made
@@ -75,17 +75,17 @@ class Objects:
             return [copy.deepcopy(body) for key, body in self.objects.items() if key[0] == kind]
 
     def set_status(self, body: Object, **status: Any) -> Object:
-        """Merge ``status`` into an object's status; does nothing if it is gone."""
+        """Merge ``status`` into an object's status; does nothing if the object is gone."""
         with self._lock:
             current = self.objects.get(_key(body))
             if current is None or current["metadata"]["uid"] != body["metadata"]["uid"]:
                 return body
             changed = merge_patch(current, {"status": status})
-            _refuse_wrong(changed)
+            _refuse_invalid(changed)
             return self._store(changed, bump=False)
 
     def remove(self, kind: str, name: str) -> None:
-        """Delete an object by hand."""
+        """Delete an object."""
         with self._lock:
             self._delete((kind, self.namespace, name))
 
@@ -122,7 +122,7 @@ class Objects:
         """Call ``controller`` with each deleted object of a kind."""
         self._controllers["delete", kind] = controller
 
-    # Reading and changing objects; the lock is held.
+    # Reading and changing objects; callers hold the lock.
 
     def _list(self, kind: tuple[str, str], namespace: str | None, query: Any) -> Object:
         found = [
@@ -171,14 +171,14 @@ class Objects:
         kind: tuple[str, str] | None = None,
     ) -> Object:
         if kind and (body.get("apiVersion"), body.get("kind")) != kind:
-            raise Refused(400, f"the object is no {kind[1]} of {kind[0]}")
+            raise Refused(400, f"the object is not a {kind[1]} of {kind[0]}")
         meta = body.setdefault("metadata", {})
         if not meta.get("name") and meta.get("generateName"):
             meta["name"] = meta["generateName"] + secrets.token_hex(3)[:5]
-        given = meta.setdefault("namespace", namespace or self.namespace)
-        if given != (namespace or self.namespace):
+        chosen = meta.setdefault("namespace", namespace or self.namespace)
+        if chosen != (namespace or self.namespace):
             raise Refused(400, "the namespace of the object does not match the path")
-        _refuse_wrong(body)
+        _refuse_invalid(body)
         key = _key(body)
         if key in self.objects:
             message = f'{body["kind"].lower()}s "{key[2]}" already exists'
@@ -195,7 +195,7 @@ class Objects:
         }
         self._owners[key] = {}
         take_ownership(self._owners[key], {}, body, manager)
-        return self._store(body, bump=False, tell=True)
+        return self._store(body, bump=False, notify=True)
 
     def _apply(
         self, key: Key, body: Object, kind: tuple[str, str], manager: str, force: bool
@@ -210,9 +210,9 @@ class Objects:
                 {"reason": "FieldManagerConflict", "message": f'conflict with "{who}"', "field": at}
                 for at, who in conflicts
             ]
-            told = ", ".join(f'conflict with "{who}": {at}' for at, who in conflicts)
+            listed = ", ".join(f'conflict with "{who}": {at}' for at, who in conflicts)
             count = f"{len(conflicts)} conflict{'s' if len(conflicts) > 1 else ''}"
-            raise Refused(409, f"Apply failed with {count}: {told}", causes=causes)
+            raise Refused(409, f"Apply failed with {count}: {listed}", causes=causes)
         made = self._change(current, changed, "", "")
         self._owners[key] = owners
         return made
@@ -230,7 +230,7 @@ class Objects:
             if definition and "status" in definition["version"].get("subresources", {}):
                 changed.pop("status", None)
                 changed |= {"status": current["status"]} if "status" in current else {}
-        _refuse_wrong(changed)
+        _refuse_invalid(changed)
         if manager and not subresource:
             take_ownership(self._owners[_key(current)], current, changed, manager)
 
@@ -241,15 +241,15 @@ class Objects:
             return [body["metadata"].get(name) or {} for name in ("labels", "annotations")]
 
         marked = marks(current) != marks(changed)
-        return self._store(changed, bump=wanted(current) != wanted(changed), tell=marked)
+        return self._store(changed, bump=wanted(current) != wanted(changed), notify=marked)
 
-    def _store(self, body: Object, *, bump: bool, tell: bool = False) -> Object:
+    def _store(self, body: Object, *, bump: bool, notify: bool = False) -> Object:
         self._version += 1
         body["metadata"]["resourceVersion"] = str(self._version)
         if bump:
             body["metadata"]["generation"] += 1
         self.objects[_key(body)] = body
-        if bump or tell:
+        if bump or notify:
             self._call("change", body)
         return copy.deepcopy(body)
 
@@ -273,7 +273,7 @@ class Objects:
         def work() -> None:
             try:
                 controller(copy.deepcopy(body))
-            except BaseException as error:  # noqa: BLE001 - told by __exit__
+            except BaseException as error:  # noqa: BLE001 - raised by __exit__
                 self.errors.append(error)
 
         thread = threading.Thread(target=work, daemon=True)
@@ -285,7 +285,7 @@ def _key(body: Object) -> Key:
     return body["kind"], body["metadata"].get("namespace", ""), body["metadata"]["name"]
 
 
-def _refuse_wrong(body: Object) -> None:
+def _refuse_invalid(body: Object) -> None:
     if found := schemas.problems(body):
         name = body.get("metadata", {}).get("name", "")
         raise Refused(422, f'{body.get("kind")} "{name}" is invalid: {"; ".join(found)}')
@@ -296,16 +296,16 @@ def _now() -> str:
 
 
 def _selected(body: Object, labels: str, fields: str) -> bool:
-    given = body["metadata"].get("labels", {})
+    present = body["metadata"].get("labels", {})
     for term in filter(None, re.split(r",(?![^(]*\))", labels)):
         if match := re.fullmatch(r"\s*(\S+?)\s+(in|notin)\s+\(([^)]*)\)\s*", term):
-            inside = given.get(match[1]) in [value.strip() for value in match[3].split(",")]
+            inside = present.get(match[1]) in [value.strip() for value in match[3].split(",")]
             if inside != (match[2] == "in"):
                 return False
         elif match := re.fullmatch(r"([^!=]+)(==|=|!=)(.*)", term):
-            if (given.get(match[1]) == match[3]) != (match[2] != "!="):
+            if (present.get(match[1]) == match[3]) != (match[2] != "!="):
                 return False
-        elif (term.lstrip("!") in given) == term.startswith("!"):
+        elif (term.lstrip("!") in present) == term.startswith("!"):
             return False
     for term in filter(None, fields.split(",")):
         path, _, value = term.partition("=")

@@ -1,11 +1,11 @@
-"""The API schemas that manifests and Kubernetes objects are held against, and how they are read.
+"""Validate manifests and Kubernetes objects against API schemas.
 
 ``tests/crds/*.json.gz`` are CustomResourceDefinitions as their projects publish them, without
 descriptions and deprecated versions; ``python -m tests.kubernetes_schemas FILE.yaml ...`` adds
-others. What OpenShift serves without a CRD comes in the same form out of openshift/api's
-openapi.json: ``python -m tests.kubernetes_schemas openapi.json build.v1.BuildConfig``. All else
-(Pod, Role, Secret, ...) is held against the models of the package `kubernetes`. Rules in CEL
-(x-kubernetes-validations) are not evaluated.
+more. Kinds that OpenShift serves without a CRD have the same form and come from openshift/api's
+openapi.json: ``python -m tests.kubernetes_schemas openapi.json build.v1.BuildConfig``. All other
+kinds (Pod, Role, Secret, ...) are compared with the models of the package `kubernetes`. Rules in
+CEL (x-kubernetes-validations) are not evaluated.
 
     problems(body)       every reason why a cluster would refuse the object; empty if none
     definition(body)     its CRD, or None
@@ -43,23 +43,23 @@ def definition(body: Object) -> Object | None:
 
 
 def schema(found: Object) -> Object:
-    """The structural schema of a definition, as it stands in the CRD."""
+    """The structural schema of a definition, as in the CRD."""
     return dict(found["version"]["schema"]["openAPIV3Schema"])
 
 
 def problems(body: Object) -> list[str]:
-    """Every reason why a cluster would refuse or silently cut the object: unknown fields, wrong
+    """Every reason why a cluster would refuse or silently prune the object: unknown fields, wrong
     types, missing fields, values out of range."""
-    told = [] if body.get("metadata", {}).get("name") else ["metadata.name: is required"]
+    found_problems = [] if body.get("metadata", {}).get("name") else ["metadata.name: is required"]
     found = definition(body)
     if found is None:
-        return told + _core_problems(body)
-    told += _model_problems(body.get("metadata", {}), "V1ObjectMeta", "metadata")
+        return found_problems + _core_problems(body)
+    found_problems += _model_problems(body.get("metadata", {}), "V1ObjectMeta", "metadata")
     key = (body["apiVersion"], body["kind"])
     for error in _validator(key).iter_errors(body):
         path = ".".join(str(part) for part in error.instance_path)
-        told.append(f"{path or 'the object'}: {error.message}")
-    return told
+        found_problems.append(f"{path or 'the object'}: {error.message}")
+    return found_problems
 
 
 @functools.cache
@@ -68,7 +68,7 @@ def _validator(key: tuple[str, str]) -> Any:
 
 
 def strict(node: Any, root: bool = False) -> Any:
-    """A structural schema as a JSON schema that also refuses the fields it does not know."""
+    """A structural schema as a JSON schema that also refuses unknown fields."""
     if isinstance(node, list):
         return [strict(each) for each in node]
     if not isinstance(node, dict):
@@ -76,7 +76,7 @@ def strict(node: Any, root: bool = False) -> Any:
     made: Object = {}
     for key, value in node.items():
         if key == "pattern" and "(?i)" in value:
-            continue  # Go's; JSON Schema's regular expressions have no flags
+            continue  # Go syntax; JSON Schema's regular expressions have no flags
         if key == "properties":
             made[key] = {name: strict(each) for name, each in value.items()}
         elif key in ("items", "additionalProperties", "allOf", "anyOf", "oneOf", "not"):
@@ -118,12 +118,12 @@ def _core_problems(body: Object) -> list[str]:
     kind = body.get("kind")
     name = "CoreV1Event" if kind == "Event" else f"V1{kind}"
     if not hasattr(kubernetes.client, name):
-        return [f"kind {kind} of {body.get('apiVersion')} is not known here"]
+        return [f"kind {kind} of {body.get('apiVersion')} has no schema in these tests"]
     return _model_problems(body, name, "")
 
 
 def _model_problems(value: Any, type: str, path: str) -> list[str]:
-    """The same for one of the models of the package `kubernetes`, which say no more than types."""
+    """The same for a model of the package `kubernetes`, which specifies only types."""
     import kubernetes.client
 
     if match := re.fullmatch(r"list\[(.*)\]", type):
@@ -146,17 +146,17 @@ def _model_problems(value: Any, type: str, path: str) -> list[str]:
     if not isinstance(value, dict):
         return [f"{path}: expected a mapping"]
     known = {key: model.openapi_types[name] for name, key in model.attribute_map.items()}
-    told = [f"{path}.{key}: unknown field".lstrip(".") for key in value.keys() - known.keys()]
+    found = [f"{path}.{key}: unknown field".lstrip(".") for key in value.keys() - known.keys()]
     for key, part in value.items():
         if key in known:
-            told += _model_problems(part, known[key], f"{path}.{key}".lstrip("."))
-    lacking = (key for key in _required(model) if key not in value)
-    return told + [f"{path}.{key}: is required".lstrip(".") for key in lacking]
+            found += _model_problems(part, known[key], f"{path}.{key}".lstrip("."))
+    missing = (key for key in _required(model) if key not in value)
+    return found + [f"{path}.{key}: is required".lstrip(".") for key in missing]
 
 
 @functools.cache
 def _required(model: Any) -> list[str]:
-    """The fields that a model's setters refuse to leave empty."""
+    """The fields that a model's setters refuse to set to None."""
     import kubernetes.client
 
     probe = model.__new__(model)
@@ -171,11 +171,11 @@ def _required(model: Any) -> list[str]:
 
 
 def add(source: Path) -> Path:
-    """Put a CRD (YAML) here, without descriptions and versions that are not the newest served."""
+    """Add a CRD (YAML) to the folder, without descriptions and unserved or deprecated versions."""
     import yaml
 
-    whole = yaml.load(source.read_text(encoding="utf-8"), yaml.CSafeLoader)
-    spec = whole["spec"]
+    crd = yaml.load(source.read_text(encoding="utf-8"), yaml.CSafeLoader)
+    spec = crd["spec"]
     kept = {key: spec[key] for key in ("group", "names", "scope") if key in spec}
     kept["versions"] = [
         _without_descriptions(version)
@@ -198,25 +198,25 @@ def _without_descriptions(node: Any) -> Any:
 
 
 def add_openshift(openapi: Path, name: str) -> Path:
-    """Put a kind here from OpenShift's OpenAPI; ``name`` is such as ``build.v1.BuildConfig``."""
+    """Add a kind from OpenShift's OpenAPI; ``name`` is for example ``build.v1.BuildConfig``."""
     known = json.loads(openapi.read_text(encoding="utf-8"))["definitions"]
     group, version, kind = name.split(".")
     loose = ("IntOrString", "resource.Quantity")
 
-    def whole(node: Any) -> Any:
+    def inlined(node: Any) -> Any:
         if isinstance(node, list):
-            return [whole(each) for each in node]
+            return [inlined(each) for each in node]
         if not isinstance(node, dict):
             return node
         if "$ref" in node:
             target = str(node["$ref"]).rpartition("/")[2]
             if target.endswith(loose):
                 return {"x-kubernetes-int-or-string": True}
-            return whole(known[target])
-        return {key: whole(value) for key, value in node.items() if key != "default"}
+            return inlined(known[target])
+        return {key: inlined(value) for key, value in node.items() if key != "default"}
 
     found = known[f"com.github.openshift.api.{name}"]
-    parts = {key: whole(found["properties"][key]) for key in ("spec", "status")}
+    parts = {key: inlined(found["properties"][key]) for key in ("spec", "status")}
     schema = {"type": "object", "required": ["spec"], "properties": parts}
     plural = f"{kind.lower()}s"
     spec = {
@@ -231,8 +231,8 @@ def add_openshift(openapi: Path, name: str) -> Path:
 def _write(made: Object) -> Path:
     spec = made["spec"]
     path = FOLDER / f"{spec['names']['plural']}.{spec['group']}.json.gz"
-    whole = {"kind": "CustomResourceDefinition", **made}
-    text = json.dumps(whole, separators=(",", ":"), sort_keys=True)
+    crd = {"kind": "CustomResourceDefinition", **made}
+    text = json.dumps(crd, separators=(",", ":"), sort_keys=True)
     path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
     return path
 

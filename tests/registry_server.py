@@ -19,7 +19,7 @@ def registry_server(
     versions: tuple[str, ...] = VERSIONS,
     around: Callable[[Any], Any] = lambda app: app,
 ) -> Iterator[str]:
-    """The URL of a registry over ``folder/registry.sqlite``; it ends with the block.
+    """The URL of a registry over ``folder/registry.sqlite``; it stops with the block.
 
     ``around`` may wrap the ASGI application.
     """

@@ -1,4 +1,4 @@
-"""A small web server for tests: an aiohttp application in a thread of its own."""
+"""A small web server for tests: an aiohttp application in its own thread."""
 
 import asyncio
 import socket
@@ -13,8 +13,8 @@ Route = tuple[str, str, Any]
 
 
 class Server:
-    """Serves on 127.0.0.1, at ``url``, from ``start`` (or ``with``) to ``stop``; over ``tls`` if it
-    is given. Bodies are passed to the handlers as they come, compressed ones too."""
+    """Serves on 127.0.0.1, at ``url``, from ``start`` (or ``with``) to ``stop``; with ``tls`` if
+    set. Handlers get bodies as sent, including compressed ones."""
 
     def __init__(self, *routes: Route, tls: ssl.SSLContext | None = None) -> None:
         self.app = web.Application(client_max_size=1 << 30)

@@ -1,7 +1,7 @@
-"""Whether a candidate may take the traffic now: only from the version that it was compared with.
+"""Decide whether a candidate may take the traffic: only from the version it was compared with.
 
-Between an evaluation and its deploy another run may deploy, and a person may promote, roll back or
-split. The verdict "better than what is served" is then about a version that is not served any more.
+Between an evaluation and its deploy, another run may deploy, or a person may promote, roll back or
+split. The verdict "better than the incumbent" is then about a version that is no longer served.
 """
 
 from collections.abc import Mapping
@@ -11,9 +11,9 @@ from nudge.components.common.clients.registry.releases import Served, Version
 
 
 class NotPromoted(Exception):
-    """The candidate stays registered and gets no traffic; the text says why.
+    """The candidate stays registered and gets no traffic; the text gives the reason.
 
-    ``before`` and ``live`` are what is served then, as in `why_not`.
+    ``before`` and ``live`` describe the current traffic, as in `why_not`.
     """
 
     def __init__(self, reason: str, before: Served | None, live: dict[str, int]) -> None:
@@ -22,59 +22,60 @@ class NotPromoted(Exception):
 
 
 def why_not(version: Version, before: Served | None, live: Mapping[str, int]) -> str:
-    """Why a candidate must not take the traffic; empty if it may.
+    """The reason why a candidate must not take the traffic; empty if it may.
 
-    ``before`` is what the registry says is served, ``live`` the percent of the traffic by version
-    that the target sends now, which is believed first: a deploy that was killed may have moved it
-    and not recorded it. Both must be read while the model's lease is held.
+    ``before`` is the registry's record of what is served; ``live`` is the percent of the traffic by
+    version that the target sends now. ``live`` takes precedence, because a killed deploy may have
+    moved the traffic without recording it. Read both while holding the model's lease.
 
-    A candidate that has all the traffic may take it again: a deploy that was cut off is repeated.
-    A version that an older nudge registered does not say what it was compared with, and is let
-    through as it was then.
+    A candidate that already has all the traffic may take it, so that an interrupted deploy can be
+    repeated. A version that an older nudge registered has no record of what it was compared with,
+    and is admitted as it was then.
     """
     compared = compared_with(version.properties)
     traffic = dict(live) or dict(before.shares if before else {})
     if compared is None or set(traffic) == {version.name}:
         return ""
     by_hand = f"`nudge promote {version.name} --model {version.model}` gives it the traffic anyway"
-    if before and _taken_away(version.name, before, live):
-        return f"{version.name} had traffic before, which was then taken away from it; {by_hand}"
+    if before and _was_withdrawn(version.name, before, live):
+        return f"{version.name} had traffic before, and it was withdrawn; {by_hand}"
     expected = {compared.version} if compared.state == "found" else set()
     if compared.state in ("found", "none") and set(traffic) == expected:
         return ""
     now = _now(traffic, compared)
     if live and before and set(live) != set(before.shares):
-        now += f" (the registry still says {_told(before.shares)}: that move was cut off)"
-    again = f"run again to compare with {_main(traffic)}" if traffic else "run again"
+        now += f" (the registry still says {_listed(before.shares)}: that move was interrupted)"
+    remedy = f"run again to compare with {_main(traffic)}" if traffic else "run again"
     if len(traffic) > 1:
-        again = "end the split (`nudge promote` or `nudge rollback`) and run again"
-    return f"{version.name} was compared with {_then(compared)}, but {now}; {again}, or {by_hand}"
+        remedy = "end the split (`nudge promote` or `nudge rollback`) and run again"
+    return f"{version.name} was compared with {_then(compared)}, but {now}; {remedy}, or {by_hand}"
 
 
-def _taken_away(name: str, before: Served, live: Mapping[str, int]) -> bool:
-    """Whether a version had traffic and has none because somebody moved it away on purpose."""
-    cut_off = bool(live) and name in before.shares and name not in live  # before it was recorded
-    return name in before.withdrawn or cut_off
+def _was_withdrawn(name: str, before: Served, live: Mapping[str, int]) -> bool:
+    """Whether a version had traffic and someone moved it away on purpose."""
+    # A move that was interrupted before it was recorded counts too.
+    unrecorded = bool(live) and name in before.shares and name not in live
+    return name in before.withdrawn or unrecorded
 
 
 def _then(compared: Compared) -> str:
     if compared.state == "found":
         return compared.version
     if compared.state == "none":
-        return "the base model, because nothing was served then"
-    return "the base model, because it was not known what was served then"
+        return "the base model, because no version was served then"
+    return "the base model, because the incumbent was unknown then"
 
 
 def _now(traffic: Mapping[str, int], compared: Compared) -> str:
     if not traffic:
-        return "nothing is served now"
+        return "no version is served now"
     if len(traffic) > 1:
         since = "still" if traffic == compared.shares else "now"
-        return f"the traffic is {since} shared between {_told(traffic)}"
+        return f"the traffic is {since} split between {_listed(traffic)}"
     return f"{_main(traffic)} has the traffic now"
 
 
-def _told(shares: Mapping[str, int]) -> str:
+def _listed(shares: Mapping[str, int]) -> str:
     if len(shares) == 1:
         return _main(shares)
     return " and ".join(f"{name} ({share} %)" for name, share in shares.items())

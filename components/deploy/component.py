@@ -7,7 +7,7 @@ from nudge.components.common.core.images import DATA_IMAGE
 def deploy(recipe: str, registered_model: str, version: str) -> str:
     """Serve a registered version and ask it for a completion.
 
-    A version that was compared with another one than has the traffic now gets none.
+    If the version it was compared with no longer has the traffic, it gets none.
 
     Args:
         recipe: The recipe, as YAML text or a URI.
@@ -29,12 +29,12 @@ def deploy(recipe: str, registered_model: str, version: str) -> str:
 
 @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
 def roll_back(recipe: str, model_name: str, to_version: str) -> str:
-    """Give all of a model's traffic back to a version that had it before.
+    """Return all of a model's traffic to a version that had it before.
 
     Args:
-        recipe: The recipe, as YAML text or a URI; its section `deploy` says where it is served.
+        recipe: The recipe, as YAML text or a URI; its section `deploy` says where to serve.
         model_name: The name in the registry.
-        to_version: The version to go back to; empty means the one served before.
+        to_version: The version to return to; empty means the one served before.
 
     Returns:
         The version that is served now.

@@ -1,4 +1,4 @@
-"""The step `deploy`: a registered version becomes a served, tested endpoint; and the way back."""
+"""The step `deploy`: serve and test a registered version, and roll back to an earlier one."""
 
 import os
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from nudge.components.deploy.traffic import Check, Target, shift, unchecked
 
 @step("deploy", reuse=False)
 def deploy(settings: DeploySettings, *, registered_model: str, version: str) -> dict[str, Any]:
-    """Give a version of the registry all of the model's traffic, and tell the registry.
+    """Give a registered version all of the model's traffic, and record that in the registry.
 
-    The new server is brought up beside the old one and tested; only then does the traffic move, and
-    the old one ends when nothing is under way on it. Raises `UserError` with the end of the
-    server's log, or what the smoke test got; what was served is then still served.
+    The new server starts next to the old one and is tested. Only then does the traffic move; the
+    old server stops when it has no request in flight. Raises `UserError` with the end of the
+    server's log or the answer to the smoke test; the previous versions are then still served.
 
-    Where the traffic is not with the version that this one was compared with any more (see
-    `why_not`), nothing is changed: the result then has ``promoted: False`` and the reason, and the
-    registry has them as custom properties of the version.
+    If the version that this one was compared with no longer has the traffic (see `why_not`),
+    nothing changes: the result has ``promoted: False`` and the reason, and the registry stores both
+    as custom properties of the version.
     """
     from nudge.components.common.clients.registry.connection import registry_url, with_registry
     from nudge.components.common.clients.registry.releases import find_version, note_promotion
@@ -32,7 +32,7 @@ def deploy(settings: DeploySettings, *, registered_model: str, version: str) -> 
 
     def check(before: Served | None, live: dict[str, int]) -> None:
         if reason := why_not(candidate, before, live):
-            # Recorded under the lease: a person's promote comes before it or after it.
+            # Recorded under the lease, so a person's promote is either before or after it.
             with_registry(url, note_promotion(candidate, reason))
             raise NotPromoted(reason, before, live)
 
@@ -43,9 +43,9 @@ def deploy(settings: DeploySettings, *, registered_model: str, version: str) -> 
 def rollback(
     settings: DeploySettings, *, registered_model: str, version: str = ""
 ) -> dict[str, Any]:
-    """Give all traffic back to the version that had it before, or to ``version``.
+    """Return all traffic to the version that had it before, or to ``version``.
 
-    Raises `UserError` if there is nothing to go back to.
+    Raises `UserError` if there is no version to return to.
     """
     from nudge.components.common.clients.registry.connection import registry_url, with_registry
     from nudge.components.common.clients.registry.releases import find_served
@@ -58,27 +58,27 @@ def rollback(
 
 
 class Moved(UserError):
-    """The traffic is not what it was when this shift was decided."""
+    """The traffic has changed since this shift was decided."""
 
 
 def unmoved(shares: dict[str, int]) -> Check:
-    """A check of `shift`: raises `Moved` unless the traffic is still shared as ``shares``."""
+    """A check for `shift`: raises `Moved` unless the traffic is still split as ``shares``."""
 
     def check(before: Served | None, live: dict[str, int]) -> None:
         if live != shares:
-            raise Moved("the traffic was moved by another run or command meanwhile")
+            raise Moved("another run or command has moved the traffic meanwhile")
 
     return check
 
 
 def still_before(version: str) -> Check:
-    """A check of `shift`: raises `Moved` unless a rollback still goes to ``version``."""
+    """A check for `shift`: raises `Moved` unless a rollback still leads to ``version``."""
 
     def check(before: Served | None, live: dict[str, int]) -> None:
         if before is None or _way_back(before, set(live)) != version:
             raise Moved(
-                f"the traffic was moved by another run or command meanwhile, so {version} is not "
-                "the version before it any more; look at `nudge models` and roll back again"
+                "another run or command has moved the traffic meanwhile, so a rollback no longer "
+                f"leads to {version}; look at `nudge models` and roll back again"
             )
 
     return check
@@ -87,20 +87,21 @@ def still_before(version: str) -> Check:
 def version_before(settings: DeploySettings, model: str, served: Served | None) -> str:
     """The version that a rollback goes to; raises `UserError` if there is none."""
     if served is None:
-        raise UserError(f"nothing is served of {model}, so nothing can be undone")
+        raise UserError(f"no version of {model} is served, so there is nothing to roll back")
     back = _way_back(served, set(_target(settings, served).live(model)))
     if back is None:
         raise UserError(
-            f"{model} {served.main} is the first version that was served; name another one to go to"
+            f"{model} {served.main} is the first version that was served; name the version to "
+            "return to"
         )
     return back
 
 
 def _way_back(served: Served, live: set[str]) -> str | None:
-    # What a shift moved that could not tell the registry is undone first. Of a split the main
-    # version stays; a version with all the traffic gives way.
-    untold = bool(live) and live != set(served.shares)
-    return served.main if untold or len(served.shares) > 1 else served.before
+    # First undo a move that was not recorded in the registry. A split returns to its main version;
+    # a version with all the traffic, to the one before it.
+    unrecorded = bool(live) and live != set(served.shares)
+    return served.main if unrecorded or len(served.shares) > 1 else served.before
 
 
 def _serve_in_step(
@@ -137,8 +138,8 @@ def serve(
 ) -> dict[str, Any]:
     """Shift a model's traffic to ``shares`` (percent by version), unless ``check`` raises.
 
-    A person's shift needs no check. Returns endpoint, served_model, version (that with the largest
-    share), shares, and the smoke prompt with its answer.
+    A shift that a person asks for needs no check. Returns endpoint, served_model, version (the one
+    with the largest share), shares, smoke_prompt and smoke_answer.
     """
     from nudge.components.common.clients.registry.connection import registry_url, with_registry
     from nudge.components.common.clients.registry.releases import find_served
@@ -159,7 +160,7 @@ def serve(
 
 
 def _target(settings: DeploySettings, served: Served | None) -> Target:
-    if _place(settings, served) == "kserve":
+    if _target_name(settings, served) == "kserve":
         from nudge.components.common.clients.kube import connect
         from nudge.components.deploy.kserve.kserve import KServe
 
@@ -174,20 +175,21 @@ def _target(settings: DeploySettings, served: Served | None) -> Target:
     return LocalServing(nudge_home(), settings)
 
 
-def _place(settings: DeploySettings, served: Served | None) -> str:
-    """``local`` or ``kserve``; raises `UserError` where this machine would serve what it cannot."""
-    in_pod = "KFP_POD_NAME" in os.environ  # of every step of a pipeline on a cluster
+def _target_name(settings: DeploySettings, served: Served | None) -> str:
+    """``local`` or ``kserve``; raises `UserError` if the target is local and that cannot work."""
+    in_pod = "KFP_POD_NAME" in os.environ  # set in every step of a pipeline on a cluster
     elsewhere = served is not None and not served.endpoint.startswith("http://127.0.0.1:")
     if settings.target == "auto":
         return "kserve" if in_pod or elsewhere else "local"
     if settings.target == "local" and in_pod:
         raise UserError(
-            "deploy.target is local, but a server that a step starts on a cluster ends with the "
-            "step's pod; set it to kserve, or leave it out"
+            "deploy.target is local, but a server that a step starts on a cluster stops with the "
+            "step's pod; set deploy.target to kserve, or remove it"
         )
     if settings.target == "local" and served and elsewhere:
         raise UserError(
-            f"{served.model} is served at {served.endpoint}, which is not this machine: its users "
-            "would stay there while the registry says otherwise; give the target kserve, or none"
+            f"deploy.target is local, but {served.model} is served at {served.endpoint}, which is "
+            "not this machine: its users would stay there while the registry says otherwise; set "
+            "the target to kserve, or remove it"
         )
     return settings.target

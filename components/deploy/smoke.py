@@ -1,4 +1,4 @@
-"""The smoke test: does a served version answer, and as the evaluated model did?"""
+"""The smoke test: does a served version answer, and does it answer as the evaluated model did?"""
 
 import json
 import math
@@ -11,9 +11,9 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.deploy.settings import DeploySettings
 
 SURE = 0.5
-"""A next token that the evaluation found likelier than this must be the one served."""
+"""The served model must answer with a next token that the evaluation found likelier than this."""
 TOP = 5
-"""Likeliest tokens asked for; vLLM gives up to 20, the OpenAI API up to 5."""
+"""Number of likeliest tokens to request; vLLM returns up to 20, the OpenAI API up to 5."""
 TIMEOUT_S = 120.0
 
 
@@ -21,16 +21,16 @@ TIMEOUT_S = 120.0
 class ModelServer:
     """Where a version answers, and the token that it asks for (none on this machine).
 
-    ``settles_s`` is how long the way to a server that is ready may still be opened: a cluster's
-    router takes some seconds to learn of it.
+    ``router_delay_s`` is how long a server may be unreachable after it is ready: a cluster's router
+    takes some seconds to learn of it.
     """
 
     address: str
     token: str = field(default="", repr=False)
-    settles_s: float = 0
+    router_delay_s: float = 0
 
     def client(self, timeout_s: float = TIMEOUT_S) -> Any:
-        """An httpx client of this server; its certificate is checked (see `trusted`)."""
+        """An httpx client for this server; it checks the certificate (see `tls_context`)."""
         import httpx
 
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
@@ -43,10 +43,10 @@ class ModelServer:
 def smoke_test(server: ModelServer, version: Version, settings: DeploySettings) -> str:
     """Ask the server for completions; returns the answer to the smoke prompt.
 
-    The probes' likeliest next tokens, which registration wrote down, are held against the served
-    model, so that one which is not the evaluated one is found out: by their probabilities where the
-    server tells them (vLLM), else by the token itself wherever the evaluation was sure of it.
-    Raises `UserError` that says what was asked and what came.
+    Registration recorded the likeliest next token of each probe. Comparing them with the served
+    model detects one that is not the evaluated one: by the tokens' probabilities if the server
+    reports them (vLLM), otherwise by the token itself wherever the evaluation was sure of it.
+    Raises `UserError`, which names the prompt and the answer.
     """
     prompt = settings.smoke_prompt
     with server.client() as client:
@@ -57,12 +57,12 @@ def smoke_test(server: ModelServer, version: Version, settings: DeploySettings) 
                 f"the smoke test of {version.model} failed: an empty answer to {prompt!r}"
             )
         for expected in json.loads(str(version.properties.get("expected_next", "[]"))):
-            _hold(client, version, expected, settings.smoke_tolerance)
+            _compare(client, version, expected, settings.smoke_tolerance)
     return str(answer)
 
 
 def _wait(client: Any, server: ModelServer) -> None:
-    """Wait until something behind the router answers, whatever it says."""
+    """Wait until anything behind the router answers, whatever its status."""
     import httpx
     import tenacity
 
@@ -73,38 +73,38 @@ def _wait(client: Any, server: ModelServer) -> None:
             return False
 
     tenacity.Retrying(
-        stop=tenacity.stop_after_delay(server.settles_s),
+        stop=tenacity.stop_after_delay(server.router_delay_s),
         wait=tenacity.wait_fixed(1.0),
         retry=tenacity.retry_if_result(lambda ok: not ok),
-        # What does not answer is told by the first question.
+        # If nothing answers, the first completion reports it.
         retry_error_callback=lambda _: None,
     )(reached)
 
 
-def _hold(client: Any, version: Version, expected: dict[str, Any], tolerance: float) -> None:
-    """Raise unless the served model says of a probe's next token what the evaluated one said."""
+def _compare(client: Any, version: Version, expected: dict[str, Any], tolerance: float) -> None:
+    """Raise unless the served model predicts a probe's next token as the evaluated one did."""
     token, p = expected["token"], expected["p"]
     choice = _complete(client, version.model, expected["prompt"], 1, probabilities=True)
     likeliest = _likeliest(choice)
     if likeliest is None:
         got = choice["text"]
-        ok, told = p <= SURE or got.strip() == token.strip(), repr(got)
+        ok, answer = p <= SURE or got.strip() == token.strip(), repr(got)
     else:
-        # A token that is not listed is no likelier than the last one that is.
+        # An unlisted token is no likelier than the last listed one.
         served = likeliest.get(token, 0.0)
         last = 0.0 if token in likeliest else min(likeliest.values())
         ok = served - tolerance <= p <= max(served, last) + tolerance
-        told = ", ".join(f"{name!r} (P {value:.2f})" for name, value in likeliest.items())
+        answer = ", ".join(f"{name!r} (P {value:.2f})" for name, value in likeliest.items())
     if not ok:
         raise UserError(
             f"the smoke test of {version.model} {version.name} failed: after "
             f"{expected['prompt']!r} the evaluated model says {token!r} (P {p:.2f}), the served "
-            f"one {told}; what is served is not what was evaluated"
+            f"one {answer}; the served model is not the evaluated one"
         )
 
 
 def _likeliest(choice: dict[str, Any]) -> dict[str, float] | None:
-    """The likeliest first tokens with their probabilities, or None if the server gave none."""
+    """The likeliest first tokens with their probabilities, or None if the server reports none."""
     listed = ((choice.get("logprobs") or {}).get("top_logprobs") or [None])[0]
     return {token: math.exp(value) for token, value in listed.items()} if listed else None
 
@@ -112,7 +112,7 @@ def _likeliest(choice: dict[str, Any]) -> dict[str, float] | None:
 def _complete(
     client: Any, model: str, prompt: str, tokens: int, probabilities: bool = False
 ) -> dict[str, Any]:
-    """The first choice of a greedy completion, with probabilities if the server knows them."""
+    """The first choice of a greedy completion, with probabilities if the server reports them."""
     import httpx
 
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0.0}
@@ -121,7 +121,7 @@ def _complete(
             "/v1/completions", json={**body, "logprobs": TOP} if probabilities else body
         )
         if probabilities and answer.status_code in (400, 422):
-            # transformers serve refuses a field that it does not know.
+            # transformers serve rejects a field that it does not know.
             answer = client.post("/v1/completions", json=body)
         answer.raise_for_status()
         return dict(answer.json()["choices"][0])

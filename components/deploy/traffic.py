@@ -1,8 +1,8 @@
-"""Which version answers: one operation for promote, split and rollback.
+"""Shifting a model's traffic: one operation for promote, split and rollback.
 
-A shift names the shares that should hold afterwards, so it can be repeated: what a killed one left
-undone, the next one does. Until the one step that moves the traffic, users meet what they met
-before; from it on, what was asked for.
+A shift names the shares that apply afterwards, so it can be repeated: the next one completes what
+a killed one left undone. One step moves the traffic: before it, users reach the same versions as
+before the shift; after it, the requested ones.
 """
 
 import contextlib
@@ -24,41 +24,42 @@ from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import ModelServer, smoke_test
 
 Check = Callable[[Served | None, dict[str, int]], None]
-"""Called with what the registry says is served and the traffic by version as it is sent now, while
-the model's lease is held and before anything is changed; raises to end the shift there."""
+"""Called with the registry's record of what is served and the live traffic by version, while the
+model's lease is held and before any change; raises to stop the shift."""
 
 
 def unchecked(before: Served | None, live: dict[str, int]) -> None:
-    """The check of a shift that a person asked for: it may always happen."""
+    """The check for a shift that a person asked for: always allowed."""
 
 
 class Target(Protocol):
-    """A place where versions are served: this machine, or KServe."""
+    """What serves versions: this machine, or KServe."""
 
     environment: str
     """Its name in the registry."""
     runtime: str
 
     def exclusive(self, model: str) -> contextlib.AbstractContextManager[None]:
-        """Let one shift of a model at a time into the block, or fail."""
+        """Allow one shift of a model at a time in the block, or fail."""
 
     def live(self, model: str) -> dict[str, int]:
-        """Percent of the traffic by version, as it is sent now; empty if none is."""
+        """The percent of the traffic that each version receives now; empty if there is none."""
 
     def make_room(self, model: str, wanted: set[str]) -> bool:
-        """Where what is wanted cannot start beside the rest: end the rest first; True if it did.
+        """If the wanted versions cannot start next to the others, stop the others first.
 
-        From then on until `move`, users of a model of which nothing stays are told to come later.
+        Returns True if it stopped any. From then until `move`, users of a model that has no other
+        version get 503.
         """
 
     def bring_up(self, version: Version) -> ModelServer:
-        """Serve a version beside what is served; returns its own server once it is ready."""
+        """Serve a version next to the others; returns its own server once it is ready."""
 
     def move(self, model: str, shares: dict[str, int]) -> str:
-        """Send traffic by share to versions that are up; at once and whole. Returns the URL."""
+        """Split the traffic among running versions, in one atomic change. Returns the URL."""
 
     def retire(self, model: str, keep: set[str]) -> None:
-        """End the versions that are not kept, once nothing is under way on them."""
+        """Stop the versions not in ``keep``, once they have no request in flight."""
 
 
 def shift(
@@ -70,19 +71,19 @@ def shift(
     note: Callable[[str], None] = lambda stage: None,
     check: Check = unchecked,
 ) -> tuple[Served, dict[str, str]]:
-    """Bring up the versions that ``shares`` names, test each, move the traffic, tell the registry.
+    """Start and test the versions in ``shares``, move the traffic, and record it in the registry.
 
-    ``shares`` is percent by version and adds up to 100; ``registry`` runs work of
-    `nudge.components.common.clients.registry.releases`; ``check`` raises if this shift must not
-    happen any more. Returns what is served now and each version's smoke answer.
-    Raises `UserError`; what was served before is then still served (or again, where it had to make
-    room), and a version that does not pass is taken away again. Only where the registry fails once
-    the traffic has moved is the new one served, which the error says.
+    ``shares`` is percent by version and adds up to 100; ``registry`` runs work from
+    `nudge.components.common.clients.registry.releases`; ``check`` raises if this shift must no
+    longer happen. Returns what is served now and each version's smoke answer.
+    Raises `UserError`. The previous versions are then still served (or restored, if they had to
+    make room), and a version that failed is removed. Only if the registry fails after the traffic
+    has moved are the new versions served, and the error says so.
     """
     wanted = checked_shares(shares)
     with target.exclusive(model):
         before: Served | None = registry(find_served(model))
-        # A shift that was killed may have moved the traffic and not told the registry.
+        # A killed shift may have moved the traffic without recording it in the registry.
         live = target.live(model)
         check(before, live)
         serving = {*live, *(before.shares if before else ())}
@@ -93,27 +94,26 @@ def shift(
                     f"{model} {version.name} is archived in the registry; make it LIVE there first"
                 )
         answers = {}
-        # Until it is known that nothing was ended.
-        made_room = True
+        made_room = True  # assume so until `make_room` returns
         try:
             made_room = target.make_room(model, set(wanted))
             for name, version in versions.items():
                 note(f"starting {name}")
                 server = target.bring_up(version)
-                note(f"asking {name}")
+                note(f"testing {name}")
                 answers[name] = smoke_test(server, version, settings)
-            # A model takes minutes to start. A registry that is away by now lets nothing move.
+            # A model takes minutes to start. If the registry is down by now, do not move anything.
             registry(find_served(model))
         except UserError as error:
-            # Said now: what is cleaned up next may take as long as a request.
+            # Report it now: the cleanup may take as long as a request.
             note(f"failed: {error}"[:300])
             try:
                 target.retire(model, serving)
             except UserError as left:
-                raise UserError(f"{error}\nIt could not be cleaned up: {left}") from None
-            had = dict.fromkeys(live, 100) if len(live) == 1 else before and before.shares
-            if made_room and had:
-                _bring_back(target, registry, model, had, error)
+                raise UserError(f"{error}\nCleaning up failed: {left}") from None
+            previous = dict.fromkeys(live, 100) if len(live) == 1 else before and before.shares
+            if made_room and previous:
+                _restore(target, registry, model, previous, error)
             raise
         note("moving the traffic")
         endpoint = target.move(model, wanted)
@@ -127,12 +127,12 @@ def shift(
                 if version.properties.get(NOT_PROMOTED):
                     registry(note_promotion(version, ""))
         except UserError as error:
-            told = " and ".join(wanted)
+            names = " and ".join(wanted)
             raise UserError(
-                f"users of {model} meet {told} now, but the registry could not be told: {error}\n"
-                "run this again to tell it, or `nudge rollback` to go back"
+                f"users of {model} reach {names} now, but recording that in the registry failed: "
+                f"{error}\nrun this again to record it, or `nudge rollback` to go back"
             ) from None
-        note("ending what is not needed")
+        note("stopping other versions")
         target.retire(model, set(wanted))
     return served, answers
 
@@ -141,34 +141,36 @@ def checked_shares(shares: Mapping[str, int]) -> dict[str, int]:
     """The shares that are not 0; raises `UserError` unless they add up to 100."""
     wanted = {name: share for name, share in shares.items() if share}
     if sum(wanted.values()) != 100 or any(share < 0 for share in wanted.values()):
-        told = ", ".join(f"{name} {share}" for name, share in shares.items())
-        raise UserError(f"the shares {told} do not add up to 100 percent")
+        listed = ", ".join(f"{name} {share}" for name, share in shares.items())
+        raise UserError(f"the shares {listed} do not add up to 100 percent")
     return wanted
 
 
-def _bring_back(
+def _restore(
     target: Target,
     registry: Callable[[Any], Any],
     model: str,
     shares: Mapping[str, int],
     cause: UserError,
 ) -> None:
-    """Serve again what made room for a version that failed; raises `UserError` that says so."""
-    told = " and ".join(shares)
+    """Restore the versions that made room for one that failed; always raises `UserError`."""
+    names = " and ".join(shares)
     try:
         for name in shares:
             target.bring_up(registry(find_version(model, name)))
         target.move(model, dict(shares))
     except UserError as error:
         raise UserError(
-            f"{cause}\n{told} made room for it and does not come back, so nothing is served now: "
-            f"{error}"
+            f"{cause}\nRestoring {names}, which had made room for it, failed, so no version is "
+            f"served now: {error}"
         ) from None
-    raise UserError(f"{cause}\n{told} made room for it and is served again") from None
+    raise UserError(
+        f"{cause}\nThe traffic is back on {names}, which had made room for it"
+    ) from None
 
 
 def _history(before: Served | None, wanted: Mapping[str, int]) -> tuple[str, ...]:
-    """The versions that had all the traffic; going back to one forgets those after it."""
+    """The versions that had all the traffic; returning to one drops those after it."""
     known = before.history if before else ()
     if len(wanted) != 1:
         return known
@@ -179,10 +181,10 @@ def _history(before: Served | None, wanted: Mapping[str, int]) -> tuple[str, ...
 
 
 def _withdrawn(before: Served | None, live: Mapping[str, int], kept: set[str]) -> tuple[str, ...]:
-    """The versions from which traffic was taken away for good: neither served nor in the history.
+    """The versions whose traffic was withdrawn: neither served nor in the history.
 
-    A version that a newer one replaced is in the history; one from which a rollback went back, or
-    that had a share of a split that ended, is not.
+    A version that a newer one replaced is in the history. A version that a rollback left, or that
+    had a share of a split that ended, is not.
     """
     known = (*before.withdrawn, *before.history, *before.shares) if before else ()
     gone = [name for name in dict.fromkeys((*known, *live)) if name not in kept]

@@ -1,4 +1,4 @@
-"""A model in an image, in a folder that KServe knows ("modelcar"): found there and unpacked."""
+"""Find and unpack a model in a container image, in the folder that KServe expects ("modelcar")."""
 
 import fnmatch
 import io
@@ -12,22 +12,22 @@ from nudge.components.common.clients import image_registry
 from nudge.components.common.core.errors import UserError
 
 MODEL_FOLDER = "models"
-"""Where KServe looks for a model in an image
+"""The folder in which KServe looks for a model in an image
 (https://kserve.github.io/website/docs/model-serving/storage/providers/oci)."""
 FILES = "nudge-lm/files"
-"""Annotation of a layer: the files of the model that are in it, as a JSON list."""
+"""Annotation of a layer: the model files in it, as a JSON list."""
 
 
 def image_manifests(
     source: image_registry.Repository, reference: image_registry.Reference
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """An image's manifests for Linux, each with its platform (empty where only its config says)."""
-    read = json.loads(source.manifest(reference.name or "latest"))
-    if "manifests" not in read:
-        return [({}, read)]
+    """An image's manifests for Linux, each with its platform (empty if only its config has it)."""
+    index = json.loads(source.manifest(reference.name or "latest"))
+    if "manifests" not in index:
+        return [({}, index)]
     return [
         (entry["platform"], json.loads(source.manifest(entry["digest"])))
-        for entry in read["manifests"]
+        for entry in index["manifests"]
         if entry.get("platform", {}).get("os") == "linux"
     ]
 
@@ -40,27 +40,27 @@ def exists(uri: str) -> bool:
 
 
 def download_image(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> None:
-    """Unpack the files of the model in an image that have a name like one of ``files``.
+    """Unpack the model files in an image whose names match one of the patterns ``files``.
 
-    Raises `UserError` if there are none, or one would lie out of ``folder``.
+    Raises `UserError` if there are none, if one is a link or if one would be outside ``folder``.
     """
     reference = image_registry.parse(uri)
     with image_registry.repository(reference) as source:
         manifests = image_manifests(source, reference)
         if not manifests:
-            raise UserError(f"{uri} has no image for Linux")
-        # The layers of the model are the same for every machine; those of the base are not needed.
+            raise UserError(f"{uri} has no image for Linux; build one")
+        # The model's layers are the same on every platform; the base image's are not needed.
         for layer in manifests[0][1]["layers"]:
-            told = layer.get("annotations", {}).get(FILES)
-            if told is None or any(_wanted(name, files) for name in json.loads(told)):
+            listed = layer.get("annotations", {}).get(FILES)
+            if listed is None or any(_matches(name, files) for name in json.loads(listed)):
                 source.read_blob(
                     layer["digest"], lambda chunks: _unpack(uri, chunks, folder, files)
                 )
     if not folder.is_dir():
-        raise UserError(f"{uri}: no file of a model is below /{MODEL_FOLDER} in this image")
+        raise UserError(f"{uri}: this image has no model files in /{MODEL_FOLDER}")
 
 
-def _wanted(name: str, files: tuple[str, ...]) -> bool:
+def _matches(name: str, files: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in files)
 
 
@@ -70,13 +70,15 @@ def _unpack(uri: str, chunks: Iterator[bytes], folder: Path, files: tuple[str, .
         with tarfile.open(fileobj=reader, mode="r|*") as archive:
             for member in archive:
                 below, _, name = member.name.removeprefix("./").partition("/")
-                if below != MODEL_FOLDER or not name or not _wanted(name, files):
+                if below != MODEL_FOLDER or not name or not _matches(name, files):
                     continue
                 path = (folder / name).resolve()
                 if not path.is_relative_to(folder.resolve()):
-                    raise UserError(f"{uri}: {member.name} leads out of the folder")
+                    raise UserError(f"{uri}: {member.name} is a path outside the model folder")
                 if member.issym() or member.islnk():
-                    raise UserError(f"{uri}: {member.name} is a link; a model is made of files")
+                    raise UserError(
+                        f"{uri}: {member.name} is a link; a model may contain regular files only"
+                    )
                 content = archive.extractfile(member)
                 if content is None:
                     continue
@@ -85,11 +87,11 @@ def _unpack(uri: str, chunks: Iterator[bytes], folder: Path, files: tuple[str, .
                     while block := content.read(image_registry.BLOCK):
                         target.write(block)
     except tarfile.TarError as error:
-        raise UserError(f"{uri}: a layer cannot be read as a tar archive: {error}") from None
+        raise UserError(f"{uri}: a layer is not a valid tar archive: {error}") from None
 
 
 class _Chunks(io.RawIOBase):
-    """A file that is read from an iterator of bytes."""
+    """A file object over an iterator of bytes."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks, self._left = chunks, b""

@@ -1,5 +1,5 @@
-"""Pods: what each container of one says of its rights, the queue that it waits in, why one does not
-run or has ended, and the lines of its log as they come."""
+"""Pods: why they do not run or have failed, their log lines as they arrive, and two constants that
+every pod needs (its security context and the label of its queue)."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ RESTRICTED: dict[str, Any] = {
     "capabilities": {"drop": ["ALL"]},
     "seccompProfile": {"type": "RuntimeDefault"},
 }
-"""The securityContext that a namespace of the level `restricted` asks of a container:
+"""The securityContext that a namespace with the level `restricted` requires of a container:
 https://kubernetes.io/docs/concepts/security/pod-security-standards."""
 
 QUEUE = "kueue.x-k8s.io/queue-name"
-"""The label that names the LocalQueue of Kueue which a job, a server or a workbench waits in."""
+"""The label that names the Kueue LocalQueue in which a job, a server or a workbench waits."""
 
 TAIL_LINES = 20
 ROUTINE = ("VirtualServiceCRDNotFound", "UpdateFailed")
-"""Warnings that KServe records of services that work: no Istio, and conflicts that it retries."""
+"""Warnings that KServe records for working services: no Istio, and conflicts that it retries."""
 STAMPED = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?Z ?(.*)")
 
 
@@ -39,49 +39,47 @@ def why_of(
     logs: bool = True,
     events: bool = True,
 ) -> str:
-    """Why these pods do not run or have failed, as plain lines.
+    """Why these pods do not run or have failed, one cause per line; empty if nothing is wrong.
 
-    Waiting and ended containers with their reasons, warnings from the events of the pods and of
-    ``owner``, and the end of the first failed container's log. Empty if nothing is wrong.
+    Includes waiting and terminated containers with their reasons, warnings from the events of the
+    pods and of ``owner``, and the end of the log of the container that failed first.
     """
-    told: list[str] = []
-    ended: list[tuple[str, str, str]] = []
+    lines: list[str] = []
+    failures: list[tuple[str, str, str]] = []
     for pod in pods:
         name, status = pod["metadata"]["name"], pod.get("status", {})
-        for found in status.get("conditions", []):
-            if found["type"] == "PodScheduled" and found["status"] == "False":
-                told.append(f"pod {name} is not scheduled: {found.get('message', '')}")
-        if status.get("reason"):  # the pod as a whole: Evicted, DeadlineExceeded, ...
-            told.append(f"pod {name}: {status['reason']} {status.get('message', '')}".rstrip())
+        for condition in status.get("conditions", []):
+            if condition["type"] == "PodScheduled" and condition["status"] == "False":
+                lines.append(f"pod {name} is not scheduled: {condition.get('message', '')}")
+        if status.get("reason"):  # for the pod, not a container: Evicted, DeadlineExceeded, ...
+            lines.append(f"pod {name}: {status['reason']} {status.get('message', '')}".rstrip())
         for container in containers(pod):
-            said = _container(container)
-            if said:
-                told.append(f"pod {name}, container {container['name']}: {said}")
+            if problem := _problem(container):
+                lines.append(f"pod {name}, container {container['name']}: {problem}")
             if end := failed(container):
-                ended.append((str(end.get("finishedAt", "")), name, container["name"]))
+                failures.append((str(end.get("finishedAt", "")), name, container["name"]))
     if events:
         for pod in pods:
             resolved = ("FailedMount",) if _has_started(pod) else ()
-            told += warnings(cluster, pod, resolved)
-        told += warnings(cluster, owner) if owner else []
-    if ended and logs:
-        # The first to fail is the cause; the others of a group end because of it.
-        _, pod_name, container_name = min(ended)
-        lines = end_of_log(cluster, pod_name, container_name)
-        if lines:
-            told += [f"the end of the log of pod {pod_name}:", *(f"  {line}" for line in lines)]
-    return "\n".join(dict.fromkeys(told))
+            lines += warnings(cluster, pod, resolved)
+        lines += warnings(cluster, owner) if owner else []
+    if failures and logs:
+        # The first failure is the cause; the others in a group fail because of it.
+        _, pod_name, container_name = min(failures)
+        if log := end_of_log(cluster, pod_name, container_name):
+            lines += [f"the end of the log of pod {pod_name}:", *(f"  {line}" for line in log)]
+    return "\n".join(dict.fromkeys(lines))
 
 
 def warnings(cluster: Cluster, object: Mapping[str, Any], without: Sequence[str] = ()) -> list[str]:
-    """The warnings among an object's events, oldest first, or none where they may not be read.
+    """The warnings among an object's events, oldest first; none without permission to read them.
 
     Leaves out the `ROUTINE` ones and those whose reason is in ``without``.
     """
     meta = object["metadata"]
     try:
         events = cluster.list(EVENT, involvedObject__uid=meta["uid"])
-    except UserError:  # a cause is told without them rather than hidden behind a missing right
+    except UserError:  # a missing permission must not hide the other causes
         return []
     events.sort(key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or ""))
     kind = object.get("kind", "Pod")
@@ -93,7 +91,7 @@ def warnings(cluster: Cluster, object: Mapping[str, Any], without: Sequence[str]
 
 
 def end_of_log(cluster: Cluster, pod: str, container: str) -> list[str]:
-    """The last lines of a container's log, or none where it has none or may not be read."""
+    """The last lines of a container's log; none if there is no log or no permission to read it."""
     try:
         return cluster.log(pod, container, tailLines=str(TAIL_LINES)).splitlines()
     except UserError:
@@ -101,19 +99,19 @@ def end_of_log(cluster: Cluster, pod: str, container: str) -> list[str]:
 
 
 class LogTail:
-    """The lines of a container's log as they come, each once, also after a lost connection."""
+    """The lines of a container's log as they arrive, each once, also after a lost connection."""
 
     def __init__(self, cluster: Cluster, pod: str, container: str) -> None:
         self._cluster, self._pod, self._container = cluster, pod, container
         self._last = ("", "")
         self._seen = 0
-        """Lines given already that carry the stamp ``_last``."""
+        """The number of lines with the timestamp ``_last`` that were returned already."""
 
     def lines(self) -> list[str]:
-        """The lines that came since the last call; none while the container has not started."""
+        """The new lines since the last call; none until the container has started."""
         query = {"timestamps": "true"}
         if self._last[0]:
-            query["sinceTime"] = f"{self._last[0]}Z"  # of whole seconds, whatever is asked for
+            query["sinceTime"] = f"{self._last[0]}Z"  # the API rounds it to seconds
         try:
             text = self._cluster.log(self._pod, self._container, **query)
         except UserError as error:
@@ -137,7 +135,7 @@ class LogTail:
 
 
 def containers(pod: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The statuses of a pod's containers, those that prepare it first."""
+    """The statuses of a pod's containers, init containers first."""
     status = pod.get("status", {})
     return [
         *(status.get("initContainerStatuses") or []),
@@ -145,8 +143,8 @@ def containers(pod: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _container(status: Mapping[str, Any]) -> str:
-    """What is wrong with a container, or an empty string."""
+def _problem(status: Mapping[str, Any]) -> str:
+    """The problem of a container, or an empty string."""
     waiting = status.get("state", {}).get("waiting") or {}
     if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
         return f"waits: {waiting['reason']} {waiting.get('message', '')}".rstrip()
@@ -158,11 +156,11 @@ def _container(status: Mapping[str, Any]) -> str:
 
 
 def failed(status: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How a container last ended, if it failed and has not come back since."""
+    """How a container last terminated, if it failed and has not recovered since."""
     if status.get("ready"):
         return None
-    for place in ("state", "lastState"):
-        end = status.get(place, {}).get("terminated")
+    for key in ("state", "lastState"):
+        end = status.get(key, {}).get("terminated")
         if end and end.get("exitCode"):
             return dict(end)
     return None

@@ -1,6 +1,6 @@
 """The object store of a data connection: its address and keys from the AWS_* variables.
 
-`connection` is the one reader of those variables, and `s3_errors` has the one list of what a store
+`connection` is the only reader of those variables, and `s3_errors` covers everything that a store
 and its clients raise.
 """
 
@@ -29,15 +29,15 @@ from nudge.components.common.artifacts.model_files import Tampered, check_manife
 from nudge.components.common.core.errors import Transient, UserError
 
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_ENDPOINT", "AWS_S3_BUCKET")
-"""The variables of a data connection (an OpenShift AI connection Secret has the same keys)."""
+"""The variables of a data connection, and the keys of an OpenShift AI connection Secret."""
 
 ATTEMPTS = 8
-"""How often one request is tried before a store that fails is given up."""
+"""How often to try one request at a failing store."""
 
 
 @dataclass(frozen=True)
 class Connection:
-    """A data connection; what is not set is empty. Made by `connection`."""
+    """A data connection; unset fields are empty. Created by `connection`."""
 
     endpoint: str
     key: str = field(repr=False)
@@ -62,61 +62,59 @@ class Connection:
         if self.endpoint:
             options["s3"] = {"addressing_style": "path"}
         if _is_loopback(self.endpoint):
-            options["proxies"] = {}  # otherwise botocore takes HTTP_PROXY's
+            options["proxies"] = {}  # otherwise botocore uses HTTP_PROXY
         return options
 
 
 def connection() -> Connection:
     """The data connection that the AWS_* variables describe.
 
-    Blanks and line breaks around a value are dropped; a Secret made with ``echo`` has one. The
-    endpoint may lack its scheme: then it is http for this machine and for names within a cluster,
-    and https for others. The bucket may be written as ``s3://name`` or ``s3a://name``. Raises
-    `UserError`, which never repeats a key, for what cannot be right.
+    Blanks and line breaks around a value are dropped: a Secret created with ``echo`` has one. An
+    endpoint without a scheme gets http on this machine and for names within a cluster, and https
+    elsewhere. The bucket may be written as ``s3://name`` or ``s3a://name``. Raises `UserError` for
+    an invalid value, without repeating a key.
     """
     names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
     key, secret, token = (_value(name) for name in names)
     ca_bundle = _value("AWS_CA_BUNDLE")
     if ca_bundle and not Path(ca_bundle).exists():
-        raise UserError(f"AWS_CA_BUNDLE names {ca_bundle}, and there is no such file")
+        raise UserError(f"AWS_CA_BUNDLE is {ca_bundle}, but there is no such file or folder")
     region = _value("AWS_DEFAULT_REGION") or _value("AWS_REGION")
     return Connection(_endpoint(), key, secret, token, region, bucket_name(), ca_bundle)
 
 
 def bucket_name() -> str:
     """The bucket of the data connection, or "" if AWS_S3_BUCKET is not set."""
-    given = _value("AWS_S3_BUCKET")
-    bucket = given.removeprefix("s3a://").removeprefix("s3://").strip("/")
-    if "/" in bucket or (given and not bucket):
-        raise UserError(f"AWS_S3_BUCKET is {given!r}; expected the name of a bucket alone")
+    value = _value("AWS_S3_BUCKET")
+    bucket = value.removeprefix("s3a://").removeprefix("s3://").strip("/")
+    if "/" in bucket or (value and not bucket):
+        raise UserError(f"AWS_S3_BUCKET is {value!r}; expected only the name of a bucket")
     return bucket
 
 
 def _value(name: str) -> str:
     value = os.environ.get(name, "").strip()
     if any(ord(letter) < 0x20 or ord(letter) == 0x7F for letter in value):
-        raise UserError(
-            f"{name} holds a line break or another control character; store it again without"
-        )
+        raise UserError(f"{name} contains a line break or another control character; remove it")
     return value
 
 
 def _endpoint() -> str:
-    given = _value("AWS_S3_ENDPOINT")
-    if not given:
+    value = _value("AWS_S3_ENDPOINT")
+    if not value:
         return ""
-    endpoint = given.rstrip("/")
-    if "://" not in given:
+    endpoint = value.rstrip("/")
+    if "://" not in value:
         host = urlsplit(f"//{endpoint}").hostname or ""
         inside = _is_loopback(f"//{endpoint}") or "." not in host.removesuffix(".")
         inside = inside or host.endswith((".svc", ".svc.cluster.local"))
         endpoint = f"{'http' if inside else 'https'}://{endpoint}"
     parts = urlsplit(endpoint)
     try:
-        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number
-        sound = False
-    if not sound or " " in endpoint or parts.query or parts.username:
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # the port is not a number
+        valid = False
+    if not valid or " " in endpoint or parts.query or parts.username:
         shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         raise UserError(f"AWS_S3_ENDPOINT is {shown!r}; expected http://host:port or https://host")
     return endpoint
@@ -130,34 +128,34 @@ def _is_loopback(endpoint: str) -> bool:
 
 
 def s3_client() -> Any:
-    """A boto3 client for the data connection; raises `UserError` naming the variables missing, or
-    the one that cannot be right."""
-    given = connection()
-    values = (given.key, given.secret, given.endpoint)
+    """A boto3 client for the data connection.
+
+    Raises `UserError` naming the variables that are missing, or the one that is invalid.
+    """
+    data = connection()
+    values = (data.key, data.secret, data.endpoint)
     missing = [key for key, value in zip(KEYS[:3], values, strict=True) if not value]
     if missing:
         raise UserError(
-            f"the data connection is not complete: {', '.join(missing)} not set; attach a "
+            f"the data connection is incomplete: {', '.join(missing)} not set; attach a "
             "connection to the pipeline, or run `nudge services up` on a laptop"
         )
-    # A session of its own: boto3's shared one keeps the first credentials that it met.
+    # A separate session: boto3's shared one keeps the first credentials that it saw.
     client = boto3.Session().client(
         "s3",
-        aws_access_key_id=given.key,
-        aws_secret_access_key=given.secret,
-        aws_session_token=given.token or None,
-        config=botocore.config.Config(
-            connect_timeout=10, read_timeout=60, **given.config_options()
-        ),
-        **given.client_options(),
+        aws_access_key_id=data.key,
+        aws_secret_access_key=data.secret,
+        aws_session_token=data.token or None,
+        config=botocore.config.Config(connect_timeout=10, read_timeout=60, **data.config_options()),
+        **data.client_options(),
     )
-    client.meta.events.register("needs-retry.s3", _wait_when_asked_to)
+    client.meta.events.register("needs-retry.s3", _retry_429)
     return client
 
 
 def check_writes(client: Any, bucket: str) -> None:
-    """Raise `UserError` unless the bucket takes what an upload needs of its store: a CRC32 that
-    comes with an object, and a write that is refused where there is an object already."""
+    """Raise `UserError` unless the bucket supports what an upload needs: a CRC32 sent with an
+    object, and a conditional write that fails if the object exists already."""
     key, body = f".nudge-check-{uuid.uuid4().hex}", b"nudge"
     crc32 = base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
     needed = (
@@ -184,24 +182,26 @@ def check_writes(client: Any, bucket: str) -> None:
             raise
         finally:
             if written:
-                with contextlib.suppress(botocore.exceptions.ClientError):  # may not delete
+                with contextlib.suppress(
+                    botocore.exceptions.ClientError
+                ):  # no permission to delete
                     client.delete_object(Bucket=bucket, Key=key)
     raise UserError(
-        f"the object store {client.meta.endpoint_url} replaced an object that it was asked not to "
-        f"replace; {needed}"
+        f"the object store {client.meta.endpoint_url} ignored a conditional write and replaced an "
+        f"existing object; {needed}"
     )
 
 
-def _wait_when_asked_to(response: Any, attempts: int, **_: Any) -> float | None:
-    """Seconds to wait before asking again, or None: botocore's standard mode takes a plain 429 as
-    final (it looks for error codes alone, https://docs.aws.amazon.com/sdkref)."""
+def _retry_429(response: Any, attempts: int, **_: Any) -> float | None:
+    """Seconds to wait before retrying a 429, otherwise None: botocore's standard mode treats a
+    plain 429 as final (it looks only at error codes, https://docs.aws.amazon.com/sdkref)."""
     busy = response is not None and response[0].status_code == 429
     return min(random.uniform(0, 2**attempts), 8.0) if busy and attempts < ATTEMPTS else None
 
 
 def split_s3_uri(uri: str) -> tuple[str, str]:
-    """``s3://bucket/key`` as (bucket, key), the key without a slash at its end."""
-    # No urlsplit: a key may hold a ``?`` or ``#``, which end nothing here.
+    """``s3://bucket/key`` as (bucket, key), the key without slashes at its ends."""
+    # No urlsplit: a key may contain ``?`` or ``#``.
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not uri.startswith("s3://") or not bucket:
         raise UserError(f"{uri}: expected s3://bucket/key")
@@ -212,8 +212,8 @@ HINTS = {
     "InvalidAccessKeyId": "the access key is not known there; check AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "the secret is wrong; check AWS_SECRET_ACCESS_KEY",
     "AccessDenied": "this key may not do that",
-    "ExpiredToken": "the keys have expired; give new ones, with their AWS_SESSION_TOKEN",
-    "InvalidToken": "AWS_SESSION_TOKEN is not that of this key",
+    "ExpiredToken": "the keys have expired; set new ones and their AWS_SESSION_TOKEN",
+    "InvalidToken": "AWS_SESSION_TOKEN does not belong to this key",
     "QuotaExceeded": "the quota is used up",
     "NoSuchBucket": "there is no such bucket; check AWS_S3_BUCKET",
     "InsufficientStorage": "the store is full",
@@ -228,30 +228,30 @@ WRAPPERS = (
     s3transfer.exceptions.S3UploadFailedError,
     s3transfer.exceptions.TransferNotDoneError,
 )
-"""What boto3's transfers raise instead of what the store or the connection raised."""
+"""Exceptions that boto3's transfers raise around the store's or the connection's own."""
 
 S3_ERRORS = (
     botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, *WRAPPERS,
 )  # fmt: skip
-"""Everything that a request to a store may raise: no answer, a refusal, or a wrapper of either."""
+"""Everything that a request to a store may raise: no answer, a refusal, or a wrapper of one."""
 
 TRANSIENT_CODES = {
     "InternalError", "OperationAborted", "PriorRequestNotComplete", "RequestTimeout",
     "RequestTimeTooSkewed", "ServiceUnavailable", "SlowDown", "Throttling", "ThrottlingException",
     "TooManyRequests",
 }  # fmt: skip
-LASTING_STATUSES = (501, 507)
-"""NotImplemented and InsufficientStorage: of the statuses from 500 up those that stay."""
+PERMANENT_STATUSES = (501, 507)
+"""NotImplemented and InsufficientStorage: the statuses of 500 and above that are permanent."""
 
 SILENT = (
     botocore.exceptions.ConnectionError,
     botocore.exceptions.HTTPClientError,
 )
-"""No answer, or one that broke off."""
+"""No answer, or an interrupted one."""
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """What the store or the connection raised, out of the wrappers around it."""
+    """The exception that the store or the connection raised, without boto3's wrappers."""
     while isinstance(error, WRAPPERS):
         inner = error.__cause__ or error.__context__
         inner = inner or getattr(error, "last_exception", None)
@@ -262,7 +262,7 @@ def cause_of(error: BaseException) -> BaseException:
 
 
 def code_of(error: BaseException) -> str:
-    """S3's code of a refusal, such as AccessDenied; "" for what is none."""
+    """S3's code of a refusal, such as AccessDenied; "" for other errors."""
     cause = cause_of(error)
     if not isinstance(cause, botocore.exceptions.ClientError):
         return ""
@@ -270,29 +270,29 @@ def code_of(error: BaseException) -> str:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may work a little later without anybody changing anything."""
+    """Whether the same request may succeed later without a change."""
     cause = cause_of(error)
     if isinstance(cause, botocore.exceptions.SSLError):
         return False
     if isinstance(cause, botocore.exceptions.ClientError):
         status = cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        busy = status in (408, 429) or (status >= 500 and status not in LASTING_STATUSES)
+        busy = status in (408, 429) or (status >= 500 and status not in PERMANENT_STATUSES)
         return busy or code_of(cause) in TRANSIENT_CODES
     return isinstance(cause, (OSError, botocore.exceptions.IncompleteReadError, *SILENT, *WRAPPERS))
 
 
 def why(error: BaseException) -> str:
-    """What went wrong between here and the store, and what to check."""
+    """The cause of an error in one clause, and what to check."""
     endpoint = os.environ.get("AWS_S3_ENDPOINT", "").strip()
     cause, code = cause_of(error), code_of(error)
     if isinstance(cause, botocore.exceptions.ClientError):
         hint = HINTS.get(code, cause.response.get("Error", {}).get("Message", "refused"))
         return f"{code} from {endpoint}: {hint}"
     if isinstance(error, WRAPPERS):
-        return f"{endpoint} did not give it whole: {error}"
+        return f"the transfer from or to {endpoint} was incomplete: {error}"
     if isinstance(cause, botocore.exceptions.SSLError):
         if "://" not in endpoint:
-            return f"{endpoint} does not speak TLS; if it is meant not to, write http:// before it"
+            return f"{endpoint} does not use TLS; if that is intended, write http:// before it"
         return f"the certificate of {endpoint} is not trusted; name its CA's file in AWS_CA_BUNDLE"
     if isinstance(cause, botocore.exceptions.ProxyConnectionError):
         return f"the proxy to {endpoint} does not answer; check HTTP_PROXY, HTTPS_PROXY, NO_PROXY"
@@ -303,7 +303,7 @@ def why(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def s3_errors(doing: str) -> Iterator[None]:
-    """Turn what the object store refuses into a `UserError` of one sentence about ``doing``."""
+    """Turn an object store's errors into a `UserError` with one sentence about ``doing``."""
     try:
         yield
     except S3_ERRORS as error:
@@ -312,7 +312,7 @@ def s3_errors(doing: str) -> Iterator[None]:
 
 
 def list_keys(client: Any, bucket: str, prefix: str) -> dict[str, int]:
-    """Every key below ``prefix/`` with its size in bytes."""
+    """Every key under ``prefix/`` with its size in bytes."""
     return _sizes(client, bucket, f"{prefix}/")
 
 
@@ -322,34 +322,36 @@ def _sizes(client: Any, bucket: str, start: str) -> dict[str, int]:
 
 
 def download_folder(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> None:
-    """Download what is below an ``s3://`` URI (in all of a bucket, where it names no key) and has a
-    name like one of ``files``.
+    """Download the objects under an ``s3://`` URI (the complete bucket, if it names no key) whose
+    keys match one of the patterns ``files``.
 
-    Raises `UserError` if there is nothing at all.
+    Raises `UserError` if there is no object under the URI.
     """
     bucket, prefix = split_s3_uri(uri)
     client = s3_client()
     with s3_errors(f"download {uri}"):
         start = f"{prefix}/" if prefix else ""
-        # Consoles make a folder as an empty object, whose key ends in a slash.
+        # Consoles create a folder as an empty object whose key ends in a slash.
         keys = [key for key in _sizes(client, bucket, start) if not key.endswith("/")]
         if not keys:
-            raise UserError(f"{uri}: there is nothing")
+            raise UserError(
+                f"{uri}: there is no object under this URI; check the bucket and the key"
+            )
         for key in keys:
             if not any(fnmatch.fnmatch(key, pattern) for pattern in files):
                 continue
             path = (folder / key.removeprefix(start)).resolve()
             if not path.is_relative_to(folder.resolve()):
-                raise UserError(f"{uri}: the key {key} leads out of the folder")
+                raise UserError(f"{uri}: the key {key} is a path outside the folder")
             path.parent.mkdir(parents=True, exist_ok=True)
             client.download_file(bucket, key, str(path))
 
 
 def delete_version(uri: str, model: str, version: str) -> bool:
-    """Delete an uploaded version: its manifest, so that it is invisible, and then its files.
+    """Delete an uploaded version: first its manifest, which makes it invisible, then its files.
 
-    Only the files that the manifest lists are deleted. False, and nothing is deleted, unless the
-    URI ends in ``/<model>/<version>`` and its folder holds this version's own manifest.
+    Deletes only the files that the manifest lists. Returns False, and deletes nothing, unless the
+    URI ends in ``/<model>/<version>`` and its folder has this version's own manifest.
     """
     if urlsplit(uri).scheme != "s3":
         return False

@@ -1,4 +1,4 @@
-"""Whose certificates are believed when an endpoint is spoken to over TLS."""
+"""The certificate authorities to trust for TLS connections to endpoints."""
 
 import os
 import ssl
@@ -10,19 +10,22 @@ SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
 def tls_context() -> ssl.SSLContext:
-    """The authorities of this system, of the cluster that this runs in, and of NUDGE_SERVING_CA."""
+    """Trusts this system's authorities, the cluster's if this runs in one, and NUDGE_SERVING_CA's.
+
+    Raises `UserError` if a file cannot be read, or if NUDGE_SERVING_CA has no certificate.
+    """
     context = ssl.create_default_context()
-    given = os.environ.get("NUDGE_SERVING_CA")
-    if given and not Path(given).is_file():
-        raise UserError(f"NUDGE_SERVING_CA names {given}, and there is no such file")
-    for path in (*SERVICE_ACCOUNT.glob("*.crt"), *([Path(given)] if given else [])):
+    extra = os.environ.get("NUDGE_SERVING_CA")
+    if extra and not Path(extra).is_file():
+        raise UserError(f"NUDGE_SERVING_CA is {extra}, but there is no such file")
+    for path in (*SERVICE_ACCOUNT.glob("*.crt"), *([Path(extra)] if extra else [])):
         text = path.read_bytes()
-        # service-ca.crt is an empty file until OpenShift has injected the CA, and elsewhere for
-        # good; ssl raises for a file without a certificate.
+        # service-ca.crt is empty until OpenShift has injected the CA, and always empty elsewhere;
+        # ssl raises for a file without a certificate.
         if b"-----BEGIN" in text:
             _load(context, path)
-        elif given and path == Path(given):
-            raise UserError(f"NUDGE_SERVING_CA names {given}, which holds no certificate in PEM")
+        elif extra and path == Path(extra):
+            raise UserError(f"NUDGE_SERVING_CA is {extra}, which contains no PEM certificate")
     return context
 
 

@@ -1,10 +1,10 @@
 """The model that training starts from, as a Hugging Face folder on this machine's disk.
 
-A base model is named by a URI: ``package://`` (a file in an installed package), ``file://`` or a
-path, ``s3://`` (a folder of the data connection), ``oci://`` (an image that holds a model),
+A URI names a base model: ``package://`` (a file in an installed package), ``file://`` or a path,
+``s3://`` (a folder in the data connection), ``oci://`` (an image that contains a model),
 ``hf://<owner>/<name>`` (the Hugging Face hub or its local cache), ``incumbent://<model>?else=<URI>``
-(the version of a registered model that is served now; before there is one, the model after
-``else``). A GGUF file is converted once, to float32 safetensors, into a cache.
+(the version of a registered model that is served now; if none is, the model after ``else``). A GGUF
+file is converted once, to float32 safetensors, into a cache.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from nudge.components.common.core.publish import published, sha256_file
 from nudge.components.common.core.uris import is_local, local_path
 
 CONVERSION = 1
-"""Raise this when the conversion changes, so that folders converted before are not taken again."""
+"""Increase this when the conversion changes, so that older converted folders are not reused."""
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -40,7 +40,9 @@ def local_model(uri: str) -> Path:
     elif is_local(uri):
         path = local_path(uri)
         if not path.exists():
-            raise UserError(f"base_model {uri}: {path} does not exist; give a folder or .gguf")
+            raise UserError(
+                f"base_model {uri}: {path} does not exist; name a folder or a .gguf file"
+            )
         folder = _from_gguf(path) if path.suffix == ".gguf" else path
     else:
         folder = _downloaded(uri)
@@ -51,7 +53,7 @@ def local_model(uri: str) -> Path:
 
 
 def local_tokenizer(uri: str) -> Path:
-    """The folder of a base model's tokenizer; what weights it has elsewhere stay there.
+    """The folder of a base model's tokenizer, without downloading the weights.
 
     Raises `UserError` as `local_model` does.
     """
@@ -69,9 +71,10 @@ def local_tokenizer(uri: str) -> Path:
 
 
 def resolved(uri: str) -> str:
-    """The URI of the model itself: of an ``incumbent://``, that of the version served now.
+    """The URI of the model itself; for an ``incumbent://`` URI, that of the version served now.
 
-    Raises `UserError` if nothing is served and no ``else`` is given, or the registry is silent.
+    Raises `UserError` if no version is served and the URI has no ``else``, or if the registry does
+    not answer.
     """
     parts = urlsplit(uri)
     if parts.scheme != "incumbent":
@@ -86,25 +89,25 @@ def resolved(uri: str) -> str:
         return str(found[1].uri)
     if not otherwise:
         raise UserError(
-            f"base_model {uri}: nothing of {model!r} is served; give what the first version starts "
-            f"from, as in incumbent://{model}?else=hf://owner/name"
+            f"base_model {uri}: no version of {model!r} is served; add the base model of the first "
+            f"version, as in incumbent://{model}?else=hf://owner/name"
         )
     return otherwise
 
 
 def model_sha256(folder: Path) -> str:
-    """Hex sha256 of a model's weights: of its safetensors files by name, in order."""
+    """Hex sha256 of a model's weights: of its safetensors files, sorted by name."""
     return weights_sha256({path.name: sha256_file(path) for path in folder.glob("*.safetensors")})
 
 
 def weights_sha256(files: dict[str, str]) -> str:
-    """The same from the sha256 of each file by its name in the folder; other files do not count."""
+    """The same from the sha256 of each file by its name; ignores other files."""
     return model_files.weights_sha256(files)
 
 
 def download_model(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> None:
-    """Bring the files of an uploaded model that have a name like one of ``files``: from an object
-    store (``s3://``) or out of an image (``oci://``).
+    """Download the files of an uploaded model whose names match one of the patterns ``files``, from
+    an object store (``s3://``) or an image (``oci://``).
 
     Raises `UserError` if there are none.
     """
@@ -121,7 +124,7 @@ def download_model(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> N
 def verify_upload(folder: Path, uri: str) -> None:
     """Compare a folder with the manifest of its upload, if it has one.
 
-    Raises `UserError` if a file is missing, differs or is not listed, and if the manifest or an
+    Raises `UserError` if a file is missing, differs or is not listed, or if the manifest or an
     index of weights names a file outside the folder.
     """
     if not (folder / model_files.MANIFEST).is_file():
@@ -133,7 +136,7 @@ def verify_upload(folder: Path, uri: str) -> None:
 
 
 def cache_folder() -> Path:
-    """Where converted and downloaded models are kept: below NUDGE_HOME, or ``./.nudge``."""
+    """The folder of converted and downloaded models, in NUDGE_HOME or ``./.nudge``."""
     return Path(os.environ.get("NUDGE_HOME", ".nudge")).resolve() / "base_models"
 
 
@@ -142,9 +145,9 @@ def _check_causal(folder: Path, uri: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if not (folder / "config.json").is_file():
-        raise UserError(f"base_model {uri}: {folder} has no config.json; give a model folder")
+        raise UserError(f"base_model {uri}: {folder} has no config.json; name a model folder")
     try:
-        # Said, since transformers asks a person at a terminal where nothing is.
+        # Set trust_remote_code, because otherwise transformers asks a person at a terminal.
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"base_model {uri}: its config.json cannot be read: {error}") from None
@@ -154,7 +157,7 @@ def _check_causal(folder: Path, uri: str) -> None:
     ):
         raise UserError(
             f"base_model {uri} is {', '.join(names) or config.model_type}, "
-            "not a causal language model (such as LlamaForCausalLM); give one that is"
+            "not a causal language model (such as LlamaForCausalLM); choose one that is"
         )
 
 
@@ -169,11 +172,11 @@ def _from_gguf(path: Path) -> Path:
     with _gguf_errors(path), _read_once():
         quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = _gguf_tokenizer(path)
-    # transformers refuses to save a model that it loaded from GGUF, so its weights go into a fresh
-    # one whose config has forgotten the quantization.
-    forget = ("quantization_config", "_pre_quantization_dtype")
+    # transformers refuses to save a model that it loaded from GGUF, so copy its weights into a new
+    # model whose config has no quantization.
+    dropped = ("quantization_config", "_pre_quantization_dtype")
     values: dict[str, Any] = {
-        key: value for key, value in quantized.config.to_dict().items() if key not in forget
+        key: value for key, value in quantized.config.to_dict().items() if key not in dropped
     }
     fresh = AutoModelForCausalLM.from_config(type(quantized.config)(**values))
     fresh.load_state_dict(quantized.state_dict())
@@ -194,7 +197,7 @@ def _tokenizer_from_gguf(path: Path) -> Path:
 
 
 def _gguf_tokenizer(path: Path) -> Any:
-    # AutoTokenizer would read the whole file first, only to look up this class: 8 s of 9.
+    # AutoTokenizer would first read the complete file, only to look up this class: 8 s of 9.
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
@@ -210,8 +213,8 @@ def _gguf_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _read_once() -> Iterator[None]:
-    """Keep what transformers asks gguf for again and again while it loads one file: the file's
-    vocabulary, read id by id (twice), and the names of its tensors (once for each module)."""
+    """Cache what transformers requests from gguf repeatedly while it loads one file: the file's
+    vocabulary, read id by id (twice), and the names of its tensors (once per module)."""
     import gguf
 
     slow = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
@@ -233,15 +236,15 @@ def _from_hub(uri: str, files: tuple[str, ...]) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(files)))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
         raise UserError(
-            f"base_model {uri}: not in the local cache and the hub cannot give it ({error}); "
-            "on a disconnected cluster give an s3:// folder"
+            f"base_model {uri}: not in the local cache, and the hub cannot provide it ({error}); "
+            "on a disconnected cluster, use an s3:// folder"
         ) from None
 
 
 def _downloaded(uri: str, files: tuple[str, ...] = ("*",), kind: str = "") -> Path:
     target = cache_folder() / hashlib.sha256(uri.encode()).hexdigest()[:16]
     target = target.with_name(target.name + kind)
-    shutil.rmtree(target, ignore_errors=True)  # what stands behind a URI may have changed
+    shutil.rmtree(target, ignore_errors=True)  # the content at a URI may have changed
     with published(target) as part:
         download_model(uri, part, files)
         if files == ("*",):

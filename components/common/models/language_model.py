@@ -1,4 +1,4 @@
-"""Running a causal language model: hidden states and head apart, probabilities of next tokens."""
+"""Run a causal language model: hidden states and head separately, next-token probabilities."""
 
 import math
 import os
@@ -20,18 +20,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def set_up_torch(threads: int, seed: int) -> None:
     """Make torch on this machine deterministic: fixed threads, fixed seed, fixed algorithms."""
-    # cuBLAS refuses deterministic algorithms without it; read when a GPU is first used
+    # cuBLAS refuses deterministic algorithms without it; it is read at the first use of a GPU
     # (https://docs.nvidia.com/cuda/cublas/#results-reproducibility).
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads or usable_cores())
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
-    # Nothing reads memory that it has not written; filling it took 7 % of a training step on a CPU.
+    # No code reads memory before writing it; filling it took 7 % of a training step on a CPU.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def load_model(folder: Path) -> Any:
-    """A causal LM in float32, in evaluation mode, from local safetensors and known code only."""
+    """Load a causal LM in float32, in evaluation mode, from safetensors and without remote code."""
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
@@ -43,7 +43,7 @@ def load_model(folder: Path) -> Any:
 
 
 def speed_up_products(model: nn.Module) -> None:
-    """Let the linear layers of a model on a CPU multiply by the faster of torch's two libraries."""
+    """Use the faster of torch's two libraries in the linear layers of a model on a CPU."""
     layers: list[Any] = [module for module in model.modules() if type(module) is nn.Linear]
     for layer in layers:
         if layer.weight.device.type == "cpu" and onednn_is_faster():
@@ -55,15 +55,15 @@ def _linear(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, from known code only."""
+    """The tokenizer of a model folder, without remote code."""
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def hidden_states(model: Any, inputs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """The last hidden states [rows, length, D], before the head.
 
-    Tokens see one another only within a run of rising positions: a position of 0 begins a new
-    document (transformers masks packed sequences when it is given positions and no mask).
+    Tokens attend to each other only within a run of rising positions: a position of 0 starts a new
+    document (transformers masks packed sequences if it gets positions and no mask).
     """
     states: torch.Tensor = model.base_model(
         input_ids=inputs, position_ids=positions, use_cache=False
@@ -72,7 +72,7 @@ def hidden_states(model: Any, inputs: torch.Tensor, positions: torch.Tensor) -> 
 
 
 def head_weight(model: Any) -> torch.Tensor:
-    """The head's weight [V, D]; tied models share it with the embeddings."""
+    """The head's weight [V, D], shared with the embeddings in tied models."""
     weight: torch.Tensor = model.get_output_embeddings().weight
     return weight
 
@@ -80,11 +80,11 @@ def head_weight(model: Any) -> torch.Tensor:
 def next_token_loss(
     model: Any, hidden: torch.Tensor, targets: torch.Tensor, reduction: Literal["sum", "none"]
 ) -> torch.Tensor:
-    """The loss in nats of last hidden states [N, D] against targets [N], of which -100 are left
-    out: all that the model does between them and its logits, without the logits.
+    """The loss in nats of last hidden states [N, D] for targets [N], ignoring targets of -100.
 
-    That is the head with its bias (Phi), Granite's and Cohere's scale of the logits, and Gemma's
-    soft cap; `check_loss` tells whether a model does anything else.
+    It applies everything that the model does between hidden states and logits, without computing
+    all logits: the head with its bias (Phi), Granite's and Cohere's scale of the logits, and
+    Gemma's soft cap. `check_loss` detects a model that does anything else.
     """
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
@@ -101,10 +101,10 @@ def next_token_loss(
 
 @torch.no_grad()
 def check_loss(model: Any) -> None:
-    """Raise `UserError` if `next_token_loss` is not the loss of the model's own logits.
+    """Raise `UserError` if `next_token_loss` differs from the loss of the model's own logits.
 
-    Asked of a short row whose targets are the least likely tokens: a scale moves the loss of every
-    one of them the same way, and far.
+    It uses a short row whose targets are the least likely tokens: a scale moves all their losses in
+    the same direction, and far.
     """
     ids = torch.arange(8, device=model.device)[None] % head_weight(model).shape[0]
     positions = torch.arange(8, device=model.device)[None]
@@ -116,12 +116,12 @@ def check_loss(model: Any) -> None:
     ours = next_token_loss(model, hidden_states(model, ids, positions)[0], targets, "sum").item()
     model.train(training)
     rounding = 1e-4 if model.dtype == torch.float32 else 1e-2
-    # Weights that are no numbers are for others to judge.
+    # NaN weights are reported elsewhere.
     if math.isfinite(own) and not math.isclose(own, ours, rel_tol=rounding):
         raise UserError(
             f"{type(model).__name__}: the loss of its own logits on a short row is {own:.4f} nats, "
-            f"that of its hidden states and its head {ours:.4f}: in transformers it does something "
-            "to its logits that is not known here; choose another architecture"
+            f"but that of its hidden states and its head is {ours:.4f}. In transformers it changes "
+            "its logits in a way that nudge does not support; choose another architecture"
         )
 
 
@@ -129,7 +129,7 @@ def check_loss(model: Any) -> None:
 def probabilities_along(model: Any, prompt: list[int], target: list[int]) -> torch.Tensor:
     """P(next token) at each token of a target that follows a prompt, in one forward pass.
 
-    float32 [tokens of the target, V]; the first row is P(next token) after the prompt alone.
+    float32 [tokens of the target (at least 1), V]; the first row is P(next token) after the prompt.
     """
     inputs = torch.tensor([prompt + target[:-1]], device=model.device)
     logits = model(input_ids=inputs, use_cache=False).logits[0, len(prompt) - 1 :]
@@ -137,13 +137,13 @@ def probabilities_along(model: Any, prompt: list[int], target: list[int]) -> tor
 
 
 def target_probability(probabilities: torch.Tensor, target: list[int]) -> float:
-    """P of a whole target, by what `probabilities_along` gave: the product over its tokens."""
+    """P of a target, from the result of `probabilities_along`: the product over its tokens."""
     ids = torch.tensor(target, device=probabilities.device)[:, None]
     return float(probabilities.gather(1, ids).double().prod())
 
 
 def likeliest(probabilities: torch.Tensor, tokenizer: Any, count: int = 10) -> list[dict[str, Any]]:
-    """The likeliest next tokens, first the likeliest: ``[{"token", "id", "p"}]``."""
+    """The likeliest next tokens in descending order: ``[{"token", "id", "p"}]``."""
     best = torch.topk(probabilities, min(count, probabilities.numel()))
     return [
         {"token": tokenizer.decode([index]), "id": index, "p": p}
@@ -152,8 +152,10 @@ def likeliest(probabilities: torch.Tensor, tokenizer: Any, count: int = 10) -> l
 
 
 def target_ids(tokenizer: Any, target: str) -> list[int]:
-    """The ids of a target's tokens, as they follow a prompt; raises `UserError` if it has none."""
+    """The ids of a target's tokens after a prompt; raises `UserError` if it has none."""
     ids: list[int] = tokenizer(target, add_special_tokens=False)["input_ids"]
     if not ids:
-        raise UserError(f"the tokenizer makes no token of the target {target!r}; give another one")
+        raise UserError(
+            f"the tokenizer produces no token for the target {target!r}; use another target"
+        )
     return ids

@@ -1,9 +1,9 @@
-"""One at a time across machines: a Lease of the cluster, kept while a block runs.
+"""A lock across machines: a Kubernetes Lease, held while a block runs.
 
-The holder writes into the Lease every few seconds. Whoever waits takes it over once it has seen no
-such writing for the Lease's duration by its own clock (clocks of machines differ), so that a holder
-that was killed holds nobody up for long. Every write names the revision that it changes: of two
-that try at once, the cluster lets one.
+The holder renews the Lease every few seconds. A waiting process takes it over once it has seen no
+renewal for the Lease's duration by its own clock (machines' clocks differ), so that a killed holder
+does not block others for long. Every write names the revision that it changes: of two that try at
+once, the cluster accepts one.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ LEASE = ResourceKind("coordination.k8s.io/v1", "Lease", "leases")
 
 DURATION_S = 30
 RENEW_S = 10.0
-ASK_S = 2.0
+POLL_S = 2.0
 
 
 class HeldLease:
-    """A Lease that is held; made by `held`."""
+    """A Lease that this process holds; created by `hold_lease`."""
 
     def __init__(self, cluster: Cluster, name: str, holder: str, labels: dict[str, str]) -> None:
         self._cluster, self._name, self._holder, self._labels = cluster, name, holder, labels
@@ -35,17 +35,17 @@ class HeldLease:
         self._revision = ""
 
     def check(self) -> None:
-        """Renew the Lease; raises `UserError` if somebody else has taken it over."""
+        """Renew the Lease; raises `UserError` if someone else has taken it over."""
         with self._lock:
             if not self._write(self._cluster.get(LEASE, self._name)):
                 raise UserError(
-                    f"this was out of touch with the cluster for more than {DURATION_S} s, and "
-                    f"another has taken the lease {self._name} over: nothing more is changed from "
-                    "here; run it again"
+                    f"this process lost contact with the cluster for more than {DURATION_S} s, and "
+                    f"another one has taken over the lease {self._name}. This one changes nothing "
+                    "more; run it again"
                 )
 
     def acquire(self, wait_s: float) -> None:
-        """Wait for the Lease; raises `UserError` that says who holds it."""
+        """Wait for the Lease; raises `Transient`, which names the holder, after ``wait_s``."""
         deadline = time.monotonic() + wait_s
         seen, since = "", time.monotonic()
         while True:
@@ -59,14 +59,14 @@ class HeldLease:
             if time.monotonic() > deadline:
                 assert lease is not None
                 raise Transient(
-                    f"{lease['spec'].get('holderIdentity')} is at work on this since "
-                    f"{lease['spec'].get('acquireTime')}; run this again when it has ended "
+                    f"{lease['spec'].get('holderIdentity')} has been working on this since "
+                    f"{lease['spec'].get('acquireTime')}; run this again when it has finished "
                     f"(lease {self._name} in namespace {self._cluster.namespace})"
                 )
-            time.sleep(ASK_S)
+            time.sleep(POLL_S)
 
     def release(self) -> None:
-        """Give the Lease up, unless it is somebody else's by now."""
+        """Release the Lease, unless someone else has taken it over."""
         with self._lock:
             lease = self._cluster.get(LEASE, self._name)
             if lease and lease["spec"].get("holderIdentity") == self._holder:
@@ -74,7 +74,7 @@ class HeldLease:
                     self._change(lease, {"holderIdentity": None})
 
     def _write(self, lease: dict[str, Any] | None, take: bool = False) -> bool:
-        """Put this holder and the time into the Lease; False if another was quicker or holds it."""
+        """Write this holder and the time into the Lease; False if another process holds it."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
         now = now.replace("+00:00", "Z")
         spec: dict[str, Any] = {
@@ -95,7 +95,7 @@ class HeldLease:
             else:
                 self._change(lease, spec)
         except ResourceConflict:
-            # The answer to an earlier try of the same request may have been lost.
+            # The answer to an earlier attempt of the same request may have been lost.
             found = self._cluster.get(LEASE, self._name)
             return bool(found and found["spec"].get("holderIdentity") == self._holder)
         return True
@@ -106,10 +106,12 @@ class HeldLease:
 
 
 @contextlib.contextmanager
-def held(cluster: Cluster, name: str, labels: dict[str, str], wait_s: float) -> Iterator[HeldLease]:
-    """Hold the Lease ``name`` while the block runs; `Held.check` before what must not be mixed.
+def hold_lease(
+    cluster: Cluster, name: str, labels: dict[str, str], wait_s: float
+) -> Iterator[HeldLease]:
+    """Hold the Lease ``name`` while the block runs; call `HeldLease.check` before every change.
 
-    Raises `UserError` if another holds it for longer than ``wait_s``.
+    Raises `Transient` if another process holds it for longer than ``wait_s``.
     """
     lease = HeldLease(cluster, name, _holder(), labels)
     lease.acquire(wait_s)
@@ -117,7 +119,7 @@ def held(cluster: Cluster, name: str, labels: dict[str, str], wait_s: float) -> 
 
     def renew() -> None:
         while not ended.wait(RENEW_S):
-            # A cluster out of reach is asked again; a lost lease is told by the next check.
+            # An unreachable cluster is tried again; the next `check` reports a lost lease.
             with contextlib.suppress(UserError):
                 lease.check()
 
@@ -128,10 +130,10 @@ def held(cluster: Cluster, name: str, labels: dict[str, str], wait_s: float) -> 
     finally:
         ended.set()
         thread.join()
-        with contextlib.suppress(UserError):  # what cannot be given up runs out by itself
+        with contextlib.suppress(UserError):  # a lease that cannot be released expires
             lease.release()
 
 
 def _holder() -> str:
-    """Who holds it: a machine or pod, a process, and what tells two of the same name apart."""
+    """The holder's identity: machine or pod, process, and a random part that makes it unique."""
     return f"{platform.node()}/{os.getpid()}/{uuid.uuid4().hex[:8]}"

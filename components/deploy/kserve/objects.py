@@ -1,12 +1,12 @@
-"""The objects of serving on KServe, as plain dicts made from settings and a version.
+"""The KServe objects that serve a version, as plain dicts built from the settings and the version.
 
-Each version is an InferenceService of its own, and one OpenShift Route a model (elsewhere an
-HTTPRoute, see `doors`) shares the requests among them by weight. KServe's own split would be one
+Each version has its own InferenceService, and one OpenShift Route per model (elsewhere an
+HTTPRoute, see `routes`) splits the requests among them by weight. KServe's own split would need one
 object fewer, but ``spec.canary`` came only with OpenShift AI 3.5 (in Standard mode the older
 ``canaryTrafficPercent`` is silently ignored, https://github.com/kserve/kserve/issues/4074), forbids
-autoscaling and more replicas than the stable version has, and ties all of a split to one version of
-the registry. A Route means the same on every release, changes all weights in one request, and keeps
-its address whatever stands behind it.
+autoscaling and more replicas than the stable version has, and ties the complete split to one
+version of the registry. A Route means the same on every release, changes all weights in one
+request, and keeps its address whatever is behind it.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import json
 import re
 from typing import Any
 
+from nudge.components.common.clients.kube import ResourceKind
 from nudge.components.common.clients.pods import QUEUE, RESTRICTED
 from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.clients.storage import split_s3_uri
@@ -23,22 +24,29 @@ from nudge.components.deploy.verify import check_version, hook
 
 Object = dict[str, Any]
 
+INFERENCE_SERVICE = ResourceKind(
+    "serving.kserve.io/v1beta1",
+    "InferenceService",
+    "inferenceservices",
+    "KServe: the component kserve of OpenShift AI",
+)
+
 MODEL, VERSION = "nudge-lm/model", "nudge-lm/version"
 """Annotations with the names as the registry has them."""
 
 SETTINGS = "nudge-lm/settings"
-"""Annotation with a digest of everything else here but the number of replicas. KServe copies it to
-the pods, so that it tells the pods of these settings from older ones."""
+"""Annotation with a digest of everything else here except the number of replicas. KServe copies it
+to the pods, so it distinguishes the pods with these settings from older ones."""
 
 STOP = "serving.kserve.io/stop"
-"""Annotation by which the dashboard stops a model."""
+"""Annotation with which the dashboard stops a model."""
 
 AUTHENTICATION = "security.opendatahub.io/enable-auth"
 
 GRACE_S = 30
-"""Seconds that a server has to end after its requests did."""
+"""Seconds that a server has to exit after its last request."""
 SETTLES_S = 10
-"""Seconds after which nothing new reaches a pod that is ending."""
+"""Seconds after which no new request reaches a terminating pod."""
 
 UNTIL_QUIET = """\
 import time, urllib.error, urllib.request
@@ -61,12 +69,12 @@ while time.monotonic() < min(end, quiet + {settles_s}):
         quiet = time.monotonic()
     time.sleep(1)
 """
-"""A server that answers and does not say what is under way may be busy; one that does not listen is
-not."""
+"""The preStop script. A server that answers but does not report its requests may be busy; one that
+does not listen is not."""
 
 
 def service_name(model: str, version: str) -> str:
-    """The InferenceService of a version: its names as far as they fit, and a hash of them whole.
+    """The name of a version's InferenceService: shortened names and a hash of the full ones.
 
     At most 48 characters; KServe allows 53, and a host's first label (name and namespace) 63.
     """
@@ -75,9 +83,9 @@ def service_name(model: str, version: str) -> str:
 
 
 def endpoint_name(model: str) -> str:
-    """The model's Route and Lease, and the label of all that belongs to it; at most 40 characters.
+    """The name of the model's Route and Lease, and the label of its objects; up to 40 characters.
 
-    The model's name itself where Kubernetes allows it, else with a hash.
+    The model's own name if Kubernetes allows it, otherwise shortened, with a hash.
     """
     if model == _slug(model, 40):
         return model
@@ -95,120 +103,140 @@ def owned(model: str) -> dict[str, str]:
 def inference_service(version: Version, settings: DeploySettings) -> Object:
     """A version on KServe, as the OpenShift AI dashboard writes one and ties it to the registry.
 
-    Raises `UserError` if the model's URI cannot be served from, is not where its uploads are, or no
-    connection is given.
+    Raises `UserError` if KServe cannot serve from the model's URI, if the URI is not where the
+    model's uploads are, or if an s3:// model has no connection.
     """
     check_version(version, settings)
-    place = settings.kserve
-    annotations = {
-        MODEL: version.model,
-        VERSION: version.name,
-        "openshift.io/display-name": f"{version.model} {version.name}",
-        "openshift.io/description": f"{version.uri}, served by nudge",
-        "serving.kserve.io/deploymentMode": "RawDeployment",
-        AUTHENTICATION: str(place.authentication).lower(),
-        "opendatahub.io/model-type": "generative",
-    }
-    labels = {
-        **owned(version.model),
-        "opendatahub.io/dashboard": "true",
-        # The smoke test comes through the version's own Route, from here or from a laptop.
-        "networking.kserve.io/visibility": "exposed",
-        "modelregistry.opendatahub.io/registered-model-id": version.model_id,
-        "modelregistry.opendatahub.io/model-version-id": version.id,
-        "modelregistry.opendatahub.io/name": settings.registry_name,
-    }
-    if place.queue:
-        labels[QUEUE] = place.queue
+    kserve = settings.kserve
     name = service_name(version.model, version.name)
-    served: Object = {
-        "modelFormat": {"name": "vLLM"},
-        "runtime": place.runtime,
-        # Users ask for the model, whichever version answers; the version's own name is for those
-        # who ask it alone. The last --served-model-name stands, and ours comes after the runtime's.
-        "args": ["--served-model-name", version.model, name, *place.arguments],
-        # Whatever the runtime says. This is for the server alone: KServe adds storage-initializer,
-        # modelcar and kube-rbac-proxy without a securityContext (seen in the pods of OpenShift AI's
-        # fork of 2026-08), and no field of an InferenceService sets theirs. An SCC fills them in; a
-        # namespace without SCCs must allow the level baseline (see `readiness`).
-        "securityContext": RESTRICTED,
-        "lifecycle": {"preStop": {"exec": {"command": _until_quiet(place.request_timeout_s)}}},
-    }
-    predictor: Object = {
-        "minReplicas": place.replicas,
-        "maxReplicas": place.replicas,
-        "timeout": place.request_timeout_s,
-        "terminationGracePeriodSeconds": place.request_timeout_s + GRACE_S,
-    }
-    if place.stop_old_first:
-        # A change of a version's own settings has no room for a second pod either.
-        predictor["deploymentStrategy"] = {"type": "Recreate"}
+    predictor = _predictor(kserve)
+    server = _server(version, name, kserve)
+    annotations = _annotations(version, kserve)
     if version.uri.startswith("s3://"):
-        served["storage"] = _storage(version, place)
-        served["lifecycle"] |= hook(version)
-        annotations["opendatahub.io/connections"] = place.connection
-        annotations["opendatahub.io/connection-path"] = served["storage"]["path"]
+        server["storage"] = _storage(version, kserve)
+        server["lifecycle"] |= hook(version)
+        annotations["opendatahub.io/connections"] = kserve.connection
+        annotations["opendatahub.io/connection-path"] = server["storage"]["path"]
     elif version.uri.startswith(("oci://", "pvc://", "hf://")):
-        served["storageUri"] = version.uri
-        if version.uri.startswith("oci:") and place.pull_secret:
-            predictor["imagePullSecrets"] = [{"name": place.pull_secret}]
+        server["storageUri"] = version.uri
+        if version.uri.startswith("oci:") and kserve.pull_secret:
+            predictor["imagePullSecrets"] = [{"name": kserve.pull_secret}]
     else:
         raise UserError(
             f"KServe cannot serve {version.model} {version.name} from {version.uri}: expected "
             "s3://, oci://, pvc:// or hf://; upload it to the cluster's store and register it again"
         )
-    if place.hardware_profile:
-        namespace, _, profile = place.hardware_profile.rpartition("/")
+    if kserve.hardware_profile:
+        namespace, _, profile = kserve.hardware_profile.rpartition("/")
         annotations["opendatahub.io/hardware-profile-name"] = profile
         if namespace:
             annotations["opendatahub.io/hardware-profile-namespace"] = namespace
     else:
-        amounts = {"cpu": place.cpu, "memory": place.memory}
-        if place.gpus:
-            amounts[place.gpu_type] = str(place.gpus)
-        served["resources"] = {"requests": amounts, "limits": amounts}
-        predictor |= {"nodeSelector": place.node_selector, "tolerations": place.tolerations}
-    made = {
-        "apiVersion": "serving.kserve.io/v1beta1",
-        "kind": "InferenceService",
+        amounts = {"cpu": kserve.cpu, "memory": kserve.memory}
+        if kserve.gpus:
+            amounts[kserve.gpu_type] = str(kserve.gpus)
+        server["resources"] = {"requests": amounts, "limits": amounts}
+        predictor |= {"nodeSelector": kserve.node_selector, "tolerations": kserve.tolerations}
+    labels = _labels(version, settings)
+    body = {
+        "apiVersion": INFERENCE_SERVICE.api_version,
+        "kind": INFERENCE_SERVICE.name,
         "metadata": {"name": name, "labels": labels, "annotations": annotations},
-        "spec": {"predictor": {**predictor, "model": served}},
+        "spec": {"predictor": {**predictor, "model": server}},
     }
-    annotations[SETTINGS] = _digest(made)
-    return made
+    annotations[SETTINGS] = _digest(body)
+    return body
 
 
-def _digest(made: Object) -> str:
-    """A digest of what a change of would replace the pods; their number does not."""
+def _annotations(version: Version, kserve: KServeSettings) -> dict[str, str]:
+    return {
+        MODEL: version.model,
+        VERSION: version.name,
+        "openshift.io/display-name": f"{version.model} {version.name}",
+        "openshift.io/description": f"{version.uri}, served by nudge",
+        "serving.kserve.io/deploymentMode": "RawDeployment",
+        AUTHENTICATION: str(kserve.authentication).lower(),
+        "opendatahub.io/model-type": "generative",
+    }
+
+
+def _labels(version: Version, settings: DeploySettings) -> dict[str, str]:
+    labels = {
+        **owned(version.model),
+        "opendatahub.io/dashboard": "true",
+        # The smoke test uses the version's own Route, from here or from a laptop.
+        "networking.kserve.io/visibility": "exposed",
+        "modelregistry.opendatahub.io/registered-model-id": version.model_id,
+        "modelregistry.opendatahub.io/model-version-id": version.id,
+        "modelregistry.opendatahub.io/name": settings.registry_name,
+    }
+    if settings.kserve.queue:
+        labels[QUEUE] = settings.kserve.queue
+    return labels
+
+
+def _server(version: Version, name: str, kserve: KServeSettings) -> Object:
+    """The container of the server, without its storage and resources."""
+    return {
+        "modelFormat": {"name": "vLLM"},
+        "runtime": kserve.runtime,
+        # Users ask for the model, whichever version answers; the version's own name is for those
+        # who want that version. The last --served-model-name wins, and ours comes after the
+        # runtime's.
+        "args": ["--served-model-name", version.model, name, *kserve.arguments],
+        # Whatever the runtime says. This covers the server alone: KServe adds storage-initializer,
+        # modelcar and kube-rbac-proxy without a securityContext (seen in the pods of OpenShift AI's
+        # fork of 2026-08), and no field of an InferenceService sets theirs. An SCC fills them in; a
+        # namespace without SCCs must allow the level baseline (see `readiness`).
+        "securityContext": RESTRICTED,
+        "lifecycle": {"preStop": {"exec": {"command": _until_quiet(kserve.request_timeout_s)}}},
+    }
+
+
+def _predictor(kserve: KServeSettings) -> Object:
+    predictor: Object = {
+        "minReplicas": kserve.replicas,
+        "maxReplicas": kserve.replicas,
+        "timeout": kserve.request_timeout_s,
+        "terminationGracePeriodSeconds": kserve.request_timeout_s + GRACE_S,
+    }
+    if kserve.stop_old_first:
+        # A change of a version's own settings has no room for a second pod either.
+        predictor["deploymentStrategy"] = {"type": "Recreate"}
+    return predictor
+
+
+def _digest(body: Object) -> str:
+    """A digest of everything whose change replaces the pods; the number of replicas does not."""
     predictor = {
         key: value
-        for key, value in made["spec"]["predictor"].items()
+        for key, value in body["spec"]["predictor"].items()
         if key not in ("minReplicas", "maxReplicas")
     }
-    text = json.dumps([made["metadata"], predictor], sort_keys=True)
+    text = json.dumps([body["metadata"], predictor], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _until_quiet(longest_s: int) -> list[str]:
-    """The command of a preStop hook: wait until vLLM has nothing under way, at most ``longest_s``.
+    """The command of a preStop hook: wait until vLLM has no request, at most ``longest_s``.
 
-    vLLM aborts what is under way at SIGTERM. For the first seconds the Service may still send
-    requests, so quiet means none for `SETTLES_S`. Where the image has no Python it sleeps.
+    vLLM aborts requests in flight at SIGTERM. For the first seconds the Service may still send new
+    ones, so quiet means none for `SETTLES_S`. If the image has no Python, the hook sleeps.
     """
     script = UNTIL_QUIET.format(longest_s=longest_s, settles_s=SETTLES_S)
     return ["/bin/sh", "-c", f'python3 -c "$0" || sleep {longest_s}', script]
 
 
-def _storage(version: Version, place: KServeSettings) -> Object:
+def _storage(version: Version, kserve: KServeSettings) -> Object:
     bucket, path = split_s3_uri(version.uri)
-    if not place.connection:
+    if not kserve.connection:
         raise UserError(
-            f"{version.uri} is read through a data connection, and none is named: set "
+            f"{version.uri} is read through a data connection, but none is set: set "
             "deploy.kserve.connection to the name of its Secret in the namespace"
         )
-    # The bucket is written as well, for a connection may name another one. KServe downloads every
-    # key that starts with the path: without the slash, those of v10 for v1 too.
-    return {"key": place.connection, "path": f"{path}/", "parameters": {"bucket": bucket}}
+    # Name the bucket, because the connection may name another one. KServe downloads every key that
+    # starts with the path: without the slash, v1 would include the keys of v10.
+    return {"key": kserve.connection, "path": f"{path}/", "parameters": {"bucket": bucket}}
 
 
 def _slug(name: str, length: int) -> str:

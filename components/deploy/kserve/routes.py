@@ -1,7 +1,7 @@
-"""The address of a model on a cluster, and each version's share of the requests that come there.
+"""The address of a model on a cluster, and each version's share of the requests to it.
 
-An OpenShift Route, or, where there is a Gateway API, an HTTPRoute. Both change all shares in one
-request, and keep their address whatever stands behind it.
+An OpenShift Route or, on a cluster with the Gateway API, an HTTPRoute. Both change all shares in
+one request, and keep their address whatever is behind it.
 """
 
 from collections.abc import Mapping
@@ -13,27 +13,30 @@ from nudge.components.deploy.kserve.objects import MODEL, Object, endpoint_name,
 from nudge.components.deploy.settings import KServeSettings
 
 HTTP_PORT, AUTHENTICATED_PORT = 8080, 8443
-"""Ports of a version's pods: vLLM's, and that of the proxy that checks tokens before it."""
+"""Ports of a version's pods: vLLM's, and that of the proxy in front of it that checks tokens."""
 SERVICE_PORT = 80
-"""Of the Service that KServe makes of a version."""
+"""Port of the Service that KServe creates for a version."""
+
+ROUTER_S = 60.0
+"""How long a router may take to follow a change of a route."""
 
 MAX_BACKENDS = 4
 """A Route has one backend and at most three alternate ones."""
 
 
 class TrafficRoute(Protocol):
-    """What a model's address is made of."""
+    """The kind of object behind a model's address."""
 
     KIND: ResourceKind
 
     def body(self, model: str, shares: Mapping[str, int]) -> Object:
-        """The object with these shares; all of them 0 is an address where nobody answers."""
+        """The object with these shares; if all are 0, nothing answers at the address."""
 
-    def weights(self, door: Object) -> dict[str, int]:
-        """The requests' weight of each InferenceService behind it, without those that get none."""
+    def weights(self, route: Object) -> dict[str, int]:
+        """The weight of each InferenceService behind the route, without those whose weight is 0."""
 
-    def url(self, door: Object | None) -> str | None:
-        """The address once requests come in there; raises `UserError` if they never will."""
+    def url(self, route: Object | None) -> str | None:
+        """The address once the route is admitted; raises `UserError` if it is refused."""
 
 
 class OpenShiftRoute:
@@ -43,19 +46,19 @@ class OpenShiftRoute:
         "route.openshift.io/v1",
         "Route",
         "routes",
-        "OpenShift; elsewhere deploy.kserve.gateway names a Gateway to take in its place",
+        "OpenShift; elsewhere set deploy.kserve.gateway to a Gateway to use instead",
     )
 
-    def __init__(self, place: KServeSettings) -> None:
-        self._place = place
+    def __init__(self, kserve: KServeSettings) -> None:
+        self._kserve = kserve
 
     def body(self, model: str, shares: Mapping[str, int]) -> Object:
-        """As in `Door`; raises `UserError` if there are too many shares."""
-        place = self._place
+        """As in `TrafficRoute`; raises `UserError` for more than `MAX_BACKENDS` shares."""
+        kserve = self._kserve
         if len(shares) > MAX_BACKENDS:
             raise UserError(
-                f"{len(shares)} versions are to share the traffic of {model}; "
-                f"a Route takes at most {MAX_BACKENDS}"
+                f"the traffic of {model} would be split among {len(shares)} versions, but a Route "
+                f"takes at most {MAX_BACKENDS}; split it among fewer"
             )
         first, *others = (
             {"kind": "Service", "name": _backend(model, version), "weight": share}
@@ -63,35 +66,36 @@ class OpenShiftRoute:
         )
         annotations = {
             "openshift.io/display-name": model,
-            "haproxy.router.openshift.io/timeout": f"{place.request_timeout_s}s",
-            # By request, not by client: a cookie would hold clients on a version that has gone.
+            "haproxy.router.openshift.io/timeout": f"{kserve.request_timeout_s}s",
+            # By request, not by client: a cookie would keep clients on a version that is gone.
             "haproxy.router.openshift.io/disable_cookies": "true",
             "haproxy.router.openshift.io/balance": "roundrobin",
         }
         spec = {
             "to": first,
             "alternateBackends": others,
-            # A number, because named ports are looked up in each Service by itself.
-            "port": {"targetPort": AUTHENTICATED_PORT if place.authentication else HTTP_PORT},
+            # A number, because a port name is looked up in each Service separately.
+            "port": {"targetPort": AUTHENTICATED_PORT if kserve.authentication else HTTP_PORT},
             "tls": {
-                "termination": "reencrypt" if place.authentication else "edge",
+                "termination": "reencrypt" if kserve.authentication else "edge",
                 "insecureEdgeTerminationPolicy": "Redirect",
             },
             "wildcardPolicy": "None",
         }
         return _object(self.KIND, model, annotations, spec)
 
-    def weights(self, door: Object) -> dict[str, int]:
-        spec = door["spec"]
+    def weights(self, route: Object) -> dict[str, int]:
+        spec = route["spec"]
         return _shared([spec["to"], *(spec.get("alternateBackends") or [])], 100)
 
-    def url(self, door: Object | None) -> str | None:
-        for ingress in ((door or {}).get("status") or {}).get("ingress", []):
-            for told in ingress.get("conditions", []):
-                if told["type"] == "Admitted" and told["status"] == "True":
+    def url(self, route: Object | None) -> str | None:
+        for ingress in ((route or {}).get("status") or {}).get("ingress", []):
+            for condition in ingress.get("conditions", []):
+                if condition["type"] != "Admitted":
+                    continue
+                if condition["status"] == "True":
                     return f"https://{ingress['host']}"
-                if told["type"] == "Admitted":
-                    raise UserError(f"the router refuses the Route {_name(door)}: {_why(told)}")
+                raise UserError(f"the router refuses the Route {_name(route)}: {_why(condition)}")
         return None
 
 
@@ -105,18 +109,18 @@ class GatewayRoute:
         "the Gateway API (https://gateway-api.sigs.k8s.io) and a controller for it",
     )
 
-    def __init__(self, place: KServeSettings) -> None:
-        self._place = place
+    def __init__(self, kserve: KServeSettings) -> None:
+        self._kserve = kserve
 
     def body(self, model: str, shares: Mapping[str, int]) -> Object:
-        namespace, _, gateway = self._place.gateway.partition("/")
+        namespace, _, gateway = self._kserve.gateway.partition("/")
         backends = [
             {"name": _backend(model, version), "port": SERVICE_PORT, "weight": share}
             for version, share in shares.items()
         ]
         rule = {
             "backendRefs": backends,
-            "timeouts": {"request": f"{self._place.request_timeout_s}s"},
+            "timeouts": {"request": f"{self._kserve.request_timeout_s}s"},
         }
         spec = {
             "parentRefs": [{"namespace": namespace, "name": gateway}],
@@ -125,35 +129,35 @@ class GatewayRoute:
         }
         return _object(self.KIND, model, {}, spec)
 
-    def weights(self, door: Object) -> dict[str, int]:
-        rules = door["spec"].get("rules") or []
+    def weights(self, route: Object) -> dict[str, int]:
+        rules = route["spec"].get("rules") or []
         return _shared([each for rule in rules for each in rule.get("backendRefs") or []], 1)
 
-    def url(self, door: Object | None) -> str | None:
-        generation = door["metadata"].get("generation", 0) if door else 0
-        for parent in ((door or {}).get("status") or {}).get("parents", []):
+    def url(self, route: Object | None) -> str | None:
+        generation = route["metadata"].get("generation", 0) if route else 0
+        for parent in ((route or {}).get("status") or {}).get("parents", []):
             conditions = {
-                told["type"]: told
-                for told in parent.get("conditions", [])
-                if told.get("observedGeneration", 0) >= generation
+                condition["type"]: condition
+                for condition in parent.get("conditions", [])
+                if condition.get("observedGeneration", 0) >= generation
             }
             accepted, resolved = (conditions.get(name) for name in ("Accepted", "ResolvedRefs"))
             if accepted and accepted["status"] == "False":
                 raise UserError(
-                    f"the Gateway {self._place.gateway} refuses the HTTPRoute {_name(door)}: "
+                    f"the Gateway {self._kserve.gateway} refuses the HTTPRoute {_name(route)}: "
                     f"{_why(accepted)}"
                 )
             if accepted and resolved and resolved["status"] == "True":
-                return self._url(str((door or {})["metadata"]["annotations"][MODEL]))
+                return self._url(str((route or {})["metadata"]["annotations"][MODEL]))
         return None
 
     def _url(self, model: str) -> str:
-        return self._place.gateway_url.replace("{model}", endpoint_name(model))
+        return self._kserve.gateway_url.replace("{model}", endpoint_name(model))
 
 
-def of_another(door: Object | None, model: str) -> bool:
-    """Whether an object of the model's name stands there that does not belong to it."""
-    return bool(door and (door["metadata"].get("annotations") or {}).get(MODEL) != model)
+def belongs_to_another(route: Object | None, model: str) -> bool:
+    """Whether a route with the model's name exists that does not belong to this model."""
+    return bool(route and (route["metadata"].get("annotations") or {}).get(MODEL) != model)
 
 
 def _object(kind: ResourceKind, model: str, annotations: dict[str, str], spec: Object) -> Object:
@@ -181,8 +185,8 @@ def _shared(backends: list[dict[str, Any]], default: int) -> dict[str, int]:
     }
 
 
-def _name(door: Object | None) -> str:
-    return str((door or {"metadata": {"name": ""}})["metadata"]["name"])
+def _name(route: Object | None) -> str:
+    return str((route or {"metadata": {"name": ""}})["metadata"]["name"])
 
 
 def _why(condition: dict[str, Any]) -> str:

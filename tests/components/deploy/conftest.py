@@ -1,4 +1,4 @@
-"""A small OpenShift with a registry, and a model that has versions there."""
+"""Fixtures: a small OpenShift with a registry, and a model with versions in it."""
 
 import json
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def cluster(
 
 @pytest.fixture
 def model(registry: str, request: pytest.FixtureRequest) -> str:
-    """A registered model of the test's own."""
+    """A registered model for this test alone."""
     from model_registry import ModelRegistry
 
     name = request.node.name.replace("_", "-").replace("[", "-").replace("]", "")[5:]

@@ -1,10 +1,10 @@
 """A small OpenShift for serving: KServe's controller and the router, over the stand-in API server.
 
-Each InferenceService gets a real server that speaks the OpenAI API as vLLM does (tokens, names,
+Each InferenceService gets a real server that serves the OpenAI API as vLLM does (tokens, names,
 log-probabilities, metrics), and the pods and statuses that were recorded from KServe (see
-`tests.components.deploy.kserve_pods`); the router is Caddy with TLS, which learns of weights a
-moment after a Route was changed, as OpenShift's does. Versions named ``bad...`` do not load,
-``odd...`` answer as another model would.
+`tests.components.deploy.kserve_pods`). The router is Caddy with TLS; it learns of new weights a
+moment after a Route changes, as OpenShift's does. Versions named ``bad...`` do not load; ``odd...``
+answer as a different model would.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from nudge.components.common.core import processes
-from nudge.components.deploy.kserve import kserve, lease
+from nudge.components.deploy.kserve import kserve, lease, lifecycle
 from nudge.components.deploy.kserve import objects as objects
 from nudge.components.deploy.kserve.routes import GatewayRoute
 from nudge.components.deploy.kserve.routes import OpenShiftRoute as OpenShiftRoute
@@ -52,16 +52,19 @@ PLAIN = DeploySettings(
 )
 """As on Kubernetes without OpenShift."""
 QUICK: dict[Any, dict[str, float]] = {
-    kserve: {"POLL_S": 0.1, "QUIET_S": 1.5, "SUSPECT_S": 0.8},
-    lease: {"ASK_S": 0.1, "RENEW_S": 0.5, "DURATION_S": 3},
+    kserve: {"POLL_S": 0.1},
+    lifecycle: {"QUIET_S": 1.5, "SUSPECT_S": 0.8},
+    lease: {"POLL_S": 0.1, "RENEW_S": 0.5, "DURATION_S": 3},
 }
-"""Seconds for what takes minutes on a cluster."""
+"""Seconds instead of the minutes that a cluster takes."""
 ROUTER_DELAY_S = 0.5
+START_S = 1.0
+"""How long a new pod runs before it is ready, even if its server answers already."""
 ANSWER_S = 0.2
 
 
 class ModelServer:
-    """One version's server; `kill` ends it at once, with whatever is under way."""
+    """One version's server; `kill` stops it at once, with its requests in flight."""
 
     def __init__(self, service: dict[str, Any], token: str) -> None:
         meta = service["metadata"]
@@ -119,12 +122,12 @@ class ModelServer:
         return JSONResponse({"choices": [choice]})
 
     def _refused(self, request: Request) -> Response | None:
-        given = request.headers.get("authorization")
-        return None if self._authorization in (None, given) else PlainTextResponse("no", 401)
+        sent = request.headers.get("authorization")
+        return None if self._authorization in (None, sent) else PlainTextResponse("no", 401)
 
 
 class Router:
-    """Caddy with TLS on one port, started when the first Route comes."""
+    """Caddy with TLS on one port."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -147,7 +150,7 @@ class Router:
         _until(self.authority.is_file)
 
     def send(self, weights: dict[str, int]) -> None:
-        """Share requests by percent among ``host:port``s."""
+        """Split requests by percent among ``host:port``s."""
         servers = {address: address for address in weights}
         gateway.switch(self._folder, gateway.Backends(0, weights, servers))
 
@@ -173,7 +176,7 @@ class Router:
 
 
 class ServingCluster:
-    """The API server with both controllers; ``models`` are the servers by InferenceService."""
+    """The API server with both controllers; ``models`` has the server of each InferenceService."""
 
     def __init__(self, folder: Path) -> None:
         self.api = KubernetesApi(role="nudge-runner")
@@ -181,16 +184,16 @@ class ServingCluster:
         self.models: dict[str, ModelServer] = {}
         self._lock, self._routing = threading.Lock(), threading.Lock()
         self.on_service: Callable[[dict[str, Any]], bool] = lambda service: False
-        """Called with a new InferenceService; True if the test sets its status by itself."""
+        """Called with a new InferenceService; returns True if the test sets its status itself."""
         self.one_gpu = False
-        """Whether a version waits for its GPU until no other one runs."""
+        """Whether a version waits for its GPU until no other version runs."""
         self.new_pods = "ready"
-        """What becomes of pods that are created from now on (see `kserve_pods.pod_status`)."""
+        """The fate of pods created from now on (see `kserve_pods.pod_status`)."""
         self.refused = ""
-        """Why the API server creates no pod: what stands in the ReplicaSet's condition."""
+        """Why the API server creates no pod: the message of the ReplicaSet's condition."""
         self.runtimes = {SETTINGS.kserve.runtime}
         self._deployed: dict[str, dict[str, Any]] = {}
-        """By uid of an InferenceService, its Deployment: generation, revision, replicas."""
+        """The Deployment (generation, revision, replicas) of each InferenceService, by uid."""
         self._reconciling = threading.RLock()
 
     def __enter__(self) -> Self:
@@ -208,7 +211,7 @@ class ServingCluster:
         self.api.__exit__(*error)
 
     def weights(self) -> dict[str, int]:
-        """What the Route (or HTTPRoute) says, by version."""
+        """The weights in the Route (or HTTPRoute), by version."""
         services = {each["metadata"]["name"]: each for each in self.api.all("InferenceService")}
         return {
             services[name]["metadata"]["annotations"][objects.VERSION]: weight
@@ -216,10 +219,9 @@ class ServingCluster:
         }
 
     def _weights(self) -> dict[str, int]:
-        place = PLAIN.kserve
-        for door in (OpenShiftRoute(place), GatewayRoute(place)):
-            for found in self.api.all(door.KIND.name):
-                return door.weights(found)
+        for route in (OpenShiftRoute(PLAIN.kserve), GatewayRoute(PLAIN.kserve)):
+            for found in self.api.all(route.KIND.name):
+                return route.weights(found)
         return {}
 
     def up(self) -> set[str]:
@@ -240,7 +242,7 @@ class ServingCluster:
             self._reconcile(current)
 
     def _reconcile(self, service: dict[str, Any]) -> None:
-        """Bring pods and status to what the InferenceService says now."""
+        """Update pods and status to the current InferenceService."""
         uid, annotations = service["metadata"]["uid"], service["metadata"]["annotations"]
         revision, replicas = pods.revision(service), pods.replicas(service)
         known = self._deployed.get(uid)
@@ -258,16 +260,16 @@ class ServingCluster:
             self._roll_out(service, "create" if known is None else "start")
         elif (known["revision"], known["replicas"]) != (revision, replicas):
             rolled = known["revision"] != revision
-            # Seen to run ahead of the InferenceService's: one for the pods, one for their number.
+            # Observed to be ahead of the InferenceService's: one for pods, one for their number.
             known["generation"] += rolled + (known["replicas"] != replicas)
             known |= {"revision": revision, "replicas": replicas}
             self._roll_out(service, "update" if rolled else "scale")
 
     def _roll_out(self, service: dict[str, Any], case: str) -> None:
-        """Start the pods of the present template beside the older ones, which end once the new ones
-        are ready; until then the status goes on as it was recorded."""
+        """Start the pods of the current template next to the older ones, which end once the new
+        ones are ready; until then the status follows the recording."""
         bad = service["metadata"]["annotations"][objects.VERSION].startswith("bad")
-        does = "no-model" if bad else self.new_pods
+        fate = "no-model" if bad else self.new_pods
         made = pods.replica_set(service)
         found = self.api.find("ReplicaSet", made["metadata"]["name"])
         owner = found or self.api.add(made)
@@ -290,12 +292,14 @@ class ServingCluster:
             return
         mine = [each for each in self._pods(service) if _owner(each) == owner["metadata"]["uid"]]
         for number in range(len(mine), pods.replicas(service)):
-            pod = self.api.add(pods.pod(owner, number), **pods.pod_status(does))
-            self._say_of(pod, does)
-        if does != "ready":
+            pod = self.api.add(
+                pods.pod(owner, number), **pods.pod_status("starting" if fate == "ready" else fate)
+            )
+            self._report_pod(pod, fate)
+        if fate != "ready":
             stuck = {"create": "failed-load" if bad else "create", "start": "start"}
-            played = stuck.get(case, "update-stuck")
-            self._report(service, played, ready=played not in ("create", "start"))
+            case_played = stuck.get(case, "update-stuck")
+            self._report(service, case_played, ready=case_played not in ("create", "start"))
             return
         self._report(service, case, ready=False)
         name = service["metadata"]["name"]
@@ -306,40 +310,43 @@ class ServingCluster:
                 self.models[name] = ModelServer(service, self.api.token)
             model = self.models[name]
         _until(lambda: processes.answers(f"http://{model.address}/health"))
+        time.sleep(START_S)
         mine = [each for each in self._pods(service) if _owner(each) == owner["metadata"]["uid"]]
+        for each in mine:
+            self.api.set_status(each, **pods.pod_status("ready"))
         kept = {each["metadata"]["name"] for each in mine[: pods.replicas(service)]}
         for each in self._pods(service):
             if each["metadata"]["name"] not in kept:
                 self.api.remove("Pod", each["metadata"]["name"])
         self._report(service, case)
 
-    def _say_of(self, pod: dict[str, Any], does: str) -> None:
-        """Log and events of a pod, with the routine warnings that every pod gets."""
+    def _report_pod(self, pod: dict[str, Any], fate: str) -> None:
+        """Write the log and events of a pod, with the routine warnings that every pod gets."""
         name = pod["metadata"]["name"]
         self.api.warn(pod, "FailedMount", 'secret "predictor-serving-cert" not found')
-        if does == "no-model":
+        if fate == "no-model":
             self.api.warn(pod, "BackOff", "Back-off restarting failed container")
             self.api.write_log(name, "storage-initializer", "RuntimeError: no model in s3://b/bad")
-        if does == "crash":
+        if fate == "crash":
             self.api.write_log(name, "kserve-container", pods.CRASH_LOG)
-        if does == "missing":
+        if fate == "missing":
             self.api.warn(pod, "Failed", f"Failed to pull image: {pods.NOT_FOUND}")
 
     def _report(self, service: dict[str, Any], case: str, ready: bool = True) -> None:
-        """Play a recorded case's statuses; without its last one, which is of ready pods, unless
-        ``ready``."""
+        """Replay a recorded case's statuses. The last one describes ready pods; it is left out
+        unless ``ready``."""
         rows = pods.recorded(case)
         deployed = self._deployed.get(service["metadata"]["uid"], {})
         model = self.models.get(service["metadata"]["name"])
         for row in rows if ready else rows[:-1]:
             before = self.api.find("InferenceService", service["metadata"]["name"]) or {}
-            told = pods.status(
+            status = pods.status(
                 row,
                 deployed.get("generation", 0),
                 model.address if model else "127.0.0.1:9",
                 before.get("status") or {},
             )
-            self.api.set_status(service, **told)
+            self.api.set_status(service, **status)
 
     def _pods(self, service: dict[str, Any]) -> list[dict[str, Any]]:
         name = service["metadata"]["name"]
@@ -362,7 +369,7 @@ class ServingCluster:
         return found is not None and found["metadata"]["uid"] == service["metadata"]["uid"]
 
     def _gone(self, service: dict[str, Any]) -> None:
-        # Its ReplicaSets and pods go with it: they are owned.
+        # Its ReplicaSets and pods are owned, so they are deleted with it.
         self._kill(service["metadata"]["name"])
 
     def _kill(self, name: str) -> None:
@@ -371,16 +378,16 @@ class ServingCluster:
         if model:
             model.kill()
 
-    def _turn(self) -> None:
-        """Send requests where the door says now, whichever of its changes was met."""
+    def _update_router(self) -> None:
+        """Send requests according to the current route, whichever change triggered this."""
         time.sleep(ROUTER_DELAY_S)
         with self._routing:
             weights = self._weights()
             self.router.send({self.models[name].address: weights[name] for name in weights})
 
     def _gateway(self, route: dict[str, Any]) -> None:
-        self._turn()
-        said = {
+        self._update_router()
+        condition = {
             "status": "True", "reason": "Accepted", "message": "",
             "lastTransitionTime": "2026-01-01T00:00:00Z",
             "observedGeneration": route["metadata"]["generation"],
@@ -391,13 +398,15 @@ class ServingCluster:
                 {
                     "parentRef": route["spec"]["parentRefs"][0],
                     "controllerName": "example.com/gateway",
-                    "conditions": [{"type": each, **said} for each in ("Accepted", "ResolvedRefs")],
+                    "conditions": [
+                        {"type": each, **condition} for each in ("Accepted", "ResolvedRefs")
+                    ],
                 }
             ],
         )
 
     def _route(self, route: dict[str, Any]) -> None:
-        self._turn()
+        self._update_router()
         self.api.set_status(
             route,
             ingress=[

@@ -1,6 +1,6 @@
-"""What KServe's controller makes and reports, for the stand-in: statuses as they were recorded from
-OpenShift AI's KServe (fork of 2026-08-22) on Kubernetes 1.36, and pods and ReplicaSets like those
-of that cluster.
+"""What the stand-in for KServe's controller creates and reports: statuses recorded from OpenShift
+AI's KServe (fork of 2026-08-22) on Kubernetes 1.36, and pods and ReplicaSets like those of that
+cluster.
 
 ``recorded/inferenceservice-status.jsonl`` has one line per change of an InferenceService, with the
 case it belongs to: ``gen`` is metadata.generation and ``obs`` status.observedGeneration.
@@ -24,17 +24,17 @@ CRASH_LOG = "ValueError: The model's max seq len (8192) is larger than the KV ca
 
 @functools.cache
 def recorded(case: str) -> list[Object]:
-    """The recorded changes of a case, in their order."""
+    """The recorded changes of a case, in order."""
     rows = [json.loads(line) for line in RECORDED.read_text(encoding="utf-8").splitlines()]
     return [row for row in rows if row["case"] == case]
 
 
 def status(row: Object, generation: int, address: str, before: Object) -> Object:
-    """A recorded row as a change of a status; ``generation`` is the Deployment's, ``before`` the
-    status that it replaces (what the row lacks is removed)."""
+    """A recorded row as a status change; ``generation`` is the Deployment's, ``before`` the status
+    that it replaces (fields that the row lacks are removed)."""
     conditions = []
-    for type, said in row["cond"].items():
-        value, _, reason = said.partition(" ")
+    for type, text in row["cond"].items():
+        value, _, reason = text.partition(" ")
         conditions.append({"type": type, "status": value, **({"reason": reason} if reason else {})})
     model = row["model"]
     if model is not None:
@@ -48,7 +48,7 @@ def status(row: Object, generation: int, address: str, before: Object) -> Object
 
 
 def template(service: Object) -> Object:
-    """The metadata of the pods: labels and annotations of the InferenceService reach them."""
+    """The metadata of the pods, with the InferenceService's labels and annotations."""
     meta = service["metadata"]
     annotations = {key: value for key, value in meta["annotations"].items() if key != objects.STOP}
     return {
@@ -58,7 +58,7 @@ def template(service: Object) -> Object:
 
 
 def revision(service: Object) -> str:
-    """What the name of a ReplicaSet ends with: a digest of the pod template."""
+    """The end of a ReplicaSet's name: a digest of the pod template."""
     predictor = {
         key: value
         for key, value in service["spec"]["predictor"].items()
@@ -116,9 +116,9 @@ def pod(owner: Object, number: int) -> Object:
     }
 
 
-def pod_status(does: str) -> Object:
-    """The status of a pod that is ``ready``, ``starting``, ``crash``es, whose image is ``missing``,
-    that is ``unschedulable``, or whose model is not where it is looked for (``no-model``)."""
+def pod_status(fate: str) -> Object:
+    """The status of a pod with this fate: ``ready``, ``starting``, ``crash``, ``missing`` (its
+    image), ``unschedulable``, or ``no-model`` (its model is not at its URI)."""
     waits = {"waiting": {"reason": "PodInitializing"}}
     ended = {"terminated": {"exitCode": 1, "reason": "Error", "finishedAt": "2026-11-30T10:00:00Z"}}
     crash = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 10s restarting failed"}}
@@ -128,18 +128,18 @@ def pod_status(does: str) -> Object:
         "ready": running, "starting": running, "crash": crash, "missing": image, "no-model": waits,
     }  # fmt: skip
     scheduled = {"type": "PodScheduled", "status": "True"}
-    if does == "unschedulable":
+    if fate == "unschedulable":
         message = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
         scheduled |= {"status": "False", "reason": "Unschedulable", "message": message}
         return {"phase": "Pending", "conditions": [scheduled]}
-    ready = does == "ready"
-    server = _container("kserve-container", states[does], ready, ended if does == "crash" else {})
+    ready = fate == "ready"
+    server = _container("kserve-container", states[fate], ready, ended if fate == "crash" else {})
     first = {"terminated": {"exitCode": 0, "reason": "Completed"}}
-    init = _container("storage-initializer", ended if does == "no-model" else first, not ready, {})
+    init = _container("storage-initializer", ended if fate == "no-model" else first, not ready, {})
     return {
-        "phase": "Pending" if does in ("missing", "no-model") else "Running",
+        "phase": "Pending" if fate in ("missing", "no-model") else "Running",
         "conditions": [scheduled, {"type": "Ready", "status": str(ready)}],
-        "initContainerStatuses": [init | {"ready": does != "no-model"}],
+        "initContainerStatuses": [init | {"ready": fate != "no-model"}],
         "containerStatuses": [server, _container("kube-rbac-proxy", running, True, {})],
     }
 

@@ -1,4 +1,4 @@
-"""A promote in a process of its own, so that it can be killed: ``python -m ... MODEL VERSION``."""
+"""A promote in a separate process, so that a test can kill it: ``python -m ... MODEL VERSION``."""
 
 import sys
 

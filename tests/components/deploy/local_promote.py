@@ -1,7 +1,7 @@
-"""A promote on this machine that ends itself by SIGKILL: ``python -m ... MODEL VERSION AT``.
+"""A promote on this machine that kills itself with SIGKILL: ``python -m ... MODEL VERSION AT``.
 
-AT is the number of the boundary, before or after one of the changes that a shift makes; 0 is never.
-The servers are ones that say which version they are, and start at once.
+AT is the number of the boundary, before or after a change that a shift makes; 0 means never. The
+servers answer with their version and start at once.
 """
 
 import functools
@@ -24,7 +24,7 @@ BOUNDARIES = 8
 def quick_server(
     self: LocalServing, folder: Path, model: str, version: str
 ) -> processes.ServiceRecord:
-    """In the place of `LocalServing._serve`: see `quick_server.py`."""
+    """Replaces `LocalServing._serve`: see `quick_server.py`."""
     port = processes.free_port()
     address = f"http://127.0.0.1:{port}"
     return processes.start(
@@ -60,8 +60,8 @@ class Killer:
 
         return call
 
-    def told(self, note: Callable[..., Any]) -> Callable[..., Any]:
-        """Work for the registry, with a boundary before and after it."""
+    def record(self, note: Callable[..., Any]) -> Callable[..., Any]:
+        """Registry work with a boundary before and after it."""
 
         def noted(*arguments: Any) -> Any:
             work = note(*arguments)
@@ -81,5 +81,5 @@ if __name__ == "__main__":
     LocalServing._serve = quick_server  # type: ignore[method-assign]
     for name in ("bring_up", "move", "retire"):
         setattr(LocalServing, name, killer.around(getattr(LocalServing, name)))
-    traffic.note_served = killer.told(traffic.note_served)
+    traffic.note_served = killer.record(traffic.note_served)
     promote(sys.argv[1], sys.argv[2])

@@ -1,4 +1,4 @@
-"""``python quick_server.py VERSION PORT``: answers as a served model does, with its version."""
+"""``python quick_server.py VERSION PORT``: answers as a served model does, naming its version."""
 
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

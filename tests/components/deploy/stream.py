@@ -1,4 +1,4 @@
-"""Clients that ask without a pause, so that a lost request shows."""
+"""Clients that send requests without a pause, so that a lost request shows."""
 
 import concurrent.futures
 import os
@@ -10,7 +10,7 @@ import httpx
 
 
 class Stream:
-    """``clients`` ask ``endpoint`` for completions until stopped; ``faults`` are what failed."""
+    """``clients`` request completions from ``endpoint`` until stopped; ``faults`` has failures."""
 
     def __init__(
         self, endpoint: str, model: str, token: str = "", *, prompt: str = "Hi", clients: int = 3
@@ -39,12 +39,12 @@ class Stream:
                     time.sleep(0.1)
 
     def seen(self) -> set[str]:
-        """The different answers since the last look."""
+        """The distinct answers since the last call."""
         texts, self.texts = self.texts, []
         return set(texts)
 
     def next(self, count: int) -> set[str]:
-        """The different ones of the next answers."""
+        """The distinct answers among the next ``count``."""
         while len(self.texts) < count:
             for ended in self._ended:
                 assert not ended.done(), ended.exception()

@@ -1,4 +1,4 @@
-"""Traffic that moves between a run's evaluation and its deploy, here and on KServe."""
+"""Traffic that moves between a run's evaluation and its deploy, on this machine and on KServe."""
 
 import contextlib
 import dataclasses
@@ -31,12 +31,12 @@ from tests.components.deploy.local_promote import quick_server
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it to tidy up."""
+    """Represents SIGKILL: no handler catches it to clean up."""
 
 
 @dataclasses.dataclass
 class Site:
-    """A model that is served somewhere, and the steps of its runs."""
+    """A served model and the steps of its runs."""
 
     model: str
     registry: str
@@ -45,9 +45,9 @@ class Site:
     weights: Callable[[], dict[str, int]]
 
     def evaluate(self, version: str) -> None:
-        """What a run does before deploy: it looks for the incumbent and registers a version.
+        """The steps of a run before deploy: find the incumbent and register a version.
 
-        The candidate is better than any incumbent here.
+        Here the candidate is always better than the incumbent.
         """
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("NUDGE_RUN_ID", version)
@@ -71,12 +71,12 @@ class Site:
         return deploy(self.settings, registered_model=self.model, version=version)
 
     def run(self, version: str) -> None:
-        """A whole run that nobody disturbs."""
+        """A complete, undisturbed run."""
         self.evaluate(version)
         assert self.deploy(version)["promoted"] is True
 
     def serve(self, **shares: int) -> None:
-        """What `nudge promote` and `nudge split` do."""
+        """The work of `nudge promote` and `nudge split`."""
         serve(self.settings, self.model, shares)
 
     def rollback(self) -> None:
@@ -89,7 +89,7 @@ class Site:
         return with_registry(self.registry, find_version(self.model, name))
 
     def refused(self, version: str) -> str:
-        """Deploy a version that must not be promoted; returns why, as every reader finds it."""
+        """Deploy a version that must not be promoted; returns the recorded reason."""
         before, weights = self.served(), self.weights()
         result = self.deploy(version)
         assert result["promoted"] is False
@@ -103,10 +103,10 @@ class Site:
 
 
 BOTH = pytest.mark.parametrize("site", ["local", "kserve"], indirect=True)
-HERE = pytest.mark.parametrize(
+LOCAL = pytest.mark.parametrize(
     "site", ["local", pytest.param("kserve", marks=pytest.mark.long)], indirect=True
 )
-"""On KServe only where the long tests run: the decision is the same code."""
+"""On KServe only in the long tests: the decision is the same code."""
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def site(
 
 
 @BOTH
-def test_the_run_that_deploys_last_does_not_replace_a_version_it_was_not_compared_with(
+def test_a_run_does_not_replace_a_version_it_was_not_compared_with(
     site: Site,
 ) -> None:
     site.run("v1")
@@ -156,11 +156,11 @@ def test_two_first_runs_at_once(site: Site) -> None:
     site.evaluate("second")
     assert site.deploy("first")["promoted"] is True
     reason = site.refused("second")
-    assert "second was compared with the base model, because nothing was served then" in reason
+    assert "second was compared with the base model, because no version was served then" in reason
     assert site.weights() == {"first": 100}
 
 
-@HERE
+@LOCAL
 def test_two_deploys_at_the_same_moment(site: Site) -> None:
     site.run("v1")
     results: dict[str, bool] = {}
@@ -181,16 +181,16 @@ def test_two_deploys_at_the_same_moment(site: Site) -> None:
 
 @BOTH
 @pytest.mark.parametrize(
-    ("move", "said"),
+    ("move", "message"),
     [
         (lambda site: site.serve(v3=100), "v3 has the traffic now"),
         (lambda site: site.rollback(), "v1 has the traffic now"),
-        (lambda site: site.serve(v2=90, v3=10), "now shared between v2 (90 %) and v3 (10 %)"),
+        (lambda site: site.serve(v2=90, v3=10), "now split between v2 (90 %) and v3 (10 %)"),
     ],
     ids=["promote", "rollback", "split"],
 )
 def test_a_person_moves_the_traffic_during_a_run(
-    site: Site, move: Callable[[Site], None], said: str
+    site: Site, move: Callable[[Site], None], message: str
 ) -> None:
     site.run("v1")
     site.run("v2")
@@ -199,13 +199,13 @@ def test_a_person_moves_the_traffic_during_a_run(
     move(site)
     reason = site.refused("candidate")
     assert "candidate was compared with v2" in reason
-    assert said in reason
+    assert message in reason
     assert f"`nudge promote candidate --model {site.model}` gives it the traffic anyway" in reason
 
 
-@HERE
+@LOCAL
 def test_a_split_is_not_ended_by_a_run(site: Site) -> None:
-    """The run knows of the split, but it was compared with the main version alone."""
+    """The run knows about the split, but its candidate was compared with the main version alone."""
     site.run("v1")
     site.register("v2", {})
     site.serve(v1=90, v2=10)
@@ -214,13 +214,13 @@ def test_a_split_is_not_ended_by_a_run(site: Site) -> None:
         "v1": 90, "v2": 10,
     }  # fmt: skip
     reason = site.refused("candidate")
-    assert "the traffic is still shared between v1 (90 %) and v2 (10 %); end the split" in reason
+    assert "the traffic is still split between v1 (90 %) and v2 (10 %); end the split" in reason
     site.serve(v1=100)
     assert site.deploy("candidate")["promoted"] is True
 
 
-@HERE
-def test_a_person_may_promote_what_a_run_did_not(site: Site) -> None:
+@LOCAL
+def test_a_person_may_promote_a_refused_version(site: Site) -> None:
     site.run("v1")
     site.evaluate("a")
     site.evaluate("b")
@@ -232,8 +232,8 @@ def test_a_person_may_promote_what_a_run_did_not(site: Site) -> None:
     assert (properties["promoted"], properties["not_promoted"]) == (True, "")
 
 
-@HERE
-def test_a_deploy_is_repeated(site: Site) -> None:
+@LOCAL
+def test_a_deploy_can_be_repeated(site: Site) -> None:
     site.run("v1")
     site.evaluate("candidate")
     assert site.deploy("candidate")["promoted"] is True
@@ -241,16 +241,16 @@ def test_a_deploy_is_repeated(site: Site) -> None:
     site.evaluate("other")
     site.rollback()
     reason = site.refused("candidate")
-    assert "candidate had traffic before, which was then taken away from it" in reason
+    assert "candidate had traffic before, and it was withdrawn" in reason
     assert site.weights() == {"v1": 100}
 
 
-@HERE
+@LOCAL
 @pytest.mark.parametrize("at", ["bring_up", "move", "note_served", "retire"])
-def test_a_deploy_that_was_killed_is_repeated_and_another_run_waits_its_turn(
+def test_a_killed_deploy_can_be_repeated_and_other_runs_are_refused(
     site: Site, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed before ``at``. After the move the registry does not know yet who has the traffic."""
+    """Killed before ``at``. After the move, the registry has no record of it yet."""
     site.run("v1")
     site.evaluate("killed")
     site.evaluate("other")
@@ -270,31 +270,31 @@ def test_a_deploy_that_was_killed_is_repeated_and_another_run_waits_its_turn(
     if at in ("note_served", "retire"):
         assert site.weights() == {"killed": 100}
         reason = site.refused("other")
-        said = "(the registry still says v1: that move was cut off)"
-        assert (said in reason) == (at == "note_served")
+        note = "(the registry still says v1: that move was interrupted)"
+        assert (note in reason) == (at == "note_served")
         assert "killed has the traffic now" in reason
     assert site.deploy("killed")["promoted"] is True
     assert site.weights() == site.served().shares == {"killed": 100}
     assert "killed has the traffic now" in site.refused("other")
 
 
-@HERE
-def test_what_an_older_nudge_registered_is_deployed(site: Site) -> None:
-    """It has no record of what it was compared with."""
+@LOCAL
+def test_a_version_that_an_older_nudge_registered_is_deployed(site: Site) -> None:
+    """It does not record what it was compared with."""
     site.run("v1")
     site.register("old", {})
     assert site.deploy("old")["promoted"] is True
     assert site.weights() == {"old": 100}
 
 
-@HERE
-def test_a_rollback_is_decided_again_if_a_run_deploys_meanwhile(site: Site) -> None:
+@LOCAL
+def test_a_rollback_is_refused_if_a_run_deploys_meanwhile(site: Site) -> None:
     site.run("v1")
     site.run("v2")
-    way_back = still_before("v1")
+    check = still_before("v1")
     site.run("v3")
-    with pytest.raises(UserError, match="so v1 is not the version before it any more"):
-        serve(site.settings, site.model, {"v1": 100}, check=way_back)
+    with pytest.raises(UserError, match="so a rollback no longer leads to v1"):
+        serve(site.settings, site.model, {"v1": 100}, check=check)
     with pytest.raises(Moved):
         serve(site.settings, site.model, {"v2": 100}, check=unmoved({"v2": 100}))
     assert site.weights() == {"v3": 100}

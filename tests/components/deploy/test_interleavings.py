@@ -1,9 +1,9 @@
-"""Every order of two runs, one move by hand and one crash, over the real logic of deploy.
+"""Every interleaving of two runs, one manual move and one crash, with the real logic of deploy.
 
-The steps of the actors are taken in every order that the model's lease allows, and one of them may
-be killed before any step. A step is what reads or changes traffic or registry, which are both kept
-in memory here; reads under the lease are part of the step before them, since whoever changes what
-they read needs the lease. Orders that lead to the same state are followed once.
+The actors take their steps in every order that the model's lease allows, and one of them may be
+killed before any step. A step reads or changes the traffic or the registry, which are both in
+memory here. Reads under the lease belong to the step before them, because a change of what they
+read needs the lease. Orders that lead to the same state are followed once.
 """
 
 import contextlib
@@ -32,20 +32,20 @@ SETTINGS = DeploySettings(target="local", registry_url="http://registry")
 QUALITY = {"v0": 0, "v1": 1, "worse": 2, "better": 3}
 RUNS = ("better", "worse")
 RETRIES = ("retry", "resume")
-"""What may follow a killed deploy: the step again (KFP), or the run from its evaluation on."""
+"""What may follow a killed deploy: KFP retries the step, or the run resumes at its evaluation."""
 Choice = tuple[str, str]
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it to tidy up."""
+    """Represents SIGKILL: no handler catches it to clean up."""
 
 
 class Abandoned(BaseException):
-    """Ends an actor whose order is not followed any further."""
+    """Ends an actor whose order is not followed further."""
 
 
 class Actor(threading.Thread):
-    """Runs until its next step, says which that is, and waits to be told to take it."""
+    """Runs to its next step, names it in ``label``, and waits for the command to take it."""
 
     def __init__(self, name: str, work: Callable[["Actor"], None]) -> None:
         super().__init__(name=name, daemon=True)
@@ -63,7 +63,7 @@ class Actor(threading.Thread):
             self.well = True
         except (AssertionError, UserError) as problem:
             self.problem = problem
-        finally:  # pytest shows what else was raised
+        finally:  # pytest shows any other exception
             self.ended, self.label = True, "ended"
             self._paused.release()
 
@@ -100,20 +100,20 @@ class World:
         self.served = Served(MODEL, "http://e", {"v1": 100}, ("v0", "v1")) if served else None
         self.holder: str | None = None
         self.taken: frozenset[str] = frozenset()
-        """Versions that the person took traffic from."""
+        """Versions whose traffic the person withdrew."""
         self.compared: dict[str, str] = {}
         self.kills = 0
 
     def state(self, actors: dict[str, Actor]) -> Any:
-        """Everything that what follows may depend on."""
-        at_work = {name: each for name, each in actors.items() if not each.ended}
+        """Everything that the following steps may depend on."""
+        active = {name: each for name, each in actors.items() if not each.ended}
         return repr(
             (
                 self.shares, sorted(self.up), self.served, self.holder, self.kills,
                 {name: each.properties for name, each in self.versions.items()},
-                sorted(self.taken & at_work.keys()),
+                sorted(self.taken & active.keys()),
                 [(name, self.compared.get(name), each.label, each.seen)
-                 for name, each in at_work.items()],
+                 for name, each in active.items()],
             )
         )  # fmt: skip
 
@@ -147,7 +147,7 @@ class World:
             replaced = previous - {who}
             assert all(QUALITY[each] < QUALITY[who] for each in replaced), "it lost to it"
             assert replaced <= {self.compared[who]}, "it was not compared with it"
-            assert who not in self.taken, "a person took the traffic away from it"
+            assert who not in self.taken, "a person withdrew its traffic"
         else:
             self.taken = (self.taken | previous) - set(shares)
         self.shares = dict(shares)
@@ -170,14 +170,14 @@ def registered(name: str, properties: dict[str, Any]) -> Version:
 
 
 def run_of(world: World) -> Callable[[Actor], None]:
-    """A run from its evaluation on; its candidate is registered if it beats the incumbent."""
+    """A run starting at its evaluation; its candidate is registered if it beats the incumbent."""
 
     def evaluate(me: Actor) -> bool:
         me.step("evaluate")
         os.environ["NUDGE_RUN_ID"] = me.name
         found = standing.find_incumbent(MODEL, SETTINGS.registry_url)
         world.compared[me.name] = found.version
-        world.taken -= {me.name}  # from here on it is compared with what the person chose
+        world.taken -= {me.name}  # from here on it is compared with the version the person chose
         if found.state == "found" and QUALITY[me.name] <= QUALITY[found.version]:
             return False
         properties = comparison_properties(dataclasses.asdict(found))
@@ -200,12 +200,12 @@ def run_of(world: World) -> Callable[[Actor], None]:
 
 
 def person(world: World, shares: dict[str, int] | None) -> Callable[[Actor], None]:
-    """`nudge promote`, `nudge split`, or, without shares, `nudge rollback`."""
+    """`nudge promote`, `nudge split` or, without shares, `nudge rollback`."""
 
     def work(me: Actor) -> None:
         if shares is None:
             me.step("look")
-        with contextlib.suppress(UserError):  # there is nothing to go back to, no such version
+        with contextlib.suppress(UserError):  # there is no version to return to, or no such version
             if shares is None:
                 deploying.rollback(SETTINGS, registered_model=MODEL)
             else:
@@ -231,7 +231,7 @@ class Orders:
             self.followed += 1
 
     def _follow(self, order: list[Choice]) -> list[list[Choice]]:
-        """Take one order to its end; returns those that branch off from it."""
+        """Follow one order to its end; returns the orders that branch off."""
         world = self.world = World(self._served)
         actors = {name: Actor(name, run_of(world)) for name in RUNS}
         if self._by_hand:
@@ -279,8 +279,8 @@ def _choices(world: World, actors: dict[str, Actor]) -> list[Choice]:
             choices += [(name, command) for command in RETRIES]
             continue
         choices.append((name, "go"))
-        # Killed before anything was changed: a run may go on from its evaluation, and a person who
-        # never began is among the orders already.
+        # Killed before any change: a run may resume at its evaluation, and a person who never
+        # started is already among the orders.
         changed = each.label in ("move", "note_served", "note_promotion", "retire")
         if not world.kills and (changed or (each.label == "lease" and name in RUNS)):
             choices.append((name, "kill"))
@@ -289,11 +289,11 @@ def _choices(world: World, actors: dict[str, Actor]) -> list[Choice]:
 
 @pytest.fixture
 def orders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Orders]:
-    """Makes an `Orders`, whose actors meet its world wherever they ask a registry or a target."""
+    """Creates an `Orders` whose actors use its world as registry and as target."""
     made: list[Orders] = []
 
-    def make(*given: Any) -> Orders:
-        made.append(Orders(*given))
+    def make(*arguments: Any) -> Orders:
+        made.append(Orders(*arguments))
         return made[-1]
 
     def world() -> World:
@@ -336,7 +336,7 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Orders]:
 
     def with_registry(url: str, work: Any, attempts_s: float = 0) -> Any:
         coroutine = work(None)
-        with pytest.raises(StopIteration) as done:  # nothing in memory is waited for
+        with pytest.raises(StopIteration) as done:  # work in memory never waits
             coroutine.send(None)
         return done.value.value
 
@@ -382,7 +382,7 @@ def test_no_order_gives_traffic_to_a_version_that_lost(
     found = orders(served, (lambda world: person(world, MOVES[move])) if move else None)
     found.follow()
     assert found.followed > 20
-    # Each run can win: what is refused is refused for a cause.
+    # Each run can win, so a refusal always has a cause.
     assert found.ends >= {"better", "worse"}
     if move is None:
         assert found.ends == {"better", "worse"}, "one of two runs that beat v1 is promoted"

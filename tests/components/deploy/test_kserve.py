@@ -1,4 +1,4 @@
-"""KServe as a target, on a small OpenShift: what is made, moved, refused and left."""
+"""KServe as a target, on a small OpenShift: what it creates, moves, refuses and keeps."""
 
 import threading
 from dataclasses import replace
@@ -12,8 +12,7 @@ from nudge.components.common.clients.registry.releases import Version, find_serv
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.settings import parse
 from nudge.components.deploy.deploy import deploy, rollback, serve
-from nudge.components.deploy.kserve import kserve, lease, routes
-from nudge.components.deploy.kserve import objects as objects
+from nudge.components.deploy.kserve import kserve, lease, objects, routes
 from nudge.components.deploy.settings import DeploySettings
 from nudge.pipelines.local import services
 from tests.components.deploy.kserve_cluster import PLAIN, SETTINGS, ServingCluster
@@ -46,7 +45,7 @@ def version(model: str = "m", name: str = "v1", uri: str = "s3://b/models/m/v1")
         {"queue": "gpus"},
     ],
 )
-def test_objects_are_what_the_cluster_takes(values: dict[str, Any]) -> None:
+def test_the_cluster_accepts_the_objects(values: dict[str, Any]) -> None:
     settings = parse(DeploySettings, {"kserve": {"connection": "models", **values}}, "deploy")
     made = objects.inference_service(version(), settings)
     assert problems(made) == []
@@ -67,12 +66,12 @@ def test_objects_are_what_the_cluster_takes(values: dict[str, Any]) -> None:
     if values.get("gpus") == 2:
         assert predictor["model"]["resources"]["limits"]["amd.com/gpu"] == "2"
         assert predictor["tolerations"][0]["key"] == "gpu"
-    door = routes.OpenShiftRoute(settings.kserve)
-    route = door.body("m", {"v1": 90, "v2": 10})
+    openshift = routes.OpenShiftRoute(settings.kserve)
+    route = openshift.body("m", {"v1": 90, "v2": 10})
     assert problems(route) == []
-    assert list(door.weights(route).values()) == [90, 10]
-    safe = values.get("authentication", True)
-    assert route["spec"]["tls"]["termination"] == ("reencrypt" if safe else "edge")
+    assert list(openshift.weights(route).values()) == [90, 10]
+    authenticated = values.get("authentication", True)
+    assert route["spec"]["tls"]["termination"] == ("reencrypt" if authenticated else "edge")
 
 
 def test_an_image_is_served_from_its_registry() -> None:
@@ -91,19 +90,21 @@ def test_an_image_is_served_from_its_registry() -> None:
     assert "imagePullSecrets" not in public["spec"]["predictor"]
 
 
-@pytest.mark.parametrize("given", ["m", "Support Model", "x" * 80, "7b", "--", "a.b", "日本"])
-def test_names_fit_and_differ(given: str) -> None:
+@pytest.mark.parametrize("model_name", ["m", "Support Model", "x" * 80, "7b", "--", "a.b", "日本"])
+def test_object_names_are_valid_and_unique(model_name: str) -> None:
     from re import fullmatch
 
-    names = [objects.service_name(given, each) for each in ("v1", "v1.0", "v1-0", "V1", "r" * 70)]
+    names = [
+        objects.service_name(model_name, each) for each in ("v1", "v1.0", "v1-0", "V1", "r" * 70)
+    ]
     assert len(set(names)) == 5
-    for name in [*names, objects.endpoint_name(given)]:
+    for name in [*names, objects.endpoint_name(model_name)]:
         assert fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name)
         assert len(name) <= 48
     assert objects.endpoint_name("a.b") != objects.endpoint_name("a-b")
 
 
-def test_what_cannot_be_served_is_refused() -> None:
+def test_unservable_versions_and_splits_are_refused() -> None:
     with pytest.raises(UserError, match="deploy.kserve.connection"):
         objects.inference_service(
             version(), parse(DeploySettings, {"kserve": {"connection": ""}}, "deploy")
@@ -114,9 +115,7 @@ def test_what_cannot_be_served_is_refused() -> None:
         routes.OpenShiftRoute(SETTINGS.kserve).body("m", dict.fromkeys("abcde", 20))
 
 
-def test_a_stream_of_requests_loses_none(
-    cluster: ServingCluster, model: str, registry: str
-) -> None:
+def test_shifts_lose_no_requests(cluster: ServingCluster, model: str, registry: str) -> None:
     first = deploy(SETTINGS, registered_model=model, version="v1")
     endpoint = first["endpoint"]
     assert endpoint == f"https://{cluster.router.host}"
@@ -145,29 +144,30 @@ def test_a_stream_of_requests_loses_none(
     assert "holderIdentity" not in left["spec"]
 
 
-def test_what_does_not_load_tells_why_and_takes_nothing(
+def test_a_version_that_does_not_load_reports_why_and_gets_no_traffic(
     cluster: ServingCluster, model: str
 ) -> None:
     deploy(SETTINGS, registered_model=model, version="v1")
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         deploy(SETTINGS, registered_model=model, version="bad")
     for part in ("ModelLoadFailed", "storage-initializer", "no model in s3://b/bad", "BackOff"):
-        assert part in str(told.value)
+        assert part in str(error.value)
     assert (cluster.weights(), cluster.up()) == ({"v1": 100}, {"v1"})
     with pytest.raises(UserError, match=r"' Paris' \(P 0.80\), the served one ' Paris' \(P 0.10\)"):
         deploy(SETTINGS, registered_model=model, version="odd")
     assert (cluster.weights(), cluster.up()) == ({"v1": 100}, {"v1"})
-    assert cluster.api.token not in str(told.value)
+    assert cluster.api.token not in str(error.value)
 
 
-def test_pods_that_wait_for_ever_end_the_wait(cluster: ServingCluster, model: str) -> None:
+def test_an_image_that_cannot_be_pulled_ends_the_wait(cluster: ServingCluster, model: str) -> None:
     def pull(service: dict[str, Any]) -> bool:
         labels = {"serving.kserve.io/inferenceservice": service["metadata"]["name"]}
+        digest = {objects.SETTINGS: service["metadata"]["annotations"][objects.SETTINGS]}
         cluster.api.add(
             {
                 "apiVersion": "v1",
                 "kind": "Pod",
-                "metadata": {"name": "p", "labels": labels},
+                "metadata": {"name": "p", "labels": labels, "annotations": digest},
                 "spec": {"containers": [{"name": "kserve-container", "image": "vllm"}]},
             },
             containerStatuses=[
@@ -189,7 +189,7 @@ def test_pods_that_wait_for_ever_end_the_wait(cluster: ServingCluster, model: st
     assert cluster.up() == set()
 
 
-def test_ready_alone_is_not_enough(cluster: ServingCluster, model: str) -> None:
+def test_the_ready_condition_alone_is_not_enough(cluster: ServingCluster, model: str) -> None:
     def crash(service: dict[str, Any]) -> bool:
         cluster.api.set_status(
             service,
@@ -212,7 +212,7 @@ def test_ready_alone_is_not_enough(cluster: ServingCluster, model: str) -> None:
     assert cluster.up() == set()
 
 
-def test_two_at_once_are_one_after_the_other(cluster: ServingCluster, model: str) -> None:
+def test_concurrent_deploys_run_one_after_the_other(cluster: ServingCluster, model: str) -> None:
     deploy(SETTINGS, registered_model=model, version="v1")
     outcomes: list[str] = []
 
@@ -228,7 +228,7 @@ def test_two_at_once_are_one_after_the_other(cluster: ServingCluster, model: str
     assert (cluster.weights(), cluster.up()) == ({outcomes[-1]: 100}, {outcomes[-1]})
 
 
-def test_who_is_at_work_is_told(
+def test_the_holder_of_the_lease_is_named(
     cluster: ServingCluster, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nudge.components.common.clients.kube import connect
@@ -236,14 +236,16 @@ def test_who_is_at_work_is_told(
     monkeypatch.setattr(kserve, "LEASE_WAIT_S", 0.5)
     name = f"nudge-{objects.endpoint_name(model)}"
     with (
-        lease.held(connect(), name, {}, 1),
-        pytest.raises(UserError, match=r"/\d+/\w+ is at work on this since 20.*lease nudge-"),
+        lease.hold_lease(connect(), name, {}, 1),
+        pytest.raises(UserError, match=r"/\d+/\w+ has been working on this since 20.*lease nudge-"),
     ):
         deploy(SETTINGS, registered_model=model, version="v1")
     assert cluster.api.all("InferenceService") == []
 
 
-def test_a_lost_lease_changes_nothing_more(cluster: ServingCluster, model: str) -> None:
+def test_after_losing_the_lease_a_shift_changes_nothing(
+    cluster: ServingCluster, model: str
+) -> None:
     deploy(SETTINGS, registered_model=model, version="v1")
 
     def take(service: dict[str, Any]) -> bool:
@@ -255,12 +257,12 @@ def test_a_lost_lease_changes_nothing_more(cluster: ServingCluster, model: str) 
         return False
 
     cluster.on_service = take
-    with pytest.raises(UserError, match="another has taken the lease"):
+    with pytest.raises(UserError, match="another one has taken over the lease"):
         deploy(SETTINGS, registered_model=model, version="v2")
     assert cluster.weights() == {"v1": 100}
 
 
-def test_a_route_of_somebody_else_is_left_alone(cluster: ServingCluster, model: str) -> None:
+def test_a_foreign_route_is_left_alone(cluster: ServingCluster, model: str) -> None:
     theirs = routes.OpenShiftRoute(SETTINGS.kserve).body(model, {"x": 100})
     del theirs["metadata"]["annotations"]
     cluster.api._controllers.clear()
@@ -270,7 +272,7 @@ def test_a_route_of_somebody_else_is_left_alone(cluster: ServingCluster, model: 
     assert cluster.up() == set()
 
 
-def test_a_cluster_without_kserve_says_what_brings_it(cluster: ServingCluster, model: str) -> None:
+def test_a_missing_kserve_is_explained(cluster: ServingCluster, model: str) -> None:
     cluster.api.forget_kind("InferenceService")
     with pytest.raises(UserError, match="no kind InferenceService.*OpenShift AI"):
         deploy(SETTINGS, registered_model=model, version="v1")
@@ -299,7 +301,7 @@ def test_the_commands_act_on_the_cluster(
     assert "v2 90 %, v3 10 %" in nudge("split", "v2=90", "v3=10", "--target", "kserve")
     assert cluster.weights() == {"v2": 90, "v3": 10}
     assert "v2 100 %" in nudge("rollback", "--target", "kserve")
-    assert "v1 100 %" in nudge("rollback")  # where it is served
+    assert "v1 100 %" in nudge("rollback")  # on the cluster, where it is served
     assert cluster.up() == {"v1"}
     done = CliRunner().invoke(main, ["promote", "v2", "--model", model, "--target", "local"])
     assert (done.exit_code, "which is not this machine" in done.output) == (2, True)
@@ -309,11 +311,11 @@ def test_the_commands_act_on_the_cluster(
     assert (done.exit_code, "no model registry is known" in done.output) == (2, True)
 
 
-def test_where_there_are_no_routes_a_gateway_shares_the_traffic(
+def test_a_gateway_splits_the_traffic_on_a_cluster_without_routes(
     cluster: ServingCluster, model: str, registry: str
 ) -> None:
     cluster.api.forget_kind("Route")
-    with pytest.raises(UserError, match=r"no kind Route.*elsewhere deploy.kserve.gateway names a"):
+    with pytest.raises(UserError, match=r"no kind Route.*elsewhere set deploy.kserve.gateway to a"):
         deploy(SETTINGS, registered_model=model, version="v1")
     assert cluster.up() == set()
 
@@ -340,9 +342,9 @@ def test_where_there_are_no_routes_a_gateway_shares_the_traffic(
     assert stream.faults == []
 
 
-def test_a_gateway_that_refuses_tells_why(cluster: ServingCluster, model: str) -> None:
+def test_the_reason_of_a_refused_httproute_is_reported(cluster: ServingCluster, model: str) -> None:
     def refuse(route: dict[str, Any]) -> None:
-        said = {
+        refusal = {
             "type": "Accepted", "status": "False", "reason": "NotAllowedByListeners",
             "message": "no listener takes this host", "lastTransitionTime": "2026-01-01T00:00:00Z",
             "observedGeneration": route["metadata"]["generation"],
@@ -350,7 +352,7 @@ def test_a_gateway_that_refuses_tells_why(cluster: ServingCluster, model: str) -
         parent = {
             "parentRef": {"name": "public"},
             "controllerName": "e.com/g",
-            "conditions": [said],
+            "conditions": [refusal],
         }
         cluster.api.set_status(route, parents=[parent])
 
@@ -360,7 +362,7 @@ def test_a_gateway_that_refuses_tells_why(cluster: ServingCluster, model: str) -
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"gateway": "a/b"}, "gateway and gateway_url belong together"),
         ({"gateway": "b", "gateway_url": "https://{model}.e.com"}, "kserve.gateway"),
@@ -368,8 +370,8 @@ def test_a_gateway_that_refuses_tells_why(cluster: ServingCluster, model: str) -
         ({"gateway": "a/b", "gateway_url": "https://{model}.e.com"}, "authentication: false"),
     ],
 )
-def test_half_a_gateway_is_refused(values: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_an_incomplete_gateway_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         parse(DeploySettings, {"kserve": values}, "deploy")
 
 
@@ -381,7 +383,7 @@ ALONE = parse(
 
 
 @pytest.mark.long
-def test_with_one_gpu_the_old_one_makes_room(
+def test_with_one_gpu_the_old_version_makes_room(
     cluster: ServingCluster, model: str, registry: str
 ) -> None:
     cluster.one_gpu = True
@@ -400,12 +402,14 @@ def test_with_one_gpu_the_old_one_makes_room(
         deploy(ALONE, registered_model=model, version="v2")
         stream.seen()
         assert stream.next(4) == {" v2"}
-        # Nobody is served meanwhile, and each of them is told so: none breaks off.
+        # No one is served meanwhile: each request gets an error status, and none is cut off.
         assert stream.faults
         assert all("503" in each or "502" in each for each in stream.faults)
         assert (cluster.weights(), cluster.up()) == ({"v2": 100}, {"v2"})
 
-        with pytest.raises(UserError, match="no model in s3://b/bad(.|\n)*v2 made room for it and"):
+        with pytest.raises(
+            UserError, match="no model in s3://b/bad(.|\n)*The traffic is back on v2"
+        ):
             deploy(ALONE, registered_model=model, version="bad")
         stream.seen()
         assert stream.next(4) == {" v2"}
@@ -418,7 +422,7 @@ def test_with_one_gpu_the_old_one_makes_room(
 
 
 @pytest.mark.long
-def test_what_runs_already_asks_for_no_room(cluster: ServingCluster, model: str) -> None:
+def test_a_running_version_needs_no_room(cluster: ServingCluster, model: str) -> None:
     deploy(SETTINGS, registered_model=model, version="v1")
     serve(SETTINGS, model, {"v1": 50, "v2": 50})
     stream = Stream(f"https://{cluster.router.host}", model, cluster.api.token)

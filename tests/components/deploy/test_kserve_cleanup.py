@@ -1,4 +1,4 @@
-"""KServe: what is waited for before a server ends, and for how long."""
+"""Stopping servers on KServe: what to wait for, and for how long."""
 
 import subprocess
 import threading
@@ -13,8 +13,7 @@ from nudge.components.common.clients.kube import connect
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.settings import parse
 from nudge.components.deploy.deploy import deploy
-from nudge.components.deploy.kserve import kserve
-from nudge.components.deploy.kserve import objects as objects
+from nudge.components.deploy.kserve import lifecycle, objects
 from nudge.components.deploy.kserve.kserve import KServe
 from nudge.components.deploy.settings import DeploySettings
 from tests.components.deploy.kserve_cluster import SETTINGS, ModelServer, ServingCluster
@@ -25,7 +24,7 @@ def test_a_candidate_that_had_no_traffic_is_not_drained(
     cluster: ServingCluster, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deploy(SETTINGS, registered_model=model, version="v1")
-    monkeypatch.setattr(kserve, "QUIET_S", 60.0)
+    monkeypatch.setattr(lifecycle, "QUIET_S", 60.0)
     began = time.monotonic()
     with pytest.raises(UserError, match="the smoke test of .* odd failed"):
         deploy(SETTINGS, registered_model=model, version="odd")
@@ -34,9 +33,9 @@ def test_a_candidate_that_had_no_traffic_is_not_drained(
 
 
 def retire_v1(cluster: ServingCluster, **values: Any) -> float:
-    """Seconds that it takes to end a version that had all the traffic."""
-    given = parse(DeploySettings, {"target": "kserve", "kserve": values}, "deploy")
-    target = KServe(connect(), given)
+    """Seconds that it takes to stop a version that had all the traffic."""
+    settings = parse(DeploySettings, {"target": "kserve", "kserve": values}, "deploy")
+    target = KServe(connect(), settings)
     with target.exclusive(MODEL):
         target.bring_up(version())
         target.move(MODEL, {"v1": 100})
@@ -46,33 +45,34 @@ def retire_v1(cluster: ServingCluster, **values: Any) -> float:
     return time.monotonic() - began
 
 
-def test_a_server_that_does_not_say_what_is_under_way_is_not_busy(
+def test_a_server_without_request_metrics_is_not_busy(
     cluster: ServingCluster, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(kserve, "_under_way", lambda client: None)
+    monkeypatch.setattr(lifecycle, "requests_in_flight", lambda client: None)
     assert retire_v1(cluster, request_timeout_s=60) < 30
-    assert "ends when" not in capfd.readouterr().err
+    assert "stops when" not in capfd.readouterr().err
 
 
-def test_the_wait_for_requests_is_announced(
+def test_draining_is_announced(
     cluster: ServingCluster, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     make = ModelServer.__init__
 
-    def busy(self: ModelServer, *given: Any) -> None:
-        make(self, *given)
+    def busy(self: ModelServer, *arguments: Any) -> None:
+        make(self, *arguments)
         self._running = 2
 
     monkeypatch.setattr(ModelServer, "__init__", busy)
     assert retire_v1(cluster, request_timeout_s=3) >= 3
-    assert capfd.readouterr().err.count("v1 ends when its 2 requests do, or in 3 s") == 1
+    assert capfd.readouterr().err.count("v1 stops when its 2 requests finish, or in 3 s") == 1
 
 
-def test_an_ending_pod_has_as_long_as_a_request_may_take() -> None:
-    place = replace(SETTINGS.kserve, request_timeout_s=900)
-    predictor = objects.inference_service(version(), replace(SETTINGS, kserve=place))["spec"][
-        "predictor"
-    ]
+def test_the_grace_period_of_a_pod_follows_the_request_timeout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_S3_BUCKET", "bucket")
+    settings = replace(SETTINGS, kserve=replace(SETTINGS.kserve, request_timeout_s=900))
+    predictor = objects.inference_service(version(), settings)["spec"]["predictor"]
     assert predictor["terminationGracePeriodSeconds"] == 900 + objects.GRACE_S
     command = predictor["model"]["lifecycle"]["preStop"]["exec"]["command"]
     assert command[:2] == ["/bin/sh", "-c"]
@@ -95,7 +95,7 @@ class Metrics(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hook(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Starts the preStop hook of a pod whose server is `Metrics`."""
+    """Starts the preStop hook of a pod whose server has the `Metrics`."""
     monkeypatch.setattr(objects, "SETTLES_S", 3)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Metrics)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -111,18 +111,18 @@ def hook(monkeypatch: pytest.MonkeyPatch) -> Any:
     server.server_close()
 
 
-def test_the_hook_waits_until_nothing_is_under_way(
+def test_the_hook_waits_until_no_request_is_in_flight(
     hook: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Metrics, "text", 'vllm:num_requests_running{engine="0"} 1.0\n')
-    waits = hook(300)
+    process = hook(300)
     time.sleep(6)
-    assert waits.poll() is None
+    assert process.poll() is None
     Metrics.text = 'vllm:num_requests_running{engine="0"} 0.0\n'
-    assert waits.wait(30) == 0
+    assert process.wait(30) == 0
 
 
-def test_the_hook_waits_for_a_server_that_does_not_say_for_as_long_as_a_request(
+def test_without_request_metrics_the_hook_waits_for_the_request_timeout(
     hook: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Metrics, "status", 404)
@@ -132,9 +132,9 @@ def test_the_hook_waits_for_a_server_that_does_not_say_for_as_long_as_a_request(
 
 
 def test_a_token_is_not_sent_in_plain_text(cluster: ServingCluster) -> None:
-    asks = KServe(connect(), SETTINGS)
+    target = KServe(connect(), SETTINGS)
     with pytest.raises(UserError, match="http://m.example.com asks for a token, .* https only"):
-        asks._server("http://m.example.com")
-    assert asks._server("https://m.example.com").token == cluster.api.token
-    open_to_all = replace(SETTINGS, kserve=replace(SETTINGS.kserve, authentication=False))
-    assert KServe(connect(), open_to_all)._server("http://m.example.com").token == ""
+        target._server("http://m.example.com")
+    assert target._server("https://m.example.com").token == cluster.api.token
+    no_token = replace(SETTINGS, kserve=replace(SETTINGS.kserve, authentication=False))
+    assert KServe(connect(), no_token)._server("http://m.example.com").token == ""

@@ -1,5 +1,5 @@
-"""KServe as a target on bad days: killed at every boundary, and with an API and a registry that
-fail; a stream of users meets none of it."""
+"""KServe as a target under faults: killed at every boundary, and with a failing API and registry.
+A stream of users notices none of it."""
 
 import contextlib
 import os
@@ -31,13 +31,13 @@ BOUNDARIES = [
 CASES = [
     pytest.param(
         boundary,
-        again,
-        id=f"{'-'.join(boundary)}-{again}",
-        # One of them, at the worst moment, is for every day.
-        marks=[] if boundary[1:] == ("routes", "after") and again == "finish" else pytest.mark.long,
+        retry,
+        id=f"{'-'.join(boundary)}-{retry}",
+        # One case, at the worst moment, runs every day.
+        marks=[] if boundary[1:] == ("routes", "after") and retry == "finish" else pytest.mark.long,
     )
     for boundary in BOUNDARIES
-    for again in ("finish", "undo")
+    for retry in ("finish", "undo")
 ]
 
 
@@ -48,7 +48,7 @@ def promote_and_kill(
     boundary: tuple[str, str, str],
     registry: FaultyProxy,
 ) -> None:
-    """Promote in a process of its own that SIGKILL ends at its first request of this kind."""
+    """Promote in a separate process, and SIGKILL it at its first request of this kind."""
     verb, plural, moment = boundary
     child: list[subprocess.Popen[bytes]] = []
     answer = cluster.api._do
@@ -89,9 +89,9 @@ def promote_and_kill(
     cluster.api._do = answer  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize(("boundary", "again"), CASES)
-def test_killed_and_run_again(
-    cluster: ServingCluster, model: str, registry: str, boundary: tuple[str, str, str], again: str
+@pytest.mark.parametrize(("boundary", "retry"), CASES)
+def test_a_killed_promote_can_be_finished_or_undone(
+    cluster: ServingCluster, model: str, registry: str, boundary: tuple[str, str, str], retry: str
 ) -> None:
     endpoint = deploy(SETTINGS, registered_model=model, version="v1")["endpoint"]
     stream = Stream(endpoint, model, cluster.api.token)
@@ -100,7 +100,7 @@ def test_killed_and_run_again(
             promote_and_kill(cluster, model, "v2", boundary, proxy)
         assert cluster.weights() in ({"v1": 100}, {"v2": 100})
         assert set(cluster.weights()) <= cluster.up(), "users are sent to a version that is not up"
-        wanted = "v2" if again == "finish" else "v1"
+        wanted = "v2" if retry == "finish" else "v1"
         deploy(SETTINGS, registered_model=model, version=wanted)
     finally:
         stream.stop()
@@ -119,12 +119,12 @@ def test_faulty_api_and_registry(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every run ends right or fails cleanly, and none sends users to what must not be served."""
+    """Every run succeeds or fails cleanly, and no user reaches a version that must not serve."""
     endpoint = deploy(SETTINGS, registered_model=model, version="v1")["endpoint"]
     runs: list[dict[str, int]] = [
         {"v2": 100}, {"bad": 100}, {"v2": 60, "v3": 40}, {"odd": 100}, {"v1": 100},
     ]  # fmt: skip
-    ended = {"right": 0, "clean": 0}
+    outcomes = {"succeeded": 0, "failed": 0}
     stream = Stream(endpoint, model, cluster.api.token, clients=1)
     with (
         FaultyProxy(cluster.api.url, seed=1, slow_s=0.1) as api,
@@ -139,12 +139,12 @@ def test_faulty_api_and_registry(
             before = cluster.weights()
             try:
                 serve(SETTINGS, model, shares)
-                told = ""
+                message = ""
             except UserError as error:
-                told = str(error)
-            ended["clean" if told else "right"] += 1
-            assert cluster.weights() in ([before, shares] if told else [shares])
-            assert cluster.api.token not in told
+                message = str(error)
+            outcomes["failed" if message else "succeeded"] += 1
+            assert cluster.weights() in ([before, shares] if message else [shares])
+            assert cluster.api.token not in message
             assert not {"bad", "odd"} & set(cluster.weights())
             assert set(cluster.weights()) <= cluster.up()
         hurt = api.hurt + behind.hurt
@@ -156,6 +156,6 @@ def test_faulty_api_and_registry(
         deploy(SETTINGS, registered_model=model, version="bad")
     deploy(SETTINGS, registered_model=model, version="v1")
     assert (cluster.weights(), cluster.up()) == ({"v1": 100}, {"v1"})
-    print(f"{RUNS} runs, {hurt} faults: {ended}, {stream.answered} requests of users")
+    print(f"{RUNS} runs, {hurt} faults: {outcomes}, {stream.answered} user requests")
     assert hurt > RUNS
-    assert ended["right"] >= RUNS * 0.4  # of five shares three can be served
+    assert outcomes["succeeded"] >= RUNS * 0.4  # three of the five shares can be served

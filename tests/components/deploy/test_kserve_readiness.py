@@ -1,6 +1,6 @@
 """Readiness on KServe comes from the pods, and failures are reported when they happen.
 
-The statuses were recorded from KServe (see `kserve_pods`).
+The statuses are recordings of KServe (see `kserve_pods`).
 """
 
 import threading
@@ -14,8 +14,7 @@ from nudge.components.common.clients.kube import connect
 from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.settings import parse
-from nudge.components.deploy.kserve import kserve, readiness
-from nudge.components.deploy.kserve import objects as objects
+from nudge.components.deploy.kserve import objects, readiness, routes
 from nudge.components.deploy.kserve.kserve import KServe
 from nudge.components.deploy.settings import DeploySettings
 from tests.components.deploy import kserve_pods as pods
@@ -23,35 +22,35 @@ from tests.components.deploy.kserve_cluster import SETTINGS, ServingCluster
 
 MODEL = "m"
 FAST_S = 15.0
-"""The longest that a failure may take to be reported here, where polls are quick; the settings' own
-limit is half an hour."""
+"""The time limit for reporting a failure here, where polls are quick; the settings' default is
+half an hour."""
 
 
 def version(name: str = "v1") -> Version:
-    return Version(MODEL, name, "1", "2", f"s3://b/models/m/{name}", False, 0, {})
+    return Version(MODEL, name, "1", "2", f"s3://bucket/models/m/{name}", False, 0, {})
 
 
 def settings(**values: Any) -> DeploySettings:
     return parse(DeploySettings, {"target": "kserve", "kserve": values}, "deploy")
 
 
-def bring_up(given: DeploySettings = SETTINGS, name: str = "v1") -> str:
-    target = KServe(connect(), given)
+def bring_up(settings: DeploySettings = SETTINGS, name: str = "v1") -> str:
+    target = KServe(connect(), settings)
     with target.exclusive(MODEL):
         return target.bring_up(version(name)).address
 
 
-def refused(given: DeploySettings = SETTINGS, name: str = "v1") -> str:
-    """The error of a start that fails; it must come soon."""
+def refused(settings: DeploySettings = SETTINGS, name: str = "v1") -> str:
+    """The error of a start that fails; it must be reported soon."""
     began = time.monotonic()
-    with pytest.raises(UserError) as told:
-        bring_up(given, name)
+    with pytest.raises(UserError) as error:
+        bring_up(settings, name)
     assert time.monotonic() - began < FAST_S, "reported late"
-    return str(told.value)
+    return str(error.value)
 
 
 def running(cluster: ServingCluster) -> dict[str, int]:
-    """How many pods there are by the digest of their settings."""
+    """The number of pods by the digest of their settings."""
     counts: dict[str, int] = {}
     for pod in cluster.api.all("Pod"):
         digest = readiness.digest_of(pod) or ""
@@ -59,13 +58,13 @@ def running(cluster: ServingCluster) -> dict[str, int]:
     return counts
 
 
-def digest(given: DeploySettings) -> str:
-    made = objects.inference_service(version(), given)
-    return str(made["metadata"]["annotations"][objects.SETTINGS])
+def digest(settings: DeploySettings) -> str:
+    service = objects.inference_service(version(), settings)
+    return str(service["metadata"]["annotations"][objects.SETTINGS])
 
 
 def test_the_recorded_status_says_ready_while_an_update_crashes() -> None:
-    """What nudge went by before: the generation, Ready and the model's state."""
+    """An older nudge relied on these: the generation, Ready and the model's state."""
     last = pods.recorded("update-stuck")[-1]
     assert last["obs"] >= last["gen"]
     assert last["cond"]["Ready"] == "True"
@@ -75,7 +74,7 @@ def test_the_recorded_status_says_ready_while_an_update_crashes() -> None:
     assert started["obs"] < started["gen"]
 
 
-def test_an_update_is_ready_when_only_its_own_pods_run(cluster: ServingCluster) -> None:
+def test_an_update_is_ready_when_only_its_pods_run(cluster: ServingCluster) -> None:
     bring_up()
     changed = settings(arguments=["--max-model-len=4096"])
     bring_up(changed)
@@ -83,7 +82,7 @@ def test_an_update_is_ready_when_only_its_own_pods_run(cluster: ServingCluster) 
 
 
 def test_a_changed_label_is_waited_for(cluster: ServingCluster) -> None:
-    """No new generation of the InferenceService, yet new pods."""
+    """It creates new pods, but no new generation of the InferenceService."""
     bring_up()
     changed = replace(SETTINGS, registry_name="another")
     bring_up(changed)
@@ -95,14 +94,14 @@ def test_a_changed_label_is_waited_for(cluster: ServingCluster) -> None:
 def test_a_changed_number_of_replicas_is_waited_for(cluster: ServingCluster) -> None:
     bring_up()
     three = settings(replicas=3)
-    assert digest(three) == digest(settings())  # pods that serve are not replaced for it
+    assert digest(three) == digest(settings())  # serving pods are not replaced for it
     bring_up(three)
     assert running(cluster) == {digest(three): 3}
     bring_up(settings(replicas=2))
     assert running(cluster) == {digest(three): 2}
 
 
-def test_a_replica_that_finds_no_node_is_not_ready(
+def test_an_unschedulable_replica_is_not_ready(
     cluster: ServingCluster, capfd: pytest.CaptureFixture[str]
 ) -> None:
     bring_up()
@@ -116,35 +115,35 @@ def test_a_replica_that_finds_no_node_is_not_ready(
 def test_a_crash_on_update_is_a_failure(cluster: ServingCluster) -> None:
     bring_up()
     cluster.new_pods = "crash"
-    told = refused(settings(arguments=["--max-model-len=8192"]))
+    error = refused(settings(arguments=["--max-model-len=8192"]))
     (service,) = cluster.api.all("InferenceService")
     ready = {each["type"]: each["status"] for each in service["status"]["conditions"]}["Ready"]
     assert ready == "True"
-    assert "container kserve-container: waits: CrashLoopBackOff" in told
-    assert "the end of the log of pod m-v1-" in told
-    assert pods.CRASH_LOG in told
-    assert "The pods with the earlier settings still serve" in told
+    assert "container kserve-container: waits: CrashLoopBackOff" in error
+    assert "the end of the log of pod m-v1-" in error
+    assert pods.CRASH_LOG in error
+    assert "The pods with the previous settings are still serving" in error
     for routine in ("VirtualServiceCRDNotFound", "UpdateFailed", "FailedMount"):
-        assert routine not in told
+        assert routine not in error
 
 
 def test_a_missing_image_on_update_is_a_failure(cluster: ServingCluster) -> None:
     bring_up()
     cluster.new_pods = "missing"
-    told = refused(settings(arguments=["--max-model-len=8192"]))
-    assert "ImagePullBackOff" in told
-    assert pods.NOT_FOUND in told
+    error = refused(settings(arguments=["--max-model-len=8192"]))
+    assert "ImagePullBackOff" in error
+    assert pods.NOT_FOUND in error
 
 
 def test_a_first_start_that_crashes_is_a_failure(cluster: ServingCluster) -> None:
     """KServe's status stays InProgress: it watches init containers only."""
     cluster.new_pods = "crash"
-    told = refused()
-    assert pods.CRASH_LOG in told
-    assert "still serve" not in told
+    error = refused()
+    assert pods.CRASH_LOG in error
+    assert "still serving" not in error
 
 
-def test_a_version_that_failed_is_started_afresh(cluster: ServingCluster) -> None:
+def test_a_failed_version_is_recreated(cluster: ServingCluster) -> None:
     cluster.new_pods = "crash"
     refused()
     (failed,) = cluster.api.all("InferenceService")
@@ -155,8 +154,8 @@ def test_a_version_that_failed_is_started_afresh(cluster: ServingCluster) -> Non
 
 
 def test_an_unknown_runtime_is_a_failure_without_a_generation(cluster: ServingCluster) -> None:
-    told = refused(settings(runtime="nowhere"))
-    assert "RuntimeNotRecognized Waiting for runtime to become available (runtime nowhere)" in told
+    error = refused(settings(runtime="nowhere"))
+    assert "RuntimeNotRecognized Waiting for runtime to become available (runtime nowhere)" in error
     (service,) = cluster.api.all("InferenceService")
     assert "observedGeneration" not in service["status"]
 
@@ -178,12 +177,12 @@ def test_pods_that_cannot_be_created_are_a_failure(
     cluster: ServingCluster, cause: str, hint: str
 ) -> None:
     cluster.refused = cause
-    told = refused()
-    assert f"its pods cannot be created: FailedCreate: {cause}" in told
-    assert hint in told
+    error = refused()
+    assert f"its pods cannot be created: FailedCreate: {cause}" in error
+    assert hint in error
 
 
-def test_a_quota_that_pods_of_the_model_still_use_is_waited_for(
+def test_a_quota_that_terminating_pods_use_is_waited_for(
     cluster: ServingCluster, capfd: pytest.CaptureFixture[str]
 ) -> None:
     bring_up(name="v2")
@@ -194,17 +193,17 @@ def test_a_quota_that_pods_of_the_model_still_use_is_waited_for(
     cluster.refused = "exceeded quota: gpus"
     with pytest.raises(UserError, match="is not ready after 3 s(.|\n)*exceeded quota: gpus"):
         bring_up(settings(start_timeout_s=3))
-    assert "exceeded quota: gpus; pods that use it are still ending" in capfd.readouterr().err
+    assert "exceeded quota: gpus; pods that use it are still terminating" in capfd.readouterr().err
 
 
-def test_a_missing_right_hides_no_other_cause(cluster: ServingCluster) -> None:
+def test_a_missing_permission_hides_no_other_cause(cluster: ServingCluster) -> None:
     cluster.api.forbid("list", "replicasets")
     cluster.api.forbid("list", "events")
     cluster.new_pods = "crash"
     assert "CrashLoopBackOff" in refused()
 
 
-def test_a_stopped_version_is_started_and_said_so(
+def test_a_stopped_version_is_started_and_announced(
     cluster: ServingCluster, capfd: pytest.CaptureFixture[str]
 ) -> None:
     bring_up()
@@ -220,13 +219,13 @@ def test_a_stopped_version_is_started_and_said_so(
     (service,) = cluster.api.all("InferenceService")
     assert objects.STOP not in service["metadata"]["annotations"]
     assert running(cluster) == {digest(SETTINGS): 1}
-    assert "m v1 had been stopped by somebody" in capfd.readouterr().err
+    assert "someone had stopped m v1" in capfd.readouterr().err
 
 
-def test_a_failure_of_what_was_there_before_passes(
+def test_a_failure_of_the_previous_pods_passes(
     cluster: ServingCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Recorded after a restart: BlockedByFailedLoad for 0.2 s, because of the pod before."""
+    """Recorded after a restart: BlockedByFailedLoad for 0.2 s, because of the previous pod."""
     blocked = [row for row in pods.recorded("failed-load-passing") if _is_blocked(row)]
     assert blocked
     played = threading.Event()
@@ -250,18 +249,18 @@ def _is_blocked(row: dict[str, Any]) -> bool:
     return bool((row["model"] or {}).get("transitionStatus") == "BlockedByFailedLoad")
 
 
-def test_ready_pods_behind_a_silent_address_are_not_ready(
+def test_ready_pods_behind_an_unreachable_address_are_not_ready(
     cluster: ServingCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kserve, "ROUTER_S", 1.0)
+    monkeypatch.setattr(routes, "ROUTER_S", 1.0)
     bring_up()
     (model,) = cluster.models.values()
     model.kill()
-    told = refused()
-    assert f"its pods are ready, but http://{model.address} does not answer" in told
+    error = refused()
+    assert f"its pods are ready, but http://{model.address} does not answer" in error
 
 
-def test_a_pod_that_was_evicted_or_is_ending_counts_for_nothing(cluster: ServingCluster) -> None:
+def test_evicted_and_terminating_pods_are_ignored(cluster: ServingCluster) -> None:
     bring_up()
     (owner,) = cluster.api.all("ReplicaSet")
     evicted = cluster.api.add(pods.pod(owner, 7))
@@ -272,7 +271,7 @@ def test_a_pod_that_was_evicted_or_is_ending_counts_for_nothing(cluster: Serving
     bring_up()
 
 
-def test_an_older_pod_that_still_runs_counts(cluster: ServingCluster) -> None:
+def test_an_older_pod_that_still_runs_prevents_readiness(cluster: ServingCluster) -> None:
     bring_up()
     (owner,) = cluster.api.all("ReplicaSet")
     older = pods.pod(owner, 9)

@@ -1,10 +1,10 @@
-"""Where `deploy` serves: the cluster for a step on one, this machine here, never the wrong one."""
+"""Where `deploy` serves: on the cluster for a step that runs there, otherwise on this machine."""
 
 import pytest
 
 from nudge.components.common.clients.registry.releases import Served
 from nudge.components.common.core.errors import UserError
-from nudge.components.deploy.deploy import _place
+from nudge.components.deploy.deploy import _target_name
 from nudge.components.deploy.settings import DeploySettings, deploy_settings
 from nudge.pipelines.recipes import load, shipped
 
@@ -18,22 +18,22 @@ def test_every_shipped_recipe_serves_where_it_runs(
 ) -> None:
     settings = deploy_settings(load(recipe).text)
     monkeypatch.delenv("KFP_POD_NAME", raising=False)
-    assert _place(settings, None) == _place(settings, HERE) == "local"
+    assert _target_name(settings, None) == _target_name(settings, HERE) == "local"
     monkeypatch.setenv("KFP_POD_NAME", "train-and-serve-abcde-system-container-impl-1")
-    assert _place(settings, None) == _place(settings, THERE) == "kserve"
+    assert _target_name(settings, None) == _target_name(settings, THERE) == "kserve"
 
 
-def test_what_is_served_on_a_cluster_is_moved_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_served_on_a_cluster_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KFP_POD_NAME", raising=False)
-    assert _place(DeploySettings(), THERE) == "kserve"
+    assert _target_name(DeploySettings(), THERE) == "kserve"
     with pytest.raises(UserError, match=r"m is served at https://m-nudge.*not this machine"):
-        _place(DeploySettings(target="local"), THERE)
+        _target_name(DeploySettings(target="local"), THERE)
 
 
-def test_a_step_on_a_cluster_serves_nothing_in_its_pod(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_on_a_cluster_does_not_serve_in_its_pod(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KFP_POD_NAME", "deploy")
-    with pytest.raises(UserError, match="ends with the step's pod; set it to kserve"):
-        _place(DeploySettings(target="local"), None)
+    with pytest.raises(UserError, match="stops with the step's pod; set deploy.target to kserve"):
+        _target_name(DeploySettings(target="local"), None)
 
 
 @pytest.mark.parametrize(
@@ -46,5 +46,5 @@ def test_a_step_on_a_cluster_serves_nothing_in_its_pod(monkeypatch: pytest.Monke
         ("evaluate:\ndeploy:", "Once upon a time"),
     ],
 )
-def test_the_smoke_prompt_is_of_the_recipes_own_subject(recipe: str, prompt: str) -> None:
+def test_the_smoke_prompt_comes_from_the_recipe(recipe: str, prompt: str) -> None:
     assert deploy_settings(recipe).smoke_prompt == prompt

@@ -1,4 +1,4 @@
-"""Shifting traffic: repeated, killed at every boundary, refused; the registry is the real one."""
+"""Shifting traffic: repeated, killed at every boundary, refused; the registry is real."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -23,10 +23,10 @@ from tests.local_registry import running_registry
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it to tidy up."""
+    """Represents SIGKILL: no handler catches it to clean up."""
 
 
-class Place:
+class MemoryTarget:
     """A target in memory that can be killed at its n-th change."""
 
     environment, runtime = "test", "none"
@@ -91,7 +91,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def shift(
     address: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Served]:
-    """Shifts a model of the test's own that has versions v1 to v4, v4 of them archived."""
+    """Shifts a model of this test alone; it has versions v1 to v4, of which v4 is archived."""
     from model_registry import ModelRegistry
 
     name = request.node.name.replace("[", "-").replace("]", "")
@@ -105,7 +105,7 @@ def shift(
     archived.state = type(archived.state).ARCHIVED
     client.update(archived)
 
-    def smoke(at: ModelServer, version: Version, _: DeploySettings) -> str:
+    def smoke(server: ModelServer, version: Version, _: DeploySettings) -> str:
         if version.name == "v3":
             raise UserError("v3 says nothing")
         return "an answer"
@@ -115,140 +115,144 @@ def shift(
     def registry(work: Any) -> Any:
         return with_registry(address, work)
 
-    def run(place: Place, **shares: int) -> Served:
-        return traffic.shift(place, registry, DeploySettings(), name, shares)[0]
+    def run(target: MemoryTarget, **shares: int) -> Served:
+        return traffic.shift(target, registry, DeploySettings(), name, shares)[0]
 
     run.served = lambda: registry(find_served(name))  # type: ignore[attr-defined]
     run.versions = lambda: registry(list_versions(name))  # type: ignore[attr-defined]
     return run
 
 
-def test_promote_split_and_back(shift: Any) -> None:
-    place = Place()
-    assert shift(place, v1=100).before is None
-    served = shift(place, v2=100)
-    assert (served.main, served.before, place.up) == ("v2", "v1", {"v2"})
-    split = shift(place, v1=10, v2=90)
-    assert (split.main, split.history, place.up) == ("v2", ("v1", "v2"), {"v1", "v2"})
-    back = shift(place, v1=100)
+def test_promote_split_and_rollback(shift: Any) -> None:
+    target = MemoryTarget()
+    assert shift(target, v1=100).before is None
+    served = shift(target, v2=100)
+    assert (served.main, served.before, target.up) == ("v2", "v1", {"v2"})
+    split = shift(target, v1=10, v2=90)
+    assert (split.main, split.history, target.up) == ("v2", ("v1", "v2"), {"v1", "v2"})
+    back = shift(target, v1=100)
     assert (back.main, back.before, back.history) == ("v1", None, ("v1",))
     assert shift.served() == back
-    assert place.shares == {"v1": 100}
+    assert target.shares == {"v1": 100}
 
 
-def test_the_same_again_changes_nothing(shift: Any) -> None:
-    place = Place()
-    assert shift(place, v1=100) == shift(place, v1=100) == shift.served()
+def test_repeating_a_shift_changes_nothing(shift: Any) -> None:
+    target = MemoryTarget()
+    assert shift(target, v1=100) == shift(target, v1=100) == shift.served()
 
 
 @pytest.mark.parametrize("boundary", range(1, 7))
-def test_killed_at_every_boundary_and_run_again(shift: Any, boundary: int) -> None:
-    place = Place()
-    shift(place, v1=100)
-    place.kill_at = boundary
+def test_a_shift_killed_at_any_boundary_can_be_repeated_or_undone(
+    shift: Any, boundary: int
+) -> None:
+    target = MemoryTarget()
+    shift(target, v1=100)
+    target.kill_at = boundary
     with pytest.raises(Killed):
-        shift(place, v2=100)
-    assert place.shares in ({"v1": 100}, {"v2": 100})
-    assert set(place.shares) <= place.up, "users are sent to a version that is not up"
-    served = shift(place, v2=100)
-    assert (place.shares, place.up) == ({"v2": 100}, {"v2"})
+        shift(target, v2=100)
+    assert target.shares in ({"v1": 100}, {"v2": 100})
+    assert set(target.shares) <= target.up, "users are sent to a version that is not up"
+    served = shift(target, v2=100)
+    assert (target.shares, target.up) == ({"v2": 100}, {"v2"})
     assert (served.main, served.before) == ("v2", "v1")
     assert shift.served() == served
-    place.kill_at = boundary
+    target.kill_at = boundary
     with pytest.raises(Killed):
-        shift(place, v1=100)
-    undone = shift(place, v2=100)
-    assert (undone.main, place.up, place.shares) == ("v2", {"v2"}, {"v2": 100})
+        shift(target, v1=100)
+    undone = shift(target, v2=100)
+    assert (undone.main, target.up, target.shares) == ("v2", {"v2"}, {"v2": 100})
 
 
-def test_what_fails_its_smoke_test_takes_nothing(shift: Any) -> None:
-    place = Place()
-    shift(place, v1=100)
+def test_a_version_that_fails_its_smoke_test_gets_no_traffic(shift: Any) -> None:
+    target = MemoryTarget()
+    shift(target, v1=100)
     before = shift.served()
     with pytest.raises(UserError, match="v3 says nothing"):
-        shift(place, v3=100)
-    assert (place.shares, place.up, shift.served()) == ({"v1": 100}, {"v1"}, before)
+        shift(target, v3=100)
+    assert (target.shares, target.up, shift.served()) == ({"v1": 100}, {"v1"}, before)
     with pytest.raises(UserError, match="v3 says nothing"):
-        shift(place, v1=50, v3=50)
-    assert (place.shares, place.up) == ({"v1": 100}, {"v1"})
+        shift(target, v1=50, v3=50)
+    assert (target.shares, target.up) == ({"v1": 100}, {"v1"})
 
 
 @pytest.mark.parametrize("boundary", range(1, 10))
-def test_killed_where_the_old_one_makes_room(shift: Any, boundary: int) -> None:
-    place = Place()
-    shift(place, v1=100)
-    place.one_gpu = True
-    for wanted in ("v2", "v1"):  # finished, and undone
-        place.kill_at = boundary
+def test_a_shift_killed_while_making_room_can_be_repeated_or_undone(
+    shift: Any, boundary: int
+) -> None:
+    target = MemoryTarget()
+    shift(target, v1=100)
+    target.one_gpu = True
+    for wanted in ("v2", "v1"):  # finish it, then undo it
+        target.kill_at = boundary
         with pytest.raises(Killed):
-            shift(place, v2=100)
-        assert set(place.shares) <= place.up, "users are sent to a version that is not up"
-        place.kill_at = 0
-        served = shift(place, **{wanted: 100})
-        assert (place.shares, place.up, served.main) == ({wanted: 100}, {wanted}, wanted)
+            shift(target, v2=100)
+        assert set(target.shares) <= target.up, "users are sent to a version that is not up"
+        target.kill_at = 0
+        served = shift(target, **{wanted: 100})
+        assert (target.shares, target.up, served.main) == ({wanted: 100}, {wanted}, wanted)
         assert shift.served() == served
-        shift(place, v1=100)
+        shift(target, v1=100)
 
 
-def test_what_made_room_comes_back(shift: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = Place()
-    place.one_gpu = True
-    shift(place, v1=100)
+def test_a_version_that_made_room_is_restored(shift: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = MemoryTarget()
+    target.one_gpu = True
+    shift(target, v1=100)
     before = shift.served()
-    with pytest.raises(UserError, match="v3 says nothing\nv1 made room for it and is served again"):
-        shift(place, v3=100)
-    assert (place.shares, place.up, shift.served()) == ({"v1": 100}, {"v1"}, before)
+    with pytest.raises(UserError, match="v3 says nothing\nThe traffic is back on v1, which"):
+        shift(target, v3=100)
+    assert (target.shares, target.up, shift.served()) == ({"v1": 100}, {"v1"}, before)
 
     def dead(version: Version) -> ModelServer:
         raise UserError(f"{version.name} does not start")
 
-    monkeypatch.setattr(place, "bring_up", dead)
-    lost = "v3 does not start\nv1 made room for it and does not come back, so nothing is served now"
+    monkeypatch.setattr(target, "bring_up", dead)
+    lost = "v3 does not start\nRestoring v1, which had made room for it, failed, so no version is"
     with pytest.raises(UserError, match=lost):
-        shift(place, v3=100)
+        shift(target, v3=100)
 
 
-def test_a_failed_shift_after_a_killed_one_leaves_the_users_version(shift: Any) -> None:
-    place = Place()
-    shift(place, v1=100)
-    place.kill_at = 4  # the traffic has moved, the registry does not know
+def test_a_failed_shift_after_a_killed_one_keeps_the_live_version(shift: Any) -> None:
+    target = MemoryTarget()
+    shift(target, v1=100)
+    target.kill_at = 4  # the traffic has moved, but the registry has no record of it
     with pytest.raises(Killed):
-        shift(place, v2=100)
-    assert place.shares == {"v2": 100}
+        shift(target, v2=100)
+    assert target.shares == {"v2": 100}
     assert shift.served().main == "v1"
     with pytest.raises(UserError, match="v3 says nothing"):
-        shift(place, v3=100)
-    assert "v2" in place.up
+        shift(target, v3=100)
+    assert "v2" in target.up
 
 
 @pytest.mark.parametrize(("answers", "moved"), [(2, False), (3, True)])
-def test_a_registry_that_goes_away_meanwhile(
+def test_a_registry_that_fails_during_a_shift(
     shift: Any, monkeypatch: pytest.MonkeyPatch, address: str, answers: int, moved: bool
 ) -> None:
-    place = Place()
-    shift(place, v1=100)
-    shift(place, v2=100)
+    target = MemoryTarget()
+    shift(target, v1=100)
+    shift(target, v2=100)
     model, before = shift.served().model, shift.served()
-    left = answers
+    remaining = answers
 
     def registry(work: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
+        nonlocal remaining
+        remaining -= 1
+        if remaining < 0:
             raise UserError("the model registry does not answer")
         return with_registry(address, work)
 
-    said = f"users of {model} meet v1 now, but the registry could not be told" if moved else "^the"
-    with pytest.raises(UserError, match=said):
-        traffic.shift(place, registry, DeploySettings(), model, {"v1": 100})
-    assert place.shares == ({"v1": 100} if moved else {"v2": 100})
+    message = f"users of {model} reach v1 now, but recording that" if moved else "^the model reg"
+    with pytest.raises(UserError, match=message):
+        traffic.shift(target, registry, DeploySettings(), model, {"v1": 100})
+    assert target.shares == ({"v1": 100} if moved else {"v2": 100})
     assert shift.served() == before
-    # The way back leads to what was served before the failure, not to the one before that.
+    # A rollback returns to the version served before the failure, not to the one before it.
     monkeypatch.setenv("NUDGE_REGISTRY_URL", address)
-    monkeypatch.setattr(deploy, "_target", lambda settings, served: place)
+    monkeypatch.setattr(deploy, "_target", lambda settings, served: target)
     back = deploy.rollback(DeploySettings(), registered_model=model)
     assert back["version"] == ("v2" if moved else "v1")
-    assert place.shares == {back["version"]: 100}
+    assert target.shares == {back["version"]: 100}
 
 
 @pytest.mark.parametrize(
@@ -262,18 +266,18 @@ def test_a_registry_that_goes_away_meanwhile(
     ],
 )
 def test_wrong_shares_are_refused(shift: Any, shares: dict[str, int], message: str) -> None:
-    place = Place()
+    target = MemoryTarget()
     with pytest.raises(UserError, match=message):
-        shift(place, **shares)
-    assert place.up == set()
+        shift(target, **shares)
+    assert target.up == set()
 
 
 def test_a_registry_that_is_down_moves_nothing(tmp_path: Path) -> None:
-    place = Place()
+    target = MemoryTarget()
 
     def registry(work: Any) -> Any:
         return with_registry(f"http://127.0.0.1:{processes.free_port()}", work, attempts_s=0.5)
 
     with pytest.raises(UserError, match="does not answer"):
-        traffic.shift(place, registry, DeploySettings(), "m", {"v1": 100})
-    assert (place.up, place.shares) == (set(), {})
+        traffic.shift(target, registry, DeploySettings(), "m", {"v1": 100})
+    assert (target.up, target.shares) == (set(), {})

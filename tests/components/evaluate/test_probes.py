@@ -32,7 +32,7 @@ def test_a_target_of_several_tokens_counts_whole(tiny_model: Path) -> None:
 
 
 def test_a_target_without_a_token_is_refused(tiny_model: Path) -> None:
-    with pytest.raises(UserError, match="no token of the target ''"):
+    with pytest.raises(UserError, match="no token for the target ''"):
         target_ids(load_tokenizer(tiny_model), "")
     for empty in ("prompt", "target"):
         probe = {"prompt": "a", "target": "b", empty: ""}

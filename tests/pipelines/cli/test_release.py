@@ -80,7 +80,7 @@ def test_where_nothing_was_run_models_leaves_nothing(
     [
         (("rollback", "--to", "nope"), "no version 'nope' of m"),
         (("rollback",), "m v1 is the first version that was served"),
-        (("rollback", "--model", "other"), "nothing is served of other"),
+        (("rollback", "--model", "other"), "no version of other is served"),
         (("promote", "v3"), "no version 'v3' of m"),
         (("split", "v1=90", "v2=20"), "the shares v1 90, v2 20 do not add up to 100"),
     ],
@@ -102,9 +102,9 @@ def test_a_promote_says_what_it_starts_and_each_stage(
     assert told.stderr.splitlines() == [
         "started object-store and model-registry; `nudge services down` ends what runs",
         f"{NAME}: starting v2",
-        f"{NAME}: asking v2",
+        f"{NAME}: testing v2",
         f"{NAME}: moving the traffic",
-        f"{NAME}: ending what is not needed",
+        f"{NAME}: stopping other versions",
     ]
     (row,) = [row for row in json.loads(nudge("models", "--json").stdout) if row["share"]]
     assert (row["version"], row["running"]) == ("v2", True)

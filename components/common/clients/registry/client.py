@@ -1,7 +1,7 @@
-"""The registry's own client over one connection, for both API versions, which trusts less.
+"""The registry's own client over one connection, for both API versions, with stricter checks.
 
-Only an answer in the registry's own form counts: a 404 of a router or a gateway is no "there is
-none". The API version is the one that the server speaks: v1alpha3, or else v1.
+Only an answer in the registry's own form counts: a 404 from a router or a gateway does not mean
+"there is none". The API version is the one that the server supports: v1alpha3, otherwise v1.
 """
 
 import json
@@ -24,16 +24,16 @@ STATES = {
     "/inference_services/": "desiredState",
 }
 
-_spoken: dict[str, str] = {}
-"""The API version of each server that has answered this process, by its URL."""
+_supported: dict[str, str] = {}
+"""The API version of each server that has answered this process, by URL."""
 
 
 class NotARegistry(Exception):
-    """Something else than a Model Registry answered."""
+    """Something other than a Model Registry answered."""
 
 
 class RegistryClient(ModelRegistryAPIClient):
-    """`ModelRegistryAPIClient` with one connection for all of its requests; close it after use."""
+    """`ModelRegistryAPIClient` with one connection for all its requests; close it after use."""
 
     def __init__(self, config: Configuration) -> None:
         super().__init__(config)
@@ -42,7 +42,7 @@ class RegistryClient(ModelRegistryAPIClient):
 
     @asynccontextmanager
     async def get_client(self) -> AsyncIterator[ModelRegistryServiceApi]:
-        """The generated API; it stays open for the next caller."""
+        """The generated API; its connection stays open."""
         yield self._service
 
     async def close(self) -> None:
@@ -60,16 +60,16 @@ class _Transport(ApiClient):
         post_params: Any = None,
         _request_timeout: Any = None,
     ) -> Any:
-        """Send a request in the API version that the server speaks.
+        """Send a request in the API version that the server supports.
 
-        Raises `NotARegistry`, and `UserError` if the body holds what no registry can take.
+        Raises `NotARegistry`, and `UserError` if the body has a value that no registry can store.
         """
         check_sendable(body)
         for path, state in STATES.items():
-            # A PATCH without its state makes an archived model or a stopped service live again.
+            # A PATCH without a state sets an archived model or a stopped service to live.
             assert method != "PATCH" or path not in url or state in body, f"PATCH without {state}"
         host = self.configuration.host
-        known = _spoken.get(host)
+        known = _supported.get(host)
         for version in sorted(VERSIONS, key=lambda each: each != known):
             answer = await super().call_api(
                 method,
@@ -81,7 +81,7 @@ class _Transport(ApiClient):
             )
             data = await answer.read()
             if _is_own(answer.status, data):
-                _spoken[host] = version
+                _supported[host] = version
                 return answer
             if answer.status >= 400 and answer.status != 404:
                 return answer
@@ -89,14 +89,14 @@ class _Transport(ApiClient):
         raise NotARegistry(f"it answered {answer.status} ({kind}) to {method} {url}")
 
     def deserialize(self, response_text: str, response_type: str, content_type: str | None) -> Any:
-        """An answer as objects, of which no single property makes the others unreadable."""
+        """An answer as objects; one unreadable property does not make the others unreadable."""
         if response_text and content_type and "json" in content_type:
             response_text = json.dumps(readable(json.loads(response_text)))
         return super().deserialize(response_text, response_type, content_type)
 
 
 def _is_own(status: int, data: bytes) -> bool:
-    """Whether an answer that says "done" or "not there" has the form of the registry's own."""
+    """Whether an answer is in the registry's own form."""
     try:
         body = json.loads(data)
     except ValueError:
@@ -107,8 +107,8 @@ def _is_own(status: int, data: bytes) -> bool:
         return isinstance(body.get("items"), list) or isinstance(body.get("id"), str)
     if status != 404:
         return isinstance(body.get("code"), str)
-    # An embedded registry of an older nudge answers with the number as the code, and answers
-    # "Not Found" alone for a path that it does not have.
+    # An embedded registry of an older nudge sends the number as the code, and only the message
+    # "Not Found" for a path that it does not have.
     return body.get("code") in ("Not Found", "404") and body.get("message") not in (
         None,
         "",

@@ -1,4 +1,4 @@
-"""The Model Registry, reached as on OpenShift AI: URL, service-account token, custom CA."""
+"""Access to the Model Registry as on OpenShift AI: URL, service-account token, custom CA."""
 
 import asyncio
 import os
@@ -17,20 +17,20 @@ T = TypeVar("T")
 
 TOKEN_PATH = "/var/run/secrets/kubernetes.io/serviceaccount/token"
 ATTEMPTS_S = 60.0
-"""How long a registry that does not answer is asked again, with back-off."""
+"""How long to retry a registry that does not answer, with back-off."""
 PERMANENT = re.compile(
     r"SQLSTATE (22|23|42|54)|Error (1048|1153|1264|1301|1366|1406)\b|too long|too large"
     r"|max_allowed_packet|Incorrect string value",
     re.IGNORECASE,
 )
-"""What a 500 says that the same request will always get: PostgreSQL's classes of bad data (22, 23,
+"""Texts of a 500 that the same request will always get: PostgreSQL's classes of bad data (22, 23,
 42) and exceeded limits (54), and MariaDB's codes for the same."""
 
 
 class Unreachable(Transient):
-    """The registry cannot be used now; the same may succeed later.
+    """The registry cannot be used now; the same request may succeed later.
 
-    ``permanent`` if that takes another URL.
+    ``permanent`` if only another URL can help.
     """
 
     def __init__(self, message: str, *, permanent: bool = False) -> None:
@@ -38,17 +38,17 @@ class Unreachable(Transient):
         self.permanent = permanent
 
 
-def registry_url(given: str = "") -> str:
-    """The registry's URL: the one given, or NUDGE_REGISTRY_URL.
+def registry_url(url: str = "") -> str:
+    """The registry's URL, normalized: ``url`` or else NUDGE_REGISTRY_URL.
 
-    The API's own path (``/api/model_registry/v1alpha3``) and a trailing slash are left out; the
-    path of a gateway before it is kept. Raises `UserError` if there is none, or it is no URL.
+    Removes the API's own path (``/api/model_registry/v1alpha3``) and a trailing slash; keeps the
+    path of a gateway before it. Raises `UserError` if there is no URL or it is invalid.
     """
-    url = (given or os.environ.get("NUDGE_REGISTRY_URL", "")).strip()
+    url = (url or os.environ.get("NUDGE_REGISTRY_URL", "")).strip()
     if not url:
         raise UserError(
-            "no model registry is known: give registry_url in the recipe or set "
-            "NUDGE_REGISTRY_URL (on a laptop `nudge services up` starts one)"
+            "no model registry is known: set registry_url in the recipe or "
+            "NUDGE_REGISTRY_URL (on a laptop, `nudge services up` starts one)"
         )
     try:
         parts = urlsplit(url)
@@ -60,7 +60,7 @@ def registry_url(given: str = "") -> str:
         shown = re.sub(r"//[^/@]*@", "//...@", url)
         raise UserError(
             f"{shown!r} is not the URL of a model registry: expected https://HOST, or http://, "
-            "with a port and a path where it needs them, and no user, query or fragment"
+            "with a port and a path if needed, and without user, query or fragment"
         )
     path = re.sub(r"/api/model_registry(/v[^/]+(/.*)?)?/*$", "", parts.path).rstrip("/")
     return f"{parts.scheme}://{parts.netloc}{path}"
@@ -71,10 +71,11 @@ RegistryUrl = Annotated[str, pydantic.AfterValidator(lambda url: url and registr
 
 
 def with_registry(url: str, work: Callable[[Any], Awaitable[T]], attempts_s: float = 0) -> T:
-    """Run ``work(client)`` with a `RegistryClient`, again while the registry is down.
+    """Run ``work(client)`` with a `RegistryClient`, and retry it while the registry is down.
 
-    ``work`` must be safe to repeat. Raises `Unreachable` if the registry does not answer in time,
-    or not as one that can be used, and `UserError` if it refuses what it was given.
+    ``work`` must be safe to repeat. Raises `Unreachable` if the registry does not answer within
+    ``attempts_s`` (`ATTEMPTS_S` if 0) or not in a usable way, and `UserError` if it refuses a
+    request.
     """
     import aiohttp
     from mr_openapi import Configuration
@@ -98,15 +99,15 @@ def with_registry(url: str, work: Callable[[Any], Awaitable[T]], attempts_s: flo
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_delay(attempts_s or ATTEMPTS_S),
         wait=tenacity.wait_random_exponential(0.2, max=8),
-        retry=tenacity.retry_if_exception(_is_passing),
+        retry=tenacity.retry_if_exception(_is_transient),
         reraise=True,
     )
     try:
         return retrying(lambda: asyncio.run(once()))
     except aiohttp.ClientConnectorCertificateError as error:
         raise Unreachable(
-            f"the model registry {url} shows a certificate that nobody known here has signed "
-            f"({error.certificate_error}); set NUDGE_REGISTRY_CA to the file of its authority"
+            f"the certificate of the model registry {url} is not trusted "
+            f"({error.certificate_error}); set NUDGE_REGISTRY_CA to the file of its CA"
         ) from None
     except (TimeoutError, aiohttp.ClientError) as error:
         raise Unreachable(f"the model registry {url} does not answer: {error}") from None
@@ -118,25 +119,25 @@ def with_registry(url: str, work: Callable[[Any], Awaitable[T]], attempts_s: flo
         ) from None
     except pydantic.ValidationError as error:
         raise Unreachable(
-            f"the model registry {url} answered what its client cannot read: {error}"
+            f"the model registry {url} sent an answer that its client cannot read: {error}"
         ) from None
     except ApiException as error:
         raise _explained(error, url, token_file if token else None) from None
 
 
 def _explained(error: Any, url: str, token_file: Path | None) -> UserError:
-    who = f"the token in {token_file}" if token_file else "no token (there is none in a file)"
+    who = f"the token in {token_file}" if token_file else "requests without a token"
     hint = {
         401: f"it does not accept {who}",
-        403: "this account may not do that; bind it to the registry's role "
+        403: "this account has no permission for that; bind it to the registry's role "
         "(registry-user-<name of the registry>)",
     }.get(error.status)
-    kind = Unreachable if hint or _is_passing(error) else UserError
+    kind = Unreachable if hint or _is_transient(error) else UserError
     return kind(f"the model registry {url} answered {error.status}: {hint or error.body}")
 
 
-def _is_passing(error: BaseException) -> bool:
-    """Whether the same may be asked again: no answer, half an answer, or a busy server."""
+def _is_transient(error: BaseException) -> bool:
+    """Whether to retry a request: no answer, an incomplete answer, or a busy server."""
     import aiohttp
     from mr_openapi.exceptions import ApiException, ServiceException
 

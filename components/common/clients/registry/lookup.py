@@ -1,7 +1,7 @@
-"""Lookups by exact name in the registry, whose own lookups are only alike (see registry_names).
+"""Lookups by exact name in the registry, whose own lookups are inexact (see `names`).
 
-Each function takes a `RegistryClient`. A lookup that gives another name, or nothing, is decided by
-a list: more than one match is "not found" to the server, too.
+Each function takes a `RegistryClient`. If the server's lookup returns another name or nothing, a
+list decides: the server also answers "not found" for more than one match.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from nudge.components.common.clients.registry.names import check_lookup
 T = TypeVar("T")
 
 PARALLEL = 8
-"""Requests at once, over one connection pool."""
+"""Concurrent requests, over one connection pool."""
 
 
 async def find_model(client: Any, name: str) -> Any | None:
@@ -23,7 +23,7 @@ async def find_model(client: Any, name: str) -> Any | None:
 
 
 async def find_model_version(client: Any, model_id: str, name: str) -> Any | None:
-    """The version of exactly this name of a model, or None."""
+    """The model's version of exactly this name, or None."""
     found = await client.get_model_version_by_params(model_id, check_lookup(name))
     if found is not None and found.registered_model_id not in (None, model_id):
         found = None
@@ -55,8 +55,8 @@ async def list_model_versions(client: Any, model_id: str) -> list[Any]:
 async def find_model_artifact(client: Any, version_id: str, model: str) -> Any | None:
     """The model artifact that nudge or the registry's client wrote for a version of ``model``.
 
-    They name it after the model. A version that somebody else registered may have one of another
-    name: it counts if it is the only one.
+    They name it after the model. A version that someone else registered may have an artifact with
+    another name, which counts if it is the only one.
     """
     from model_registry.types import ModelArtifact
 
@@ -66,7 +66,7 @@ async def find_model_artifact(client: Any, version_id: str, model: str) -> Any |
 
 
 async def together(calls: Iterable[Awaitable[T]]) -> list[T]:
-    """The results of several calls in their order, a few of them at once."""
+    """The results of several calls in order, with at most `PARALLEL` of them at a time."""
     gate = asyncio.Semaphore(PARALLEL)
 
     async def one(call: Awaitable[T]) -> T:
@@ -77,7 +77,7 @@ async def together(calls: Iterable[Awaitable[T]]) -> list[T]:
 
 
 async def pages(get: Callable[..., Awaitable[Any]]) -> list[Any]:
-    """The items of all pages of a list of the generated API."""
+    """The items on all pages of a list in the generated API."""
     items: list[Any] = []
     token = ""
     while True:

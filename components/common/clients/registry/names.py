@@ -1,8 +1,8 @@
 """Names in the Model Registry: one rule for all of them, and which ones its database confuses.
 
-The server looks names up with SQL LIKE: ``_`` stands for any character, ``%`` for any text and a
+The server looks names up with SQL LIKE: ``_`` matches any character, ``%`` any text, and a
 backslash escapes. MariaDB also ignores case, accents and trailing blanks, in lookups and in its
-unique keys. So a name that the server returns is not necessarily the one that was asked for.
+unique keys. So the server may return another name than the requested one.
 """
 
 import re
@@ -16,22 +16,22 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.names import check_name
 
 LONGEST_NAME = 244
-"""Characters. The server has 255 for the parent's id, a colon and the name; an id is an int32 of up
-to 10 digits. Models count too: their artifacts and services bear the model's name below a parent.
-"""
+"""Characters. The server allows 255 for the parent's id, a colon and the name; an id is an int32 of
+up to 10 digits. This applies to models too: their artifacts and services have the model's name and
+a parent."""
 
 
 def check_lookup(name: str) -> str:
-    """A name to look up, unchanged; raises `UserError` if the registry cannot hold it.
+    """A name to look up, unchanged; raises `UserError` if the registry cannot store it.
 
-    Names of older versions and of other people may be any text; `names.check_name` is the stricter
-    rule for what nudge itself creates and serves.
+    Names of older versions and of other people may be any text; `check_name` is the stricter rule
+    for names that nudge itself creates and serves.
     """
     if not name:
-        raise UserError("the name is empty; give at least one character")
+        raise UserError("the name is empty; it needs at least one character")
     if len(name) > LONGEST_NAME:
         raise UserError(
-            f"the name {name[:40]!r}... has {len(name)} characters; the registry holds up to "
+            f"the name {name[:40]!r}... has {len(name)} characters; the registry stores up to "
             f"{LONGEST_NAME} (255 with the parent's id and a colon)"
         )
     if name != name.strip():
@@ -49,13 +49,13 @@ RegistryName = Annotated[str, AfterValidator(lambda name: check_name("the name",
 OptionalRegistryName = Annotated[
     str, AfterValidator(lambda name: name and check_name("the name", name))
 ]
-"""The same where an empty string means that none is given."""
+"""The same, or an empty string for no name."""
 
 
 def confused_with(name: str, existing: Iterable[str]) -> str | None:
-    """The first existing name that the server could return for ``name``, or the other way round.
+    """The first other existing name that the server could confuse with ``name``, or None.
 
-    The name itself is not one of them.
+    That is a name which a lookup of ``name`` could return, or whose lookup could return ``name``.
     """
     folded = fold(name)
     for other in existing:
@@ -78,8 +78,8 @@ def refuse_confusable(kind: str, name: str, existing: Iterable[str]) -> None:
     """
     if other := confused_with(name, existing):
         raise UserError(
-            f"the registry would confuse the new {kind} {name!r} with the {kind} {other!r} that it "
-            "has already (it looks names up with SQL LIKE, where _ and % match any text, and some "
+            f"the registry would confuse the new {kind} {name!r} with the existing {kind} "
+            f"{other!r} (it looks names up with SQL LIKE, where _ and % match any text, and some "
             "databases ignore case and accents); choose a name that differs in other characters"
         )
 

@@ -1,8 +1,8 @@
-"""What the Model Registry knows of a model: its versions, and which of them are served.
+"""A model's versions in the Model Registry, and which of them are served.
 
-Each function here gives work for `with_registry`. What is served is one InferenceService entity a
-model, whose custom properties say the endpoint, each version's share of the traffic, and the
-versions that had all of it before: the way back.
+Each function returns work for `with_registry`. One InferenceService entity per model records what
+is served: its custom properties hold the endpoint, each version's share of the traffic, and the
+versions that had all of it before, which is what a rollback needs.
 """
 
 import json
@@ -23,10 +23,9 @@ from nudge.components.common.clients.registry.values import read_properties
 from nudge.components.common.core.errors import UserError, nearest
 
 KEPT_HISTORY = 20
-"""Versions remembered as ones that had all the traffic."""
+"""How many versions that had all the traffic are remembered."""
 NOT_PROMOTED = "not_promoted"
-"""The custom property of a version that says why deploy gave it no traffic; empty if it has some.
-"""
+"""The custom property with the reason why a version got no traffic; empty if it got some."""
 
 Work = Callable[[Any], Awaitable[Any]]
 
@@ -47,7 +46,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Served:
-    """What a model's endpoint serves: percent of the traffic by version, which add up to 100."""
+    """What a model's endpoint serves; ``shares`` is percent by version and adds up to 100."""
 
     model: str
     endpoint: str
@@ -55,8 +54,7 @@ class Served:
     history: tuple[str, ...] = field(default=())
     """Versions that had all the traffic, oldest first; the last may be the one served now."""
     withdrawn: tuple[str, ...] = field(default=())
-    """Versions that had traffic which a rollback, a split or a promote of an older one took away.
-    """
+    """Versions whose traffic a rollback, a split or the promotion of an older one withdrew."""
 
     @property
     def main(self) -> str:
@@ -75,7 +73,7 @@ class Served:
 
 
 def find_version(model: str, version: str) -> Callable[[Any], Awaitable[Version]]:
-    """Work that gives a `Version`; raises `UserError` that says which there are."""
+    """Work that returns a `Version`; raises `UserError` that suggests existing ones."""
 
     async def work(client: Any) -> Version:
         entry = await _model(client, model)
@@ -93,7 +91,7 @@ def find_version(model: str, version: str) -> Callable[[Any], Awaitable[Version]
 
 
 def list_versions(model: str) -> Callable[[Any], Awaitable[list[Version]]]:
-    """Work that gives every `Version` of a model that has an artifact, oldest first."""
+    """Work that returns every `Version` of a model that has an artifact, oldest first."""
 
     async def work(client: Any) -> list[Version]:
         entry = await _model(client, model)
@@ -105,9 +103,9 @@ def list_versions(model: str) -> Callable[[Any], Awaitable[list[Version]]]:
 
 
 def archive_older(model: str, keep: int) -> Callable[[Any], Awaitable[list[str]]]:
-    """Work that archives every version older than the newest ``keep``; gives their names.
+    """Work that archives every version older than the newest ``keep``; returns their names.
 
-    What is served, and what a rollback returns to, stays LIVE however old it is.
+    Served versions, and the one that a rollback returns to, stay LIVE whatever their age.
     """
 
     async def work(client: Any) -> list[str]:
@@ -128,7 +126,7 @@ def archive_older(model: str, keep: int) -> Callable[[Any], Awaitable[list[str]]
 
 
 def unneeded(model: str) -> Callable[[Any], Awaitable[list[Version]]]:
-    """Work that gives the archived versions that are not served and that no rollback returns to."""
+    """Work that returns the archived versions that neither the traffic nor a rollback needs."""
 
     async def work(client: Any) -> list[Version]:
         served = await find_served(model)(client)
@@ -140,7 +138,7 @@ def unneeded(model: str) -> Callable[[Any], Awaitable[list[Version]]]:
 
 
 def find_served(model: str) -> Callable[[Any], Awaitable[Served | None]]:
-    """Work that gives what is `Served` of a model, or None if nothing is."""
+    """Work that returns what is `Served` of a model, or None if nothing is."""
 
     async def work(client: Any) -> Served | None:
         entry = await find_model(client, model)
@@ -153,11 +151,11 @@ def find_served(model: str) -> Callable[[Any], Awaitable[Served | None]]:
 def find_standing(
     model: str, run_id: str
 ) -> Callable[[Any], Awaitable[tuple[Served, Version | None] | None]]:
-    """Work that gives what is `Served` and the `Version` that a run is held against; None if
-    nothing is served.
+    """Work that returns what is `Served` and the `Version` to compare a run with; None if nothing
+    is served.
 
-    That is the main version; but of a run that was cut off after its own version was served, and
-    goes on, the version before it, or None if it was the first.
+    That is the main version. For a run that was interrupted after its own version was served and
+    then resumed, it is the version before that, or None if its own was the first.
     """
 
     async def work(client: Any) -> tuple[Served, Version | None] | None:
@@ -173,7 +171,7 @@ def find_standing(
 
 
 def note_served(version: Version, served: Served, environment: str, runtime: str) -> Work:
-    """Work that writes down what is served, under ``version`` as the entity's own version."""
+    """Work that records what is served, with ``version`` as the entity's own version."""
 
     async def work(client: Any) -> None:
         import mr_openapi
@@ -185,7 +183,7 @@ def note_served(version: Version, served: Served, environment: str, runtime: str
             service = await _service(client, served.model, version.model_id)
             if service is None:
                 return False
-            # An update replaces the whole map of properties: keep those of others.
+            # An update replaces all properties, so keep those of others.
             change = mr_openapi.InferenceServiceUpdate(
                 modelVersionId=version.id,
                 desiredState="DEPLOYED",
@@ -214,15 +212,15 @@ def note_served(version: Version, served: Served, environment: str, runtime: str
             # Another process was first, or the name belongs to a service that is not nudge's.
             if not await update():
                 raise UserError(
-                    f"the registry has a service {served.model!r} in the serving environment "
-                    f"{environment!r} already, which nudge did not write; rename that one"
+                    f"the registry already has a service {served.model!r} in the serving "
+                    f"environment {environment!r} that nudge did not write; rename that service"
                 ) from None
 
     return work
 
 
 def note_promotion(version: Version, reason: str) -> Work:
-    """Work that records on a version why it was not promoted; an empty ``reason``: that it was."""
+    """Work that records why a version was not promoted; an empty ``reason`` means that it was."""
 
     return note_properties(version.id, {"promoted": not reason, NOT_PROMOTED: reason})
 
@@ -242,7 +240,7 @@ def note_properties(version_id: str, values: Mapping[str, str | bool]) -> Work:
 
         async with client.get_client() as api:
             found = await api.get_model_version(version_id)
-            # An update replaces the whole map of properties: keep the others.
+            # An update replaces all properties, so keep the others.
             changed = {name: property(value) for name, value in values.items()}
             properties = {**(found.custom_properties or {}), **changed}
             change = mr_openapi.ModelVersionUpdate(customProperties=properties)
@@ -252,7 +250,7 @@ def note_properties(version_id: str, values: Mapping[str, str | bool]) -> Work:
 
 
 async def _environment(client: Any, name: str) -> str:
-    """The id of a serving environment, which is made if there is none of exactly this name."""
+    """The id of the serving environment of exactly this name; creates it if necessary."""
     import mr_openapi
     from mr_openapi.exceptions import ConflictException
 
@@ -267,8 +265,8 @@ async def _environment(client: Any, name: str) -> str:
             found = await find_environment(client, name)
     if found is None:
         raise UserError(
-            f"the registry confuses the serving environment {name!r} with one that it has already; "
-            "give another namespace"
+            f"the registry confuses the serving environment {name!r} with an existing one; use "
+            "another namespace"
         )
     return str(found.id)
 
@@ -276,12 +274,14 @@ async def _environment(client: Any, name: str) -> str:
 async def _model(client: Any, model: str) -> Any:
     entry = await find_model(client, model)
     if entry is None:
-        raise UserError(f"the registry has no model {model!r}; a run that promotes registers one")
+        raise UserError(
+            f"the registry has no model {model!r}; a run that promotes a version registers it"
+        )
     return entry
 
 
 async def _version(client: Any, model: str, entry: Any, found: Any) -> Version | None:
-    """None if it has no artifact: its registration was cut short."""
+    """None if it has no artifact, because its registration was interrupted."""
     artifact = await find_model_artifact(client, found.id, model)
     if artifact is None:
         return None
@@ -298,7 +298,7 @@ async def _version(client: Any, model: str, entry: Any, found: Any) -> Version |
 
 
 async def _service(client: Any, model: str, model_id: str) -> Any:
-    """The InferenceService entity of a model, of those that this project wrote."""
+    """The model's InferenceService entity that nudge wrote, or None."""
     async with client.get_client() as api:
         for service in await pages(api.get_inference_services):
             ours = "shares" in (service.custom_properties or {})

@@ -1,9 +1,9 @@
-"""Values of custom properties: what the registry and its client can hold, and how the rest is kept.
+"""Values of custom properties: what the registry and its client support, and how to store the rest.
 
-The registry's integers end at 2147483647, its client's at nine digits, and neither has NaN or
-infinity. Such a number is stored as a string property, in decimal digits or as ``nan``, ``inf`` or
-``-inf``, and the string property `NUMBERS_AS_TEXT` lists the names of these properties as JSON.
-`read_properties` turns them back into numbers; any other reader sees their digits.
+The registry's largest integer is 2147483647, its client's has nine digits, and neither supports NaN
+or infinity. Such a number is stored as a string property, in decimal digits or as ``nan``, ``inf``
+or ``-inf``, and the string property `NUMBERS_AS_TEXT` lists the names of these properties as JSON.
+`read_properties` turns them back into numbers; any other reader sees the digits.
 """
 
 import json
@@ -18,7 +18,7 @@ Value = str | int | float | bool
 
 NUMBERS_AS_TEXT = "numbers_as_text"
 LARGEST_INTEGER = 999_999_999
-"""Nine digits: what client 0.3.14 accepts, in requests and in answers."""
+"""Nine digits: the most that client 0.3.14 accepts, in requests and in answers."""
 LONGEST_KEY = 255
 """Characters of a property's name; the server answers 500 to a longer one."""
 LONGEST_URI = 65_535
@@ -36,7 +36,7 @@ TYPES = {
 
 
 def storable(properties: Mapping[str, Value]) -> dict[str, Value]:
-    """Properties as the registry can hold them; `read_properties` is the way back."""
+    """Properties as the registry can store them; `read_properties` is the inverse."""
     stored, as_text = dict(properties), []
     for name, value in properties.items():
         if not isinstance(value, bool) and isinstance(value, int | float) and not _fits(value):
@@ -48,7 +48,7 @@ def storable(properties: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def read_properties(stored: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The properties that `storable` was given, from what the registry returned."""
+    """The original properties, from the registry's copy that `storable` made."""
     properties = dict(stored or {})
     for name in _listed(properties.pop(NUMBERS_AS_TEXT, "[]")):
         text = properties.get(name)
@@ -58,10 +58,10 @@ def read_properties(stored: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def check_sendable(body: Any, where: str = "") -> None:
-    """Raise `UserError` that names the field of a request's body which the server cannot hold.
+    """Raise `UserError` naming the field if the server cannot store a request's body.
 
-    NaN, infinity and NUL would be refused or break the registry's own lists; a name, key, URI or
-    value that is too long is a 500 there, which looks like an outage.
+    NaN, infinity and NUL would be refused or break the registry's own lists. A name, key, URI or
+    value that is too long causes a 500, which looks like an outage.
     """
     if isinstance(body, Mapping):
         for key, value in body.items():
@@ -73,7 +73,7 @@ def check_sendable(body: Any, where: str = "") -> None:
         for item in body:
             check_sendable(item, where)
     elif isinstance(body, float) and not math.isfinite(body):
-        raise UserError(f"{where} is {body}; the registry holds finite numbers only")
+        raise UserError(f"{where} is {body}; the registry stores only finite numbers")
     elif isinstance(body, str):
         _check_text(body, where)
         field = where.rpartition(".")[2]
@@ -84,34 +84,36 @@ def check_sendable(body: Any, where: str = "") -> None:
 
 
 def readable(answer: Any) -> Any:
-    """An answer of the registry with properties that its client can read.
+    """A copy of the registry's answer with properties that its client can read.
 
-    Other programs, and older embedded registries, wrote integers of ten digits and numbers that are
-    not finite; one of them must not make a whole list unreadable.
+    Other programs, and older embedded registries, wrote integers of ten digits and non-finite
+    numbers; one of them must not make a complete list unreadable.
     """
     if isinstance(answer, list):
         return [readable(each) for each in answer]
     if not isinstance(answer, dict):
         return answer
-    made = {key: readable(value) for key, value in answer.items()}
-    if isinstance(properties := made.get("customProperties"), dict):
-        made["customProperties"] = _readable_properties(properties)
-    return made
+    copied = {key: readable(value) for key, value in answer.items()}
+    if isinstance(properties := copied.get("customProperties"), dict):
+        copied["customProperties"] = _readable_properties(properties)
+    return copied
 
 
 def _readable_properties(properties: dict[str, Any]) -> dict[str, Any]:
     kept, as_text = {}, []
     for name, value in properties.items():
-        given_type = value.get("metadataType") if isinstance(value, dict) else None
-        field, kind = TYPES.get(str(given_type), ("", str))
-        held: Any = value.get(field) if field else None
-        if not isinstance(held, kind) or (isinstance(held, float) and not math.isfinite(held)):
+        metadata_type = value.get("metadataType") if isinstance(value, dict) else None
+        field, kind = TYPES.get(str(metadata_type), ("", str))
+        content: Any = value.get(field) if field else None
+        if not isinstance(content, kind):
             continue
-        if field == "int_value" and not re.fullmatch(r"-?([1-9]\d{0,8}|0)", str(held)):
-            if not re.fullmatch(r"-?\d+", str(held)):
+        if isinstance(content, float) and not math.isfinite(content):
+            continue
+        if field == "int_value" and not re.fullmatch(r"-?([1-9]\d{0,8}|0)", str(content)):
+            if not re.fullmatch(r"-?\d+", str(content)):
                 continue
             as_text.append(name)
-            value = _text(str(held))
+            value = _text(str(content))
         kept[name] = value
     if as_text:
         listed = kept.get(NUMBERS_AS_TEXT, {}).get("string_value", "[]")
@@ -141,9 +143,9 @@ def _check_text(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where} contains half a surrogate pair; give valid Unicode") from None
+        raise UserError(f"{where} contains half a surrogate pair; use valid Unicode") from None
 
 
 def _check_length(where: str, length: int, limit: int, unit: str = "characters") -> None:
     if length > limit:
-        raise UserError(f"{where} has {length} {unit}; the registry holds up to {limit}")
+        raise UserError(f"{where} has {length} {unit}; the registry stores up to {limit}")

@@ -80,14 +80,14 @@ def test_create_get_list_patch_and_delete(cluster: Cluster) -> None:
     assert not cluster.delete(MAP, "a")
 
 
-def test_long_lists_come_in_pages(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_lists_are_paged(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kube, "PAGE", 2)
     for index in range(5):
         cluster.create(MAP, config(f"m{index}"))
     assert [each["metadata"]["name"] for each in cluster.list(MAP)] == [f"m{i}" for i in range(5)]
 
 
-def test_apply_keeps_what_others_set_and_removes_what_it_no_longer_says(
+def test_apply_keeps_fields_of_others_and_removes_its_own_old_fields(
     api: KubernetesApi, cluster: Cluster
 ) -> None:
     cluster.apply(MAP, config("a", ours="1", gone="1"))
@@ -106,7 +106,7 @@ def test_apply_keeps_what_others_set_and_removes_what_it_no_longer_says(
     assert cluster.apply(MAP, config("a", theirs="4"), force=True)["data"] == {"theirs": "4"}
 
 
-def test_generation_counts_the_spec_alone_and_status_stands_apart(
+def test_only_spec_changes_raise_the_generation_and_status_is_separate(
     api: KubernetesApi, cluster: Cluster
 ) -> None:
     body = job("a", trainer={"numNodes": 1})
@@ -127,7 +127,7 @@ def test_generation_counts_the_spec_alone_and_status_stands_apart(
     assert kube.condition(found, "Complete") is None
 
 
-def test_what_the_schema_does_not_know_is_refused(cluster: Cluster) -> None:
+def test_unknown_fields_are_refused(cluster: Cluster) -> None:
     with pytest.raises(UserError, match="'numNode' was unexpected"):
         cluster.create(JOB, job("a", trainer={"numNode": 2}))
     with pytest.raises(UserError, match=r"spec.containers.0.name: is required"):
@@ -135,23 +135,23 @@ def test_what_the_schema_does_not_know_is_refused(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_busy_server_is_asked_again(api: KubernetesApi, cluster: Cluster, status: int) -> None:
+def test_a_busy_server_is_retried(api: KubernetesApi, cluster: Cluster, status: int) -> None:
     api.fail_next(status, times=2, Retry_After="0")
     cluster.create(MAP, config("a"))
     assert [verb for verb, *_ in api.requests] == ["create"] * 3
 
 
-def test_a_server_that_stays_busy_is_told_with_its_words(
+def test_the_error_of_a_server_that_stays_busy_has_its_message(
     api: KubernetesApi, cluster: Cluster
 ) -> None:
-    cluster.patience_s = 0.5
+    cluster.requests.patience_s = 0.5
     api.fail_next(503, times=100)
     with pytest.raises(UserError, match=r"get ConfigMap a .* answered 503: the server is not well"):
         cluster.get(MAP, "a")
 
 
-def test_a_lost_answer_is_met_on_the_next_try(api: KubernetesApi, cluster: Cluster) -> None:
-    """The object was made though the answer never came: the repetition finds it there."""
+def test_a_retry_after_a_lost_answer_finds_the_object(api: KubernetesApi, cluster: Cluster) -> None:
+    """The object was created although the answer was lost, so the retry meets a conflict."""
     api.lose_next(verb="create")
     with pytest.raises(ResourceConflict) as met:
         cluster.create(MAP, config("a"))
@@ -160,8 +160,8 @@ def test_a_lost_answer_is_met_on_the_next_try(api: KubernetesApi, cluster: Clust
     assert cluster.get(MAP, "a")
 
 
-def test_a_server_that_is_not_there(api: KubernetesApi, cluster: Cluster) -> None:
-    cluster.patience_s = 0.3
+def test_an_unreachable_server(api: KubernetesApi, cluster: Cluster) -> None:
+    cluster.requests.patience_s = 0.3
     api.__exit__()
     with pytest.raises(
         UserError, match=r"list ConfigMap in .*: the cluster http.* does not answer"
@@ -169,38 +169,41 @@ def test_a_server_that_is_not_there(api: KubernetesApi, cluster: Cluster) -> Non
         cluster.list(MAP)
 
 
-def test_a_missing_right_names_the_rule_that_gives_it(api: KubernetesApi, cluster: Cluster) -> None:
+def test_a_missing_permission_names_the_rule_that_grants_it(
+    api: KubernetesApi, cluster: Cluster
+) -> None:
     api.forbid("create", "trainjobs")
     api.forbid("get", "pods/log")
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         cluster.create(JOB, job("a"))
-    assert 'cannot create resource "trainjobs"' in str(told.value)
+    assert 'cannot create resource "trainjobs"' in str(error.value)
     rule = (
         '{"apiGroups": ["trainer.kubeflow.org"], "resources": ["trainjobs"], "verbs": ["create"]}'
     )
-    assert rule in str(told.value)
+    assert rule in str(error.value)
     api.add(pod("p"))
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         cluster.log("p")
-    assert '{"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]}' in str(told.value)
+    assert '{"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]}' in str(error.value)
 
 
-def test_no_token_is_ever_told(
+def test_tokens_never_appear_in_messages_or_logs(
     api: KubernetesApi, cluster: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     cluster.create(MAP, config("a"))
-    right, api.token = api.token, "another"
+    token, api.token = api.token, "another"
     with pytest.raises(UserError, match=r"get ConfigMap a .*does not accept this token \(401\)"):
         cluster.get(MAP, "a")
-    cluster.patience_s = 0.2
+    cluster.requests.patience_s = 0.2
     api.__exit__()
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         cluster.get(MAP, "a")
-    assert right not in f"{told.value}{caplog.text}{cluster!r}{vars(cluster)!r}"
+    shown = f"{error.value}{caplog.text}{cluster!r}{vars(cluster)!r}{vars(cluster.requests)!r}"
+    assert token not in shown
 
 
-def test_a_kind_that_the_cluster_lacks(api: KubernetesApi, cluster: Cluster) -> None:
+def test_a_kind_that_the_cluster_does_not_have(api: KubernetesApi, cluster: Cluster) -> None:
     assert cluster.schema(JOB)
     api.forget_kind("TrainJob")
     assert cluster.schema(JOB) is None
@@ -208,17 +211,21 @@ def test_a_kind_that_the_cluster_lacks(api: KubernetesApi, cluster: Cluster) -> 
         cluster.get(JOB, "a")
 
 
-def test_polling_ends_with_the_answer_or_the_cause(api: KubernetesApi, cluster: Cluster) -> None:
+def test_polling_returns_the_judgment_or_raises_the_cause(
+    api: KubernetesApi, cluster: Cluster
+) -> None:
     threading.Timer(0.3, lambda: api.add(config("a", key="ready"))).start()
     judged = cluster.poll(
         MAP, "a", lambda found: found and found["data"]["key"], timeout_s=20, interval_s=0.05
     )
     assert judged == "ready"
-    with pytest.raises(UserError, match="ConfigMap b .* is not ready after 0.2 s: it is not there"):
+    with pytest.raises(
+        UserError, match="ConfigMap b .* is not ready after 0.2 s: it does not exist"
+    ):
         cluster.poll(MAP, "b", lambda found: found, timeout_s=0.2, interval_s=0.05)
 
 
-def test_what_an_object_owns_goes_with_it(api: KubernetesApi, cluster: Cluster) -> None:
+def test_deleting_an_object_deletes_what_it_owns(api: KubernetesApi, cluster: Cluster) -> None:
     owner = cluster.create(MAP, config("a"))
     owned = config("b")
     owned["metadata"]["ownerReferences"] = [
@@ -229,7 +236,7 @@ def test_what_an_object_owns_goes_with_it(api: KubernetesApi, cluster: Cluster) 
     assert cluster.get(MAP, "b") is None
 
 
-def test_a_log_comes_line_by_line_and_each_line_once(api: KubernetesApi, cluster: Cluster) -> None:
+def test_each_line_of_a_log_is_returned_once(api: KubernetesApi, cluster: Cluster) -> None:
     tail = LogTail(cluster, "p", "node")
     assert tail.lines() == []
     api.add(pod("p"))
@@ -258,12 +265,12 @@ def test_the_cause_is_the_first_pod_that_failed(api: KubernetesApi, cluster: Clu
     for name, line in (("p0", "peer is gone"), ("p1", "loss 3.1"), ("p2", "")):
         api.write_log(name, "node", line)
     api.warn(stuck, "Failed", "no such image")
-    told = why(cluster, labels)
-    assert "pod p1, container node: ended with OOMKilled, status 137; it needs more memory" in told
-    assert "pod p2, container node: waits: ImagePullBackOff not found" in told
-    assert "Pod p2: Failed: no such image" in told
-    assert "the end of the log of pod p1:\n  loss 3.1" in told
-    assert "peer is gone" not in told
+    cause = why(cluster, labels)
+    assert "pod p1, container node: ended with OOMKilled, status 137; it needs more memory" in cause
+    assert "pod p2, container node: waits: ImagePullBackOff not found" in cause
+    assert "Pod p2: Failed: no such image" in cause
+    assert "the end of the log of pod p1:\n  loss 3.1" in cause
+    assert "peer is gone" not in cause
     api.forbid("list", "events")
     assert warnings(cluster, stuck) == []
     assert "OOMKilled" in why(cluster, labels)
@@ -280,11 +287,11 @@ def test_no_cluster_and_no_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path.write_text(path.read_text().replace("namespace:", "user:"))
     with pytest.raises(UserError, match="no namespace is known"):
         connect()
-    assert connect("given").namespace == "given"
+    assert connect("another").namespace == "another"
 
 
 def test_a_log_that_cannot_be_read_costs_seconds(api: KubernetesApi) -> None:
-    """A kubelet that is away: the API server answers 500 to every request for a log."""
+    """While a kubelet is away, the API server answers 500 to every request for a log."""
     cluster = connect()
     api.add(pod("p"), **ended(1, "2026-01-01T00:00:09Z"))
     api.write_log("p", "node", "never read")
@@ -297,22 +304,22 @@ def test_a_log_that_cannot_be_read_costs_seconds(api: KubernetesApi) -> None:
         cluster.log("p", "node")
 
 
-def test_warnings_of_what_works_are_no_causes(api: KubernetesApi, cluster: Cluster) -> None:
+def test_routine_and_resolved_warnings_are_not_causes(api: KubernetesApi, cluster: Cluster) -> None:
     running = {"state": {"running": {}}, "image": "i", "imageID": "", "restartCount": 0}
-    there = api.add(pod("p"), containerStatuses=[{"name": "node", "ready": True, **running}])
-    waits = api.add(pod("q"))
-    for each in (there, waits):
+    running_pod = api.add(pod("p"), containerStatuses=[{"name": "node", "ready": True, **running}])
+    waiting_pod = api.add(pod("q"))
+    for each in (running_pod, waiting_pod):
         for reason in ("VirtualServiceCRDNotFound", "UpdateFailed", "FailedMount", "Unhealthy"):
             api.warn(each, reason, f"of {each['metadata']['name']}")
-    told = why_of(cluster, [there, waits], None)
-    assert "VirtualServiceCRDNotFound" not in told
-    assert "UpdateFailed" not in told
-    assert "FailedMount: of p" not in told  # it was mounted in the end
-    assert "FailedMount: of q" in told
-    assert "Unhealthy: of p" in told
+    cause = why_of(cluster, [running_pod, waiting_pod], None)
+    assert "VirtualServiceCRDNotFound" not in cause
+    assert "UpdateFailed" not in cause
+    assert "FailedMount: of p" not in cause  # the mount succeeded later
+    assert "FailedMount: of q" in cause
+    assert "Unhealthy: of p" in cause
 
 
-def test_a_failure_that_a_container_came_back_from_is_no_cause(
+def test_a_failure_from_which_a_container_recovered_is_not_a_cause(
     api: KubernetesApi, cluster: Cluster
 ) -> None:
     (status,) = ended(1, "2026-01-01T00:00:09Z")["containerStatuses"]

@@ -1,4 +1,4 @@
-"""A registry on a bad day: what passes is asked again, whatever way it goes wrong."""
+"""A faulty registry: transient faults of every kind are retried, others are reported."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,26 +27,26 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_request_that_fails_once_is_repeated(registry: str, fault: Fault) -> None:
+def test_a_request_that_fails_once_is_retried(registry: str, fault: Fault) -> None:
     with FaultyProxy(registry, share=0) as proxy:
         proxy.planned.append(fault)
         assert with_registry(proxy.url, find_served("nothing")) is None
         assert proxy.hurt == 1
 
 
-def test_what_is_wrong_is_not_asked_again(registry: str) -> None:
+def test_permanent_errors_are_not_retried(registry: str) -> None:
     with FaultyProxy(registry, share=0) as proxy:
         with pytest.raises(UserError, match="the registry has no model 'nothing'"):
             with_registry(proxy.url, find_version("nothing", "v1"))
-        asked = [path.rpartition("/")[2].partition("?")[0] for _, path, _, _ in proxy.requests]
-        assert asked == ["registered_model", "registered_models"]
+        requested = [path.rpartition("/")[2].partition("?")[0] for _, path, _, _ in proxy.requests]
+        assert requested == ["registered_model", "registered_models"]
 
 
 @pytest.mark.parametrize(
     "ending",
     ["", "/", "/api/model_registry", "/api/model_registry/v1alpha3/", "/api/model_registry/v1"],
 )
-def test_a_url_may_end_with_the_path_of_the_api(registry: str, ending: str) -> None:
+def test_a_url_may_end_with_the_api_path(registry: str, ending: str) -> None:
     assert registry_url(f" {registry}{ending}\n") == registry
     assert with_registry(registry + ending, find_served("nothing")) is None
 
@@ -60,7 +60,7 @@ def test_the_path_of_a_gateway_is_kept() -> None:
     "url",
     ["registry:8080", "ftp://registry", "https://", "https://h:x", "https://h/?a=1", "http://a b"],
 )
-def test_what_is_no_url_is_refused(url: str) -> None:
+def test_invalid_urls_are_refused(url: str) -> None:
     with pytest.raises(UserError, match="is not the URL of a model registry"):
         registry_url(url)
 
@@ -88,7 +88,7 @@ async def no_route(_: web.Request) -> web.Response:
 
 
 @pytest.mark.parametrize("handler", [page, no_page, no_resource, no_route])
-def test_only_the_registrys_own_answer_counts(handler: Any) -> None:
+def test_only_answers_in_the_registrys_form_count(handler: Any) -> None:
     with (
         Server(("*", "/{path:.*}", handler)) as server,
         pytest.raises(Unreachable, match="is not a Model Registry"),
@@ -96,6 +96,6 @@ def test_only_the_registrys_own_answer_counts(handler: Any) -> None:
         with_registry(server.url, find_served("nothing"))
 
 
-def test_a_wrong_path_of_a_registry_is_no_answer(registry: str) -> None:
+def test_a_wrong_registry_path_is_reported(registry: str) -> None:
     with pytest.raises(Unreachable, match="is not a Model Registry"):
         with_registry(f"{registry}/elsewhere", find_served("nothing"))

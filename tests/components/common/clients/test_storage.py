@@ -1,4 +1,4 @@
-"""The data connection as people write it, what stores refuse, folders as consoles make them."""
+"""The data connection as people write it, refusals of stores, and folders made in consoles."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,21 +24,21 @@ from nudge.components.ingest.sources import find_sources, s3_options
 from tests.faulty_proxy import FaultyProxy
 from tests.web_server import Server
 
-SOUND = {
+VALID = {
     "AWS_ACCESS_KEY_ID": "AKIA", "AWS_SECRET_ACCESS_KEY": "s3cret",
     "AWS_S3_ENDPOINT": "https://s3.example:9000", "AWS_S3_BUCKET": "nudge",
 }  # fmt: skip
-VARIABLES = (*SOUND, "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_REGION", "AWS_CA_BUNDLE")
+VARIABLES = (*VALID, "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_REGION", "AWS_CA_BUNDLE")
 
 
 @pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sets the variables of a sound connection, with changes."""
+def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets the variables of a valid connection, with changes."""
 
     def set_them(**changes: str) -> None:
         for name in VARIABLES:
             monkeypatch.delenv(name, raising=False)
-        for name, value in {**SOUND, **changes}.items():
+        for name, value in {**VALID, **changes}.items():
             monkeypatch.setenv(name, value)
 
     return set_them
@@ -60,10 +60,10 @@ def given(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         ("", ""),
     ],
 )
-def test_an_endpoint_as_people_write_it(
-    endpoint: str, read: str, given: Callable[..., None]
+def test_endpoints_are_normalized(
+    endpoint: str, read: str, environment: Callable[..., None]
 ) -> None:
-    given(AWS_S3_ENDPOINT=endpoint)
+    environment(AWS_S3_ENDPOINT=endpoint)
     assert connection().endpoint == read
     assert s3_options()["client_kwargs"].get("endpoint_url", "") == read
     if read:
@@ -71,17 +71,17 @@ def test_an_endpoint_as_people_write_it(
 
 
 @pytest.mark.parametrize("endpoint", ["ftp://host", "https://", "host:port", "https://a b", "//"])
-def test_an_endpoint_that_is_none_is_refused(endpoint: str, given: Callable[..., None]) -> None:
-    given(AWS_S3_ENDPOINT=endpoint)
+def test_invalid_endpoints_are_refused(endpoint: str, environment: Callable[..., None]) -> None:
+    environment(AWS_S3_ENDPOINT=endpoint)
     for make in (s3_client, s3_options):
         with pytest.raises(UserError, match=r"AWS_S3_ENDPOINT is .*; expected http://host:port or"):
             make()
 
 
-def test_blanks_around_a_value_are_dropped_and_a_line_break_within_is_refused(
-    given: Callable[..., None],
+def test_surrounding_blanks_are_dropped_and_inner_line_breaks_refused(
+    environment: Callable[..., None],
 ) -> None:
-    given(
+    environment(
         AWS_ACCESS_KEY_ID="AKIA\n", AWS_SECRET_ACCESS_KEY=" s3cret\r\n", AWS_SESSION_TOKEN="t\n",
         AWS_DEFAULT_REGION="eu-west-1 ",
     )  # fmt: skip
@@ -92,33 +92,35 @@ def test_blanks_around_a_value_are_dropped_and_a_line_break_within_is_refused(
     assert s3_client().meta.region_name == "eu-west-1"
     options = s3_options()
     assert (options["key"], options["secret"], options["token"]) == ("AKIA", "s3cret", "t")
-    given(AWS_SECRET_ACCESS_KEY="s3c\nret")
+    environment(AWS_SECRET_ACCESS_KEY="s3c\nret")
     for make in (s3_client, s3_options):
-        with pytest.raises(UserError, match="AWS_SECRET_ACCESS_KEY holds a line break") as refused:
+        with pytest.raises(
+            UserError, match="AWS_SECRET_ACCESS_KEY contains a line break"
+        ) as refused:
             make()
         assert "ret;" not in str(refused.value)
     assert "s3c" not in repr(storage.Connection("e", "k", "s3c", "t", "", "", ""))
 
 
 @pytest.mark.parametrize("written", ["nudge", "s3://nudge", "s3a://nudge/", " nudge\n", "nudge/"])
-def test_a_bucket_as_people_write_it(written: str, given: Callable[..., None]) -> None:
-    given(AWS_S3_BUCKET=written)
+def test_bucket_names_are_normalized(written: str, environment: Callable[..., None]) -> None:
+    environment(AWS_S3_BUCKET=written)
     assert bucket_name() == "nudge"
 
 
-def test_a_bucket_with_a_path_is_refused(given: Callable[..., None]) -> None:
-    given(AWS_S3_BUCKET="s3://nudge/models")
-    with pytest.raises(UserError, match="expected the name of a bucket alone"):
+def test_a_bucket_with_a_path_is_refused(environment: Callable[..., None]) -> None:
+    environment(AWS_S3_BUCKET="s3://nudge/models")
+    with pytest.raises(UserError, match="expected only the name of a bucket"):
         bucket_name()
 
 
-def test_a_bundle_of_authorities_that_is_not_there_is_named(given: Callable[..., None]) -> None:
-    given(AWS_CA_BUNDLE="/no/such.pem")
-    with pytest.raises(UserError, match="AWS_CA_BUNDLE names /no/such.pem, and there is no such"):
+def test_a_missing_ca_bundle_is_named(environment: Callable[..., None]) -> None:
+    environment(AWS_CA_BUNDLE="/no/such.pem")
+    with pytest.raises(UserError, match="AWS_CA_BUNDLE is /no/such.pem, but there is no such"):
         s3_client()
 
 
-def test_a_session_token_goes_with_every_request(
+def test_every_request_carries_the_session_token(
     connected: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     faulty_proxy: Callable[..., FaultyProxy],
@@ -127,16 +129,16 @@ def test_a_session_token_goes_with_every_request(
     proxy = faulty_proxy(connected["AWS_S3_ENDPOINT"], share=0.0)
     monkeypatch.setenv("AWS_S3_ENDPOINT", proxy.url)
     monkeypatch.setenv("AWS_SESSION_TOKEN", "the-token\n")
-    # A proxy that answers nothing: requests to this machine go past it.
+    # A proxy that does not exist: requests to this machine bypass it.
     for name in ("HTTP_PROXY", "http_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    # The embedded store knows no tokens, so it refuses these; what counts is what was sent.
+    # The embedded store refuses session tokens; only what was sent matters here.
     with pytest.raises(UserError, match="InvalidAccessKeyId"):
         find_sources("s3://nudge/texts/")
-    asked = len(proxy.requests)
+    before = len(proxy.requests)
     with pytest.raises(UserError, match="InvalidAccessKeyId"), s3_errors("list it"):
         s3_client().list_objects_v2(Bucket="nudge")
-    assert 0 < asked < len(proxy.requests)
+    assert 0 < before < len(proxy.requests)
     for _, _, headers, _ in proxy.requests:
         tokens = [v for name, v in headers.items() if name.lower() == "x-amz-security-token"]
         assert tokens == ["the-token"]
@@ -148,7 +150,7 @@ def refusal(status: int, code: str) -> Exception:
 
 
 def wrapped(inner: Exception) -> Exception:
-    """As boto3's upload_file wraps what a store refuses."""
+    """The refusal of a store as boto3's upload_file wraps it."""
     try:
         try:
             raise inner
@@ -167,15 +169,15 @@ def wrapped(inner: Exception) -> Exception:
         (400, "RequestTimeout", True),
     ],
 )  # fmt: skip
-def test_what_may_work_later(status: int, code: str, transient: bool) -> None:
+def test_transient_errors(status: int, code: str, transient: bool) -> None:
     for error in (refusal(status, code), wrapped(refusal(status, code))):
         assert is_transient(error) is transient
         with pytest.raises(UserError, match=f"write it: {code} from "), s3_errors("write it"):
             raise error
 
 
-def test_every_error_of_the_clients_becomes_a_sentence() -> None:
-    made: list[Exception] = [
+def test_every_client_error_becomes_a_sentence() -> None:
+    errors: list[Exception] = [
         botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"),
         botocore.exceptions.ReadTimeoutError(endpoint_url="http://x"),
         botocore.exceptions.SSLError(endpoint_url="http://x", error="bad"),
@@ -184,23 +186,25 @@ def test_every_error_of_the_clients_becomes_a_sentence() -> None:
         botocore.exceptions.IncompleteReadError(actual_bytes=1, expected_bytes=2),
         *(kind("broken") for kind in storage.WRAPPERS),
     ]
-    for error in made:
+    for error in errors:
         with pytest.raises(UserError, match="^do it: "), s3_errors("do it"):
             raise error
 
 
-def store_without(what: str) -> Server:
-    """A store that refuses conditional writes as icechunk's and others' issues show it, or that
-    has never heard of them; or one that does not know CRC32."""
+def store_without(feature: str) -> Server:
+    """A store that refuses conditional writes as issues of icechunk and others show it, one that
+    ignores them, or one that does not know CRC32."""
 
     async def put(request: web.Request) -> web.Response:
         await request.read()
-        refused = (what == "conditions" and "If-None-Match" in request.headers) or (
-            what == "crc32" and "x-amz-checksum-crc32" in request.headers
+        refused = (feature == "conditions" and "If-None-Match" in request.headers) or (
+            feature == "crc32" and "x-amz-checksum-crc32" in request.headers
         )
         if not refused:
             return web.Response(headers={"ETag": '"x"'})
-        code, status = ("NotImplemented", 501) if what == "conditions" else ("InvalidRequest", 400)
+        code, status = (
+            ("NotImplemented", 501) if feature == "conditions" else ("InvalidRequest", 400)
+        )
         text = f"<Error><Code>{code}</Code><Message>not known</Message></Error>"
         return web.Response(status=status, text=text, content_type="application/xml")
 
@@ -211,23 +215,23 @@ def store_without(what: str) -> Server:
 
 
 @pytest.mark.parametrize(
-    ("what", "says"),
+    ("feature", "message"),
     [
         ("conditions", r"refuses a conditional write with a checksum \(NotImplemented\)"),
         ("crc32", r"refuses a conditional write with a checksum \(InvalidRequest\)"),
-        ("", "replaced an object that it was asked not to replace"),
+        ("", "ignored a conditional write and replaced an existing object"),
     ],
 )
-def test_a_store_that_cannot_take_an_upload_is_named(
-    what: str, says: str, given: Callable[..., None]
+def test_a_store_that_cannot_receive_uploads_is_reported(
+    feature: str, message: str, environment: Callable[..., None]
 ) -> None:
-    with store_without(what) as server:
-        given(AWS_S3_ENDPOINT=server.url)
-        with pytest.raises(UserError, match=f"{says}.*use a store that has both"):
+    with store_without(feature) as server:
+        environment(AWS_S3_ENDPOINT=server.url)
+        with pytest.raises(UserError, match=f"{message}.*use a store that has both"):
             check_writes(s3_client(), "nudge")
 
 
-def test_a_store_that_takes_an_upload_keeps_nothing_of_the_check(
+def test_the_check_of_a_store_leaves_no_object(
     connected: dict[str, str],
 ) -> None:
     client = s3_client()
@@ -240,20 +244,20 @@ def below(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def test_a_folder_made_in_a_console_and_a_whole_bucket_are_downloaded(
+def test_console_folders_and_complete_buckets_are_downloaded(
     connected: dict[str, str], tmp_path: Path
 ) -> None:
     client = s3_client()
-    client.create_bucket(Bucket="whole")
+    client.create_bucket(Bucket="complete")
     contents = {"made/": b"", "made/a.txt": b"a", "made/in/": b"", "made/in/b.txt": b"b"}
     for key, body in {**contents, "empty/": b""}.items():
-        client.put_object(Bucket="whole", Key=key, Body=body)
-    listed = client.list_objects_v2(Bucket="whole", Prefix="made/")["Contents"]
+        client.put_object(Bucket="complete", Key=key, Body=body)
+    listed = client.list_objects_v2(Bucket="complete", Prefix="made/")["Contents"]
     assert "made/" in [item["Key"] for item in listed]
-    download_folder("s3://whole/made/", tmp_path / "folder")
+    download_folder("s3://complete/made/", tmp_path / "folder")
     assert below(tmp_path / "folder") == {"a.txt": b"a", "in/b.txt": b"b"}
-    for number, uri in enumerate(("s3://whole", "s3://whole/")):
+    for number, uri in enumerate(("s3://complete", "s3://complete/")):
         download_folder(uri, tmp_path / str(number))
         assert below(tmp_path / str(number)) == {"made/a.txt": b"a", "made/in/b.txt": b"b"}
-    with pytest.raises(UserError, match="s3://whole/empty: there is nothing"):
-        download_folder("s3://whole/empty", tmp_path / "none")
+    with pytest.raises(UserError, match="s3://complete/empty: there is no object"):
+        download_folder("s3://complete/empty", tmp_path / "none")

@@ -1,4 +1,4 @@
-"""Which certificates are trusted: those of the service account's folder and NUDGE_SERVING_CA."""
+"""Trusted certificates: those in the service account's folder and NUDGE_SERVING_CA."""
 
 import ssl
 from pathlib import Path
@@ -23,16 +23,16 @@ def test_a_bundle_without_certificates_is_skipped(folder: Path, text: str) -> No
     assert tls.tls_context().verify_mode == ssl.CERT_REQUIRED
 
 
-def test_a_file_that_somebody_names_must_hold_one(
+def test_nudge_serving_ca_must_contain_a_certificate(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = folder / "ca.pem"
-    monkeypatch.setenv("NUDGE_SERVING_CA", str(given))
+    bundle = folder / "ca.pem"
+    monkeypatch.setenv("NUDGE_SERVING_CA", str(bundle))
     with pytest.raises(UserError, match="there is no such file"):
         tls.tls_context()
-    given.write_text("")
-    with pytest.raises(UserError, match="holds no certificate in PEM"):
+    bundle.write_text("")
+    with pytest.raises(UserError, match="contains no PEM certificate"):
         tls.tls_context()
-    given.write_text("-----BEGIN CERTIFICATE-----\nnone\n-----END CERTIFICATE-----\n")
+    bundle.write_text("-----BEGIN CERTIFICATE-----\nnone\n-----END CERTIFICATE-----\n")
     with pytest.raises(UserError, match="cannot be read"):
         tls.tls_context()

@@ -1,4 +1,4 @@
-"""The loss of training and of evaluation is that of each architecture's own logits."""
+"""The loss in training and evaluation equals that of each architecture's own logits."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ ARCHITECTURES = {
 
 
 def make(kind: str, **values: Any) -> Any:
-    """A model with large weights, biases too, so that whatever is left out is seen."""
+    """A model with large weights and biases, so that every omission shows."""
     shape = {
         "vocab_size": 200, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0,
@@ -40,7 +40,7 @@ def make(kind: str, **values: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_the_loss_is_that_of_transformers(kind: str) -> None:
+def test_the_loss_equals_that_of_transformers(kind: str) -> None:
     model = make(kind, **ARCHITECTURES[kind])
     ids = torch.randint(3, 200, (2, LENGTH + 1))
     reference = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -51,8 +51,8 @@ def test_the_loss_is_that_of_transformers(kind: str) -> None:
     rows = Rows(inputs, targets, torch.arange(LENGTH).repeat(2, 1))
     summed = Network(model, TrainSettings(base_model="x")).summed_loss(rows)
     assert summed.item() / (2 * LENGTH) == pytest.approx(reference.item(), rel=1e-5)
-    made = torch.autograd.grad(summed, list(model.parameters()))
-    for one, other in zip(made, expected, strict=True):
+    gradients = torch.autograd.grad(summed, list(model.parameters()))
+    for one, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
     with torch.no_grad():
@@ -61,22 +61,22 @@ def test_the_loss_is_that_of_transformers(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_that_does_something_else_to_its_logits_is_refused(dtype: torch.dtype) -> None:
+def test_a_model_with_unsupported_logits_is_refused(dtype: torch.dtype) -> None:
     model = make("llama").to(dtype)
     check_loss(model)
     forward = type(model).forward
 
-    def other(*given: Any, **named: Any) -> Any:
-        out = forward(model, *given, **named)
+    def scaled(*arguments: Any, **named: Any) -> Any:
+        out = forward(model, *arguments, **named)
         out.logits = out.logits * 0.8
         return out
 
-    model.forward = other
+    model.forward = scaled
     with pytest.raises(UserError, match="^LlamaForCausalLM: the loss of its own logits .* choose"):
         check_loss(model)
 
 
-def test_the_check_leaves_the_model_as_it_was() -> None:
+def test_the_check_restores_the_training_mode() -> None:
     model = make("llama").train()
     check_loss(model)
     assert model.training
