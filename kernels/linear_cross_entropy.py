@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from nudge.kernels.chunked import Options
+from nudge.kernels.arguments import Options
 from nudge.kernels.operators import (
     check_targets,
     linear_cross_entropy,

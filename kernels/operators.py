@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from nudge.kernels import native
-from nudge.kernels.chunked import Inputs, Options, Result, Wanted, chunked, result_dtype
+from nudge.kernels.arguments import Inputs, Options, Result, Wanted
+from nudge.kernels.chunked import chunked, result_dtype
 
 TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? class_weight"
 REST = (

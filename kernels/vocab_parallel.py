@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nudge.kernels.chunked import Inputs, Options, Wanted, chunked
+from nudge.kernels.arguments import Inputs, Options, Wanted
+from nudge.kernels.chunked import chunked
 from nudge.kernels.linear_cross_entropy import check_input
 from nudge.kernels.operators import weighted_sum
 

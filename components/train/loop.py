@@ -14,7 +14,8 @@ from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.progress import Progress
 from nudge.components.common.models.language_model import likeliest, target_ids, target_probability
 from nudge.components.train.bad_numbers import find
-from nudge.components.train.checkpoints.checkpoints import Checkpoints, TrainingState
+from nudge.components.train.checkpoints.checkpoints import Checkpoints
+from nudge.components.train.checkpoints.training_state import TrainingState
 from nudge.components.train.data import IGNORED, PackedSplit, Rows
 from nudge.components.train.meter import Meter
 from nudge.components.train.network import Network

@@ -69,7 +69,8 @@ def _train(
     from nudge.components.common.models import language_model
     from nudge.components.common.models.end_of_document import document_start_id
     from nudge.components.train.adapt import adapt
-    from nudge.components.train.checkpoints.checkpoints import identity, open_checkpoints
+    from nudge.components.train.checkpoints.open_checkpoints import open_checkpoints
+    from nudge.components.train.checkpoints.training_state import identity
     from nudge.components.train.data import PackedSplit
     from nudge.components.train.loop import make_optimizer, planned_steps, train_loop
     from nudge.components.train.model import (

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nudge.kernels import cpu_products, fused_linear_cross_entropy
-from nudge.kernels.chunked import Inputs, Options, Wanted, chunked
+from nudge.kernels.arguments import Inputs, Options, Wanted
+from nudge.kernels.chunked import chunked
 
 SHAPES = [(1, 1, 2), (5, 7, 11), (33, 40, 65), (150, 33, 257), (70, 64, 128)]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

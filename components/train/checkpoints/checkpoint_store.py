@@ -6,7 +6,6 @@ whole or not at all: a folder gets its name when it is complete, and in S3 only 
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -234,15 +233,3 @@ class _Bucket:
         from nudge.components.common.clients.storage import s3_errors
 
         return s3_errors(doing)
-
-
-def differences(there: dict[str, Any], here: dict[str, Any], path: str = "") -> list[str]:
-    """Each value of two nested dictionaries that differs, as ``name: 1 there, 2 here``."""
-    found = []
-    for key in sorted(there.keys() | here.keys()):
-        one, other = there.get(key), here.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            found += differences(one, other, f"{path}{key}.")
-        elif one != other:
-            found.append(f"{path}{key}: {json.dumps(one)} there, {json.dumps(other)} here")
-    return found

@@ -8,17 +8,13 @@ checked before one is read.
 
 import contextlib
 import dataclasses
-import hashlib
-import json
-import math
 import os
 import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,65 +32,17 @@ from nudge.components.common.core.publish import sha256_file, verify_file
 from nudge.components.common.core.step import disk_is_full
 from nudge.components.train.checkpoints.checkpoint_store import (
     CheckpointStore,
-    differences,
     open_checkpoint_store,
 )
 from nudge.components.train.checkpoints.shard_writer import SafetensorsWriter
-from nudge.components.train.data import PackedSplit
+from nudge.components.train.checkpoints.training_state import TrainingState, differences
 from nudge.components.train.network import Network
 from nudge.components.train.ranks import Ranks
 from nudge.components.train.record import NoTrainingLog, TrainingLog
-from nudge.components.train.settings import FREE_TO_CHANGE, TrainSettings
+from nudge.components.train.settings import TrainSettings
 
-PLACE_VARIABLE = "NUDGE_CHECKPOINTS"
 FAILURES_IN_A_ROW = 3
 """Checkpoints that may fail one after another before training stops."""
-GIVEN_UP_AFTER_S = 14 * 24 * 3600.0
-"""Checkpoints of a run that nobody asked to keep, and nobody has gone on with for so long, go."""
-
-
-@dataclass
-class TrainingState:
-    """Where training stands: steps done, tokens trained on, seconds, and the best validation.
-
-    The data cursor and the random state are pure functions of ``step``.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    best_step: int | None = None
-    best_loss: float | None = None
-    worse_in_a_row: int = 0
-
-    def validated(self, loss: float) -> bool:
-        """Note a validation loss of now; returns whether it is the best so far, and finite."""
-        if not math.isfinite(loss) or (self.best_loss is not None and loss >= self.best_loss):
-            self.worse_in_a_row += 1
-            return False
-        self.best_step, self.best_loss, self.worse_in_a_row = self.step, loss, 0
-        return True
-
-
-def identity(
-    settings: TrainSettings, training: PackedSplit, tokenizer_sha256: str, base_sha256: str,
-    steps: int,
-) -> dict[str, Any]:  # fmt: skip
-    """What a run is: the settings that decide what is learnt, and hashes of data and base model.
-
-    Two runs of one identity end in the same weights.
-    """
-    given = dataclasses.asdict(settings)
-    free = FREE_TO_CHANGE | {"base_model"}  # its weights count, not where they lie
-    data = training.cursor(0)
-    del data["rows_read"]
-    identity = {
-        "train": {key: value for key, value in given.items() if key not in free},
-        "data": {**data, "tokenizer_sha256": tokenizer_sha256},
-        "base_model_sha256": base_sha256,
-        "steps": steps,
-    }
-    return dict(json.loads(json.dumps(identity)))
 
 
 class Checkpoints:
@@ -389,72 +337,6 @@ class Damaged(UserError):
 
 class CheckpointFailed(RuntimeError):
     """A checkpoint that could not be written; nothing of it is visible."""
-
-
-@contextlib.contextmanager
-def open_checkpoints(
-    settings: TrainSettings,
-    identity: dict[str, Any],
-    ranks: Ranks,
-    note: Callable[[str], None] = lambda stage: None,
-) -> Iterator[Checkpoints]:
-    """The checkpoints of the run with this identity, where the settings say that they go.
-
-    Without such a place the best weights, if they are asked for, are kept in a temporary folder.
-    They are this run's alone while they are open, and once it ended well `run_is_done` is called.
-    Of another run of this identity the end is waited for, which ``note`` is told; raises
-    `UserError` where there is more than one rank, of which the others would not wait so long. (In
-    S3 no other run is seen.)
-    """
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    uri = settings.checkpoints or os.environ.get(PLACE_VARIABLE, "")
-    with contextlib.ExitStack() as stack:
-        place = open_checkpoint_store(f"{uri.rstrip('/')}/{key}") if uri else None
-        if place is None and settings.keeps_best:
-            if ranks.local_world < ranks.world:
-                raise UserError("keeping the best weights on many machines needs train.checkpoints")
-            folder = stack.enter_context(_shared_temporary(ranks))
-            place = open_checkpoint_store(str(folder))
-        if place is not None:
-            free = stack.enter_context(_held(place, ranks, note)) if ranks.main else True
-            if ranks.sum(float(not free))[0]:
-                raise UserError(
-                    f"another run of the same data and settings has its checkpoints in {place.uri} "
-                    "and is at work: wait for its end, or give this one train.checkpoints of its "
-                    "own"
-                )
-        if place is not None and ranks.main and uri and not settings.checkpoints:
-            place.remove_given_up(GIVEN_UP_AFTER_S)
-        checkpoints = Checkpoints(place, settings, identity, ranks)
-        checkpoints.wanted = bool(uri)
-        try:
-            yield checkpoints
-        finally:
-            checkpoints.close()
-        checkpoints.run_is_done()
-
-
-@contextlib.contextmanager
-def _held(place: CheckpointStore, ranks: Ranks, note: Callable[[str], None]) -> Iterator[bool]:
-    with place.held() as free:
-        if free or ranks.world > 1:
-            yield free
-            return
-    note("waiting for the end of another run of the same data and settings")
-    with place.held(wait=True) as free:
-        yield free
-
-
-@contextlib.contextmanager
-def _shared_temporary(ranks: Ranks) -> Iterator[Path]:
-    token = int(ranks.sum(os.getpid() if ranks.main else 0)[0])
-    folder = Path(tempfile.gettempdir()) / f"nudge-best-{token}"
-    folder.mkdir(exist_ok=True)
-    try:
-        yield folder
-    finally:
-        if ranks.main:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

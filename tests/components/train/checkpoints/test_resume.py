@@ -21,7 +21,8 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.common.models.language_model import load_model
 from nudge.components.train import loop
 from nudge.components.train.checkpoints.checkpoint_store import _Folder, open_checkpoint_store
-from nudge.components.train.checkpoints.checkpoints import TrainingState, open_checkpoints
+from nudge.components.train.checkpoints.open_checkpoints import open_checkpoints
+from nudge.components.train.checkpoints.training_state import TrainingState
 from nudge.components.train.data import PackedSplit
 from nudge.components.train.loop import accumulate, validation_loss
 from nudge.components.train.network import Network
