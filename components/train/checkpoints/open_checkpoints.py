@@ -1,4 +1,4 @@
-"""Where a run keeps its checkpoints, and how two identical runs stay out of each other's way."""
+"""Opens the checkpoints of a run, and lets a second run with the same identity wait."""
 
 import contextlib
 import hashlib
@@ -19,9 +19,9 @@ from nudge.components.train.checkpoints.checkpoints import Checkpoints
 from nudge.components.train.ranks import Ranks
 from nudge.components.train.settings import TrainSettings
 
-PLACE_VARIABLE = "NUDGE_CHECKPOINTS"
-GIVEN_UP_AFTER_S = 14 * 24 * 3600.0
-"""Checkpoints of a run that nobody asked to keep, and nobody has gone on with for so long, go."""
+CHECKPOINTS_VARIABLE = "NUDGE_CHECKPOINTS"
+ABANDONED_AFTER_S = 14 * 24 * 3600.0
+"""Checkpoints below NUDGE_CHECKPOINTS that no run has written to for this long are removed."""
 
 
 @contextlib.contextmanager
@@ -31,35 +31,38 @@ def open_checkpoints(
     ranks: Ranks,
     note: Callable[[str], None] = lambda stage: None,
 ) -> Iterator[Checkpoints]:
-    """The checkpoints of the run with this identity, where the settings say that they go.
+    """The checkpoints of the run with this identity, in the store that the settings name.
 
-    Without such a place the best weights, if they are asked for, are kept in a temporary folder.
-    They are this run's alone while they are open, and once it ended well `run_is_done` is called.
-    Of another run of this identity the end is waited for, which ``note`` is told; raises
-    `UserError` where there is more than one rank, of which the others would not wait so long. (In
-    S3 no other run is seen.)
+    If they name none and the best weights are to be kept, these go to a temporary folder. The store
+    is locked while it is open, and `run_is_done` is called once the run succeeds. If another run
+    with this identity is active, a single rank waits for it and reports that through ``note``; with
+    more than one rank it raises `UserError`, because the other ranks would time out. (In S3 there
+    is no lock, so other runs go unnoticed.)
     """
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    uri = settings.checkpoints or os.environ.get(PLACE_VARIABLE, "")
+    uri = settings.checkpoints or os.environ.get(CHECKPOINTS_VARIABLE, "")
     with contextlib.ExitStack() as stack:
-        place = open_checkpoint_store(f"{uri.rstrip('/')}/{key}") if uri else None
-        if place is None and settings.keeps_best:
+        store = open_checkpoint_store(f"{uri.rstrip('/')}/{key}") if uri else None
+        if store is None and settings.keeps_best:
             if ranks.local_world < ranks.world:
-                raise UserError("keeping the best weights on many machines needs train.checkpoints")
-            folder = stack.enter_context(_shared_temporary(ranks))
-            place = open_checkpoint_store(str(folder))
-        if place is not None:
-            free = stack.enter_context(_held(place, ranks, note)) if ranks.main else True
-            if ranks.sum(float(not free))[0]:
                 raise UserError(
-                    f"another run of the same data and settings has its checkpoints in {place.uri} "
-                    "and is at work: wait for its end, or give this one train.checkpoints of its "
-                    "own"
+                    "keeping the best weights on several machines needs train.checkpoints: set it "
+                    "to a shared folder or an s3:// URI"
                 )
-        if place is not None and ranks.main and uri and not settings.checkpoints:
-            place.remove_given_up(GIVEN_UP_AFTER_S)
-        checkpoints = Checkpoints(place, settings, identity, ranks)
-        checkpoints.wanted = bool(uri)
+            folder = stack.enter_context(_shared_temporary(ranks))
+            store = open_checkpoint_store(str(folder))
+        if store is not None:
+            locked = stack.enter_context(_locked(store, ranks, note)) if ranks.main else True
+            if ranks.sum(float(not locked))[0]:
+                raise UserError(
+                    "another run with the same data and settings is active and has its checkpoints "
+                    f"in {store.uri}: wait until it ends, or set a different train.checkpoints for "
+                    "this run"
+                )
+        if store is not None and ranks.main and uri and not settings.checkpoints:
+            store.remove_abandoned(ABANDONED_AFTER_S)
+        checkpoints = Checkpoints(store, settings, identity, ranks)
+        checkpoints.persistent = bool(uri)
         try:
             yield checkpoints
         finally:
@@ -68,14 +71,14 @@ def open_checkpoints(
 
 
 @contextlib.contextmanager
-def _held(place: CheckpointStore, ranks: Ranks, note: Callable[[str], None]) -> Iterator[bool]:
-    with place.held() as free:
-        if free or ranks.world > 1:
-            yield free
+def _locked(store: CheckpointStore, ranks: Ranks, note: Callable[[str], None]) -> Iterator[bool]:
+    with store.lock() as acquired:
+        if acquired or ranks.world > 1:
+            yield acquired
             return
-    note("waiting for the end of another run of the same data and settings")
-    with place.held(wait=True) as free:
-        yield free
+    note("waiting for another run with the same data and settings to end")
+    with store.lock(wait=True) as acquired:
+        yield acquired
 
 
 @contextlib.contextmanager

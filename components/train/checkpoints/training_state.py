@@ -12,7 +12,7 @@ from nudge.components.train.settings import FREE_TO_CHANGE, TrainSettings
 
 @dataclass
 class TrainingState:
-    """Where training stands: steps done, tokens trained on, seconds, and the best validation.
+    """The progress of training: steps, tokens, seconds, and the best validation.
 
     The data cursor and the random state are pure functions of ``step``.
     """
@@ -25,7 +25,7 @@ class TrainingState:
     worse_in_a_row: int = 0
 
     def validated(self, loss: float) -> bool:
-        """Note a validation loss of now; returns whether it is the best so far, and finite."""
+        """Record this step's validation loss; return whether it is finite and the best so far."""
         if not math.isfinite(loss) or (self.best_loss is not None and loss >= self.best_loss):
             self.worse_in_a_row += 1
             return False
@@ -37,16 +37,16 @@ def identity(
     settings: TrainSettings, training: PackedSplit, tokenizer_sha256: str, base_sha256: str,
     steps: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """What a run is: the settings that decide what is learnt, and hashes of data and base model.
+    """What identifies a run: the settings that affect learning, and hashes of data and base model.
 
-    Two runs of one identity end in the same weights.
+    Two runs with the same identity end with the same weights.
     """
-    given = dataclasses.asdict(settings)
-    free = FREE_TO_CHANGE | {"base_model"}  # its weights count, not where they lie
+    values = dataclasses.asdict(settings)
+    excluded = FREE_TO_CHANGE | {"base_model"}  # its weights matter, not its location
     data = training.cursor(0)
     del data["rows_read"]
     identity = {
-        "train": {key: value for key, value in given.items() if key not in free},
+        "train": {key: value for key, value in values.items() if key not in excluded},
         "data": {**data, "tokenizer_sha256": tokenizer_sha256},
         "base_model_sha256": base_sha256,
         "steps": steps,
@@ -55,7 +55,7 @@ def identity(
 
 
 def differences(there: dict[str, Any], here: dict[str, Any], path: str = "") -> list[str]:
-    """Each value of two nested dictionaries that differs, as ``name: 1 there, 2 here``."""
+    """The values that differ between two nested dictionaries, as ``name: 1 there, 2 here``."""
     found = []
     for key in sorted(there.keys() | here.keys()):
         one, other = there.get(key), here.get(key)
