@@ -1,4 +1,4 @@
-"""The arguments and results of the computation, as the layers of this package exchange them."""
+"""The arguments and results that the layers of this package exchange."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -20,7 +20,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Options:
-    """What changes the loss or how it is computed; see `fused_linear_cross_entropy`."""
+    """Options of the loss and its computation; see `fused_linear_cross_entropy`."""
 
     ignore_index: int = -100
     label_smoothing: float = 0.0
@@ -32,7 +32,7 @@ class Options:
 
 
 class Wanted(NamedTuple):
-    """Which gradients are asked for."""
+    """Which gradients to compute."""
 
     hidden: bool
     weight: bool
@@ -40,12 +40,12 @@ class Wanted(NamedTuple):
 
 
 class Combine(Protocol):
-    """How ranks that each hold a slice of the vocabulary meet; both calls work in place."""
+    """Reductions over ranks that each have a slice of the vocabulary; both work in place."""
 
     first: int
     """The vocabulary index of this rank's first row."""
     vocabulary: int
-    """The vocabulary's size over all ranks."""
+    """The size of the vocabulary over all ranks."""
 
     def max(self, value: Tensor) -> None: ...
 
@@ -53,7 +53,7 @@ class Combine(Protocol):
 
 
 class Result(NamedTuple):
-    """losses and lse [N]; gradients of sum(row_scale * losses), None where not asked for."""
+    """losses and lse [N]; gradients of sum(row_scale * losses), None if not wanted."""
 
     losses: Tensor
     lse: Tensor

@@ -7,8 +7,8 @@ from nudge.kernels import native
 from nudge.kernels.arguments import Combine, Options
 
 SOFTMAX_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
-"""Elements that the portable softmax takes at a time: on a CPU what stays in cache (4 MB of fp32),
-on a GPU without the kernel what bounds its temporaries (256 MB)."""
+"""Elements that the portable softmax processes at a time: on a CPU, as many as stay in cache (4 MB
+of fp32); on a GPU without the kernel, few enough to bound its temporaries (256 MB)."""
 
 
 def loss_and_gradient(
@@ -23,10 +23,10 @@ def loss_and_gradient(
     differentiate: bool,
     combine: Combine | None = None,
 ) -> None:
-    """Fills losses and lse [m] and turns logits [m, V] + bias into the loss's gradient in place.
+    """Fill losses and lse [m], and turn logits [m, V] + bias into the loss's gradient in place.
 
-    On CUDA the kernel of this package does it where it can be loaded; else torch operations do, on
-    a few rows at a time (but on all of them where ranks must meet).
+    On CUDA this uses the package's kernel if it can be loaded. Otherwise it uses torch operations
+    on a few rows at a time, or on all of them if ranks must combine their results.
     """
     if combine is None and native.usable(logits):
         native.softmax_loss(
@@ -62,10 +62,10 @@ def _softmax_rows(
     loss = a (lse - z_y) + B lse - sum b_c z_c + z_loss lse^2, and
     d loss / d z_c = p_c (a + B + 2 z_loss lse) - b_c - a [c = y].
 
-    z is first centred on its maximum, so that large logits cost no digits; then lse - z_y is the
-    log of the sum of exponentials, less the centred z_y.
+    z is first centered on its maximum, so that large logits lose no precision. Then lse - z_y is
+    the log of the sum of exponentials minus the centered z_y.
     """
-    z = logits.to(losses.dtype)  # the buffer itself where it is of that dtype
+    z = logits.to(losses.dtype)  # the buffer itself if it already has that dtype
     if bias is not None:
         z.add_(bias)
     first, size = (combine.first if combine else 0), z.shape[1]
@@ -117,7 +117,7 @@ def _softmax_rows(
     z.scatter_add_(1, index, -(hit * scale)[:, None])
     if slope is not None:
         z.mul_(slope)
-    if z.device.type != "cpu":  # a CPU has left the ignored rows out already
+    if z.device.type != "cpu":  # on a CPU, ignored rows are already left out
         z.masked_fill_(~valid[:, None], 0)
     if z is not logits:
         logits.copy_(z)

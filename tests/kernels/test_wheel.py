@@ -49,7 +49,7 @@ def test_without_the_library_it_says_how_to_get_it(
     try:
         assert native.load() == (
             "libnudge_kernels.so is not built: install the wheel that `make wheel` builds, or run "
-            "it here"
+            "`make wheel` here"
         )
         (tmp_path / native.NAME).write_bytes(b"no library")
         native.load.cache_clear()
