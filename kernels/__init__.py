@@ -1,4 +1,4 @@
-"""Fused loss of a language model's head: linear layer and cross-entropy, without the logits."""
+"""The fused loss of a language model's head: linear layer and cross-entropy without the logits."""
 
 from nudge.kernels.linear_cross_entropy import FusedLinearCrossEntropy, fused_linear_cross_entropy
 from nudge.kernels.vocab_parallel import vocab_parallel_linear_cross_entropy

@@ -1,4 +1,4 @@
-"""``python -m nudge.kernels``: which library is here, and whether each GPU can run it."""
+"""``python -m nudge.kernels``: which library is installed, and whether each GPU can run it."""
 
 import torch
 
@@ -16,8 +16,8 @@ def main() -> None:
         for name, value in native.stamp(library).items():
             print(f"{name:<10} {value[:60]}")
     for device in range(max(torch.cuda.device_count(), 1)):
-        print(f"cuda:{device}     {native.why_not(device) or 'the kernel runs here'}")
-    products = "oneDNN" if onednn_is_faster() else "torch's own choice"
+        print(f"cuda:{device}     {native.why_not(device) or 'can run the kernel'}")
+    products = "oneDNN" if onednn_is_faster() else "torch's default library"
     print(f"cpu        chunked torch operations, float32 products by {products}; needs no library")
 
 

@@ -1,101 +1,43 @@
-"""The work itself, a chunk of rows at a time: logits, loss, and gradients from the same logits.
+"""The computation, one chunk of rows at a time: logits, loss, and gradients from those logits.
 
-The logits [N, V] are never held (as in Liger-Kernel, Hsu et al., arXiv:2410.10989): a chunk's
-logits become its gradient in place, and one buffer serves all chunks. Plain functions on tensors;
-autograd and custom operators are in `nudge.kernels.operators`.
+The full logits [N, V] never exist (as in Liger-Kernel, Hsu et al., arXiv:2410.10989): a chunk's
+logits become its gradient in place, and all chunks share one buffer. These are plain functions on
+tensors; autograd and custom operators are in `nudge.kernels.operators`.
 """
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from nudge.kernels import cpu_products, native
+from nudge.kernels import cpu_products
+from nudge.kernels.arguments import Combine, Inputs, Options, Result, Wanted
+from nudge.kernels.softmax_loss import loss_and_gradient
 
 CPU_ROWS = (128, 512)
-"""Least and most rows of a chunk on a CPU: fewer starve the matrix products, more only cost
-memory. Between them a fourteenth of all rows, in whole vectors of 16: with the temporaries that is
-a tenth of the logits."""
+"""Minimum and maximum rows per chunk on a CPU: fewer starve the matrix products, more only cost
+memory. In between, a chunk is a fourteenth of all rows, in multiples of 16; with the temporaries
+that is a tenth of the logits."""
 CUDA_BUFFER_BYTES = 2**30
-CUDA_LEAST_ROWS = 1024
-"""Fewer rows no longer hide the update of an fp32 weight gradient behind its matrix product."""
-SOFTMAX_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
-"""Elements that the portable softmax takes at a time: on a CPU what stays in cache (4 MB of fp32),
-on a GPU without the kernel what bounds its temporaries (256 MB)."""
+CUDA_MIN_ROWS = 1024
+"""With fewer rows, the matrix product no longer hides the update of an fp32 weight gradient."""
 BLOCK_ELEMENTS = 2**19
-"""Elements of the weight's rows that make a block on a CPU: products of blocks are faster, and what
-they need beside is small (kernels/NOTES.md)."""
+"""Weight elements per block of the vocabulary on a CPU: products of blocks are faster, and need
+little extra memory (kernels/NOTES.md)."""
 CHUNKS_IN_WEIGHT_DTYPE = 4
-"""With more chunks than this the weight's gradient is summed in fp32."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """hidden [N, D], weight [V, D], bias [V], targets int64 [N], class_weight [V]."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    targets: Tensor
-    class_weight: Tensor | None
-
-
-@dataclass(frozen=True)
-class Options:
-    """What changes the loss or how it is computed; see `fused_linear_cross_entropy`."""
-
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    logit_softcap: float = 0.0
-    accum_dtype: torch.dtype | None = None
-    compute_dtype: torch.dtype | None = None
-    chunk_rows: int | None = None
-
-
-class Wanted(NamedTuple):
-    """Which gradients are asked for."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-
-
-class Combine(Protocol):
-    """How ranks that each hold a slice of the vocabulary meet; both calls work in place."""
-
-    first: int
-    """The vocabulary index of this rank's first row."""
-    vocabulary: int
-    """The vocabulary's size over all ranks."""
-
-    def max(self, value: Tensor) -> None: ...
-
-    def sum(self, value: Tensor) -> None: ...
-
-
-class Result(NamedTuple):
-    """losses and lse [N]; gradients of sum(row_scale * losses), None where not asked for."""
-
-    losses: Tensor
-    lse: Tensor
-    row_scale: Tensor
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+"""With more chunks than this, the weight's gradient is summed in fp32."""
 
 
 def scale_of_mean(
     targets: Tensor, ignore_index: int, class_weight: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """1 over the number of valid targets, and the class weights [V] scaled so that those of the
-    valid targets sum to that number; no sync.
+    """1 / (number of valid targets), and the class weights [V] scaled so that those of the valid
+    targets sum to that number; without a synchronization.
 
-    The cross-entropy is then a mean weighted by class, and z_loss a mean over valid targets, as in
-    Liger-Kernel. Where the class weights of the valid targets sum to 0 the scale is NaN.
+    The cross-entropy is then a class-weighted mean and z_loss a mean over valid targets, as in
+    Liger-Kernel. If the class weights of the valid targets sum to 0, the scale is NaN.
     """
     valid = targets != ignore_index
     count = valid.sum(dtype=torch.float64)
@@ -111,12 +53,12 @@ def scale_of_mean(
 
 
 def result_dtype(hidden: Tensor) -> torch.dtype:
-    """float64 for float64, else float32: the loss is never rounded to 16 bits."""
+    """float64 for float64, else float32, so that the loss is never rounded to 16 bits."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def rows_of_a_chunk(hidden: Tensor, vocabulary: int, element_bytes: int) -> int:
-    """The default number of rows whose logits are held at a time."""
+def default_chunk_rows(hidden: Tensor, vocabulary: int, element_bytes: int) -> int:
+    """The default number of rows per chunk."""
     rows = len(hidden)
     if hidden.is_cuda:
         return rows_on_cuda(rows, vocabulary * element_bytes)
@@ -124,15 +66,16 @@ def rows_of_a_chunk(hidden: Tensor, vocabulary: int, element_bytes: int) -> int:
 
 
 def rows_on_cuda(rows: int, row_bytes: int) -> int:
-    """Rows of the fewest chunks of equal size within 1 GiB: whole tiles of 128 of the products."""
-    most = max(CUDA_BUFFER_BYTES // row_bytes // 128 * 128, CUDA_LEAST_ROWS)
+    """Rows per chunk for the fewest equal chunks of at most 1 GiB, in multiples of 128, the
+    products' tile."""
+    most = max(CUDA_BUFFER_BYTES // row_bytes // 128 * 128, CUDA_MIN_ROWS)
     chunks = -(-rows // most)
     return -(-rows // (chunks * 128)) * 128
 
 
 def row_stride(vocabulary: int, element_bytes: int) -> int:
-    """Elements from one row of logits to the next: all rows begin on 64-byte boundaries, so that
-    odd vocabularies load as fast as even ones."""
+    """Elements between the starts of two rows of logits. All rows start on 64-byte boundaries, so
+    that odd vocabularies load as fast as even ones."""
     line = 64 // element_bytes
     return -(-vocabulary // line) * line
 
@@ -146,18 +89,18 @@ def chunked(
     combine: Combine | None = None,
     mean: bool = False,
 ) -> Result:
-    """Losses, logsumexp and gradients of the sum of losses weighted by row_scale ([N] or []), by 1
-    where None, or of their ``mean``.
+    """Losses, logsumexp, and gradients of the sum of losses weighted by row_scale ([N] or []; None
+    means 1) or, with ``mean``, of their mean.
 
-    With ``mean`` float16 logits hold N times their gradient: most of it would else be less than
-    float16 can hold, before a gradient scaler's factor comes with backward.
+    With ``mean``, float16 logits store N times their gradient. Most of it would otherwise underflow
+    float16, because a gradient scaler's factor arrives only in backward.
     """
     hidden, targets = inputs.hidden, inputs.targets
     with torch.autocast(hidden.device.type, enabled=False):
         if hidden.device.type == "cpu":
-            kept = (targets != options.ignore_index).nonzero()[:, 0]
-            if len(kept) < len(hidden):
-                return _without_ignored(inputs, row_scale, options, wanted, combine, mean, kept)
+            valid = (targets != options.ignore_index).nonzero()[:, 0]
+            if len(valid) < len(hidden):
+                return _without_ignored(inputs, row_scale, options, wanted, combine, mean, valid)
         return _chunks(inputs, row_scale, options, wanted, combine, mean)
 
 
@@ -168,20 +111,20 @@ def _without_ignored(
     wanted: Wanted,
     combine: Combine | None,
     mean: bool,
-    kept: Tensor,
+    valid: Tensor,
 ) -> Result:
-    """The same on the rows that count only: masked prompts then cost nothing."""
+    """`_chunks` on only the rows with index in ``valid``, so that masked prompts cost nothing."""
     hidden = inputs.hidden
     if row_scale is not None and row_scale.dim():
-        row_scale = row_scale[kept]
-    few = replace(inputs, hidden=hidden[kept], targets=inputs.targets[kept])
-    part = _chunks(few, row_scale, options, wanted, combine, mean)
-    losses = part.losses.new_zeros(len(hidden)).index_copy_(0, kept, part.losses)
-    lse = part.lse.new_zeros(len(hidden)).index_copy_(0, kept, part.lse)
+        row_scale = row_scale[valid]
+    fewer = replace(inputs, hidden=hidden[valid], targets=inputs.targets[valid])
+    part = _chunks(fewer, row_scale, options, wanted, combine, mean)
+    losses = part.losses.new_zeros(len(hidden)).index_copy_(0, valid, part.losses)
+    lse = part.lse.new_zeros(len(hidden)).index_copy_(0, valid, part.lse)
     d_hidden = None
     if part.hidden is not None:
         d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-        d_hidden.index_copy_(0, kept, part.hidden)
+        d_hidden.index_copy_(0, valid, part.hidden)
     return Result(losses, lse, part.row_scale, d_hidden, part.weight, part.bias)
 
 
@@ -197,31 +140,31 @@ def _chunks(
     n, vocabulary = len(hidden), len(weight)
     compute = options.compute_dtype or weight.dtype
     table = _dense(weight.to(compute))
-    # Half precision has no fast matrix product on a CPU (26 GFLOP/s beside 321 of bf16).
+    # A CPU has no fast matrix product for float16 (26 GFLOP/s compared with 321 for bf16).
     upcast = compute == torch.float16 and hidden.device.type == "cpu"
-    held = torch.float32 if upcast else compute
-    size = options.chunk_rows or rows_of_a_chunk(hidden, vocabulary, held.itemsize)
+    dtype = torch.float32 if upcast else compute
+    size = options.chunk_rows or default_chunk_rows(hidden, vocabulary, dtype.itemsize)
     size = min(size, max(n, 1))
-    buffer = hidden.new_empty(size, row_stride(vocabulary, held.itemsize), dtype=held)
-    # A product may read the padding as well and multiply it by zero: oneDNN on AMX does (its issue
-    # 5717 and its fix 5603), where NaN in memory never written made every gradient NaN.
+    buffer = hidden.new_empty(size, row_stride(vocabulary, dtype.itemsize), dtype=dtype)
+    # A product may also read the padding and multiply it by zero. oneDNN on AMX does (its issue
+    # 5717, its fix 5603), so NaN in uninitialized memory made every gradient NaN.
     buffer[:, vocabulary:] = 0
-    # A temporary of the weight in another dtype is of one block only.
-    blocks = list(_blocks(weight, whole=hidden.is_cuda or held.itemsize < 4))
+    # A copy of the weight in another dtype covers only one block at a time.
+    blocks = list(_blocks(weight, single=hidden.is_cuda or dtype.itemsize < 4))
 
     def products() -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Of each chunk its rows, their part of hidden and, in the buffer, their logits."""
+        """For each chunk: its rows, its part of hidden and, in the buffer, its logits."""
         for first in range(0, n, size):
             rows = slice(first, min(first + size, n))
-            part = _dense(hidden[rows].to(held))
+            part = _dense(hidden[rows].to(dtype))
             logits = buffer[: len(part), :vocabulary]
             for block in blocks:
-                cpu_products.mm(part, table[block].to(held).T, out=logits[:, block])
+                cpu_products.mm(part, table[block].to(dtype).T, out=logits[:, block])
             yield rows, part, logits
 
-    # The first is launched before anything small, so that a GPU is at work meanwhile.
-    following = products()
-    begun = list(itertools.islice(following, 1))
+    # Launch the first product before the small operations, so that a GPU computes meanwhile.
+    chunks = products()
+    first_chunk = list(itertools.islice(chunks, 1))
 
     exact = result_dtype(hidden)
     targets = inputs.targets.contiguous()
@@ -239,28 +182,21 @@ def _chunks(
         scale = scale.nan_to_num(0.0)  # the mean is undefined, and its gradients are zero
     scale = (scale if unit == 1 else scale * unit).expand(n)
     losses, lse = hidden.new_empty(n, dtype=exact), hidden.new_empty(n, dtype=exact)
-    d_hidden = d_weight = d_bias = None
-    if wanted.hidden:
-        d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    if wanted.weight:
-        dtype = _accumulate_in(weight, options, -(-n // size), upcast)
-        made = torch.empty if n else torch.zeros
-        d_weight = made(weight.shape, dtype=dtype, device=weight.device)
-    if wanted.bias:
-        d_bias = hidden.new_zeros(vocabulary, dtype=exact)
+    sum_dtype = _sum_dtype(weight, options, -(-n // size), upcast)
+    d_hidden, d_weight, d_bias = _gradient_buffers(inputs, wanted, sum_dtype)
 
-    in_blocks = table.dtype != held or cpu_products.takes(buffer)
-    of_hidden = blocks if in_blocks else [slice(0, vocabulary)]
-    for rows, part, logits in itertools.chain(begun, following):
+    in_blocks = table.dtype != dtype or cpu_products.takes(buffer)
+    hidden_blocks = blocks if in_blocks else [slice(0, vocabulary)]
+    for rows, part, logits in itertools.chain(first_chunk, chunks):
         loss_and_gradient(
             logits, targets[rows], class_weight, bias, scale[rows], options, losses[rows],
             lse[rows], any(wanted), combine,
         )  # fmt: skip
         if d_hidden is not None:
             d_rows = d_hidden[rows]
-            d_part = d_rows if d_rows.dtype == held else part.new_empty(part.shape)
-            for block in of_hidden:
-                factor = table[block].to(held)
+            d_part = d_rows if d_rows.dtype == dtype else part.new_empty(part.shape)
+            for block in hidden_blocks:
+                factor = table[block].to(dtype)
                 _add(d_part, logits[:, block], factor, block.start == 0, 1 / unit)
             if d_part is not d_rows:
                 d_rows.copy_(d_part)
@@ -276,39 +212,61 @@ def _chunks(
 
 
 def _dense(matrix: Tensor) -> Tensor:
-    """The matrix [m, k], copied if it is 16-bit, on a CPU and has gaps between its rows: a product
-    may read those gaps, which belong to the caller and may hold anything."""
+    """The matrix [m, k], copied if it is 16-bit, on a CPU, and has gaps between its rows.
+
+    A product may read those gaps, which belong to the caller and may contain anything.
+    """
     if matrix.device.type != "cpu" or matrix.dtype.itemsize > 2 or matrix.T.is_contiguous():
         return matrix
     return matrix.contiguous()
 
 
-def _accumulate_in(weight: Tensor, options: Options, chunks: int, upcast: bool) -> torch.dtype:
+def _gradient_buffers(
+    inputs: Inputs, wanted: Wanted, weight_dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Buffers for the gradients of hidden, weight and bias; None if not wanted.
+
+    Those of hidden and weight are uninitialized: the first chunk writes them without reading.
+    """
+    hidden, weight = inputs.hidden, inputs.weight
+    d_hidden = d_weight = d_bias = None
+    if wanted.hidden:
+        d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    if wanted.weight:
+        allocate = torch.empty if len(hidden) else torch.zeros  # no chunk, nothing written
+        d_weight = allocate(weight.shape, dtype=weight_dtype, device=weight.device)
+    if wanted.bias:
+        d_bias = hidden.new_zeros(len(weight), dtype=result_dtype(hidden))
+    return d_hidden, d_weight, d_bias
+
+
+def _sum_dtype(weight: Tensor, options: Options, chunks: int, upcast: bool) -> torch.dtype:
+    """The dtype in which the weight's gradient is summed over chunks."""
     if options.accum_dtype is not None:
         return options.accum_dtype
     small = weight.dtype.itemsize < 4
     return torch.float32 if small and (upcast or chunks > CHUNKS_IN_WEIGHT_DTYPE) else weight.dtype
 
 
-def _blocks(weight: Tensor, whole: bool) -> Iterator[slice]:
-    """Slices of the vocabulary, of BLOCK_ELEMENTS or all in one."""
+def _blocks(weight: Tensor, single: bool) -> Iterator[slice]:
+    """Slices of the vocabulary of about BLOCK_ELEMENTS each or, if ``single``, one slice."""
     vocabulary, size = weight.shape
-    step = vocabulary if whole else max(BLOCK_ELEMENTS // size // 128 * 128, 128)
+    step = vocabulary if single else max(BLOCK_ELEMENTS // size // 128 * 128, 128)
     for first in range(0, vocabulary, step):
         yield slice(first, min(first + step, vocabulary))
 
 
 def _add(total: Tensor, left: Tensor, right: Tensor, start: bool, alpha: float) -> None:
-    """total += alpha * left @ right; at the start total is written only, so it needs no zeros."""
+    """total += alpha * left @ right; with ``start``, total is written without being read."""
     beta = 0 if start else 1
     by_onednn = cpu_products.takes(left, right)
     if total.dtype == left.dtype and not by_onednn:
         torch.addmm(total, left, right, beta=beta, alpha=alpha, out=total)
     elif left.is_cuda and total.dtype == torch.float32:
         torch.addmm(total, left, right, out_dtype=torch.float32, beta=beta, alpha=alpha, out=total)
-    else:  # a temporary of a block, never one of V x D
+    else:  # the temporary has the size of a block, never V x D
         multiply = cpu_products.product if by_onednn else torch.mm
-        for block in _blocks(total, whole=False):
+        for block in _blocks(total, single=False):
             product = multiply(left[block], right).to(total.dtype)
             if alpha != 1:
                 product *= alpha
@@ -316,115 +274,3 @@ def _add(total: Tensor, left: Tensor, right: Tensor, start: bool, alpha: float) 
                 total[block] = product
             else:
                 total[block] += product
-
-
-def loss_and_gradient(
-    logits: Tensor,
-    targets: Tensor,
-    class_weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor,
-    options: Options,
-    losses: Tensor,
-    lse: Tensor,
-    differentiate: bool,
-    combine: Combine | None = None,
-) -> None:
-    """Fills losses and lse [m] and turns logits [m, V] + bias into the loss's gradient in place.
-
-    On CUDA the kernel of this package does it where it can be loaded; else torch operations do, on
-    a few rows at a time (but on all of them where ranks must meet).
-    """
-    if combine is None and native.usable(logits):
-        native.softmax_loss(
-            logits, targets, class_weight, bias, scale, options.ignore_index,
-            options.label_smoothing, options.z_loss, options.logit_softcap, losses, lse,
-            differentiate,
-        )  # fmt: skip
-        return
-    most = SOFTMAX_ELEMENTS["cuda" if logits.is_cuda else "cpu"]
-    step = len(logits) if combine else max(most // logits.shape[1], 1)
-    for first in range(0, len(logits), step):
-        rows = slice(first, first + step)
-        _softmax_rows(
-            logits[rows], targets[rows], class_weight, bias, scale[rows], options, losses[rows],
-            lse[rows], differentiate, combine,
-        )  # fmt: skip
-
-
-def _softmax_rows(
-    logits: Tensor,
-    targets: Tensor,
-    class_weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor,
-    options: Options,
-    losses: Tensor,
-    lse: Tensor,
-    differentiate: bool,
-    combine: Combine | None,
-) -> None:
-    """Per row, with a = (1 - e) w_y, b_c = e w_c / V, B = sum of b_c, p = softmax(z):
-
-    loss = a (lse - z_y) + B lse - sum b_c z_c + z_loss lse^2, and
-    d loss / d z_c = p_c (a + B + 2 z_loss lse) - b_c - a [c = y].
-
-    z is first centred on its maximum, so that large logits cost no digits; then lse - z_y is the
-    log of the sum of exponentials, less the centred z_y.
-    """
-    z = logits.to(losses.dtype)  # the buffer itself where it is of that dtype
-    if bias is not None:
-        z.add_(bias)
-    first, size = (combine.first if combine else 0), z.shape[1]
-    vocabulary = combine.vocabulary if combine else size
-    slope = None
-    if options.logit_softcap:
-        z.div_(options.logit_softcap).tanh_()
-        slope = 1 - z.square() if differentiate else None
-        z.mul_(options.logit_softcap)
-    top = z.amax(1)
-    if combine is not None:
-        combine.max(top)
-    z.sub_(top[:, None])
-
-    valid = targets != options.ignore_index
-    local = targets - first
-    here = valid & (local >= 0) & (local < size)
-    index = local.where(here, 0)[:, None]
-    hit = here.to(z.dtype) * (1 - options.label_smoothing)
-    if class_weight is not None:
-        hit *= class_weight[index[:, 0]]
-    outside = valid & ((targets < 0) | (targets >= vocabulary))
-    hit.masked_fill_(outside, torch.nan)
-    taken = (hit * z.gather(1, index)[:, 0]).where(hit != 0, 0.0)
-    spread = None
-    sums = [taken, hit]
-    if options.label_smoothing:
-        share = options.label_smoothing / vocabulary
-        spread = torch.full_like(z[0], share) if class_weight is None else class_weight * share
-        sums += [z @ spread, spread.sum().expand(len(z))]
-    z.exp_()
-    packed = torch.stack([z.sum(1), *sums])
-    if combine is not None:
-        combine.sum(packed)
-    total, taken, everywhere = packed[0], packed[1], packed[2]
-    log_total = total.log()
-    torch.add(top, log_total, out=lse)
-    factor = everywhere + packed[4] if spread is not None else everywhere
-    losses.copy_(factor * log_total - taken + options.z_loss * lse.square())
-    if spread is not None:
-        losses -= packed[3]
-    losses.masked_fill_(~valid, 0)
-    lse_valid = lse.masked_fill_(~valid, 0)
-    if not differentiate:
-        return
-    z.mul_(((factor + 2 * options.z_loss * lse_valid) * scale / total)[:, None])
-    if spread is not None:
-        z.addr_(scale, spread, alpha=-1)
-    z.scatter_add_(1, index, -(hit * scale)[:, None])
-    if slope is not None:
-        z.mul_(slope)
-    if z.device.type != "cpu":  # a CPU has left the ignored rows out already
-        z.masked_fill_(~valid[:, None], 0)
-    if z is not logits:
-        logits.copy_(z)

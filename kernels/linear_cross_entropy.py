@@ -1,7 +1,7 @@
-"""Linear layer and cross-entropy in one, a chunk of rows at a time: the public function and module.
+"""Linear layer and cross-entropy in one, chunk by chunk: the public function and module.
 
-Layers, from the outside in: this file checks and names things, `operators` is what autograd and
-torch.compile see, `chunked` does the work, `native` holds the CUDA kernel.
+The layers, from the outside in: this file checks the arguments, `operators` defines what autograd
+and torch.compile see, `chunked` and `softmax_loss` compute, and `native` loads the CUDA kernel.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from nudge.kernels.chunked import Options
+from nudge.kernels.arguments import Options
 from nudge.kernels.operators import (
     check_targets,
     linear_cross_entropy,
@@ -73,36 +73,34 @@ def fused_linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of ``hidden @ weight.T + bias`` against ``targets``, without the logits [N, V].
 
-    hidden [N, D], weight [V, D] and bias [V] are of one floating dtype (any under autocast, whose
-    dtype the products then have); targets [N] is int64, with rows of ``ignore_index`` left out.
-    Returns the loss in float32 (float64 for float64): a scalar, or [N] for ``"none"``, 0 where
-    ignored. With ``return_lse`` also the rows' logsumexp [N] of the logits, 0 where ignored, which
-    carries no gradient.
+    hidden [N, D], weight [V, D] and bias [V] have one floating dtype (under autocast any, and the
+    products use autocast's). targets [N] is int64; rows with target ``ignore_index`` are excluded.
+    Returns the loss in float32 (float64 for float64): a scalar, or [N] for ``"none"``, 0 for
+    ignored rows. ``return_lse`` adds the logsumexp [N] of each row's logits, 0 for ignored rows;
+    it has no gradient.
 
-    label_smoothing and class_weight [V] mean what they do in `torch.nn.functional.cross_entropy`.
-    z_loss adds z_loss * logsumexp^2 to a row's loss (PaLM, arXiv:2204.02311); class weights do not
-    weigh it, and its mean is over the valid targets, as in Liger-Kernel. logit_softcap c > 0
-    replaces a logit z by c tanh(z / c) (Gemma 2, arXiv:2408.00118). accum_dtype is that of the sum
-    of weight's gradient over chunks: by default weight's, but float32 for 16 bits and more than 4
-    chunks. chunk_rows is how many rows' logits are held at a time.
+    label_smoothing and class_weight [V] work as in `torch.nn.functional.cross_entropy`. z_loss adds
+    z_loss * logsumexp^2 to a row's loss (PaLM, arXiv:2204.02311); class weights do not apply to it,
+    and its mean is over the valid targets, as in Liger-Kernel. logit_softcap c > 0 replaces a logit
+    z by c tanh(z / c) (Gemma 2, arXiv:2408.00118). accum_dtype is the dtype in which the weight's
+    gradient is summed over chunks: by default the weight's, but float32 for 16-bit weights and more
+    than 4 chunks. chunk_rows is the number of rows per chunk.
 
     A mean over no valid target, or over targets whose class weights sum to 0, is NaN with zero
-    gradients; a sum is 0. A target out of [0, V)
-    raises on a CPU; on CUDA, where looking would be a synchronisation, its row's loss and
-    gradient are NaN. Gradients are made in forward; for ``"none"`` backward makes the logits again.
-    Backward may run more than once under ``retain_graph``; second derivatives are not to be had.
+    gradients; a sum is 0. A target outside [0, V) raises on a CPU; on CUDA, where checking would
+    synchronize, its row's loss and gradient are NaN. Forward computes the gradients; with
+    ``"none"``, backward recomputes the logits. Backward may run more than once under
+    ``retain_graph``; second derivatives are not supported.
 
-    Raises `ValueError`, naming the argument and what was given, for shapes, dtypes, devices or
-    values that do not fit; N = 0 and V = 1 among them.
+    Raises `ValueError` with the argument and its value if shapes, dtypes, devices or values do not
+    fit, including N = 0 and V = 1.
     """
     device = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
     # torch 2.11 cannot trace torch.amp.is_autocast_available.
     autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
     compute = torch.get_autocast_dtype(device) if autocast else None
-    if (
-        isinstance(hidden, Tensor) and hidden.dtype == torch.float64
-    ):  # as autocast itself leaves float64 alone
-        compute = None
+    if isinstance(hidden, Tensor) and hidden.dtype == torch.float64:
+        compute = None  # autocast itself does not cast float64 either
     options = Options(
         ignore_index, label_smoothing, z_loss, logit_softcap, accum_dtype, compute, chunk_rows
     )
@@ -113,7 +111,7 @@ def fused_linear_cross_entropy(
         grad and weight.requires_grad,
         grad and bias is not None and bias.requires_grad,
     ]
-    # class_weight's own gradient is not made.
+    # class_weight gets no gradient.
     constant = None if class_weight is None else class_weight.detach()
     rest = (
         ignore_index, label_smoothing, z_loss, logit_softcap, accum_dtype, compute, chunk_rows,
@@ -130,9 +128,9 @@ def fused_linear_cross_entropy(
 class FusedLinearCrossEntropy(nn.Module):
     """The head and its loss as a module that owns weight [V, D] and bias [V].
 
-    Owning them lets `fully_shard` gather the weight around `forward`; tie it to an embedding by
-    assignment, ``head.weight = embedding.weight``. ``options`` are the keyword arguments of
-    `fused_linear_cross_entropy`, but for bias.
+    Because it owns them, `fully_shard` can gather the weight around `forward`. Tie the weight to an
+    embedding by assignment: ``head.weight = embedding.weight``. ``options`` are the keyword
+    arguments of `fused_linear_cross_entropy` except bias.
     """
 
     def __init__(
@@ -171,10 +169,10 @@ def check_input(
     options: Options,
     vocabulary: int | None = None,
 ) -> None:
-    """Raises `ValueError` that names the argument and what was given; never synchronises."""
-    for name, given in (("hidden", hidden), ("weight", weight), ("targets", targets)):
-        if not isinstance(given, Tensor):
-            raise ValueError(f"{name} is a {type(given).__name__}: expected a tensor")
+    """Raise `ValueError` with the first bad argument and its value; never synchronizes."""
+    for name, argument in (("hidden", hidden), ("weight", weight), ("targets", targets)):
+        if not isinstance(argument, Tensor):
+            raise ValueError(f"{name} is a {type(argument).__name__}: expected a tensor")
     if type(weight).__name__ == "DTensor":
         raise ValueError(
             "weight is a sharded DTensor: use FusedLinearCrossEntropy under fully_shard, which "

@@ -1,8 +1,9 @@
-"""The custom operators: what autograd, fake tensors and torch.compile see of `chunked`.
+"""Custom operators that present `chunked` to autograd, fake tensors and torch.compile.
 
-`linear_cross_entropy` gives the weighted sum of losses and makes its gradients in forward; backward
-only scales them. `linear_cross_entropy_rows` gives the loss of each row; its backward makes the
-logits again, knowing the rows' weights, through `linear_cross_entropy_grad`.
+`linear_cross_entropy` returns the weighted sum of losses and computes its gradients in forward;
+backward only scales them. `linear_cross_entropy_rows` returns the loss of each row; its backward
+recomputes the logits through `linear_cross_entropy_grad`, because only then are the rows' weights
+known.
 """
 
 from typing import Any
@@ -11,14 +12,15 @@ import torch
 from torch import Tensor
 
 from nudge.kernels import native
-from nudge.kernels.chunked import Inputs, Options, Result, Wanted, chunked, result_dtype
+from nudge.kernels.arguments import Inputs, Options, Result, Wanted
+from nudge.kernels.chunked import chunked, result_dtype
 
 TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? class_weight"
 REST = (
     "int ignore_index, float smoothing, float z_loss, float softcap, ScalarType? accum, "
     "ScalarType? compute, int? chunk_rows, bool[] wants"
 )
-"""The fields of `Options` in their order, and those of `Wanted`."""
+"""The fields of `Options` in order, then those of `Wanted`."""
 GRADIENTS = "Tensor d_hidden, Tensor d_weight, Tensor d_bias"
 """Empty where not wanted."""
 
@@ -28,7 +30,7 @@ def _split(rest: tuple[Any, ...]) -> tuple[Options, Wanted]:
 
 
 def check_targets(targets: Tensor, ignore_index: int, vocabulary: int) -> None:
-    """Raises `ValueError` for a target out of range on a CPU; elsewhere it would be a sync."""
+    """Raise `ValueError` for a target out of range, on a CPU; a GPU would have to synchronize."""
     if targets.device.type == "cpu":
         outside = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
         if outside.any():
@@ -40,17 +42,17 @@ def check_targets(targets: Tensor, ignore_index: int, vocabulary: int) -> None:
 
 
 def weighted_sum(done: Result) -> Tensor:
-    """The loss: for a mean over nothing 0 * inf, NaN, as torch's is."""
+    """The loss. A mean over nothing is 0 * inf = NaN, as in torch."""
     return (done.losses.sum(dtype=torch.float64) * done.row_scale).to(done.losses.dtype)
 
 
 def _gradients(
-    made: tuple[Tensor | None, ...], likes: tuple[Tensor, Tensor, Tensor | None]
+    computed: tuple[Tensor | None, ...], likes: tuple[Tensor, Tensor, Tensor | None]
 ) -> tuple[Tensor, ...]:
     hidden = likes[0]
     return tuple(
         hidden.new_empty(0) if value is None or like is None else value.to(like.dtype)
-        for value, like in zip(made, likes, strict=True)
+        for value, like in zip(computed, likes, strict=True)
     )
 
 
@@ -65,7 +67,7 @@ def _fake_gradients(
 
 @torch.library.custom_op("nudge::scale_unless_one_", mutates_args=("value",))
 def scale_unless_one_(value: Tensor, factor: Tensor) -> None:
-    """value *= factor, without touching value where the factor is 1; no sync on CUDA."""
+    """value *= factor; does not touch value if the factor is 1. No synchronization on CUDA."""
     if native.usable(value):
         native.scale_unless_one(value, factor.float())
     elif value.is_cuda or factor.item() != 1:
@@ -85,8 +87,8 @@ def _linear_cross_entropy(
     check_targets(targets, options.ignore_index, len(weight))
     inputs = Inputs(hidden, weight, bias, targets, class_weight)
     done = chunked(inputs, None, options, wanted, mean=mean)
-    made = _gradients((done.hidden, done.weight, done.bias), (hidden, weight, bias))
-    return weighted_sum(done), done.lse, *made
+    gradients = _gradients((done.hidden, done.weight, done.bias), (hidden, weight, bias))
+    return weighted_sum(done), done.lse, *gradients
 
 
 linear_cross_entropy = torch.library.custom_op(
@@ -114,27 +116,30 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _refuse_second_derivatives(saved: tuple[Tensor, ...]) -> None:
-    """Under create_graph what backward returns would pass for differentiable, and not be."""
+    """With create_graph, the gradients would look differentiable but would not be."""
     if torch.is_grad_enabled() and all(type(value) is Tensor for value in saved):
         raise RuntimeError(
             "fused_linear_cross_entropy has no second derivatives: call backward without "
-            "create_graph=True, or take torch.nn.functional.cross_entropy for this loss"
+            "create_graph=True, or use torch.nn.functional.cross_entropy for this loss"
         )
 
 
 def _scale_gradients(ctx: Any, *outer: Tensor | None) -> tuple[Any, ...]:
-    """Scales in place, unless the graph is kept for another backward, which must stay right, or is
-    being traced, where in place has no meaning."""
-    given = outer[0]
+    """Scale the saved gradients in place.
+
+    Not in place if the graph is kept, because another backward needs them unscaled, or while it is
+    traced.
+    """
+    factor = outer[0]
     gradients: list[Tensor | None] = [None, None, None]
-    if given is not None:
+    if factor is not None:
         _refuse_second_derivatives(ctx.saved_tensors)
         kept = torch._C._autograd._get_current_graph_task_keep_graph()
         for at, (saved, wanted) in enumerate(zip(ctx.saved_tensors, ctx.wants, strict=True)):
             if wanted and (kept or type(saved) is not Tensor):
-                gradients[at] = saved * given.to(saved.dtype)
+                gradients[at] = saved * factor.to(saved.dtype)
             elif wanted:
-                scale_unless_one_(saved, given)
+                scale_unless_one_(saved, factor)
                 gradients[at] = saved
     d_hidden, d_weight, d_bias = gradients
     return d_hidden, d_weight, d_bias, *([None] * 11)
@@ -209,12 +214,12 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 
 def _recompute(ctx: Any, *outer: Tensor | None) -> tuple[Any, ...]:
-    given = outer[0]
+    row_scale = outer[0]
     gradients: tuple[Tensor | None, ...] = (None, None, None)
-    if given is not None:
-        _refuse_second_derivatives((given.detach(),))
-        made = linear_cross_entropy_grad(given, *ctx.saved_tensors, *ctx.rest)
-        gradients = tuple(g if w else None for g, w in zip(made, ctx.rest[-1], strict=True))
+    if row_scale is not None:
+        _refuse_second_derivatives((row_scale.detach(),))
+        computed = linear_cross_entropy_grad(row_scale, *ctx.saved_tensors, *ctx.rest)
+        gradients = tuple(g if w else None for g, w in zip(computed, ctx.rest[-1], strict=True))
     return *gradients, *([None] * 10)
 
 

@@ -1,10 +1,11 @@
-"""Builds the wheel: compiles csrc with nvcc against torch's stable ABI. Needs no GPU, no network.
+"""Builds the wheel: compiles csrc with nvcc against torch's stable ABI, with no GPU or network.
 
-With NUDGE_KERNELS_WITHOUT_CUDA=1 nothing is compiled, nor for an editable installation: that finds
-the library in build/, once `make wheel` has been run.
+With NUDGE_KERNELS_WITHOUT_CUDA=1 nothing is compiled. An editable installation compiles nothing
+either; it finds the library in build/ after `make wheel`.
 
-One wheel serves every Python and every torch of 2.11 or newer, CPU-only ones too. torch's own
-CUDAExtension builds for one Python and refuses on a CPU-only torch, so nvcc is called from here.
+One wheel works with every Python and with every torch 2.11 or newer, including CPU-only builds.
+torch's own CUDAExtension builds for one Python and fails on a CPU-only torch, so this file calls
+nvcc itself.
 """
 
 import hashlib
@@ -20,34 +21,37 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 WITHOUT_CUDA = bool(os.environ.get("NUDGE_KERNELS_WITHOUT_CUDA"))
-"""A wheel of the Python files alone, for a machine without nvcc: the loss by torch's operations."""
-TARGET_TORCH = "0x020b000000000000"  # 2.11: nothing of torch's stable ABI that is newer is used
+"""Build a wheel of only the Python files, for a machine without nvcc; the loss then uses torch
+operations."""
+TARGET_TORCH = "0x020b000000000000"  # 2.11: uses nothing newer of torch's stable ABI
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90": "compute_90", "compute_90": "compute_90"}
-"""Machine code for Ampere (and Ada) and Hopper; PTX that the driver compiles for what is newer."""
+"""Machine code for Ampere (and Ada) and Hopper; PTX, which the driver compiles for newer GPUs."""
 
 
 def nvcc() -> str:
-    """The compiler: of CUDA_HOME, on the PATH, or in the usual place. Exits where there is none."""
+    """The path of nvcc: from CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda. Exits if not found."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    places = [*(f"{home}/bin" for home in homes), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
-    found = shutil.which("nvcc", path=os.pathsep.join(places))
+    folders = [f"{home}/bin" for home in homes]
+    folders += [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    found = shutil.which("nvcc", path=os.pathsep.join(folders))
     if found is None:
-        raise SystemExit(f"no nvcc in {places}: install the CUDA toolkit, or set CUDA_HOME to it")
+        raise SystemExit(f"no nvcc in {folders}: install the CUDA toolkit, or set CUDA_HOME to it")
     return found
 
 
 def torch_folder() -> Path:
-    """Where torch is installed: its headers are compiled against, its libraries linked."""
+    """The folder of the installed torch, whose headers and libraries the build uses."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise SystemExit(
-            "torch is not installed: its headers are needed (2.11 or newer, CPU or CUDA)"
+            "torch is not installed, but its headers are needed: install torch 2.11 or newer, for "
+            "CPU or CUDA"
         )
     return Path(spec.origin).parent
 
 
 def compile_library(output: Path, version: str) -> None:
-    """Writes the library to ``output``, unless it is already there from the same command."""
+    """Compile the library to ``output``, unless the same command already did."""
     spec = importlib.util.spec_from_file_location("native", HERE / "native.py")
     assert spec is not None
     assert spec.loader is not None
@@ -62,8 +66,8 @@ def compile_library(output: Path, version: str) -> None:
         f"-DTORCH_TARGET_VERSION={TARGET_TORCH}",
         *(f'-DNUDGE_{name}="{value}"' for name, value in stamp.items()),
         f"-I{torch / 'include'}", str(HERE / "csrc" / "library.cu"), f"-L{torch / 'lib'}",
-        # libtorch is kept though nothing refers to it: through it the weak reference to CUDA's
-        # stream is found. One argument, since nvcc puts its own -l options after all of -Xlinker.
+        # Nothing refers to libtorch, but the weak reference to CUDA's stream resolves through it.
+        # This is one argument because nvcc puts its own -l options after all of -Xlinker.
         "-Xlinker", "--no-as-needed,-ltorch,-ltorch_cpu,-lc10,--as-needed", "-cudart", "static",
     ]  # fmt: skip
     made_by = output.with_suffix(".made-by")
@@ -78,14 +82,14 @@ def compile_library(output: Path, version: str) -> None:
 
 
 class BuildWithLibrary(build_py):
-    """Python files, csrc, and beside them the library, which a checkout keeps in build/."""
+    """Builds the Python files, csrc and the library, which a checkout caches in build/."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         modules: list[tuple[str, str, str]] = super().find_package_modules(package, package_dir)
         return [module for module in modules if module[1] != "setup"]
 
     def run(self) -> None:
-        shutil.rmtree(self.build_lib, ignore_errors=True)  # what an earlier build left
+        shutil.rmtree(self.build_lib, ignore_errors=True)  # remove an earlier build
         super().run()
         if WITHOUT_CUDA or self.editable_mode:
             return
@@ -96,7 +100,7 @@ class BuildWithLibrary(build_py):
 
 
 class AnyPython(bdist_wheel):
-    """The library speaks to torch alone, not to Python: any Python, this platform."""
+    """Tags the wheel for any Python and this platform: the library uses torch but not Python."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -107,7 +111,7 @@ class AnyPython(bdist_wheel):
 
 
 class WithLibrary(Distribution):
-    """Tells setuptools that this is no pure Python: its files go to the platform's folder."""
+    """Marks the distribution as not pure Python, so its files go to the platform's folder."""
 
     def has_ext_modules(self) -> bool:
         return not WITHOUT_CUDA

@@ -1,4 +1,4 @@
-"""The vocabulary-parallel form: each rank holds a slice of the vocabulary's weight."""
+"""The vocabulary-parallel loss: each rank has a slice of the vocabulary's weight."""
 
 from typing import Any, Literal
 
@@ -7,13 +7,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nudge.kernels.chunked import Inputs, Options, Wanted, chunked
+from nudge.kernels.arguments import Inputs, Options, Wanted
+from nudge.kernels.chunked import chunked
 from nudge.kernels.linear_cross_entropy import check_input
 from nudge.kernels.operators import weighted_sum
 
 
 class _Ranks:
-    """What `chunked` asks of the ranks: three reductions a chunk, one of hidden's gradient."""
+    """`Combine` over a process group: two reductions per chunk, and one of hidden's gradient."""
 
     def __init__(self, group: dist.ProcessGroup | None, first: int, vocabulary: int) -> None:
         self.group, self.first, self.vocabulary = group, first, vocabulary
@@ -37,7 +38,7 @@ class _VocabParallel(torch.autograd.Function):
         ranks: _Ranks,
         options: Options,
     ) -> Tensor:
-        # All ranks must meet as often: what one rank needs, all compute.
+        # All ranks must make the same collective calls, so hidden's gradient is always computed.
         wanted = Wanted(True, ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         inputs = Inputs(hidden, weight, bias, targets, None)
         done = chunked(inputs, None, options, wanted, ranks, mean)
@@ -48,10 +49,10 @@ class _VocabParallel(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> Any:  # type: ignore[override]
-        made = [None if g is None else g * outer[0].to(g.dtype) for g in ctx.saved_tensors]
-        if made[2] is not None:
-            made[2] = made[2].to(ctx.bias_dtype)
-        return (*made, None, None, None, None)
+        scaled = [None if g is None else g * outer[0].to(g.dtype) for g in ctx.saved_tensors]
+        if scaled[2] is not None:
+            scaled[2] = scaled[2].to(ctx.bias_dtype)
+        return (*scaled, None, None, None, None)
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -71,14 +72,14 @@ def vocab_parallel_linear_cross_entropy(
     accum_dtype: torch.dtype | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """The loss where this rank of ``group`` holds rows ``first_index`` onwards of the vocabulary.
+    """The loss if this rank of ``group`` has the vocabulary's rows from ``first_index`` on.
 
-    hidden [N, D] and targets [N] (indices of the whole vocabulary, 0 to ``vocabulary`` - 1) are
-    the same on all ranks, weight [V_rank, D] and bias [V_rank] are this rank's. The loss and
-    hidden's gradient come out whole and the same on all ranks; those of weight and bias are of the
-    slice. A row's maximum, sum of exponentials and target logit are reduced across ranks, as in
+    hidden [N, D] and targets [N] (indices in the full vocabulary, 0 to ``vocabulary`` - 1) are the
+    same on all ranks; weight [V_rank, D] and bias [V_rank] are this rank's slice. The loss and
+    hidden's gradient are complete and the same on all ranks; the gradients of weight and bias cover
+    the slice. A row's maximum, sum of exponentials and target logit are reduced across ranks, as in
     Megatron-LM (Shoeybi et al., arXiv:1909.08053). Raises `ValueError` as
-    `fused_linear_cross_entropy` does, on all ranks alike.
+    `fused_linear_cross_entropy` does, on every rank.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction {reduction!r}: expected 'mean' or 'sum'")

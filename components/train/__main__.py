@@ -1,8 +1,8 @@
-"""One process of a training: ``torchrun [...] -m nudge.components.train --recipe R --tokens ...``.
+"""One training process: ``torchrun [...] -m nudge.components.train --recipe R --tokens ...``.
 
-Under torchrun (or anything that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as
-Kubeflow Trainer does) it is one rank of several; alone it is the whole training. ``--tokens`` is a
-folder that every node sees, or an s3:// URI. The first rank writes the outputs.
+Under torchrun, or anything else that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT
+(as Kubeflow Trainer does), it is one rank of several. Without those variables it trains alone.
+``--tokens`` is a folder that every node can read, or an s3:// URI. Rank 0 writes the outputs.
 """
 
 import os
@@ -22,33 +22,33 @@ from nudge.components.train.torchrun import ERROR_VARIABLE, TRANSIENT
 
 @click.command()
 @click.option("--recipe", required=True, help="The recipe, as YAML text or a URI.")
-@click.option("--base-model", default="", help="Stands above the recipe's, unless empty.")
-@click.option("--tokens", required=True, help="What `tokenize` made: a folder or an s3:// URI.")
+@click.option("--base-model", default="", help="Overrides the recipe's base model unless empty.")
+@click.option("--tokens", required=True, help="The output of `tokenize`: a folder or an s3:// URI.")
 @click.option("--model", required=True, type=click.Path(path_type=Path))
 @click.option("--history", required=True, type=click.Path(path_type=Path))
 @click.option("--report", required=True, type=click.Path(path_type=Path))
 def main(
     recipe: str, base_model: str, tokens: str, model: Path, history: Path, report: Path
 ) -> None:
-    """Train as one rank of those that torchrun started, or alone."""
+    """Train as one of the ranks that torchrun started, or alone."""
     with exit_with_user_errors(), tempfile.TemporaryDirectory() as folder:
         try:
             from nudge.components.train.train import train_rank
 
             settings = step_settings(TrainSettings, "train", recipe, base_model=base_model)
-            place = _tokens(tokens, Path(folder))
-            train_rank(settings, tokens=place, model=model, history=history, report=report)
+            local = _local_tokens(tokens, Path(folder))
+            train_rank(settings, tokens=local, model=model, history=history, report=report)
         except BaseException as error:
-            told = error if isinstance(error, UserError) else None
+            reported = error if isinstance(error, UserError) else None
             if disk_is_full(error):
-                told = Transient(f"train: no space is left on the disk of {model.parent}")
-            if told is not None:
-                _tell(told)
-                raise told from error
+                reported = Transient(f"train: no space is left on the disk of {model.parent}")
+            if reported is not None:
+                _report(reported)
+                raise reported from error
             raise
 
 
-def _tokens(uri: str, folder: Path) -> Path:
+def _local_tokens(uri: str, folder: Path) -> Path:
     if is_local(uri):
         return local_path(uri)
     from nudge.components.common.clients.storage import download_folder
@@ -57,7 +57,8 @@ def _tokens(uri: str, folder: Path) -> Path:
     return folder
 
 
-def _tell(error: UserError) -> None:
+def _report(error: UserError) -> None:
+    """Append the message to the file that the parent process reads, if it named one."""
     if path := os.environ.get(ERROR_VARIABLE):
         if isinstance(error, Transient):
             Path(path).with_suffix(TRANSIENT).touch()

@@ -1,4 +1,4 @@
-"""What of a model is trained: all of it, or low-rank adapters beside frozen weights (LoRA)."""
+"""Which weights are trained: all of them, or low-rank adapters beside frozen weights (LoRA)."""
 
 import warnings
 from typing import Any
@@ -14,21 +14,21 @@ PART_A, PART_B = "lora_A.default.weight", "lora_B.default.weight"
 
 
 def adapt(model: Any, settings: TrainSettings, *, sharded: bool = False) -> Any:
-    """Prepare ``model`` for training in the mode of the settings; returns it, changed in place.
+    """Prepare ``model`` in place for the mode of the settings, and return it.
 
-    Adapters begin as a pure function of the seed. Raises `UserError` if LoRA's target modules are
-    not in the model, or are none that `merged_state` can merge.
+    The initial adapters are a pure function of the seed. Raises `UserError` if the model lacks
+    LoRA's target modules, or if `merged_state` cannot merge them.
     """
     model.train()
     if settings.mode != "lora":
         return model
     from peft import inject_adapter_in_model
 
-    # Whatever drew random numbers before, such as the conversion of a base model not yet cached.
+    # Something may have drawn random numbers already, such as converting an uncached base model.
     torch.manual_seed(settings.seed)
     try:
         with warnings.catch_warnings():
-            # Of Conv1D peft warns that it sets this by itself.
+            # peft warns that it sets this for Conv1D by itself.
             warnings.filterwarnings("ignore", message="fan_in_fan_out")
             inject_adapter_in_model(lora_config(settings), model)
     except ValueError as error:
@@ -36,8 +36,8 @@ def adapt(model: Any, settings: TrainSettings, *, sharded: bool = False) -> Any:
     _check_targets(model, settings)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
-        # Frozen weights are only ever read in bfloat16, so the cast is paid once, not a step.
-        # FSDP does it by itself, and wants one dtype in a group.
+        # Frozen weights are only ever read in bfloat16, so cast them once instead of every step.
+        # FSDP casts by itself, and needs a single dtype per group.
         if settings.precision == "bfloat16" and "lora_" not in name and not sharded:
             parameter.data = parameter.data.to(torch.bfloat16)
     return model
@@ -55,13 +55,13 @@ def _check_targets(model: Any, settings: TrainSettings) -> None:
             if not linear or layer.weight is head:
                 raise UserError(
                     f"train.lora_targets = {settings.lora_targets}: {name} is "
-                    f"{'the head' if linear else f'of {type(layer).__name__}'}; name linear layers "
-                    "within the model's blocks, such as those of its attention"
+                    f"{'the output head' if linear else f'of type {type(layer).__name__}'}; choose "
+                    "linear layers within the model's blocks, such as its attention projections"
                 )
 
 
 def lora_config(settings: TrainSettings) -> Any:
-    """The settings of LoRA as peft has them."""
+    """The LoRA settings as a peft ``LoraConfig``."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -78,9 +78,9 @@ def merged_state(
 ) -> dict[str, torch.Tensor]:
     """The trained weights as a float32 state dict of the architecture of ``base``.
 
-    LoRA is merged as Hu et al. (arXiv:2106.09685) give it, W + (alpha / r) B A, in float32 and into
-    the base model's own float32 weights, since the frozen copies may have been cast for speed.
-    Conv1D, GPT-2's linear layer, has its weight the other way round.
+    LoRA is merged as in Hu et al. (arXiv:2106.09685), W + (alpha / r) B A. The sum is taken in
+    float32 and with the base model's own float32 weights, because the frozen copies may have been
+    cast for speed. Conv1D, GPT-2's linear layer, stores its weight transposed.
     """
     if settings.mode != "lora":
         return {name: tensor.float() for name, tensor in state.items()}
@@ -90,13 +90,13 @@ def merged_state(
         if name.endswith(PART_A):
             stem = name.removesuffix(f".{PART_A}")
             delta = scale * (state[f"{stem}.{PART_B}"].float() @ down.float())
-            turned = isinstance(base.get_submodule(stem), Conv1D)
-            merged[f"{stem}.weight"] += delta.T if turned else delta
+            transposed = isinstance(base.get_submodule(stem), Conv1D)
+            merged[f"{stem}.weight"] += delta.T if transposed else delta
     return merged
 
 
 def adapter_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The adapter alone, named as peft's own files name it."""
+    """The adapter alone, under the names that peft uses in its files."""
     return {
         f"base_model.model.{name.replace('.default.', '.')}": tensor.float().contiguous()
         for name, tensor in state.items()

@@ -1,4 +1,4 @@
-"""Why a loss or a gradient is not finite: where that began, what it looks like, what to do."""
+"""Explains a loss or gradient that is not finite: where it began, its likely cause, the remedy."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from nudge.components.train.network import Network
 from nudge.components.train.settings import TrainSettings
 
 LARGE = {torch.float16: 2.0**7}
-"""A value from which on its square nears what the dtype holds; 2^60 for float32 and bfloat16,
+"""Values at least this large have squares near the dtype's limit; 2^60 for float32 and bfloat16,
 which share their range."""
 
 Kind = Literal["overflow", "data", "hardware", "weights"]
@@ -22,33 +22,33 @@ Kind = Literal["overflow", "data", "hardware", "weights"]
 
 @dataclass(frozen=True)
 class Finding:
-    """The first tensor that is not finite, what it looks like, and how that is known."""
+    """The first tensor that is not finite, its likely cause, and the evidence for it."""
 
     kind: Kind
     tensor: str
     reason: str
 
     def sentence(self, settings: TrainSettings) -> str:
-        """What was found and what to do, for a person."""
+        """One sentence for a person: the finding and the remedy."""
         advice = {
             "overflow": f"lower train.learning_rate, now {settings.learning_rate:g}, or raise "
             f"train.warmup_share, now {settings.warmup_share:g}",
-            "data": "look at the text of that row, and leave it out of the data",
-            "hardware": "run it again, and it goes on from its last checkpoint; if it happens "
-            "again, test this machine's memory or GPU, or train on another one",
-            "weights": "give a sound base model, or resume from an older checkpoint",
+            "data": "inspect the text of that row, and remove it from the data",
+            "hardware": "rerun the same command to resume from the last checkpoint; if it happens "
+            "twice, test this machine's memory or GPU, or train on another machine",
+            "weights": "use an undamaged base model, or resume from an older checkpoint",
         }
-        looks = "damaged weights" if self.kind == "weights" else self.kind
+        cause = "damaged weights" if self.kind == "weights" else self.kind
         found = f"the first values that are not finite are in {self.tensor}"
-        return f"{found}: this looks like {looks} ({self.reason}); {advice[self.kind]}"
+        return f"{found}: this looks like {cause} ({self.reason}); {advice[self.kind]}"
 
 
 def find(network: Network, micro_batches: list[Rows], first_row: int) -> Finding:
-    """Compute the batch again and look for the first tensor that is not finite.
+    """Recompute the batch and look for the first tensor that is not finite.
 
-    ``first_row`` is the number of the batch's first row in its epoch. The gradients of the model
-    are what the failed step left, not yet clipped; they are replaced. Sharded models, where a rank
-    holds only a part, are not computed again.
+    ``first_row`` is the number of the batch's first row in its epoch. On entry the model has the
+    unclipped gradients of the failed step; they are overwritten. Sharded models are not recomputed,
+    because each rank has only a part of them.
     """
     named = list(network.model.named_parameters())
     for name, parameter in named:
@@ -57,7 +57,7 @@ def find(network: Network, micro_batches: list[Rows], first_row: int) -> Finding
     bad = [name for name, p in named if p.grad is not None and not _finite(p.grad)]
     gradient = f"the gradient of {bad[-1]}" if bad else "the loss"
     if network.sharded:
-        return Finding("overflow", gradient, "the usual cause; a sharded model is not searched")
+        return Finding("overflow", gradient, "the usual cause; sharded models are not searched")
     for parameter in network.model.parameters():
         parameter.grad = None
     first = first_row
@@ -79,10 +79,10 @@ def find(network: Network, micro_batches: list[Rows], first_row: int) -> Finding
         first += len(rows.inputs)
     if network.ranks.world > 1:
         return Finding(
-            "overflow", gradient, "it came from the rows of another rank, which says more"
+            "overflow", gradient, "it began in the rows of another rank, whose message says more"
         )
     return Finding(
-        "hardware", gradient, "the same rows give finite values when they are computed again"
+        "hardware", gradient, "the same rows give finite values when they are recomputed"
     )
 
 
@@ -96,7 +96,7 @@ class _Seen:
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[_Seen]:
-    """Note the first module whose output, or whose output's gradient, is not finite."""
+    """Record the first module whose output, or output gradient, is not finite."""
     seen, handles = _Seen(), []
 
     def of_gradient(name: str) -> Callable[[torch.Tensor], None]:
@@ -113,20 +113,20 @@ def _watched(model: nn.Module) -> Iterator[_Seen]:
 
     def of_output(name: str) -> Callable[..., None]:
         def look(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            made = output[0] if isinstance(output, tuple) else output
-            if not isinstance(made, torch.Tensor) or seen.found is not None or seen.forward_done:
+            value = output[0] if isinstance(output, tuple) else output
+            if not isinstance(value, torch.Tensor) or seen.found is not None or seen.forward_done:
                 return
-            if _finite(made):
-                if made.requires_grad:
-                    made.register_hook(of_gradient(name))
+            if _finite(value):
+                if value.requires_grad:
+                    value.register_hook(of_gradient(name))
                 return
-            given = [x for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
-            parts = [*given, *module.parameters(recurse=False)]
-            largest = max(map(_largest, parts), default=0.0)
-            kind: Kind = "overflow" if largest >= _large(made.dtype) else "data"
+            floats = [x for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
+            operands = [*floats, *module.parameters(recurse=False)]
+            largest = max(map(_largest, operands), default=0.0)
+            kind: Kind = "overflow" if largest >= _large(value.dtype) else "data"
             reason = f"its inputs and weights reach {largest:.2g}"
             seen.found = Finding(kind, f"the output of {name}", reason)
-            seen.rows = _bad_rows(made)
+            seen.rows = _bad_rows(value)
 
         return look
 
@@ -141,8 +141,11 @@ def _watched(model: nn.Module) -> Iterator[_Seen]:
 
 
 def _with_row(found: Finding, first: int, bad: list[int], count: int) -> Finding:
-    """The finding with the row it began in. Modest values that are bad in every row at once come
-    from no text: that is the processor's doing."""
+    """The finding with the row in which it began.
+
+    If every row turns bad at once although the values before were modest, the processor is at
+    fault, not the text.
+    """
     if found.kind == "data" and len(bad) == count > 1:
         reason = f"{found.reason}, and every row is affected"
         return Finding("hardware", found.tensor, reason)
@@ -151,14 +154,14 @@ def _with_row(found: Finding, first: int, bad: list[int], count: int) -> Finding
 
 
 def _bad_rows(value: torch.Tensor) -> list[int]:
-    if value.dim() < 3:  # tokens of all rows in one dimension
+    if value.dim() < 3:  # the tokens of all rows share one dimension
         return []
     return (~value.isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist()
 
 
 def _finite(value: torch.Tensor) -> bool:
-    whole = value.to_local() if hasattr(value, "to_local") else value
-    return bool(whole.detach().isfinite().all())
+    local = value.to_local() if hasattr(value, "to_local") else value
+    return bool(local.detach().isfinite().all())
 
 
 def _largest(value: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The model card of a trained model, made of facts alone."""
+"""The model card of a trained model: only recorded facts."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ tags: [nudge]
 
 Trained from `{{ base_model.uri }}` in mode `{{ training.mode }}` for {{ training.steps }} steps on
 {{ training.tokens }} tokens, {{ training.trainable_parameters }} of {{ training.parameters }}
-parameters. It is meant for text like that which it was trained on; what it says is not checked.
+parameters. It is meant for text like its training data; nothing checks that what it says is true.
 
 | fact | value |
 |---|---|
@@ -37,5 +37,5 @@ parameters. It is meant for text like that which it was trained on; what it says
 
 
 def model_card(facts: dict[str, Any]) -> str:
-    """Markdown with the metadata header of the Hugging Face hub, from the values of nudge.json."""
+    """Markdown with the Hugging Face hub's metadata header, from the values of nudge.json."""
     return CARD.render(facts)

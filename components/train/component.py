@@ -13,16 +13,16 @@ def train(
     report: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],
 ) -> None:
-    """Train the base model on the tokens.
+    """Train a model on the tokens, in this step's own pod.
 
     Args:
         recipe: The recipe, as YAML text or a URI.
-        base_model: The model to start from; empty means as the recipe says.
-        tokens: What `tokenize` made.
-        model: A Hugging Face folder that transformers and vLLM load.
-        history: Loss, learning rate, speed and the watched prompt, step by step.
-        report: The loss curve and what it took, as a page.
-        metrics: The last losses and the speed.
+        base_model: The model to start from; empty takes the recipe's.
+        tokens: The tokens artifact from `tokenize`.
+        model: A Hugging Face model folder that transformers and vLLM load.
+        history: Loss, learning rate, speed and the watched prompt at each step.
+        report: An HTML page with the loss curve, time, memory and settings.
+        metrics: The final losses and the speed.
     """
     from pathlib import Path
 
@@ -60,22 +60,22 @@ def train_on_nodes(
     report: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],
 ) -> None:
-    """Train the base model on many nodes, as a job of the cluster that this step follows.
+    """Train a model on many nodes: create a job on the cluster and follow it to its end.
 
     Args:
-        recipe: The recipe, as YAML text or a URI; `train.cluster` has what is not given here.
-        nodes: Nodes that train together; empty means as the recipe says.
-        gpus_per_node: GPUs of each node; 0 trains on CPUs; empty means as the recipe says.
-        gpu_type: The resource name of the GPUs.
-        image: The image of the job's pods.
-        connection: The Secret of the S3 data connection.
-        tolerations: Tolerations of the job's pods.
-        node_selector: Labels of the nodes.
-        tokens: What `tokenize` made.
-        model: A Hugging Face folder that transformers and vLLM load.
-        history: Loss, learning rate, speed and the watched prompt, step by step.
-        report: The loss curve and what it took, as a page.
-        metrics: The last losses and the speed.
+        recipe: The recipe, as YAML text or a URI; its `train.cluster` sets what is empty here.
+        nodes: Number of nodes that train together; empty takes the recipe's.
+        gpus_per_node: GPUs per node; 0 trains on CPUs; empty takes the recipe's.
+        gpu_type: Resource name of the GPUs, such as nvidia.com/gpu; empty takes the recipe's.
+        image: Image of the job's pods; empty takes the recipe's.
+        connection: Secret of the S3 data connection; empty takes the recipe's.
+        tolerations: Tolerations of the job's pods; empty takes the recipe's.
+        node_selector: Labels of the nodes for the job's pods; empty takes the recipe's.
+        tokens: The tokens artifact from `tokenize`.
+        model: A Hugging Face model folder that transformers and vLLM load.
+        history: Loss, learning rate, speed and the watched prompt at each step.
+        report: An HTML page with the loss curve, time, memory and settings.
+        metrics: The final losses and the speed.
     """
     from pathlib import Path
 

@@ -1,9 +1,8 @@
 """Token rows for training: documents packed end to end, in an order that is a pure function.
 
-Each document is seen by itself: positions start again at 0, which masks what stood before. Some
-documents begin after a token of their own (`document_start_id`), as in pretraining, and every token
-of theirs is a target; the others begin bare, as a prompt does, and their first token is context
-only.
+Positions restart at 0 for each document, which masks the documents before it in the row. Some
+documents begin after a start token (`document_start_id`), as in pretraining, so that each of their
+tokens is a target. The others begin bare, as a prompt does, and their first token is only context.
 """
 
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ from nudge.components.common.artifacts.tokens import TokenReader
 from nudge.components.common.core.errors import UserError
 
 IGNORED = -100
-"""The target of padding; the loss leaves it out."""
+"""The target value of padding, which the loss ignores."""
 
 ORDER_VERSION = 1
-"""Changes when the same settings begin to give other rows."""
+"""Increases when a code change makes the same settings give different rows."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,9 @@ class Rows:
 class PackedSplit:
     """A split of a tokens artifact as rows of one length.
 
-    A row depends on the seed, the epoch and its index alone. ``prefix_share`` of the documents
-    begin after the token ``start``, by default that of an end of document. Raises `UserError` if
-    the split holds no token.
+    A row depends only on the seed, the epoch and its index. ``prefix_share`` is the fraction of
+    documents that begin after the token ``start``, by default the end-of-document token. Raises
+    `UserError` if the split has no tokens.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class PackedSplit:
         self._bare_documents = round((1 - prefix_share) * self._reader.documents)
         self.targets = self.tokens - self._bare_documents
         if self.targets == 0:
-            raise UserError(f"the {split} split of {tokens} holds no token; ingest more text")
+            raise UserError(f"the {split} split of {tokens} has no tokens; ingest more text")
         self.rows = -(-self.targets // length)
         self._identity = {
             "order_version": ORDER_VERSION,
@@ -75,45 +74,47 @@ class PackedSplit:
         self._starts = np.empty(0, np.int64)
 
     def batch(self, epoch: int, first: int, rows: int) -> Rows:
-        """``rows`` rows from ``first`` on, going on into the next epoch where this one ends."""
+        """``rows`` rows starting at row ``first``, continuing into the next epoch if needed."""
         if rows == 0:
             return Rows(*(torch.empty(0, self._length, dtype=torch.int64) for _ in range(3)))
-        made = [
+        triples = [
             self._row(epoch + index // self.rows, index % self.rows)
             for index in range(first, first + rows)
         ]
-        stacked = (torch.from_numpy(np.stack(part)) for part in zip(*made, strict=True))
+        stacked = (torch.from_numpy(np.stack(part)) for part in zip(*triples, strict=True))
         return Rows(*stacked)
 
     def step_batch(self, step: int, batch_rows: int, rank: int = 0, ranks: int = 1) -> Rows:
-        """The slice of the batch of ``step`` (from 0) that one of ``ranks`` ranks trains on.
+        """The slice of the batch of ``step`` (counted from 0) that rank ``rank`` trains on.
 
-        The slices of all ranks, in their order, are the batch of a single rank, for any number of
-        ranks; they differ by at most one row, and are empty for some where rows are fewer.
+        For any number of ranks, the concatenated slices equal the batch of a single rank. Their
+        sizes differ by at most one row; with fewer rows than ranks, some are empty.
         """
         first, stop = (batch_rows * part // ranks for part in (rank, rank + 1))
         return self.batch(0, step * batch_rows + first, stop - first)
 
     def documents_of(self, rows: int) -> list[int]:
-        """The places in the split of all documents that the first ``rows`` rows have targets of."""
+        """Sorted indices in the split of the documents with targets in the first ``rows`` rows."""
         self._shuffle(0)
         count = int(np.searchsorted(self._starts, min(rows * self._length, self.targets)))
         return sorted(self._order[:count].tolist())
 
     def cursor(self, rows_read: int) -> dict[str, Any]:
-        """A checkpoint's note of how far training has read, in plain JSON values."""
+        """How far training has read, as plain JSON values for a checkpoint."""
         return {**self._identity, "rows_read": rows_read}
 
     def resume(self, cursor: dict[str, Any]) -> int:
-        """The rows read so far, by the note that `cursor` left.
+        """The number of rows read so far, from a value that `cursor` returned.
 
-        The number of ranks and the rows a batch may have changed since. Raises `UserError` if the
-        data or their order are not the same, so that nothing is skipped or read twice.
+        The number of ranks and the rows per batch may have changed since then. Raises `UserError`
+        if the data or their order differ, so that no row is skipped or read twice.
         """
         changed = [key for key, value in self._identity.items() if cursor.get(key) != value]
         if changed:
-            told = ", ".join(f"{k} {cursor.get(k)!r}, now {self._identity[k]!r}" for k in changed)
-            raise UserError(f"the checkpoint was made with other training data or order: {told}")
+            changes = ", ".join(
+                f"{k} {cursor.get(k)!r}, now {self._identity[k]!r}" for k in changed
+            )
+            raise UserError(f"the checkpoint has other training data or another order: {changes}")
         return int(cursor["rows_read"])
 
     def _row(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -124,11 +125,11 @@ class PackedSplit:
         at, stop = index * self._length, min((index + 1) * self._length, self.targets)
         filled = 0
         while at + filled < stop:
-            place = int(np.searchsorted(self._starts, at + filled, side="right")) - 1
-            document = self._reader.document(int(self._order[place]))
-            if not self._bare[place]:
+            slot = int(np.searchsorted(self._starts, at + filled, side="right")) - 1
+            document = self._reader.document(int(self._order[slot]))
+            if not self._bare[slot]:
                 document = np.concatenate(([self._start], document))
-            begin = at + filled - int(self._starts[place])
+            begin = at + filled - int(self._starts[slot])
             count = min(len(document) - 1 - begin, stop - at - filled)
             span = slice(filled, filled + count)
             inputs[span] = document[begin : begin + count]

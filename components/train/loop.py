@@ -1,4 +1,4 @@
-"""The training loop: next-token prediction, AdamW, a schedule; every figure is kept."""
+"""The training loop: next-token prediction with AdamW and a schedule; logs every figure."""
 
 import math
 import time
@@ -14,7 +14,8 @@ from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.progress import Progress
 from nudge.components.common.models.language_model import likeliest, target_ids, target_probability
 from nudge.components.train.bad_numbers import find
-from nudge.components.train.checkpoints.checkpoints import Checkpoints, TrainingState
+from nudge.components.train.checkpoints.checkpoints import Checkpoints
+from nudge.components.train.checkpoints.training_state import TrainingState
 from nudge.components.train.data import IGNORED, PackedSplit, Rows
 from nudge.components.train.meter import Meter
 from nudge.components.train.network import Network
@@ -26,8 +27,8 @@ from nudge.components.train.stopping import Stopping
 
 @dataclass
 class Loss:
-    """The loss of one batch: nats per token, the valid tokens over all ranks, and what each
-    micro-batch of this rank added."""
+    """The loss of one batch: nats per token, valid tokens over all ranks, and the contribution of
+    each micro-batch of this rank."""
 
     value: float
     tokens: int
@@ -35,14 +36,14 @@ class Loss:
 
 
 def planned_steps(settings: TrainSettings, rows: int) -> int:
-    """Optimizer steps for the epochs asked for, at least one, at most `max_steps`."""
+    """Optimizer steps for the configured epochs: at least one, at most `max_steps`."""
     steps = max(1, math.ceil(settings.epochs * rows / settings.batch_sequences))
     return min(steps, settings.max_steps) if settings.max_steps else steps
 
 
 def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
-    """Linear warm-up, then cosine or warm-up-stable-decay (Hu et al. 2024, arXiv 2404.06395,
-    with a linear decay): a pure function of the step (counted from 0)."""
+    """Linear warm-up, then cosine or warm-up-stable-decay (Hu et al. 2024, arXiv 2404.06395, with a
+    linear decay). A pure function of the step (counted from 0)."""
     warmup = math.ceil(settings.warmup_share * steps)
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
@@ -57,7 +58,7 @@ def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
 
 def make_optimizer(model: Any, settings: TrainSettings) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101) that decays only tensors of two or more
-    dimensions; its state is made at once, so that a checkpoint can be read into it."""
+    dimensions. Its state is allocated here, so that a checkpoint can be loaded into it."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": settings.weight_decay},
@@ -87,16 +88,14 @@ def train_loop(
     checkpoints: Checkpoints,
     bar: Progress,
 ) -> TrainingState:
-    """Train the network's model in place up to optimizer step ``steps``, from where its newest
-    checkpoint stands if it has one; returns what was done.
+    """Train the network's model in place up to optimizer step ``steps``; return the final state.
 
-    Raises `UserError` before the step whose loss or gradient is not finite, and on SIGTERM, once a
-    checkpoint is written.
+    Training starts from the newest checkpoint if there is one. Raises `UserError` before a step
+    whose loss or gradient is not finite, and, after SIGTERM, once a checkpoint is written.
     """
     ranks = network.ranks
     state = checkpoints.resume(network, optimizer, record) or TrainingState()
     bar.advance(state.step)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     started = time.monotonic() - state.seconds
     if state.step == 0:
         _watch(network, tokenizer, settings, 0, record)
@@ -105,83 +104,111 @@ def train_loop(
     bfloat16 = settings.precision == "bfloat16"
     meter = Meter(network.model, settings.sequence_length, bfloat16, ranks.device, ranks.world)
     with (
-        Stopping(checkpoints.wanted) as stopping,
+        Stopping(checkpoints.persistent) as stopping,
         _batches(training, settings, ranks, state.step, steps) as next_batch,
     ):
-        while state.step < steps and not _no_better(state, settings):
+        while state.step < steps and not _stops_early(state, settings):
             step = state.step
             asked = time.monotonic()
             rows = next_batch()
             waited = time.monotonic() - asked
             ranks.seed(settings.seed, step)
-            loss_of_batch = None
+            loss = None
             if not stopping.agreed(ranks):
-                loss_of_batch = accumulate(network, rows, settings, stopping)
-            if loss_of_batch is None:
+                loss = accumulate(network, rows, settings, stopping)
+            if loss is None:
                 optimizer.zero_grad()
                 checkpoints.save(network, optimizer, state, record)
                 raise Transient(
-                    f"stopped by SIGTERM after step {step}; its checkpoint is "
-                    f"{checkpoints.finish(state)}: run the same again and it goes on from there"
+                    f"stopped by SIGTERM after step {step}; the checkpoint is "
+                    f"{checkpoints.finish(state)}: rerun the same command to resume from it"
                 )
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            total = torch.nn.utils.get_total_norm(gradients)
-            norm = _norm(total)
-            if not math.isfinite(loss_of_batch.value) or not math.isfinite(norm):
-                # Before clipping, which would spread the fault to every gradient.
-                raise UserError(_not_finite(network, training, rows, step, loss_of_batch, norm))
-            torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip_norm, total)
             rate = learning_rate(settings, step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
-            state.step, state.tokens = step + 1, state.tokens + loss_of_batch.tokens
+            norm = _update(network, optimizer, rate, training, rows, step, loss)
+            state.step, state.tokens = step + 1, state.tokens + loss.tokens
             state.seconds = time.monotonic() - started
-            speed = meter.step(loss_of_batch.tokens, waited, steps - state.step)
-            figures = {"step": state.step, "tokens": state.tokens, "loss": loss_of_batch.value}
+            speed = meter.step(loss.tokens, waited, steps - state.step)
+            figures = {"step": state.step, "tokens": state.tokens, "loss": loss.value}
             record.metric(
                 {**figures, "lr": rate, "grad_norm": norm, "seconds": state.seconds, **speed}
             )
-            _show(bar, loss_of_batch.value, speed)
+            _show(bar, loss.value, speed)
             if state.step == steps or state.step % settings.watch_every == 0:
                 _watch(network, tokenizer, settings, state.step, record)
-            better = False
-            every = settings.validation_every
+            better, every = False, settings.validation_every
             if state.step == steps or (every and state.step % every == 0):
-                held_out = validation_loss(network, validation, settings)
-                if settings.keeps_best:
-                    checkpoints.settle(state)
-                record.metric({"step": state.step, "validation_loss": held_out})
-                better = state.validated(held_out)
+                better = _validate(network, validation, settings, state, record, checkpoints)
             due = state.step % settings.checkpoint_every == 0
             if state.step < steps and (due or (better and settings.keeps_best)):
                 checkpoints.save(network, optimizer, state, record)
-    checkpoints.settle(state)
+    checkpoints.wait_for_last(state)
     return state
+
+
+def _update(
+    network: Network,
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    training: PackedSplit,
+    rows: Rows,
+    step: int,
+    loss: Loss,
+) -> float:
+    """Clip the gradients and take an optimizer step; return the gradient norm before clipping.
+
+    Raises `UserError` if the loss or the norm is not finite.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)
+    if not math.isfinite(loss.value) or not math.isfinite(norm):
+        # Search before clipping, which would spread the fault to every gradient.
+        raise UserError(_not_finite(network, training, rows, step, loss, norm))
+    torch.nn.utils.clip_grads_with_norm_(parameters, network.settings.clip_norm, total)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def _validate(
+    network: Network,
+    validation: PackedSplit,
+    settings: TrainSettings,
+    state: TrainingState,
+    record: TrainingLog | NoTrainingLog,
+    checkpoints: Checkpoints,
+) -> bool:
+    """Log the validation loss; return whether it is the best so far."""
+    loss = validation_loss(network, validation, settings)
+    if settings.keeps_best:
+        checkpoints.wait_for_last(state)
+    record.metric({"step": state.step, "validation_loss": loss})
+    return state.validated(loss)
 
 
 def accumulate(
     network: Network, rows: Rows, settings: TrainSettings, stopping: Stopping | None = None
 ) -> Loss | None:
-    """Add the gradients of one batch, in micro-batches; None if ``stopping`` was asked for.
+    """Accumulate the gradients of one batch in micro-batches; None once ``stopping`` is requested.
 
-    ``rows`` are this rank's. The loss is normalised by the valid tokens of the whole batch, over
-    micro-batches and ranks, so that neither their size nor their number changes the result.
+    ``rows`` are this rank's. The loss is normalized by the valid tokens of the full batch, over all
+    micro-batches and ranks, so that their sizes and numbers do not change the result.
     """
     ranks = network.ranks
     tokens = ranks.sum(int((rows.targets != IGNORED).sum()))[0]
     parts: list[torch.Tensor] = []
     for micro, last in _micro_batches(rows, settings.micro_batch_sequences):
-        if ranks.world == 1 and stopping is not None and stopping.asked:
+        if ranks.world == 1 and stopping is not None and stopping.requested:
             return None
         with network.last_of_batch(last):
             part = network.summed_loss(micro) / tokens
-            # FSDP and DDP take the mean over ranks, and what is wanted is the sum.
+            # FSDP and DDP average over ranks; this undoes the division, to get the sum.
             (part * ranks.world if ranks.world > 1 else part).backward()
         parts.append(part.detach())
-    added = [part.item() for part in parts]
-    return Loss(ranks.sum(sum(added))[0], int(tokens), added)
+    contributions = [part.item() for part in parts]
+    return Loss(ranks.sum(sum(contributions))[0], int(tokens), contributions)
 
 
 @torch.no_grad()
@@ -197,9 +224,10 @@ def validation_loss(network: Network, split: PackedSplit, settings: TrainSetting
 
 
 def rank_rows(split: PackedSplit, step: int, count: int, ranks: Ranks) -> Rows:
-    """This rank's part of the ``count`` rows of ``step``, which all ranks share.
+    """This rank's slice of the ``count`` rows of ``step``.
 
-    Every rank has as many rows, so that all meet as often: what is missing is padding.
+    Slices are padded to the same number of rows, so that all ranks make the same number of
+    collective calls.
     """
     rows = split.step_batch(step, count, ranks.rank, ranks.world)
     missing = -(-count // ranks.world) - len(rows.inputs)
@@ -214,7 +242,7 @@ def rank_rows(split: PackedSplit, step: int, count: int, ranks: Ranks) -> Rows:
 
 
 def _micro_batches(rows: Rows, size: int) -> Iterator[tuple[Rows, bool]]:
-    """Parts of ``size`` rows, each with whether it is the last."""
+    """Micro-batches of ``size`` rows, each with a flag that is true for the last."""
     for first in range(0, len(rows.inputs), size):
         part = slice(first, first + size)
         micro = Rows(rows.inputs[part], rows.targets[part], rows.positions[part])
@@ -225,17 +253,18 @@ def _micro_batches(rows: Rows, size: int) -> Iterator[tuple[Rows, bool]]:
 def _batches(
     split: PackedSplit, settings: TrainSettings, ranks: Ranks, start: int, steps: int
 ) -> Iterator[Callable[[], Rows]]:
-    """Yield a function that gives this rank's batches in turn; the next one is made meanwhile."""
+    """Yield a function that returns this rank's next batch and prepares the one after it in a
+    background thread."""
     size = settings.batch_sequences
     with ThreadPoolExecutor(1) as worker:
-        waiting = [worker.submit(rank_rows, split, start, size, ranks)]
+        pending = [worker.submit(rank_rows, split, start, size, ranks)]
 
         def next_batch() -> Rows:
             nonlocal start
             start += 1
-            rows = waiting.pop().result()
+            rows = pending.pop().result()
             if start < steps:
-                waiting.append(worker.submit(rank_rows, split, start, size, ranks))
+                pending.append(worker.submit(rank_rows, split, start, size, ranks))
             return rows
 
         yield next_batch
@@ -248,7 +277,7 @@ def _watch(
     step: int,
     record: TrainingLog | NoTrainingLog,
 ) -> None:
-    """Write down what the model expects after the watched prompt, if there is one."""
+    """Log what the model predicts after the watched prompt, if one is configured."""
     if settings.watch is None:
         return
     prompt = tokenizer(settings.watch.prompt)["input_ids"]
@@ -262,13 +291,8 @@ def _watch(
     record.probe({"step": step, "p": p, "loss": loss, "top": top})
 
 
-def _no_better(state: TrainingState, settings: TrainSettings) -> bool:
+def _stops_early(state: TrainingState, settings: TrainSettings) -> bool:
     return bool(settings.early_stopping) and state.worse_in_a_row >= settings.early_stopping
-
-
-def _norm(norm: torch.Tensor) -> float:
-    whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return float(whole)
 
 
 def _show(bar: Progress, loss: float, speed: dict[str, float | None]) -> None:
@@ -283,10 +307,10 @@ def _show(bar: Progress, loss: float, speed: dict[str, float | None]) -> None:
 def _not_finite(
     network: Network, split: PackedSplit, rows: Rows, step: int, loss: Loss, norm: float
 ) -> str:
-    """What is known of the batch that ended the training."""
+    """The message about a batch that ended the training: which one it is, and why."""
     settings, ranks = network.settings, network.ranks
     epoch, row = divmod(step * settings.batch_sequences, split.rows)
-    ranks.seed(settings.seed, step)  # dropout as it was
+    ranks.seed(settings.seed, step)  # repeat the same dropout
     micro = [part for part, _ in _micro_batches(rows, settings.micro_batch_sequences)]
     found = find(network, micro, row if ranks.world == 1 else 0)
     return (

@@ -1,4 +1,4 @@
-"""Too little memory: told with the settings that need less."""
+"""Explains an out-of-memory error with the settings that reduce memory."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from nudge.components.train.settings import TrainSettings
 
 @contextlib.contextmanager
 def explain_out_of_memory(settings: TrainSettings) -> Iterator[None]:
-    """Turn torch's errors about memory, of a GPU or a CPU, into a `UserError`."""
+    """Turn torch's out-of-memory errors, on GPU or CPU, into a `UserError`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # A CPU's allocator has no class of its own: "DefaultCPUAllocator: can't allocate memory".
+        # The CPU allocator has no error class: "DefaultCPUAllocator: can't allocate memory".
         if not (
             isinstance(error, MemoryError | torch.OutOfMemoryError)
             or "can't allocate memory" in f"{error}"

@@ -1,4 +1,4 @@
-"""Figures of speed: tokens a second, share of the hardware's peak, waiting, memory, time left."""
+"""Speed figures: tokens per second, share of the hardware's peak, waiting, memory, time left."""
 
 import resource
 import time
@@ -25,13 +25,13 @@ BF16_PEAKS = {
     "NVIDIA L4": 121e12,
     "AMD Instinct MI300X": 1307e12,
 }
-"""Dense bf16 matrix FLOP/s by the start of the device's name, from the makers' data sheets."""
+"""Dense bf16 matrix FLOP/s by device-name prefix, from the manufacturers' data sheets."""
 WINDOW_STEPS = 20
-"""Steps over which the speed shown is taken."""
+"""Number of recent steps over which the displayed speed is averaged."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU, or None if it is not in the table; the longest name wins."""
+    """Dense bf16 FLOP/s of a GPU, or None if it is not in the table; the longest prefix wins."""
     known = [name for name in BF16_PEAKS if device_name.startswith(name)]
     return BF16_PEAKS[max(known, key=len)] if known else None
 
@@ -39,8 +39,8 @@ def peak_flops(device_name: str) -> float | None:
 def flops_per_token(model: Any, length: int) -> float:
     """FLOPs to train on one token: 6 N + 12 L H Q T (PaLM, arXiv:2204.02311, appendix B).
 
-    N counts what is multiplied with, so an untied input embedding is left out. A frozen weight has
-    no gradient of its own: it counts 4, as in LoRA.
+    N counts the weights of matrix products, so it excludes an untied input embedding. A frozen
+    weight, as in LoRA, has no gradient and counts 4 instead of 6.
     """
     config = model.config
     lookup = model.get_input_embeddings().weight
@@ -57,12 +57,12 @@ def flops_per_token(model: Any, length: int) -> float:
 def model_flops_utilization(
     tokens_per_s: float, flops_a_token: float, peak: float | None, devices: int
 ) -> float | None:
-    """MFU, 0 to 1: of the FLOP/s that the devices could do, those that the model needs."""
+    """MFU, 0 to 1: the FLOP/s that the model needs over the peak FLOP/s of the devices."""
     return tokens_per_s * flops_a_token / (peak * devices) if peak else None
 
 
 class Meter:
-    """Counts steps; gives the figures of the last `WINDOW_STEPS` of them."""
+    """Measures speed over the last `WINDOW_STEPS` steps."""
 
     def __init__(self, model: Any, length: int, bfloat16: bool, device: Any, world: int) -> None:
         self._flops, self._device, self._world = flops_per_token(model, length), device, world
@@ -71,7 +71,7 @@ class Meter:
         self._marks: list[tuple[float, int, float]] = [(time.monotonic(), 0, 0.0)]
 
     def step(self, tokens: int, waited: float, steps_left: int) -> dict[str, float | None]:
-        """The figures after a step on ``tokens`` tokens that waited ``waited`` s for its data."""
+        """The figures after a step on ``tokens`` tokens that waited ``waited`` s for data."""
         _, all_tokens, all_waited = self._marks[-1]
         self._marks.append((time.monotonic(), all_tokens + tokens, all_waited + waited))
         self._marks = self._marks[-WINDOW_STEPS - 1 :]
@@ -88,7 +88,7 @@ class Meter:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has held: of the GPU, or resident on a CPU."""
+    """Peak bytes of this process: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""The model that training starts from: a base model's weights, or fresh ones of a chosen shape."""
+"""The model that training starts from: a base model's weights, or fresh ones of a given size."""
 
 import re
 from pathlib import Path
@@ -13,13 +13,13 @@ from nudge.components.train.settings import TrainSettings
 
 HEAD_SIZE = 64
 ASPECT = 64
-"""Hidden size over layers of a derived shape: GPT-2 124M, SmolLM and Llama have 20 to 128."""
+"""Hidden size divided by layers in a derived shape; 20 to 128 in GPT-2 124M, SmolLM and Llama."""
 TIED_BELOW = 1_000_000_000
-"""Smaller models share their embeddings with their head, as SmolLM and Llama 3.2 do."""
+"""Models with fewer parameters tie their embeddings to the head, as SmolLM and Llama 3.2 do."""
 
 
 class Start:
-    """A model's beginning: its ``config``, and the ``folder`` and ``sha256`` of its base model."""
+    """The initial model: the ``folder`` and ``sha256`` of its base model, or a fresh config."""
 
     def __init__(self, settings: TrainSettings, tokenizer: Any, vocabulary: int) -> None:
         self.folder: Path | None = None
@@ -31,7 +31,7 @@ class Start:
             self.sha256 = model_sha256(self.folder)
 
     def model(self, seed: int) -> Any:
-        """The model in float32: loaded, or initialised as a pure function of the seed."""
+        """The model in float32: loaded, or initialized as a pure function of the seed."""
         if self.folder is not None:
             return load_model(self.folder)
         from transformers import AutoModelForCausalLM
@@ -41,51 +41,51 @@ class Start:
 
 
 def check_tokenizer(manifest: dict[str, Any], settings: TrainSettings) -> None:
-    """Raise `UserError` if a base model would meet ids that mean something else to it."""
+    """Raise `UserError` if the tokens' ids mean something else to the base model."""
     if manifest.get("tokenizer") == "train" and settings.mode != "scratch":
         raise UserError(
-            f"train.mode {settings.mode}: the tokens' tokenizer was trained on the corpus, and the "
-            "base model knows other ids; tokenize with tokenizer: base_model, or train with "
+            f"train.mode = {settings.mode}: the tokenizer was trained on the corpus, so its ids do "
+            "not match the base model's; tokenize with tokenizer: base_model, or train with "
             "mode: scratch"
         )
 
 
 def check_vocabulary(model: Any, vocabulary: int, settings: TrainSettings) -> None:
-    """Raise `UserError` if tokens of this vocabulary cannot be looked up in the model."""
+    """Raise `UserError` if the model's embedding is smaller than this vocabulary."""
     rows = head_weight(model).shape[0]
     if vocabulary > rows:
         raise UserError(
             f"the tokens have a vocabulary of {vocabulary}, the model "
-            f"{settings.base_model or 'of train.model_config'} has {rows}: tokenize again with "
+            f"{settings.base_model or 'of train.model_config'} has {rows}: rerun tokenize with "
             "this base model's tokenizer"
         )
 
 
 @torch.no_grad()
 def check_length(model: Any, settings: TrainSettings) -> None:
-    """Raise `UserError` if the model, on a CPU, has no positions for rows as long as the settings'.
+    """Raise `UserError` if the model has too few positions for `sequence_length`.
 
-    Learned positions end, as GPT-2's; rotary ones do not, and may be trained beyond the length that
-    the config names.
+    The model must be on a CPU. Learned positions, as GPT-2's, are limited. Rotary positions are
+    not, so they may be trained beyond the length in the config.
     """
     length = settings.sequence_length
-    named = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if named is None or length <= named:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or length <= positions:
         return
     last = torch.tensor([[length - 1]])
     try:
         hidden_states(model, torch.zeros_like(last), last)
-    except (IndexError, RuntimeError):  # from an embedding, from a table of sines
+    except (IndexError, RuntimeError):  # an embedding raises the first, a sine table the second
         raise UserError(
-            f"train.sequence_length = {length}: {type(model).__name__} has {named} positions; "
-            "lower it to that"
+            f"train.sequence_length = {length}: {type(model).__name__} has {positions} positions; "
+            f"lower it to {positions} or less"
         ) from None
 
 
 def fresh_config(settings: TrainSettings, tokenizer: Any, vocabulary: int) -> Any:
     """The config of a model from scratch, with the tokenizer's vocabulary and special tokens.
 
-    Raises `UserError` if the size or the config is none that transformers can build.
+    Raises `UserError` if transformers cannot build a causal language model from it.
     """
     from transformers import AutoConfig
 
@@ -112,13 +112,15 @@ def fresh_config(settings: TrainSettings, tokenizer: Any, vocabulary: int) -> An
 def llama_shape(size: str, vocabulary: int) -> dict[str, Any]:
     """A Llama of about ``size`` parameters (10M, 1.5B), embeddings included.
 
-    A layer has four attention matrices of D x D and three of D x I with I = 8 D / 3, so 12 D^2. Of
-    the shapes within 5 % of the size, the one whose hidden size is nearest `ASPECT` times its
-    layers is taken. Raises `UserError` for what is no size.
+    A layer has four attention matrices of D x D and three of D x I with I = 8 D / 3, so 12 D^2.
+    Among the shapes within 5 % of the size, it picks the one whose hidden size is nearest to
+    `ASPECT` times its layers. Raises `UserError` if ``size`` cannot be parsed.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([MB])", size)
     if match is None:
-        raise UserError(f"train.model_size = {size!r}: expected a number with M or B, such as 124M")
+        raise UserError(
+            f"train.model_size = {size!r}: expected a number followed by M or B, such as 124M"
+        )
     wanted = float(match[1]) * {"M": 1e6, "B": 1e9}[match[2]]
     tied = wanted < TIED_BELOW
 
@@ -129,10 +131,10 @@ def llama_shape(size: str, vocabulary: int) -> dict[str, Any]:
 
     shapes = [(layers, 64 * n) for layers in range(2, 129) for n in range(1, 257)]
     misses = {shape: abs(parameters(*shape) / wanted - 1) for shape in shapes}
-    near = [shape for shape in shapes if misses[shape] <= 0.05]
-    if not near:
-        near = [min(shapes, key=lambda shape: misses[shape])]
-    layers, hidden = min(near, key=lambda s: (abs(s[1] / s[0] / ASPECT - 1), misses[s]))
+    candidates = [shape for shape in shapes if misses[shape] <= 0.05]
+    if not candidates:
+        candidates = [min(shapes, key=lambda shape: misses[shape])]
+    layers, hidden = min(candidates, key=lambda s: (abs(s[1] / s[0] / ASPECT - 1), misses[s]))
     return {
         "model_type": "llama",
         "hidden_size": hidden,

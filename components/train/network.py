@@ -1,4 +1,4 @@
-"""The model as the loop sees it: a summed loss for rows, on one rank or on many."""
+"""The model as the loop sees it: a summed loss over rows, on one rank or many."""
 
 import contextlib
 from typing import Any, Literal
@@ -20,14 +20,14 @@ from nudge.components.train.settings import TrainSettings
 
 
 class _NextToken(nn.Module):
-    """The model and its loss in one forward pass, so that FSDP gathers the head's weight for it."""
+    """The model and its loss in one forward pass, so that FSDP gathers the head for both."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, rows: Rows | tuple[list[int], list[int]]) -> torch.Tensor:
-        """The summed loss of rows in nats, or `probabilities_along` a prompt's and target's ids."""
+        """The summed loss of rows in nats, or `probabilities_along` for (prompt, target) ids."""
         if isinstance(rows, tuple):
             return probabilities_along(self.model, *rows)
         hidden = hidden_states(self.model, rows.inputs, rows.positions)
@@ -37,8 +37,8 @@ class _NextToken(nn.Module):
 class Network:
     """A causal language model, prepared for training on these ranks; ``model`` is trained in place.
 
-    With many ranks its parameters are sharded (FSDP2: Zhao et al., arXiv:2304.11277, by
-    `fully_shard`) or replicated (DDP), as the settings say.
+    With many ranks, the settings choose between sharded parameters (FSDP2: Zhao et al.,
+    arXiv:2304.11277, by `fully_shard`) and replicated ones (DDP).
     """
 
     def __init__(self, model: Any, settings: TrainSettings, ranks: Ranks | None = None) -> None:
@@ -47,7 +47,7 @@ class Network:
         model.to(self.ranks.device)
         if settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        elif not settings.compile:  # the compiler chooses what to keep
+        elif not settings.compile:  # the compiler decides itself what to keep
             keep_less(model)
         if settings.compile:
             for layer in self._layers():
@@ -63,36 +63,36 @@ class Network:
             self._ddp = nn.parallel.DistributedDataParallel(self._module, device_ids=devices)
 
     def summed_loss(self, rows: Rows) -> torch.Tensor:
-        """The loss summed over this rank's rows, in nats; gradients of it may be asked for."""
+        """The loss summed over this rank's rows, in nats; differentiable."""
         training = self._ddp is not None and torch.is_grad_enabled()
         module = self._ddp if training else self._module
         with self.precision():
             loss: torch.Tensor = module(_on(rows, self.ranks.device))
-        self._shards_again()
+        self._reshard_without_backward()
         return loss
 
     def local_loss(self, rows: Rows) -> torch.Tensor:
-        """As `summed_loss`, but ranks of replicas exchange nothing, in backward neither."""
+        """Like `summed_loss`, but DDP replicas exchange nothing, not even in the backward pass."""
         with self.precision():
             loss: torch.Tensor = self._module(_on(rows, self.ranks.device))
         return loss
 
     @torch.no_grad()
     def probabilities(self, prompt: list[int], target: list[int]) -> torch.Tensor:
-        """`probabilities_along` a prompt's and a target's ids; every rank must ask."""
+        """`probabilities_along` for a prompt's and a target's ids; every rank must call this."""
         with self.precision():
             probabilities: torch.Tensor = self._module((prompt, target))
-        self._shards_again()
+        self._reshard_without_backward()
         return probabilities
 
-    def _shards_again(self) -> None:
-        """FSDP keeps the root's weights gathered until a backward pass, which may not come; an
-        optimizer or a checkpoint made then would take those for the model's own."""
+    def _reshard_without_backward(self) -> None:
+        """FSDP keeps the root's weights gathered until the backward pass, which may never come. An
+        optimizer or checkpoint created then would treat the gathered weights as the model's."""
         if self.sharded and not torch.is_grad_enabled():
             self._module.reshard()
 
     def last_of_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around a micro-batch: ranks exchange gradients with the last one only."""
+        """Wrap a micro-batch: ranks exchange gradients only with the last one of a batch."""
         if self.sharded:
             self._module.set_requires_gradient_sync(last)
         elif self._ddp is not None and not last:
@@ -100,13 +100,13 @@ class Network:
         return contextlib.nullcontext()
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
-        """Around computation: autocast to bfloat16, if the settings ask for it."""
+        """Wrap computation: autocast to bfloat16 if the settings request it."""
         if self.settings.precision == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.ranks.device.type, torch.bfloat16)
 
     def full_state(self) -> dict[str, torch.Tensor]:
-        """The model's whole state dict on the CPU of the main rank; every rank must ask."""
+        """The model's full state dict on the CPU of the main rank; every rank must call this."""
         if not self.sharded:
             state = self.model.state_dict() if self.ranks.main else {}
             return {name: tensor.cpu() for name, tensor in state.items()}
@@ -133,20 +133,20 @@ class Network:
         fully_shard(self._module, mesh=mesh, mp_policy=policy)
 
 
-def precision_on(device: torch.device, asked: Literal["float32", "bfloat16", "auto"]) -> Any:
-    """The precision that is meant on a device.
+def precision_on(device: torch.device, setting: Literal["float32", "bfloat16", "auto"]) -> Any:
+    """The precision that ``setting`` selects on a device.
 
-    Without instructions for it a CPU's products in bfloat16 are far slower than in float32: with
-    AVX2 alone SmolLM2-135M trained at 4 tokens/s in the one and 71 in the other.
+    On a CPU without bfloat16 instructions, products in bfloat16 are far slower than in float32:
+    with only AVX2, SmolLM2-135M trained at 4 tokens/s in bfloat16 and 71 in float32.
     """
-    if asked != "auto":
-        return asked
+    if setting != "auto":
+        return setting
     if device.type == "cuda":
-        has = torch.cuda.is_bf16_supported(including_emulation=False)
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        known = torch.cpu.get_capabilities()
-        has = any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return "bfloat16" if has else "float32"
+        capabilities = torch.cpu.get_capabilities()
+        supported = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return "bfloat16" if supported else "float32"
 
 
 def _on(rows: Rows, device: torch.device) -> Rows:
@@ -156,7 +156,7 @@ def _on(rows: Rows, device: torch.device) -> Rows:
 
 @torch.no_grad()
 def check_document_masking(network: Network, vocabulary: int) -> None:
-    """Raise `UserError` if a packed document sees the one before it in this architecture."""
+    """Raise `UserError` if this architecture lets a packed document attend to the one before it."""
     length = 8
     ids = torch.arange(2 * length)[None] % vocabulary
     other = ids.clone()
@@ -165,10 +165,11 @@ def check_document_masking(network: Network, vocabulary: int) -> None:
     targets[0, :length] = IGNORED
     positions = torch.arange(length).repeat(2)[None]
     network.model.eval()
-    one, two = (network.summed_loss(Rows(given, targets, positions)) for given in (ids, other))
+    one, two = (network.summed_loss(Rows(inputs, targets, positions)) for inputs in (ids, other))
     network.model.train()
     if not torch.allclose(one, two, rtol=1e-6):
         raise UserError(
-            f"{type(network.model).__name__} lets a packed document see the one before it: its "
-            "attention in transformers does not follow position ids; choose another architecture"
+            f"{type(network.model).__name__} lets a packed document attend to the one before it, "
+            "because its attention in transformers ignores position ids; choose another "
+            "architecture"
         )

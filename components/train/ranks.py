@@ -1,4 +1,4 @@
-"""The processes that train together: who this one is, and the few things that they agree on."""
+"""The processes that train together: which one this is, and the values that they reduce."""
 
 import contextlib
 import os
@@ -12,15 +12,15 @@ import torch.distributed as dist
 
 BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
 TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for the others in one exchange before it gives up."""
+"""How long a rank waits for the others in one collective call before it fails."""
 
 
 @dataclass(frozen=True)
 class Ranks:
     """Rank ``rank`` of ``world``, computing on ``device``.
 
-    ``saving`` is a group of its own for checkpoints: they are written by another thread, whose
-    exchanges must not mix with those of the training.
+    ``saving`` is a separate process group for checkpoints: another thread writes them, and its
+    collective calls must not mix with those of the training.
     """
 
     rank: int = 0
@@ -32,7 +32,7 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this rank writes what is written once."""
+        """Whether this rank writes the outputs that only one rank writes."""
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
@@ -44,29 +44,29 @@ class Ranks:
         return total.tolist()
 
     def wait(self) -> None:
-        """Return once every rank is here."""
+        """A barrier: return once every rank has called this."""
         self.sum(0.0)
 
     def seed(self, seed: int, step: int) -> None:
-        """Seed torch as a pure function of the step, so that dropout needs no state to resume."""
+        """Seed torch as a pure function of the step, so that dropout needs no saved state."""
         torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + self.rank) % 2**63)
 
 
 @contextlib.contextmanager
 def joined_ranks() -> Iterator[Ranks]:
-    """The ranks that torchrun's variables name, as a process group; one rank without them."""
+    """Join the process group that torchrun's variables describe; without them, a single rank."""
     cuda = torch.cuda.is_available()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch.use_deterministic_algorithms(False)  # promised for a CPU alone
+        torch.use_deterministic_algorithms(False)  # only CPU runs promise determinism
     if world == 1:
         yield Ranks(device=device)
         return
-    joined = dist.is_initialized()  # Ray Train has joined them, and parts them too
-    if not joined:
+    initialized = dist.is_initialized()  # by Ray Train, which also destroys the group
+    if not initialized:
         dist.init_process_group(BACKENDS[device.type], timeout=TIMEOUT)
     try:
         yield Ranks(
@@ -78,5 +78,5 @@ def joined_ranks() -> Iterator[Ranks]:
             saving=dist.new_group(backend="gloo", timeout=TIMEOUT),
         )
     finally:
-        if not joined:
+        if not initialized:
             dist.destroy_process_group()

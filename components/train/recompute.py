@@ -1,7 +1,7 @@
 """Layers that keep less for the backward pass and give the same bits.
 
-What is made again there takes no matrix product: torch's checkpoints end early, as soon as all that
-a layer would have kept is there.
+The recomputation needs no matrix product: torch's checkpoints stop early, as soon as they have
+recomputed every tensor that the layer would have kept.
 """
 
 import types
@@ -14,16 +14,16 @@ from torch.utils.checkpoint import checkpoint
 
 
 def keep_less(model: nn.Module) -> None:
-    """Let gated MLPs and RMSNorms keep what came in, and not what they made of it on the way.
+    """Let gated MLPs and RMSNorms keep their inputs instead of their intermediate results.
 
-    A gated MLP is down(act(gate(x)) * up(x)): of four tensors of its inner size two are kept. One
-    that computes anything else, or whose weights an adapter wraps, is left as it is.
+    A gated MLP is down(act(gate(x)) * up(x)). It keeps two of four tensors of its inner size. An
+    MLP that computes anything else, or whose weights an adapter wraps, stays unchanged.
     """
     for module in model.modules():
         if _is_gated_mlp(module):
             module.forward = types.MethodType(_gated_mlp, module)
         elif type(module).__name__.endswith("RMSNorm") and not isinstance(module, nn.RMSNorm):
-            module.forward = types.MethodType(_again, module)
+            module.forward = types.MethodType(_recomputed, module)
 
 
 def _is_gated_mlp(module: Any) -> bool:
@@ -43,7 +43,7 @@ def _gated_mlp(self: Any, x: torch.Tensor) -> Any:
     return _checkpointed(last, self.gate_proj(x), self.up_proj(x))
 
 
-def _again(self: Any, *inputs: Any) -> Any:
+def _recomputed(self: Any, *inputs: Any) -> Any:
     return _checkpointed(types.MethodType(type(self).forward, self), *inputs)
 
 

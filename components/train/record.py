@@ -1,5 +1,5 @@
-"""What is written down while training goes on: lines of JSON and TensorBoard files; MLflow too
-where MLFLOW_TRACKING_URI is set, and the state of a TrainJob in one."""
+"""The training log: JSON lines and TensorBoard files; MLflow too if MLFLOW_TRACKING_URI is set, and
+the job's status if this is a TrainJob."""
 
 import contextlib
 import json
@@ -17,10 +17,10 @@ MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
 class TrainingLog:
-    """The open files of a history; made by `open_record`.
+    """The open files of a history; created by `open_record`.
 
-    ``metric`` and ``probe`` take a line each. A resumed run gives the lines of the one before to
-    ``replay``, so that a history is whole whatever happened on the way.
+    ``metric`` and ``probe`` each write one line. A resumed run passes the earlier lines to
+    ``replay``, so that its history is complete.
     """
 
     def __init__(self, folder: Path, board: Any, tracking: "Tracking", status: JobStatus) -> None:
@@ -31,18 +31,18 @@ class TrainingLog:
         self._board, self._tracking, self._status = board, tracking, status
 
     def metric(self, values: dict[str, Any]) -> None:
-        """Keep the figures of one step; ``None`` is a figure that is not known."""
+        """Log the figures of one step; ``None`` marks an unknown figure."""
         self._write(METRICS, json.dumps(values))
-        self._draw(values)
+        self._plot(values)
         self._status.metric(values)
 
     def probe(self, values: dict[str, Any]) -> None:
-        """Keep what the model expects after the watched prompt."""
+        """Log what the model predicts after the watched prompt."""
         self._write(PROBES, json.dumps(values))
-        self._draw({"step": values["step"], "watched_p": values["p"]})
+        self._plot({"step": values["step"], "watched_p": values["p"]})
 
     def replay(self, lines: dict[str, list[str]]) -> None:
-        """Write down again what an earlier part of this run wrote."""
+        """Write the lines of an earlier part of this run."""
         for line in lines[METRICS]:
             self.metric(json.loads(line))
         for line in lines[PROBES]:
@@ -57,19 +57,19 @@ class TrainingLog:
         self.lines[name].append(line)
         print(line, file=self._files[name])
 
-    def _draw(self, values: dict[str, Any]) -> None:
-        shown = {
+    def _plot(self, values: dict[str, Any]) -> None:
+        finite = {
             name: float(value)
             for name, value in values.items()
             if name != "step" and value is not None and math.isfinite(value)
         }
-        for name, value in shown.items():
+        for name, value in finite.items():
             self._board.add_scalar(f"train/{name}", value, values["step"])
-        self._tracking.metrics(shown, values["step"])
+        self._tracking.metrics(finite, values["step"])
 
 
 class NoTrainingLog:
-    """The same for ranks that write nothing."""
+    """A `TrainingLog` for ranks that write nothing."""
 
     lines: dict[str, list[str]] = {METRICS: [], PROBES: []}  # noqa: RUF012
 
@@ -84,7 +84,7 @@ class NoTrainingLog:
 
 
 class NoBar:
-    """A progress bar for ranks that show nothing."""
+    """A progress bar for ranks that display nothing."""
 
     def advance(self, amount: float = 1, **fields: Any) -> None:
         pass
@@ -94,17 +94,20 @@ class NoBar:
 
 
 class Tracking:
-    """A run in MLflow, or none. What MLflow cannot do is a warning and ends the tracking, never the
-    training: a pipelines server may set its variables in pods whose image has no mlflow."""
+    """A run in MLflow, or none.
+
+    If MLflow fails, it prints a warning and stops tracking, but training continues: a pipelines
+    server may set MLflow's variables in pods whose image has no mlflow.
+    """
 
     def __init__(self) -> None:
         self._mlflow: Any = None
 
     def start(self, name: str, settings: dict[str, Any]) -> None:
-        """Begin the run if MLFLOW_TRACKING_URI is set."""
+        """Start the run if MLFLOW_TRACKING_URI is set."""
         if not os.environ.get(MLFLOW_VARIABLE, "").strip():
             return
-        # MLflow's own default is 7 retries of one request: minutes, where nothing answers.
+        # MLflow's own default is 7 retries per request, which takes minutes if nothing answers.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         with self._or_warn():
@@ -129,14 +132,14 @@ class Tracking:
     def _or_warn(self) -> Iterator[None]:
         try:
             yield
-        # Whatever a plugin or a transport of MLflow's raises: none of it is worth a training.
+        # MLflow's plugins and transports may raise anything; none of it should end the training.
         except Exception as error:  # noqa: BLE001
             self._mlflow = None
             missing = isinstance(error, ModuleNotFoundError) and error.name == "mlflow"
             reason = "mlflow is not installed" if missing else f"{type(error).__name__}: {error}"
-            told = f"warning: {MLFLOW_VARIABLE} is set and the run is not tracked there: {reason}"
+            warning = f"warning: {MLFLOW_VARIABLE} is set, but the run is not tracked: {reason}"
             advice = "; pip install 'nudge-lm[mlflow]', or unset it" if missing else ""
-            print(f"{told}{advice}", file=sys.stderr, flush=True)
+            print(f"{warning}{advice}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -144,7 +147,7 @@ def open_record(
     folder: Path, name: str, settings: dict[str, Any], steps: int
 ) -> Iterator[TrainingLog]:
     """Write the history of a run of ``steps`` steps into ``folder`` while the block runs, and to
-    MLflow if it is asked for and works."""
+    MLflow if it is configured and works."""
     from tensorboardX import SummaryWriter
 
     with _tracked(name, settings) as tracking, open_job_status(steps) as status:

@@ -1,4 +1,4 @@
-"""The page that `train` leaves: how the loss went down, and what it took. Static HTML and SVG."""
+"""The report of `train`: loss, learning rate, speed and settings. Static HTML and SVG."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import jinja2
 from nudge.components.common.core.sanitize import CSP, visible
 
 DRAWN_POINTS = 400
-"""Points of one drawn line; a longer one is thinned evenly."""
+"""Maximum points per line; longer lines are thinned evenly."""
 
 PAGE = jinja2.Environment(
     autoescape=True,
@@ -35,8 +35,8 @@ svg { display: block; width: 100%; height: 12rem; border: solid var(--line);
 svg.low { height: 5rem; }
 path { fill: none; stroke: var(--new); stroke-width: 2; vector-effect: non-scaling-stroke;
   stroke-linejoin: round; }
-path.held { stroke: var(--old); stroke-width: 3; }
-.held { color: var(--old); } .trained { color: var(--new); }
+path.validation { stroke: var(--old); stroke-width: 3; }
+.validation { color: var(--old); } .trained { color: var(--new); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .5rem;
   border-bottom: 1px solid var(--line); font-weight: 400; }
@@ -46,11 +46,12 @@ th { color: var(--muted); width: 40%; }
 <p>{{ summary }}</p>
 <h2>Loss, nats per token</h2>
 <p class="note"><span class="trained">training</span>, from {{ loss.first }} to {{ loss.last }}
-{%- if held_out %}; <span class="held">held-out text</span>, from {{ held_out.first }} to
-{{ held_out.last }}{% endif %}. Drawn from {{ loss.low }} to {{ loss.high }}, over
+{%- if validation %}; <span class="validation">held-out text</span>, from {{ validation.first }} to
+{{ validation.last }}{% endif %}. Drawn from {{ loss.low }} to {{ loss.high }}, over
 {{ steps }} steps.</p>
 <svg viewBox="0 0 1000 100" preserveAspectRatio="none" role="img" aria-label="loss by step">
-<path d="{{ loss.path }}"/>{% if held_out %}<path class="held" d="{{ held_out.path }}"/>{% endif %}
+<path d="{{ loss.path }}"/>
+{% if validation %}<path class="validation" d="{{ validation.path }}"/>{% endif %}
 </svg>
 {% for title, drawn in others %}
 <h2>{{ title }}</h2>
@@ -59,7 +60,7 @@ th { color: var(--muted); width: 40%; }
 <svg class="low" viewBox="0 0 1000 100" preserveAspectRatio="none" role="img"
 aria-label="{{ title }} by step"><path d="{{ drawn.path }}"/></svg>
 {% endfor %}
-<h2>What it was</h2>
+<h2>The run</h2>
 <table>{% for name, value in facts.items() %}
 <tr><th>{{ name }}</th><td>{{ value }}</td></tr>{% endfor %}</table>
 <h2>Settings</h2>
@@ -72,15 +73,15 @@ PAGE.globals["csp"] = CSP
 
 
 def render_report(facts: dict[str, Any], lines: dict[str, list[str]]) -> str:
-    """The page as HTML, from nudge.json's values and the lines of metrics.jsonl."""
+    """The report as HTML, from the values of nudge.json and the lines of metrics.jsonl."""
     values = [json.loads(line) for line in lines["metrics.jsonl"]]
     training = facts["training"]
-    losses, held_out = _points(values, "loss"), _points(values, "validation_loss")
-    both = [y for _, y in losses + held_out]
-    ends = (min(both), max(both))
+    losses, validation = _points(values, "loss"), _points(values, "validation_loss")
+    both = [y for _, y in losses + validation]
+    limits = (min(both), max(both))
     width = max(1, training["steps"])
     others = [
-        (title, _drawn(points, width))
+        (title, _line(points, width))
         for title, name in (
             ("Learning rate", "lr"),
             ("Gradient norm before clipping", "grad_norm"),
@@ -96,19 +97,19 @@ def render_report(facts: dict[str, Any], lines: dict[str, list[str]]) -> str:
             f"{training['ranks']} x {training['device']}; the model has the weights of step "
             f"{training['weights_of_step']}."
         ),
-        loss=_drawn(losses, width, ends),
-        held_out=_drawn(held_out, width, ends) if held_out else None,
+        loss=_line(losses, width, limits),
+        validation=_line(validation, width, limits) if validation else None,
         others=others,
         steps=training["steps"],
         facts={
             "mode": training["mode"],
             "base model": facts["base_model"]["uri"] or "none: fresh weights",
             "parameters": f"{training['parameters']:,}",
-            "parameters trained": f"{training['trainable_parameters']:,}, of them "
-            f"{training['decayed_parameters']:,} with weight decay",
+            "parameters trained": f"{training['trainable_parameters']:,}, "
+            f"{training['decayed_parameters']:,} of them with weight decay",
             "share of the hardware's peak (MFU)": _share(last["mfu"]),
             "share of time waiting for data": _share(last["data_wait_share"]),
-            "most memory": f"{last['memory_bytes'] / 2**20:,.0f} MiB",
+            "peak memory": f"{last['memory_bytes'] / 2**20:,.0f} MiB",
             "data": facts["data_fingerprint"],
             "tokenizer": facts["tokenizer_sha256"],
             "code": facts["code_version"],
@@ -121,16 +122,16 @@ def _points(values: Sequence[dict[str, Any]], name: str) -> list[tuple[int, floa
     return [(value["step"], value[name]) for value in values if value.get(name) is not None]
 
 
-def _drawn(
-    points: list[tuple[int, float]], width: int, ends: tuple[float, float] | None = None
+def _line(
+    points: list[tuple[int, float]], width: int, limits: tuple[float, float] | None = None
 ) -> dict[str, str]:
-    """A line in a box of 1000 x 100, with its figures as text."""
-    low, high = ends or (min(y for _, y in points), max(y for _, y in points))
+    """An SVG path in a box of 1000 x 100, and its first, last, low and high figures as text."""
+    low, high = limits or (min(y for _, y in points), max(y for _, y in points))
     height = high - low or 1.0
     thin = points[:: -(-len(points) // DRAWN_POINTS)] + points[-1:]
-    places = [f"{1000 * x / width:.1f},{100 - 100 * (y - low) / height:.2f}" for x, y in thin]
+    points_text = [f"{1000 * x / width:.1f},{100 - 100 * (y - low) / height:.2f}" for x, y in thin]
     figures = {"first": points[0][1], "last": points[-1][1], "low": low, "high": high}
-    return {"path": "M" + "L".join(places)} | {k: f"{v:.4g}" for k, v in figures.items()}
+    return {"path": "M" + "L".join(points_text)} | {k: f"{v:.4g}" for k, v in figures.items()}
 
 
 def _share(value: float | None) -> str:

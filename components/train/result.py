@@ -1,4 +1,4 @@
-"""What the step leaves: the Hugging Face folder, and the facts that its card tells."""
+"""The outputs of the step: the Hugging Face folder, and the facts in its card and nudge.json."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from nudge.components.train.settings import TrainSettings
 def facts_of(
     settings: TrainSettings, manifest: dict[str, Any], start: Start, network: Network
 ) -> dict[str, Any]:
-    """What is known before training: origins, settings and sizes; ``manifest`` is the tokens'."""
+    """The facts known before training: origins, settings and sizes. ``manifest`` is the tokens'."""
     named = dict(network.model.named_parameters())
     trained = [p for p in named.values() if p.requires_grad]
     return {
@@ -46,9 +46,9 @@ def write_model(
     tokenizer: Any,
     facts: dict[str, Any],
 ) -> None:
-    """Save the trained model into ``folder``, as transformers and vLLM load it.
+    """Save the trained model in ``folder``, where transformers and vLLM can load it.
 
-    ``state`` is the network's whole state. After LoRA the adapter goes to ``adapter/`` beside it.
+    ``state`` is the network's full state dict. LoRA also saves the adapter, in ``adapter/``.
     """
     model = start.model(settings.seed)
     weights = merged_state(state, settings, model)
@@ -67,17 +67,17 @@ def write_model(
 
 
 def results(model: Path, history: Path) -> dict[str, Any]:
-    """The step's small results, from its finished outputs."""
+    """The step's summary figures, read from its finished outputs."""
     training = json.loads((model / "nudge.json").read_text(encoding="utf-8"))["training"]
     lines = (history / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     values = [json.loads(line) for line in lines]
     losses = [value["loss"] for value in values if "loss" in value]
-    held_out = [value["validation_loss"] for value in values if "validation_loss" in value]
+    validation = [value["validation_loss"] for value in values if "validation_loss" in value]
     return {
         "steps": training["steps"],
         "tokens": training["tokens"],
         "loss": losses[-1],
-        "validation_loss": held_out[-1],
+        "validation_loss": validation[-1],
         "tokens_per_s": training["tokens_per_s"],
     }
 

@@ -1,4 +1,4 @@
-"""SIGTERM while training: noted, so that a checkpoint can be written before the end."""
+"""Handles SIGTERM during training, so that a checkpoint can be written before the process ends."""
 
 import signal
 import threading
@@ -9,28 +9,28 @@ from nudge.components.train.ranks import Ranks
 
 
 class Stopping:
-    """While open, SIGTERM sets ``asked`` instead of ending the process, if ``wanted``.
+    """While open and ``enabled``, SIGTERM sets ``requested`` instead of ending the process.
 
-    A pod that is evicted or cancelled has its grace period, often 30 s, from then on.
+    An evicted or canceled pod then has its grace period, often 30 s, to finish.
     """
 
-    def __init__(self, wanted: bool) -> None:
-        self.asked = False
-        self._wanted = wanted and threading.current_thread() is threading.main_thread()
-        self._before: Any = None
+    def __init__(self, enabled: bool) -> None:
+        self.requested = False
+        self._enabled = enabled and threading.current_thread() is threading.main_thread()
+        self._previous: Any = None
 
     def __enter__(self) -> Self:
-        if self._wanted:
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        if self._enabled:
+            self._previous = signal.signal(signal.SIGTERM, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._wanted:
-            signal.signal(signal.SIGTERM, self._before)
+        if self._enabled:
+            signal.signal(signal.SIGTERM, self._previous)
 
     def agreed(self, ranks: Ranks) -> bool:
-        """Whether any rank was asked to stop; the same answer on all."""
-        return ranks.sum(float(self.asked))[0] > 0
+        """Whether any rank got SIGTERM; the answer is the same on all ranks."""
+        return ranks.sum(float(self.requested))[0] > 0
 
-    def _note(self, _: int, __: FrameType | None) -> None:
-        self.asked = True
+    def _handle(self, _: int, __: FrameType | None) -> None:
+        self.requested = True

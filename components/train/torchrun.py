@@ -1,7 +1,7 @@
-"""Several ranks on this machine: the step starts itself again under torchrun.
+"""Several ranks on this machine: the step starts them with torchrun.
 
-Each rank is ``python -m nudge.components.train`` (see `nudge.components.train.__main__`), which is
-what a cluster's launcher starts on each node too.
+Each rank runs ``python -m nudge.components.train`` (see `nudge.components.train.__main__`). A
+cluster's launcher starts the same command on each node.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ from nudge.components.common.core.processes import usable_cores
 from nudge.components.train.settings import TrainSettings
 
 ERROR_VARIABLE = "NUDGE_ERROR_FILE"
-"""A file that a rank which ends in a `UserError` puts the text into."""
+"""Names the file to which a rank that ends with a `UserError` appends the message."""
 TRANSIENT = ".transient"
-"""The suffix of an empty file beside it, which says that the error is a `Transient`."""
+"""The suffix of an empty file beside it, which marks the error as a `Transient`."""
 
 
 def processes_wanted(settings: TrainSettings) -> int:
-    """How many ranks to start here; 0 if this process is the one to train."""
-    if "WORLD_SIZE" in os.environ:  # this is a rank already
+    """The number of ranks to start on this machine; 0 if this process itself trains."""
+    if "WORLD_SIZE" in os.environ:  # this process already is a rank
         return 0
     count = settings.processes
     if count == 0:
@@ -37,9 +37,9 @@ def processes_wanted(settings: TrainSettings) -> int:
 
 
 def run_ranks(count: int, settings: TrainSettings, paths: dict[str, Path]) -> None:
-    """Run ``count`` ranks until they end; SIGTERM is passed on to them.
+    """Run ``count`` ranks until they end, and forward SIGTERM to them.
 
-    Raises `UserError` with the text of the rank that failed.
+    Raises `UserError` with the message of the rank that failed, and `Transient` if one died.
     """
     with tempfile.TemporaryDirectory() as folder:
         recipe, error = Path(folder) / "recipe.json", Path(folder) / "error"
@@ -53,18 +53,18 @@ def run_ranks(count: int, settings: TrainSettings, paths: dict[str, Path]) -> No
         variables = {
             ERROR_VARIABLE: str(error),
             "OMP_NUM_THREADS": str(threads_each(count, settings)),
-            "PYTHONSAFEPATH": "1",  # torchrun starts the ranks with no -P of their own
+            "PYTHONSAFEPATH": "1",  # torchrun does not pass -P to the ranks
         }
         ranks = subprocess.Popen(command, env={**os.environ, **variables})
 
-        def pass_on(number: int, _: FrameType | None) -> None:
+        def forward(number: int, _: FrameType | None) -> None:
             ranks.send_signal(number)
 
-        before = signal.signal(signal.SIGTERM, pass_on)
+        previous = signal.signal(signal.SIGTERM, forward)
         try:
             status = ranks.wait()
         finally:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, previous)
             if ranks.poll() is None:
                 ranks.terminate()
                 ranks.wait()
@@ -73,11 +73,11 @@ def run_ranks(count: int, settings: TrainSettings, paths: dict[str, Path]) -> No
             raise kind(error.read_text(encoding="utf-8"))
         if status:
             raise Transient(
-                f"a rank of the training died (torchrun ended with status {status}, the log says "
-                "which one and why); run the same again: it goes on from its newest checkpoint"
+                f"a training rank died: torchrun ended with status {status} and the log says which "
+                "one and why; rerun the same command to resume from the newest checkpoint"
             )
 
 
 def threads_each(count: int, settings: TrainSettings) -> int:
-    """The CPU threads of each of ``count`` ranks on one machine."""
+    """CPU threads per rank, with ``count`` ranks on one machine."""
     return max(1, (settings.threads or usable_cores()) // count)

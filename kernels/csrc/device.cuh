@@ -1,6 +1,6 @@
-// What the kernels ask of the hardware, by name: number formats and vectors of them, a block's shared
-// memory, and the thread-block cluster of sm_90. Tests compile softmax_loss.cuh as plain C++ with
-// another file of these names in place of this one, a thread of the processor per CUDA thread.
+// The hardware primitives of the kernels: number formats and vectors of them, a block's shared memory,
+// and the thread-block cluster of sm_90. Tests compile softmax_loss.cuh as plain C++ against another
+// file that defines the same names and runs each CUDA thread as a CPU thread.
 
 #pragma once
 
@@ -30,8 +30,8 @@ __device__ inline bf16 from_float<bf16>(float value) { return __float2bfloat16_r
 template <>
 __device__ inline fp16 from_float<fp16>(float value) { return __float2half_rn(value); }
 
-// Two 16-bit elements as they lie in memory, which the hardware rounds and packs in one instruction,
-// unpacks in two and compares in one.
+// Two adjacent 16-bit elements in memory. The hardware rounds and packs them in one instruction,
+// unpacks them in two and compares them in one.
 __device__ inline uint32_t bits_of(__nv_bfloat162 pair) { return *reinterpret_cast<uint32_t*>(&pair); }
 __device__ inline uint32_t bits_of(__half2 pair) { return *reinterpret_cast<uint32_t*>(&pair); }
 __device__ inline uint32_t pack(bf16, float low, float high) { return bits_of(__floats2bfloat162_rn(low, high)); }
@@ -49,7 +49,7 @@ __device__ inline uint32_t larger(fp16, uint32_t a, uint32_t b) {
   return bits_of(__hmax2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b)));
 }
 
-// The 16 / sizeof(T) elements of a vector.
+// Converts the 16 / sizeof(T) elements of a vector.
 template <typename T>
 __device__ inline void from_vector(uint4 vector, float* values) {
   if constexpr (sizeof(T) == 4) {
@@ -77,7 +77,7 @@ __device__ inline uint4 to_vector(const float* values) {
   return made;
 }
 
-// The largest element of `count` vectors, of those that are numbers.
+// The largest element of `count` vectors, ignoring NaN.
 template <typename T, int count>
 __device__ inline float largest_of(const uint4* vectors) {
   if constexpr (sizeof(T) == 4) {
@@ -101,15 +101,16 @@ __device__ inline float largest_of(const uint4* vectors) {
   }
 }
 
-// A vector of nothing but -inf.
+// A vector whose elements are all -inf.
 template <typename T>
 __device__ inline uint4 nothing() {
   constexpr uint32_t bits = std::is_same_v<T, float> ? 0xff800000u : std::is_same_v<T, bf16> ? 0xff80ff80u : 0xfc00fc00u;
   return {bits, bits, bits, bits};
 }
 
-// A vector on its way from memory to shared memory. A thread waits for copies that it began, in the
-// order of their groups, until `under_way` groups are left, and sees what they brought.
+// Copies a vector asynchronously from memory to shared memory. wait_groups waits for the copies that
+// this thread started, in the order of their groups, until `under_way` groups are pending; the thread
+// then sees the copied values.
 __device__ inline void copy_async(uint4* to, const uint4* from) {
   const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
@@ -120,8 +121,8 @@ __device__ inline void wait_groups() {
   asm volatile("cp.async.wait_group %0;" ::"n"(under_way) : "memory");
 }
 
-// 2^x: to two ulps for float32 data; for 16 bits what one instruction gives, whose error (2e-7, and 0
-// below 2^-126) is far below the rounding of what is stored (4e-3, 5e-4).
+// 2^x: within two ulps for float32 data. For 16-bit data it is a single instruction, whose error (2e-7,
+// and 0 below 2^-126) is far below the rounding of the stored values (4e-3, 5e-4).
 template <typename T>
 __device__ inline float exp2_of(float x) {
   if constexpr (sizeof(T) == 4) return exp2f(x);
@@ -140,11 +141,11 @@ __device__ inline unsigned char* shared_memory() {
   return bytes;
 }
 
-// The blocks of a cluster keep one row between them and tell each other a T, 16 bytes, once. All
-// threads of all blocks open the meeting, long before one of them tells, and hear before they leave.
-// What is told is counted where it arrives (mbarrier, PTX ISA), so that nobody waits for the memory of
-// the whole GPU, as a barrier of the cluster would (4 to 11 % of the kernel). Below sm_90 a cluster is one
-// block, which has nobody to meet.
+// The blocks of a cluster share one row, and each sends a T (16 bytes) to every block once. All threads
+// of all blocks call open() long before any of them calls tell(), and call hear() before they exit.
+// Arrivals are counted at the receiver (mbarrier, PTX ISA), so that no thread waits for the memory of
+// the whole GPU, as a cluster barrier would (4 to 11 % of the kernel). Below sm_90 a cluster is one
+// block, which has no one to exchange with.
 constexpr int kMostBlocks = 8;  // the largest cluster that every sm_90 device takes
 
 template <typename T>
@@ -172,11 +173,11 @@ __device__ inline void open(Meeting<T>& meeting) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&meeting.arrived)) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  __syncwarp();  // .aligned: all threads of a warp must come together
+  __syncwarp();  // .aligned: all threads of a warp must execute it together
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
-// After this every block of the cluster has opened it.
+// Waits until every block of the cluster has called open().
 __device__ inline void all_are_there() {
   __syncwarp();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -185,7 +186,7 @@ __device__ inline void all_are_there() {
 template <typename T>
 __device__ inline void tell(Meeting<T>& meeting, const T& mine, int blocks, int rank) {
   static_assert(sizeof(T) == 16, "one store of four words");
-  if (threadIdx.x == 0) {  // what others told before this is counted too
+  if (threadIdx.x == 0) {  // counts earlier arrivals from other blocks, too
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&meeting.arrived)),
                  "r"(blocks * 16) : "memory");
   }

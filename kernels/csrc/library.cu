@@ -1,5 +1,5 @@
-// The operators torch sees, against its stable ABI: nothing here depends on the version of torch,
-// of Python, or on torch having been built for CUDA.
+// The operators that torch registers, against its stable ABI: nothing here depends on the version of
+// torch or Python, or on a CUDA build of torch.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -13,7 +13,7 @@
 #include "plan.cuh"
 #include "softmax_loss.cuh"
 
-// Weak, since a CPU-only torch has no such symbol and the library must load there too.
+// Weak, because a CPU-only torch lacks this symbol and the library must load there, too.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace nudge {
@@ -65,7 +65,7 @@ bool launch_as(const Rows& rows, const Plan& plan, cudaStream_t stream) {
   if (plan.blocks > 1) {
     config.attrs = &cluster;
     config.numAttrs = 1;
-    int fit = 0;  // none on a slice of a GPU that is smaller than the cluster
+    int fit = 0;  // 0 on a slice of a GPU that is smaller than the cluster
     check(cudaOccupancyMaxActiveClusters(&fit, kernel, &config), "asking for clusters");
     if (fit == 0) return false;
   }
@@ -98,7 +98,7 @@ void launch(const Rows& rows, int device, Path path) {
   }
 }
 
-// The element type of `like` as a value, for a generic lambda.
+// Calls `use` with a value of the element type of `like`.
 template <typename Use>
 void with_type(const Tensor& like, Use use) {
   switch (like.scalar_type()) {
@@ -204,14 +204,14 @@ STABLE_TORCH_LIBRARY_IMPL(nudge_kernels, CUDA, library) {
 #define NUDGE_TEXT_OF(value) #value
 #define NUDGE_TEXT(value) NUDGE_TEXT_OF(value)
 
-// What this library was built from and for.
+// The build record: version, sources, architectures and compiler.
 extern "C" __attribute__((visibility("default"))) const char* nudge_kernels_stamp() {
   return "version=" NUDGE_VERSION ";sources=" NUDGE_SOURCES ";architectures=" NUDGE_ARCHITECTURES
          ";nvcc=" NUDGE_TEXT(__CUDACC_VER_MAJOR__) "." NUDGE_TEXT(__CUDACC_VER_MINOR__)
          "." NUDGE_TEXT(__CUDACC_VER_BUILD__);
 }
 
-// Why the kernels cannot run on a device, in CUDA's words, or null where they can.
+// Why the kernels cannot run on a device, in CUDA's words, or null if they can.
 extern "C" __attribute__((visibility("default"))) const char* nudge_kernels_why_not(int device) {
   if (!aoti_torch_get_current_cuda_stream) return "this torch was built without CUDA";
   int before = 0;
@@ -222,6 +222,6 @@ extern "C" __attribute__((visibility("default"))) const char* nudge_kernels_why_
     error = cudaFuncGetAttributes(&attributes, nudge::scale_unless_one<float>);
     cudaSetDevice(before);
   }
-  cudaGetLastError();  // so that torch does not find it
+  cudaGetLastError();  // clear the error, so that torch does not report it
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

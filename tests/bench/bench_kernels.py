@@ -1,8 +1,9 @@
-"""The fused loss beside eager, compiled and torch's own, and Liger, CCE and quack where installed.
+"""Compares the fused loss with eager, compiled and torch's own, and with Liger, CCE and quack if
+installed.
 
-Forward + backward of one head and its loss: seconds, and peak memory beyond inputs and gradients;
-each against every peer, and against three measured ``torch.mm`` of the same shapes. Also a sweep
-over N and V, drawn to ``.nudge/bench/kernels.svg``. Runs on the GPU where torch sees one.
+It measures forward + backward of one head and its loss: seconds, and peak memory beyond inputs and
+gradients. Each is compared with every peer and with three measured ``torch.mm`` of the same shapes.
+A sweep over N and V is plotted to ``.nudge/bench/kernels.svg``. It uses the GPU if torch sees one.
 """
 
 import argparse
@@ -68,24 +69,24 @@ ROWS = [2048, 8192, 32768] if CUDA else [256, 512, 1024]
 VOCABULARIES = [32000, 128256, 524288] if CUDA else [8192, 16384, 32768]
 ROUNDS = 5
 GROUP = 3 if CUDA else 1
-"""How often a contender runs in its turn. On a GPU the first is not counted: it brings the clock to
-where this contender's use of power keeps it, and lets the host run ahead as in training."""
+"""Runs of a contender per turn. On a GPU the first is not counted: it brings the clock to the level
+that this contender's power draw sustains, and lets the host run ahead as in training."""
 
 
 def small_budget(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """At most an eighth of the logits, and no sum in another dtype."""
+    """Chunks of an eighth of the rows, and sums in the weight's dtype."""
     return fused_linear_cross_entropy(
         hidden, weight, targets, chunk_rows=len(hidden) // 8, accum_dtype=weight.dtype
     )
 
 
 def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    # As transformers does it: the loss of 16-bit logits is taken in float32.
+    # As in transformers, the loss of 16-bit logits is computed in float32.
     return F.cross_entropy((hidden @ weight.T).float(), targets)
 
 
 def torchs_own() -> Loss:
-    options = torch.nn.LinearCrossEntropyOptions()  # with it in chunks, without it plain eager
+    options = torch.nn.LinearCrossEntropyOptions()  # with options it works in chunks, else eagerly
     return lambda hidden, weight, targets: F.linear_cross_entropy(
         hidden, weight, targets, options=options
     )
@@ -105,7 +106,7 @@ def quack() -> Loss:
     found = importlib.import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        # 4096 as its authors have it; as many rows as columns of hidden it refuses.
+        # 4096 is its authors' choice, but it rejects chunk_size == hidden.shape[1].
         rows = 2048 if hidden.shape[1] == 4096 else 4096
         value: Tensor = found(hidden, weight, targets, chunk_size=rows)
         return value
@@ -114,9 +115,11 @@ def quack() -> Loss:
 
 
 def contenders() -> tuple[dict[str, Loss], dict[str, str]]:
-    """Those that are here by name, and of the others why they are not."""
+    """The installed contenders by name, and the reasons why others are missing."""
     here: dict[str, Loss] = {OURS: fused_linear_cross_entropy, EAGER: eager}
-    here[COMPILED] = torch.compile(eager, dynamic=False)  # the peer at its best for each shape
+    here[COMPILED] = torch.compile(
+        eager, dynamic=False
+    )  # compiled separately for each shape, its best case
     missing = {}
     for name, make, needs_gpu in (
         (TORCH, torchs_own, False), (LIGER, liger, True), (CCE, cut_cross_entropy, True),
@@ -128,7 +131,7 @@ def contenders() -> tuple[dict[str, Loss], dict[str, str]]:
             else:
                 here[name] = make()
         except (ImportError, AttributeError, TypeError) as error:
-            missing[name] = f"not to be had: {str(error)[:120]}"
+            missing[name] = f"not available: {str(error)[:120]}"
     return here, missing
 
 
@@ -143,7 +146,7 @@ def draw(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def train(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Forward + backward of the loss; the gradients are let go."""
+    """Forward + backward of the loss; the gradients are discarded."""
     value = loss(*inputs)
     value.backward()
     inputs[0].grad = inputs[1].grad = None
@@ -163,8 +166,8 @@ def products(inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], object]:
 
 
 def timed(run: Callable[[], object]) -> tuple[object, Callable[[], float]]:
-    """What ``run`` returns, and how to get its seconds. On a GPU those are the device's, between
-    events, and asking for them waits."""
+    """The result of ``run``, and a function that returns its seconds. On a GPU these are device
+    time between events, and the function waits for them."""
     if not CUDA:
         start = time.perf_counter()
         value = run()
@@ -183,7 +186,7 @@ def timed(run: Callable[[], object]) -> tuple[object, Callable[[], float]]:
 
 
 def times(shape: Shape, losses: Mapping[str, Loss], rounds: int) -> dict[str, float | str]:
-    """Median seconds by name, all taking turns; or what was wrong with one."""
+    """Median seconds by name, with interleaved rounds; or the error of a contender."""
     inputs = draw(shape)
     runs: dict[str, Callable[[], object]] = {
         name: lambda loss=loss: train(loss, inputs)  # type: ignore[misc]
@@ -193,7 +196,7 @@ def times(shape: Shape, losses: Mapping[str, Loss], rounds: int) -> dict[str, fl
     taken: dict[str, list[float]] = {name: [] for name in runs}
     failed: dict[str, str] = {}
     wanted = None
-    for number in range(rounds + 1):  # the first warms up
+    for number in range(rounds + 1):  # the first round warms up
         for name, run in runs.items():
             if name in failed:
                 continue
@@ -206,7 +209,7 @@ def times(shape: Shape, losses: Mapping[str, Loss], rounds: int) -> dict[str, fl
             if isinstance(value, Tensor):
                 wanted = value.item() if wanted is None else wanted
                 if abs(value.item() - wanted) > 0.01 * wanted:
-                    failed[name] = f"another loss: {value.item():.4f}, ours {wanted:.4f}"
+                    failed[name] = f"different loss: {value.item():.4f}, ours {wanted:.4f}"
             if number:
                 taken[name] += [seconds() for _, seconds in group[1:] or group]
     return {name: failed.get(name) or statistics.median(taken[name]) for name in runs}
@@ -216,7 +219,7 @@ def extra_memory(shape: Shape, name: str) -> float:
     """Peak bytes of one forward + backward beyond inputs and gradients."""
     if CUDA:
         return _extra_memory_here(shape, name)
-    # In a process of its own: what an allocator kept from another contender would hide it.
+    # In a separate process: memory that the allocator cached for another contender would hide it.
     command = [sys.executable, "-m", "tests.bench.bench_kernels", "--memory-of", name]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
@@ -225,7 +228,7 @@ def extra_memory(shape: Shape, name: str) -> float:
 def _extra_memory_here(shape: Shape, name: str) -> float:
     here, _ = contenders()
     loss: Loss = small_budget if name == SMALL_BUDGET else here[name]
-    train(loss, draw(replace(shape, rows=256, vocabulary=512)))  # libraries load, threads start
+    train(loss, draw(replace(shape, rows=256, vocabulary=512)))  # load libraries and start threads
     inputs = draw(shape)
     gradients = sum(x.numel() * x.element_size() for x in inputs[:2])
     if CUDA:
@@ -234,13 +237,13 @@ def _extra_memory_here(shape: Shape, name: str) -> float:
         train(loss, inputs)
         return torch.cuda.max_memory_allocated() - before - gradients
     before = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     train(loss, inputs)
     return _memory("VmHWM") - before - gradients
 
 
 def _memory(field: str) -> int:
-    """Bytes of this process as the system counts them."""
+    """Bytes of this process according to the operating system."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
@@ -288,7 +291,7 @@ def measure(shape: Shape, here: dict[str, Loss], missing: dict[str, str]) -> lis
 
 
 def sweep(here: dict[str, Loss]) -> tuple[list[Measure], str]:
-    """Ours and the peers over N and over V, and as SVG their share of the products' speed."""
+    """Ours and the peers over N and over V; plots their share of the products' speed as SVG."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -341,14 +344,14 @@ def device_name() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="the fused loss beside its peers")
+    parser = argparse.ArgumentParser(description="compare the fused loss with its peers")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.memory_of:
         print(_extra_memory_here(SMOLLM2, given.memory_of))
         return
     if CUDA and (why := native.why_not(torch.cuda.current_device())):
-        print(f"without the kernel: {why}")
+        print(f"running without the kernel: {why}")
     torch._dynamo.config.recompile_limit = len(SHAPES) + len(ROWS) + len(VOCABULARIES) + 1
     here, missing = contenders()
     measures = [one for shape in SHAPES for one in measure(shape, here, missing)]

@@ -1,11 +1,11 @@
-"""Training SmolLM2-135M here and with Hugging Face's Trainer: the same rows, batches and precision.
+"""Trains SmolLM2-135M with nudge and with Hugging Face's Trainer: same rows, batches and precision.
 
     python -m tests.bench.bench_train [--steps 4] [--batch 8] [--rounds 3]
 
-Each side trains in a process of its own, in turns, and the first step of each is left out of its
-speed. Memory is the most that the process held up to the end of its last step. Both read the Python
-language reference, packed into rows of 256 tokens with positions of their own for each document. A
-third side writes a checkpoint after the second step: what it takes longer is the checkpoint's cost.
+The sides take turns, each in a separate process, and their speed excludes the first step. Memory is
+the peak of the process until the end of its last step. Both read the Python language reference,
+packed into rows of 256 tokens with separate positions for each document. A third side writes a
+checkpoint after every second step; its additional time is the cost of checkpoints.
 """
 
 import argparse
@@ -40,7 +40,7 @@ PEER = "Hugging Face Trainer"
 PACKAGES = ("torch", "transformers", "accelerate")
 LENGTH = 256
 INTERVAL = 50
-"""Steps between the checkpoints whose cost is given as a share."""
+"""Steps between checkpoints in the reported share of time."""
 SIDES = ("ours", "peer", "saving")
 Run = dict[str, Any]
 
@@ -53,7 +53,7 @@ def settings(steps: int, batch: int, **more: Any) -> TrainSettings:
 
 
 def write_tokens(folder: Path) -> None:
-    """The language reference as a tokens artifact; the first topic is for validation."""
+    """Write the language reference as a tokens artifact; the first topic is for validation."""
     from pydoc_data.topics import topics
 
     tokenizer = load_tokenizer(local_model(BASE))
@@ -78,7 +78,7 @@ def write_tokens(folder: Path) -> None:
 
 
 def ours(tokens: Path, given: TrainSettings) -> Run:
-    """Train with nudge: seconds since its start at the end of each step, losses, tokens, bytes."""
+    """Train with nudge: seconds from the start to the end of each step, losses, tokens, bytes."""
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: Path(folder) / name for name in ("model", "history", "report")}
         train(given, tokens=tokens, **paths)
@@ -93,7 +93,7 @@ def ours(tokens: Path, given: TrainSettings) -> Run:
 
 
 def peer(tokens: Path, given: TrainSettings) -> Run:
-    """The same with Hugging Face's Trainer, on the same rows in the same order."""
+    """Train with Hugging Face's Trainer, on the same rows in the same order."""
     import transformers
 
     rows = PackedSplit(tokens, "train", LENGTH, given.seed).batch(
@@ -145,8 +145,8 @@ def peer(tokens: Path, given: TrainSettings) -> Run:
         started = time.monotonic()
         trainer.train()
     counts = (rows.targets.view(given.max_steps, -1) != IGNORED).sum(1).cumsum(0)
-    held = memory_bytes(torch.device("cpu"))
-    return {"seconds": seconds, "losses": losses, "tokens": counts.tolist(), "bytes": held}
+    peak = memory_bytes(torch.device("cpu"))
+    return {"seconds": seconds, "losses": losses, "tokens": counts.tolist(), "bytes": peak}
 
 
 def one_side(side: str, tokens: Path, steps: int, batch: int) -> Run:
@@ -159,8 +159,8 @@ def one_side(side: str, tokens: Path, steps: int, batch: int) -> Run:
 
 
 def in_process(side: str, tokens: Path, steps: int, batch: int) -> Run:
-    """One side in a process of its own; OpenMP's threads wait for the peer as they do by default,
-    which nudge changes for itself."""
+    """Train one side in a separate process. For the peer, OpenMP threads spin as by default, which
+    nudge changes for its own process."""
     line = [sys.executable, "-m", "tests.bench.bench_train", "--side", side, "--tokens", tokens]
     waiting = {"GOMP_SPINCOUNT": "300000"} if side == "peer" else {}
     done = subprocess.run(
@@ -176,14 +176,14 @@ def seconds_after_first(run: Run) -> float:
 
 
 def speed(run: Run) -> float:
-    """Tokens a second, without the first step."""
+    """Tokens per second, without the first step."""
     return float(run["tokens"][-1] - run["tokens"][0]) / seconds_after_first(run)
 
 
 def compare(runs: dict[str, list[Run]], steps: int, batch: int) -> list[Measure]:
-    """The measures of all rounds: medians, and the largest difference of losses."""
+    """The measures over all rounds: medians, and the largest relative difference of losses."""
     middle = {name: median(map(speed, kept)) for name, kept in runs.items()}
-    held = {name: median(run["bytes"] for run in kept) / 2**20 for name, kept in runs.items()}
+    peak = {name: median(run["bytes"] for run in kept) / 2**20 for name, kept in runs.items()}
     pairs = zip(runs["ours"][-1]["losses"], runs["peer"][-1]["losses"], strict=True)
     apart = max(abs(one / other - 1) for one, other in pairs)
     alone, saving = (median(map(seconds_after_first, runs[name])) for name in ("ours", "saving"))
@@ -197,16 +197,16 @@ def compare(runs: dict[str, list[Run]], steps: int, batch: int) -> list[Measure]
             goal=1.25, better="higher",
         ),
         Measure(
-            f"{what}: peak memory", "MiB", held["ours"], held["peer"], PEER, goal=0.85
+            f"{what}: peak memory", "MiB", peak["ours"], peak["peer"], PEER, goal=0.85
         ),
-        Measure(f"{what}: losses apart at most", "share", apart, goal=1e-3),
-        Measure(f"{what}: a checkpoint each {INTERVAL} steps", "share of time", share, goal=0.02),
+        Measure(f"{what}: largest difference of losses", "share", apart, goal=1e-3),
+        Measure(f"{what}: a checkpoint every {INTERVAL} steps", "share of time", share, goal=0.02),
         Measure("135M and 1B from scratch, bfloat16, on a GPU", "tokens/s", None, note=gpu),
     ]  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="ours beside Hugging Face's Trainer")
+    parser = argparse.ArgumentParser(description="compare nudge with Hugging Face's Trainer")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=Path, help=argparse.SUPPRESS)
     for name, default in (("steps", 4), ("batch", 8), ("rounds", 3)):

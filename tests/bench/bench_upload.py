@@ -1,8 +1,8 @@
-"""Our upload of a model beside rclone's, to the same SeaweedFS; and its memory for 10 GB.
+"""Compares our upload of a model with rclone's, to the same SeaweedFS; and its memory for 10 GB.
 
-The store is one of the run's own, below a temporary folder. Rounds alternate, the first is thrown
-away, and every upload is to a fresh version. Memory is the peak resident size of a process that
-does nothing but upload.
+The benchmark starts its own store below a temporary folder. Rounds alternate, the first is
+discarded, and every upload is to a new version. Memory is the peak resident size of a process that
+only uploads.
 """
 
 import argparse
@@ -36,14 +36,18 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="our upload of a model beside rclone's")
-    parser.add_argument("--gb", type=float, default=1, help="size of the model that both send")
-    parser.add_argument("--large-gb", type=float, default=10, help="size for our peak memory")
+    parser = argparse.ArgumentParser(description="compare our upload of a model with rclone's")
+    parser.add_argument(
+        "--gb", type=float, default=1, help="size of the model that both upload, in GB"
+    )
+    parser.add_argument(
+        "--large-gb", type=float, default=10, help="size for our peak memory, in GB"
+    )
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="nudge-bench-upload-") as name:
         folder = Path(name)
         store = services.up(folder / "home")
-        # The results go to the home that was given, not to the store's, which ends with the run.
+        # Write the results to the configured home, not to the store's temporary one.
         os.environ.update({key: value for key, value in store.items() if key != "NUDGE_HOME"})
         try:
             measures = [*_speed(folder, given.gb), _memory(folder, given.large_gb)]
@@ -56,10 +60,12 @@ def _speed(folder: Path, size: float) -> list[Measure]:
     model = _model(folder / "model", size, shards=2)
     what = f"upload of {size:g} GB in 2 shards"
     seconds: dict[str, list[float]] = {"ours": [], "rclone": []}
-    note = "median of 5, with the start of the program; each checks what it sent"
+    note = "median of 5, including program start; both verify the upload"
     if shutil.which("rclone", path=_path()) is None:
         return [
-            Measure(what, "MB/s", None, goal=SPEED_GOAL, better="higher", note="no rclone here")
+            Measure(
+                what, "MB/s", None, goal=SPEED_GOAL, better="higher", note="rclone is not installed"
+            )
         ]
     for number in range(ROUNDS + 1):
         for name, send in (("ours", _ours), ("rclone", _rclone)):
@@ -77,14 +83,14 @@ def _memory(folder: Path, size: float) -> Measure:
     what = f"peak memory of an upload of one file of {size:g} GB"
     room = shutil.disk_usage(folder).free
     if room < 2.2 * size * GB:
-        note = f"needs {2.2 * size:.0f} GB of free disk, {room / GB:.0f} GB are there"
+        note = f"needs {2.2 * size:.0f} GB of free disk, but only {room / GB:.0f} GB are free"
         return Measure(what, "MB", None, goal=MEMORY_GOAL_MB, note=note)
     model = _model(folder / "large", size, shards=1)
     return Measure(what, "MB", _ours(model, "large"), goal=MEMORY_GOAL_MB)
 
 
 def _ours(model: Path, version: str) -> float:
-    """Upload by a process of its own; its peak memory in MB."""
+    """Upload in a separate process; return its peak memory in MB."""
     done = subprocess.run(
         [sys.executable, "-c", OURS, str(model), version],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True,
@@ -93,7 +99,7 @@ def _ours(model: Path, version: str) -> float:
 
 
 def _rclone(model: Path, version: str) -> None:
-    """Copy with rclone as it comes; its settings for S3 are the ones of its documentation."""
+    """Copy with rclone's defaults, and the S3 settings from its documentation."""
     environment = {
         **os.environ,
         "PATH": _path(),
@@ -116,7 +122,7 @@ def _timed(send: Callable[[Path, str], object], model: Path, version: str) -> fl
 
 
 def _model(folder: Path, size: float, shards: int) -> Path:
-    """A model folder of ``size`` GB that no store can shrink: each MB differs from the others."""
+    """A model folder of ``size`` GB that no store can compress or deduplicate."""
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     block = bytearray(os.urandom(BLOCK))
@@ -133,7 +139,7 @@ def _forget(version: str) -> None:
     prefix = f"models/bench/{version}/"
     found = client.list_objects_v2(Bucket=services.BUCKET, Prefix=prefix).get("Contents", [])
     if not found:
-        raise UserError(f"nothing was uploaded below {prefix}")
+        raise UserError(f"the upload left nothing below {prefix}")
     for entry in found:
         client.delete_object(Bucket=services.BUCKET, Key=entry["Key"])
 

@@ -1,8 +1,8 @@
-"""What every benchmark leaves: a table on the terminal and ``.nudge/bench/<name>.json``.
+"""The output of every benchmark: a table on the terminal and ``.nudge/bench/<name>.json``.
 
-The file holds the machine, the versions that matter, and a list of measures: ``measure, ours, peer,
-peer_name, unit, ratio, goal, met, note``. A measure that could not be taken has ``ours: null`` and
-says why in ``note``; it is never left out.
+The file contains the machine, the relevant versions, and a list of measures: ``measure, ours, peer,
+peer_name, unit, ratio, goal, met, note``. A measure that could not be taken is not left out: it has
+``ours: null`` and the reason in ``note``.
 """
 
 import json
@@ -22,7 +22,7 @@ from nudge.components.common.core.publish import write_atomic
 
 @dataclass(frozen=True)
 class Measure:
-    """One comparison; ``ratio`` is ours / peer, ``goal`` what it should be at most or at least."""
+    """One comparison; ``ratio`` is ours / peer, and ``goal`` is its upper or lower bound."""
 
     measure: str
     unit: str
@@ -39,7 +39,7 @@ class Measure:
 
     @property
     def met(self) -> bool | None:
-        """Whether the ratio, or without a peer the value, reaches the goal; None if not known."""
+        """Whether the ratio (without a peer, the value) reaches the goal; None if unknown."""
         reached = self.ratio if self.peer_name else self.ours
         if self.goal is None or reached is None:
             return None
@@ -47,7 +47,7 @@ class Measure:
 
 
 def publish(name: str, measures: Sequence[Measure], packages: Iterable[str], device: str) -> None:
-    """Print the table and write the file; ``device`` is the processor or GPU that did the work."""
+    """Print the table and write the file; ``device`` names the CPU or GPU that was measured."""
     values: dict[str, Any] = {
         "machine": {
             "device": device,
@@ -73,7 +73,7 @@ def publish(name: str, measures: Sequence[Measure], packages: Iterable[str], dev
 
 
 def processor() -> str:
-    """The processor's name as the kernel gives it."""
+    """The CPU's name as the operating system reports it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             lines = [line for line in file if line.startswith("model name")]

@@ -1,8 +1,8 @@
-"""Text to measure on, generated so that it looks real, with duplicates that are known.
+"""Generated text for benchmarks that resembles real text and has known duplicates.
 
-It is Zipf's: words of the CPython documentation by their rank there, and invented rarer ones, in
-documents of log-normal length. A tenth of the documents comes again, and a tenth comes again with
-two words changed.
+Word frequencies follow Zipf's law: words of the CPython documentation by rank, then invented rarer
+ones. Document lengths are log-normal. A tenth of the documents has an exact duplicate, and a tenth
+has a duplicate with two words changed.
 """
 
 import functools
@@ -19,12 +19,12 @@ import numpy as np
 from nudge.components.common.artifacts.corpus import Document, write_corpus, zstd
 
 PAGES = list(pydoc_data.topics.topics.values())
-"""The pages of CPython's documentation that come with every Python."""
+"""The pages of CPython's documentation that every Python includes."""
 
 
 @functools.cache
 def words(count: int = 60_000) -> list[str]:
-    """Words by rank: those of the documentation, then invented ones."""
+    """Words by rank: first those of the documentation, then invented ones."""
     found = re.findall(r"[A-Za-z']+", "\n\n".join(PAGES))
     known = [word for word, _ in Counter(found).most_common()]
     random = np.random.default_rng(2)
@@ -36,7 +36,7 @@ def words(count: int = 60_000) -> list[str]:
 
 
 def generated(megabytes: float, seed: int = 1) -> Iterator[tuple[int, str]]:
-    """Texts of so many MB in all; those of one number are duplicates of one another."""
+    """Texts of ``megabytes`` MB in total; texts with the same number are duplicates."""
     random = np.random.default_rng(seed)
     vocabulary = words()
     cumulated = np.cumsum(1 / np.arange(1, len(vocabulary) + 1))
@@ -46,12 +46,12 @@ def generated(megabytes: float, seed: int = 1) -> Iterator[tuple[int, str]]:
         ranks = np.searchsorted(cumulated, random.random(length) * cumulated[-1])
         drawn = [vocabulary[rank] for rank in ranks.tolist()]
         versions = [_sentences(drawn)]
-        again = random.random()
-        if again < 0.1:
+        chance = random.random()
+        if chance < 0.1:
             versions.append(versions[0])
-        elif again < 0.2:
-            for place, rank in random.integers(0, (length, len(vocabulary)), (2, 2)).tolist():
-                drawn[place] = vocabulary[rank]
+        elif chance < 0.2:
+            for position, rank in random.integers(0, (length, len(vocabulary)), (2, 2)).tolist():
+                drawn[position] = vocabulary[rank]
             versions.append(_sentences(drawn))
         for text in versions:
             yield number, text
@@ -69,17 +69,17 @@ def megabytes_of(texts: Iterable[str]) -> float:
 
 
 def make_corpus(folder: Path, texts: Iterable[str]) -> Path:
-    """A corpus artifact of these texts, the first ones held out."""
+    """A corpus artifact of these texts, with the first two in the validation split."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     documents = (Document(str(n), text, "bench") for n, text in enumerate(texts))
-    held = [next(documents) for _ in range(2)]
-    write_corpus(folder, {"validation": iter(held), "train": documents}, {"documents": 0})
+    validation = [next(documents) for _ in range(2)]
+    write_corpus(folder, {"validation": iter(validation), "train": documents}, {"documents": 0})
     return folder
 
 
 def write_sources(folder: Path, texts: Iterable[tuple[int, str]], files: int) -> int:
-    """JSON lines in compressed files; each id begins with its number. Returns the documents."""
+    """Write compressed JSON lines whose ids start with the text's number; return their count."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     opened = [zstd.open(folder / f"{n}.jsonl.zst", "wt", encoding="utf-8") for n in range(files)]

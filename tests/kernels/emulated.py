@@ -1,6 +1,6 @@
-"""The kernels of kernels/csrc on the processor: the same source, compiled by a C++ compiler.
+"""Runs the kernels of kernels/csrc on the CPU: the same source, compiled by a C++ compiler.
 
-See emulator/device.h for how; this file builds the program and speaks with it.
+emulator/device.h explains how; this file builds the program and communicates with it.
 """
 
 import os
@@ -28,7 +28,7 @@ SANITIZERS = {
 
 @dataclass
 class Call:
-    """One launch of softmax_loss; logits [rows, V] lie in rows of ``stride`` elements."""
+    """One launch of softmax_loss on logits [rows, V]."""
 
     logits: Tensor
     targets: Tensor
@@ -52,7 +52,7 @@ class Call:
 
 
 class Emulator:
-    """The compiled program; ``sanitizer`` is a key of SANITIZERS or empty."""
+    """The compiled program; ``sanitizer`` is a key of SANITIZERS, or empty."""
 
     def __init__(self, folder: Path, sanitizer: str = "") -> None:
         self.program = folder / f"emulate-{sanitizer}"
@@ -76,14 +76,14 @@ class Emulator:
         return done.stdout
 
     def softmax_loss(self, calls: list[Call]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """For each call logits as they are left, losses and lse; checks that nothing else was
+        """The resulting logits, losses and lse of each call; asserts that nothing else was
         written."""
         request, shapes = [], []
         for call in calls:
             rows, vocabulary = call.logits.shape
             stride = vocabulary + call.padding
-            held = torch.full((call.offset + rows * stride,), torch.nan, dtype=call.logits.dtype)
-            held[call.offset :].view(rows, stride)[:, :vocabulary] = call.logits
+            memory = torch.full((call.offset + rows * stride,), torch.nan, dtype=call.logits.dtype)
+            memory[call.offset :].view(rows, stride)[:, :vocabulary] = call.logits
             grid = rows * call.blocks if call.keep else min(rows, 3)
             request += [
                 _header(
@@ -92,14 +92,14 @@ class Emulator:
                     call.class_weight is not None, call.bias is not None, len(call.scales) > 1,
                     call.differentiate, call.label_smoothing, call.z_loss, call.logit_softcap,
                 ),
-                *(_bytes(x) for x in (held, call.targets, call.class_weight, call.bias)),
+                *(_bytes(x) for x in (memory, call.targets, call.class_weight, call.bias)),
                 _bytes(call.scales),
             ]  # fmt: skip
-            shapes.append((held, rows, vocabulary, stride))
+            shapes.append((memory, rows, vocabulary, stride))
         answer = _Reader(self._run(request))
         results = []
-        for call, (held, rows, vocabulary, stride) in zip(calls, shapes, strict=True):
-            left = answer.take(held.dtype, len(held))
+        for call, (memory, rows, vocabulary, stride) in zip(calls, shapes, strict=True):
+            left = answer.take(memory.dtype, len(memory))
             table = left[call.offset :].view(rows, stride)
             assert left[: call.offset].isnan().all()
             assert table[:, vocabulary:].isnan().all()
@@ -108,8 +108,8 @@ class Emulator:
         return results
 
     def far_rows(self, call: Call, stride: int) -> tuple[Tensor, Tensor, Tensor]:
-        """As softmax_loss on one call, but with rows ``stride`` elements apart in memory of which
-        only the rows are touched."""
+        """Like softmax_loss for one call, but with rows ``stride`` elements apart, and the memory
+        between them never touched."""
         rows, vocabulary = call.logits.shape
         request = [
             _header(
@@ -124,17 +124,16 @@ class Emulator:
         return left, answer.take(torch.float32, rows), answer.take(torch.float32, rows)
 
     def scale_unless_one(self, value: Tensor, factor: float, offset: int) -> Tensor:
-        """value [n] times factor, as it is left where it begins ``offset`` elements off a
-        16-byte boundary."""
-        held = torch.cat([torch.full((offset,), torch.nan, dtype=value.dtype), value])
+        """value [n] times factor, computed ``offset`` elements off a 16-byte boundary."""
+        memory = torch.cat([torch.full((offset,), torch.nan, dtype=value.dtype), value])
         head = _header(1, value.dtype, 0, 1, 64, 3, len(value), 0, 0, offset, *([0] * 8))
-        left = _Reader(self._run([head, _bytes(held), _bytes(torch.tensor([factor]))]))
-        return left.take(value.dtype, len(held))[offset:]
+        left = _Reader(self._run([head, _bytes(memory), _bytes(torch.tensor([factor]))]))
+        return left.take(value.dtype, len(memory))[offset:]
 
     def plan(
         self, rows: int, vocabulary: int, dtype: torch.dtype, device: dict[str, int], path: int = 0
     ) -> dict[str, int]:
-        """keep, blocks, threads, grid and bytes of shared memory that a launch would have."""
+        """keep, blocks, threads, grid and bytes of shared memory of a launch."""
         head = _header(2, dtype, path, 0, 0, 0, rows, vocabulary, *([0] * 10))
         numbers = _bytes(torch.tensor(list(device.values())))
         made = _Reader(self._run([head, numbers])).take(torch.int64, 5).tolist()
@@ -162,5 +161,5 @@ def _bytes(value: Tensor | None) -> bytes:
 
 
 def why_not() -> str:
-    """Why the emulator cannot be built here, or nothing."""
+    """Why the emulator cannot be built here, or an empty string."""
     return "" if shutil.which("g++") else f"no g++ on PATH ({os.environ.get('PATH')})"

@@ -1,4 +1,4 @@
-"""What autograd, torch.compile and every option expect of the fused loss."""
+"""The fused loss with autograd, torch.compile and every option."""
 
 import itertools
 from typing import Any
@@ -136,7 +136,7 @@ def test_gradcheck_and_opcheck(options: dict[str, Any], reduction: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_whole_with_ignored_rows(reduction: str) -> None:
+def test_compiles_as_one_graph_with_ignored_rows(reduction: str) -> None:
     chosen = {**choose(make(11, 6, 37, torch.float32), {"bias": True}), "reduction": reduction}
     compiled = torch.compile(
         lambda **given: fused_linear_cross_entropy(**given) * 2, fullgraph=True, backend="aot_eager"
@@ -158,7 +158,7 @@ def test_compiles_under_inductor_and_autocast() -> None:
         torch.testing.assert_close(mine, wanted)
 
 
-def test_second_backward_is_right_with_a_kept_graph_and_an_error_without() -> None:
+def test_a_second_backward_needs_a_retained_graph() -> None:
     chosen = choose(make(9, 5, 20), {})
     leaves = (chosen["hidden"], chosen["weight"])
     loss = fused_linear_cross_entropy(**chosen)
@@ -170,7 +170,7 @@ def test_second_backward_is_right_with_a_kept_graph_and_an_error_without() -> No
         torch.autograd.grad(loss, leaves)
 
 
-def test_accumulates_over_calls_and_to_a_tied_weight() -> None:
+def test_gradients_accumulate_over_calls_and_in_a_tied_weight() -> None:
     made = make(12, 5, 20)
     table = made["weight"].detach().clone().requires_grad_()
     tokens = torch.arange(12)
@@ -204,7 +204,7 @@ def test_non_contiguous_input() -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("asked", itertools.product([True, False], repeat=3), ids=str)
-def test_only_what_is_asked_for_gets_a_gradient(
+def test_only_tensors_that_require_grad_get_a_gradient(
     asked: tuple[bool, bool, bool], reduction: str
 ) -> None:
     made = make(8, 5, 20)
@@ -224,7 +224,7 @@ def test_only_what_is_asked_for_gets_a_gradient(
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_no_valid_target_leaves_zero_gradients(reduction: str) -> None:
+def test_no_valid_target_gives_zero_gradients(reduction: str) -> None:
     chosen = {**choose(make(8, 5, 20), {"bias": True}), "reduction": reduction, "z_loss": 1e-2}
     chosen["targets"] = torch.full((8,), -100)
     loss, *made = gradients(fused_linear_cross_entropy, chosen)
@@ -233,7 +233,7 @@ def test_no_valid_target_leaves_zero_gradients(reduction: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_second_derivatives_are_a_clear_error(reduction: str) -> None:
+def test_second_derivatives_are_an_error(reduction: str) -> None:
     chosen = {**choose(make(5, 4, 9), {}), "reduction": reduction}
     loss = fused_linear_cross_entropy(**chosen).sum() ** 2
     with pytest.raises(RuntimeError, match="no second derivatives"):
@@ -266,10 +266,10 @@ def test_the_operators_behind_backward_pass_opcheck() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("accum_dtype", [None, torch.float32])
-def test_chunks_and_blocks_do_not_change_what_comes_out(
+def test_chunks_and_blocks_do_not_change_the_result(
     dtype: torch.dtype, accum_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Many blocks of the vocabulary and many chunks against one of each."""
+    """Compare many blocks of the vocabulary and many chunks with one of each."""
     chosen = choose(make(50, 24, 1003, dtype), {"bias": True})
     whole = gradients(fused_linear_cross_entropy, {**chosen, "chunk_rows": 50})
     monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", 1)  # blocks of 128
@@ -277,7 +277,7 @@ def test_chunks_and_blocks_do_not_change_what_comes_out(
         fused_linear_cross_entropy, {**chosen, "chunk_rows": 7, "accum_dtype": accum_dtype}
     )
     for mine, wanted in zip(parts, whole, strict=True):
-        # Of float32 torch 2.11's oneDNN needs five: its sums depend on the shape of the block.
+        # For float32, torch 2.11's oneDNN needs 5 eps: its sums depend on the block's shape.
         tolerance = (8 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
         torch.testing.assert_close(
             mine, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item()
@@ -288,12 +288,12 @@ def test_chunks_and_blocks_do_not_change_what_comes_out(
     ("rows", "vocabulary", "wanted"),
     [
         (8192, 128256, 4096), (8192, 256000, 2048), (16384, 49152, 8192),
-        (8300, 128256, 2816),  # a third chunk rather than more than the gibibyte
+        (8300, 128256, 2816),  # a third chunk instead of exceeding a gibibyte
         (100, 49152, 128),
-        (8192, 2**20, 1024),  # or of as many rows as a product needs at least
+        (8192, 2**20, 1024),  # except for the minimum rows of a product
     ],
 )  # fmt: skip
-def test_chunks_on_a_gpu_are_few_and_equal_within_a_gibibyte(
+def test_gpu_chunks_are_few_equal_and_within_a_gibibyte(
     rows: int, vocabulary: int, wanted: int
 ) -> None:
     assert chunked.rows_on_cuda(rows, vocabulary * 2) == wanted
@@ -311,9 +311,9 @@ def test_the_module_and_its_logsumexp() -> None:
 
 
 @pytest.mark.parametrize("cases", [40, pytest.param(200, marks=pytest.mark.long)])
-def test_no_worse_than_eager(cases: int) -> None:
-    """Errors against float64, summed over random cases, for loss and each gradient; 2 % for the
-    order of sums."""
+def test_errors_are_no_larger_than_eager_errors(cases: int) -> None:
+    """Errors compared with float64, summed over random cases, for the loss and each gradient; 2 %
+    tolerance for the order of sums."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         mine, theirs = torch.zeros(4), torch.zeros(4)
         for seed in range(cases):
@@ -375,9 +375,9 @@ def test_bad_input_names_the_argument(change: dict[str, Any], message: str) -> N
         fused_linear_cross_entropy(**given)
 
 
-def test_z_loss_is_a_mean_over_targets_whatever_their_class_weights() -> None:
-    """As in Liger-Kernel (ops/cross_entropy.py): class weights divide by their sum, z_loss by the
-    number of valid targets."""
+def test_z_loss_is_a_mean_over_targets_regardless_of_class_weights() -> None:
+    """As in Liger-Kernel (ops/cross_entropy.py), the class-weighted loss is divided by the sum of
+    weights, and z_loss by the number of valid targets."""
     chosen = choose(make(9, 4, 7), {"class_weight": True})
     plain = fused_linear_cross_entropy(**chosen)
     with_z = fused_linear_cross_entropy(**chosen, z_loss=0.5)

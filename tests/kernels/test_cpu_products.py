@@ -1,4 +1,4 @@
-"""Products by oneDNN: what torch's own linear layer gives, wherever one of the two is faster."""
+"""Products by oneDNN give the same results as torch's own linear layer."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On any CPU: oneDNN has a path for each, of which only some are faster than MKL's."""
+    """Use oneDNN on any CPU: it supports all, but is faster than MKL only on some."""
     monkeypatch.setattr(cpu_products, "onednn_is_faster", lambda: True)
 
 
 class Products(TorchDispatchMode):
-    """Counts the products of either library."""
+    """Counts the products by library."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,18 +36,18 @@ class Products(TorchDispatchMode):
 
 
 def gradients(function: Any, *leaves: Tensor) -> list[Tensor]:
-    """What a product gives, and its gradients for a loss that weighs all it gives."""
-    made = function(*leaves)
-    weighs = torch.linspace(-1, 1, made.numel(), dtype=made.dtype).view(made.shape)
-    (made * weighs).sum().backward()
-    return [made.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+    """The result of a product, and its gradients for a loss that weights every element."""
+    result = function(*leaves)
+    weights = torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view(result.shape)
+    (result * weights).sum().backward()
+    return [result.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
 def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def both(made: list[Tensor], wanted: list[Tensor]) -> None:
+def assert_matches(made: list[Tensor], wanted: list[Tensor]) -> None:
     assert len(made) == len(wanted)
     for one, other in zip(made, wanted, strict=True):
         assert one.dtype == torch.float32
@@ -57,30 +57,32 @@ def both(made: list[Tensor], wanted: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("rows", [(7,), (3, 5), (2, 3, 4)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_value_and_gradients_are_those_of_float64(rows: tuple[int, ...], biased: bool) -> None:
+def test_value_and_gradients_match_float64(rows: tuple[int, ...], biased: bool) -> None:
     torch.manual_seed(0)
     exact = [draw(*rows, 33), draw(17, 33), *([draw(17)] if biased else [])]
     with Products() as seen:
         made = gradients(cpu_products.linear, *(value.float().requires_grad_() for value in exact))
-    both(made, gradients(nn.functional.linear, *(value.requires_grad_() for value in exact)))
+    assert_matches(
+        made, gradients(nn.functional.linear, *(value.requires_grad_() for value in exact))
+    )
     assert (seen.onednn, seen.others) == (3, 0)
 
 
-def test_views_and_frozen_parts() -> None:
+def test_views_and_frozen_weights() -> None:
     torch.manual_seed(0)
     x, weight = draw(9, 8, 7)[..., :6].transpose(0, 1), draw(11, 6).T  # neither is contiguous
     wanted = nn.functional.linear(x, weight.T)
     made = cpu_products.linear(x.float(), weight.float().T)
-    both([made], [wanted])
+    assert_matches([made], [wanted])
     with Products() as seen:
         kept = weight.float().T.contiguous()
         made = gradients(lambda x: cpu_products.linear(x, kept), x.float().requires_grad_())
-    both(made, gradients(lambda x: nn.functional.linear(x, weight.T), x.requires_grad_()))
+    assert_matches(made, gradients(lambda x: nn.functional.linear(x, weight.T), x.requires_grad_()))
     assert seen.onednn == 2
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
-def test_others_are_left_to_torch() -> None:
+def test_unsupported_inputs_use_torch() -> None:
     x, weight = torch.randn(4, 8), torch.randn(3, 8)
     with Products() as seen:
         for dtype in (torch.float64, torch.bfloat16):
@@ -95,7 +97,7 @@ def test_others_are_left_to_torch() -> None:
     assert seen.onednn == 0
 
 
-def test_the_choice_is_for_other_makers_cpus_with_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_is_chosen_on_non_intel_cpus_with_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     chosen = cpu_products.onednn_is_faster.__wrapped__
     for name, capability, expected in (
@@ -121,7 +123,7 @@ def test_the_same_bits_each_time() -> None:
         assert all(torch.equal(one, other) for one, other in zip(run, runs[0], strict=True))
 
 
-def test_a_checkpoint_makes_no_product_again() -> None:
+def test_a_checkpoint_recomputes_no_product() -> None:
     x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
 
     def last(x: Tensor) -> Tensor:
@@ -138,7 +140,7 @@ def test_a_checkpoint_makes_no_product_again() -> None:
     assert all(torch.equal(one, other) for one, other in zip(made, wanted, strict=True))
 
 
-def test_a_second_derivative_is_refused() -> None:
+def test_a_second_derivative_is_an_error() -> None:
     x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(3, 8)
     [first] = torch.autograd.grad(
         cpu_products.linear(x, weight).square().sum(), x, create_graph=True
@@ -149,7 +151,7 @@ def test_a_second_derivative_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_the_loss_takes_it(dtype: torch.dtype, reduction: Any, monkeypatch: Any) -> None:
+def test_the_loss_uses_it(dtype: torch.dtype, reduction: Any, monkeypatch: Any) -> None:
     torch.manual_seed(0)
     hidden, weight, bias = draw(150, 64), draw(9001, 64) / 8, draw(9001) / 8
     targets = torch.randint(0, 9001, (150,))
@@ -158,8 +160,8 @@ def test_the_loss_takes_it(dtype: torch.dtype, reduction: Any, monkeypatch: Any)
     leaves = [value.clone().requires_grad_() for value in rounded]
     product, made = cpu_products.product, []
 
-    def counted(*given: Tensor) -> Tensor:
-        made.append(product(*given))
+    def counted(*args: Tensor) -> Tensor:
+        made.append(product(*args))
         return made[-1]
 
     monkeypatch.setattr(cpu_products, "product", counted)
@@ -167,7 +169,7 @@ def test_the_loss_takes_it(dtype: torch.dtype, reduction: Any, monkeypatch: Any)
         leaves[0], leaves[1], targets, bias=leaves[2], reduction=reduction
     )
     loss.backward()
-    assert len(made) == 6  # three each of two chunks
+    assert len(made) == 6  # three for each of two chunks
     exact = [value.double().requires_grad_() for value in rounded]
     logits = nn.functional.linear(*exact)
     wanted = nn.functional.cross_entropy(logits, targets, reduction=reduction)

@@ -1,4 +1,4 @@
-"""The kernel on a GPU. Skipped, with the reason, where none can run it; unmeasured until then."""
+"""The kernel on a GPU. If no GPU can run it, the tests are skipped with the reason."""
 
 import shutil
 import subprocess
@@ -27,9 +27,9 @@ pytestmark = pytest.mark.skipif(bool(_reason()), reason=_reason())
 
 def on_gpu(call: Call, path: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     rows, vocabulary = call.logits.shape
-    held = torch.full((rows * (vocabulary + call.padding) + call.offset,), torch.nan)
-    held = held.to(call.logits.dtype).cuda()
-    logits = held[call.offset :].view(rows, -1)[:, :vocabulary]
+    memory = torch.full((rows * (vocabulary + call.padding) + call.offset,), torch.nan)
+    memory = memory.to(call.logits.dtype).cuda()
+    logits = memory[call.offset :].view(rows, -1)[:, :vocabulary]
     logits.copy_(call.logits)
     losses, lse = torch.empty(rows, device="cuda"), torch.empty(rows, device="cuda")
     given = [None if x is None else x.cuda() for x in (call.class_weight, call.bias)]
@@ -38,8 +38,8 @@ def on_gpu(call: Call, path: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
         call.label_smoothing, call.z_loss, call.logit_softcap, losses, lse, call.differentiate,
         path,
     )  # fmt: skip
-    assert held[: call.offset].isnan().all()
-    assert held[call.offset :].view(rows, -1)[:, vocabulary:].isnan().all()
+    assert memory[: call.offset].isnan().all()
+    assert memory[call.offset :].view(rows, -1)[:, vocabulary:].isnan().all()
     return logits.cpu(), losses.cpu(), lse.cpu()
 
 
@@ -80,7 +80,7 @@ def test_offsets_beyond_32_bits() -> None:
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "plain")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_option_is_no_further_from_float64_than_eager(
+def test_every_option_is_as_close_to_float64_as_eager(
     options: dict[str, Any], reduction: str, dtype: torch.dtype
 ) -> None:
     chosen = {**choose(make(70, 64, 1003, dtype), options), "reduction": reduction}
@@ -90,7 +90,7 @@ def test_every_option_is_no_further_from_float64_than_eager(
     ours = gradients(fused_linear_cross_entropy, {**gpu, "chunk_rows": 32})
     for mine, theirs, wanted in zip(ours, gradients(eager, gpu), exact, strict=True):
         error, peer = ((x.double() - wanted).norm() for x in (mine, theirs))
-        # One loss may be nearer by luck, far below what its dtype resolves.
+        # A single loss may be closer by luck, far below the resolution of its dtype.
         assert error <= peer * 1.1 + max(1e-6, torch.finfo(dtype).eps * 0.1) * wanted.norm()
 
 
@@ -136,7 +136,7 @@ def _train_step(reduction: str) -> tuple[Callable[[], Tensor], list[Tensor], Ten
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_no_synchronisation(reduction: str) -> None:
+def test_no_synchronization(reduction: str) -> None:
     step, _, _ = _train_step(reduction)
     step()
     torch.cuda.set_sync_debug_mode("error")
@@ -147,7 +147,7 @@ def test_no_synchronisation(reduction: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_captured_in_a_graph(reduction: str) -> None:
+def test_capture_in_a_cuda_graph(reduction: str) -> None:
     step, leaves, targets = _train_step(reduction)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -1,4 +1,4 @@
-"""The CUDA source itself, run on the processor and compared with float64 torch."""
+"""The CUDA source, run on the CPU and compared with float64 torch."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
 
 
 def reference(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient, losses and lse in float64 by torch's own functions, from the rounded logits."""
+    """Gradient, losses and lse in float64 by torch functions, from the rounded logits."""
     stored = call.logits.double().requires_grad_()
     z = stored if call.bias is None else stored + call.bias.double()
     if call.logit_softcap:
@@ -48,7 +48,7 @@ def reference(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     )  # fmt: skip
     valid = call.targets != call.ignore_index
     top = z.amax(1)
-    lse = z.logsumexp(1) + (top - top)  # NaN, as the loss is, where the maximum is infinite
+    lse = z.logsumexp(1) + (top - top)  # NaN, like the loss, if the maximum is infinite
     losses = losses + (call.z_loss * lse.square() if call.z_loss else 0)
     losses = losses.masked_fill(outside, torch.nan).where(valid, 0)
     scale = call.scales.double().expand(len(z))
@@ -73,7 +73,7 @@ def compare(call: Call, made: tuple[Tensor, Tensor, Tensor]) -> None:
 
 
 def draw(seed: int, dtype: torch.dtype) -> Call:
-    """A random call: shape, alignment, options, ignored rows, a size of logits."""
+    """A call with random shape, alignment, options, ignored rows and scale of logits."""
     at = torch.Generator().manual_seed(seed)
 
     def pick(*choices: Any) -> Any:
@@ -115,8 +115,8 @@ def test_random_calls_equal_torch(emulator: Emulator, dtype: torch.dtype) -> Non
     "options", [{}, {"logit_softcap": 30.0}, {"label_smoothing": 0.1}], ids=str
 )
 def test_extreme_logits(emulator: Emulator, way: dict[str, Any], options: dict[str, Any]) -> None:
-    """+-1e4, -inf in places, at the target, before and after all else; equal rows; infinite or
-    undefined rows are NaN as torch has them."""
+    """+-1e4; -inf at the target, and before and after finite logits; constant rows; infinite and
+    NaN rows, which give NaN as in torch."""
     vocabulary = 203
     logits = torch.randn(12, vocabulary, generator=torch.Generator().manual_seed(0))
     targets = torch.arange(12) * 16
@@ -134,7 +134,7 @@ def test_extreme_logits(emulator: Emulator, way: dict[str, Any], options: dict[s
     logits[10] += 1e4
     logits[11] = 0
     call = Call(logits, targets, **options, **way)
-    # With a soft cap or smoothing torch's own answer on infinities is not always the limit's.
+    # With a soft cap or smoothing, torch's result for infinities is not always the limit.
     if options:
         call.logits = logits[[0, 1, 2, 10, 11]]
         call.targets = targets[[0, 1, 2, 10, 11]]
@@ -143,7 +143,7 @@ def test_extreme_logits(emulator: Emulator, way: dict[str, Any], options: dict[s
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_a_target_out_of_range_is_nan_and_its_neighbours_are_not(
+def test_only_rows_with_a_target_out_of_range_are_nan(
     emulator: Emulator, way: dict[str, Any]
 ) -> None:
     logits = torch.randn(5, 97, generator=torch.Generator().manual_seed(0))
@@ -166,7 +166,7 @@ def test_the_same_call_gives_the_same_bits(emulator: Emulator) -> None:
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_offsets_beyond_32_bits(emulator: Emulator, keep: bool) -> None:
-    """Two rows 2^31 elements apart, in memory that is mapped but for the rows never touched."""
+    """Two rows 2^31 elements apart, in mapped memory that is untouched between the rows."""
     logits = torch.randn(2, 301, generator=torch.Generator().manual_seed(2)).bfloat16()
     call = Call(logits, torch.tensor([300, 0]), keep=keep)
     compare(call, emulator.far_rows(call, 2**31 + 8))
@@ -195,10 +195,10 @@ def test_scale_unless_one(emulator: Emulator, dtype: torch.dtype, offset: int) -
         (A100, 128256, torch.bfloat16, 0),
     ],
 )
-def test_how_rows_are_spread(
+def test_how_rows_are_distributed(
     emulator: Emulator, device: dict[str, int], vocabulary: int, dtype: torch.dtype, blocks: int
 ) -> None:
-    """Blocks of the cluster that keeps a row, 0 where it is read twice; all within the device."""
+    """``blocks`` is the cluster's size, 0 for rows that are read twice; all fit the device."""
     made = emulator.plan(4096, vocabulary, dtype, device)
     assert made["keep"] * made["blocks"] == blocks
     assert made["shared"] <= device["shared_per_block"]
@@ -217,7 +217,7 @@ def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.long
 def test_no_race_and_no_access_out_of_bounds(sanitized: Emulator) -> None:
-    """What racecheck and memcheck look for on a GPU, by the C++ compiler's own sanitizers."""
+    """Finds with the C++ compiler's sanitizers what racecheck and memcheck find on a GPU."""
     calls = [draw(seed, dtype) for dtype in TYPES for seed in range(100, 120)]
     for call, made in zip(calls, sanitized.softmax_loss(calls), strict=True):
         compare(call, made)

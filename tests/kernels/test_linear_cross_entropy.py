@@ -1,4 +1,4 @@
-"""The fused loss against torch's own on whole logits."""
+"""The fused loss compared with torch's loss on the full logits."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def test_equals_torch_in_loss_and_gradients(
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_frozen_weight_gets_no_gradient_and_hidden_the_same() -> None:
+def test_a_frozen_weight_does_not_change_the_gradient_of_hidden() -> None:
     hidden, weight, targets = make(20, 8, 31, torch.float32)
     (both, _) = torch.autograd.grad(
         fused_linear_cross_entropy(hidden, weight, targets), (hidden, weight)
@@ -70,7 +70,7 @@ def test_no_valid_target_is_zero_for_a_sum_and_nan_for_a_mean() -> None:
     assert fused_linear_cross_entropy(hidden, weight, targets).isnan()
 
 
-def test_under_autocast_the_loss_is_near_the_full_one() -> None:
+def test_the_loss_under_autocast_is_close_to_float32() -> None:
     hidden, weight, targets = make(40, 64, 99, torch.float32)
     full = fused_linear_cross_entropy(hidden, weight, targets)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,8 +1,8 @@
-"""The loss never reads memory that nobody wrote, nor memory between the rows of its inputs.
+"""The loss never reads uninitialized memory, or memory between the rows of its inputs.
 
-`poisoned` fills whatever torch allocates with NaN (integers: their largest value). `AmxProducts`
-multiplies as oneDNN does on AMX (its issue 5717, and what its pull request 5603 fixed), so that the
-fault shows on any CPU.
+`poisoned` fills all memory that torch allocates with NaN (integers: their largest value).
+`AmxProducts` multiplies as oneDNN does on AMX (its issue 5717, which its pull request 5603 fixed),
+so that the fault shows on any CPU.
 """
 
 import os
@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nudge.kernels import cpu_products, fused_linear_cross_entropy
-from nudge.kernels.chunked import Inputs, Options, Wanted, chunked
+from nudge.kernels.arguments import Inputs, Options, Wanted
+from nudge.kernels.chunked import chunked
 
 SHAPES = [(1, 1, 2), (5, 7, 11), (33, 40, 65), (150, 33, 257), (70, 64, 128)]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -27,12 +28,12 @@ FEATURES = {
     "sse41": "SSE41", "avx2": "AVX2", "avx512_f": "AVX512_CORE", "avx512_bf16": "AVX512_CORE_BF16",
     "amx_bf16": "AVX512_CORE_AMX",
 }  # fmt: skip
-"""What torch calls a CPU's feature, and the level of ONEDNN_MAX_CPU_ISA that needs it."""
+"""torch's name of a CPU feature, and the level of ONEDNN_MAX_CPU_ISA that requires it."""
 
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Every tensor that is allocated and not written is NaN."""
+    """Newly allocated tensors contain NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -44,7 +45,7 @@ def poisoned() -> Iterator[None]:
 
 
 def lay_out(value: Tensor, layout: str) -> Tensor:
-    """The same values in another memory layout; what lies between rows is NaN."""
+    """The same values in another memory layout, with NaN between rows."""
     if layout == "contiguous":
         return value.contiguous()
     if layout == "transposed":
@@ -81,7 +82,7 @@ def loss_and_gradients(inputs: Inputs, **options: Any) -> list[Tensor]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("library", ["chosen", "onednn"])
-def test_poisoned_memory_changes_no_bit(
+def test_uninitialized_memory_does_not_change_a_bit(
     dtype: torch.dtype, layout: str, library: str, poisoned: None, monkeypatch: Any
 ) -> None:
     if library == "onednn":
@@ -103,8 +104,8 @@ def test_poisoned_memory_changes_no_bit(
 
 
 class AmxProducts(TorchDispatchMode):
-    """Products of 16-bit matrices read each row of their left factor up to a multiple of 32 columns
-    where rows are further apart than they are long, as oneDNN's do on AMX."""
+    """Makes products of 16-bit matrices read each row up to a multiple of 32 columns if there is a
+    gap between rows, as oneDNN does on AMX."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,17 +121,17 @@ class AmxProducts(TorchDispatchMode):
         return made
 
     def _leak(self, factor: Tensor) -> Tensor:
-        """What the padding of each row adds: 0, or NaN."""
+        """The contribution of each row's padding: 0 or NaN."""
         rows, columns = factor.shape
         apart = factor.stride(0)
         read = min(-(-columns // 32) * 32, apart)
-        dense = factor.is_contiguous() or factor.stride(1) != 1  # one row has no row after it
+        dense = factor.is_contiguous() or factor.stride(1) != 1
         if factor.dtype.itemsize > 2 or dense or read <= columns:
             return factor.new_zeros(rows)
         self.padded += 1
-        held = factor.untyped_storage().nbytes() // factor.itemsize
-        if (rows - 1) * apart + read + factor.storage_offset() > held:
-            rows -= 1  # the last row has no padding of its own
+        elements = factor.untyped_storage().nbytes() // factor.itemsize
+        if (rows - 1) * apart + read + factor.storage_offset() > elements:
+            rows -= 1  # the storage ends before the last row's padding
         offset = factor.storage_offset() + columns
         padding = factor.as_strided((rows, read - columns), (apart, 1), offset)
         leak = factor.new_zeros(factor.shape[0])
@@ -140,7 +141,7 @@ class AmxProducts(TorchDispatchMode):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_that_read_padding_find_none_that_is_unwritten(
+def test_padding_that_products_read_is_initialized(
     shape: tuple[int, int, int], layout: str, poisoned: None
 ) -> None:
     inputs = draw(*shape, torch.bfloat16, layout)
@@ -160,7 +161,7 @@ def test_products_that_read_padding_find_none_that_is_unwritten(
 @pytest.mark.long
 @pytest.mark.parametrize("feature", FEATURES)
 def test_every_level_of_onednn_that_this_cpu_has(feature: str) -> None:
-    """The tests above again, in a process whose oneDNN goes no higher than that level."""
+    """Rerun the tests above in a process that limits oneDNN to this level."""
     known = torch.cpu.get_capabilities()
     if feature != "sse41" and not known.get(feature):
         pytest.skip(f"this CPU has no {feature}")

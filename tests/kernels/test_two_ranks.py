@@ -17,7 +17,7 @@ from nudge.kernels import (
     vocab_parallel_linear_cross_entropy,
 )
 
-SPLIT = 13  # of 29: uneven slices
+SPLIT = 13  # of 29, for uneven slices
 
 
 def _start(rank: int, meeting: str) -> None:
@@ -88,7 +88,9 @@ def _sharded(rank: int, meeting: str) -> None:
         ({"weight": torch.zeros(5, 3)}, r"hidden \(3, 4\) and weight \(5, 3\)"),
     ],
 )
-def test_bad_input_is_an_error_before_the_ranks_meet(change: dict[str, Any], message: str) -> None:
+def test_bad_input_is_an_error_before_any_collective_call(
+    change: dict[str, Any], message: str
+) -> None:
     given: dict[str, Any] = {
         "hidden": torch.zeros(3, 4), "weight": torch.zeros(5, 4),
         "targets": torch.zeros(3, dtype=torch.int64), "first_index": 0, "vocabulary": 29, **change,
@@ -98,7 +100,7 @@ def test_bad_input_is_an_error_before_the_ranks_meet(change: dict[str, Any], mes
 
 
 def _on_two_ranks(case: str, meeting: Path) -> None:
-    """Runs this file as a script, once a rank: children by spawn could not import `tests`."""
+    """Run this file as a script, once per rank, because spawned children cannot import `tests`."""
     command = [sys.executable, __file__, case, str(meeting)]
     ranks = [
         subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
@@ -108,7 +110,7 @@ def _on_two_ranks(case: str, meeting: Path) -> None:
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
 
 
-def test_vocabulary_parallel_equals_whole(tmp_path: Path) -> None:
+def test_vocabulary_parallel_equals_one_rank(tmp_path: Path) -> None:
     _on_two_ranks("vocabulary", tmp_path / "meeting")
 
 

@@ -1,4 +1,4 @@
-"""`make wheel` from a clean copy, without a network, and what the wheel does on its own."""
+"""`make wheel` from a clean copy without a network, and the wheel in a clean environment."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ ours = torch.autograd.grad(fused_linear_cross_entropy(hidden, weight, targets), 
 eager = torch.nn.functional.cross_entropy(hidden @ weight.T, targets)
 for mine, theirs in zip(ours, torch.autograd.grad(eager, (hidden, weight))):
     torch.testing.assert_close(mine, theirs)
-assert not loaded()  # the CPU has no need of it
+assert not loaded()  # the CPU path does not need it
 assert native.load() is None, native.load()
 assert loaded()
 print(native.find())
@@ -41,7 +41,7 @@ except NotImplementedError as error:
 """
 
 
-def test_without_the_library_it_says_how_to_get_it(
+def test_a_missing_library_says_how_to_build_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(native, "HERE", tmp_path)
@@ -49,7 +49,7 @@ def test_without_the_library_it_says_how_to_get_it(
     try:
         assert native.load() == (
             "libnudge_kernels.so is not built: install the wheel that `make wheel` builds, or run "
-            "it here"
+            "`make wheel` here"
         )
         (tmp_path / native.NAME).write_bytes(b"no library")
         native.load.cache_clear()
@@ -62,7 +62,7 @@ def test_without_the_library_it_says_how_to_get_it(
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built in a copy that holds nothing else, cut off from the network."""
+    """The wheel, built in a copy of only the kernels, without a network."""
     if NVCC is None:
         pytest.skip("no nvcc on PATH or in /usr/local/cuda: the wheel cannot be built here")
     copy = tmp_path_factory.mktemp("checkout")
@@ -71,7 +71,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "Makefile", copy)
     cut_off = ["unshare", "--map-root-user", "--net"]
     if subprocess.run([*cut_off, "true"], capture_output=True).returncode:
-        print("unshare --net is not permitted here: the build is only told to use no network")
+        print("unshare --net is not permitted here, so the build could reach the network")
         cut_off = []
     done = subprocess.run(
         [*cut_off, "make", "wheel", f"WHEEL_PYTHON={sys.executable}"],
@@ -83,7 +83,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def installed(wheel: Path, folder: Path) -> list[str]:
-    """A fresh virtual environment with the wheel, and torch from here; its Python."""
+    """Install the wheel in a fresh virtual environment; return the command of its Python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = str(folder / "bin" / "python")
     subprocess.run(
@@ -94,7 +94,7 @@ def installed(wheel: Path, folder: Path) -> list[str]:
 
 
 def run(python: list[str], script: str) -> str:
-    # On PYTHONPATH a folder's .pth files are not read: this checkout stays out of sight.
+    # Python ignores .pth files in folders on PYTHONPATH, so this checkout stays invisible.
     environment = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}
     done = subprocess.run(
         [*python, "-c", script], env=environment, cwd="/", capture_output=True, text=True
@@ -122,8 +122,8 @@ def test_the_wheel_works_alone_on_this_torch(wheel: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.long
-def test_one_distribution_owns_the_kernels(tmp_path: Path) -> None:
-    """Of the two that are installed side by side: so neither takes the other's files along."""
+def test_only_one_distribution_owns_the_kernels(tmp_path: Path) -> None:
+    """With both distributions installed, uninstalling one must not remove the other's files."""
     copy = tmp_path / "checkout"
     made = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "tests", "wheels")
     shutil.copytree(ROOT, copy, ignore=made)
@@ -146,15 +146,15 @@ def test_one_distribution_owns_the_kernels(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_what_the_wheel_is_and_what_it_binds_to(wheel: Path) -> None:
+def test_the_wheels_tag_files_and_linked_libraries(wheel: Path) -> None:
     assert wheel.name == "nudge_kernels-0.2.0-py3-none-linux_x86_64.whl"
     with zipfile.ZipFile(wheel) as archive:
         library = archive.read(f"nudge/kernels/{native.NAME}")
         names = set(archive.namelist())
     assert {"nudge/kernels/csrc/softmax_loss.cuh", "nudge/kernels/native.py"} <= names
     assert "nudge/kernels/setup.py" not in names
-    # Through libtorch the weak reference to the stream of a CUDA torch is found; without it every
-    # launch would say that torch was built without CUDA.
+    # The weak reference to the stream of a CUDA torch resolves through libtorch. Without it, every
+    # launch would report that torch was built without CUDA.
     assert b"\0libtorch.so\0" in library
     assert b"\0aoti_torch_get_current_cuda_stream\0" in library
     for bound in (b"\0libcudart.so", b"\0libcublas.so", b"\0libpython", b"\0Py_", b"\0_Py"):

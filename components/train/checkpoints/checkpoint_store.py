@@ -1,12 +1,12 @@
-"""Where checkpoints stand: a folder (a disk, a shared volume) or an s3:// URI.
+"""Where checkpoints are stored: a folder (a disk, a shared volume) or an s3:// URI.
 
-A checkpoint is a folder of files with a manifest that is written last. In both places it is there
-whole or not at all: a folder gets its name when it is complete, and in S3 only the manifest counts.
+A checkpoint is a folder of files with a manifest that is written last. It is either complete or
+invisible: a folder gets its final name once it is complete, and in S3 a checkpoint exists only once
+its manifest does.
 """
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -25,57 +25,59 @@ LOCK = ".lock"
 
 
 class CheckpointStore(Protocol):
-    """What the checkpoints of one run ask of where they stand."""
+    """A store for the checkpoints of one run."""
 
     uri: str
 
     def staging(self, name: str, token: int) -> Path:
-        """The folder on this machine that the ranks write checkpoint ``name`` into; ``token`` is
-        the same on all ranks of one run and differs between runs."""
+        """The local folder in which the ranks write checkpoint ``name``; ``token`` is the same on
+        all ranks of one run and differs between runs."""
         ...
 
-    def ship(self, name: str, files: list[Path]) -> None:
-        """Bring this rank's files to the place, still invisible."""
+    def upload(self, name: str, files: list[Path]) -> None:
+        """Copy this rank's files to the store; the checkpoint stays invisible."""
         ...
 
     def publish(self, name: str, folder: Path, manifest: dict[str, Any]) -> None:
-        """Make the checkpoint visible; called on one rank, once every rank has shipped."""
+        """Make the checkpoint visible; called on one rank, once every rank has uploaded."""
         ...
 
     def names(self) -> list[str]:
-        """The complete checkpoints, oldest first."""
+        """The names of the complete checkpoints, oldest first."""
         ...
 
     def manifest(self, name: str) -> dict[str, Any]: ...
 
     def on_disk(self, name: str) -> Path | None:
-        """The checkpoint's own folder, if every rank can read it there."""
+        """The checkpoint's folder if every rank can read it directly, else None."""
         ...
 
     def fetch(self, name: str, into: Path) -> None:
-        """Bring the checkpoint's files into a folder of this machine."""
+        """Copy the checkpoint's files into a local folder."""
         ...
 
     def remove(self, name: str) -> None:
-        """Make it invisible, then delete it."""
+        """Make the checkpoint invisible, then delete it."""
         ...
 
     def clear(self, keep: list[str]) -> None:
-        """Remove everything else: other checkpoints, and what a killed run left half-written."""
+        """Remove everything but ``keep``: other checkpoints, and files that a killed run left."""
         ...
 
-    def held(self, wait: bool = False) -> contextlib.AbstractContextManager[bool]:
-        """While open nobody else may have the place; gives False at once if somebody has it, or
-        with ``wait`` True once nobody has."""
+    def lock(self, wait: bool = False) -> contextlib.AbstractContextManager[bool]:
+        """Hold the store's lock while open, and yield True.
+
+        If another process holds it, yield False at once or, with ``wait``, wait until it is free.
+        """
         ...
 
-    def remove_given_up(self, age_s: float) -> None:
-        """Remove the places beside this one that nobody holds or has written to for so long."""
+    def remove_abandoned(self, age_s: float) -> None:
+        """Remove sibling stores that are unlocked and were last written over ``age_s`` ago."""
         ...
 
 
 def open_checkpoint_store(uri: str) -> CheckpointStore:
-    """The place that a folder's path, a file:// or an s3:// URI names."""
+    """The store at a folder's path, a file:// URI or an s3:// URI."""
     return _Folder(local_path(uri)) if is_local(uri) else _Bucket(uri)
 
 
@@ -88,7 +90,7 @@ class _Folder:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def ship(self, name: str, files: list[Path]) -> None:
+    def upload(self, name: str, files: list[Path]) -> None:
         pass
 
     def publish(self, name: str, folder: Path, manifest: dict[str, Any]) -> None:
@@ -120,8 +122,8 @@ class _Folder:
                 shutil.rmtree(path)
 
     @contextlib.contextmanager
-    def held(self, wait: bool = False) -> Iterator[bool]:
-        file = self._lock(0 if wait else fcntl.LOCK_NB)
+    def lock(self, wait: bool = False) -> Iterator[bool]:
+        file = self._locked_file(0 if wait else fcntl.LOCK_NB)
         if file is None:
             yield False
             return
@@ -129,37 +131,37 @@ class _Folder:
             yield True
         finally:
             (self.root / LOCK).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # there are checkpoints, or somebody else's files
+            with contextlib.suppress(OSError):  # it contains checkpoints or someone else's files
                 self.root.rmdir()
             os.close(file)
 
-    def _lock(self, how: int) -> int | None:
-        """The lock file, locked until it is closed, if need be by the end of the process."""
+    def _locked_file(self, flag: int) -> int | None:
+        """The lock file, locked until it is closed, at the latest when the process ends."""
         while True:
             self.root.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # who held it ends now, and removes both
+            with contextlib.suppress(FileNotFoundError):  # the last holder just removed the folder
                 file = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
                 try:
-                    fcntl.flock(file, fcntl.LOCK_EX | how)
+                    fcntl.flock(file, fcntl.LOCK_EX | flag)
                 except BlockingIOError:
                     os.close(file)
                     return None
-                except OSError:  # a file system without locks
+                except OSError:  # the file system has no locks
                     return file
                 if os.fstat(file).st_nlink:
                     return file
                 os.close(file)
 
-    def remove_given_up(self, age_s: float) -> None:
+    def remove_abandoned(self, age_s: float) -> None:
         for root in self.root.parent.iterdir():
             if root == self.root or not re.fullmatch(r"[0-9a-f]{16}", root.name):
                 continue
-            with contextlib.suppress(FileNotFoundError):  # another run removes it as well
+            with contextlib.suppress(FileNotFoundError):  # another run may remove it, too
                 written = max(path.stat().st_mtime for path in (root, *root.iterdir()))
                 if time.time() - written > age_s:
                     other = _Folder(root)
-                    with other.held() as free:
-                        if free:
+                    with other.lock() as acquired:
+                        if acquired:
                             other.clear([])
 
 
@@ -174,7 +176,7 @@ class _Bucket:
     def staging(self, name: str, token: int) -> Path:
         return Path(tempfile.mkdtemp(prefix=f"nudge-{name}-"))
 
-    def ship(self, name: str, files: list[Path]) -> None:
+    def upload(self, name: str, files: list[Path]) -> None:
         for path in files:
             key = f"{self._prefix}/{name}/{path.name}"
             with self._errors(f"write the checkpoint {self.uri}/{name}"):
@@ -182,7 +184,7 @@ class _Bucket:
 
     def publish(self, name: str, folder: Path, manifest: dict[str, Any]) -> None:
         write_manifest(folder / MANIFEST, FORMAT, VERSION, manifest)
-        self.ship(name, [folder / MANIFEST])
+        self.upload(name, [folder / MANIFEST])
 
     def names(self) -> list[str]:
         names = (key.split("/")[0] for key in self._keys() if key.endswith(f"/{MANIFEST}"))
@@ -205,11 +207,11 @@ class _Bucket:
     def clear(self, keep: list[str]) -> None:
         self._delete([key for key in self._keys() if key.split("/")[0] not in keep])
 
-    def held(self, wait: bool = False) -> contextlib.AbstractContextManager[bool]:
+    def lock(self, wait: bool = False) -> contextlib.AbstractContextManager[bool]:
         return contextlib.nullcontext(True)
 
-    def remove_given_up(self, age_s: float) -> None:
-        pass  # a bucket has rules for that
+    def remove_abandoned(self, age_s: float) -> None:
+        pass  # a bucket's lifecycle rules can do this
 
     def _keys(self) -> list[str]:
         from nudge.components.common.clients.storage import list_keys
@@ -234,15 +236,3 @@ class _Bucket:
         from nudge.components.common.clients.storage import s3_errors
 
         return s3_errors(doing)
-
-
-def differences(there: dict[str, Any], here: dict[str, Any], path: str = "") -> list[str]:
-    """Each value of two nested dictionaries that differs, as ``name: 1 there, 2 here``."""
-    found = []
-    for key in sorted(there.keys() | here.keys()):
-        one, other = there.get(key), here.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            found += differences(one, other, f"{path}{key}.")
-        elif one != other:
-            found.append(f"{path}{key}: {json.dumps(one)} there, {json.dumps(other)} here")
-    return found

@@ -1,24 +1,20 @@
-"""Checkpoints to resume from: torch.distributed.checkpoint, written by another thread.
+"""Checkpoints to resume from: torch.distributed.checkpoint (DCP), written in a background thread.
 
-A checkpoint holds what `State` says, the trained weights with AdamW's two moments, and the history
-so far. Its tensors are safetensors files, one a rank, which any number of ranks can read; DCP's own
-default would be a pickle. Everything else is in the manifest, with a sha256 of each file that is
-checked before one is read.
+A checkpoint contains the `TrainingState`, the trained weights with AdamW's two moments, and the
+history so far. Its tensors are safetensors files, one per rank, which any number of ranks can read;
+DCP's default would be a pickle. Everything else is in the manifest, including a sha256 of each
+file, which is verified before the file is read.
 """
 
 import contextlib
 import dataclasses
-import hashlib
-import json
-import math
 import os
 import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,85 +32,37 @@ from nudge.components.common.core.publish import sha256_file, verify_file
 from nudge.components.common.core.step import disk_is_full
 from nudge.components.train.checkpoints.checkpoint_store import (
     CheckpointStore,
-    differences,
     open_checkpoint_store,
 )
 from nudge.components.train.checkpoints.shard_writer import SafetensorsWriter
-from nudge.components.train.data import PackedSplit
+from nudge.components.train.checkpoints.training_state import TrainingState, differences
 from nudge.components.train.network import Network
 from nudge.components.train.ranks import Ranks
 from nudge.components.train.record import NoTrainingLog, TrainingLog
-from nudge.components.train.settings import FREE_TO_CHANGE, TrainSettings
+from nudge.components.train.settings import TrainSettings
 
-PLACE_VARIABLE = "NUDGE_CHECKPOINTS"
 FAILURES_IN_A_ROW = 3
-"""Checkpoints that may fail one after another before training stops."""
-GIVEN_UP_AFTER_S = 14 * 24 * 3600.0
-"""Checkpoints of a run that nobody asked to keep, and nobody has gone on with for so long, go."""
-
-
-@dataclass
-class TrainingState:
-    """Where training stands: steps done, tokens trained on, seconds, and the best validation.
-
-    The data cursor and the random state are pure functions of ``step``.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    best_step: int | None = None
-    best_loss: float | None = None
-    worse_in_a_row: int = 0
-
-    def validated(self, loss: float) -> bool:
-        """Note a validation loss of now; returns whether it is the best so far, and finite."""
-        if not math.isfinite(loss) or (self.best_loss is not None and loss >= self.best_loss):
-            self.worse_in_a_row += 1
-            return False
-        self.best_step, self.best_loss, self.worse_in_a_row = self.step, loss, 0
-        return True
-
-
-def identity(
-    settings: TrainSettings, training: PackedSplit, tokenizer_sha256: str, base_sha256: str,
-    steps: int,
-) -> dict[str, Any]:  # fmt: skip
-    """What a run is: the settings that decide what is learnt, and hashes of data and base model.
-
-    Two runs of one identity end in the same weights.
-    """
-    given = dataclasses.asdict(settings)
-    free = FREE_TO_CHANGE | {"base_model"}  # its weights count, not where they lie
-    data = training.cursor(0)
-    del data["rows_read"]
-    identity = {
-        "train": {key: value for key, value in given.items() if key not in free},
-        "data": {**data, "tokenizer_sha256": tokenizer_sha256},
-        "base_model_sha256": base_sha256,
-        "steps": steps,
-    }
-    return dict(json.loads(json.dumps(identity)))
+"""Training stops when this many checkpoints in a row fail."""
 
 
 class Checkpoints:
-    """The checkpoints of one run; made by `open_checkpoints`."""
+    """The checkpoints of one run; created by `open_checkpoints`."""
 
     def __init__(
         self,
-        place: CheckpointStore | None,
+        store: CheckpointStore | None,
         settings: TrainSettings,
         identity: dict[str, Any],
         ranks: Ranks,
     ) -> None:
-        self.place, self.settings, self.identity, self.ranks = place, settings, identity, ranks
-        self.wanted = False
-        """Whether they outlive the run, so that it is worth writing one when it is stopped."""
+        self.store, self.settings, self.identity, self.ranks = store, settings, identity, ranks
+        self.persistent = False
+        """Whether they outlive the process, so that SIGTERM should write one."""
         self._worker = ThreadPoolExecutor(1)
-        self._written: Future[None] | None = None
+        self._writing: Future[None] | None = None
         self._failures = 0
-        self._best: tuple[int | None, float | None] = None, None  # the last whose checkpoint stands
-        # The same on all ranks of this run, and another one in the next.
+        self._best: tuple[int | None, float | None] = None, None  # the last with a checkpoint
+        # The same on all ranks of this run; different in the next run.
         self._token = int(ranks.sum(os.getpid() if ranks.main else 0)[0])
         self._last = ""
 
@@ -124,29 +72,30 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         record: TrainingLog | NoTrainingLog,
     ) -> TrainingState | None:
-        """Bring everything to where the newest whole checkpoint stands, or the one that `resume`
-        names; None if there is none.
+        """Restore the newest intact checkpoint, or the one that the setting `resume` names.
 
-        Raises `UserError` if the one that is named is damaged, not there or of another run, and if
-        every one that this run left is damaged.
+        Returns None if there is none. Raises `UserError` if the named one is damaged, missing or
+        from another run, or if all checkpoints of this run are damaged.
         """
         if self.settings.resume not in ("auto", "never"):
             return self._resume_named(network, optimizer, record)
-        if self.place is None:
+        if self.store is None:
             return None
-        names = self.place.names() if self.settings.resume == "auto" else []
+        names = self.store.names() if self.settings.resume == "auto" else []
         damage = ""
         for name in reversed(self._agreed(names)):
             try:
-                state = self._restore(self.place, name, network, optimizer, record)
+                state = self._restore(self.store, name, network, optimizer, record)
             except Damaged as error:
                 damage = f"{error}"
                 print(f"warning: {damage}", file=sys.stderr, flush=True)
                 continue
-            self._go_on(state, [kept for kept in names if kept <= name])
+            self._continue_from(state, [kept for kept in names if kept <= name])
             return state
         if damage:
-            raise UserError(f"{damage}; no older one is whole: train.resume: never starts anew")
+            raise UserError(
+                f"{damage}; no older one is intact: set train.resume: never to start over"
+            )
         self._clear([])
         return None
 
@@ -157,38 +106,38 @@ class Checkpoints:
         record: TrainingLog | NoTrainingLog,
     ) -> TrainingState:
         root, _, name = self.settings.resume.rstrip("/").rpartition("/")
-        place = open_checkpoint_store(root)
-        names = self._agreed(place.names())
+        store = open_checkpoint_store(root)
+        names = self._agreed(store.names())
         if name not in names:
             raise UserError(
-                f"train.resume = {self.settings.resume!r}: there is no checkpoint; give auto, "
-                "never or the URI of one"
+                f"train.resume = {self.settings.resume!r}: no checkpoint exists there; set it to "
+                "auto, never or the URI of a checkpoint"
             )
-        state = self._restore(place, name, network, optimizer, record)
-        if self.place is not None:
-            own = place.uri == self.place.uri
-            self._go_on(state, [kept for kept in names if own and kept <= name])
+        state = self._restore(store, name, network, optimizer, record)
+        if self.store is not None:
+            own = store.uri == self.store.uri
+            self._continue_from(state, [kept for kept in names if own and kept <= name])
         return state
 
-    def _go_on(self, state: TrainingState, names: list[str]) -> None:
-        """From a restored state, beside the checkpoints ``names`` of this run and no others."""
+    def _continue_from(self, state: TrainingState, names: list[str]) -> None:
+        """Prepare to train on from a restored state; ``names`` are the checkpoints to keep."""
         self._clear(names)
         best = state.best_step
         if self.settings.keeps_best and best is not None and _name(best) not in names:
             if self.ranks.main:
-                told = f"warning: the best validation so far, of step {best}, has no checkpoint"
-                print(f"{told}: the best is looked for anew", file=sys.stderr, flush=True)
+                warning = f"warning: the best validation, of step {best}, has no checkpoint"
+                print(f"{warning}: the search restarts", file=sys.stderr, flush=True)
             state.best_step, state.best_loss, state.worse_in_a_row = None, None, 0
         self._best = state.best_step, state.best_loss
 
     def restore_best(
         self, network: Network, optimizer: torch.optim.Optimizer, state: TrainingState
     ) -> None:
-        """Bring the weights back to those of the best validation."""
+        """Restore the weights of the best validation."""
         if state.best_step is not None and state.best_step != state.step:
-            assert self.place is not None
+            assert self.store is not None
             name = _name(state.best_step)
-            self._restore(self.place, name, network, optimizer, NoTrainingLog())
+            self._restore(self.store, name, network, optimizer, NoTrainingLog())
 
     def save(
         self,
@@ -197,17 +146,17 @@ class Checkpoints:
         state: TrainingState,
         record: TrainingLog | NoTrainingLog,
     ) -> None:
-        """Copy everything now and write it meanwhile; waits for the one before.
+        """Copy the state now and write it in the background, once the previous one is written.
 
-        One that cannot be written is told and tried again with the next; raises `UserError` when
-        that was so three times in a row.
+        A failed checkpoint prints a warning, and training continues until the next one; the third
+        failure in a row raises `Transient`.
         """
-        if self.place is None:
+        if self.store is None:
             return
-        self.settle(state)
+        self.wait_for_last(state)
         stager = DefaultStager(StagingOptions(False, False, False, False))
         staged = stager.stage(_tensors(network, optimizer))
-        body = {
+        manifest = {
             "state": dataclasses.asdict(state),
             "rows_read": state.step * self.settings.batch_sequences,
             "random": {"seed": self.settings.seed, "step": state.step},
@@ -216,41 +165,41 @@ class Checkpoints:
             "code_version": code_version(),
         }
         lines = {name: list(kept) for name, kept in record.lines.items()}
-        self._written = self._worker.submit(self._write, _name(state.step), staged, body, lines)
-        self._written.add_done_callback(lambda _: stager.close())
+        self._writing = self._worker.submit(self._write, _name(state.step), staged, manifest, lines)
+        self._writing.add_done_callback(lambda _: stager.close())
 
-    def settle(self, state: TrainingState) -> None:
-        """Wait until the last checkpoint is written. If it could not be and the best weights are to
-        be kept, then the best so far is the one before."""
-        self._settle(FAILURES_IN_A_ROW, state)
+    def wait_for_last(self, state: TrainingState) -> None:
+        """Wait until the last checkpoint is written. If it failed and the best weights are kept,
+        ``state`` goes back to the best before it."""
+        self._wait_for_last(FAILURES_IN_A_ROW, state)
 
     def finish(self, state: TrainingState) -> str:
-        """Wait until the last checkpoint is written; returns its URI.
+        """Wait until the last checkpoint is written and return its URI.
 
-        Raises `UserError` if it could not be.
+        Raises `Transient` if it failed.
         """
-        self._settle(1, state)
-        return f"{self.place.uri}/{self._last}" if self.place else ""
+        self._wait_for_last(1, state)
+        return f"{self.store.uri}/{self._last}" if self.store else ""
 
     def close(self) -> None:
         self._worker.shutdown()
 
     def run_is_done(self) -> None:
-        """Remove them all, unless `checkpoints` asked for them by name: the model is there."""
-        if self.place is not None and not self.settings.checkpoints:
+        """Remove them, because the model is finished; keep those that `train.checkpoints` names."""
+        if self.store is not None and not self.settings.checkpoints:
             self._clear([])
 
-    def _settle(self, allowed: int, state: TrainingState) -> None:
-        if self._written is None:
+    def _wait_for_last(self, limit: int, state: TrainingState) -> None:
+        if self._writing is None:
             return
-        written, self._written = self._written, None
+        writing, self._writing = self._writing, None
         try:
-            written.result()
+            writing.result()
         except CheckpointFailed as error:
             self._failures += 1
-            if self._failures >= allowed:
-                raise Transient(f"{error}; the one before it is kept") from None
-            print(f"warning: {error}; trying again later", file=sys.stderr, flush=True)
+            if self._failures >= limit:
+                raise Transient(f"{error}; the previous checkpoint is kept") from None
+            print(f"warning: {error}; retrying at the next checkpoint", file=sys.stderr, flush=True)
             if self.settings.keeps_best:
                 state.best_step, state.best_loss = self._best
         else:
@@ -258,14 +207,14 @@ class Checkpoints:
             self._best = state.best_step, state.best_loss
 
     def _write(
-        self, name: str, staged: Any, body: dict[str, Any], lines: dict[str, list[str]]
+        self, name: str, staged: Any, manifest: dict[str, Any], lines: dict[str, list[str]]
     ) -> None:
-        """Write, ship, agree, publish; in the thread of its own."""
-        assert self.place is not None
+        """Write, upload, agree with the other ranks, publish; runs in the background thread."""
+        assert self.store is not None
         folder, files, failure = None, {}, ""
         try:
-            folder = self.place.staging(name, self._token)
-            with _quietly():
+            folder = self.store.staging(name, self._token)
+            with _without_dcp_warning():
                 save(
                     staged,
                     storage_writer=SafetensorsWriter(folder),
@@ -277,73 +226,75 @@ class Checkpoints:
                     (folder / file).write_text("".join(f"{line}\n" for line in kept))
                     mine.append(folder / file)
             files = {path.name: sha256_file(path) for path in mine}
-            self.place.ship(name, mine)
+            self.store.upload(name, mine)
         except (OSError, UserError, CheckpointException) as error:
-            failure = _why(error)
+            failure = _reason(error)
         try:
-            for other, why in self._everyones((files, failure)):
-                files |= other
-                failure = failure or why
+            for others, reason in self._gathered((files, failure)):
+                files |= others
+                failure = failure or reason
             if not failure and self.ranks.main:
                 assert folder is not None
-                self.place.publish(name, folder, {**body, "files": files})
+                self.store.publish(name, folder, {**manifest, "files": files})
         except (OSError, UserError) as error:
-            failure = _why(error)
+            failure = _reason(error)
         finally:
             if folder is not None:
-                self._tidy(folder, failed=bool(failure))
-        # One rank publishes, and all must hold the same for the best.
-        failure = next(filter(None, self._everyones(failure)), "")
+                self._remove_staging(folder, failed=bool(failure))
+        # One rank publishes, but all must agree on which checkpoint is the best.
+        failure = next(filter(None, self._gathered(failure)), "")
         if failure:
-            raise CheckpointFailed(f"the checkpoint {self.place.uri}/{name} failed: {failure}")
+            raise CheckpointFailed(f"the checkpoint {self.store.uri}/{name} failed: {failure}")
         self._last = name
         if self.ranks.main:
             try:
-                self._prune(name, body["state"]["best_step"])
+                self._prune(name, manifest["state"]["best_step"])
             except (OSError, UserError) as error:
-                told = f"warning: old checkpoints at {self.place.uri} stay: {_why(error)}"
-                print(told, file=sys.stderr, flush=True)
+                warning = f"warning: could not remove old checkpoints at {self.store.uri}"
+                print(f"{warning}: {_reason(error)}", file=sys.stderr, flush=True)
 
-    def _everyones(self, mine: Any) -> list[Any]:
+    def _gathered(self, value: Any) -> list[Any]:
+        """The value of each rank, on every rank."""
         if self.ranks.world == 1:
-            return [mine]
-        everyones: list[Any] = [None] * self.ranks.world
-        dist.all_gather_object(everyones, mine, group=self.ranks.saving)
-        return everyones
+            return [value]
+        gathered: list[Any] = [None] * self.ranks.world
+        dist.all_gather_object(gathered, value, group=self.ranks.saving)
+        return gathered
 
-    def _tidy(self, folder: Path, failed: bool) -> None:
-        # A shared folder is the main rank's to remove: others may still be writing there.
+    def _remove_staging(self, folder: Path, failed: bool) -> None:
+        # Only the main rank removes a shared folder, because others may still write there.
         if folder.exists() and (self.ranks.main or folder.parent == Path(tempfile.gettempdir())):
             shutil.rmtree(folder, ignore_errors=failed)
 
     def _prune(self, newest: str, best_step: int | None) -> None:
-        assert self.place is not None
-        names = [name for name in self.place.names() if name <= newest]
+        assert self.store is not None
+        names = [name for name in self.store.names() if name <= newest]
         best = [] if best_step is None else [_name(best_step)]
         for name in names[: -self.settings.checkpoints_kept]:
             if name not in best:
-                self.place.remove(name)
+                self.store.remove(name)
 
     def _restore(
         self,
-        place: CheckpointStore,
+        store: CheckpointStore,
         name: str,
         network: Network,
         optimizer: torch.optim.Optimizer,
         record: TrainingLog | NoTrainingLog,
     ) -> TrainingState:
-        with _fetched(place, name, self.ranks) as folder:
-            manifest = place.manifest(name)
-            other = differences(manifest["identity"], self.identity)
-            if other:
+        with _fetched(store, name, self.ranks) as folder:
+            manifest = store.manifest(name)
+            changes = differences(manifest["identity"], self.identity)
+            if changes:
                 raise UserError(
-                    f"the checkpoint {place.uri}/{name} is of another run: {'; '.join(other)}; "
-                    "resume with what it was made with, or set train.resume: never"
+                    f"the checkpoint {store.uri}/{name} is from another run: "
+                    f"{'; '.join(changes)}; resume with the data and settings of that run, or set "
+                    "train.resume: never"
                 )
-            self._verify(place, name, folder, manifest)
+            self._verify(store, name, folder, manifest)
             tensors = _tensors(network, optimizer)
             reader = HuggingFaceStorageReader(str(folder))
-            with _quietly():
+            with _without_dcp_warning():
                 load(tensors, storage_reader=reader)
             state = TrainingState(**manifest["state"])
             for values in optimizer.state.values():
@@ -354,9 +305,9 @@ class Checkpoints:
         return state
 
     def _verify(
-        self, place: CheckpointStore, name: str, folder: Path, manifest: dict[str, Any]
+        self, store: CheckpointStore, name: str, folder: Path, manifest: dict[str, Any]
     ) -> None:
-        """Check every file on one rank a machine, and tell all ranks what was found."""
+        """Verify every file on one rank per machine; raise `Damaged` on all ranks on a mismatch."""
         problem = ""
         if self.ranks.local_rank == 0:
             try:
@@ -365,109 +316,43 @@ class Checkpoints:
             except UserError as error:
                 problem = f"{error}"
         if self.ranks.sum(float(bool(problem)))[0]:
-            raise Damaged(f"the checkpoint {place.uri}/{name} is damaged: {problem}")
+            raise Damaged(f"the checkpoint {store.uri}/{name} is damaged: {problem}")
 
     def _clear(self, keep: list[str]) -> None:
-        assert self.place is not None
+        assert self.store is not None
         self.ranks.wait()
         if self.ranks.main:
-            self.place.clear(keep)
+            self.store.clear(keep)
         self.ranks.wait()
 
     def _agreed(self, names: list[str]) -> list[str]:
-        """What the main rank sees, on every rank."""
+        """The main rank's list of names, on every rank."""
         if self.ranks.world == 1:
             return names
-        box = [names]
-        dist.broadcast_object_list(box, src=0, group=self.ranks.saving)
-        return box[0]
+        buffer = [names]
+        dist.broadcast_object_list(buffer, src=0, group=self.ranks.saving)
+        return buffer[0]
 
 
 class Damaged(UserError):
-    """A checkpoint whose files are not those that its manifest names."""
+    """A checkpoint whose files do not match its manifest."""
 
 
 class CheckpointFailed(RuntimeError):
-    """A checkpoint that could not be written; nothing of it is visible."""
+    """A checkpoint that could not be written; it stays invisible."""
 
 
 @contextlib.contextmanager
-def open_checkpoints(
-    settings: TrainSettings,
-    identity: dict[str, Any],
-    ranks: Ranks,
-    note: Callable[[str], None] = lambda stage: None,
-) -> Iterator[Checkpoints]:
-    """The checkpoints of the run with this identity, where the settings say that they go.
-
-    Without such a place the best weights, if they are asked for, are kept in a temporary folder.
-    They are this run's alone while they are open, and once it ended well `run_is_done` is called.
-    Of another run of this identity the end is waited for, which ``note`` is told; raises
-    `UserError` where there is more than one rank, of which the others would not wait so long. (In
-    S3 no other run is seen.)
-    """
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    uri = settings.checkpoints or os.environ.get(PLACE_VARIABLE, "")
-    with contextlib.ExitStack() as stack:
-        place = open_checkpoint_store(f"{uri.rstrip('/')}/{key}") if uri else None
-        if place is None and settings.keeps_best:
-            if ranks.local_world < ranks.world:
-                raise UserError("keeping the best weights on many machines needs train.checkpoints")
-            folder = stack.enter_context(_shared_temporary(ranks))
-            place = open_checkpoint_store(str(folder))
-        if place is not None:
-            free = stack.enter_context(_held(place, ranks, note)) if ranks.main else True
-            if ranks.sum(float(not free))[0]:
-                raise UserError(
-                    f"another run of the same data and settings has its checkpoints in {place.uri} "
-                    "and is at work: wait for its end, or give this one train.checkpoints of its "
-                    "own"
-                )
-        if place is not None and ranks.main and uri and not settings.checkpoints:
-            place.remove_given_up(GIVEN_UP_AFTER_S)
-        checkpoints = Checkpoints(place, settings, identity, ranks)
-        checkpoints.wanted = bool(uri)
-        try:
-            yield checkpoints
-        finally:
-            checkpoints.close()
-        checkpoints.run_is_done()
-
-
-@contextlib.contextmanager
-def _held(place: CheckpointStore, ranks: Ranks, note: Callable[[str], None]) -> Iterator[bool]:
-    with place.held() as free:
-        if free or ranks.world > 1:
-            yield free
-            return
-    note("waiting for the end of another run of the same data and settings")
-    with place.held(wait=True) as free:
-        yield free
-
-
-@contextlib.contextmanager
-def _shared_temporary(ranks: Ranks) -> Iterator[Path]:
-    token = int(ranks.sum(os.getpid() if ranks.main else 0)[0])
-    folder = Path(tempfile.gettempdir()) / f"nudge-best-{token}"
-    folder.mkdir(exist_ok=True)
-    try:
-        yield folder
-    finally:
-        if ranks.main:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _fetched(place: CheckpointStore, name: str, ranks: Ranks) -> Iterator[Path]:
-    """The checkpoint's files on this machine, brought by one of its ranks."""
-    if folder := place.on_disk(name):
+def _fetched(store: CheckpointStore, name: str, ranks: Ranks) -> Iterator[Path]:
+    """A local folder with the checkpoint's files, which one rank per machine fetches."""
+    if folder := store.on_disk(name):
         yield folder
         return
     token = int(ranks.sum(os.getpid() if ranks.main else 0)[0])
     into = Path(tempfile.gettempdir()) / f"nudge-fetched-{token}-{name}"
     try:
         if ranks.local_rank == 0:
-            place.fetch(name, into)
+            store.fetch(name, into)
         ranks.wait()
         yield into
     finally:
@@ -480,7 +365,7 @@ def _name(step: int) -> str:
 
 
 def _tensors(network: Network, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The trained weights, the model's buffers and AdamW's moments; tensors, not copies."""
+    """The trained weights, the model's buffers and AdamW's moments, without copying them."""
     named = {n: p for n, p in network.model.named_parameters() if p.requires_grad}
     frozen = {n for n, _ in network.model.named_parameters(remove_duplicate=False)}
     buffers = {n: t for n, t in network.model.state_dict().items() if n not in frozen}
@@ -491,8 +376,8 @@ def _tensors(network: Network, optimizer: torch.optim.Optimizer) -> dict[str, to
     return tensors
 
 
-def _why(error: BaseException) -> str:
-    """One sentence about an error, or about those that ranks had in `torch.distributed`."""
+def _reason(error: BaseException) -> str:
+    """One sentence about an error, or about the errors of several ranks in DCP."""
     causes = [error]
     if isinstance(error, CheckpointException):
         causes = [failure[0] for failure in error.failures.values()]
@@ -502,8 +387,8 @@ def _why(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without DCP's warning that one process is one process."""
+def _without_dcp_warning() -> Iterator[None]:
+    """Suppress DCP's warning about running in a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -25,18 +25,18 @@ SMALL = {
 
 
 def write_tokens(folder: Path, tiny_model: Path, documents: int = 40) -> Path:
-    """Documents whose next token mostly follows from the last, so that there is much to learn."""
+    """Write documents in which a token mostly predicts the next, so there is much to learn."""
     random = np.random.default_rng(5)
     folder.mkdir(parents=True, exist_ok=True)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder / "tokenizer")
     splits = {}
     for split, count in (("train", documents), ("validation", 6)):
-        made = [
+        encoded = [
             np.append((random.integers(1, 250) + 3 * np.arange(n)) % 250 + 3, 0)
             for n in random.integers(3, 40, count)
         ]
         path = folder / f"{split}.bin"
-        write_shard(path, made, token_dtype(300))
+        write_shard(path, encoded, token_dtype(300))
         digest = sha256(path.read_bytes()).hexdigest()
         splits[split] = {"shards": [{"file": path.name, "sha256": digest}]}
     vocabulary = len(AutoTokenizer.from_pretrained(tiny_model))
@@ -56,7 +56,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 @pytest.fixture
 def small(tiny_model: Path) -> Callable[..., TrainSettings]:
-    """Settings of a run of twelve steps on the tiny model."""
+    """Settings for a run of twelve steps on the tiny model."""
 
     def make(**values: object) -> TrainSettings:
         return TrainSettings(**{"base_model": str(tiny_model), **SMALL, **values})  # type: ignore[arg-type]
@@ -80,7 +80,7 @@ def lines(folder: Path, kind: str = "loss") -> list[float]:
 def command(
     recipe: Path, tokens: Path, folder: Path, ranks: int = 0, module: str = "nudge.components.train"
 ) -> list[str]:
-    """The command line that trains as a process of its own, or as ``ranks`` of them."""
+    """The command line that trains in a separate process, or in ``ranks`` of them."""
     torchrun = [
         *("torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"),
     ]
@@ -101,8 +101,8 @@ def write_recipe(path: Path, settings: TrainSettings) -> Path:
 def run(
     settings: TrainSettings, tokens: Path, folder: Path, ranks: int = 0, rows: Path | None = None
 ) -> str:
-    """Train in processes of their own, which write their rows to the folder ``rows`` if one is
-    given; returns what they wrote to stderr."""
+    """Train in separate processes, which write their rows to the folder ``rows`` if it is not None;
+    return their stderr."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = write_recipe(folder / "recipe.json", settings)
     module = "tests.components.train.spied_rank" if rows else "nudge.components.train"

@@ -1,7 +1,7 @@
-"""A rank that writes down the rows which it trains on: the order itself, not what follows from it.
+"""A rank that logs the rows on which it trains, so that tests can check their order directly.
 
-``python -m tests.components.train.spied_rank`` is ``python -m nudge.components.train``; a worker of
-Ray calls `install` first. Each rank appends to a file of its own in the folder NUDGE_TEST_ROWS.
+``python -m tests.components.train.spied_rank`` runs ``python -m nudge.components.train``; a Ray
+worker calls `install` first. Each rank appends to its own file in the folder NUDGE_TEST_ROWS.
 """
 
 import json
@@ -16,17 +16,17 @@ VARIABLE = "NUDGE_TEST_ROWS"
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What a process needs that writes its rows to ``folder``."""
+    """The variables for a process that writes its rows to ``folder``."""
     return {VARIABLE: str(folder), "PYTHONPATH": str(Path(__file__).parents[3])}
 
 
 def install() -> None:
     from nudge.components.train import loop
 
-    given = loop.rank_rows
+    original = loop.rank_rows
 
     def spied(split: PackedSplit, step: int, count: int, ranks: Any) -> Any:
-        rows = given(split, step, count, ranks)
+        rows = original(split, step, count, ranks)
         line = [split.cursor(0)["split"], step, rows.targets.tolist()]
         with (Path(os.environ[VARIABLE]) / f"{ranks.rank}.jsonl").open("a") as file:
             print(json.dumps(line), file=file)
@@ -36,7 +36,7 @@ def install() -> None:
 
 
 def check_order(folder: Path, tokens: Path, ranks: int, steps: int, rows: int) -> None:
-    """Assert that the ranks' parts of each step, put together, are the batch of a single rank."""
+    """Assert that the concatenated slices of each step equal the batch of a single rank."""
     found: list[dict[int, list[list[int]]]] = []
     for rank in range(ranks):
         lines = map(json.loads, (folder / f"{rank}.jsonl").read_text().splitlines())

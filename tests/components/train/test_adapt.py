@@ -1,4 +1,4 @@
-"""LoRA's merged weights are what was trained, in every kind of layer that it takes."""
+"""LoRA's merged weights equal the trained model, for every supported kind of layer."""
 
 import copy
 from typing import Any
@@ -35,36 +35,38 @@ def settings(*targets: str) -> TrainSettings:
     ("kind", "targets"),
     [
         ("gpt2", ["c_attn"]),
-        ("gpt2", ["attn.c_proj"]),  # as wide as it is high
+        ("gpt2", ["attn.c_proj"]),  # square, so that a missing transposition changes no shape
         ("gpt2", ["c_attn", "c_fc", "c_proj"]),
         ("llama", ["q_proj", "down_proj"]),
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_the_merged_model_is_the_one_that_was_trained(kind: str, targets: list[str]) -> None:
-    given, base = settings(*targets), make(kind)
-    trained = adapt(copy.deepcopy(base), given).eval()
+def test_the_merged_model_equals_the_trained_one(kind: str, targets: list[str]) -> None:
+    lora, base = settings(*targets), make(kind)
+    trained = adapt(copy.deepcopy(base), lora).eval()
     for name, parameter in trained.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
     ids = torch.arange(12)[None]
     before, after = base.eval()(ids).logits, trained(ids).logits
     assert not torch.allclose(before, after, rtol=1e-2)
-    base.load_state_dict(merged_state(dict(trained.state_dict()), given, base))
+    base.load_state_dict(merged_state(dict(trained.state_dict()), lora, base))
     torch.testing.assert_close(base(ids).logits, after, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("kind", "target", "said"),
+    ("kind", "target", "message"),
     [
-        ("llama", "embed_tokens", "model.embed_tokens is of Embedding"),
-        ("gpt2", "wpe", "transformer.wpe is of Embedding"),
-        ("llama", "lm_head", "lm_head is the head"),
+        ("llama", "embed_tokens", "model.embed_tokens is of type Embedding"),
+        ("gpt2", "wpe", "transformer.wpe is of type Embedding"),
+        ("llama", "lm_head", "lm_head is the output head"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_what_could_not_be_merged_is_refused_at_the_start(
-    kind: str, target: str, said: str
+def test_targets_that_cannot_be_merged_are_rejected_at_the_start(
+    kind: str, target: str, message: str
 ) -> None:
-    with pytest.raises(UserError, match=rf"lora_targets = \['{target}'\]: {said}; name linear"):
+    with pytest.raises(
+        UserError, match=rf"lora_targets = \['{target}'\]: {message}; choose linear"
+    ):
         adapt(make(kind), settings(target))

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: where it began, what it looks like, what to do."""
+"""A loss or gradient that is not finite: where it began, its likely cause, and the remedy."""
 
 import re
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class Fault(torch.autograd.Function):
 
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
-    """Changes what a layer of every model that is loaded gives, in its training."""
+    """Changes the output of one layer of every loaded model while it trains."""
 
     def spoil(change: Callable[..., Any]) -> None:
         def spoiled(folder: Path) -> Any:
@@ -41,8 +41,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], Non
 
             def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
                 training = module.training and torch.is_grad_enabled()
-                made: torch.Tensor | None = change(output) if training else None
-                return made
+                changed: torch.Tensor | None = change(output) if training else None
+                return changed
 
             model.get_submodule(LAYER).register_forward_hook(hook)
             return model
@@ -59,23 +59,23 @@ def message(settings: TrainSettings, tokens: Path, folder: Path) -> str:
     return str(stopped.value)
 
 
-def test_an_overflow(small: Small, tokens: Path, tmp_path: Path) -> None:
+def test_an_overflow_names_the_learning_rate(small: Small, tokens: Path, tmp_path: Path) -> None:
     settings = small(learning_rate=1e30, warmup_share=0.0)
-    said = message(settings, tokens, tmp_path)
-    assert "before step 2" in said
-    assert "the first values that are not finite are in the gradient of the output of " in said
-    assert re.search(r"looks like overflow \(the gradients before it reach \d\S*e\+30\)", said)
-    assert "lower train.learning_rate, now 1e+30" in said
+    text = message(settings, tokens, tmp_path)
+    assert "before step 2" in text
+    assert "the first values that are not finite are in the gradient of the output of " in text
+    assert re.search(r"looks like overflow \(the gradients before it reach \d\S*e\+30\)", text)
+    assert "lower train.learning_rate, now 1e+30" in text
 
 
-def test_a_row_of_the_data(
+def test_a_bad_row_is_named(
     small: Small, tokens: Path, tmp_path: Path, spoil: Callable[..., None]
 ) -> None:
     calls = []
 
     def change(output: torch.Tensor) -> torch.Tensor:
         calls.append(None)
-        # The first step's second micro-batch of two rows, and each time it is computed again.
+        # The second micro-batch (two rows) of the first step, and each recomputation of it.
         if len(calls) % 2:
             return output
         bad = torch.zeros_like(output)
@@ -83,14 +83,14 @@ def test_a_row_of_the_data(
         return output + bad
 
     spoil(change)
-    said = message(small(), tokens, tmp_path)
-    assert f"in the output of {LAYER} in row 3: this looks like data" in said
-    assert "look at the text of that row" in said
-    assert "learning_rate" not in said
+    text = message(small(), tokens, tmp_path)
+    assert f"in the output of {LAYER} in row 3: this looks like data" in text
+    assert "inspect the text of that row" in text
+    assert "learning_rate" not in text
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_what_does_not_happen_again(
+def test_a_fault_that_does_not_repeat_looks_like_hardware(
     backward: bool, small: Small, tokens: Path, tmp_path: Path, spoil: Callable[..., None]
 ) -> None:
     calls = []
@@ -102,31 +102,33 @@ def test_what_does_not_happen_again(
         return Fault.apply(output) if backward else output * torch.nan
 
     spoil(change)
-    said = message(small(), tokens, tmp_path)
-    assert "looks like hardware (the same rows give finite values when" in said
-    assert "test this machine's memory or GPU" in said
+    text = message(small(), tokens, tmp_path)
+    assert "looks like hardware (the same rows give finite values when" in text
+    assert "test this machine's memory or GPU" in text
     if backward:
-        assert "in the gradient of model.layers.1." in said
+        assert "in the gradient of model.layers.1." in text
 
 
-def test_a_gradient(small: Small, tokens: Path, tmp_path: Path, spoil: Callable[..., None]) -> None:
+def test_a_bad_gradient_names_its_module(
+    small: Small, tokens: Path, tmp_path: Path, spoil: Callable[..., None]
+) -> None:
     spoil(Fault.apply)
-    said = message(small(), tokens, tmp_path)
-    assert "the first values that are not finite are in the gradient of the output of " in said
-    assert "model.layers.1.mlp." in said
+    text = message(small(), tokens, tmp_path)
+    assert "the first values that are not finite are in the gradient of the output of " in text
+    assert "model.layers.1.mlp." in text
 
 
-def test_every_row_at_once_is_no_text(
+def test_a_fault_in_every_row_looks_like_hardware(
     small: Small, tokens: Path, tmp_path: Path, spoil: Callable[..., None]
 ) -> None:
     spoil(lambda output: output * torch.nan)
-    said = message(small(), tokens, tmp_path)
-    assert f"in the output of {LAYER}" in said
-    assert "looks like hardware" in said
-    assert "every row is affected" in said
+    text = message(small(), tokens, tmp_path)
+    assert f"in the output of {LAYER}" in text
+    assert "looks like hardware" in text
+    assert "every row is affected" in text
 
 
-def test_weights_that_were_damaged_before(
+def test_damaged_base_weights_are_named(
     small: Small, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def damaged(folder: Path) -> Any:
@@ -137,6 +139,6 @@ def test_weights_that_were_damaged_before(
 
     monkeypatch.setattr(starts, "load_model", damaged)
     monkeypatch.setattr("nudge.components.train.network.check_document_masking", lambda *_: None)
-    said = message(small(), tokens, tmp_path)
-    assert f"in {LAYER}.weight: this looks like damaged weights" in said
-    assert "give a sound base model" in said
+    text = message(small(), tokens, tmp_path)
+    assert f"in {LAYER}.weight: this looks like damaged weights" in text
+    assert "use an undamaged base model" in text

@@ -1,4 +1,4 @@
-"""Every token once an epoch; packing and micro-batches change neither loss nor gradient."""
+"""Each token is used once per epoch; packing and micro-batches do not change loss or gradients."""
 
 import contextlib
 import copy
@@ -55,13 +55,13 @@ def settings(**values: object) -> TrainSettings:
 
 
 def batch_loss(model: LlamaForCausalLM, rows: Rows, **values: object) -> Loss:
-    given = settings(**values)
-    loss = accumulate(Network(model, given), rows, given)
+    chosen = settings(**values)
+    loss = accumulate(Network(model, chosen), rows, chosen)
     assert loss is not None
     return loss
 
 
-def test_a_row_holds_each_document_whole_with_positions_of_its_own(tokens: Path) -> None:
+def test_a_row_has_each_full_document_with_its_own_positions(tokens: Path) -> None:
     row = PackedSplit(tokens, "train", sum(LENGTHS), seed=1).batch(0, 0, 1)
     inputs, targets, positions = row.inputs[0], row.targets[0], row.positions[0]
     starts = [*torch.nonzero(positions == 0).flatten().tolist(), sum(LENGTHS)]
@@ -75,18 +75,18 @@ def test_a_row_holds_each_document_whole_with_positions_of_its_own(tokens: Path)
     assert sorted(found) == sorted(reader.document(i).tolist() for i in range(len(LENGTHS)))
 
 
-def test_each_target_comes_once_an_epoch_in_rows_cut_to_length(tokens: Path) -> None:
+def test_each_target_appears_once_per_epoch(tokens: Path) -> None:
     whole = PackedSplit(tokens, "train", sum(LENGTHS), seed=1).batch(0, 0, 1).targets[0]
     split = PackedSplit(tokens, "train", 16, seed=1)
     cut = split.batch(0, 0, split.rows).targets.flatten()
     assert cut[cut != IGNORED].tolist() == whole.tolist()
 
 
-def test_the_documents_of_the_first_rows_are_told_by_their_places(tokens: Path) -> None:
+def test_documents_of_gives_the_indices_of_the_first_rows_documents(tokens: Path) -> None:
     reader = TokenReader(tokens, "train")
-    texts = [reader.document(place).tolist() for place in range(len(LENGTHS))]
+    texts = [reader.document(index).tolist() for index in range(len(LENGTHS))]
     targets = PackedSplit(tokens, "train", sum(LENGTHS), seed=1).batch(0, 0, 1).targets[0].tolist()
-    owners: list[int] = []  # of each target, whose it is; a document ends at END
+    owners: list[int] = []  # the document of each target; a document ends at END
     while len(owners) < len(targets):
         stop = targets.index(END, len(owners)) + 1
         owners += [texts.index(targets[len(owners) : stop])] * (stop - len(owners))
@@ -96,7 +96,7 @@ def test_the_documents_of_the_first_rows_are_told_by_their_places(tokens: Path) 
     assert split.documents_of(split.rows) == list(range(len(LENGTHS)))
 
 
-def test_a_row_depends_on_its_place_alone(tokens: Path) -> None:
+def test_a_row_depends_only_on_its_index(tokens: Path) -> None:
     straight = PackedSplit(tokens, "train", 16, seed=1).batch(0, 0, 20)
     jumping = PackedSplit(tokens, "train", 16, seed=1)
     for index in [19, 0, 7, 6, 13]:
@@ -121,7 +121,7 @@ def test_the_order_is_the_same_on_any_number_of_ranks(tokens: Path, ranks: int) 
             assert torch.equal(joined, getattr(whole, name))
 
 
-def test_a_cursor_goes_on_where_it_stood_twice_and_with_another_batch(tokens: Path) -> None:
+def test_a_cursor_resumes_twice_and_with_another_batch_size(tokens: Path) -> None:
     straight = PackedSplit(tokens, "train", 16, seed=1).batch(0, 0, 18).targets
     read, parts = 0, []
     for batch, steps in ((4, 2), (3, 2), (2, 2)):
@@ -133,12 +133,12 @@ def test_a_cursor_goes_on_where_it_stood_twice_and_with_another_batch(tokens: Pa
     assert torch.equal(torch.cat(parts), straight)
 
 
-def test_a_cursor_of_other_data_or_order_is_refused(tokens: Path) -> None:
-    note = PackedSplit(tokens, "train", 16, seed=1).cursor(5)
+def test_a_cursor_of_other_data_or_order_is_rejected(tokens: Path) -> None:
+    cursor = PackedSplit(tokens, "train", 16, seed=1).cursor(5)
     with pytest.raises(UserError, match="seed 1, now 2"):
-        PackedSplit(tokens, "train", 16, seed=2).resume(note)
+        PackedSplit(tokens, "train", 16, seed=2).resume(cursor)
     with pytest.raises(UserError, match="length 16, now 8"):
-        PackedSplit(tokens, "train", 8, seed=1).resume(note)
+        PackedSplit(tokens, "train", 8, seed=1).resume(cursor)
 
 
 def test_micro_batches_give_the_gradient_of_the_large_batch(
@@ -146,18 +146,18 @@ def test_micro_batches_give_the_gradient_of_the_large_batch(
 ) -> None:
     split = PackedSplit(tokens, "train", 16, seed=1)
     rows = split.batch(0, 0, split.rows)
-    made = []
+    results = []
     for size in (split.rows, 2):
         model.zero_grad()
         loss = batch_loss(model, rows, micro_batch_sequences=size)
         assert loss.tokens == sum(LENGTHS)
-        made.append((loss.value, [p.grad.clone() for p in model.parameters()]))
-    assert made[0][0] == pytest.approx(made[1][0], rel=1e-6)
-    for whole, parts in zip(made[0][1], made[1][1], strict=True):
+        results.append((loss.value, [p.grad.clone() for p in model.parameters()]))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    for whole, parts in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
 
 
-def test_a_packed_document_does_not_see_the_one_before(model: LlamaForCausalLM) -> None:
+def test_a_packed_document_does_not_attend_to_the_one_before(model: LlamaForCausalLM) -> None:
     ids = torch.from_numpy(np.random.default_rng(1).integers(1, 300, (1, 24)))
     targets = torch.cat((torch.full((1, 10), IGNORED), ids[:, 11:], ids[:, :1]), 1)
     positions = torch.cat((torch.arange(10), torch.arange(14)))[None]
@@ -166,8 +166,8 @@ def test_a_packed_document_does_not_see_the_one_before(model: LlamaForCausalLM) 
     assert packed.value == pytest.approx(batch_loss(model, alone).value, rel=1e-6)
 
 
-def test_adapters_begin_the_same_whatever_was_drawn_before(model: LlamaForCausalLM) -> None:
-    """As a base model that is converted first draws numbers, and one from the cache does not."""
+def test_initial_adapters_do_not_depend_on_earlier_random_numbers(model: LlamaForCausalLM) -> None:
+    """Converting a base model draws numbers; loading it from the cache does not."""
     other = copy.deepcopy(model)
     one = adapt(model, settings(mode="lora", seed=3)).state_dict()
     torch.rand(10)
@@ -181,14 +181,14 @@ def test_the_schedules_at_known_steps() -> None:
     cosine = [learning_rate(settings(**common), step, 20) for step in (0, 1, 2, 11)]
     assert cosine == pytest.approx([0.5, 1.0, 1.0, 0.5])
     wsd = settings(**common, schedule="wsd", decay_share=0.2)
-    held = [learning_rate(wsd, step, 20) for step in (0, 1, 2, 16, 17, 18, 19)]
-    assert held == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25])
+    stable = [learning_rate(wsd, step, 20) for step in (0, 1, 2, 16, 17, 18, 19)]
+    assert stable == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25])
 
 
-def test_a_watched_target_whose_probability_is_none_ends_nothing(
+def test_a_watched_target_with_probability_zero_does_not_end_training(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a run that diverges: what ends it is its loss, with what to lower."""
+    """This happens in a run that diverges, which its loss should end, with advice."""
     tokenizer, record = load_tokenizer(tiny_model), NoTrainingLog()
     only_first = torch.zeros(len(tokenizer)).index_fill(0, torch.tensor([0]), 1.0)
     network: Any = SimpleNamespace(model=nn.Module(), probabilities=lambda *_: only_first[None])
@@ -200,7 +200,7 @@ def test_a_watched_target_whose_probability_is_none_ends_nothing(
 
 
 @pytest.mark.parametrize(("kind", "fits"), [("gpt2", False), ("opt", False), ("llama", True)])
-def test_rows_longer_than_learned_positions_are_refused(kind: str, fits: bool) -> None:
+def test_rows_longer_than_learned_positions_are_rejected(kind: str, fits: bool) -> None:
     shape = {
         "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
         "max_position_embeddings": 64, "pad_token_id": 0,
@@ -212,7 +212,8 @@ def test_rows_longer_than_learned_positions_are_refused(kind: str, fits: bool) -
         contextlib.nullcontext()
         if fits
         else pytest.raises(
-            UserError, match=f"sequence_length = 65: {type(made).__name__} has 64 positions; lower"
+            UserError,
+            match=f"sequence_length = 65: {type(made).__name__} has 64 positions; lower it to 64",
         )
     ):
         check_length(made, settings(sequence_length=65))

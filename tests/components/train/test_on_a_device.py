@@ -1,5 +1,5 @@
-"""Train, evaluate and export on a device type other than the CPU (`tests.second_device`): what is
-left on the wrong device fails here, as it would on a GPU."""
+"""Train, evaluate and export on a device type other than the CPU (`tests.second_device`): a tensor
+on the wrong device fails here, as it would on a GPU."""
 
 import contextlib
 import json
@@ -54,7 +54,7 @@ def on_the_device() -> Iterator[None]:
 
 
 def close(one: Path, other: Path) -> None:
-    """The same weights, but for the order of sums."""
+    """Assert equal weights, except for the order of sums."""
     there, here = load_file(one), load_file(other)
     assert there.keys() == here.keys()
     for key, tensor in there.items():
@@ -62,7 +62,7 @@ def close(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_trains_and_writes_the_model_of_the_cpu(
+def test_every_mode_writes_the_same_model_as_on_the_cpu(
     mode: str, small: Small, tokens: Path, tmp_path: Path
 ) -> None:
     settings = small(**MODES[mode], watch=WatchedPrompt(prompt="a b", target=" c"), max_steps=6)
@@ -80,15 +80,15 @@ def test_every_mode_trains_and_writes_the_model_of_the_cpu(
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
-def test_a_killed_run_goes_on_from_its_checkpoint(
+def test_an_interrupted_run_resumes_from_its_checkpoint(
     mode: str, small: Small, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = TrainingLog.metric
+    original = TrainingLog.metric
 
     def metric(self: TrainingLog, values: dict[str, float]) -> None:
         if values["step"] == 8 and "loss" in values:
             raise KeyboardInterrupt
-        kept(self, values)
+        original(self, values)
 
     settings = small(**MODES[mode], checkpoints=str(tmp_path / "checkpoints"))
     with on_the_device():
@@ -96,17 +96,17 @@ def test_a_killed_run_goes_on_from_its_checkpoint(
         monkeypatch.setattr(TrainingLog, "metric", metric)
         with pytest.raises(KeyboardInterrupt):
             train(settings, tokens=tokens, **outputs(tmp_path / "cut"))
-        monkeypatch.setattr(TrainingLog, "metric", kept)
+        monkeypatch.setattr(TrainingLog, "metric", original)
         train(settings, tokens=tokens, **outputs(tmp_path / "cut"))
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
 def shown(values: Any) -> str:
-    """The figures without the digits that the order of sums changes."""
+    """The figures, rounded to the digits that the order of sums does not change."""
     return re.sub(r"\d+\.\d+(e[-+]\d+)?", lambda match: f"{float(match[0]):.2g}", repr(values))
 
 
-def test_evaluation_gives_the_figures_of_the_cpu(tiny_model: Path) -> None:
+def test_evaluation_gives_the_same_figures_as_on_the_cpu(tiny_model: Path) -> None:
     texts = ["The tower of Paris is tall, and so is the next.", "Another text, not so long."]
     figures = []
     for device in (second_device.load(), torch.device("cpu")):

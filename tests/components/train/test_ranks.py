@@ -1,4 +1,4 @@
-"""Two ranks under torchrun are one rank: the same samples, and losses but for rounding."""
+"""Two ranks under torchrun equal one rank: the same samples, and the same losses up to rounding."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def watched(folder: Path) -> list[float]:
     return [json.loads(line)["p"] for line in history]
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(
+def test_a_run_resumes_with_another_number_of_ranks(
     small: Small, tokens: Path, alone: Path, tmp_path: Path
 ) -> None:
     settings = small(checkpoints=str(tmp_path / "checkpoints"), checkpoints_kept=9)
@@ -86,7 +86,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 
 
 @pytest.mark.long
-def test_the_step_starts_its_ranks_itself(
+def test_the_step_starts_its_own_ranks(
     small: Small, tokens: Path, alone: Path, tmp_path: Path
 ) -> None:
     results = train(small(processes=2), tokens=tokens, **outputs(tmp_path))
@@ -94,7 +94,7 @@ def test_the_step_starts_its_ranks_itself(
     assert lines(tmp_path) == pytest.approx(lines(alone), rel=1e-5)
 
 
-def test_what_a_rank_says_is_what_the_step_says(small: Small, tokens: Path, tmp_path: Path) -> None:
+def test_the_step_raises_the_error_of_its_rank(small: Small, tokens: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lora_targets"):
         train(
             small(processes=2, mode="lora", lora_targets=["no_such"]),
@@ -105,7 +105,7 @@ def test_what_a_rank_says_is_what_the_step_says(small: Small, tokens: Path, tmp_
 
 
 @pytest.mark.long
-def test_a_rank_that_dies_ends_the_run_and_the_next_goes_on(
+def test_a_rank_that_dies_ends_the_run_and_the_next_run_resumes(
     small: Small, tokens: Path, tmp_path: Path
 ) -> None:
     values = {"max_steps": 300, "epochs": 99.0, "checkpoints": str(tmp_path / "checkpoints")}
@@ -138,12 +138,12 @@ with clean_end():
     settings = step_settings(TrainSettings, "train", recipe)
     train(settings, tokens=tokens, **{n: folder / n for n in ("model", "history", "report")})
 """
-"""What the step's face does, in a process of its own."""
+"""What the step's face does, in a separate process."""
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_sigterm_to_the_step_makes_its_ranks_write_a_checkpoint_to_go_on_from(
+def test_sigterm_to_the_step_makes_its_ranks_write_a_checkpoint(
     small: Small, tokens: Path, tmp_path: Path
 ) -> None:
     values = {"max_steps": 60, "epochs": 99.0, "processes": 2, "checkpoint_every": 1000}
@@ -168,6 +168,6 @@ def test_sigterm_to_the_step_makes_its_ranks_write_a_checkpoint_to_go_on_from(
 
 
 def written(folder: Path, steps: int) -> bool:
-    """Whether an unfinished run has written the figures of so many steps."""
+    """Whether an unfinished run has written the figures of at least ``steps`` steps."""
     found = list(folder.glob(".history.part-*/metrics.jsonl"))
     return bool(found) and found[0].read_text().count('"loss"') >= steps

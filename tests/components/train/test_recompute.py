@@ -1,4 +1,4 @@
-"""Layers that keep less: fewer bytes, the same bits, and no matrix product more."""
+"""Layers that keep less: fewer bytes, the same bits, and no additional matrix products."""
 
 import copy
 from typing import Any
@@ -34,7 +34,7 @@ def make(model_type: str) -> Any:
 
 
 def step(model: Any, autocast: bool) -> tuple[list[torch.Tensor], int, int]:
-    """Gradients of a step, how many products it took and the bytes kept for its backward."""
+    """The gradients of a step, its number of products, and the bytes kept for its backward pass."""
     seen: dict[int, int] = {}
 
     def pack(value: torch.Tensor) -> torch.Tensor:
@@ -53,19 +53,21 @@ def step(model: Any, autocast: bool) -> tuple[list[torch.Tensor], int, int]:
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral", "gemma"])
-def test_fewer_bytes_the_same_bits_and_no_product_more(model_type: str, autocast: bool) -> None:
+def test_fewer_bytes_the_same_bits_and_no_additional_product(
+    model_type: str, autocast: bool
+) -> None:
     plain = make(model_type)
-    lean = copy.deepcopy(plain)
-    keep_less(lean)
-    lean = copy.deepcopy(lean)  # the copy's layers are its own
-    gradients, products, kept = step(plain, autocast)
-    same, as_many, less = step(lean, autocast)
-    assert all(one.equal(other) for one, other in zip(gradients, same, strict=True))
-    assert as_many == products
-    assert less < 0.75 * kept
+    recomputing = copy.deepcopy(plain)
+    keep_less(recomputing)
+    recomputing = copy.deepcopy(recomputing)  # a copy must call its own layers
+    plain_gradients, plain_products, plain_bytes = step(plain, autocast)
+    gradients, products, kept_bytes = step(recomputing, autocast)
+    assert all(one.equal(other) for one, other in zip(gradients, plain_gradients, strict=True))
+    assert products == plain_products
+    assert kept_bytes < 0.75 * plain_bytes
 
 
-def test_what_computes_anything_else_is_left_as_it_is() -> None:
+def test_a_different_mlp_stays_unchanged() -> None:
     class Other(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -80,7 +82,7 @@ def test_what_computes_anything_else_is_left_as_it_is() -> None:
         assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_wrapped_by_adapters_an_mlp_is_left_as_it_is() -> None:
+def test_an_mlp_with_adapters_stays_unchanged() -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(make("llama"), LoraConfig(target_modules=["down_proj"], r=2))

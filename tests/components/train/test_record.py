@@ -1,4 +1,4 @@
-"""MLflow, where its tracking variable is set: the run as it was kept, or a clear refusal."""
+"""With MLflow's tracking variable set: the run is tracked, or a warning says why not."""
 
 import sys
 from collections.abc import Callable
@@ -14,25 +14,25 @@ from tests.components.train.conftest import lines, outputs
 Small = Callable[..., TrainSettings]
 
 
-WARNING = "MLFLOW_TRACKING_URI is set and the run is not tracked there"
+WARNING = "MLFLOW_TRACKING_URI is set, but the run is not tracked"
 
 
-def test_without_mlflow_an_injected_address_is_a_warning(
+def test_a_tracking_address_without_mlflow_is_a_warning(
     small: Small,
     tokens: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """As a pipelines server sets it in the pods of tasks (DSPA's spec.mlflow), whose image has no
+    """A pipelines server sets it in the pods of tasks (DSPA's spec.mlflow), whose image has no
     mlflow."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setitem(sys.modules, "mlflow", None)
     train(small(max_steps=2), tokens=tokens, **outputs(tmp_path))
     assert (tmp_path / "model" / "nudge.json").is_file()
-    told = capfd.readouterr().err
-    assert told.count(WARNING) == 1
-    assert "mlflow is not installed; pip install 'nudge-lm[mlflow]', or unset it" in told
+    errors = capfd.readouterr().err
+    assert errors.count(WARNING) == 1
+    assert "mlflow is not installed; pip install 'nudge-lm[mlflow]', or unset it" in errors
 
 
 @pytest.mark.long
@@ -48,9 +48,9 @@ def test_mlflow_has_the_run_with_every_figure(
     assert run.info.status == "FINISHED"
     assert run.data.params["learning_rate"] == "0.003"
     for kind in ("loss", "validation_loss"):
-        kept = client.get_metric_history(run.info.run_id, kind)
-        kept.sort(key=lambda metric: metric.step)
-        assert [metric.value for metric in kept] == lines(tmp_path, kind)
+        tracked = client.get_metric_history(run.info.run_id, kind)
+        tracked.sort(key=lambda metric: metric.step)
+        assert [metric.value for metric in tracked] == lines(tmp_path, kind)
     with pytest.raises(UserError, match="before step 2"):
         train(small(learning_rate=1e30, warmup_share=0.0), tokens=tokens, **outputs(tmp_path / "b"))
     statuses = sorted(run.info.status for run in client.search_runs(["0"]))
@@ -59,7 +59,7 @@ def test_mlflow_has_the_run_with_every_figure(
 
 @pytest.mark.long
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9", "no-such-scheme://host", "https://["])
-def test_an_mlflow_that_does_not_work_is_a_warning(
+def test_an_mlflow_error_at_the_start_is_a_warning(
     address: str,
     small: Small,
     tokens: Path,
@@ -76,7 +76,7 @@ def test_an_mlflow_that_does_not_work_is_a_warning(
 
 
 @pytest.mark.long
-def test_an_mlflow_that_fails_on_the_way_is_a_warning(
+def test_an_mlflow_error_during_training_is_a_warning(
     small: Small,
     tokens: Path,
     tmp_path: Path,
@@ -94,6 +94,6 @@ def test_an_mlflow_that_fails_on_the_way_is_a_warning(
         monkeypatch.setattr(mlflow, name, gone)
     train(small(max_steps=2), tokens=tokens, **outputs(tmp_path))
     assert (tmp_path / "model" / "nudge.json").is_file()
-    assert "not tracked there: OSError: the volume is gone" in capfd.readouterr().err
+    assert "is not tracked: OSError: the volume is gone" in capfd.readouterr().err
     monkeypatch.undo()
     mlflow.end_run()

@@ -1,4 +1,4 @@
-"""What training leaves: the losses of a kept run, a folder others load, figures, and a page."""
+"""The outputs of training: golden losses, a folder that others load, figures, and a page."""
 
 import json
 import math
@@ -37,32 +37,32 @@ Small = Callable[..., TrainSettings]
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 
 
-def test_the_first_fifty_losses_are_those_kept(small: Small, tokens: Path, tmp_path: Path) -> None:
-    """A change that is none of mathematics gives these; write them anew only for one that is."""
+def test_the_first_fifty_losses_are_golden(small: Small, tokens: Path, tmp_path: Path) -> None:
+    """Only a change to the mathematics may change these; update the file only then."""
     train(small(max_steps=50, epochs=99.0), tokens=tokens, **outputs(tmp_path))
     assert lines(tmp_path) == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-5)
 
 
-def test_the_watched_target_is_scored_whole_as_evaluation_does(
+def test_the_watched_target_is_scored_as_in_evaluation(
     small: Small, tokens: Path, tmp_path: Path
 ) -> None:
     watch = WatchedPrompt(prompt="The Tower", target=" in 1969")
     train(small(watch=watch, watch_every=5), tokens=tokens, **outputs(tmp_path))
     history = (tmp_path / "history" / "probes.jsonl").read_text().splitlines()
-    told = json.loads(history[-1])
+    logged = json.loads(history[-1])
     model, tokenizer = (load(tmp_path / "model") for load in (load_model, load_tokenizer))
     probe = Probe(prompt=watch.prompt, target=watch.target)
-    (again,) = answer(model, tokenizer, [probe])
-    assert told["step"] == 12
-    assert told["p"] == pytest.approx(again["p"], rel=1e-4)
-    assert told["loss"] == pytest.approx(-math.log(again["p"]), rel=1e-4)
-    assert [each["id"] for each in told["top"]] == [each["id"] for each in again["rivals"]]
+    (expected,) = answer(model, tokenizer, [probe])
+    assert logged["step"] == 12
+    assert logged["p"] == pytest.approx(expected["p"], rel=1e-4)
+    assert logged["loss"] == pytest.approx(-math.log(expected["p"]), rel=1e-4)
+    assert [each["id"] for each in logged["top"]] == [each["id"] for each in expected["rivals"]]
 
 
 @pytest.mark.parametrize(
     "values", [{"activation_checkpointing": True}, {"micro_batch_sequences": 1}]
 )
-def test_what_saves_memory_changes_no_loss(
+def test_settings_that_save_memory_do_not_change_the_loss(
     small: Small, tokens: Path, tmp_path: Path, values: dict[str, object]
 ) -> None:
     train(small(), tokens=tokens, **outputs(tmp_path / "a"))
@@ -88,7 +88,7 @@ def test_compiled_layers_have_the_same_losses(small: Small, tokens: Path, tmp_pa
     )
 
 
-def test_a_clean_process_loads_it_with_the_same_logits(
+def test_transformers_alone_loads_the_model_with_the_same_logits(
     small: Small, tokens: Path, tmp_path: Path
 ) -> None:
     train(small(), tokens=tokens, **outputs(tmp_path))
@@ -98,27 +98,27 @@ def test_a_clean_process_loads_it_with_the_same_logits(
         "import sys, torch; from transformers import AutoModelForCausalLM as A;"
         "m = A.from_pretrained(sys.argv[1]); print(m(torch.arange(9)[None]).logits.sum().item())"
     )
-    made = subprocess.run(
+    loaded = subprocess.run(
         [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=True
     )
     here = load_model(folder)(torch.arange(9)[None]).logits.sum().item()
-    assert float(made.stdout) == pytest.approx(here, rel=1e-6)
+    assert float(loaded.stdout) == pytest.approx(here, rel=1e-6)
 
 
 VLLM_LLAMA = re.compile(
     r"model\.(embed_tokens|norm|layers\.\d+\.(input_layernorm|post_attention_layernorm|"
     r"self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj))\.weight"
 )
-"""What vLLM's Llama maps to its own parameters; a tied head is skipped there."""
+"""The names that vLLM's Llama maps to its own parameters; it skips a tied head."""
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
-def test_the_folder_holds_what_vllm_looks_for(
+def test_the_folder_has_the_files_that_vllm_reads(
     small: Small, tokens: Path, tmp_path: Path, mode: str
 ) -> None:
-    """Not vLLM itself: what its loader reads of a local folder. It takes an architecture of its
-    registry from the config, every safetensors file of the folder (not of folders in it), and the
-    tokenizer; a folder with an adapter's config at its top would be taken for an adapter."""
+    """This does not run vLLM. From a local folder, its loader reads an architecture of its registry
+    in the config, every safetensors file (not in subfolders), and the tokenizer. It treats a
+    folder with an adapter config at its top as an adapter."""
     train(small(mode=mode, export_dtype="bfloat16"), tokens=tokens, **outputs(tmp_path))
     folder = tmp_path / "model"
     config = json.loads((folder / "config.json").read_text())
@@ -126,19 +126,19 @@ def test_the_folder_holds_what_vllm_looks_for(
     assert (config["dtype"], config["vocab_size"]) == ("bfloat16", 288)
     assert config["tie_word_embeddings"]
     assert not (folder / "adapter_config.json").exists()
-    held: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in folder.glob("*.safetensors"):
-        held |= load_file(path)
+        tensors |= load_file(path)
     assert not list(folder.glob("*.bin")) + list(folder.glob("*.pt"))
-    assert all(VLLM_LLAMA.fullmatch(name) for name in held)
-    assert len(held) == 2 + 9 * config["num_hidden_layers"]
-    assert {tensor.dtype for tensor in held.values()} == {torch.bfloat16}
+    assert all(VLLM_LLAMA.fullmatch(name) for name in tensors)
+    assert len(tensors) == 2 + 9 * config["num_hidden_layers"]
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     tokenizer = load_tokenizer(folder)
     assert tokenizer.decode(tokenizer("Paris")["input_ids"]) == "Paris"
     assert len(tokenizer) <= config["vocab_size"]
 
 
-def test_the_adapter_beside_the_merged_model_is_the_same_model(
+def test_the_exported_adapter_equals_the_merged_model(
     small: Small, tokens: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     from peft import PeftModel
@@ -151,7 +151,9 @@ def test_the_adapter_beside_the_merged_model_is_the_same_model(
     assert not torch.allclose(load_model(tiny_model)(ids).logits, merged, atol=1e-2)
 
 
-def test_a_model_from_scratch_of_a_size(small: Small, tokens: Path, tmp_path: Path) -> None:
+def test_a_model_from_scratch_has_the_configured_size(
+    small: Small, tokens: Path, tmp_path: Path
+) -> None:
     settings = small(mode="scratch", model_size="1M", base_model="")
     train(settings, tokens=tokens, **outputs(tmp_path))
     model = load_model(tmp_path / "model")
@@ -159,10 +161,10 @@ def test_a_model_from_scratch_of_a_size(small: Small, tokens: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("bos", ["", "<|im_start|>"])
-def test_a_document_begins_as_evaluation_begins_it(
+def test_documents_begin_as_in_evaluation(
     small: Small, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bos: str
 ) -> None:
-    """BOS for a tokenizer that puts it before a text by itself, else the end of the one before."""
+    """With BOS if the tokenizer adds it by itself, else with the end-of-document token."""
     tokens = write_tokens(tmp_path / "tokens", tiny_model)
     tokenizer = load_tokenizer(tokens / "tokenizer")
     if bos:
@@ -180,7 +182,7 @@ def test_a_document_begins_as_evaluation_begins_it(
     def watched(self: Network, rows: Rows) -> torch.Tensor:
         documents = (rows.positions == 0) & (rows.targets != IGNORED)
         kept = firsts if torch.is_grad_enabled() else validated
-        # A row that goes on with a document of the row before begins at 0 as well.
+        # A row that continues a document of the previous row also starts at position 0.
         documents[:, 0] = False
         kept.extend(rows.inputs[documents].tolist())
         return summed_loss(self, rows)
@@ -192,7 +194,7 @@ def test_a_document_begins_as_evaluation_begins_it(
 
 
 @pytest.mark.parametrize("size", ["10M", "124M", "350M", "1B"])
-def test_a_size_is_met_within_five_percent(size: str) -> None:
+def test_a_derived_shape_is_within_five_percent_of_the_size(size: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = llama_shape(size, 49152)
@@ -203,7 +205,7 @@ def test_a_size_is_met_within_five_percent(size: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(wanted, rel=0.05)
 
 
-def test_mfu_is_of_known_hardware_or_none(tiny_model: Path) -> None:
+def test_mfu_is_none_for_unknown_hardware(tiny_model: Path) -> None:
     model = load_model(tiny_model)
     parameters = sum(p.numel() for p in model.parameters())
     flops = flops_per_token(model, 100)
@@ -215,7 +217,7 @@ def test_mfu_is_of_known_hardware_or_none(tiny_model: Path) -> None:
     assert model_flops_utilization(10.0, 5.0, 50.0, 2) == 0.5
 
 
-def test_tensorboard_has_each_loss(small: Small, tokens: Path, tmp_path: Path) -> None:
+def test_tensorboard_has_every_loss(small: Small, tokens: Path, tmp_path: Path) -> None:
     from tensorboardX.proto.event_pb2 import Event
 
     train(small(), tokens=tokens, **outputs(tmp_path))
@@ -230,7 +232,7 @@ def test_tensorboard_has_each_loss(small: Small, tokens: Path, tmp_path: Path) -
     assert losses == pytest.approx(lines(tmp_path), rel=1e-6)
 
 
-def test_the_page_is_clean(small: Small, tokens: Path, tmp_path: Path) -> None:
+def test_the_report_has_no_faults(small: Small, tokens: Path, tmp_path: Path) -> None:
     train(small(), tokens=tokens, **outputs(tmp_path))
     with browser() as opened:
         for width, scheme in ((390, "light"), (1200, "dark")):
@@ -239,7 +241,7 @@ def test_the_page_is_clean(small: Small, tokens: Path, tmp_path: Path) -> None:
             assert "12 steps on" in page.locator("body").inner_text()
 
 
-def test_a_loss_that_diverges_ends_with_its_batch(
+def test_a_diverging_loss_is_an_error_that_names_the_batch(
     small: Small, tokens: Path, tmp_path: Path
 ) -> None:
     settings = small(learning_rate=1e30, warmup_share=0.0)
@@ -248,13 +250,13 @@ def test_a_loss_that_diverges_ends_with_its_batch(
     assert not any(path.exists() for path in outputs(tmp_path).values())
 
 
-def test_a_wrong_hash_or_tokenizer_is_refused(
+def test_a_wrong_hash_or_vocabulary_is_rejected(
     small: Small, tiny_model: Path, tmp_path: Path
 ) -> None:
     tokens = write_tokens(tmp_path / "tokens", tiny_model)
     manifest = json.loads((tokens / "manifest.json").read_text())
     (tokens / "manifest.json").write_text(json.dumps({**manifest, "vocab_size": 301}))
-    with pytest.raises(UserError, match="vocabulary of 301, the model .* has 288: tokenize again"):
+    with pytest.raises(UserError, match="vocabulary of 301, the model .* has 288: rerun tokenize"):
         train(small(), tokens=tokens, **outputs(tmp_path / "a"))
     shard = tokens / "train.bin"
     shard.write_bytes(shard.read_bytes()[:-8] + bytes(8))
@@ -262,7 +264,7 @@ def test_a_wrong_hash_or_tokenizer_is_refused(
         train(small(), tokens=tokens, **outputs(tmp_path / "b"))
 
 
-def test_too_little_memory_says_what_to_lower(
+def test_an_out_of_memory_error_says_what_to_lower(
     small: Small, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def greedy(*_: object) -> torch.Tensor:
@@ -274,14 +276,14 @@ def test_too_little_memory_says_what_to_lower(
 
 
 @pytest.mark.parametrize("instruction", ["avx512_bf16", "amx_bf16", "avx2"])
-def test_bfloat16_is_taken_where_the_hardware_has_it(
+def test_auto_precision_uses_bfloat16_if_the_hardware_has_it(
     small: Small, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instruction: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instruction: True})
-    meant = "float32" if instruction == "avx2" else "bfloat16"
-    assert precision_on(torch.device("cpu"), "auto") == meant
+    expected = "float32" if instruction == "avx2" else "bfloat16"
+    assert precision_on(torch.device("cpu"), "auto") == expected
     assert precision_on(torch.device("cpu"), "bfloat16") == "bfloat16"
     if instruction == "avx2":
         train(small(precision="auto", max_steps=2), tokens=tokens, **outputs(tmp_path))
-        made = json.loads((tmp_path / "model" / "nudge.json").read_text())
-        assert made["settings"]["precision"] == "float32"
+        facts = json.loads((tmp_path / "model" / "nudge.json").read_text())
+        assert facts["settings"]["precision"] == "float32"

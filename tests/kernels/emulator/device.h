@@ -1,6 +1,6 @@
-// The names of kernels/csrc/device.cuh and of CUDA itself, for a C++ compiler: every CUDA thread is
-// a thread of the processor, __syncthreads and shuffles are std::barrier, and a cluster's blocks run
-// side by side with shared memory that the others can read. Sanitizers see all of it.
+// Defines the names of kernels/csrc/device.cuh and of CUDA for a C++ compiler. Every CUDA thread is a
+// CPU thread, __syncthreads and shuffles use std::barrier, and the blocks of a cluster run in parallel
+// with shared memory that the others can read. Sanitizers see all of it.
 
 #pragma once
 
@@ -44,7 +44,7 @@ struct Block {
   Barrier threads;
   std::vector<std::unique_ptr<Barrier>> warps;
   std::vector<float> shuffled;
-  std::atomic<int> heard{0};  // how many blocks have told this one
+  std::atomic<int> heard{0};  // number of blocks that have sent to this one
 
   Block(int threads, int shared_bytes)
       : shared(shared_bytes / 16), threads(threads), shuffled(threads) {
@@ -52,8 +52,8 @@ struct Block {
     forget();
   }
 
-  // Shared memory is NaN before the block begins and as soon as its last thread has left, however
-  // long other blocks of the cluster still read it.
+  // Fills shared memory with NaN, before the block starts and as soon as its last thread has exited,
+  // even if other blocks of the cluster still read it.
   void forget() {
     memset(shared.data(), 0xff, shared.size() * sizeof(uint4));
     heard = 0;
@@ -84,7 +84,7 @@ inline void expect(bool holds, const char* else_what) {
 
 inline Block& block() { return *cluster->blocks[rank]; }
 
-// Runs kernel over `grid` blocks, a cluster at a time.
+// Runs the kernel over `grid` blocks, one cluster at a time.
 template <typename Kernel>
 void launch(int grid, int blocks, int threads, int shared_bytes, Kernel kernel) {
   Cluster all(blocks, threads, shared_bytes);
@@ -99,7 +99,7 @@ void launch(int grid, int blocks, int threads, int shared_bytes, Kernel kernel) 
       for (int first = 0; first < grid; first += blocks) {
         blockIdx.x = first + rank;
         kernel();
-        expect(!arrived, "a thread leaves without having waited for its cluster");
+        expect(!arrived, "a thread exits without having waited for its cluster");
         block().threads.arrive_and_wait();
         if (threadIdx.x == 0) block().forget();
         all.threads.arrive_and_wait();
@@ -180,7 +180,7 @@ uint4 nothing() {
   return to_vector<T>(values);
 }
 
-// Copies arrive when they are waited for, not before.
+// Copies take effect only when they are waited for.
 struct Copy {
   uint4* to;
   const uint4* from;
@@ -231,7 +231,7 @@ inline void all_are_there() {
 }
 template <typename T>
 void tell(Meeting<T>& meeting, const T& mine, int blocks, int rank) {
-  emulator::expect(!emulator::arrived, "a thread tells others that may not be there");
+  emulator::expect(!emulator::arrived, "a thread sends to blocks that may not have started");
   if (threadIdx.x >= blocks) return;
   emulator::Block& block = *emulator::cluster->blocks[threadIdx.x];
   const auto offset = reinterpret_cast<unsigned char*>(&meeting.from[rank]) - shared_memory();

@@ -1,9 +1,8 @@
-// Runs the kernels of kernels/csrc on the processor: reads calls from standard input, a header and
-// the arrays that follow it, and writes what the call left in its arrays. The other side of this is
-// tests/kernels/emulated.py.
+// Runs the kernels of kernels/csrc on the CPU. It reads calls from standard input, each a header and
+// its arrays, and writes the resulting arrays. tests/kernels/emulated.py is the other side.
 
 #include "device.h"
-// device.h first: it stands in for what these ask of CUDA
+// device.h must come first: it replaces the CUDA features that these use.
 #include "plan.cuh"
 #include "softmax_loss.cuh"
 
@@ -27,7 +26,7 @@ void fail(const char* what) {
   exit(2);
 }
 
-// Exactly as long as asked for, and 16-byte aligned, so that a sanitizer sees a read beyond it.
+// Has exactly the requested length, 16-byte aligned, so that a sanitizer sees any read beyond it.
 template <typename T>
 struct Array {
   T* data;
@@ -42,7 +41,7 @@ struct Array {
     if (fread(data, sizeof(T), count, stdin) != count) fail("input ends early");
     return *this;
   }
-  // NaN, so that reading what was not written shows.
+  // NaN, so that a read of unwritten elements shows.
   Array& poison() {
     memset(static_cast<void*>(data), 0xff, count * sizeof(T));
     return *this;
@@ -62,7 +61,7 @@ void launch_kind(const Header& call, const Rows& rows) {
 
 template <typename T>
 void softmax_loss_of(const Header& call) {
-  // Far rows: what lies between them is never touched, so it costs no memory.
+  // The memory between far rows is never touched, so it costs nothing.
   const bool far = call.what == far_rows;
   Array<T> logits(call.offset + (call.rows - 1) * call.stride + (far ? call.vocabulary : call.stride));
   Array<int64_t> targets(call.rows);

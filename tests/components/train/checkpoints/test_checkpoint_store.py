@@ -1,4 +1,4 @@
-"""Checkpoints in an object store that fails, and on a disk that fills."""
+"""Checkpoints in a failing object store, and on a full disk."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ REFUSALS = ("AccessDenied", "QuotaExceeded", "ExpiredToken")
 
 
 class RefusingProxy(FaultyProxy):
-    """Answers 403 with ``code`` to the next ``left`` writes of checkpoints."""
+    """Answers the next ``left`` checkpoint writes with 403 and ``code``."""
 
     def __init__(self, upstream: str, code: str, left: int) -> None:
         super().__init__(upstream, share=0.0)
@@ -36,7 +36,7 @@ class RefusingProxy(FaultyProxy):
 Small = Callable[..., TrainSettings]
 
 
-def test_checkpoints_through_a_store_that_fails(
+def test_checkpoints_survive_a_flaky_store(
     small: Small,
     tokens: Path,
     tmp_path: Path,
@@ -48,20 +48,20 @@ def test_checkpoints_through_a_store_that_fails(
 
     train(small(), tokens=tokens, **outputs(tmp_path / "whole"))
     with monkeypatch.context() as patched:
-        kept, endpoint = TrainingLog.metric, connected["AWS_S3_ENDPOINT"]
+        original, endpoint = TrainingLog.metric, connected["AWS_S3_ENDPOINT"]
         proxy = faulty_proxy(endpoint, share=0.15, seed=3, slow_s=0.01)
         patched.setenv("AWS_S3_ENDPOINT", proxy.url)
 
         def metric(self: TrainingLog, values: dict[str, float]) -> None:
             if values["step"] == 11 and "loss" in values:
                 raise KeyboardInterrupt
-            kept(self, values)
+            original(self, values)
 
         patched.setattr(TrainingLog, "metric", metric)
         settings = small(checkpoints="s3://nudge/checkpoints")
         with pytest.raises(KeyboardInterrupt):
             train(settings, tokens=tokens, **outputs(tmp_path / "cut"))
-        patched.setattr(TrainingLog, "metric", kept)
+        patched.setattr(TrainingLog, "metric", original)
         train(settings, tokens=tokens, **outputs(tmp_path / "cut"))
         assert sum(proxy.counts.values()) > proxy.counts["passed"]
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
@@ -70,7 +70,7 @@ def test_checkpoints_through_a_store_that_fails(
 
 
 @pytest.mark.parametrize("code", REFUSALS)
-def test_one_checkpoint_that_is_refused_is_a_warning(
+def test_one_refused_checkpoint_is_a_warning(
     code: str,
     small: Small,
     tokens: Path,
@@ -84,10 +84,10 @@ def test_one_checkpoint_that_is_refused_is_a_warning(
         settings = small(checkpoints="s3://nudge/checkpoints")
         train(settings, tokens=tokens, **outputs(tmp_path / "run"))
     assert proxy.left == 0
-    told = capfd.readouterr().err
-    assert "step-000000003 failed: write the checkpoint" in told
-    assert f"{code} from " in told
-    assert "trying again later" in told
+    errors = capfd.readouterr().err
+    assert "step-000000003 failed: write the checkpoint" in errors
+    assert f"{code} from " in errors
+    assert "retrying at the next checkpoint" in errors
     assert (tmp_path / "run" / "model" / "nudge.json").is_file()
 
 
@@ -104,11 +104,11 @@ def test_the_third_refusal_in_a_row_ends_the_training(
         settings = small(checkpoints="s3://nudge/checkpoints", max_steps=40, epochs=99.0)
         with pytest.raises(UserError, match="step-000000009 failed: .*AccessDenied.*may not do"):
             train(settings, tokens=tokens, **outputs(tmp_path / "run"))
-    assert capfd.readouterr().err.count("trying again later") == 2
+    assert capfd.readouterr().err.count("retrying at the next checkpoint") == 2
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_a_bucket_that_is_not_there_ends_before_training(
+def test_a_missing_bucket_fails_before_training(
     small: Small, tokens: Path, tmp_path: Path, connected: dict[str, str]
 ) -> None:
     settings = small(checkpoints="s3://no-such/checkpoints")
@@ -117,7 +117,7 @@ def test_a_bucket_that_is_not_there_ends_before_training(
     assert not (tmp_path / "cut" / "model").exists()
 
 
-def test_a_disk_too_full_for_three_checkpoints_ends_the_run(
+def test_three_checkpoints_on_a_full_disk_end_the_run(
     small: Small,
     tokens: Path,
     tmp_path: Path,
@@ -128,6 +128,6 @@ def test_a_disk_too_full_for_three_checkpoints_ends_the_run(
     settings = small(checkpoints=str(full / "checkpoints"), max_steps=40, epochs=99.0)
     with pytest.raises(UserError, match="step-000000009 failed: no space is left there"):
         train(settings, tokens=tokens, **outputs(tmp_path / "cut"))
-    assert "trying again later" in capfd.readouterr().err
+    assert "retrying at the next checkpoint" in capfd.readouterr().err
     assert not (tmp_path / "cut" / "model").exists()
     assert not list((full / "checkpoints").glob("*/step-*"))

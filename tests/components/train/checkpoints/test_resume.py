@@ -1,4 +1,4 @@
-"""A run that is cut is the run that was not: the same weights, to the bit, or a clear refusal."""
+"""An interrupted run ends with the same weights, bit for bit, or with a clear error."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,8 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.common.models.language_model import load_model
 from nudge.components.train import loop
 from nudge.components.train.checkpoints.checkpoint_store import _Folder, open_checkpoint_store
-from nudge.components.train.checkpoints.checkpoints import TrainingState, open_checkpoints
+from nudge.components.train.checkpoints.open_checkpoints import open_checkpoints
+from nudge.components.train.checkpoints.training_state import TrainingState
 from nudge.components.train.data import PackedSplit
 from nudge.components.train.loop import accumulate, validation_loss
 from nudge.components.train.network import Network
@@ -35,37 +36,37 @@ Small = Callable[..., TrainSettings]
 
 
 @pytest.fixture
-def cut_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Let the process meet its end after a step."""
-    kept = TrainingLog.metric
+def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Interrupt the process after a step; 0 stops interrupting."""
+    original = TrainingLog.metric
 
-    def cut(step: int) -> None:
+    def interrupt(step: int) -> None:
         def metric(self: TrainingLog, values: dict[str, float]) -> None:
             if values["step"] == step and "loss" in values:
                 raise KeyboardInterrupt
-            kept(self, values)
+            original(self, values)
 
-        monkeypatch.setattr(TrainingLog, "metric", metric if step else kept)
+        monkeypatch.setattr(TrainingLog, "metric", metric if step else original)
 
-    return cut
+    return interrupt
 
 
 @pytest.mark.parametrize("values", [{}, {"mode": "lora"}, {"precision": "bfloat16"}])
-def test_two_cuts_end_in_the_same_bits(
+def test_two_interruptions_give_the_same_bits(
     small: Small,
     tokens: Path,
     tmp_path: Path,
-    cut_at: Callable[[int], None],
+    interrupt_at: Callable[[int], None],
     values: dict[str, object],
 ) -> None:
     train(small(**values), tokens=tokens, **outputs(tmp_path / "whole"))
     settings = small(**values, checkpoints=str(tmp_path / "checkpoints"))
     for step in (5, 11):
-        cut_at(step)
+        interrupt_at(step)
         with pytest.raises(KeyboardInterrupt):
             train(settings, tokens=tokens, **outputs(tmp_path / "cut"))
         assert not (tmp_path / "cut" / "model").exists()
-    cut_at(0)
+    interrupt_at(0)
     train(settings, tokens=tokens, **outputs(tmp_path / "cut"))
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
@@ -73,37 +74,37 @@ def test_two_cuts_end_in_the_same_bits(
     assert lines(tmp_path / "cut", kind) == lines(tmp_path / "whole", kind)
 
 
-def test_dropout_draws_the_same_after_a_cut(
-    small: Small, tokens: Path, tmp_path: Path, cut_at: Callable[[int], None]
+def test_dropout_is_the_same_after_an_interruption(
+    small: Small, tokens: Path, tmp_path: Path, interrupt_at: Callable[[int], None]
 ) -> None:
     shape = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64}
     fresh = {"mode": "scratch", "model_config": {**shape, "resid_pdrop": 0.3}}
     train(small(**fresh), tokens=tokens, **outputs(tmp_path / "whole"))
     settings = small(**fresh, checkpoints=str(tmp_path / "checkpoints"))
-    cut_at(8)
+    interrupt_at(8)
     with pytest.raises(KeyboardInterrupt):
         train(settings, tokens=tokens, **outputs(tmp_path / "cut"))
-    cut_at(0)
+    interrupt_at(0)
     train(settings, tokens=tokens, **outputs(tmp_path / "cut"))
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
 @pytest.fixture
 def half(
-    small: Small, tokens: Path, tmp_path: Path, cut_at: Callable[[int], None]
+    small: Small, tokens: Path, tmp_path: Path, interrupt_at: Callable[[int], None]
 ) -> tuple[TrainSettings, Path]:
-    """A run that was cut after step 10, with checkpoints of steps 6 and 9."""
+    """A run that was interrupted after step 10, with checkpoints of steps 6 and 9."""
     settings = small(checkpoints=str(tmp_path / "checkpoints"))
-    cut_at(10)
+    interrupt_at(10)
     with pytest.raises(KeyboardInterrupt):
         train(settings, tokens=tokens, **outputs(tmp_path / "cut"))
-    cut_at(0)
+    interrupt_at(0)
     (folder,) = (tmp_path / "checkpoints").iterdir()
     assert sorted(path.name for path in folder.iterdir()) == ["step-000000006", "step-000000009"]
     return settings, folder
 
 
-def test_a_checkpoint_cut_short_is_never_trusted(
+def test_a_truncated_checkpoint_is_skipped(
     half: tuple[TrainSettings, Path],
     tokens: Path,
     tmp_path: Path,
@@ -117,28 +118,28 @@ def test_a_checkpoint_cut_short_is_never_trusted(
     assert len(lines(tmp_path / "a")) == 12
 
 
-def test_only_damaged_checkpoints_end_the_run(
+def test_the_run_fails_if_all_checkpoints_are_damaged(
     half: tuple[TrainSettings, Path], tokens: Path, tmp_path: Path
 ) -> None:
     settings, folder = half
     for shard in folder.glob("*/*.safetensors"):
         shard.write_bytes(bytes(len(shard.read_bytes())))
-    with pytest.raises(UserError, match="step-000000006 is damaged.*resume: never starts anew"):
+    with pytest.raises(UserError, match="step-000000006 is damaged.*resume: never to start over"):
         train(settings, tokens=tokens, **outputs(tmp_path / "a"))
     assert not (tmp_path / "a" / "model").exists()
 
 
-def test_a_checkpoint_of_another_run_is_refused_with_what_differs(
+def test_a_checkpoint_from_another_run_is_rejected_with_the_differences(
     half: tuple[TrainSettings, Path], small: Small, tokens: Path, tmp_path: Path
 ) -> None:
     resume = str(half[1] / "step-000000009")
     settings = small(checkpoints=str(tmp_path / "other"), resume=resume, learning_rate=1e-3)
-    differs = "train.learning_rate: 0.003 there, 0.001 here"
-    with pytest.raises(UserError, match=f"is of another run: {differs}; resume with"):
+    difference = "train.learning_rate: 0.003 there, 0.001 here"
+    with pytest.raises(UserError, match=f"is from another run: {difference}; resume with"):
         train(settings, tokens=tokens, **outputs(tmp_path / "a"))
 
 
-def test_a_checkpoint_that_is_named_is_resumed_from_and_stays(
+def test_a_named_checkpoint_is_resumed_from_and_kept(
     half: tuple[TrainSettings, Path], small: Small, tokens: Path, tmp_path: Path
 ) -> None:
     settings, folder = half
@@ -149,7 +150,7 @@ def test_a_checkpoint_that_is_named_is_resumed_from_and_stays(
     assert sorted(path.name for path in folder.iterdir()) == ["step-000000006", "step-000000009"]
 
 
-def test_a_checkpoint_is_resumed_from_without_a_place_for_others(
+def test_a_run_without_a_checkpoint_store_resumes_from_a_named_checkpoint(
     half: tuple[TrainSettings, Path],
     small: Small,
     tokens: Path,
@@ -157,25 +158,25 @@ def test_a_checkpoint_is_resumed_from_without_a_place_for_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trained = []
-    monkeypatch.setattr(loop, "accumulate", lambda *given: trained.append(0) or accumulate(*given))
+    monkeypatch.setattr(loop, "accumulate", lambda *args: trained.append(0) or accumulate(*args))
     resume = (half[1] / "step-000000009").as_uri()
     train(small(resume=resume), tokens=tokens, **outputs(tmp_path / "a"))
     assert len(trained) == 3
     assert (half[1] / "step-000000009").is_dir()
 
 
-@pytest.mark.parametrize("place", ["", "checkpoints"])
-def test_a_checkpoint_that_is_not_there_is_said(
-    half: tuple[TrainSettings, Path], small: Small, tokens: Path, tmp_path: Path, place: str
+@pytest.mark.parametrize("store", ["", "checkpoints"])
+def test_a_missing_checkpoint_is_an_error(
+    half: tuple[TrainSettings, Path], small: Small, tokens: Path, tmp_path: Path, store: str
 ) -> None:
     resume = f"{half[1]}/step-000000007"
-    settings = small(checkpoints=f"{tmp_path / place}" if place else "", resume=resume)
-    with pytest.raises(UserError, match="resume = '.*000007': there is no checkpoint; give"):
+    settings = small(checkpoints=f"{tmp_path / store}" if store else "", resume=resume)
+    with pytest.raises(UserError, match="resume = '.*000007': no checkpoint exists there; set it"):
         train(settings, tokens=tokens, **outputs(tmp_path / "a"))
     assert len(list(half[1].iterdir())) == 2
 
 
-def test_sigterm_writes_a_checkpoint_and_the_next_run_goes_on(
+def test_sigterm_writes_a_checkpoint_and_the_next_run_resumes(
     small: Small, tokens: Path, tmp_path: Path
 ) -> None:
     values = {"max_steps": 400, "epochs": 99.0, "validation_every": 0}
@@ -199,23 +200,23 @@ def test_sigterm_writes_a_checkpoint_and_the_next_run_goes_on(
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
-def test_a_finished_run_leaves_nothing_where_checkpoints_were(
+def test_a_finished_run_removes_its_checkpoints(
     small: Small, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = tmp_path / "checkpoints"
-    monkeypatch.setenv("NUDGE_CHECKPOINTS", str(place))
+    root = tmp_path / "checkpoints"
+    monkeypatch.setenv("NUDGE_CHECKPOINTS", str(root))
     train(small(), tokens=tokens, **outputs(tmp_path / "a"))
-    assert list(place.iterdir()) == []
+    assert list(root.iterdir()) == []
 
 
 def test_the_best_weights_are_kept_and_training_ends_early(
     small: Small, tokens: Path, tmp_path: Path
 ) -> None:
     values = {"learning_rate": 0.05, "validation_every": 1, "early_stopping": 3, "max_steps": 60}
-    found = train(small(**values), tokens=tokens, **outputs(tmp_path / "a"))
-    held_out = lines(tmp_path / "a", "validation_loss")
-    best = min(held_out[1:])
-    assert held_out.index(best) + 3 == found["steps"] < 60
+    results = train(small(**values), tokens=tokens, **outputs(tmp_path / "a"))
+    losses = lines(tmp_path / "a", "validation_loss")
+    best = min(losses[1:])
+    assert losses.index(best) + 3 == results["steps"] < 60
     split = PackedSplit(tokens, "validation", 16, seed=1)
     settings = small(**values)
     kept = Network(load_model(tmp_path / "a" / "model"), settings)
@@ -223,12 +224,12 @@ def test_the_best_weights_are_kept_and_training_ends_early(
     assert selected_on(tmp_path / "a") == split.documents_of(settings.validation_sequences) != []
 
 
-def test_what_chose_the_weights_is_told_where_there_was_a_choice(
+def test_selected_on_lists_documents_only_if_there_was_a_choice(
     small: Small, tokens: Path, tmp_path: Path
 ) -> None:
     for name, values, chosen in (
         ("last", {"validation_every": 4}, False),
-        ("once", {"validation_every": 50, "keep": "best"}, False),  # at the end alone
+        ("once", {"validation_every": 50, "keep": "best"}, False),  # only at the end
         ("best", {"validation_every": 4, "keep": "best", "validation_sequences": 1}, True),
     ):
         train(small(**values), tokens=tokens, **outputs(tmp_path / name))
@@ -245,13 +246,13 @@ def selected_on(folder: Path) -> list[int]:
 
 @pytest.fixture
 def validations(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
-    """Validation losses by step, to be filled in; each is what is written down for its step."""
-    given: dict[int, float] = {}
+    """Validation losses by step, for the test to fill in; each replaces the loss of its step."""
+    losses: dict[int, float] = {}
     validated = TrainingState.validated
     monkeypatch.setattr(
-        TrainingState, "validated", lambda self, loss: validated(self, given.get(self.step, loss))
+        TrainingState, "validated", lambda self, loss: validated(self, losses.get(self.step, loss))
     )
-    return given
+    return losses
 
 
 def training_of(folder: Path) -> dict[str, Any]:
@@ -262,7 +263,7 @@ def weights_of(folder: Path) -> int:
     return int(training_of(folder)["weights_of_step"])
 
 
-def test_the_best_whose_checkpoint_failed_is_not_the_best(
+def test_a_validation_whose_checkpoint_failed_is_not_the_best(
     small: Small,
     tokens: Path,
     tmp_path: Path,
@@ -270,13 +271,13 @@ def test_the_best_whose_checkpoint_failed_is_not_the_best(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """That of step 4 meets a disk that is full for a moment; step 2 is the best that is there."""
+    """The disk is full during the checkpoint of step 4, so step 2 is the best with a checkpoint."""
     publish = _Folder.publish
 
-    def full(self: _Folder, name: str, *given: Any) -> None:
+    def full(self: _Folder, name: str, *args: Any) -> None:
         if name.endswith("4"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        publish(self, name, *given)
+        publish(self, name, *args)
 
     monkeypatch.setattr(_Folder, "publish", full)
     validations |= {2: 2.0, 4: 1.0, 6: 3.0, 8: 4.0, 10: 5.0, 12: 6.0}
@@ -291,15 +292,15 @@ def test_the_best_whose_checkpoint_failed_is_not_the_best(
     assert weights(tmp_path / "again") == weights(tmp_path / "a")
 
 
-def test_a_last_checkpoint_that_fails_costs_no_model(
+def test_a_failed_last_checkpoint_does_not_cost_the_model(
     small: Small, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish = _Folder.publish
 
-    def full(self: _Folder, name: str, *given: Any) -> None:
+    def full(self: _Folder, name: str, *args: Any) -> None:
         if name.endswith("9"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        publish(self, name, *given)
+        publish(self, name, *args)
 
     monkeypatch.setattr(_Folder, "publish", full)
     settings = small(checkpoints=str(tmp_path / "checkpoints"))
@@ -307,22 +308,22 @@ def test_a_last_checkpoint_that_fails_costs_no_model(
     assert weights_of(tmp_path / "a") == 12
 
 
-def test_a_best_that_has_no_checkpoint_is_looked_for_anew(
+def test_the_search_restarts_if_the_best_has_no_checkpoint(
     half: tuple[TrainSettings, Path],
     tokens: Path,
     tmp_path: Path,
     validations: dict[int, float],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """The run kept the last ones until it was cut; the best validation was that of step 8."""
+    """The interrupted run kept only its last checkpoints; its best validation was at step 8."""
     settings = dataclasses.replace(half[0], keep="best", validation_every=1)
     validations |= {10: 8.0, 11: 7.0, 12: 9.0}
     train(settings, tokens=tokens, **outputs(tmp_path / "a"))
-    assert "of step 8, has no checkpoint: the best is looked" in capfd.readouterr().err
+    assert "of step 8, has no checkpoint: the search restarts" in capfd.readouterr().err
     assert weights_of(tmp_path / "a") == 11
 
 
-def test_a_validation_that_is_no_number_is_never_the_best(
+def test_a_nan_validation_loss_is_never_the_best(
     small: Small, tokens: Path, tmp_path: Path, validations: dict[int, float]
 ) -> None:
     validations |= {4: 2.0, 8: 3.0, 12: math.nan}
@@ -333,18 +334,18 @@ def test_a_validation_that_is_no_number_is_never_the_best(
     assert state.validated(3.0)
 
 
-def test_a_second_run_of_the_same_waits_for_the_first(
-    small: Small, tokens: Path, tmp_path: Path, cut_at: Callable[[int], None]
+def test_a_second_run_with_the_same_identity_waits_for_the_first(
+    small: Small, tokens: Path, tmp_path: Path, interrupt_at: Callable[[int], None]
 ) -> None:
     settings = small(checkpoints=str(tmp_path / "checkpoints"))
-    cut_at(10)
+    interrupt_at(10)
     with pytest.raises(KeyboardInterrupt):
         train(settings, tokens=tokens, **outputs(tmp_path / "a"))
-    cut_at(0)
+    interrupt_at(0)
     (folder,) = (tmp_path / "checkpoints").iterdir()
     kept = ["step-000000006", "step-000000009"]
     first, seen = contextlib.ExitStack(), []
-    assert first.enter_context(open_checkpoint_store(str(folder)).held())
+    assert first.enter_context(open_checkpoint_store(str(folder)).lock())
 
     def end() -> None:
         seen.append(sorted(path.name for path in folder.glob("step-*")))
@@ -357,52 +358,54 @@ def test_a_second_run_of_the_same_waits_for_the_first(
     assert seen == [kept]
 
 
-def test_with_ranks_that_would_not_wait_it_ends_at_once(small: Small, tmp_path: Path) -> None:
+def test_a_second_run_with_two_ranks_fails_at_once(small: Small, tmp_path: Path) -> None:
     settings = small(checkpoints=str(tmp_path))
     two = SimpleNamespace(world=2, main=True, sum=lambda *values: values)
     with open_checkpoints(settings, {}, Ranks()):
         (folder,) = tmp_path.iterdir()
         with (
-            pytest.raises(UserError, match="another run of the same .* is at work: wait for its"),
+            pytest.raises(
+                UserError, match="another run with the same .* is active .*: wait until it"
+            ),
             open_checkpoints(settings, {}, two),  # type: ignore[arg-type]
         ):
             pass
         assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
-def test_checkpoints_of_runs_that_were_given_up_go(
+def test_checkpoints_of_abandoned_runs_are_removed(
     small: Small,
     tokens: Path,
     tmp_path: Path,
-    cut_at: Callable[[int], None],
+    interrupt_at: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Not those of yesterday, nor of a run that is at work, nor anything else that lies there."""
-    place = tmp_path / "checkpoints"
-    monkeypatch.setenv("NUDGE_CHECKPOINTS", str(place))
+    """Recent ones, those of an active run and unrelated files stay."""
+    root = tmp_path / "checkpoints"
+    monkeypatch.setenv("NUDGE_CHECKPOINTS", str(root))
     made: list[Path] = []
-    cut_at(5)
+    interrupt_at(5)
     for seed in (2, 3, 4):
         with pytest.raises(KeyboardInterrupt):
             train(small(seed=seed), tokens=tokens, **outputs(tmp_path / "cut"))
-        made += set(place.iterdir()) - set(made)
-    cut_at(0)
-    (place / "mine").mkdir()
-    held, old, young = made
+        made += set(root.iterdir()) - set(made)
+    interrupt_at(0)
+    (root / "mine").mkdir()
+    active, old, recent = made
     long_ago = time.time() - 15 * 24 * 3600
-    for path in (*held.iterdir(), held, *old.iterdir(), old, place / "mine"):
+    for path in (*active.iterdir(), active, *old.iterdir(), old, root / "mine"):
         os.utime(path, (long_ago, long_ago))
-    with open_checkpoint_store(str(held)).held():
-        os.utime(held, (long_ago, long_ago))
-        os.utime(held / ".lock", (long_ago, long_ago))
+    with open_checkpoint_store(str(active)).lock():
+        os.utime(active, (long_ago, long_ago))
+        os.utime(active / ".lock", (long_ago, long_ago))
         train(small(), tokens=tokens, **outputs(tmp_path / "a"))
-    assert set(place.iterdir()) == {held, young, place / "mine"}
-    assert list(held.iterdir())
+    assert set(root.iterdir()) == {active, recent, root / "mine"}
+    assert list(active.iterdir())
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1500)
-def test_fifty_kills_end_in_the_same_bits(small: Small, tokens: Path, tmp_path: Path) -> None:
+def test_fifty_kills_give_the_same_bits(small: Small, tokens: Path, tmp_path: Path) -> None:
     import random
 
     draw = random.Random(7)
@@ -417,7 +420,7 @@ def test_fifty_kills_end_in_the_same_bits(small: Small, tokens: Path, tmp_path: 
         ) as started:
             before = set((tmp_path / "checkpoints").glob("*/step-*"))
             while not set((tmp_path / "checkpoints").glob("*/step-*")) - before:
-                assert started.poll() is None, "it ended before it could be killed 50 times"
+                assert started.poll() is None, "the run ended before it could be killed 50 times"
                 time.sleep(0.005)
             time.sleep(draw.random() * 0.1)
             started.kill()

@@ -1,0 +1,111 @@
+"""The work of one rank: load, train, write."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from nudge.components.common.artifacts.tokens import read_tokens_manifest, verified_tokenizer
+from nudge.components.common.core.progress import progress
+from nudge.components.common.core.publish import published, write_atomic, write_manifest
+from nudge.components.common.models import language_model
+from nudge.components.common.models.base_model import model_sha256
+from nudge.components.common.models.end_of_document import document_start_id
+from nudge.components.train import network as networks
+from nudge.components.train.adapt import adapt
+from nudge.components.train.checkpoints.open_checkpoints import open_checkpoints
+from nudge.components.train.checkpoints.training_state import TrainingState, identity
+from nudge.components.train.data import PackedSplit
+from nudge.components.train.loop import make_optimizer, planned_steps, train_loop
+from nudge.components.train.model import Start, check_length, check_tokenizer, check_vocabulary
+from nudge.components.train.ranks import Ranks
+from nudge.components.train.record import NoBar, NoTrainingLog, open_record
+from nudge.components.train.report import render_report
+from nudge.components.train.result import facts_of, write_model
+from nudge.components.train.settings import TrainSettings
+from nudge.components.train.torchrun import threads_each
+
+FORMAT, VERSION = "nudge.model", 1
+
+
+def train_one_rank(
+    settings: TrainSettings, ranks: Ranks, tokens: Path, model: Path, history: Path, report: Path
+) -> None:
+    """Train as one of ``ranks``; the main rank writes the outputs. See `train`."""
+    manifest = read_tokens_manifest(tokens)
+    check_tokenizer(manifest, settings)
+    precision = networks.precision_on(ranks.device, settings.precision)
+    settings = dataclasses.replace(settings, precision=precision)
+    language_model.set_up_torch(threads_each(ranks.local_world, settings), settings.seed)
+    tokenizer = language_model.load_tokenizer(verified_tokenizer(tokens))
+    length, seed, begins = settings.sequence_length, settings.seed, document_start_id(tokenizer)
+    training = PackedSplit(tokens, "train", length, seed, settings.prefix_share, begins)
+    validation = PackedSplit(tokens, "validation", length, seed, start=begins)
+    steps = planned_steps(settings, training.rows)
+    # Checkpoints close last: a run that succeeds removes them only once its model is published.
+    with contextlib.ExitStack() as outer, contextlib.ExitStack() as stack:
+        bar: Any = NoBar()
+        model_part = history_part = Path()
+        if ranks.main:
+            bar = stack.enter_context(progress("train", total=steps, unit="steps"))
+            model_part = stack.enter_context(published(model))
+            history_part = stack.enter_context(published(history))
+        bar.note(stage="loading the base model")
+        start = Start(settings, tokenizer, manifest["vocab_size"])
+        network = _load_network(start, settings, ranks, manifest["vocab_size"])
+        optimizer = make_optimizer(network.model, settings)
+        facts = facts_of(settings, manifest, start, network)
+        facts["tokens"] = {"train": training.tokens, "validation": validation.tokens}
+        record: Any = NoTrainingLog()
+        if ranks.main:
+            plain = dataclasses.asdict(settings)
+            record = stack.enter_context(open_record(history_part, model.name, plain, steps))
+        run = identity(settings, training, manifest["tokenizer_sha256"], start.sha256, steps)
+        checkpoints = outer.enter_context(
+            open_checkpoints(settings, run, ranks, lambda stage: bar.note(stage=stage))
+        )
+        bar.note(stage="training")
+        state = train_loop(
+            network, optimizer, tokenizer, training, validation, settings, steps, record,
+            checkpoints, bar,
+        )  # fmt: skip
+        facts["selected_on"] = []
+        if settings.keeps_best:
+            checkpoints.restore_best(network, optimizer, state)
+            if state.step > settings.validation_every:  # a single validation selects nothing
+                facts["selected_on"] = validation.documents_of(settings.validation_sequences)
+        bar.note(stage="writing the model")
+        weights = network.full_state()
+        facts["training"] |= _training_facts(state, settings, ranks)
+        if ranks.main:
+            write_model(model_part, start, weights, settings, tokenizer, facts)
+            facts["weights_sha256"] = model_sha256(model_part)
+            write_manifest(model_part / "nudge.json", FORMAT, VERSION, facts)
+            write_atomic(report, render_report(facts, record.lines))
+
+
+def _load_network(
+    start: Start, settings: TrainSettings, ranks: Ranks, vocabulary: int
+) -> networks.Network:
+    """The initial model on these ranks, checked against the tokens and the settings."""
+    base = start.model(settings.seed)
+    check_vocabulary(base, vocabulary, settings)
+    language_model.check_loss(base)
+    check_length(base, settings)
+    adapted = adapt(base, settings, sharded=ranks.world > 1)
+    network = networks.Network(adapted, settings, ranks)
+    networks.check_document_masking(network, vocabulary)
+    return network
+
+
+def _training_facts(state: TrainingState, settings: TrainSettings, ranks: Ranks) -> dict[str, Any]:
+    """What is known only after training."""
+    return {
+        "steps": state.step,
+        "tokens": state.tokens,
+        "seconds": state.seconds,
+        "tokens_per_s": state.tokens / state.seconds,
+        "ranks": ranks.world,
+        "best_validation_loss": state.best_loss,
+        "weights_of_step": (state.best_step if settings.keeps_best else None) or state.step,
+    }
