@@ -5,12 +5,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.core.publish import published, write_atomic, write_manifest
+from nudge.components.common.core.publish import published, write_atomic
 from nudge.components.common.core.step import step
 from nudge.components.common.models.base_model import model_sha256
 from nudge.components.train.settings import TrainSettings
 
-FORMAT, VERSION = "nudge.model", 1
 SPLITS = ("train", "validation")
 
 
@@ -64,6 +63,8 @@ def train_rank(
 def _train(
     settings: TrainSettings, ranks: Any, tokens: Path, model: Path, history: Path, report: Path
 ) -> None:
+    from nudge.components.common.artifacts.model import ModelFacts, write_model_facts
+    from nudge.components.common.artifacts.schema import parse_artifact
     from nudge.components.common.artifacts.tokens import read_tokens_manifest, verified_tokenizer
     from nudge.components.common.core.progress import progress
     from nudge.components.common.models import language_model
@@ -104,13 +105,13 @@ def _train(
             model_part = stack.enter_context(published(model))
             history_part = stack.enter_context(published(history))
         bar.note(stage="loading the base model")
-        start = Start(settings, tokenizer, manifest["vocab_size"])
+        start = Start(settings, tokenizer, manifest.vocab_size)
         base = start.model(seed)
-        check_vocabulary(base, manifest["vocab_size"], settings)
+        check_vocabulary(base, manifest.vocab_size, settings)
         language_model.check_loss(base)
         check_length(base, settings)
         network = Network(adapt(base, settings, sharded=ranks.world > 1), settings, ranks)
-        check_document_masking(network, manifest["vocab_size"])
+        check_document_masking(network, manifest.vocab_size)
         optimizer = make_optimizer(network.model, settings)
         facts = facts_of(settings, manifest, start, network)
         facts["tokens"] = {name: part.tokens for name, part in zip(SPLITS, split, strict=True)}
@@ -118,7 +119,7 @@ def _train(
         if ranks.main:
             plain = dataclasses.asdict(settings)
             record = stack.enter_context(open_record(history_part, model.name, plain, steps))
-        same = identity(settings, split[0], manifest["tokenizer_sha256"], start.sha256, steps)
+        same = identity(settings, split[0], manifest.tokenizer_sha256, start.sha256, steps)
         checkpoints = kept.enter_context(
             open_checkpoints(settings, same, ranks, lambda stage: bar.note(stage=stage))
         )
@@ -146,5 +147,5 @@ def _train(
         if ranks.main:
             write_model(model_part, start, weights, settings, tokenizer, facts)
             facts["weights_sha256"] = model_sha256(model_part)
-            write_manifest(model_part / "nudge.json", FORMAT, VERSION, facts)
+            write_model_facts(model_part, parse_artifact(facts, ModelFacts, "the model's facts"))
             write_atomic(report, render_report(facts, record.lines))

@@ -1,4 +1,4 @@
-"""The step by itself: what it leaves, and that its figures can be worked out again from that."""
+"""The step by itself: its outputs, and that its metrics can be recomputed from them."""
 
 import dataclasses
 import json
@@ -15,14 +15,14 @@ import scipy.stats
 import torch
 
 from nudge.components.common.artifacts.corpus import Document, read_corpus, write_corpus
+from nudge.components.common.artifacts.evaluation import Incumbent, read_evaluation
+from nudge.components.common.artifacts.scores import read_scores
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import write_manifest
 from nudge.components.common.core.sample_size import MIN_DOCUMENTS
 from nudge.components.common.core.settings import parse
 from nudge.components.evaluate import incumbent
 from nudge.components.evaluate.evaluate import evaluate
-from nudge.components.evaluate.incumbent import Incumbent
-from nudge.components.evaluate.scores import read_scores
 from nudge.components.evaluate.settings import EvaluateSettings, Guard, Probe
 
 WORDS = ["the", "tower", "of", "Paris", "stands", "on", "a", "river", "and", "is", "old"]
@@ -68,6 +68,7 @@ class Place:
         paths = {key: self.folder / name for key, name in inputs.items()}
         outputs = {name: self.folder / name for name in OUTPUTS}
         evaluate(settings, **paths, **outputs)
+        read_evaluation(outputs["evaluation"])
         return dict(json.loads(outputs["evaluation"].read_text(encoding="utf-8")))
 
 
@@ -94,7 +95,7 @@ def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     facts = dict.fromkeys(("data_fingerprint", "tokenizer_sha256", "code_version"), "")
     body = {
         **facts,
-        "data_fingerprint": read_corpus(folder / "corpus")["fingerprint"],
+        "data_fingerprint": read_corpus(folder / "corpus").fingerprint,
         "base_model": {"uri": str(tiny_model), "sha256": ""},
         "seed": 1,
         "settings": {},
@@ -186,7 +187,7 @@ def test_scores_that_were_changed_are_refused(place: Place) -> None:
     with pytest.raises(UserError, match="is damaged: sha256"):
         read_scores(path, sha256)
     path.write_text("no table")
-    with pytest.raises(UserError, match="is no nudge.scores file"):
+    with pytest.raises(UserError, match="is not a nudge.scores file"):
         read_scores(path)
 
 
@@ -228,9 +229,9 @@ def test_a_guard_set_is_scored_and_stops(place: Place, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("one.txt", b"a single text", "holds 1 documents with text; fewer than 16 cannot show"),
+        ("one.txt", b"a single text", "has 1 documents with text; fewer than 16 cannot show"),
         ("bad.jsonl", b'{"text": 1}\n', "bad.jsonl, row 1 of .* cannot be read: no_text"),
-        ("bad.jsonl", b"{", r"cannot be read: bad_record \(line 1\); give UTF-8 text, JSON lines"),
+        ("bad.jsonl", b"{", r"cannot be read: bad_record \(line 1\); use UTF-8 text, JSON lines"),
         ("bad.txt", b"\xff\xfe", "cannot be read"),
         ("bad.jsonl.gz", b"no gzip", "cannot be read"),
     ],
@@ -244,9 +245,9 @@ def test_guards_that_cannot_be_read(
 
 
 def test_guards_from_nowhere_and_of_one_name(place: Place, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds 0 documents"):
+    with pytest.raises(UserError, match="has 0 documents"):
         place.run(guards=[Guard(name="code", uri=str(tmp_path / "nothing" / "*.py"))])
-    with pytest.raises(UserError, match="ftp://x is no place that guards are read from"):
+    with pytest.raises(UserError, match="cannot read ftp://x"):
         place.run(guards=[Guard(name="code", uri="ftp://x")])
     with pytest.raises(ValueError, match="two guards are named code"):
         place.run(guards=[Guard(name="code", uri="a"), Guard(name="code", uri="b")])
@@ -259,10 +260,10 @@ def test_too_few_held_out_documents_promote_nothing(place: Place) -> None:
     verdict = result["verdict"]
     assert verdict["difference_bits_per_byte"] < 0
     assert (verdict["promote"], verdict["interval"]) == (False, None)
-    assert "15 held-out documents were scored, and of fewer than 16 it cannot" in verdict["reason"]
+    assert "only 15 held-out documents were scored, and with fewer than 16" in verdict["reason"]
     assert "a larger ingest.validation_share" in verdict["reason"]
     page = (place.folder / "report").read_text()
-    assert "No interval could be worked out" in page
+    assert "These held-out documents give no interval" in page
     assert "% interval" not in page
     make_corpus(place.folder / "enough", sentences(1, 3), sentences(2, MIN_DOCUMENTS))
     assert place.run(corpus="enough")["verdict"]["promote"]
@@ -298,8 +299,11 @@ def test_with_too_few_other_documents_a_gain_is_said_to_be_chosen(place: Place) 
     assert result["metrics"]["candidate"]["documents"] == HELD_OUT
     assert result["selection"] == {"documents": 5, "scored": True}
     assert result["verdict"]["promote"]
-    assert result["verdict"]["reason"].endswith("so part of the gain is chosen")
-    assert "part of the gain is chosen, and equal models" in (place.folder / "report").read_text()
+    assert result["verdict"]["reason"].endswith("so part of the gain comes from that choice")
+    assert (
+        "part of the gain comes from that choice, and equal models"
+        in (place.folder / "report").read_text()
+    )
 
 
 def scores_of(place: Place) -> list[dict[str, Any]]:
@@ -323,7 +327,7 @@ def test_a_candidate_that_is_no_number_is_not_promoted(place: Place) -> None:
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     result = place.run("broken", prompts=["the tower"])
     assert not result["verdict"]["promote"]
-    assert f"the loss of {HELD_OUT} documents of held-out is no" in result["verdict"]["reason"]
+    assert f"the loss of {HELD_OUT} documents of held-out is not a" in result["verdict"]["reason"]
     assert result["metrics"]["candidate"]["bits_per_byte"] is None
     assert "NaN" not in (place.folder / "evaluation").read_text()
     assert "not available" in (place.folder / "report").read_text()

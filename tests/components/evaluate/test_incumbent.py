@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from nudge.components.common.artifacts.evaluation import Incumbent
 from nudge.components.common.clients import storage
 from nudge.components.common.clients.registry import connection
 from nudge.components.common.clients.registry.connection import with_registry
 from nudge.components.common.clients.registry.releases import Served, find_version, note_served
 from nudge.components.common.core.publish import sha256_file, write_manifest
 from nudge.components.evaluate import incumbent
-from nudge.components.evaluate.incumbent import Incumbent, bring, find_incumbent
+from nudge.components.evaluate.incumbent import bring, find_incumbent
 from tests.faulty_proxy import FAULTS, Fault, FaultyProxy
 from tests.local_registry import running_registry
 from tests.web_server import Server
@@ -167,7 +168,7 @@ def test_weights_that_were_changed_are_refused(tiny_model: Path, tmp_path: Path)
         found, folder = bring(served)
         assert (found.state, folder) == ("unknown", None)
         assert "model.safetensors has the sha256" in found.why
-        assert "was changed since it was uploaded" in found.why
+        assert "was changed after the upload" in found.why
         (remote / "model.safetensors").unlink()
         assert "model.safetensors is missing" in bring(served)[0].why
     local = Incumbent("found", version="v1", uri=str(tiny_model), sha256="of-another")

@@ -54,11 +54,11 @@ def test_every_token_is_scored_once() -> None:
 
 def test_figures_are_ratios_of_sums_not_means_of_documents() -> None:
     figures = summarize([Score(10.0, 4, 20, 2), Score(2.0, 8, 20, 4)])
-    assert figures["nats_per_token"] == pytest.approx(1.0)
-    assert figures["token_perplexity"] == pytest.approx(math.e)
-    assert figures["bits_per_byte"] == pytest.approx(12 / 40 / math.log(2))
-    assert figures["word_perplexity"] == pytest.approx(math.exp(2.0))
-    assert (figures["tokens"], figures["bytes"], figures["documents"]) == (12, 40, 2)
+    assert figures.nats_per_token == pytest.approx(1.0)
+    assert figures.token_perplexity == pytest.approx(math.e)
+    assert figures.bits_per_byte == pytest.approx(12 / 40 / math.log(2))
+    assert figures.word_perplexity == pytest.approx(math.exp(2.0))
+    assert (figures.tokens, figures.bytes, figures.documents) == (12, 40, 2)
 
 
 def test_scores_equal_plain_transformers(tiny_model: Path) -> None:
@@ -151,9 +151,9 @@ def test_the_literal_windows_of_a_document(
 def test_a_perplexity_that_no_float_holds_is_infinite() -> None:
     """Thai has no spaces: a document is one word, here of 900 nats."""
     figures = summarize([Score(900.0, 300, 1200, 1)])
-    assert figures["word_perplexity"] == math.inf
-    assert figures["token_perplexity"] == pytest.approx(math.exp(3.0))
-    assert figures["bits_per_byte"] == pytest.approx(900 / 1200 / math.log(2))
+    assert figures.word_perplexity == math.inf
+    assert figures.token_perplexity == pytest.approx(math.exp(3.0))
+    assert figures.bits_per_byte == pytest.approx(900 / 1200 / math.log(2))
 
 
 def test_nothing_to_score_is_said() -> None:

@@ -148,7 +148,7 @@ def test_what_an_outage_left_is_finished_by_the_command_that_was_told(
     monkeypatch.setenv("NUDGE_REGISTRY_URL", "http://127.0.0.1:9")
     other = CliRunner().invoke(main, command[1:3])
     assert other.exit_code == 2
-    assert "meant to register" in other.output
+    assert "the run used the registry" in other.output
     monkeypatch.setenv("NUDGE_HOME", str(home.parent / "elsewhere"))
     done = CliRunner().invoke(main, command[1:], catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -160,11 +160,11 @@ def test_what_an_outage_left_is_finished_by_the_command_that_was_told(
 
     again = CliRunner().invoke(main, command[1:])
     assert again.exit_code == 2
-    assert "no registration to finish" in again.output
+    assert "no registration is pending" in again.output
     assert versions(environment, "later") == {"v1": False}
     none = CliRunner().invoke(main, ["register", f"{uri}0"])
     assert none.exit_code == 2
-    assert "holds no complete version" in none.output
+    assert "is not a complete version" in none.output
 
 
 @pytest.mark.long
@@ -215,14 +215,14 @@ def test_an_evaluation_of_an_older_release_or_of_other_weights_is_refused(
     facts = json.loads((model / "nudge.json").read_text()) | {"weights_sha256": "f" * 64}
     (model / "nudge.json").write_text(json.dumps(facts))
     with pytest.raises(
-        UserError, match="weights with the sha256 [0-9a-f]{64}, and training wrote f{64}"
+        UserError, match="weights with the sha256 [0-9a-f]{64}, but training wrote f{64}"
     ):
         register(RegisterSettings(model_name="m"), evaluation=evaluation, **told)
 
     older = json.loads(evaluation.read_text())
     del older["models"], older["probes"]
     evaluation.write_text(json.dumps(older))
-    with pytest.raises(UserError, match="nothing of models, probes: an older nudge wrote it"):
+    with pytest.raises(UserError, match="has no models, probes: an older nudge wrote it"):
         register(RegisterSettings(model_name="m"), evaluation=evaluation, **told)
 
 

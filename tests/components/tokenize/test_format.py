@@ -80,9 +80,9 @@ def test_the_documents_come_back(tmp_path: Path) -> None:
         (12, struct.pack("<I", 4), "is cut short"),
         (24, struct.pack("<Q", 4), "is cut short"),
         (32, struct.pack("<Q", 90), "is cut short"),
-        (40 + 24, struct.pack("<q", 1), "its index of documents does not fit its 9 tokens"),
-        (40 + 24 + 8, struct.pack("<q", 7), "its index of documents does not fit its 9 tokens"),
-        (40 + 24 + 24, struct.pack("<q", 8), "its index of documents does not fit its 9 tokens"),
+        (40 + 24, struct.pack("<q", 1), "its document index does not match its 9 tokens"),
+        (40 + 24 + 8, struct.pack("<q", 7), "its document index does not match its 9 tokens"),
+        (40 + 24 + 24, struct.pack("<q", 8), "its document index does not match its 9 tokens"),
     ],
 )
 def test_a_wrong_header_or_index_is_refused(
@@ -122,7 +122,7 @@ def test_one_flipped_bit_is_refused(tmp_path: Path) -> None:
 def test_counts_other_than_the_manifest_s_are_refused(tmp_path: Path, key: str, value: int) -> None:
     artifact(tmp_path)
     describe(tmp_path, **{key: value})
-    with pytest.raises(UserError, match=f"{key}, its manifest says {value}"):
+    with pytest.raises(UserError, match=f"{key}, but its manifest says {value}"):
         TokenReader(tmp_path, "train")
 
 
@@ -154,4 +154,4 @@ def test_another_tokenizer_is_refused(run: Run, change: str) -> None:
         (tokens / "tokenizer" / "added_tokens.json").write_text('{"<new>": 5}')
     with pytest.raises(UserError, match="is not the tokenizer of these tokens"):
         verified_tokenizer(tokens)
-    assert read_tokens_manifest(tokens)["tokenizer_sha256"]
+    assert read_tokens_manifest(tokens).tokenizer_sha256

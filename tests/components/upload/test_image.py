@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from nudge.components.common.artifacts.model import BaseModel, ModelFacts, write_model_facts
 from nudge.components.common.clients import image_registry, modelcar
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.publish import write_manifest
 from nudge.components.common.models.base_model import download_model, model_sha256, verify_upload
 from nudge.components.upload import image
 from nudge.components.upload.settings import UploadSettings
@@ -124,7 +124,7 @@ def test_the_same_again_sends_nothing_and_another_is_refused(
     assert {method for method, *_ in proxy.requests} <= {"GET", "HEAD"}
 
     (folder / "more-1.safetensors").write_bytes(os.urandom(LARGE))
-    with pytest.raises(UserError, match="holds another model already; a version is never"):
+    with pytest.raises(UserError, match="already has another model; a version is never"):
         send(host, folder, "once")
     assert {method for method, *_ in proxy.requests} <= {"GET", "HEAD"}
     assert tag(registry, "once") == uri.rpartition("@")[2]
@@ -151,7 +151,7 @@ def test_of_two_writers_of_one_tag_the_second_is_refused(
     proxy.only = another
     host = proxy.url.removeprefix("http://")
     # It looked before the other one was there, and finds out by looking again.
-    with pytest.raises(UserError, match="holds another model already"):
+    with pytest.raises(UserError, match="already has another model"):
         send(host, folder, "race")
     assert tag(registry, "race") == first[0].rpartition("@")[2]
     check_image(registry, first[0], other, tmp_path / "back")
@@ -172,8 +172,16 @@ def test_a_file_that_changes_and_weights_of_another_training_are_refused(
         send(proxy.url.removeprefix("http://"), folder, "changing")
     assert tag(registry, "changing") == ""
 
-    facts = {"weights_sha256": model_sha256(folder)}
-    write_manifest(folder / "nudge.json", "nudge.model", 1, facts)
+    facts = ModelFacts(
+        base_model=BaseModel(uri="", sha256=""),
+        data_fingerprint="",
+        tokenizer_sha256="",
+        settings={},
+        seed=1,
+        code_version="",
+        weights_sha256=model_sha256(folder),
+    )
+    write_model_facts(folder, facts)
     send(registry.host, folder, "trained")
     changed.write_bytes(os.urandom(LARGE))
     with pytest.raises(UserError, match="training wrote [0-9a-f]{64}: they were changed since"):
