@@ -177,11 +177,11 @@ def test_bytes_that_the_store_spoilt_are_found_by_reading_back(
 
     proxy.only = spoil
     settings = UploadSettings(model_name="sent", read_back=True)
-    with pytest.raises(UserError, match="more.safetensors does not come back as it was sent"):
+    with pytest.raises(UserError, match="more.safetensors differs from the file that was sent"):
         upload(settings, model=folder, version="spoilt")
     assert "manifest.json" not in keys(direct, "spoilt")
     proxy.only = lambda method, path: False
-    with pytest.raises(UserError, match="more.safetensors holds other bytes"):
+    with pytest.raises(UserError, match="more.safetensors has other content"):
         upload(settings, model=folder, version="spoilt")
     upload(settings, model=folder, version="sound")
     check_whole(direct, folder, "sound", folder.parent / "back")
@@ -217,7 +217,7 @@ def test_of_two_writers_at_once_one_wins(
         assert len(winners) == 2
     else:
         (lost,) = [str(error) for error in ends.values() if error]
-        assert "holds other bytes" in lost or "holds another model already" in lost
+        assert "has other content" in lost or "already has another model" in lost
     check_whole(direct, winner, version, tmp_path / "back")
 
 
@@ -225,10 +225,10 @@ def test_a_version_is_never_overwritten(direct: Any, folder: Path, tmp_path: Pat
     upload(SETTINGS, model=folder, version="once")
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     (other / "more.safetensors").write_bytes(os.urandom(SIZE))
-    with pytest.raises(UserError, match="holds another model already"):
+    with pytest.raises(UserError, match="already has another model"):
         upload(SETTINGS, model=other, version="once")
     (folder / "additional.json").write_text("{}")
-    with pytest.raises(UserError, match="holds another model already"):
+    with pytest.raises(UserError, match="already has another model"):
         upload(SETTINGS, model=folder, version="once")
     (folder / "additional.json").unlink()
     check_whole(direct, folder, "once", tmp_path / "back")
