@@ -64,7 +64,7 @@ def plain(value: Any) -> dict[str, Any]:
     return body
 
 
-def json_schema(kind: type[Artifact]) -> dict[str, Any]:
+def json_schema(kind: type[Any]) -> dict[str, Any]:
     """The JSON Schema of a format's file."""
     schema = adapter(kind).json_schema()
     head = {"format": {"const": kind.FORMAT}, "version": {"const": kind.VERSION}}

@@ -23,7 +23,7 @@ QUESTIONS = [
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the task ``capitals``: of two continuations, the likelier is the answer."""
+    """A folder with the task ``capitals``: the likelier of two continuations is the answer."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     lines = [
         json.dumps({"question": question, "choices": choices, "answer": answer})
@@ -52,8 +52,8 @@ def settings(folder: Path | str, *tasks: Any) -> EvaluateSettings:
 
 
 @pytest.mark.long
-def test_a_task_of_ones_own_is_run_offline(tiny_model: Path, folder: Path) -> None:
-    """Its accuracy is that of plain transformers."""
+def test_our_own_task_runs_offline(tiny_model: Path, folder: Path) -> None:
+    """Its accuracy equals that of plain transformers."""
     from nudge.components.common.models.language_model import load_model, load_tokenizer
 
     check_tasks(settings(folder, "capitals", {"name": "capitals", "examples": 1}))
@@ -113,7 +113,7 @@ def test_without_the_harness_its_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         check_tasks(settings("", "arc_easy"))
 
 
-def test_a_task_folder_that_is_none(tmp_path: Path) -> None:
+def test_a_missing_task_folder_is_an_error(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra tasks is not installed")
     for place in (str(tmp_path / "none"), "s3://bucket/tasks"):
         with pytest.raises(UserError, match="not a folder on this machine"):
