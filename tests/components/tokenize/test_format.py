@@ -74,12 +74,12 @@ def test_the_documents_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "told"),
     [
-        (0, b"NUDGETOX", "no token shard of version 1"),
-        (8, struct.pack("<I", 2), "no token shard of version 1"),
-        (12, struct.pack("<I", 3), "no token shard of version 1"),
-        (12, struct.pack("<I", 4), "is cut short"),
-        (24, struct.pack("<Q", 4), "is cut short"),
-        (32, struct.pack("<Q", 90), "is cut short"),
+        (0, b"NUDGETOX", "not a token shard of version 1"),
+        (8, struct.pack("<I", 2), "not a token shard of version 1"),
+        (12, struct.pack("<I", 3), "not a token shard of version 1"),
+        (12, struct.pack("<I", 4), "is truncated"),
+        (24, struct.pack("<Q", 4), "is truncated"),
+        (32, struct.pack("<Q", 90), "is truncated"),
         (40 + 24, struct.pack("<q", 1), "its document index does not match its 9 tokens"),
         (40 + 24 + 8, struct.pack("<q", 7), "its document index does not match its 9 tokens"),
         (40 + 24 + 24, struct.pack("<q", 8), "its document index does not match its 9 tokens"),
@@ -105,7 +105,7 @@ def test_a_shard_cut_anywhere_is_refused(tmp_path: Path, kept: int) -> None:
     with pytest.raises(UserError, match=r"a.tokens is damaged: sha256"):
         TokenReader(tmp_path, "train")
     describe(tmp_path)
-    with pytest.raises(UserError, match="cut short|shorter than a header"):
+    with pytest.raises(UserError, match="truncated|shorter than a header"):
         TokenReader(tmp_path, "train")
 
 
