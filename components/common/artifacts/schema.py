@@ -8,7 +8,7 @@ is called (``Field(alias=...)``), and NaN and infinity, which JSON does not have
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
@@ -20,6 +20,9 @@ from nudge.components.common.core.publish import read_manifest, write_manifest
 T = TypeVar("T")
 Omitted = Annotated[T | None, pydantic.Field(exclude_if=lambda value: value is None)]
 """The type of a field that is left out of the JSON while it is None."""
+
+adapter: Callable[[Any], pydantic.TypeAdapter[Any]] = functools.cache(pydantic.TypeAdapter)
+"""Converts a dataclass from and to JSON values; one per class."""
 
 
 class Artifact(Protocol):
@@ -70,11 +73,6 @@ def json_schema(kind: type[Any]) -> dict[str, Any]:
     head = {"format": {"const": kind.FORMAT}, "version": {"const": kind.VERSION}}
     required = ["format", "version", *schema.get("required", [])]
     return {**schema, "properties": {**head, **schema["properties"]}, "required": required}
-
-
-@functools.cache
-def adapter(kind: type[Any]) -> pydantic.TypeAdapter[Any]:
-    return pydantic.TypeAdapter(kind)
 
 
 def _problem(error: Any) -> str:
