@@ -1,4 +1,4 @@
-"""Asking each model everything, one model in memory at a time."""
+"""Query each model for everything, with one model in memory at a time."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 
+from nudge.components.common.artifacts.scores import Score
 from nudge.components.common.core.progress import progress
 from nudge.components.common.models.language_model import (
     load_model,
@@ -16,7 +17,7 @@ from nudge.components.common.models.language_model import (
     speed_up_products,
 )
 from nudge.components.evaluate.completions import Completion, complete
-from nudge.components.evaluate.perplexity import Score, first_token_id, score
+from nudge.components.evaluate.perplexity import first_token_id, score
 from nudge.components.evaluate.probes import answer
 from nudge.components.evaluate.settings import EvaluateSettings
 from nudge.components.evaluate.tasks import Measured, run_tasks
@@ -24,10 +25,10 @@ from nudge.components.evaluate.tasks import Measured, run_tasks
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model said: scores by set of texts, probes, completions, tasks.
+    """The output of one model: scores by set of texts, probes, completions, tasks.
 
-    ``first`` is the token that stood before a document's first one, as text; None for nothing.
-    ``ran`` says on what it ran: device, precision, versions.
+    ``first`` is the token before a document's first one, as text; None for nothing. ``ran`` names
+    device, precision and library versions.
     """
 
     scores: dict[str, list[Score]]
@@ -44,7 +45,7 @@ def ask(
 ) -> dict[str, Answers]:
     """The answers of the models in ``folders``, by name, to the same ``texts`` by set.
 
-    On the first GPU if torch sees one, else on the CPU.
+    The models run on the first GPU if torch sees one, else on the CPU.
     """
     set_up_torch(settings.threads, settings.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

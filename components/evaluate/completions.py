@@ -1,4 +1,4 @@
-"""Greedy completions of a few prompts, and whether they are those of a working model."""
+"""Greedy completions of a few prompts, and whether a working model could have written them."""
 
 import collections
 from collections.abc import Sequence
@@ -7,21 +7,20 @@ from typing import Any
 
 import torch
 
-from nudge.components.evaluate.checks import Check
+from nudge.components.common.artifacts.evaluation import Check
 
-LEAST_TOKENS = 8
-"""A shorter completion, such as " Paris." and the end, is not looked at for repetition."""
-ONE_TOKEN = 0.8
-"""The share of a completion that one token alone may make up. A table or an indented program has
-less; a collapsed model ("the the the") has all."""
+MIN_TOKENS = 8
+"""A shorter completion, such as " Paris." and the end, is not checked for repetition."""
+MAX_SHARE = 0.8
+"""The largest share of a completion that a single token may make up. A table or an indented program
+is below it; the output of a collapsed model ("the the the") is all one token."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt's likeliest continuation: its text, its tokens' ids, and how it came about.
+    """A prompt's likeliest continuation: its text, the ids of its tokens, and two properties.
 
-    ``finite``: every logit that chose a token was a number; ``repeatable``: a second time gave the
-    same tokens.
+    ``finite``: every logit was finite; ``repeatable``: a second generation gave the same tokens.
     """
 
     prompt: str
@@ -37,42 +36,42 @@ def complete(
 ) -> list[Completion]:
     """Greedy completions of at most ``tokens`` tokens, without their prompts.
 
-    ``twice`` makes each one again, for ``repeatable``.
+    ``twice`` generates each one a second time, for ``repeatable``.
     """
     made = []
     for prompt in prompts:
         ids, finite = _generate(model, tokenizer, prompt, tokens)
-        again = _generate(model, tokenizer, prompt, tokens)[0] if twice else ids
+        second = _generate(model, tokenizer, prompt, tokens)[0] if twice else ids
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        made.append(Completion(prompt, text, ids, finite, again == ids))
+        made.append(Completion(prompt, text, ids, finite, second == ids))
     return made
 
 
 def completion_checks(completions: Sequence[Completion]) -> list[Check]:
-    """A check for each completion: not empty, not one token over and over, finite, repeatable."""
+    """One check per completion: not empty, not one repeated token, finite, repeatable."""
     return [
         Check(
             "completion",
             one.prompt,
-            not (wrong := _wrong(one)),
-            wrong or f"completed {one.prompt!r}",
+            not (fault := _fault(one)),
+            fault or f"completed {one.prompt!r}",
         )
         for one in completions
     ]
 
 
-def _wrong(one: Completion) -> str:
+def _fault(one: Completion) -> str:
     if not one.finite:
-        return f"completing {one.prompt!r} gave numbers that are not finite"
+        return f"completing {one.prompt!r} gave logits that are not finite"
     if not one.repeatable:
-        return f"completing {one.prompt!r} twice, greedily, gave two texts"
+        return f"completing {one.prompt!r} greedily twice gave different texts"
     if not one.text.strip():
         return f"the completion of {one.prompt!r} is empty"
     count = max(collections.Counter(one.tokens).values())
-    if len(one.tokens) >= LEAST_TOKENS and count > ONE_TOKEN * len(one.tokens):
+    if len(one.tokens) >= MIN_TOKENS and count > MAX_SHARE * len(one.tokens):
         return (
-            f"the completion of {one.prompt!r} is one token over and over, "
-            f"{count} of {len(one.tokens)} times: {one.text[:60]!r}"
+            f"the completion of {one.prompt!r} repeats one token in {count} of "
+            f"{len(one.tokens)} positions: {one.text[:60]!r}"
         )
     return ""
 

@@ -16,22 +16,22 @@ def evaluate(
     report: dsl.Output[dsl.HTML],
     scores: dsl.Output[dsl.Dataset],
 ) -> int:
-    """Score base, served version and candidate on held-out text and say whether to promote.
+    """Score base, served version and candidate on held-out text, and decide whether to promote.
 
     Args:
         recipe: The recipe, as YAML text or a URI.
-        base_model: The model to compare with; empty means as the recipe says.
-        model_name: The model whose served version is the incumbent; empty means as the recipe says.
-        corpus: What `ingest` made; its validation split is scored.
-        model: What `train` made.
-        history: What `train` wrote down on the way.
+        base_model: The model to compare with; empty means the one in the recipe.
+        model_name: The model whose served version is the incumbent; empty means the recipe's.
+        corpus: The output of `ingest`; its validation split is scored.
+        model: The model that `train` trained.
+        history: The training history that `train` wrote.
         evaluation: Metrics, probes and verdict, as JSON.
-        metrics: The figures that the dashboard shows.
-        report: One page: is it better, and can I trust that?
+        metrics: The metrics that the dashboard shows.
+        report: One HTML page: is the candidate better, and can that be trusted?
         scores: Every document's score under every model, as Parquet.
 
     Returns:
-        1 if the candidate is shown to be better and nothing guarded has moved, else 0.
+        1 if the candidate is shown to be better and every check passes, else 0.
     """
     import math
     from pathlib import Path

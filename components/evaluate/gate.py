@@ -1,21 +1,18 @@
 """The gate: is the candidate better, beyond what the choice of held-out documents explains, and
-does all else hold?"""
+does every check pass?"""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from nudge.components.common.artifacts.evaluation import Check, Comparison, Incumbent, Verdict
+from nudge.components.common.artifacts.scores import Score
 from nudge.components.common.core.sample_size import MIN_DOCUMENTS
-from nudge.components.evaluate.checks import Check
-from nudge.components.evaluate.incumbent import Incumbent
-from nudge.components.evaluate.perplexity import Score
 from nudge.components.evaluate.settings import EvaluateSettings
 
 CHUNK = 256
-"""Resamples drawn at a time, which bounds memory whatever the number of documents."""
+"""Resamples drawn at a time, which bounds memory for any number of documents."""
 
 
 def paired_bootstrap(
@@ -26,10 +23,11 @@ def paired_bootstrap(
     confidence: float,
     seed: int,
 ) -> tuple[float, tuple[float, float]]:
-    """Difference in bits per byte (candidate less base; below 0 is better) and its interval.
+    """Difference in bits per byte (candidate minus base; negative is better) and its interval.
 
-    Documents are drawn with replacement and both models scored on the same draw; the interval is
-    the percentile one (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
+    Documents are drawn with replacement, and both models are scored on the same draw. The interval
+    is the percentile one (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter
+    13).
     """
     pairs = zip(base, candidate, strict=True)
     gain = np.array([new.nats - old.nats for old, new in pairs]) / math.log(2)
@@ -47,23 +45,26 @@ def paired_bootstrap(
 
 def compare(
     scores: Mapping[str, Sequence[Score]], settings: EvaluateSettings
-) -> dict[str, dict[str, Any]]:
-    """The candidate's difference to each other model on one set of documents, by that model.
+) -> dict[str, Comparison]:
+    """The candidate's difference from each other model on one set of documents, by that model.
 
-    Of fewer than `FEWEST_DOCUMENTS` the interval is None: it would promise what it does not hold.
+    With fewer than `MIN_DOCUMENTS` documents the interval is None: its stated confidence would be
+    wrong.
     """
-    comparisons: dict[str, dict[str, Any]] = {}
+    comparisons = {}
     for name in scores:
         if name != "candidate":
-            gap, ends = paired_bootstrap(
+            difference, interval = paired_bootstrap(
                 scores[name],
                 scores["candidate"],
                 resamples=settings.resamples,
                 confidence=settings.confidence,
                 seed=settings.seed,
             )
-            told = list(ends) if len(scores[name]) >= MIN_DOCUMENTS else None
-            comparisons[name] = {"difference_bits_per_byte": gap, "interval": told}
+            comparisons[name] = Comparison(
+                difference_bits_per_byte=difference,
+                interval=interval if len(scores[name]) >= MIN_DOCUMENTS else None,
+            )
     return comparisons
 
 
@@ -74,61 +75,83 @@ def verdict(
     incumbent: Incumbent,
     same: bool = False,
     selected: bool = False,
-) -> dict[str, Any]:
-    """Promote only if the whole interval is better by the margin and every check is ok.
+) -> Verdict:
+    """Promote only if the entire interval is better by the margin and every check passes.
 
-    ``scores`` are those of base, candidate and, if one was found, incumbent. The candidate is held
-    against the incumbent if there is one, else against the base model; if it is not known whether
-    there is one, nothing is promoted; nor where documents are too few for an interval. ``same``:
-    the candidate is the incumbent, bit for bit. ``selected``: its checkpoint was chosen by
-    documents that are scored here, which is said beside a gain.
+    ``scores`` are those of base, candidate and, if one was found, incumbent. The candidate is
+    compared with the incumbent if there is one, else with the base model. Nothing is promoted if it
+    is unknown whether there is an incumbent, or if the documents are too few for an interval.
+    ``same``: the candidate is the incumbent, bit for bit. ``selected``: the scored documents
+    include those that chose the candidate's checkpoint, which the reason then says.
     """
     comparisons = compare(scores, settings)
     reference = "incumbent" if "incumbent" in comparisons else "base"
-    told = f"the version served now ({incumbent.version})" if incumbent.version else "the base"
-    difference: float = comparisons[reference]["difference_bits_per_byte"]
-    interval: list[float] | None = comparisons[reference]["interval"]
-    low, high = interval or (math.nan, math.nan)
+    decisive = comparisons[reference]
+    better = decisive.interval is not None and decisive.interval[1] < -settings.margin
     failed = [check for check in checks if not check.ok]
-    better = high < -settings.margin
-    chosen = selected * (
-        "; its checkpoint was chosen by held-out documents that are scored here too, so part of "
-        "the gain is chosen"
+    obstacle = _obstacle(scores, settings, incumbent, decisive, failed, same)
+    caveat = selected * (
+        "; the checkpoint was chosen by held-out documents that are also scored here, so part of "
+        "the gain comes from that choice"
     )
+    return Verdict(
+        promote=better and not failed and not same and incumbent.state != "unknown",
+        reason=obstacle or _gain(settings, incumbent, decisive, failed) + caveat,
+        reference=reference,
+        difference_bits_per_byte=decisive.difference_bits_per_byte,
+        interval=decisive.interval,
+        comparisons=comparisons,
+        confidence=settings.confidence,
+        margin=settings.margin,
+        checks=tuple(checks),
+    )
+
+
+def _obstacle(
+    scores: Mapping[str, Sequence[Score]],
+    settings: EvaluateSettings,
+    incumbent: Incumbent,
+    decisive: Comparison,
+    failed: Sequence[Check],
+    same: bool,
+) -> str:
+    """Why the candidate is not shown to be better; empty if it is."""
     if incumbent.state == "unknown":
-        reason = f"it is not known what is served now, so nothing can replace it: {incumbent.why}"
-    elif same:
-        reason = f"this is {told} again, bit for bit; there is nothing to promote"
-    elif any(check.kind == "loss" for check in failed):
-        reason = "; ".join(check.told for check in failed if check.kind == "loss")
-    elif interval is None:
-        reason = (
-            f"{len(scores['candidate'])} held-out documents were scored, and of fewer than "
-            f"{MIN_DOCUMENTS} it cannot be told whether a difference is chance: ingest more "
-            "text, or hold out a larger ingest.validation_share"
+        return f"it is unknown what is served now, so nothing can replace it: {incumbent.why}"
+    if same:
+        return f"this is {_reference(incumbent)}, bit for bit; there is nothing to promote"
+    if any(check.kind == "loss" for check in failed):
+        return "; ".join(check.message for check in failed if check.kind == "loss")
+    if decisive.interval is None:
+        return (
+            f"only {len(scores['candidate'])} held-out documents were scored, and with fewer than "
+            f"{MIN_DOCUMENTS} a difference cannot be told from chance: ingest more text, or hold "
+            "out a larger ingest.validation_share"
         )
-    elif not better:
-        reason = (
-            f"not shown to be better than {told}: the {settings.confidence:.0%} interval of the "
-            f"difference, {low:+.4f} to {high:+.4f} bits per byte, "
-            f"does not lie below {-settings.margin:+.4f}"
+    low, high = decisive.interval
+    if not high < -settings.margin:
+        return (
+            f"not shown to be better than {_reference(incumbent)}: the {settings.confidence:.0%} "
+            f"interval of the difference, {low:+.4f} to {high:+.4f} bits per byte, is not "
+            f"entirely below {-settings.margin:+.4f}"
         )
-    elif failed:
-        what = "; ".join(check.told for check in failed)
-        reason = f"better than {told} on held-out text, but {what}{chosen}"
-    else:
-        reason = (
-            f"better than {told} by {-difference:.4f} bits per byte on held-out text "
-            f"({settings.confidence:.0%} interval {-high:.4f} to {-low:.4f}){chosen}"
-        )
-    return {
-        "promote": better and not failed and not same and incumbent.state != "unknown",
-        "reason": reason,
-        "reference": reference,
-        "difference_bits_per_byte": difference,
-        "interval": interval,
-        "comparisons": comparisons,
-        "confidence": settings.confidence,
-        "margin": settings.margin,
-        "checks": [dataclasses.asdict(check) for check in checks],
-    }
+    return ""
+
+
+def _gain(
+    settings: EvaluateSettings, incumbent: Incumbent, decisive: Comparison, failed: Sequence[Check]
+) -> str:
+    """The gain of a candidate that is better, and the checks that failed."""
+    low, high = decisive.interval or (math.nan, math.nan)
+    if failed:
+        messages = "; ".join(check.message for check in failed)
+        return f"better than {_reference(incumbent)} on held-out text, but {messages}"
+    return (
+        f"better than {_reference(incumbent)} by {-(decisive.difference_bits_per_byte or 0.0):.4f} "
+        f"bits per byte on held-out text ({settings.confidence:.0%} interval {-high:.4f} to "
+        f"{-low:.4f})"
+    )
+
+
+def _reference(incumbent: Incumbent) -> str:
+    return f"the version served now ({incumbent.version})" if incumbent.version else "the base"

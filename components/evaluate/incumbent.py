@@ -1,36 +1,22 @@
-"""The version that users meet now: found, none, or not known; three different answers."""
+"""Find the version that users get now, which can be found, none or unknown."""
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
+from nudge.components.common.artifacts.evaluation import Incumbent
 from nudge.components.common.clients.tls import tls_context
 from nudge.components.common.core.errors import UserError
 
 TIMEOUT_S = 10.0
 ATTEMPTS = 4
-"""How often an endpoint is asked before it is called silent."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Incumbent:
-    """``why`` says, of an ``unknown`` one, what could not be asked."""
-
-    state: Literal["found", "none", "unknown"]
-    version: str = ""
-    uri: str = ""
-    sha256: str = ""
-    """Of its weights, as the registry has it from the run that made it; empty if it has none."""
-    why: str = ""
-    shares: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Percent of the traffic by version when this was asked."""
+"""Requests to an endpoint before it counts as not answering."""
 
 
 def find_incumbent(model_name: str, registry_url: str = "") -> Incumbent:
-    """Ask the registry what is served of a model, and the endpoint whether it answers.
+    """Ask the registry which version of a model is served, and check that its endpoint answers.
 
-    A registry or an endpoint that does not answer gives ``unknown``, never ``none``: what users
-    have might be better than any candidate.
+    If the registry or the endpoint does not answer, the state is ``unknown``, never ``none``: the
+    version that users have might be better than any candidate.
     """
     from nudge.components.common.clients.registry.connection import registry_url as known_url
     from nudge.components.common.clients.registry.connection import with_registry
@@ -49,13 +35,13 @@ def find_incumbent(model_name: str, registry_url: str = "") -> Incumbent:
             "unknown",
             version=served.main,
             why=f"{model_name} {served.main} should be served at {served.endpoint}, which does "
-            f"not answer ({silent}); bring it back "
-            f"(`nudge promote {served.main} --model {model_name}`)",
+            f"not answer ({silent}); restore it with "
+            f"`nudge promote {served.main} --model {model_name}`",
         )
     if version is None:
         return Incumbent("none")
     sha256 = str(version.properties.get("model_sha256", ""))
-    # Of a run that goes on after it was promoted: what it was compared with had all the traffic.
+    # A run that resumes after its promotion: the version it was compared with had all the traffic.
     shares = served.shares if version.name == served.main else {version.name: 100}
     return Incumbent(
         "found", version=version.name, uri=version.uri, sha256=sha256, shares=dict(shares)
@@ -63,10 +49,10 @@ def find_incumbent(model_name: str, registry_url: str = "") -> Incumbent:
 
 
 def bring(incumbent: Incumbent) -> tuple[Incumbent, Path | None]:
-    """The incumbent with its folder here; an ``unknown`` one with none if it cannot be had whole.
+    """The incumbent and its local folder; if it cannot be read completely, ``unknown`` and None.
 
-    A folder of an upload is held against the upload's manifest, and its weights against the hash in
-    the registry: what was changed since is not what users meet.
+    An uploaded folder is checked against its manifest, and its weights against the hash in the
+    registry, because a model that was changed since is not the one that users get.
     """
     from nudge.components.common.models.base_model import local_model, model_sha256
 
@@ -77,19 +63,19 @@ def bring(incumbent: Incumbent) -> tuple[Incumbent, Path | None]:
         actual = model_sha256(folder)
         if incumbent.sha256 not in ("", actual):
             raise UserError(
-                f"the weights at {incumbent.uri} have the sha256 {actual}, the registry says "
-                f"{incumbent.sha256}: they were changed since they were registered"
+                f"the weights at {incumbent.uri} have the sha256 {actual}, but the registry "
+                f"says {incumbent.sha256}: they were changed after registration"
             )
     except UserError as error:
-        why = f"{incumbent.version} cannot be compared with: {error}"
+        why = f"the candidate cannot be compared with {incumbent.version}: {error}"
         return dataclasses.replace(incumbent, state="unknown", why=why), None
     return incumbent, folder
 
 
 def _silent(endpoint: str) -> str:
-    """What came in the place of an answer, or nothing if a server is there.
+    """Why an endpoint does not answer, or an empty string if it does.
 
-    Asking for a key is an answer; a gateway's 5xx or 404 is none, asked again for a while.
+    A request for a key is an answer; a gateway's 5xx or 404 is not, and is retried for a while.
     """
     import httpx
     import tenacity

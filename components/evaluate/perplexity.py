@@ -1,8 +1,8 @@
-"""Perplexity as ratios of sums over a whole set, scored with a sliding window.
+"""Perplexity as ratios of sums over a set of documents, scored with a sliding window.
 
-Each document is scored by itself. Its first token is predicted from what `first_token_id` says; a
-document longer than the window is scored in windows that overlap by ``window - stride`` tokens
-(https://huggingface.co/docs/transformers/perplexity), each token once.
+Each document is scored by itself. Its first token is predicted from the token that `first_token_id`
+returns. A document longer than the window is scored in windows that overlap by ``window - stride``
+tokens (https://huggingface.co/docs/transformers/perplexity), each token once.
 """
 
 import math
@@ -12,28 +12,20 @@ from typing import Any
 
 import torch
 
+from nudge.components.common.artifacts.evaluation import Metrics
+from nudge.components.common.artifacts.scores import Score
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.progress import Progress
 from nudge.components.common.models.end_of_document import document_start_id, end_of_document_id
 from nudge.components.common.models.language_model import check_loss, hidden_states, next_token_loss
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Tokens of one forward pass; windows of like length are scored together."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """One document: nats of its tokens under a model, and its tokens, UTF-8 bytes and words."""
-
-    nats: float
-    tokens: int
-    bytes: int
-    words: int
+"""Tokens of one forward pass; windows of similar length are scored together."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """Targets ``begin`` to ``end`` of a document, of which those from ``scored_from`` on count."""
+    """Targets ``begin`` to ``end`` of a document; those from ``scored_from`` on are scored."""
 
     begin: int
     end: int
@@ -41,7 +33,7 @@ class Window:
 
 
 def windows(tokens: int, window: int, stride: int) -> list[Window]:
-    """The windows in which ``tokens`` targets are scored, each once, with all context that fits."""
+    """Windows that score each of ``tokens`` targets once, with as much context as fits."""
     made = [Window(0, min(tokens, window), 0)] if tokens else []
     while made and made[-1].end < tokens:
         scored_from = made[-1].end
@@ -51,11 +43,11 @@ def windows(tokens: int, window: int, stride: int) -> list[Window]:
 
 
 def first_token_id(tokenizer: Any, setting: str) -> int | None:
-    """The id that stands before a document's first token, or None for nothing.
+    """The id of the token before a document's first token, or None for nothing.
 
-    ``bos`` and ``end`` are the tokenizer's BOS and end-of-document tokens; ``auto`` is what
-    training puts there (`document_start_id`). Raises `UserError` if the tokenizer lacks the token
-    that is asked for.
+    ``bos`` and ``end`` are the tokenizer's BOS and end-of-document tokens; ``auto`` is the
+    one that training uses (`document_start_id`). Raises `UserError` if the tokenizer lacks the
+    token.
     """
     if setting == "none":
         return None
@@ -64,7 +56,9 @@ def first_token_id(tokenizer: Any, setting: str) -> int | None:
     if setting == "end":
         return end_of_document_id(tokenizer)
     if tokenizer.bos_token_id is None:
-        raise UserError("evaluate.first_token = 'bos': the tokenizer has no BOS; give end or auto")
+        raise UserError(
+            "evaluate.first_token = 'bos': the tokenizer has no BOS token; use end or auto"
+        )
     return int(tokenizer.bos_token_id)
 
 
@@ -80,11 +74,11 @@ def score(
     bar: Progress,
     batch_tokens: int = 0,
 ) -> list[Score]:
-    """Score every text; ``first_token`` is the id that stands before a document's first token.
+    """Score every text; ``first_token`` is the id of the token before a document's first token.
 
-    With none, a document's first token is context alone: its nats and its count as a token are left
-    out, its bytes are not. ``batch_tokens`` 0 means `BATCH_TOKENS` of the model's device. Raises
-    `UserError` for a model whose loss would not be that of its own logits.
+    If it is None, a document's first token is only context: it adds no nats and does not count as a
+    token, but its bytes count. ``batch_tokens`` 0 means `BATCH_TOKENS` of the model's device.
+    Raises `UserError` for a model whose loss is not that of its own logits.
     """
     check_loss(model)
     most = batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"])
@@ -102,7 +96,7 @@ def score(
     nats = [0.0] * len(texts)
     for batch in _batches(jobs, most):
         length = max(part.end - part.begin for _, part in batch)
-        # Padding stands on the right, where causal attention never looks back from.
+        # Padding is on the right, so causal attention never sees it.
         inputs = torch.zeros((len(batch), length), dtype=torch.int64)
         targets = torch.zeros((len(batch), length), dtype=torch.int64)
         counted = torch.zeros((len(batch), length), dtype=torch.bool)
@@ -124,10 +118,10 @@ def score(
     ]
 
 
-def summarize(scores: Sequence[Score]) -> dict[str, float | int]:
+def summarize(scores: Sequence[Score]) -> Metrics:
     """Nats per token, token perplexity, bits per byte, word perplexity: ratios of sums.
 
-    A perplexity is infinite where no float holds it, as that of words does for text without spaces.
+    A perplexity that no float holds is infinite, such as that of words in text without spaces.
     """
     nats = math.fsum(score.nats for score in scores)
     tokens = sum(score.tokens for score in scores)
@@ -135,19 +129,19 @@ def summarize(scores: Sequence[Score]) -> dict[str, float | int]:
     words = sum(score.words for score in scores)
     if not tokens or not words:
         raise UserError(
-            f"the {len(scores)} documents to score hold {tokens} tokens and {words} words that can "
-            "be scored; give more text, or longer ones"
+            f"the {len(scores)} documents to score have {tokens} tokens and {words} words that can "
+            "be scored; add more or longer texts"
         )
-    return {
-        "nats_per_token": nats / tokens,
-        "token_perplexity": _exp(nats / tokens),
-        "bits_per_byte": nats / count / math.log(2),
-        "word_perplexity": _exp(nats / words),
-        "tokens": tokens,
-        "bytes": count,
-        "words": words,
-        "documents": len(scores),
-    }
+    return Metrics(
+        nats_per_token=nats / tokens,
+        token_perplexity=_exp(nats / tokens),
+        bits_per_byte=nats / count / math.log(2),
+        word_perplexity=_exp(nats / words),
+        tokens=tokens,
+        bytes=count,
+        words=words,
+        documents=len(scores),
+    )
 
 
 def _exp(nats: float) -> float:
@@ -160,7 +154,7 @@ def _exp(nats: float) -> float:
 def _losses(
     model: Any, inputs: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor
 ) -> torch.Tensor:
-    """The losses of the targets that count, row after row; the head is spared the others."""
+    """The losses of the counted targets, row by row; the head skips the others."""
     device = model.device
     positions = torch.arange(inputs.shape[1], device=device).expand_as(inputs)
     hidden = hidden_states(model, inputs.to(device), positions)

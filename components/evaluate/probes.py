@@ -1,8 +1,9 @@
-"""Probes: what a model expects after a prompt, beside what another one expected."""
+"""Probes: what a model expects after a prompt, compared with what another model expects."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nudge.components.common.artifacts.evaluation import ProbeResult, Rival, Token
 from nudge.components.common.models.language_model import (
     likeliest,
     probabilities_along,
@@ -13,7 +14,7 @@ from nudge.components.evaluate.settings import EvaluateSettings, Probe
 
 
 def answer(model: Any, tokenizer: Any, probes: Sequence[Probe]) -> list[dict[str, Any]]:
-    """For each probe P(target) and the ten likeliest next tokens: ``[{"p", "rivals"}]``."""
+    """For each probe, P(target) and the ten likeliest next tokens: ``[{"p", "rivals"}]``."""
     answers = []
     for probe in probes:
         target = target_ids(tokenizer, probe.target)
@@ -28,35 +29,35 @@ def compare(
     settings: EvaluateSettings,
     answers: Mapping[str, list[dict[str, Any]]],
     reference: str,
-) -> list[dict[str, Any]]:
-    """The probes as the evaluation holds them; ``ok`` is whether each did what it should.
+) -> list[ProbeResult]:
+    """Each probe before and after; ``ok`` says whether it did what it should.
 
-    ``answers`` are by model. What should rise is held against the base model, which the corpus is
-    to teach; what should hold against the ``reference``, which is what users have.
+    ``answers`` are by model. A probe that should rise is compared with the base model, which the
+    corpus is meant to teach; one that should hold is compared with ``reference``, which users have.
     """
     compared = []
-    for place, probe in enumerate(settings.probes):
-        held_against = reference if probe.expect == "hold" else "base"
-        old, new = answers[held_against][place], answers["candidate"][place]
-        held = abs(new["p"] - old["p"]) <= settings.hold_limit * old["p"]
+    for number, probe in enumerate(settings.probes):
+        before = reference if probe.expect == "hold" else "base"
+        old, new = answers[before][number], answers["candidate"][number]
+        unmoved = abs(new["p"] - old["p"]) <= settings.hold_limit * old["p"]
         compared.append(
-            {
-                "prompt": probe.prompt,
-                "prompt_tokens": _tokens(tokenizer, tokenizer(probe.prompt)["input_ids"]),
-                "target": probe.target,
-                "target_tokens": _tokens(tokenizer, target_ids(tokenizer, probe.target)),
-                "expect": probe.expect,
-                "reference": held_against,
-                "limit": settings.hold_limit,
-                "p_before": old["p"],
-                "p_after": new["p"],
-                "ok": held if probe.expect == "hold" else new["p"] > old["p"],
-                "rivals_before": old["rivals"],
-                "rivals_after": new["rivals"],
-            }
+            ProbeResult(
+                prompt=probe.prompt,
+                prompt_tokens=_tokens(tokenizer, tokenizer(probe.prompt)["input_ids"]),
+                target=probe.target,
+                target_tokens=_tokens(tokenizer, target_ids(tokenizer, probe.target)),
+                expect=probe.expect,
+                reference=before,
+                limit=settings.hold_limit,
+                p_before=old["p"],
+                p_after=new["p"],
+                ok=unmoved if probe.expect == "hold" else new["p"] > old["p"],
+                rivals_before=tuple(Rival(**each) for each in old["rivals"]),
+                rivals_after=tuple(Rival(**each) for each in new["rivals"]),
+            )
         )
     return compared
 
 
-def _tokens(tokenizer: Any, ids: list[int]) -> list[dict[str, Any]]:
-    return [{"id": each, "text": tokenizer.decode([each])} for each in ids]
+def _tokens(tokenizer: Any, ids: list[int]) -> tuple[Token, ...]:
+    return tuple(Token(id=each, text=tokenizer.decode([each])) for each in ids)

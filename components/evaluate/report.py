@@ -1,32 +1,40 @@
-"""The page that `evaluate` leaves: is the candidate better, and can that be trusted?
+"""The page that `evaluate` writes: is the candidate better, and can that be trusted?
 
-Static HTML, CSS and SVG, because the dashboard shows it in a sandboxed frame. Positions in a
-drawing are percentages of its box, so that lines stretch with the page while text keeps its size.
+Static HTML, CSS and SVG, because the dashboard shows it in a sandboxed frame. Positions in a plot
+are percentages of its box, so that lines scale with the page while text keeps its size.
 """
 
 import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
+from nudge.components.common.artifacts.evaluation import (
+    Check,
+    CorpusCounts,
+    Evaluation,
+    History,
+    ProbeResult,
+    Verdict,
+)
 from nudge.components.common.core.sanitize import CSP, visible
 
 MISSING = "not available"
 CHOSEN_STEPS = 7
-"""Training steps whose likeliest tokens can be looked at."""
+"""Training steps whose likeliest tokens the page can show."""
 DRAWN_POINTS = 300
-"""Points of one drawn line; a longer one is thinned, and the page says so."""
+"""Points per plotted line; a longer line is thinned, and the page says so."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A linear scale onto 0 to 100 with round ticks that show ``digits`` decimals."""
+    """A linear scale from 0 to 100 with round ticks that show ``digits`` decimals."""
 
     low: float
     high: float
@@ -34,14 +42,14 @@ class Axis:
     digits: int
 
     def at(self, value: float) -> float:
-        """The place of ``value``, in percent from the low end."""
+        """The position of ``value``, in percent from the low end."""
         return round(100 * (value - self.low) / (self.high - self.low), 2)
 
 
 def axis(values: Sequence[float], *, ticks: int = 5, snug: bool = False) -> Axis:
     """An axis over ``values`` with about ``ticks`` ticks 1, 2 or 5 times a power of ten apart.
 
-    It ends at round values, or where the values end if ``snug``.
+    It ends at round values, or at the extreme values if ``snug``.
     """
     low, high = min(values), max(values)
     if high - low <= 1e-9 * max(abs(low), abs(high)):
@@ -60,7 +68,7 @@ def axis(values: Sequence[float], *, ticks: int = 5, snug: bool = False) -> Axis
 
 
 def finite(value: Any) -> bool:
-    """Whether ``value`` is a number that can be shown or drawn."""
+    """Whether ``value`` is a number that can be shown or plotted."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and math.isfinite(value)
 
@@ -76,7 +84,7 @@ def signed(value: Any, digits: int = 0) -> str:
 
 
 def probability(value: Any) -> str:
-    """Three decimals; more for small ones, and never 1 or 0 for what is neither."""
+    """Three decimals; more for small values, and never 1 or 0 for a value that is neither."""
     if not finite(value):
         return MISSING
     if 0.9995 <= value < 1:
@@ -87,49 +95,49 @@ def probability(value: Any) -> str:
 
 
 def surprise(p: Any) -> float | None:
-    """The loss -ln p in nats; None if there is none."""
+    """The loss -ln p in nats; None if p is not a positive number."""
     return -math.log(p) + 0.0 if finite(p) and p > 0 else None
 
 
 def token_text(value: Any) -> str:
-    """A token with its spaces (·), newlines (↵) and tabs (⇥) to be seen."""
+    """A token with visible spaces (·), newlines (↵) and tabs (⇥)."""
     marks = {" ": "·", "\n": "↵", "\t": "⇥", "\N{NO-BREAK SPACE}": "⍽"}
     return visible("".join(marks.get(char, char) for char in str(value))) or "(empty)"
 
 
 def short(value: Any) -> Markup:
-    """The first 12 characters of a hash; the whole one is its title."""
-    whole = visible(value) if isinstance(value, str) and value else MISSING
-    cut = whole if len(whole) <= 16 else whole[:12] + "…"
-    return Markup('<code title="{}">{}</code>').format(whole, cut)
+    """The first 12 characters of a hash, with the complete hash as its title."""
+    text = visible(value) if isinstance(value, str) and value else MISSING
+    cut = text if len(text) <= 16 else text[:12] + "…"
+    return Markup('<code title="{}">{}</code>').format(text, cut)
 
 
 def thin(points: Sequence[Any], most: int = DRAWN_POINTS) -> list[Any]:
-    """At most ``most`` of the points, evenly chosen, the first and the last among them."""
+    """At most ``most`` of the points, evenly chosen, including the first and the last."""
     if len(points) <= most:
         return list(points)
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
 
 
 def choose(points: Sequence[Any], most: int = CHOSEN_STEPS) -> list[Any]:
-    """The points to look at: closer together where P moves, the first and the last among them."""
+    """The points to show: closer together where P moves, including the first and the last."""
     if len(points) <= most:
         return list(points)
     walked = [0.0]
     for old, new in itertools.pairwise(points):
         walked.append(walked[-1] + abs(new["p"] - old["p"]) + 0.5 / len(points))
     wanted = [walked[-1] * i / (most - 1) for i in range(most)]
-    places = {min(range(len(walked)), key=lambda i: abs(walked[i] - w)) for w in wanted}
-    return [points[i] for i in sorted(places)]
+    chosen = {min(range(len(walked)), key=lambda i: abs(walked[i] - w)) for w in wanted}
+    return [points[i] for i in sorted(chosen)]
 
 
 def _path(points: Sequence[Mapping[str, Any]], key: str, x: Axis, y: Axis) -> str:
-    places = [f"{x.at(p['step']):g} {100 - y.at(p[key]):g}" for p in points]
-    return "M" + "L".join(places)
+    path = [f"{x.at(p['step']):g} {100 - y.at(p[key]):g}" for p in points]
+    return "M" + "L".join(path)
 
 
 def _dots(points: Sequence[Mapping[str, Any]], key: str, x: Axis, y: Axis) -> str:
-    """Lines of no length, which round caps make dots."""
+    """Lines of zero length, which round caps turn into dots."""
     return "".join(f"M{x.at(p['step']):g} {100 - y.at(p[key]):g}h0" for p in points)
 
 
@@ -137,20 +145,18 @@ def _points(rows: Any, key: str) -> list[dict[str, Any]]:
     return [row for row in rows or [] if finite(row.get("step")) and finite(row.get(key))]
 
 
-def _interval(verdict: Mapping[str, Any]) -> dict[str, Any] | None:
-    ends = verdict.get("interval") or []
-    difference: Any = verdict.get("difference_bits_per_byte")
-    if len(ends) != 2 or not all(map(finite, [*ends, difference])):
+def _interval(verdict: Verdict) -> dict[str, Any] | None:
+    ends, difference = verdict.interval or (), verdict.difference_bits_per_byte
+    if not ends or difference is None or not all(map(finite, [*ends, difference])):
         return None
-    margin = verdict.get("margin") or 0.0
-    x = axis([*ends, difference, 0.0, -margin], ticks=4)
-    room = (x.high - x.low) * 0.04  # zero never lies on the edge
+    x = axis([*ends, difference, 0.0, -verdict.margin], ticks=4)
+    room = (x.high - x.low) * 0.04  # keeps zero off the edge
     return {"x": Axis(x.low - room, x.high + room, x.ticks, x.digits), "ends": ends}
 
 
-def _losses(history: Mapping[str, Any]) -> dict[str, Any] | None:
-    steps = _points(history.get("steps"), "loss")
-    validation = _points(history.get("validation"), "loss")
+def _losses(history: History) -> dict[str, Any] | None:
+    steps = _points(history.steps, "loss")
+    validation = _points([asdict(each) for each in history.validation], "loss")
     if not steps and not validation:
         return None
     x = axis([0, *(p["step"] for p in steps + validation)], snug=True)
@@ -168,14 +174,12 @@ def _losses(history: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _example(probes: Sequence[Any], history: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The running example: the first probe, seen at training steps if training watched it."""
-    watched = history.get("probe") or {}
+def _example(probes: Sequence[ProbeResult], history: History) -> dict[str, Any] | None:
+    """The running example: the first probe, shown at training steps if training watched it."""
+    watched = asdict(history.probe) if history.probe else {}
     points = _points(watched.get("points"), "p")
-    first = probes[0] if probes else {}
-    same = first.get("prompt") == watched.get("prompt") and first.get("target") == watched.get(
-        "target"
-    )
+    first = asdict(probes[0]) if probes else {}
+    same = all(first.get(key) == watched.get(key) for key in ("prompt", "target"))
     if points and (same or not probes):
         panels = [{"label": f"step {p['step']:,}", **p} for p in choose(points)]
     elif probes:
@@ -196,46 +200,50 @@ def _example(probes: Sequence[Any], history: Mapping[str, Any]) -> dict[str, Any
     return example
 
 
-def _groups(probes: Sequence[Any]) -> list[dict[str, Any]]:
+def _groups(probes: Sequence[ProbeResult]) -> list[dict[str, Any]]:
     groups = []
     for expect in ("rise", "hold"):
-        members = [probe for probe in probes if probe.get("expect") == expect]
-        shown = [p[k] for p in members for k in ("p_before", "p_after") if finite(p.get(k))]
+        members = [probe for probe in probes if probe.expect == expect]
+        values = [p for probe in members for p in (probe.p_before, probe.p_after)]
         if expect == "hold":
-            shown += [p["p_before"] * (1 + p["limit"]) for p in members if finite(p["p_before"])]
-        top = min(1.0, axis([0.0, *shown]).high) if max(shown, default=0) > 0 else 1.0
-        good = sum(bool(probe.get("ok")) for probe in members)
+            limits = [(probe.p_before, probe.limit) for probe in members]
+            values += [p * (1 + limit) for p, limit in limits if p is not None and limit]
+        heights = [p for p in values if p is not None and math.isfinite(p)]
+        top = min(1.0, axis([0.0, *heights]).high) if max(heights, default=0) > 0 else 1.0
+        good = sum(probe.ok for probe in members)
         groups.append({"expect": expect, "probes": members, "top": top, "good": good})
     return groups
 
 
 CHECKS = {
-    "loss": ("Numbers", "every loss is finite."),
+    "loss": ("Losses", "every loss is finite."),
     "probe": ("Probes that should hold", "{} of {} did."),
-    "guard": ("Guard sets of other text", "{} of {} held within their limits."),
-    "completion": ("Smoke completions", "{} of {} are those of a working model."),
-    "task": ("Tasks with a limit", "{} of {} held."),
+    "guard": ("Guard sets of other text", "{} of {} stayed within their limits."),
+    "completion": ("Smoke completions", "{} of {} are normal."),
+    "task": ("Tasks with a limit", "{} of {} stayed within their limits."),
 }
-"""What each kind of check is called, and what is said when all of a kind are ok."""
+"""The title of each kind of check, and the sentence for a kind whose checks all pass."""
 
 
-def _checks(checks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The checks by kind: their name, how many there are, and those that failed."""
+def _checks(checks: Sequence[Check]) -> list[dict[str, Any]]:
+    """The checks by kind: title, count, and the failed ones."""
     kinds = []
     for kind, (name, fine) in CHECKS.items():
-        members = [check for check in checks if check.get("kind") == kind]
-        failed = [check for check in members if not check.get("ok")]
-        told = fine.format(len(members) - len(failed), len(members))
-        kinds.append({"name": name, "count": len(members), "failed": failed, "fine": told})
+        members = [check for check in checks if check.kind == kind]
+        failed = [check for check in members if not check.ok]
+        sentence = fine.format(len(members) - len(failed), len(members))
+        kinds.append({"name": name, "count": len(members), "failed": failed, "fine": sentence})
     return kinds
 
 
-def _reconcile(corpus: Mapping[str, Any]) -> dict[str, int] | None:
-    """What is unexplained between documents in, dropped, kept and split; None if not counted."""
-    dropped = sum((corpus.get("dropped") or {}).values())
-    parts = [corpus.get(split) or {} for split in ("train", "validation")]
-    counts: list[Any] = [corpus.get("documents_in"), corpus.get("documents"), corpus.get("bytes")]
-    split: list[Any] = [part.get(key) for key in ("documents", "bytes") for part in parts]
+def _reconcile(corpus: CorpusCounts | None) -> dict[str, int] | None:
+    """Unexplained differences between read, dropped, kept and split; None if not all are known."""
+    if corpus is None:
+        return None
+    dropped = sum(corpus.dropped.values())
+    parts = [corpus.train, corpus.validation]
+    counts: list[Any] = [corpus.documents_in, corpus.documents, corpus.bytes]
+    split: list[Any] = [getattr(part, key) for key in ("documents", "bytes") for part in parts]
     if not all(map(finite, counts + split)):
         return None
     read, kept, size = counts
@@ -267,21 +275,21 @@ PAGES.tests["finite"] = finite
 PAGES.globals["csp"] = CSP
 
 
-def render_report(evaluation: dict[str, Any]) -> str:
-    """One self-contained page of a nudge.evaluation; all text from it is escaped.
+def render_report(evaluation: Evaluation) -> str:
+    """One self-contained page of an evaluation; all text from it is escaped.
 
-    What the evaluation lacks is left out of the page or called not available.
+    Parts that the evaluation lacks are left out of the page or called not available.
     """
-    history, corpus = evaluation.get("history") or {}, evaluation.get("corpus") or {}
-    probes, verdict = evaluation.get("probes") or [], evaluation.get("verdict") or {}
-    lineage = evaluation.get("lineage") or {}
+    probes, verdict = evaluation.probes or (), evaluation.verdict or Verdict()
+    settings = evaluation.lineage.settings if evaluation.lineage else {}
+    values = {field.name: getattr(evaluation, field.name) for field in fields(evaluation)}
     return PAGES.get_template("report.html.j2").render(
-        {**evaluation, "verdict": verdict, "corpus": corpus, "lineage": lineage},
+        {**values, "verdict": verdict, "format": Evaluation.FORMAT, "version": Evaluation.VERSION},
         interval=_interval(verdict),
-        example=_example(probes, history),
+        example=_example(probes, evaluation.history),
         groups=_groups(probes),
-        checks=_checks(verdict.get("checks") or []),
-        losses=_losses(history),
-        unexplained=_reconcile(corpus),
-        settings=json.dumps(lineage.get("settings") or {}, indent=2, ensure_ascii=False),
+        checks=_checks(verdict.checks),
+        losses=_losses(evaluation.history),
+        unexplained=_reconcile(evaluation.corpus),
+        settings=json.dumps(settings, indent=2, ensure_ascii=False),
     )

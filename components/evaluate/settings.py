@@ -13,11 +13,11 @@ from nudge.components.common.core.settings import settings
 
 @settings
 class Probe:
-    """A prompt, and a target after it whose probability should ``rise``, or ``hold``.
+    """A prompt, and a target after it whose probability should ``rise`` or ``hold``.
 
-    A target of several tokens counts whole: its probability is the product over its tokens. What
-    should rise is held against the base model; what should hold, as all that stops a promotion,
-    against the version served now, if there is one.
+    The probability of a target of several tokens is the product over its tokens. A probe that
+    should rise is compared with the base model. A probe that should hold, like every check that can
+    stop a promotion, is compared with the version served now, if there is one.
     """
 
     prompt: Annotated[str, Field(min_length=1)]
@@ -27,33 +27,32 @@ class Probe:
 
 @settings
 class Guard:
-    """Text of another kind (general English, code, ...) on which the candidate may not get worse.
+    """Text of another kind (general English, code, ...) on which the candidate must not get worse.
 
-    Promotion needs the worse end of the interval of the difference to lie within ``limit``: that
-    nothing is lost must be shown, as a gain must. A set of fewer documents than can show it is
-    refused, before anything is scored.
+    The worse end of the difference's interval must be within ``limit``: like a gain, the absence of
+    a loss must be proven. A set with too few documents for that is rejected before scoring.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")]
     uri: str
-    """package://, file:// or a path, the last two with patterns (*), or an s3:// folder. Of .jsonl
-    (and .jsonl.gz) each line's ``text`` is a document, any other file is one."""
+    """package://, file:// or a path, the last two with patterns (*), or an s3:// folder. In .jsonl
+    (and .jsonl.gz) each line's ``text`` is a document; any other file is one document."""
     limit: Annotated[float, Field(ge=0)] = 0.05
-    """Bits per byte by which the candidate may be worse than what it is held against."""
+    """Bits per byte by which the candidate may be worse than the model it is compared with."""
     max_documents: Annotated[int, Field(ge=MIN_DOCUMENTS)] = 200
 
 
 @settings
 class Task:
-    """A task of lm-evaluation-harness; its first metric is held against that of the reference."""
+    """A task of lm-evaluation-harness; its first metric is compared with that of the reference."""
 
     name: str
     limit: Annotated[float, Field(ge=0)] | None = None
-    """How far the metric may get worse; none: it is told, and stops nothing."""
+    """How far the metric may get worse; if unset, it is only reported."""
     examples: Annotated[int, Field(ge=0)] = 0
-    """Examples asked, the first ones; 0 means all."""
+    """Number of examples to use, from the first; 0 means all."""
     shots: Annotated[int, Field(ge=0)] | None = None
-    """Worked examples in the prompt; none: as the task says."""
+    """Worked examples in the prompt; if unset, the task decides."""
 
 
 def _named(value: Any) -> Any:
@@ -64,44 +63,43 @@ def _named(value: Any) -> Any:
 class EvaluateSettings:
     base_model: str
     model_name: OptionalRegistryName = ""
-    """The registered model whose served version is the incumbent; empty: what is served is not
-    known, and nothing is promoted."""
+    """The registered model whose served version is the incumbent. If empty, it is unknown what is
+    served, and nothing is promoted."""
     registry_url: RegistryUrl = ""
     """Empty means NUDGE_REGISTRY_URL."""
     window: Annotated[int, Field(ge=8)] = 512
-    """Tokens of context that one forward pass sees."""
+    """Tokens of context in one forward pass."""
     stride: Annotated[int, Field(ge=1)] = 256
     """Tokens scored by each pass after the first."""
     first_token: Literal["auto", "bos", "end", "none"] = "auto"
-    """What stands before a document's first token: the tokenizer's BOS, an end-of-document token,
-    or nothing, and then the first token itself is not scored. ``auto`` takes BOS if the tokenizer
-    puts it before a text by itself (Gemma, Llama 3), else the end of the document before, as
-    training does."""
+    """The token before a document's first token: the tokenizer's BOS, an end-of-document token, or
+    nothing, in which case the first token is not scored. ``auto`` uses BOS if the tokenizer adds it
+    to a text by itself (Gemma, Llama 3), else the end-of-document token, as training does."""
     max_documents: Annotated[int, Field(ge=MIN_DOCUMENTS)] = 1000
-    """Held-out documents scored, the first of the split's own (hashed) order. Of fewer than 16 no
-    interval is worked out, and nothing is promoted (`FEWEST_DOCUMENTS`)."""
+    """Held-out documents to score, the first in the split's (hashed) order. With fewer than 16
+    there is no interval, and nothing is promoted (`MIN_DOCUMENTS`)."""
     guards: list[Guard] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
-    """The first one is the running example that training watches and the report shows."""
+    """The first one is the running example, which training watches and the report shows."""
     hold_limit: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """How far the probability of a ``hold`` probe may move, relative to where it was before."""
+    """How far the probability of a ``hold`` probe may move, as a fraction of its earlier value."""
     prompts: list[str] = field(default_factory=list)
-    """Prompts completed greedily by base and candidate; the candidate's must be sane."""
+    """Prompts that base and candidate complete greedily; the candidate's are checked."""
     completion_tokens: Annotated[int, Field(ge=1, le=512)] = 24
     tasks: list[Annotated[Task, BeforeValidator(_named)]] = field(default_factory=list)
-    """Names of lm-evaluation-harness's tasks (the extra ``tasks``), or `Task` mappings."""
+    """Names of lm-evaluation-harness tasks (the extra ``tasks``), or `Task` mappings."""
     task_folder: str = ""
-    """A folder of task files of one's own, besides those that the harness brings."""
+    """A folder of your own task files, in addition to those of the harness."""
     margin: Annotated[float, Field(ge=0)] = 0.0
-    """Bits per byte by which the candidate must be better, at the interval's worse end."""
+    """Bits per byte by which the worse end of the interval must be better."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     resamples: Annotated[int, Field(ge=100)] = 10_000
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights; bfloat16 halves memory, and its scores are good to about 3 digits."""
+    """Of the weights. bfloat16 halves memory; its scores are accurate to about 3 digits."""
     batch_tokens: Annotated[int, Field(ge=0)] = 0
-    """Tokens of one forward pass; 0: 2,048 on a CPU, 16,384 on a GPU."""
+    """Tokens per forward pass; 0 means 2,048 on a CPU and 16,384 on a GPU."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """CPU threads; 0 takes every core that the process may use."""
+    """CPU threads; 0 means every core that the process may use."""
     seed: int = 1
 
     @model_validator(mode="after")

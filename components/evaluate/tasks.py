@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, for those who want them beside the perplexity."""
+"""Optional tasks of EleutherAI's lm-evaluation-harness, in addition to the perplexity."""
 
 import dataclasses
 import importlib.util
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nudge.components.common.artifacts.evaluation import TaskResult, TaskScore
 from nudge.components.common.core.errors import UserError, nearest
 from nudge.components.common.core.uris import is_local, local_path
 from nudge.components.evaluate.settings import EvaluateSettings, Task
@@ -14,7 +15,7 @@ from nudge.components.evaluate.settings import EvaluateSettings, Task
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A task's first metric of one model; ``error`` is its standard error, NaN if not known."""
+    """A task's first metric for one model; ``error`` is its standard error, NaN if unknown."""
 
     metric: str
     value: float
@@ -24,7 +25,7 @@ class Measured:
 
 
 def check_harness(settings: EvaluateSettings) -> None:
-    """Raise `UserError` if there are tasks and no harness; it is looked for, not imported."""
+    """Raise `UserError` if tasks are configured and the harness is missing; nothing is imported."""
     if settings.tasks and importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             "evaluate.tasks needs lm-evaluation-harness, which is not installed here; install the "
@@ -43,12 +44,12 @@ def check_tasks(settings: EvaluateSettings) -> None:
                 hint = hint if hint.startswith("did") else "`lm-eval ls tasks` lists them"
                 raise UserError(
                     f"evaluate.tasks: lm-evaluation-harness has no task {task.name!r}; {hint} "
-                    "(tasks of your own are looked for in evaluate.task_folder)"
+                    "(your own tasks are read from evaluate.task_folder)"
                 )
 
 
 def run_tasks(model: Any, tokenizer: Any, settings: EvaluateSettings) -> dict[str, Measured]:
-    """Each task's first metric under a model. Raises `UserError` if a task's data are not there."""
+    """Each task's first metric for a model. Raises `UserError` if a task's data are missing."""
     if not settings.tasks:
         return {}
     from lm_eval.models.huggingface import HFLM
@@ -60,32 +61,32 @@ def run_tasks(model: Any, tokenizer: Any, settings: EvaluateSettings) -> dict[st
 
 def compare_tasks(
     settings: EvaluateSettings, measured: Mapping[str, Mapping[str, Measured]], reference: str
-) -> list[dict[str, Any]]:
-    """The tasks as the evaluation holds them; ``measured`` are by model, then by task."""
+) -> list[TaskResult]:
+    """Each task's result; ``measured`` are by model, then by task."""
     return [_compared(task, measured, reference) for task in settings.tasks]
 
 
 def _compared(
     task: Task, measured: Mapping[str, Mapping[str, Measured]], reference: str
-) -> dict[str, Any]:
+) -> TaskResult:
     of_task = {name: by_task[task.name] for name, by_task in measured.items()}
     old, new = of_task[reference], of_task["candidate"]
     lost = old.value - new.value if new.higher_is_better else new.value - old.value
-    return {
-        "name": task.name,
-        "limit": task.limit,
-        "metric": new.metric,
-        "higher_is_better": new.higher_is_better,
-        "examples": new.examples,
-        "reference": old.value,
-        "candidate": new.value,
-        "models": {
-            name: {"value": one.value, "error": one.error if math.isfinite(one.error) else None}
+    return TaskResult(
+        name=task.name,
+        limit=task.limit,
+        metric=new.metric,
+        higher_is_better=new.higher_is_better,
+        examples=new.examples,
+        reference=old.value,
+        candidate=new.value,
+        models={
+            name: TaskScore(value=one.value, error=one.error if math.isfinite(one.error) else None)
             for name, one in of_task.items()
         },
-        # A NaN is no value within a limit.
-        "ok": task.limit is None or lost <= task.limit,
-    }
+        # Comparing with NaN is false, so a NaN fails the check.
+        ok=task.limit is None or lost <= task.limit,
+    )
 
 
 def _run(harness: Any, manager: Any, task: Task, seed: int) -> Measured:
@@ -109,8 +110,8 @@ def _run(harness: Any, manager: Any, task: Task, seed: int) -> Measured:
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(
-            f"evaluate.tasks: {task.name} could not be run ({type(error).__name__}: {error}); its "
-            "data come from the Hugging Face hub unless its file says otherwise"
+            f"evaluate.tasks: {task.name} failed ({type(error).__name__}: {error}); its data "
+            "come from the Hugging Face hub unless its file names another source"
         ) from None
     return _first_metric(results, task.name)
 
@@ -121,7 +122,9 @@ def _first_metric(results: Any, name: str) -> Measured:
         (k for k, v in values.items() if "," in k and "_stderr" not in k and _number(v)), None
     )
     if key is None:
-        raise UserError(f"evaluate.tasks: {name} gave no metric; name its parts, not a group")
+        raise UserError(
+            f"evaluate.tasks: {name} gave no metric; name its subtasks instead of a group"
+        )
     metric, _, variant = key.partition(",")
     error = values.get(f"{metric}_stderr,{variant}")
     return Measured(
@@ -142,7 +145,7 @@ def _manager(settings: EvaluateSettings) -> Any:
 
     folder = _folder(settings.task_folder)
     if folder:
-        # Reading the harness's own thousands of task files takes long, and is often not needed.
+        # Reading the thousands of task files in the harness is slow and often unnecessary.
         own = TaskManager(include_path=folder, include_defaults=False)
         if all(task.name in own.all_tasks for task in settings.tasks):
             return own
@@ -154,5 +157,5 @@ def _folder(uri: str) -> str | None:
         return None
     path: Path = local_path(uri) if is_local(uri) else Path()
     if not is_local(uri) or not path.is_dir():
-        raise UserError(f"evaluate.task_folder = {uri!r}: no folder on this machine")
+        raise UserError(f"evaluate.task_folder = {uri!r}: not a folder on this machine")
     return str(path)

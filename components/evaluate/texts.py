@@ -1,4 +1,4 @@
-"""The texts that are scored: the held-out split, and each guard's own."""
+"""The texts to score: the held-out split, and those of each guard."""
 
 import itertools
 import tempfile
@@ -27,39 +27,39 @@ from nudge.components.common.readers.parquet import is_metadata
 from nudge.components.evaluate.settings import Guard
 
 HELD_OUT = "held-out"
-"""The set that the verdict rests on; the others are guards, by their names."""
+"""The name of the set that decides the verdict; the other sets have the names of guards."""
 
 
 def held_out_documents(
     corpus: Path, selected_on: Sequence[int], most: int
 ) -> tuple[list[Document], bool]:
-    """At most ``most`` documents of the validation split, the first of its own (hashed) order.
+    """At most ``most`` documents of the validation split, the first in its (hashed) order.
 
-    Those at the places ``selected_on``, by whose loss training chose its checkpoint, are left out:
-    on them it is better than on others by choice. Of equal models, the best of 5 checkpoints was
-    promoted in 12.5 % by the 40 documents that chose it and in 4.1 % by 40 others (1,500 trials; a
-    last checkpoint in 3.9 %). Too few others to tell anything leave no choice: then all are scored,
-    and the second value is True.
+    The documents at the positions ``selected_on``, whose loss chose training's checkpoint, are left
+    out, because the checkpoint is better on them by selection. Among equal models, the best of 5
+    checkpoints was promoted in 12.5 % of trials by the 40 documents that chose it, and in 4.1 % by
+    40 others (1,500 trials; a last checkpoint in 3.9 %). If the others are too few for a verdict,
+    all are scored and the second value is True.
     """
-    count = read_corpus(corpus)["splits"]["validation"]["documents"]
+    count = read_corpus(corpus).splits["validation"].documents
     enough = count - len(selected_on) >= MIN_DOCUMENTS
     left_out = frozenset(selected_on if enough else ())
     documents = enumerate(read_documents(corpus, "validation"))
-    kept = (document for place, document in documents if place not in left_out)
+    kept = (document for position, document in documents if position not in left_out)
     return list(itertools.islice(kept, most)), bool(selected_on) and not enough
 
 
 def guard_documents(guard: Guard) -> list[Document]:
-    """The documents of a guard's files, in the order of the files' names.
+    """The documents of a guard's files, sorted by file name.
 
-    Raises `UserError` if there are too few, or if a file is not what its name says.
+    Raises `UserError` if there are too few, or if a file cannot be read as what its name says.
     """
     if is_local(guard.uri):
         return _documents(guard, _files(local_path(guard.uri)))
     if urlsplit(guard.uri).scheme != "s3":
         raise UserError(
-            f"evaluate.guards {guard.name}: {guard.uri} is no place that guards are read from; "
-            "give package://, file://, a path or an s3:// folder"
+            f"evaluate.guards {guard.name}: cannot read {guard.uri}; "
+            "use package://, file://, a path or an s3:// folder"
         )
     from nudge.components.common.clients.storage import download_folder
 
@@ -69,12 +69,12 @@ def guard_documents(guard: Guard) -> list[Document]:
 
 
 def texts_sha256(texts: list[str]) -> str:
-    """Hex sha256 of a list of texts: of the sha256 of each, one a line."""
+    """Hex sha256 of a list of texts, over the sha256 of each text, one per line."""
     return text_sha256("".join(f"{text_sha256(text)}\n" for text in texts))
 
 
 def _files(path: Path) -> list[Path]:
-    """The files of a guard; hidden ones, and those in a folder that hold no text, are left out."""
+    """The files of a guard, without hidden files and, in a folder, files that are not text."""
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.is_file())
         visible = (p for p in found if not hidden_part(p.relative_to(path).as_posix()))
@@ -96,16 +96,16 @@ def _documents(guard: Guard, files: list[Path]) -> list[Document]:
     documents = list(itertools.islice(read, guard.max_documents))
     if len(documents) < MIN_DOCUMENTS:
         raise UserError(
-            f"evaluate.guards {guard.name}: {guard.uri} holds {len(documents)} documents with text;"
-            f" fewer than {MIN_DOCUMENTS} cannot show that nothing is lost: give more, or leave "
-            "the guard out"
+            f"evaluate.guards {guard.name}: {guard.uri} has {len(documents)} documents with text;"
+            f" fewer than {MIN_DOCUMENTS} cannot show that nothing is lost: add more, or remove "
+            "the guard"
         )
     return documents
 
 
 def _texts(guard: Guard, path: Path) -> Iterator[str]:
-    """The texts of one file; a guard is small and chosen, so nothing of it may be unreadable."""
-    # A name of no known kind is a text.
+    """The texts of one file. A guard is small and curated, so an unreadable part is an error."""
+    # A file of unknown kind counts as text.
     name = f"{path.name}.txt" if reason_unread(path.name) else path.name
     try:
         with path.open("rb") as stream:
@@ -131,5 +131,5 @@ def _unreadable(guard: Guard, path: Path, record: str, why: Unreadable) -> str:
     detail = f" ({why.detail})" if why.detail else ""
     return (
         f"evaluate.guards {guard.name}: {where} of {guard.uri} cannot be read: {why.reason}{detail}"
-        '; give UTF-8 text, JSON lines of {"text": ...}, or another kind that ingest reads'
+        '; use UTF-8 text, JSON lines of {"text": ...}, or another format that ingest reads'
     )

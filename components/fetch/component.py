@@ -5,12 +5,12 @@ from nudge.components.common.core.images import DATA_IMAGE
 
 @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
 def fetch(model_uri: str, model: dsl.Output[dsl.Model], history: dsl.Output[dsl.Artifact]) -> None:
-    """Bring a model that was trained before to where a step can take it.
+    """Copy a model that was trained before into an artifact.
 
     Args:
-        model_uri: What `upload` made (s3://...), or incumbent://<model> for what is served now.
+        model_uri: A URI from `upload` (s3://...), or incumbent://<model> for what is served now.
         model: The model's folder, checked against the checksums of its upload.
-        history: Empty: what training wrote down stays with the run that trained it.
+        history: Empty, because the training history stays with the run that trained the model.
     """
     from pathlib import Path
 

@@ -1,10 +1,11 @@
-"""The step `fetch`: a model that was trained before, as an artifact again."""
+"""The step `fetch`: a model that was trained before becomes an artifact of this run."""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.core.publish import published, read_manifest
+from nudge.components.common.artifacts.model import read_model_facts
+from nudge.components.common.core.publish import published
 from nudge.components.common.core.step import step
 
 
@@ -12,14 +13,15 @@ from nudge.components.common.core.step import step
 def fetch(model_uri: str, *, model: Path, history: Path) -> dict[str, Any]:
     """Copy the model at a URI into ``model``; ``history`` becomes empty.
 
-    The URI is any that a base model may have. A folder with the manifest of an upload is checked
-    against it. Raises `UserError` if it is damaged or was not trained here.
+    The URI may have any form that a base model's URI may have. A folder with the manifest of an
+    upload is checked against it. Raises `UserError` if the model is damaged or was not trained by
+    nudge.
     """
     from nudge.components.common.models.base_model import local_model, resolved, verify_upload
 
     uri = resolved(model_uri)
     folder = local_model(uri)
-    read_manifest(folder / "nudge.json", "nudge.model", 1)
+    read_model_facts(folder)
     verify_upload(folder, uri)
     with published(model) as part:
         shutil.copytree(folder, part, dirs_exist_ok=True)

@@ -20,13 +20,13 @@ def register(
 
     Args:
         recipe: The recipe, as YAML text or a URI.
-        model_name: The name to register under; empty means as the recipe says.
+        model_name: The name to register under; empty means the one in the recipe.
         version: The version's name; empty means the run's id.
         run_id: The id of this run.
-        uri: Where `upload` put the model.
-        model: What `train` made.
-        evaluation: What `evaluate` found.
-        registered: The model, pointing back at its version in the registry.
+        uri: The URI that `upload` returned.
+        model: The model that `train` trained.
+        evaluation: The evaluation that `evaluate` wrote.
+        registered: The model, with a link to its version in the registry.
 
     Returns:
         registered_model: The name in the registry.

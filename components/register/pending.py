@@ -1,8 +1,8 @@
-"""Registrations that a registry did not take, kept in the object store until it does.
+"""Pending registrations: kept in the object store while the registry does not answer.
 
-``<uri>.registration.json`` (nudge.registration, version 1) stands next to the version's folder, or,
-of an image, below ``registrations/`` in the data connection's bucket; so what finishes it needs
-nothing of the run, which may be gone.
+``<uri>.registration.json`` (nudge.registration, version 1) is next to the version's folder; for an
+image it is below ``registrations/`` in the data connection's bucket. Finishing a registration needs
+nothing else from the run, which may be gone.
 """
 
 import dataclasses
@@ -27,15 +27,15 @@ from nudge.components.register.register import Registration, enter
 FORMAT, VERSION = "nudge.registration", 1
 ENDING = ".registration.json"
 EMBEDDED, AWS = "embedded", "aws"
-"""Names of a store or registry on the command line: this machine's own, and Amazon's."""
+"""Names of a store or registry on the command line: nudge's own on this machine, and Amazon's."""
 
 
 def keep(entry: Registration, url: str) -> str:
-    """Write a registration down; returns the command that finishes it with the registry ``url``.
+    """Save a registration; returns the command that finishes it with the registry ``url``.
 
-    The command names the registry and the store, so it means the same in any shell.
+    The command names the registry and the store, so it works in any shell.
     """
-    bucket, key = _place(entry.uri)
+    bucket, key = _location(entry.uri)
     own = _is_embedded("model-registry") and url == registry_url()
     registry = EMBEDDED if own else url
     body = {
@@ -61,60 +61,61 @@ def keep(entry: Registration, url: str) -> str:
 
 
 def finish(uri: str, *, any_registry: bool = False) -> dict[str, Any]:
-    """Register what was kept for the version at ``uri``; returns what `register` does.
+    """Finish the pending registration of the version at ``uri``; returns the result of `enter`.
 
-    Unless ``any_registry``, the registry must be the one that the run meant. Raises `UserError` if
-    it is another, if nothing was kept, if the version is not complete, or as `register`.
+    Unless ``any_registry``, the registry must be the one that the run used. Raises `UserError` if
+    it is another one, if no registration is pending, if the version is incomplete, or as
+    `register`.
     """
     if not _complete(uri):
-        raise UserError(f"{uri} holds no complete version; `nudge models` lists those there are")
-    bucket, key = _place(uri)
+        raise UserError(f"{uri} is not a complete version; `nudge models` lists the versions")
+    bucket, key = _location(uri)
     client = s3_client()
     with s3_errors(f"read the registration of {uri}"):
-        kept = io.BytesIO()
+        saved = io.BytesIO()
         listed = client.list_objects_v2(Bucket=bucket, Prefix=key).get("Contents", [])
         if not any(each["Key"] == key for each in listed):
             raise UserError(
-                f"there is no registration to finish for {uri}; `nudge models` shows whether it "
-                "is registered"
+                f"no registration is pending for {uri}; `nudge models` shows whether it is "
+                "registered"
             )
-        client.download_fileobj(bucket, key, kept)
-    values = json.loads(kept.getvalue())
+        client.download_fileobj(bucket, key, saved)
+    values = json.loads(saved.getvalue())
     if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
-        raise UserError(f"{uri}{ENDING} is no {FORMAT} of version {VERSION}")
+        raise UserError(f"{uri}{ENDING} is not in the format {FORMAT}, version {VERSION}")
     url = registry_url()
     here = EMBEDDED if _is_embedded("model-registry") else url
-    meant = values.get("registry", here)  # older releases did not write it
-    if meant != here and not any_registry:
+    intended = values.get("registry", here)  # older releases did not record it
+    if intended != here and not any_registry:
         raise UserError(
-            f"the run meant to register {uri} in the registry {meant}, and this would use {here}; "
-            f"give --registry-url {meant} (or --registry-url {here}, to register it there)"
+            f"the run used the registry {intended} for {uri}, but this command would use {here}; "
+            f"pass --registry-url {intended} (or --registry-url {here}, to register it there)"
         )
-    told = enter(url, Registration(**values["registration"]))
+    registered = enter(url, Registration(**values["registration"]))
     forget(uri)
-    return told
+    return registered
 
 
 def forget(uri: str) -> None:
-    """Take away what was kept for a version that is registered now; nothing kept is fine."""
-    bucket, key = _place(uri)
+    """Delete the pending registration of a registered version, if there is one."""
+    bucket, key = _location(uri)
     with s3_errors(f"forget the registration of {uri}"):
         s3_client().delete_object(Bucket=bucket, Key=key)
 
 
 def _is_embedded(part: str) -> bool:
-    """Whether a part is one that nudge started below NUDGE_HOME."""
+    """Whether nudge itself runs this service, below NUDGE_HOME."""
     return part in os.environ.get("NUDGE_EMBEDDED", "").split(",")
 
 
-def _place(uri: str) -> tuple[str, str]:
-    """Bucket and key of what is kept for a version."""
+def _location(uri: str) -> tuple[str, str]:
+    """Bucket and key of a version's pending registration."""
     if not uri.startswith("oci:"):
         bucket, key = split_s3_uri(uri)
         return bucket, key + ENDING
     bucket = bucket_name()
     if not bucket:
-        raise UserError("AWS_S3_BUCKET is not set: it names where registrations are kept")
+        raise UserError("AWS_S3_BUCKET is not set: it names the bucket of pending registrations")
     return bucket, f"registrations/{uri.removeprefix('oci://')}{ENDING}"
 
 

@@ -1,4 +1,4 @@
-"""What a registration will need that is known before training starts, checked then."""
+"""Checks of a registration that are possible before training starts."""
 
 from typing import Any
 
@@ -21,10 +21,10 @@ from nudge.components.register.settings import RegisterSettings
 
 
 def check_registration(recipe: str, version: str = "", *, model_name: str = "") -> None:
-    """Raise `UserError` if the registry could not hold what `register` will write of a recipe.
+    """Raise `UserError` if the registry could not store what `register` takes from a recipe.
 
-    Names, texts and numbers are checked; the registry is not asked. What comes out of training is
-    bounded by its type. ``version`` is empty if the run's id names it.
+    This checks names and texts without asking the registry. The values that training produces are
+    bounded by their types. ``version`` is empty if it is the run's id.
     """
     settings = step_settings(RegisterSettings, "register", recipe, model_name=model_name)
     if version:
@@ -39,11 +39,12 @@ def check_registration(recipe: str, version: str = "", *, model_name: str = "") 
 
 
 def check_registry(url: str, recipe: str, version: str = "") -> None:
-    """Ask the registry whether it could take a new version of a recipe's model.
+    """Check that the registry can accept a new version of a recipe's model.
 
-    ``url`` counts unless the recipe names one. Raises `UserError` if a server there is no registry,
-    or would confuse the model with another one, or has the version. A registry that is down may be
-    up again when a model has been trained: that is left to `register`.
+    ``url`` is used unless the recipe names a registry. Raises `UserError` if the server is not a
+    registry, would confuse the model with another one, or has the version already. A registry that
+    is down is not an error: it may be back when the model is trained, and `register` checks it
+    then.
     """
     settings = step_settings(RegisterSettings, "register", recipe)
 
@@ -54,7 +55,7 @@ def check_registry(url: str, recipe: str, version: str = "") -> None:
             refuse_confusable("model", settings.model_name, existing)
         elif version and await find_model_version(client, model.id, version):
             raise UserError(
-                f"{settings.model_name} {version} is registered already; give another version"
+                f"{settings.model_name} {version} is registered already; choose another version"
             )
 
     try:

@@ -1,13 +1,16 @@
-"""The step `register`: a version in the Model Registry, with all that it was made of."""
+"""The step `register`: a version in the Model Registry, with everything it was made from."""
 
 import json
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nudge.components.common.artifacts.comparison import RECORD, comparison_properties
+from nudge.components.common.artifacts.evaluation import Evaluation, ProbeResult, read_evaluation
+from nudge.components.common.artifacts.model import ModelFacts, read_model_facts
+from nudge.components.common.artifacts.schema import plain
 from nudge.components.common.clients.registry.connection import Unreachable
 from nudge.components.common.clients.registry.lookup import (
     find_model,
@@ -20,20 +23,18 @@ from nudge.components.common.clients.registry.names import refuse_confusable
 from nudge.components.common.clients.registry.values import read_properties, storable
 from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.names import check_name
-from nudge.components.common.core.publish import read_manifest, sha256_file
+from nudge.components.common.core.publish import sha256_file
 from nudge.components.common.core.step import step
 from nudge.components.register.evaluated import evaluated_manifest
 from nudge.components.register.settings import RegisterSettings
 
 FORMAT_NAME, FORMAT_VERSION = "vLLM", "1"
-"""The model format that OpenShift AI's serving of language models asks for."""
-EVALUATED = ("verdict", "metrics", "models", "probes")
-"""What is registered of an evaluation."""
+"""The model format that OpenShift AI expects for serving language models."""
 
 
 @dataclass(frozen=True)
 class Registration:
-    """All that a version's registration says; ``group`` is the namespace of its run."""
+    """Everything that is registered about a version; ``group`` is the namespace of its run."""
 
     model_name: str
     version: str
@@ -58,11 +59,12 @@ def register(
 ) -> dict[str, Any]:
     """Register the model at ``uri`` as ``version``, with metrics, hyperparameters and lineage.
 
-    Registering is three requests with no transaction, so each is made only if its result is not
-    there yet: the same run registers once, however often it is repeated. Raises `UserError` if the
-    version belongs to another run, if the evaluation is of other weights than training wrote or of
-    other files than were uploaded, or if the registry does not answer; what was to be registered is
-    then kept in the object store, and the error says the command that finishes it.
+    A registration takes three requests and the registry has no transactions, so each request is
+    sent only if its result is missing. A run therefore registers once, however often it is
+    repeated. Raises `UserError` if the version belongs to another run, if the evaluation is of
+    other weights than training wrote or of other files than were uploaded, or if the registry does
+    not answer. In the last case the registration is kept in the object store, and the error has the
+    command that finishes it.
     """
     from nudge.components.common.clients.registry.connection import registry_url
     from nudge.components.common.core.progress import progress
@@ -70,10 +72,11 @@ def register(
 
     check_name("the model", settings.model_name)
     check_name("the version", version)
-    results = read_manifest(evaluation, "nudge.evaluation", 1)
-    facts = read_manifest(model / "nudge.json", "nudge.model", 1)
-    _check_weights(results, facts)
-    reason = results["verdict"]["reason"]
+    results, facts = read_evaluation(evaluation), read_model_facts(model)
+    _check_evaluated(results, facts)
+    assert results.verdict is not None
+    reason = results.verdict.reason
+    candidate = results.models["candidate"]
     entry = Registration(
         model_name=settings.model_name,
         version=version,
@@ -85,27 +88,27 @@ def register(
         registry_name=settings.registry_name,
         properties={
             **_properties(results, facts, run_id),
-            "manifest_sha256": evaluated_manifest(uri, settings.model_name, version, results),
+            "manifest_sha256": evaluated_manifest(uri, settings.model_name, version, candidate),
             "evaluation_sha256": sha256_file(evaluation),
         },
     )
     url = registry_url(settings.registry_url)
     with progress("register", unit="requests"):
         try:
-            told = enter(url, entry)
+            registered = enter(url, entry)
         except Unreachable as error:
             command = pending.keep(entry, url)
             raise Transient(
-                f"{error}\nthe model itself is safe at {uri}; this finishes it later:\n  {command}"
+                f"{error}\nthe model itself is safe at {uri}; to finish later, run:\n  {command}"
             ) from None
         except UserError as error:
             raise UserError(f"{error}\nthe model itself is safe at {uri}") from None
     pending.forget(uri)
-    return {**told, **_tidied(url, settings)}
+    return {**registered, **_clean_up(url, settings)}
 
 
 def enter(url: str, entry: Registration) -> dict[str, Any]:
-    """Make what is not there yet of a registration; returns the names and ids for its lineage."""
+    """Create the missing parts of a registration; returns the names and ids for its lineage."""
     from nudge.components.common.clients.registry.connection import with_registry
     from nudge.components.common.clients.registry.releases import note_properties
 
@@ -116,16 +119,13 @@ def enter(url: str, entry: Registration) -> dict[str, Any]:
         if registered_by != entry.run_id:
             raise UserError(
                 f"{entry.model_name} {entry.version} is registered already, by run "
-                f"{registered_by!r}; give another version"
+                f"{registered_by!r}; choose another version"
             )
-        else:
-            # A run that goes on may have been compared with another incumbent this time.
-            compared = {
-                key: str(entry.properties[key]) for key in RECORD if key in entry.properties
-            }
-            known = found.custom_properties or {}
-            if any(known.get(key) != value for key, value in compared.items()):
-                await note_properties(str(found.id), compared)(client)
+        # A resumed run may have been compared with another incumbent this time.
+        compared = {key: str(entry.properties[key]) for key in RECORD if key in entry.properties}
+        known = found.custom_properties or {}
+        if any(known.get(key) != value for key, value in compared.items()):
+            await note_properties(str(found.id), compared)(client)
         await _artifact(client, found.id, entry)
         return str(model.id), str(found.id)
 
@@ -202,7 +202,7 @@ async def _artifact(client: Any, version_id: str, entry: Registration) -> Any:
 async def _find_or_create(
     what: str, find: Callable[[], Awaitable[Any]], create: Callable[[], Awaitable[Any]]
 ) -> Any:
-    """What ``find`` finds, else what ``create`` makes; another process may be making the same."""
+    """The result of ``find``, else of ``create``; another process may be creating the same."""
     from mr_openapi.exceptions import ConflictException
 
     found = await find()
@@ -213,14 +213,14 @@ async def _find_or_create(
             found = await find()
             if found is None:
                 raise UserError(
-                    f"the registry says that the {what} exists already ({error.body}), and lists "
-                    "none of exactly this name; choose another name"
+                    f"the registry says that the {what} exists already ({error.body}), but lists "
+                    "none with exactly this name; choose another name"
                 ) from None
     return found
 
 
-def _tidied(url: str, settings: RegisterSettings) -> dict[str, list[str]]:
-    """Archive old versions and delete the objects of archived ones, as far as the settings ask."""
+def _clean_up(url: str, settings: RegisterSettings) -> dict[str, list[str]]:
+    """Archive old versions and delete the objects of archived ones, if the settings say so."""
     from nudge.components.common.clients.registry.connection import with_registry
     from nudge.components.common.clients.registry.releases import archive_older, unneeded
     from nudge.components.common.clients.storage import delete_version
@@ -232,61 +232,64 @@ def _tidied(url: str, settings: RegisterSettings) -> dict[str, list[str]]:
     return {"archived": archived, "deleted": deleted}
 
 
-def _check_weights(results: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Raise `UserError` unless the evaluation has all that is registered, and is of this model."""
-    lacking = [name for name in EVALUATED if name not in results]
-    if lacking:
+def _check_evaluated(results: Evaluation, facts: ModelFacts) -> None:
+    """Raise `UserError` unless the evaluation has every registered part and is of this model."""
+    missing = [name for name in ("verdict", "metrics") if not getattr(results, name)]
+    missing += ["models"] * ("candidate" not in results.models)
+    missing += ["probes"] * (results.probes is None)
+    if missing:
         raise UserError(
-            f"the evaluation says nothing of {', '.join(lacking)}: an older nudge wrote it; "
-            "evaluate the model again and register what comes of it"
+            f"the evaluation has no {', '.join(missing)}: an older nudge wrote it; evaluate the "
+            "model again and register that evaluation"
         )
-    evaluated, trained = results["models"]["candidate"]["sha256"], facts.get("weights_sha256")
+    evaluated, trained = results.models["candidate"].sha256, facts.weights_sha256
     if trained not in (None, evaluated):
         raise UserError(
-            f"the evaluation is of weights with the sha256 {evaluated}, and training wrote "
+            f"the evaluation is of weights with the sha256 {evaluated}, but training wrote "
             f"{trained}: this is another model; evaluate this one"
         )
 
 
 def _properties(
-    results: dict[str, Any], facts: dict[str, Any], run_id: str
+    results: Evaluation, facts: ModelFacts, run_id: str
 ) -> dict[str, str | int | float | bool]:
-    """Flat custom properties: hyperparameters, metrics, fingerprints, and who made it."""
-    flat: dict[str, str | int | float | bool] = {
+    """Flat custom properties: hyperparameters, metrics, fingerprints, and the run."""
+    verdict = results.verdict
+    assert verdict is not None
+    flat: dict[str, str | int | float | bool | None] = {
         "run_id": run_id,
-        "base_model": facts["base_model"]["uri"],
-        "base_model_sha256": facts["base_model"]["sha256"],
-        "model_sha256": results["models"]["candidate"]["sha256"],
-        "data_fingerprint": facts["data_fingerprint"],
-        "tokenizer_sha256": facts["tokenizer_sha256"],
-        "code_version": facts["code_version"],
-        "seed": facts["seed"],
-        "promoted": bool(results["verdict"]["promote"]),
-        "difference_bits_per_byte": results["verdict"]["comparisons"]["base"][
-            "difference_bits_per_byte"
-        ],
-        "expected_next": json.dumps(_expected_next(results["probes"])),
-        **comparison_properties(results.get("incumbent")),
+        "base_model": facts.base_model.uri,
+        "base_model_sha256": facts.base_model.sha256,
+        "model_sha256": results.models["candidate"].sha256,
+        "data_fingerprint": facts.data_fingerprint,
+        "tokenizer_sha256": facts.tokenizer_sha256,
+        "code_version": facts.code_version,
+        "seed": facts.seed,
+        "promoted": verdict.promote,
+        "difference_bits_per_byte": verdict.comparisons["base"].difference_bits_per_byte,
+        "expected_next": json.dumps(_expected_next(results.probes or ())),
+        **comparison_properties(results.incumbent),
     }
-    for name, metrics in results["metrics"].items():
-        flat |= {f"{name}.{key}": value for key, value in metrics.items() if value is not None}
-    for key, value in facts["settings"].items():
-        plain = value if isinstance(value, str | int | float | bool) else json.dumps(value)
-        flat[f"train.{key}"] = plain
-    return flat
+    for name, metrics in results.metrics.items():
+        flat |= {f"{name}.{key}": value for key, value in plain(metrics).items()}
+    for key, value in facts.settings.items():
+        scalar = isinstance(value, str | int | float | bool)
+        flat[f"train.{key}"] = value if scalar else json.dumps(value)
+    return {key: value for key, value in flat.items() if value is not None}
 
 
-def _expected_next(probes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the evaluated model finds likeliest after each probe; serving is held against it."""
-    likeliest = [(probe["prompt"], probe["rivals_after"][0]) for probe in probes]
+def _expected_next(probes: Sequence[ProbeResult]) -> list[dict[str, Any]]:
+    """The evaluated model's likeliest token after each probe, which the served model must match."""
+    likeliest = [(probe.prompt, probe.rivals_after[0]) for probe in probes]
     return [
-        {"prompt": prompt, "token": rival["token"], "p": round(rival["p"], 4)}
+        {"prompt": prompt, "token": rival.token, "p": round(rival.p, 4)}
         for prompt, rival in likeliest
+        if rival.p is not None
     ]
 
 
 def lineage(result: dict[str, Any]) -> dict[str, str]:
-    """The metadata by which the dashboard ties a run's model to its version, from the result."""
+    """The metadata with which the dashboard links a run's model to its version."""
     return {
         "registeredModelName": result["registered_model"],
         "registeredModelId": result["registered_model_id"],

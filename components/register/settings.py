@@ -19,8 +19,9 @@ class RegisterSettings:
     author: str = "nudge"
     description: str = ""
     keep_versions: Annotated[int, Field(ge=0)] = 0
-    """Archive older versions than the newest so many; 0 archives none. Never one that is served or
-    that a rollback returns to, the one before it; LIVE in the registry undoes it."""
+    """Archive all but this many of the newest versions; 0 archives none. A version that is served,
+    or the one before it that a rollback returns to, is never archived. Setting a version to LIVE in
+    the registry restores it."""
     delete_archived: bool = False
     """With keep_versions: also delete the objects of every archived version of the model from the
-    object store. Never of one that is served or that a rollback returns to."""
+    object store, except those of a version that is served or that a rollback returns to."""

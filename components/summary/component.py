@@ -12,14 +12,14 @@ def summary(
     status: dsl.PipelineTaskFinalStatus,
     page: dsl.Output[dsl.Markdown],
 ) -> None:
-    """Write what became of a run, whether it ended well or not.
+    """Write a summary of the run, whether it succeeded or failed.
 
     Args:
         recipe: The recipe, as YAML text or a URI.
-        model_name: The name to register under; empty means as the recipe says.
+        model_name: The name to register under; empty means the one in the recipe.
         version: The version's name; empty means the run's id.
         run_id: The id of this run.
-        status: How the run ended; the engine fills it in.
+        status: How the run ended; the engine sets it.
         page: The summary, as Markdown.
     """
     from pathlib import Path

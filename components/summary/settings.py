@@ -7,7 +7,7 @@ from nudge.components.common.core.settings import settings
 
 @settings
 class SummarySettings:
-    """What the recipe's section `register` says of where a version is to be found."""
+    """The settings in the recipe's section `register` that locate a version."""
 
     model_name: RegistryName
     registry_url: RegistryUrl = ""

@@ -1,4 +1,4 @@
-"""The exit handler's page: what became of a run, in Markdown."""
+"""The exit handler's page: a summary of the run, in Markdown."""
 
 import html
 import re
@@ -21,9 +21,9 @@ from nudge.components.common.core.step import step
 
 
 def plain(value: Any) -> str:
-    """A value as one line of Markdown that means nothing but its characters.
+    """A value as one line of Markdown without any markup.
 
-    An error may quote a document, and a document may hold anything.
+    An error may quote a document, and a document may contain anything.
     """
     line = visible(" ".join(str(value).split()))
     return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(line, quote=False))
@@ -43,10 +43,10 @@ It failed{% if task %} in `{{ task }}`{% endif %}: {{ error }}
 **{{ model_name }} {{ version }}** is registered
 {{- ", not promoted" if found.not_promoted else "" }}.
 
-| what | |
+| | |
 |---|---|
-| where | `{{ found.uri }}` |
-| why | {{ found.description }} |
+| URI | `{{ found.uri }}` |
+| description | {{ found.description }} |
 {% if found.not_promoted %}
 | why not promoted | {{ found.not_promoted }} |
 {% endif %}
@@ -54,7 +54,7 @@ It failed{% if task %} in `{{ task }}`{% endif %}: {{ error }}
 | endpoint | {{ found.endpoint }} |
 {% endif %}
 {% else %}
-Nothing was promoted: {{ missing | trim('.') }}. What is served has not changed.
+Nothing was promoted: {{ missing | trim('.') }}. The served version has not changed.
 {% endif %}
 """
 )
@@ -72,14 +72,14 @@ def summary(
     error: str,
     page: Path,
 ) -> dict[str, Any]:
-    """Write the page from how the run ended and from what the registry knows of its version.
+    """Write the page from the run's final state and the registry's record of its version.
 
-    The exit handler cannot take what the steps gave, so the registry is asked; a registry that
-    cannot be asked is said to be so, and is not taken for one that knows nothing.
+    The exit handler cannot read the outputs of the steps, so it asks the registry. If the registry
+    does not answer, the page says so: that does not mean that nothing was registered.
     """
     from nudge.components.common.clients.registry.connection import registry_url, with_registry
 
-    failed, why, verdict = _told_here()
+    failed, why, verdict = _local_events()
     task, error = failed or task, why or error
     found: dict[str, Any] | None = None
     missing = verdict or f"the registry has no version {version} of {model_name} by this run"
@@ -87,7 +87,7 @@ def summary(
         lookup = _lookup(model_name, version, run_id)
         found = with_registry(registry_url(registry), lookup, attempts_s=5)
     except UserError as problem:
-        missing = f"it is not known whether a version was registered ({problem})"
+        missing = f"it is unknown whether a version was registered ({problem})"
     values = {"run_id": run_id, "state": state, "task": task, "error": error}
     text = PAGE.render(
         **values, model_name=model_name, version=version, found=found, missing=missing
@@ -97,16 +97,16 @@ def summary(
     return {"state": state, "registered": bool(found), "promoted": promoted}
 
 
-def _told_here() -> tuple[str, str, str]:
-    """The failed step, its error and the evaluation's reason not to promote, where steps tell them.
+def _local_events() -> tuple[str, str, str]:
+    """The failed step, its error and the evaluation's reason not to promote, from local events.
 
-    `kfp.local` names only the exit handler as failed; a cluster names the task and its message.
+    `kfp.local` reports only the exit handler as failed; a cluster reports the task and its message.
     """
     events = {name: event for name, event in last_events().items() if name != "summary"}
     evaluated = events.get("evaluate", {}).get("results", {})
     verdict = "" if evaluated.get("promote", 1) else str(evaluated["reason"])
     if events.get("ingest", {}).get("results", {}).get("new") == 0:
-        verdict = "there is no text that the served version was not trained on"
+        verdict = "there is no new text: the served version was trained on all of it"
     for name, event in events.items():
         if event["event"] != "step_end":
             return name, str(event.get("error", "it was killed")), verdict
@@ -117,13 +117,13 @@ def _lookup(name: str, version: str, run_id: str) -> Any:
     async def work(client: Any) -> dict[str, Any] | None:
         model = await find_model(client, name)
         found = model and await find_model_version(client, model.id, version)
-        # A version of this name may be there from another run.
+        # Another run may have registered a version of this name.
         if not found or (found.custom_properties or {}).get("run_id") != run_id:
             return None
         artifact = await find_model_artifact(client, found.id, name)
         served = await find_served(name)(client)
         return {
-            "uri": artifact.uri if artifact else "not known",
+            "uri": artifact.uri if artifact else "unknown",
             "description": found.description,
             "not_promoted": (found.custom_properties or {}).get(NOT_PROMOTED, ""),
             "endpoint": served.endpoint if served and version in served.shares else "",

@@ -14,12 +14,12 @@ from nudge.components.common.core.publish import (
     sha256_file,
     sha256_tree,
     verify_file,
-    write_manifest,
 )
 from nudge.components.common.core.step import step
 from nudge.components.tokenize.settings import TokenizeSettings
 
 if TYPE_CHECKING:
+    from nudge.components.common.artifacts.tokens import TokenShard
     from nudge.components.tokenize.encode import Encoding
 
 
@@ -47,7 +47,12 @@ def tokenize(settings: TokenizeSettings, *, corpus: Path, tokens: Path) -> dict[
     the tokenizer cannot be read.
     """
     from nudge.components.common.artifacts.corpus import SPLITS, read_corpus, read_documents
-    from nudge.components.common.artifacts.tokens import FORMAT, VERSION, token_dtype
+    from nudge.components.common.artifacts.tokens import (
+        Tokens,
+        TokenSplit,
+        token_dtype,
+        write_tokens_manifest,
+    )
     from nudge.components.common.core.processes import usable_cores
     from nudge.components.common.core.progress import progress
     from nudge.components.common.models.end_of_document import end_of_document_id
@@ -59,16 +64,16 @@ def tokenize(settings: TokenizeSettings, *, corpus: Path, tokens: Path) -> dict[
         os.environ["RAYON_NUM_THREADS"] = str(settings.processes or usable_cores())
     with (
         published(tokens) as part,
-        progress("tokenize", total=source["documents"], unit="documents") as bar,
+        progress("tokenize", total=source.documents, unit="documents") as bar,
     ):
         tokenizer = _tokenizer(settings, corpus, part / "tokenizer", bar)
         end, dtype = end_of_document_id(tokenizer), token_dtype(len(tokenizer))
         text = (part / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
         shards = [
-            Shard(split, corpus / shard["file"], shard["sha256"], shard["documents"],
-                  shard["bytes"], part / f"{split}-{number:05d}.tokens")
+            Shard(split, corpus / shard.file, shard.sha256, shard.documents,
+                  shard.bytes, part / f"{split}-{number:05d}.tokens")
             for split in SPLITS
-            for number, shard in enumerate(source["splits"][split]["shards"])
+            for number, shard in enumerate(source.splits[split].shards)
         ]  # fmt: skip
         why_not = why_not_fast(text, (one.text for one in read_documents(corpus, "train")))
         if why_not:
@@ -77,27 +82,27 @@ def tokenize(settings: TokenizeSettings, *, corpus: Path, tokens: Path) -> dict[
         _write(settings, shards, Encoding(text, end, dtype.str, why_not is None), bar)
         made = {split: [_entry(one) for one in shards if one.split == split] for split in SPLITS}
         splits = {
-            split: {
-                "documents": sum(entry["documents"] for entry in entries),
-                "tokens": sum(entry["tokens"] for entry in entries),
-                "shards": entries,
-            }
+            split: TokenSplit(
+                documents=sum(entry.documents or 0 for entry in entries),
+                tokens=sum(entry.tokens or 0 for entry in entries),
+                shards=tuple(entries),
+            )
             for split, entries in made.items()
         }
-        body = {
-            "corpus_fingerprint": source["fingerprint"],
-            "tokenizer": settings.tokenizer,
-            "tokenizer_sha256": sha256_tree(part / "tokenizer"),
-            "vocab_size": len(tokenizer),
-            "dtype": dtype.name,
-            "end_of_document_id": end,
-            "splits": splits,
-        }
-        write_manifest(part / "manifest.json", FORMAT, VERSION, body)
+        manifest = Tokens(
+            corpus_fingerprint=source.fingerprint,
+            tokenizer=settings.tokenizer,
+            tokenizer_sha256=sha256_tree(part / "tokenizer"),
+            vocab_size=len(tokenizer),
+            dtype=dtype.name,
+            end_of_document_id=end,
+            splits=splits,
+        )
+        write_tokens_manifest(part, manifest)
     return {
-        "train_tokens": splits["train"]["tokens"],
-        "validation_tokens": splits["validation"]["tokens"],
-        **{key: body[key] for key in ("vocab_size", "dtype", "tokenizer_sha256")},
+        "train_tokens": splits["train"].tokens,
+        "validation_tokens": splits["validation"].tokens,
+        **{key: getattr(manifest, key) for key in ("vocab_size", "dtype", "tokenizer_sha256")},
     }
 
 
@@ -171,15 +176,15 @@ def _blocks(shards: list[Shard]) -> Iterator[tuple[Shard, bytes]]:
                 yield shard, block
 
 
-def _entry(shard: Shard) -> dict[str, Any]:
+def _entry(shard: Shard) -> "TokenShard":
     """What the manifest tells of a shard; raises if a document was lost on the way."""
-    from nudge.components.common.artifacts.tokens import shard_counts
+    from nudge.components.common.artifacts.tokens import TokenShard, shard_counts
 
     documents, tokens = shard_counts(shard.tokens)
     assert documents == shard.documents, f"{documents} of {shard.documents} documents of {shard}"
-    return {
-        "file": shard.tokens.name,
-        "sha256": sha256_file(shard.tokens),
-        "documents": documents,
-        "tokens": tokens,
-    }
+    return TokenShard(
+        file=shard.tokens.name,
+        sha256=sha256_file(shard.tokens),
+        documents=documents,
+        tokens=tokens,
+    )

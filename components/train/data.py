@@ -49,7 +49,7 @@ class PackedSplit:
         start: int | None = None,
     ) -> None:
         self._reader = TokenReader(tokens, split)
-        self._end = int(self._reader.manifest["end_of_document_id"])
+        self._end = int(self._reader.manifest.end_of_document_id)
         self._start = self._end if start is None else start
         self._length, self._seed = length, seed
         self.tokens = self._reader.tokens

@@ -99,8 +99,8 @@ def train_loop(
     started = time.monotonic() - state.seconds
     if state.step == 0:
         _watch(network, tokenizer, settings, 0, record)
-        loss = validation_loss(network, validation, settings)
-        record.metric({"step": 0, "validation_loss": loss})
+        first = validation_loss(network, validation, settings)
+        record.metric({"step": 0, "validation_loss": first})
     bfloat16 = settings.precision == "bfloat16"
     meter = Meter(network.model, settings.sequence_length, bfloat16, ranks.device, ranks.world)
     with (
@@ -113,7 +113,7 @@ def train_loop(
             rows = next_batch()
             waited = time.monotonic() - asked
             ranks.seed(settings.seed, step)
-            loss = None
+            loss: Loss | None = None
             if not stopping.agreed(ranks):
                 loss = accumulate(network, rows, settings, stopping)
             if loss is None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from nudge.components.common.artifacts.tokens import Tokens
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.models.base_model import local_model, model_sha256
 from nudge.components.common.models.language_model import head_weight, hidden_states, load_model
@@ -40,9 +41,9 @@ class Start:
         return AutoModelForCausalLM.from_config(self._config, dtype=torch.float32)
 
 
-def check_tokenizer(manifest: dict[str, Any], settings: TrainSettings) -> None:
+def check_tokenizer(manifest: Tokens, settings: TrainSettings) -> None:
     """Raise `UserError` if the tokens' ids mean something else to the base model."""
-    if manifest.get("tokenizer") == "train" and settings.mode != "scratch":
+    if manifest.tokenizer == "train" and settings.mode != "scratch":
         raise UserError(
             f"train.mode = {settings.mode}: the tokenizer was trained on the corpus, so its ids do "
             "not match the base model's; tokenize with tokenizer: base_model, or train with "

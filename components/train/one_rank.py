@@ -5,9 +5,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from nudge.components.common.artifacts.model import ModelFacts, write_model_facts
+from nudge.components.common.artifacts.schema import parse_artifact
 from nudge.components.common.artifacts.tokens import read_tokens_manifest, verified_tokenizer
 from nudge.components.common.core.progress import progress
-from nudge.components.common.core.publish import published, write_atomic, write_manifest
+from nudge.components.common.core.publish import published, write_atomic
 from nudge.components.common.models import language_model
 from nudge.components.common.models.base_model import model_sha256
 from nudge.components.common.models.end_of_document import document_start_id
@@ -24,8 +26,6 @@ from nudge.components.train.report import render_report
 from nudge.components.train.result import facts_of, write_model
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.torchrun import threads_each
-
-FORMAT, VERSION = "nudge.model", 1
 
 
 def train_one_rank(
@@ -51,8 +51,8 @@ def train_one_rank(
             model_part = stack.enter_context(published(model))
             history_part = stack.enter_context(published(history))
         bar.note(stage="loading the base model")
-        start = Start(settings, tokenizer, manifest["vocab_size"])
-        network = _load_network(start, settings, ranks, manifest["vocab_size"])
+        start = Start(settings, tokenizer, manifest.vocab_size)
+        network = _load_network(start, settings, ranks, manifest.vocab_size)
         optimizer = make_optimizer(network.model, settings)
         facts = facts_of(settings, manifest, start, network)
         facts["tokens"] = {"train": training.tokens, "validation": validation.tokens}
@@ -60,7 +60,7 @@ def train_one_rank(
         if ranks.main:
             plain = dataclasses.asdict(settings)
             record = stack.enter_context(open_record(history_part, model.name, plain, steps))
-        run = identity(settings, training, manifest["tokenizer_sha256"], start.sha256, steps)
+        run = identity(settings, training, manifest.tokenizer_sha256, start.sha256, steps)
         checkpoints = outer.enter_context(
             open_checkpoints(settings, run, ranks, lambda stage: bar.note(stage=stage))
         )
@@ -80,7 +80,7 @@ def train_one_rank(
         if ranks.main:
             write_model(model_part, start, weights, settings, tokenizer, facts)
             facts["weights_sha256"] = model_sha256(model_part)
-            write_manifest(model_part / "nudge.json", FORMAT, VERSION, facts)
+            write_model_facts(model_part, parse_artifact(facts, ModelFacts, "the model's facts"))
             write_atomic(report, render_report(facts, record.lines))
 
 

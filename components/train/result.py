@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from nudge.components.common.artifacts.model import read_model_facts
+from nudge.components.common.artifacts.tokens import Tokens
 from nudge.components.common.core.provenance import code_version
 from nudge.components.train.adapt import adapter_state, lora_config, merged_state
 from nudge.components.train.card import model_card
@@ -16,15 +18,15 @@ from nudge.components.train.settings import TrainSettings
 
 
 def facts_of(
-    settings: TrainSettings, manifest: dict[str, Any], start: Start, network: Network
+    settings: TrainSettings, manifest: Tokens, start: Start, network: Network
 ) -> dict[str, Any]:
     """The facts known before training: origins, settings and sizes. ``manifest`` is the tokens'."""
     named = dict(network.model.named_parameters())
     trained = [p for p in named.values() if p.requires_grad]
     return {
         "base_model": {"uri": settings.base_model, "sha256": start.sha256},
-        "data_fingerprint": manifest["corpus_fingerprint"],
-        "tokenizer_sha256": manifest["tokenizer_sha256"],
+        "data_fingerprint": manifest.corpus_fingerprint,
+        "tokenizer_sha256": manifest.tokenizer_sha256,
         "settings": dataclasses.asdict(settings),
         "seed": settings.seed,
         "code_version": code_version(),
@@ -68,17 +70,17 @@ def write_model(
 
 def results(model: Path, history: Path) -> dict[str, Any]:
     """The step's summary figures, read from its finished outputs."""
-    training = json.loads((model / "nudge.json").read_text(encoding="utf-8"))["training"]
+    training = read_model_facts(model).training
     lines = (history / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     values = [json.loads(line) for line in lines]
     losses = [value["loss"] for value in values if "loss" in value]
     validation = [value["validation_loss"] for value in values if "validation_loss" in value]
     return {
-        "steps": training["steps"],
-        "tokens": training["tokens"],
+        "steps": training.steps,
+        "tokens": training.tokens,
         "loss": losses[-1],
         "validation_loss": validation[-1],
-        "tokens_per_s": training["tokens_per_s"],
+        "tokens_per_s": training.tokens_per_s,
     }
 
 

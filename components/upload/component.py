@@ -7,14 +7,14 @@ from nudge.components.common.core.images import DATA_IMAGE
 def upload(
     recipe: str, model_name: str, version: str, run_id: str, model: dsl.Input[dsl.Model]
 ) -> str:
-    """Upload the model, complete or invisible: to an object store, or as an image to a registry.
+    """Upload the model, complete or invisible, to an object store or as an image to a registry.
 
     Args:
         recipe: The recipe, as YAML text or a URI.
-        model_name: The name to register under; empty means as the recipe says.
+        model_name: The name to register under; empty means the one in the recipe.
         version: The version's name; empty means the run's id.
         run_id: The id of this run.
-        model: What `train` made.
+        model: The model that `train` trained.
 
     Returns:
         The model's URI: s3:// or oci://.

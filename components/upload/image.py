@@ -2,8 +2,8 @@
 
 KServe runs such an image beside the server and links to its /models
 (https://kserve.github.io/website/docs/model-serving/storage/providers/oci); for that the base image
-must have sh, ln, ls and sleep. The layers are tar archives made of the files while they are sent,
-always the same bytes of the same files, so that a layer which is there is not sent again.
+must have sh, ln, ls and sleep. The layers are tar archives that are built while they are sent. The
+same files always give the same bytes, so a layer that the registry has is not sent again.
 """
 
 import hashlib
@@ -21,21 +21,20 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.upload.sending import Taken
 
 SMALL_BYTES = 16 << 20
-"""Files of no more than this go into one layer together."""
-MOST_LAYERS = 90
-"""An image's file systems lie on one another, at most some 120 of them with the base's own."""
+"""Files up to this size share one layer."""
+MAX_LAYERS = 90
+"""Overlay file systems stack about 120 layers at most, including those of the base image."""
 CONCURRENCY = 4
-"""Layers on their way at once."""
+"""Layers sent at once."""
 BLOCK = 1 << 20
 END = bytes(2 * tarfile.BLOCKSIZE)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Files of a model (``texts`` are those made here) as one tar archive.
+    """Files of a model as one tar archive; ``texts`` are files whose content is in memory.
 
-    ``sizes`` are the files' bytes, by name; ``digest``, and ``sha256`` by file, are known once the
-    layer was `measured`.
+    ``sizes`` are the files' bytes, by name. `measured` fills in ``digest``, and ``sha256`` by file.
     """
 
     files: dict[str, Path]
@@ -46,7 +45,7 @@ class Layer:
 
     @property
     def size(self) -> int:
-        """Bytes of the archive."""
+        """Size of the archive in bytes."""
         files = {**self.sizes, **{name: len(text) for name, text in self.texts.items()}}
         heads = [_header(folder, 0, tarfile.DIRTYPE) for folder in self._folders()]
         heads += [_header(_inside(name), size) for name, size in files.items()]
@@ -62,7 +61,7 @@ class Layer:
         }
 
     def content(self, hashes: dict[str, str] | None = None) -> Iterator[bytes]:
-        """The archive's bytes; ``hashes`` is filled with the sha256 of each file in it."""
+        """The archive's bytes; the sha256 of each file is added to ``hashes``."""
         for folder in self._folders():
             yield _header(folder, 0, tarfile.DIRTYPE)
         for name, path in self.files.items():
@@ -77,11 +76,11 @@ class Layer:
 
 
 def layers_of(files: dict[str, Path]) -> list[Layer]:
-    """The files in as many layers as an image may have, the small ones together in the last."""
+    """Distribute the files over at most `MAX_LAYERS` layers, with the small ones in the last."""
     sizes = {name: path.stat().st_size for name, path in files.items()}
     large = [name for name in sorted(files) if sizes[name] > SMALL_BYTES]
-    a_layer = -(-len(large) // MOST_LAYERS) or 1
-    groups = [large[first : first + a_layer] for first in range(0, len(large), a_layer)]
+    per_layer = -(-len(large) // MAX_LAYERS) or 1
+    groups = [large[first : first + per_layer] for first in range(0, len(large), per_layer)]
     groups.append(sorted(files.keys() - set(large)))
     return [
         Layer({name: files[name] for name in group}, {name: sizes[name] for name in group})
@@ -90,12 +89,12 @@ def layers_of(files: dict[str, Path]) -> list[Layer]:
 
 
 def measured(layer: Layer, advance: Callable[[float], None]) -> Layer:
-    """The layer with its digest and the sha256 of each file, by reading it once."""
-    whole, hashes = hashlib.sha256(), dict[str, str]()
+    """The layer with its digest and the sha256 of each file; reads the files once."""
+    archive, hashes = hashlib.sha256(), dict[str, str]()
     for block in layer.content(hashes):
-        whole.update(block)
+        archive.update(block)
         advance(len(block))
-    return replace(layer, digest=f"sha256:{whole.hexdigest()}", sha256=hashes)
+    return replace(layer, digest=f"sha256:{archive.hexdigest()}", sha256=hashes)
 
 
 def with_text(layer: Layer, name: str, text: bytes) -> Layer:
@@ -104,7 +103,7 @@ def with_text(layer: Layer, name: str, text: bytes) -> Layer:
 
 
 class Image:
-    """An image of these layers for each machine that the base image is for."""
+    """An image of these layers for each platform of the base image."""
 
     def __init__(
         self, base: image_registry.Repository, layers: Sequence[Layer], version: str
@@ -125,7 +124,7 @@ class Image:
                 }
             )
         if not entries:
-            raise UserError(f"{base.reference.uri} has no image for Linux; give another base_image")
+            raise UserError(f"{base.reference.uri} has no Linux image; choose another base_image")
         self.index = _json(
             {
                 "schemaVersion": 2,
@@ -172,9 +171,9 @@ def send(
     target: image_registry.Repository,
     advance: Callable[[float], None],
 ) -> None:
-    """Bring all of an image to the registry but its index: nobody can see it yet.
+    """Send everything except the index to the registry, so that the image is not visible yet.
 
-    ``advance`` is told of the bytes of the model's layers.
+    ``advance`` is called with the bytes of the model's layers.
     """
     counting = Lock()
 
@@ -200,11 +199,11 @@ def send(
 
 
 def publish(image: Image, target: image_registry.Repository) -> image_registry.Reference:
-    """Make the image visible under the tag; returns it by its digest.
+    """Make the image visible under the tag; returns its reference by digest.
 
-    Raises `Taken` if the tag is another image's. A registry has no conditional write: of two that
-    take one tag in the same moment both may get it, one after the other. Whoever has an image by
-    its digest is not concerned.
+    Raises `Taken` if the tag belongs to another image. A registry has no conditional write: of two
+    processes that write one tag at the same moment, both may succeed, and the last one wins. A
+    reference by digest is not affected.
     """
     digest, tag = image_registry.digest_of(image.index), target.reference.tag
     if target.digest(tag) not in ("", digest):
@@ -221,22 +220,22 @@ def _send_layer(
     if target.has_blob(layer.digest):
         count(layer.size)
         return
-    told = 0
+    counted = 0
 
     def content() -> Iterator[bytes]:
-        nonlocal told
-        count(-told)  # it begins anew
-        told = 0
+        nonlocal counted
+        count(-counted)  # a retry starts over
+        counted = 0
         for block in layer.content():
             yield block
-            told += len(block)
+            counted += len(block)
             count(len(block))
 
     target.put_blob(layer.digest, layer.size, content)
 
 
 def same_model(target: image_registry.Repository, digest: str, layers: Sequence[Layer]) -> bool:
-    """Whether an image holds these layers of a model, whatever base image it has."""
+    """Whether an image has exactly these model layers, on any base image."""
     ours = [layer.digest for layer in layers]
     reference = replace(target.reference, tag="", digest=digest)
     manifests = modelcar.image_manifests(target, reference)
@@ -247,7 +246,7 @@ def same_model(target: image_registry.Repository, digest: str, layers: Sequence[
 
 
 def _header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """A tar header that anybody may read, and that tells nothing of who wrote it or when."""
+    """A tar header for a world-readable entry, without owner and time."""
     entry = tarfile.TarInfo(name)
     entry.size, entry.type = size, kind
     entry.mode = 0o755 if kind == tarfile.DIRTYPE else 0o644
@@ -258,14 +257,14 @@ def _member(
     name: str, size: int, blocks: Iterator[bytes], hashes: dict[str, str] | None
 ) -> Iterator[bytes]:
     yield _header(_inside(name), size)
-    sha256, left = hashlib.sha256(), size
+    sha256, remaining = hashlib.sha256(), size
     for block in blocks:
         sha256.update(block)
-        left -= len(block)
-        if left < 0:
+        remaining -= len(block)
+        if remaining < 0:
             break
         yield block
-    if left:
+    if remaining:
         raise UserError(f"{name} changed while it was uploaded; nothing of this version is visible")
     yield bytes(-size % tarfile.BLOCKSIZE)
     if hashes is not None:
@@ -287,7 +286,7 @@ def _json(value: dict[str, Any]) -> bytes:
 
 
 def _plain(media: str) -> str:
-    """The OCI name of a layer's media type; docker's own means the same bytes."""
+    """The OCI media type of a layer; Docker's own type has the same bytes."""
     docker = "application/vnd.docker.image.rootfs.diff.tar"
     return media.replace(f"{docker}.gzip", f"{image_registry.LAYER}+gzip").replace(
         docker, image_registry.LAYER

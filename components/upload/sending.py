@@ -1,8 +1,8 @@
-"""A file to an object store in parts that are hashed as they are read, and sent once.
+"""Send a file to an object store in parts that are hashed as they are read, each part once.
 
-boto3's own transfer cannot go on with an upload that another process began, so the parts are sent
-here. An object is only ever made, never replaced (a conditional write): of two writers of one key
-one wins, and the other learns what is there.
+boto3's own transfer cannot resume an upload that another process began, so this module sends the
+parts itself. An object is only created, never replaced (a conditional write): of two writers of one
+key one wins, and the other finds what is there.
 """
 
 import base64
@@ -22,22 +22,22 @@ import botocore.exceptions
 from nudge.components.common.core.errors import UserError
 
 PART_BYTES = 16 << 20
-MOST_PARTS = 10_000
+MAX_PARTS = 10_000
 """https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html"""
 CONCURRENCY = 4
-"""Parts on their way at once; with the one being read they are all that is held in memory."""
+"""Parts sent at once; these and the one being read are all that is in memory."""
 
 LOST = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchUpload", "InvalidPart")
-"""What a writer hears that was not the first; also one whose own first answer was lost."""
+"""Error codes for a writer that was not the first, or whose first response was lost."""
 
 
 class Taken(Exception):
-    """Other bytes stand under the key."""
+    """The key exists with other content."""
 
 
 @dataclass(frozen=True)
 class Sent:
-    """A file's size and sha256, of the very bytes that are in the store."""
+    """The size and sha256 of exactly the bytes that are in the store."""
 
     bytes: int
     sha256: str
@@ -45,14 +45,14 @@ class Sent:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """An upload that was begun, and the parts of it that hold this file's bytes, by number."""
+    """A multipart upload that was begun; ``etags`` are its finished parts of this file."""
 
     id: str
     etags: dict[int, str] = field(default_factory=dict)
 
 
 class Sender:
-    """Sends files to one bucket; ``advance`` is told of each part's bytes."""
+    """Sends files to one bucket; calls ``advance`` with the bytes of each part."""
 
     def __init__(self, client: Any, bucket: str, advance: Callable[[float], None]) -> None:
         self._client, self._bucket, self._advance = client, bucket, advance
@@ -63,15 +63,15 @@ class Sender:
         self._pool.shutdown(cancel_futures=True)
 
     def send(self, path: Path, key: str, begun: list[str]) -> Sent:
-        """Make ``key`` of a file, going on with one of the uploads ``begun`` if it is of this file.
+        """Create the object ``key`` from a file; resume one of the uploads ``begun`` if it matches.
 
-        Raises `Taken` if the key holds other bytes by then, and `UserError` if the file changed.
+        Raises `Taken` if the key exists with other content, and `UserError` if the file changed.
         """
         size = path.stat().st_size
         part_bytes = part_size(size)
         try:
             if size <= part_bytes:
-                return self._send_whole(path, key)
+                return self._send_single(path, key)
             with unchanged(path):
                 unfinished = self._adopt(path, key, begun, part_bytes) or self._begin(key)
                 sent, parts = self._send_parts(path, key, unfinished, part_bytes)
@@ -89,33 +89,35 @@ class Sender:
         return sent
 
     def found(self, path: Path, key: str) -> Sent:
-        """The file as the object ``key`` that is there already; raises `Taken` if it is another."""
+        """Compare the file with the existing object ``key``; raises `Taken` if they differ."""
         try:
             head = self._client.head_object(Bucket=self._bucket, Key=key)
         except botocore.exceptions.ClientError as error:
             if error.response["Error"]["Code"] != "404":
                 raise
-            raise UserError(f"another program ended the upload of {key}; run it again") from None
+            raise UserError(
+                f"another program finished the upload of {key}; run the upload again"
+            ) from None
         size = path.stat().st_size
         if head["ContentLength"] != size:
             raise Taken(key)
         sent, etag = _local(path, part_size(size))
-        # A store that encrypts gives ETags that are no MD5 of the content: look at the content.
+        # ETags of a store that encrypts are not MD5 of the content, so compare the content.
         if head["ETag"].strip('"') != etag and self.read_back(key) != sent.sha256:
             raise Taken(key)
         return sent
 
     def read_back(self, key: str) -> str:
-        """The sha256 of the bytes that the store gives for a key."""
+        """The sha256 of the bytes that the store returns for a key."""
         digest = _Digest()
         self._client.download_fileobj(self._bucket, key, digest)
         return digest.sha256.hexdigest()
 
     def begun(self, prefix: str) -> dict[str, list[str]]:
-        """The ids of unfinished uploads below a prefix, by key, the newest first."""
+        """The ids of unfinished uploads below a prefix, by key, newest first."""
         pages = self._client.get_paginator("list_multipart_uploads")
         uploads: list[dict[str, Any]] = []
-        # Who may not list them sends everything again.
+        # Without permission to list them, everything is sent again.
         with _allowed():
             for page in pages.paginate(Bucket=self._bucket, Prefix=prefix + "/"):
                 uploads += page.get("Uploads", [])
@@ -125,7 +127,7 @@ class Sender:
         return ids
 
     def forget(self, prefix: str) -> None:
-        """Take away what unfinished uploads left below the prefix of a complete version."""
+        """Abort unfinished uploads below the prefix of a complete version."""
         for key, ids in self.begun(prefix).items():
             for upload in ids:
                 with _allowed("NoSuchUpload"):
@@ -137,7 +139,7 @@ class Sender:
         with self._counting:
             self._advance(size)
 
-    def _send_whole(self, path: Path, key: str) -> Sent:
+    def _send_single(self, path: Path, key: str) -> Sent:
         body = path.read_bytes()
         self._client.put_object(
             Bucket=self._bucket,
@@ -156,7 +158,7 @@ class Sender:
         return Unfinished(answer["UploadId"])
 
     def _adopt(self, path: Path, key: str, begun: list[str], part_bytes: int) -> Unfinished | None:
-        """The upload of which every part that is there holds this file's bytes."""
+        """The first upload whose finished parts all match this file; None if there is none."""
         pages = self._client.get_paginator("list_parts")
         for upload in begun:
             parts: list[dict[str, Any]] = []
@@ -171,7 +173,7 @@ class Sender:
     def _send_parts(
         self, path: Path, key: str, unfinished: Unfinished, part_bytes: int
     ) -> tuple[Sent, list[dict[str, Any]]]:
-        """Send the parts that are not there; also gives what completes the upload."""
+        """Send the missing parts; also returns the list of parts that completes the upload."""
         sha256, size, failed = hashlib.sha256(), 0, Event()
 
         def ended(future: Future[dict[str, Any]]) -> None:
@@ -212,19 +214,19 @@ class Sender:
 
 
 def part_size(size: int) -> int:
-    """Bytes a part of a file of ``size`` bytes; a file of no more than one is sent whole."""
-    return max(PART_BYTES, -(-size // MOST_PARTS))
+    """Bytes per part for a file of ``size`` bytes; a file of one part is sent in one request."""
+    return max(PART_BYTES, -(-size // MAX_PARTS))
 
 
 @contextlib.contextmanager
 def unchanged(path: Path) -> Iterator[None]:
-    """Raise `UserError` if the file is another one at the block's end than at its beginning."""
+    """Raise `UserError` if the file changes during the block."""
     before = path.stat()
     yield
     if _identity(before) != _identity(path.stat()):
         raise UserError(
             f"{path} changed while it was uploaded; nothing of this version is visible. Upload it "
-            "as another version when nothing writes there"
+            "as another version when nothing writes to the folder"
         )
 
 
@@ -234,7 +236,7 @@ def _identity(stat: os.stat_result) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def _allowed(*codes: str) -> Iterator[None]:
-    """Pass over a refusal by the store that costs no more than time."""
+    """Ignore an error of the store that only costs time."""
     try:
         yield
     except botocore.exceptions.ClientError as error:
@@ -243,7 +245,7 @@ def _allowed(*codes: str) -> Iterator[None]:
 
 
 class _Digest:
-    """A file that keeps nothing of what is written into it but its sha256."""
+    """A file object that only hashes what is written to it."""
 
     def __init__(self) -> None:
         self.sha256 = hashlib.sha256()
@@ -270,7 +272,7 @@ def _crc32(body: bytes) -> str:
 
 
 def _local(path: Path, part_bytes: int) -> tuple[Sent, str]:
-    """What a file comes to, and the ETag that S3 gives it where it does not encrypt."""
+    """A file's size and sha256, and the ETag that S3 gives it without encryption."""
     sha256, size, digests = hashlib.sha256(), 0, []
     for body in _parts(path, part_bytes):
         sha256.update(body)
@@ -279,6 +281,6 @@ def _local(path: Path, part_bytes: int) -> tuple[Sent, str]:
     if size <= part_bytes:
         etag = (digests or [hashlib.md5(usedforsecurity=False)])[0].hexdigest()
     else:
-        together = b"".join(digest.digest() for digest in digests)
-        etag = f"{hashlib.md5(together, usedforsecurity=False).hexdigest()}-{len(digests)}"
+        joined = b"".join(digest.digest() for digest in digests)
+        etag = f"{hashlib.md5(joined, usedforsecurity=False).hexdigest()}-{len(digests)}"
     return Sent(size, sha256.hexdigest()), etag

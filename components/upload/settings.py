@@ -10,13 +10,14 @@ from nudge.components.common.core.settings import settings
 @settings
 class UploadSettings:
     model_name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,48}[a-z0-9])?$")]
-    """Lower-case letters, digits, dots and dashes: it becomes part of URLs and resource names."""
+    """Lower-case letters, digits, dots and dashes: it is part of URLs and resource names."""
     target: Annotated[str, Field(pattern=r"^$|^(s3|oci)://[^/]+")] = ""
-    """Below what models go: ``s3://bucket/prefix``, or ``oci://registry/path`` for images
-    ("modelcars"). Empty means s3://, the data connection's bucket (AWS_S3_BUCKET), ``models``."""
+    """The parent of all models: ``s3://bucket/prefix``, or ``oci://registry/path`` for images
+    ("modelcars"). Empty means ``s3://<bucket>/models`` with the data connection's bucket
+    (AWS_S3_BUCKET)."""
     base_image: str = "registry.access.redhat.com/ubi9/ubi-micro:9.6"
-    """What an image of a model stands on; KServe needs sh, ln, ls and sleep in it."""
+    """The base image of a model's image; KServe needs sh, ln, ls and sleep in it."""
     read_back: bool = False
     """Read every object back and compare its sha256 before the version becomes visible. The store
-    checks a checksum of each part without it; this asks it what it kept, and takes as long again.
-    """
+    always verifies a checksum of each part; this also verifies what it stored, and takes as long as
+    the upload."""

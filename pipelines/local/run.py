@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from nudge.components.common.artifacts.evaluation import Evaluation, read_evaluation
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.processes import (
     OUTER_TMPDIR,
@@ -33,6 +34,7 @@ from nudge.components.common.core.publish import write_atomic
 from nudge.pipelines.recipes import Recipe
 
 STEPS = ("ingest", "tokenize", "train", "evaluate", "upload", "register", "deploy", "summary")
+PROBE_KEYS = ("prompt", "target", "p_before", "p_after", "expect", "ok")
 POLL_S = 0.1
 QUIET_S, ENDING_S = 2.0, 60.0
 """How long the steps of a run that is stopped may take to end: without a word, and at most."""
@@ -378,7 +380,7 @@ def result(run: Run) -> dict[str, Any]:
     counts = ("tokens", "bytes", "documents")
     nothing_new = results["ingest"].get("new") == 0
     promoted = run.steps["deploy"].status == "done" and results["deploy"].get("promoted", True)
-    reason = NOTHING_NEW if nothing_new else evaluation.get("verdict", {}).get("reason")
+    reason = NOTHING_NEW if nothing_new else evaluation.verdict and evaluation.verdict.reason
     if refused := results["deploy"].get("reason"):
         reason = f"registered, not promoted: {refused} (the evaluation: {reason})"
     values = {
@@ -389,12 +391,11 @@ def result(run: Run) -> dict[str, Any]:
             for step in run.steps.values()
         ],
         "metrics": {
-            which: {key: metrics[key] for key in (*names, *counts)}
-            for which, metrics in evaluation.get("metrics", {}).items()
+            which: {key: getattr(metrics, key) for key in (*names, *counts)}
+            for which, metrics in evaluation.metrics.items()
         },
         "probes": [
-            {key: probe[key] for key in ("prompt", "target", "p_before", "p_after", "expect", "ok")}
-            for probe in evaluation.get("probes", [])
+            {key: getattr(probe, key) for key in PROBE_KEYS} for probe in evaluation.probes or ()
         ],
         "promoted": promoted,
         "reason": reason,
@@ -411,7 +412,11 @@ def result(run: Run) -> dict[str, Any]:
     }
     due = ["ingest", "summary"]
     due += ["tokenize", "train", "evaluate"] if results["ingest"].get("new") else []
-    due += ["upload", "register", "deploy"] if evaluation.get("verdict", {}).get("promote") else []
+    due += (
+        ["upload", "register", "deploy"]
+        if evaluation.verdict and evaluation.verdict.promote
+        else []
+    )
     # The engine takes a condition that it cannot evaluate for false, and a container that is gone
     # when it asks for one that ended well.
     skipped = [name for name in run.steps if name in due and run.steps[name].status == "skipped"]
@@ -435,9 +440,9 @@ def keep_result(run: Run) -> dict[str, Any]:
     return values
 
 
-def _evaluation(run: Run) -> dict[str, Any]:
+def _evaluation(run: Run) -> Evaluation:
     path = run.steps["evaluate"].outputs.get("evaluation")
-    return dict(json.loads(Path(path).read_text(encoding="utf-8"))) if path else {}
+    return read_evaluation(Path(path)) if path else Evaluation()
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+from nudge.components.common.core.publish import write_manifest
 from nudge.pipelines import recipes
 from nudge.pipelines.cli import display
 from nudge.pipelines.cli.main import main
@@ -47,7 +48,8 @@ def evaluated(run: Run, promote: bool) -> None:
     evaluation, report = run.folder / "evaluation.json", run.folder / "made.html"
     verdict = {"promote": promote, "reason": "better by 0.1"}
     metrics = {"base": METRICS, "candidate": METRICS}
-    evaluation.write_text(json.dumps({"verdict": verdict, "metrics": metrics, "probes": [PROBE]}))
+    body = {"verdict": verdict, "metrics": metrics, "probes": [PROBE]}
+    write_manifest(evaluation, "nudge.evaluation", 1, body)
     report.write_text("<p>page</p>")
     end(run, "train", {"model": "/somewhere/model"}, steps=3, tokens=30, loss=2.5)
     outputs = {"evaluation": str(evaluation), "report": str(report)}

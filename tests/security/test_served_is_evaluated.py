@@ -261,7 +261,7 @@ def test_a_writer_of_the_registry_cannot_name_another_upload(
 
     without = {key: v for key, v in released.properties.items() if key != "manifest_sha256"}
     stripped = dataclasses.replace(released, properties=without)
-    with pytest.raises(UserError, match="took the digest out of the registry"):
+    with pytest.raises(UserError, match="removed the digest from the registry"):
         serve_here(stripped, tmp_path, monkeypatch)
     assert run_the_hook(stripped, tmp_path / "there").returncode == 1
 

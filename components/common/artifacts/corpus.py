@@ -1,8 +1,8 @@
 """The corpus artifact: documents of two splits in compressed JSON lines, under one manifest.
 
-``manifest.json`` (nudge.corpus, version 1) holds the fingerprint, the counts and each shard's
-sha256; a shard is ``<split>-00000.jsonl.zst``, a document a line: ``{"id", "text", "source"}``, and
-``"license"`` and ``"origin"`` where its data said so.
+``manifest.json`` (nudge.corpus, version 1) has the fingerprint, the counts and each shard's sha256.
+A shard is ``<split>-00000.jsonl.zst`` with one document per line: ``{"id", "text", "source"}``, and
+``"license"`` and ``"origin"`` where the data has them.
 """
 
 import hashlib
@@ -10,30 +10,31 @@ import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
-from nudge.components.common.core.publish import (
-    read_manifest,
-    sha256_file,
-    verify_file,
-    write_manifest,
+from nudge.components.common.artifacts.schema import (
+    Omitted,
+    parse_artifact,
+    read_artifact,
+    write_artifact,
 )
+from nudge.components.common.core.publish import sha256_file, verify_file
 
 if sys.version_info >= (3, 14):
     from compression import zstd as zstd
 else:
     from backports import zstd as zstd
 
-FORMAT, VERSION = "nudge.corpus", 1
+MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 SHARD_DOCUMENTS, SHARD_BYTES = 100_000, 256 << 20
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document; ``source`` is the URI that it was read from, ``origin`` what its data says."""
+    """One document. ``source`` is the URI it was read from; ``origin`` is what its data names."""
 
     id: str
     text: str
@@ -42,23 +43,104 @@ class Document:
     origin: str = ""
 
 
-def read_corpus(corpus: Path) -> dict[str, Any]:
-    """The manifest of a corpus; raises `UserError` if the folder is none."""
-    return read_manifest(corpus / "manifest.json", FORMAT, VERSION)
+DOCUMENT_KEYS = frozenset(Document.__dataclass_fields__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file of a split; ``bytes`` is the size of its texts in UTF-8."""
+
+    file: str
+    sha256: str
+    documents: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    documents: int = 0
+    bytes: int = 0
+    shards: tuple[Shard, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One object that was read, and what became of its documents.
+
+    ``bytes`` is its size as stored; ``text_bytes_in`` and ``dropped_bytes`` count text.
+    """
+
+    uri: str
+    sha256: Omitted[str] = None
+    bytes: int | None = None
+    documents_in: Omitted[int] = None
+    documents: int | None = None
+    kept_bytes: Omitted[int] = None
+    text_bytes_in: Omitted[int] = None
+    text_bytes_kept: Omitted[int] = None
+    dropped: Omitted[dict[str, int]] = None
+    dropped_bytes: Omitted[dict[str, int]] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Documents with one value of a column. ``value`` is None for documents without one, and for
+    the ``others``: the number of further values that are counted together."""
+
+    value: str | None
+    documents: int
+    bytes: int
+    others: Omitted[int] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """The manifest of a corpus. Counts are 0 where an older release did not record them."""
+
+    FORMAT: ClassVar[str] = "nudge.corpus"
+    VERSION: ClassVar[int] = 1
+
+    fingerprint: str
+    splits: dict[str, Split]
+    documents_in: int = 0
+    documents: int = 0
+    bytes: int = 0
+    text_bytes_in: int = 0
+    text_bytes_kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Documents by reason."""
+    dropped_bytes: dict[str, int] = field(default_factory=dict)
+    encodings: dict[str, int] = field(default_factory=dict)
+    """Documents in encodings other than UTF-8."""
+    sources: tuple[Source, ...] = ()
+    train_documents: int = 0
+    validation_documents: int = 0
+    languages: dict[str, int] = field(default_factory=dict)
+    """Documents of a sample, by language."""
+    licenses: Omitted[tuple[Group, ...]] = None
+    origins: Omitted[tuple[Group, ...]] = None
+
+
+def read_corpus(corpus: Path) -> Corpus:
+    """The manifest of a corpus folder; raises `UserError` if the folder has none."""
+    return read_artifact(corpus / MANIFEST, Corpus)
 
 
 def read_documents(corpus: Path, split: str) -> Iterator[Document]:
-    """The documents of a split in their stored order, each shard checked by its sha256 first."""
-    for shard in read_corpus(corpus)["splits"][split]["shards"]:
-        path = corpus / shard["file"]
-        verify_file(path, shard["sha256"])
+    """The documents of a split in stored order; each shard's sha256 is checked first."""
+    for shard in read_corpus(corpus).splits[split].shards:
+        path = corpus / shard.file
+        verify_file(path, shard.sha256)
         with zstd.open(path, "rt", encoding="utf-8") as lines:
             for line in lines:
-                yield Document(**json.loads(line))
+                values = json.loads(line)
+                if not values.keys() <= DOCUMENT_KEYS:
+                    values = {key: values[key] for key in DOCUMENT_KEYS & values.keys()}
+                yield Document(**values)
 
 
 def read_lines(shard: BinaryIO, block_bytes: int) -> Iterator[bytes]:
-    """The JSON lines of an open shard in blocks of whole lines, each of about ``block_bytes``."""
+    """The JSON lines of an open shard, in blocks of complete lines of about ``block_bytes``."""
     with zstd.open(shard, "rb") as lines:
         while block := lines.readlines(block_bytes):
             yield b"".join(block)
@@ -69,26 +151,26 @@ def write_corpus(
 ) -> str:
     """Write shards and manifest into ``folder``; returns the fingerprint.
 
-    The documents of each split come in the order of their text's sha256, so that neither the order
-    of the sources nor timing changes a byte. ``facts`` are further values of the manifest.
+    The documents of each split must come in the order of their text's sha256, so that neither the
+    order of the sources nor timing changes a byte. ``facts`` are further fields of `Corpus`.
     """
-    splits: dict[str, Any] = {}
+    splits: dict[str, Split] = {}
     digest = hashlib.sha256()
     for split in SPLITS:
-        shards: list[dict[str, Any]] = []
-        left = iter(documents[split])
-        while first := list(itertools.islice(left, 1)):
+        shards: list[Shard] = []
+        remaining = iter(documents[split])
+        while first := list(itertools.islice(remaining, 1)):
             path = folder / f"{split}-{len(shards):05d}.jsonl.zst"
-            shards.append(_write_shard(path, itertools.chain(first, left), split, digest))
-        splits[split] = {
-            "documents": sum(shard["documents"] for shard in shards),
-            "bytes": sum(shard["bytes"] for shard in shards),
-            "shards": shards,
-        }
-    fingerprint = digest.hexdigest()
-    body = {**facts, "fingerprint": fingerprint, "splits": splits}
-    write_manifest(folder / "manifest.json", FORMAT, VERSION, body)
-    return fingerprint
+            shards.append(_write_shard(path, itertools.chain(first, remaining), split, digest))
+        splits[split] = Split(
+            documents=sum(shard.documents for shard in shards),
+            bytes=sum(shard.bytes for shard in shards),
+            shards=tuple(shards),
+        )
+    body = {**facts, "fingerprint": digest.hexdigest(), "splits": splits}
+    manifest = parse_artifact(body, Corpus, str(folder))
+    write_artifact(folder / MANIFEST, manifest)
+    return manifest.fingerprint
 
 
 def text_sha256(text: str) -> str:
@@ -96,10 +178,8 @@ def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _write_shard(
-    path: Path, documents: Iterator[Document], split: str, digest: Any
-) -> dict[str, Any]:
-    """Write documents until the shard is full; the rest stays in the iterator."""
+def _write_shard(path: Path, documents: Iterator[Document], split: str, digest: Any) -> Shard:
+    """Write documents until the shard is full; the rest remain in the iterator."""
     count = size = 0
     with zstd.open(path, "wt", level=6, encoding="utf-8", newline="\n") as lines:
         for document in documents:
@@ -109,4 +189,4 @@ def _write_shard(
             count, size = count + 1, size + len(document.text.encode())
             if count >= SHARD_DOCUMENTS or size >= SHARD_BYTES:
                 break
-    return {"file": path.name, "sha256": sha256_file(path), "documents": count, "bytes": size}
+    return Shard(file=path.name, sha256=sha256_file(path), documents=count, bytes=size)

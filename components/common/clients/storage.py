@@ -367,7 +367,7 @@ def delete_version(uri: str, model: str, version: str) -> bool:
         body = io.BytesIO()
         client.download_fileobj(bucket, manifest, body)
         try:
-            files = check_manifest(body.getvalue(), "", model, version, no_digest=True)
+            files = check_manifest(body.getvalue(), "", model, version, no_digest=True).files
         except Tampered:
             return False
         listed = {f"{prefix}/{name}" for name in files}

@@ -53,7 +53,7 @@ class Site:
             patch.setenv("NUDGE_RUN_ID", version)
             incumbent = find_incumbent(self.model, self.registry)
         assert incumbent.state in ("found", "none"), incumbent.why
-        self.register(version, comparison_properties(dataclasses.asdict(incumbent)))
+        self.register(version, comparison_properties(incumbent))
 
     def register(self, version: str, properties: dict[str, str]) -> None:
         from model_registry import ModelRegistry

@@ -180,7 +180,7 @@ def run_of(world: World) -> Callable[[Actor], None]:
         world.taken -= {me.name}  # from here on it is compared with the version the person chose
         if found.state == "found" and QUALITY[me.name] <= QUALITY[found.version]:
             return False
-        properties = comparison_properties(dataclasses.asdict(found))
+        properties = comparison_properties(found)
         world.versions[me.name] = registered(me.name, properties)
         return True
 

@@ -1,4 +1,4 @@
-"""The same text, scored by others: the Hugging Face stride recipe and lm-evaluation-harness."""
+"""Other programs score the same text alike: the Hugging Face recipe, lm-evaluation-harness."""
 
 from pathlib import Path
 
@@ -20,9 +20,9 @@ def ours(folder: Path, texts: list[str], window: int, stride: int) -> list[float
         return [s.nats for s in score(model, tokenizer, texts, **sizes, bar=bar)]
 
 
-def test_the_hugging_face_stride_recipe_gives_the_same(tiny_model: Path) -> None:
-    """https://huggingface.co/docs/transformers/perplexity, its loop as it stands there, on a text
-    whose last window is full (theirs gives a shorter one less context)."""
+def test_the_hugging_face_stride_recipe_agrees(tiny_model: Path) -> None:
+    """The unchanged loop of https://huggingface.co/docs/transformers/perplexity, on a text whose
+    last window is full (that loop gives a shorter window less context)."""
     window, stride = 32, 12
     model, tokenizer = load_model(tiny_model), load_tokenizer(tiny_model)
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
@@ -52,8 +52,8 @@ def test_the_hugging_face_stride_recipe_gives_the_same(tiny_model: Path) -> None
 
 
 @pytest.mark.long
-def test_lm_evaluation_harness_gives_the_same(tiny_model: Path) -> None:
-    """Its rolling log-likelihood, whose windows follow one another without overlap."""
+def test_lm_evaluation_harness_agrees(tiny_model: Path) -> None:
+    """Its rolling log-likelihood, whose windows do not overlap."""
     pytest.importorskip("lm_eval", reason="pip install lm-eval (the extra tasks)")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM

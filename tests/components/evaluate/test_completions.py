@@ -1,4 +1,4 @@
-"""Completions: a working model's are taken, and each way to be broken is told."""
+"""Completions: those of a working model pass, and each kind of broken one fails."""
 
 from pathlib import Path
 
@@ -14,25 +14,25 @@ def completion(text: str, tokens: list[int], finite: bool = True, same: bool = T
 
 
 @pytest.mark.parametrize(
-    ("one", "told"),
+    ("one", "message"),
     [
         (completion(" blue.", [3, 4]), ""),
         (completion(" the the the", [3] * 7), ""),  # too short to tell
         (completion(" a b a b", [3, 4] * 12), ""),
-        (completion(" the the the", [3] * 24), "one token over and over, 24 of 24 times"),
-        (completion(" the the x", [3] * 20 + [4] * 4), "one token over and over, 20 of 24"),
+        (completion(" the the the", [3] * 24), "repeats one token in 24 of 24 positions"),
+        (completion(" the the x", [3] * 20 + [4] * 4), "repeats one token in 20 of 24"),
         (completion(" the the x", [3] * 19 + [4] * 5), ""),
         (completion("\n \t", [5, 6]), "is empty"),
         (completion("", [0]), "is empty"),
         (completion(" blue", [3, 4], finite=False), "not finite"),
-        (completion(" blue", [3, 4], same=False), "gave two texts"),
+        (completion(" blue", [3, 4], same=False), "gave different texts"),
     ],
 )
-def test_a_broken_completion_is_told(one: Completion, told: str) -> None:
+def test_a_broken_completion_fails(one: Completion, message: str) -> None:
     (check,) = completion_checks([one])
-    assert check.ok == (not told)
-    assert told in check.told
-    assert "The sky is" in check.told
+    assert check.ok == (not message)
+    assert message in check.message
+    assert "The sky is" in check.message
 
 
 def test_completions_come_with_what_is_said_of_them(tiny_model: Path) -> None:
@@ -50,4 +50,4 @@ def test_a_model_of_no_numbers_is_found_out(tiny_model: Path) -> None:
         model.get_output_embeddings().weight.fill_(torch.nan)
     (check,) = completion_checks(complete(model, tokenizer, ["The Eiffel"], 4))
     assert not check.ok
-    assert "not finite" in check.told
+    assert "not finite" in check.message

@@ -1,4 +1,4 @@
-"""The step by itself: what it leaves, and that its figures can be worked out again from that."""
+"""The step by itself: its outputs, and that its metrics can be recomputed from them."""
 
 import dataclasses
 import json
@@ -15,14 +15,14 @@ import scipy.stats
 import torch
 
 from nudge.components.common.artifacts.corpus import Document, read_corpus, write_corpus
+from nudge.components.common.artifacts.evaluation import Incumbent, read_evaluation
+from nudge.components.common.artifacts.scores import read_scores
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import write_manifest
 from nudge.components.common.core.sample_size import MIN_DOCUMENTS
 from nudge.components.common.core.settings import parse
 from nudge.components.evaluate import incumbent
 from nudge.components.evaluate.evaluate import evaluate
-from nudge.components.evaluate.incumbent import Incumbent
-from nudge.components.evaluate.scores import read_scores
 from nudge.components.evaluate.settings import EvaluateSettings, Guard, Probe
 
 WORDS = ["the", "tower", "of", "Paris", "stands", "on", "a", "river", "and", "is", "old"]
@@ -37,7 +37,7 @@ def sentences(seed: int, count: int) -> list[str]:
 
 
 def train(folder: Path, texts: list[str]) -> None:
-    """Some steps on the texts: better than the base model is all that is asked."""
+    """A few steps on the texts, enough to beat the base model."""
     from nudge.components.common.models.language_model import load_model, load_tokenizer
 
     torch.manual_seed(1)
@@ -52,8 +52,8 @@ def train(folder: Path, texts: list[str]) -> None:
 
 
 @dataclasses.dataclass
-class Place:
-    """A corpus, a base model, a candidate that learnt, and a place for what the step makes."""
+class Workspace:
+    """A corpus, a base model, a trained candidate, and a folder for the outputs of the step."""
 
     folder: Path
     base: Path
@@ -68,6 +68,7 @@ class Place:
         paths = {key: self.folder / name for key, name in inputs.items()}
         outputs = {name: self.folder / name for name in OUTPUTS}
         evaluate(settings, **paths, **outputs)
+        read_evaluation(outputs["evaluation"])
         return dict(json.loads(outputs["evaluation"].read_text(encoding="utf-8")))
 
 
@@ -82,7 +83,7 @@ def make_corpus(folder: Path, training: list[str], held_out: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     folder = tmp_path_factory.mktemp("evaluate")
     training = sentences(1, 30)
     make_corpus(folder / "corpus", training, sentences(2, HELD_OUT))
@@ -94,7 +95,7 @@ def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     facts = dict.fromkeys(("data_fingerprint", "tokenizer_sha256", "code_version"), "")
     body = {
         **facts,
-        "data_fingerprint": read_corpus(folder / "corpus")["fingerprint"],
+        "data_fingerprint": read_corpus(folder / "corpus").fingerprint,
         "base_model": {"uri": str(tiny_model), "sha256": ""},
         "seed": 1,
         "settings": {},
@@ -102,12 +103,12 @@ def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
         "tokens": {"train": 1, "validation": 1},
     }
     write_manifest(folder / "candidate" / "nudge.json", "nudge.model", 1, body)
-    return Place(folder, tiny_model)
+    return Workspace(folder, tiny_model)
 
 
 @pytest.fixture(autouse=True)
 def served_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[Incumbent], None]:
-    """Sets what the registry says is served: at first, nothing."""
+    """Sets the incumbent that the registry reports; initially none."""
 
     def say(found: Incumbent) -> None:
         monkeypatch.setattr(incumbent, "find_incumbent", lambda *_: found)
@@ -116,10 +117,10 @@ def served_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[Incumbent], None]:
     return say
 
 
-def test_the_interval_can_be_worked_out_again_from_the_scores(
-    place: Place, served_is: Callable[[Incumbent], None]
+def test_the_interval_can_be_recomputed_from_the_scores(
+    place: Workspace, served_is: Callable[[Incumbent], None]
 ) -> None:
-    """With pyarrow, numpy and scipy's bootstrap alone, of base and of the version served now."""
+    """With only pyarrow, numpy and scipy's bootstrap, against base and incumbent."""
     served = place.folder / "served"
     shutil.copytree(place.folder / "candidate", served)
     train(served, sentences(7, 3))
@@ -140,7 +141,7 @@ def test_the_interval_can_be_worked_out_again_from_the_scores(
         def difference(gain: Any, size: Any, axis: int = -1) -> Any:
             return np.sum(gain, axis=axis) / np.sum(size, axis=axis) / math.log(2)
 
-        again = scipy.stats.bootstrap(
+        recomputed = scipy.stats.bootstrap(
             (nats, size),
             difference,
             paired=True,
@@ -148,17 +149,17 @@ def test_the_interval_can_be_worked_out_again_from_the_scores(
             method="percentile",
             random_state=np.random.default_rng(5),
         )
-        told = result["verdict"]["comparisons"][reference]
-        assert told["difference_bits_per_byte"] == pytest.approx(difference(nats, size))
-        low, high = again.confidence_interval
-        assert told["interval"] == pytest.approx([low, high], abs=0.05 * (high - low))
+        compared = result["verdict"]["comparisons"][reference]
+        assert compared["difference_bits_per_byte"] == pytest.approx(difference(nats, size))
+        low, high = recomputed.confidence_interval
+        assert compared["interval"] == pytest.approx([low, high], abs=0.05 * (high - low))
     assert result["verdict"]["reference"] == "incumbent"
 
 
-def test_what_should_hold_is_held_against_the_version_served_now(
-    place: Place, served_is: Callable[[Incumbent], None]
+def test_a_probe_that_should_hold_is_compared_with_the_version_served_now(
+    place: Workspace, served_is: Callable[[Incumbent], None]
 ) -> None:
-    """It is the candidate again, which has moved far away from the base model."""
+    """That version is the candidate itself, which is far from the base model."""
     served_is(Incumbent("found", version="v7", uri=str(place.folder / "candidate")))
     (hold, rise) = place.run(
         probes=[
@@ -175,7 +176,7 @@ def test_what_should_hold_is_held_against_the_version_served_now(
     assert "before (base)" in page
 
 
-def test_scores_that_were_changed_are_refused(place: Place) -> None:
+def test_changed_scores_are_rejected(place: Workspace) -> None:
     sha256 = place.run()["scores"]["sha256"]
     path = place.folder / "scores"
     assert set(read_scores(path, sha256)) == {"held-out"}
@@ -186,11 +187,11 @@ def test_scores_that_were_changed_are_refused(place: Place) -> None:
     with pytest.raises(UserError, match="is damaged: sha256"):
         read_scores(path, sha256)
     path.write_text("no table")
-    with pytest.raises(UserError, match="is no nudge.scores file"):
+    with pytest.raises(UserError, match="is not a nudge.scores file"):
         read_scores(path)
 
 
-def test_what_was_done_is_written_down(place: Place) -> None:
+def test_the_method_is_recorded(place: Workspace) -> None:
     result = place.run(
         probes=[Probe(prompt="the tower of", target=" Paris")], prompts=["the tower of"]
     )
@@ -208,17 +209,17 @@ def test_what_was_done_is_written_down(place: Place) -> None:
     assert other["metrics"]["base"]["bytes"] == result["metrics"]["base"]["bytes"]
 
 
-def test_a_guard_set_is_scored_and_stops(place: Place, tmp_path: Path) -> None:
-    """The candidate learnt words; of digits it knows less than before."""
+def test_a_guard_set_is_scored_and_stops_the_promotion(place: Workspace, tmp_path: Path) -> None:
+    """The candidate learned words and got worse on digits."""
     generator = np.random.default_rng(3)
     numbers = [" ".join(map(str, generator.integers(0, 999, 20))) for _ in range(20)]
     path = tmp_path / "numbers.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in numbers))
     guard = {"name": "numbers", "uri": f"file://{path}"}
     result = place.run(guards=[Guard(**guard, limit=0.0)])
-    (told,) = result["guards"]
-    assert told["metrics"]["base"]["documents"] == 20
-    assert told["interval"][1] > 0
+    (guarded,) = result["guards"]
+    assert guarded["metrics"]["base"]["documents"] == 20
+    assert guarded["interval"][1] > 0
     assert not result["verdict"]["promote"]
     assert "bits per byte on numbers" in result["verdict"]["reason"]
     assert set(read_scores(place.folder / "scores")) == {"held-out", "numbers"}
@@ -226,50 +227,50 @@ def test_a_guard_set_is_scored_and_stops(place: Place, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
-        ("one.txt", b"a single text", "holds 1 documents with text; fewer than 16 cannot show"),
+        ("one.txt", b"a single text", "has 1 documents with text; fewer than 16 cannot show"),
         ("bad.jsonl", b'{"text": 1}\n', "bad.jsonl, row 1 of .* cannot be read: no_text"),
-        ("bad.jsonl", b"{", r"cannot be read: bad_record \(line 1\); give UTF-8 text, JSON lines"),
+        ("bad.jsonl", b"{", r"cannot be read: bad_record \(line 1\); use UTF-8 text, JSON lines"),
         ("bad.txt", b"\xff\xfe", "cannot be read"),
         ("bad.jsonl.gz", b"no gzip", "cannot be read"),
     ],
 )
-def test_guards_that_cannot_be_read(
-    place: Place, tmp_path: Path, name: str, content: bytes, told: str
+def test_unreadable_guards_are_rejected(
+    place: Workspace, tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"evaluate.guards code: .*{told}"):
+    with pytest.raises(UserError, match=f"evaluate.guards code: .*{message}"):
         place.run(guards=[Guard(name="code", uri=str(tmp_path / name))])
 
 
-def test_guards_from_nowhere_and_of_one_name(place: Place, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds 0 documents"):
+def test_missing_guards_and_duplicate_names_are_rejected(place: Workspace, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has 0 documents"):
         place.run(guards=[Guard(name="code", uri=str(tmp_path / "nothing" / "*.py"))])
-    with pytest.raises(UserError, match="ftp://x is no place that guards are read from"):
+    with pytest.raises(UserError, match="cannot read ftp://x"):
         place.run(guards=[Guard(name="code", uri="ftp://x")])
     with pytest.raises(ValueError, match="two guards are named code"):
         place.run(guards=[Guard(name="code", uri="a"), Guard(name="code", uri="b")])
 
 
-def test_too_few_held_out_documents_promote_nothing(place: Place) -> None:
-    """A model that is better on each of them is not, where they are too few to tell."""
+def test_too_few_held_out_documents_stop_the_promotion(place: Workspace) -> None:
+    """Even if the candidate is better on each of them."""
     make_corpus(place.folder / "few", sentences(1, 3), sentences(2, MIN_DOCUMENTS - 1))
     result = place.run(corpus="few")
     verdict = result["verdict"]
     assert verdict["difference_bits_per_byte"] < 0
     assert (verdict["promote"], verdict["interval"]) == (False, None)
-    assert "15 held-out documents were scored, and of fewer than 16 it cannot" in verdict["reason"]
+    assert "only 15 held-out documents were scored, and with fewer than 16" in verdict["reason"]
     assert "a larger ingest.validation_share" in verdict["reason"]
     page = (place.folder / "report").read_text()
-    assert "No interval could be worked out" in page
+    assert "These held-out documents give no interval" in page
     assert "% interval" not in page
     make_corpus(place.folder / "enough", sentences(1, 3), sentences(2, MIN_DOCUMENTS))
     assert place.run(corpus="enough")["verdict"]["promote"]
 
 
-def chosen_by(place: Place, documents: list[int], data_fingerprint: str = "") -> str:
-    """The candidate again, whose checkpoint was chosen by documents at these places."""
+def chosen_by(place: Workspace, documents: list[int], data_fingerprint: str = "") -> str:
+    """A copy of the candidate whose checkpoint was chosen by the documents at these positions."""
     folder = place.folder / f"chosen-by-{len(documents)}-{data_fingerprint}"
     shutil.copytree(place.folder / "candidate", folder)
     facts = json.loads((folder / "nudge.json").read_text()) | {"selected_on": documents}
@@ -278,7 +279,7 @@ def chosen_by(place: Place, documents: list[int], data_fingerprint: str = "") ->
     return folder.name
 
 
-def test_documents_that_chose_the_checkpoint_are_not_scored(place: Place) -> None:
+def test_documents_that_chose_the_checkpoint_are_not_scored(place: Workspace) -> None:
     place.run()
     ids = {row["document"]: row["id"] for row in scores_of(place)}
     result = place.run(chosen_by(place, [0, 3, 19]))
@@ -287,33 +288,39 @@ def test_documents_that_chose_the_checkpoint_are_not_scored(place: Place) -> Non
     assert result["selection"] == {"documents": 3, "scored": False}
     assert result["verdict"]["promote"]
     assert "chosen" not in result["verdict"]["reason"]
-    assert "The 3 held-out documents that the checkpoint" in (place.folder / "report").read_text()
-    # The places are of the corpus that it was trained on, and tell nothing of another.
+    assert (
+        "The 3 held-out documents that chose the checkpoint"
+        in (place.folder / "report").read_text()
+    )
+    # The positions belong to the training corpus and mean nothing in another one.
     other = place.run(chosen_by(place, [0, 3, 19], "another"))
     assert other["metrics"]["candidate"]["documents"] == HELD_OUT
 
 
-def test_with_too_few_other_documents_a_gain_is_said_to_be_chosen(place: Place) -> None:
+def test_with_too_few_other_documents_the_verdict_names_the_selection(place: Workspace) -> None:
     result = place.run(chosen_by(place, [0, 3, 7, 11, 19]))
     assert result["metrics"]["candidate"]["documents"] == HELD_OUT
     assert result["selection"] == {"documents": 5, "scored": True}
     assert result["verdict"]["promote"]
-    assert result["verdict"]["reason"].endswith("so part of the gain is chosen")
-    assert "part of the gain is chosen, and equal models" in (place.folder / "report").read_text()
+    assert result["verdict"]["reason"].endswith("so part of the gain comes from that choice")
+    assert (
+        "part of the gain comes from that choice, and equal models"
+        in (place.folder / "report").read_text()
+    )
 
 
-def scores_of(place: Place) -> list[dict[str, Any]]:
+def scores_of(place: Workspace) -> list[dict[str, Any]]:
     return list(pyarrow.parquet.read_table(place.folder / "scores").to_pylist())
 
 
-def test_settings_that_score_too_few_documents_are_refused() -> None:
+def test_settings_that_score_too_few_documents_are_rejected() -> None:
     for section in ({"max_documents": 15}, {"guards": [{"name": "x", "uri": "y", **FEW}]}):
         with pytest.raises(UserError, match="max_documents = 15: input should be greater .* to 16"):
             parse(EvaluateSettings, {"base_model": "unused", **section}, "evaluate")
 
 
-def test_a_candidate_that_is_no_number_is_not_promoted(place: Place) -> None:
-    """The artifact stays strict JSON, and the reason says what is wrong."""
+def test_a_candidate_with_nan_weights_is_not_promoted(place: Workspace) -> None:
+    """The artifact stays strict JSON, and the reason names the fault."""
     broken = place.folder / "broken"
     shutil.copytree(place.folder / "candidate", broken)
     from safetensors.torch import load_file, save_file
@@ -323,14 +330,14 @@ def test_a_candidate_that_is_no_number_is_not_promoted(place: Place) -> None:
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     result = place.run("broken", prompts=["the tower"])
     assert not result["verdict"]["promote"]
-    assert f"the loss of {HELD_OUT} documents of held-out is no" in result["verdict"]["reason"]
+    assert f"the loss of {HELD_OUT} documents of held-out is not a" in result["verdict"]["reason"]
     assert result["metrics"]["candidate"]["bits_per_byte"] is None
     assert "NaN" not in (place.folder / "evaluation").read_text()
     assert "not available" in (place.folder / "report").read_text()
 
 
-def test_text_without_spaces_has_no_word_perplexity(place: Place) -> None:
-    """Thai: each document is one word. The artifact stays strict JSON, and the page says so."""
+def test_text_without_spaces_has_no_word_perplexity(place: Workspace) -> None:
+    """In Thai each document is one word. The artifact stays strict JSON; the page says so."""
     letters = [chr(code) for code in range(0x0E01, 0x0E2F)]
     generator = np.random.default_rng(4)
     texts = ["".join(generator.choice(letters, 300)) for _ in range(HELD_OUT)]

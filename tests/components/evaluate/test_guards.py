@@ -1,4 +1,4 @@
-"""Guards are read by the same readers as training text, and nothing in them may be unreadable."""
+"""The readers of training text read the guards too, and anything unreadable is an error."""
 
 import codecs
 import json
@@ -22,7 +22,7 @@ def lines(texts: list[str | None]) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
-def test_json_lines_may_begin_with_a_bom(tmp_path: Path) -> None:
+def test_json_lines_may_start_with_a_bom(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(codecs.BOM_UTF8 + lines([*TEXTS]))
     assert read(path) == TEXTS
@@ -30,14 +30,14 @@ def test_json_lines_may_begin_with_a_bom(tmp_path: Path) -> None:
     assert read(path) == TEXTS
 
 
-def test_a_null_is_refused_with_its_file_and_row(tmp_path: Path) -> None:
+def test_a_null_is_rejected_with_its_file_and_row(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines([*TEXTS[:6], None, *TEXTS[6:]]))
     with pytest.raises(UserError, match=r"guards g: a\.jsonl, row 7 of .* cannot be read: no_text"):
         read(path)
 
 
-def test_guards_are_read_in_every_format_and_hidden_files_are_not(tmp_path: Path) -> None:
+def test_guards_are_read_in_every_format_without_hidden_files(tmp_path: Path) -> None:
     folder = tmp_path / "guards [1]"
     (folder / ".git").mkdir(parents=True)
     (folder / ".git" / "a.txt").write_text("hidden")
@@ -50,7 +50,7 @@ def test_guards_are_read_in_every_format_and_hidden_files_are_not(tmp_path: Path
     assert found[1:] == [*TEXTS, "a kind that nobody knows is text"]
 
 
-def test_a_quotation_mark_that_is_never_closed_is_refused(tmp_path: Path) -> None:
+def test_an_unterminated_quote_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text(
         'id,text\n1,"Bread and more\n' + "".join(f"{n},{t}\n" for n, t in enumerate(TEXTS))

@@ -1,4 +1,4 @@
-"""What is served now, asked of a registry and an endpoint on a bad day: never taken for nothing."""
+"""Finding the served version through a faulty registry and endpoint: never mistaken for none."""
 
 import shutil
 from collections.abc import Iterator
@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from nudge.components.common.artifacts.evaluation import Incumbent
 from nudge.components.common.clients import storage
 from nudge.components.common.clients.registry import connection
 from nudge.components.common.clients.registry.connection import with_registry
 from nudge.components.common.clients.registry.releases import Served, find_version, note_served
 from nudge.components.common.core.publish import sha256_file, write_manifest
 from nudge.components.evaluate import incumbent
-from nudge.components.evaluate.incumbent import Incumbent, bring, find_incumbent
+from nudge.components.evaluate.incumbent import bring, find_incumbent
 from tests.faulty_proxy import FAULTS, Fault, FaultyProxy
 from tests.local_registry import running_registry
 from tests.web_server import Server
@@ -27,14 +28,14 @@ async def well(_: web.Request) -> web.Response:
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[FaultyProxy]:
-    """A server that is well, and knows no other address."""
+    """A healthy server that only knows its health address."""
     with Server(("GET", "/health", well)) as server, FaultyProxy(server.url, share=0) as proxy:
         yield proxy
 
 
 @pytest.fixture(scope="module")
 def known(endpoint: FaultyProxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyProxy]:
-    """A registry in which v1 of a model is served at the endpoint."""
+    """A registry that says that v1 of a model is served at the endpoint."""
     from model_registry import ModelRegistry
 
     home = tmp_path_factory.mktemp("registry")
@@ -66,7 +67,7 @@ def _quick(
         proxy.planned.clear()
 
 
-def test_what_is_served_is_found(known: FaultyProxy) -> None:
+def test_the_served_version_is_found(known: FaultyProxy) -> None:
     found = find_incumbent(MODEL, known.url)
     uri = "s3://bucket/models/served/v1"
     assert found == Incumbent("found", "v1", uri, "of-the-run", shares={"v1": 100})
@@ -74,7 +75,7 @@ def test_what_is_served_is_found(known: FaultyProxy) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_registry_that_stays_ill_gives_unknown(known: FaultyProxy, fault: Fault) -> None:
+def test_a_faulty_registry_gives_unknown(known: FaultyProxy, fault: Fault) -> None:
     known.share, known.faults = 1.0, (fault,)
     for model in (MODEL, "another"):
         found = find_incumbent(model, known.url)
@@ -85,25 +86,25 @@ def test_a_registry_that_stays_ill_gives_unknown(known: FaultyProxy, fault: Faul
             assert f"the model registry {known.url}" in found.why
 
 
-def test_a_registry_that_is_not_there_gives_unknown() -> None:
+def test_a_missing_registry_gives_unknown() -> None:
     found = find_incumbent(MODEL, "http://127.0.0.1:9")
     assert found.state == "unknown"
     assert "does not answer" in found.why
 
 
-def test_a_wrong_path_of_the_registry_gives_unknown(known: FaultyProxy) -> None:
+def test_a_wrong_registry_path_gives_unknown(known: FaultyProxy) -> None:
     found = find_incumbent(MODEL, f"{known.url}/elsewhere")
     assert found.state == "unknown"
     assert "is not a Model Registry" in found.why
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_an_endpoint_that_stays_ill_gives_unknown(
+def test_a_faulty_endpoint_gives_unknown(
     known: FaultyProxy, endpoint: FaultyProxy, fault: Fault
 ) -> None:
     endpoint.share, endpoint.faults = 1.0, (fault,)
     found = find_incumbent(MODEL, known.url)
-    if fault in ("429", "slow"):  # somebody is there
+    if fault in ("429", "slow"):  # a server answers
         assert found.state == "found"
     else:
         assert (found.state, found.version) == ("unknown", "v1")
@@ -111,7 +112,7 @@ def test_an_endpoint_that_stays_ill_gives_unknown(
         assert "nudge promote v1" in found.why
 
 
-def test_an_endpoint_slower_than_the_patience_gives_unknown(
+def test_an_endpoint_slower_than_the_timeout_gives_unknown(
     known: FaultyProxy, endpoint: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(incumbent, "TIMEOUT_S", 0.1)
@@ -122,11 +123,11 @@ def test_an_endpoint_slower_than_the_patience_gives_unknown(
     assert "Timeout" in found.why
 
 
-def test_a_gateway_without_a_route_is_no_server(endpoint: FaultyProxy) -> None:
+def test_a_gateway_without_a_route_is_not_a_server(endpoint: FaultyProxy) -> None:
     assert incumbent._silent(f"{endpoint.url}/elsewhere") == "status 404"
 
 
-def test_one_bad_answer_is_asked_again(
+def test_one_bad_answer_is_retried(
     known: FaultyProxy, endpoint: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "ATTEMPTS_S", 60.0)
@@ -143,8 +144,8 @@ def test_no_fault_makes_a_served_model_look_unserved(
     assert states <= {"found", "unknown"}
 
 
-def test_weights_that_were_changed_are_refused(tiny_model: Path, tmp_path: Path) -> None:
-    """By the manifest of the upload, and by the registry where that was changed along."""
+def test_changed_weights_are_rejected(tiny_model: Path, tmp_path: Path) -> None:
+    """By the upload's manifest, and by the registry if the manifest was changed too."""
     remote = tmp_path / "remote"
     shutil.copytree(tiny_model, remote)
     files = {path.name: {"sha256": sha256_file(path)} for path in remote.iterdir()}
@@ -167,7 +168,7 @@ def test_weights_that_were_changed_are_refused(tiny_model: Path, tmp_path: Path)
         found, folder = bring(served)
         assert (found.state, folder) == ("unknown", None)
         assert "model.safetensors has the sha256" in found.why
-        assert "was changed since it was uploaded" in found.why
+        assert "was changed after the upload" in found.why
         (remote / "model.safetensors").unlink()
         assert "model.safetensors is missing" in bring(served)[0].why
     local = Incumbent("found", version="v1", uri=str(tiny_model), sha256="of-another")

@@ -1,4 +1,4 @@
-"""Windows against literal ones, sums against hand-made ones, scores against plain transformers."""
+"""Compare windows with literal ones, sums with manual ones, scores with plain transformers."""
 
 import math
 from pathlib import Path
@@ -34,7 +34,7 @@ from nudge.components.evaluate.perplexity import (
         (8, 4, 4, [Window(0, 4, 0), Window(4, 8, 4)]),
     ],
 )
-def test_windows_are_the_literal_ones(
+def test_windows_equal_the_literal_ones(
     tokens: int, window: int, stride: int, expected: list[Window]
 ) -> None:
     assert windows(tokens, window, stride) == expected
@@ -52,13 +52,13 @@ def test_every_token_is_scored_once() -> None:
                 assert scored == list(range(tokens))
 
 
-def test_figures_are_ratios_of_sums_not_means_of_documents() -> None:
+def test_metrics_are_ratios_of_sums_rather_than_means_of_documents() -> None:
     figures = summarize([Score(10.0, 4, 20, 2), Score(2.0, 8, 20, 4)])
-    assert figures["nats_per_token"] == pytest.approx(1.0)
-    assert figures["token_perplexity"] == pytest.approx(math.e)
-    assert figures["bits_per_byte"] == pytest.approx(12 / 40 / math.log(2))
-    assert figures["word_perplexity"] == pytest.approx(math.exp(2.0))
-    assert (figures["tokens"], figures["bytes"], figures["documents"]) == (12, 40, 2)
+    assert figures.nats_per_token == pytest.approx(1.0)
+    assert figures.token_perplexity == pytest.approx(math.e)
+    assert figures.bits_per_byte == pytest.approx(12 / 40 / math.log(2))
+    assert figures.word_perplexity == pytest.approx(math.exp(2.0))
+    assert (figures.tokens, figures.bytes, figures.documents) == (12, 40, 2)
 
 
 def test_scores_equal_plain_transformers(tiny_model: Path) -> None:
@@ -79,7 +79,7 @@ def test_scores_equal_plain_transformers(tiny_model: Path) -> None:
         assert scored.bytes == len(text.encode())
 
 
-def test_a_model_whose_loss_would_be_another_is_not_scored(tiny_model: Path) -> None:
+def test_a_model_with_another_loss_is_not_scored(tiny_model: Path) -> None:
     model, tokenizer = load_model(tiny_model), load_tokenizer(tiny_model)
     model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
     with progress("test") as bar, pytest.raises(UserError, match="choose another architecture"):
@@ -87,7 +87,7 @@ def test_a_model_whose_loss_would_be_another_is_not_scored(tiny_model: Path) -> 
 
 
 def with_bos(folder: Path, name: str) -> Any:
-    """The tiny tokenizer, made to put its BOS before a text as those of Gemma and Llama 3."""
+    """The tiny tokenizer, changed to put its BOS before a text like those of Gemma and Llama 3."""
     tokenizer = load_tokenizer(folder)
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{name} $A", special_tokens=[(name, tokenizer.convert_tokens_to_ids(name))]
@@ -95,7 +95,7 @@ def with_bos(folder: Path, name: str) -> Any:
     return tokenizer
 
 
-def test_the_first_token_is_the_tokenizers_own_policy(tiny_model: Path) -> None:
+def test_the_first_token_follows_the_tokenizer(tiny_model: Path) -> None:
     plain, bos = load_tokenizer(tiny_model), with_bos(tiny_model, "<|im_start|>")
     named = plain.convert_tokens_to_ids
     assert first_token_id(plain, "auto") == named("<|endoftext|>")
@@ -103,7 +103,7 @@ def test_the_first_token_is_the_tokenizers_own_policy(tiny_model: Path) -> None:
     assert first_token_id(plain, "bos") == named("<|im_start|>")
     assert first_token_id(bos, "end") == named("<|endoftext|>")
     assert first_token_id(bos, "none") is None
-    # A tokenizer with another token in front has not said that its BOS belongs there.
+    # Another token in front does not imply that BOS belongs there.
     assert first_token_id(with_bos(tiny_model, "<|im_end|>"), "auto") == named("<|endoftext|>")
 
 
@@ -151,11 +151,11 @@ def test_the_literal_windows_of_a_document(
 def test_a_perplexity_that_no_float_holds_is_infinite() -> None:
     """Thai has no spaces: a document is one word, here of 900 nats."""
     figures = summarize([Score(900.0, 300, 1200, 1)])
-    assert figures["word_perplexity"] == math.inf
-    assert figures["token_perplexity"] == pytest.approx(math.exp(3.0))
-    assert figures["bits_per_byte"] == pytest.approx(900 / 1200 / math.log(2))
+    assert figures.word_perplexity == math.inf
+    assert figures.token_perplexity == pytest.approx(math.exp(3.0))
+    assert figures.bits_per_byte == pytest.approx(900 / 1200 / math.log(2))
 
 
-def test_nothing_to_score_is_said() -> None:
+def test_too_little_text_to_score_is_an_error() -> None:
     with pytest.raises(UserError, match="the 1 documents to score hold 0 tokens"):
         summarize([Score(0.0, 0, 1, 1)])

@@ -1,4 +1,4 @@
-"""The evaluation's page in a real browser: nothing overflows, asks outside or runs hostile text."""
+"""The evaluation's page in a real browser: no overflow, no outside request, no hostile script."""
 
 import copy
 import json
@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from nudge.components.common.artifacts.evaluation import Evaluation
+from nudge.components.common.artifacts.schema import parse_artifact
 from nudge.components.evaluate.report import render_report
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
@@ -24,8 +26,12 @@ def chromium() -> Iterator[Any]:
         yield opened
 
 
+def page_of(values: dict[str, Any]) -> str:
+    return render_report(parse_artifact(values, Evaluation, "sample"))
+
+
 def hostile(value: Any) -> Any:
-    """The same evaluation where every text that comes from data is an attack."""
+    """The same evaluation, with an attack appended to every text that comes from data."""
     if isinstance(value, dict):
         kept = ("format", "state", "expect", "created", "kind")
         return {k: v if k in kept else hostile(v) for k, v in value.items()}
@@ -37,7 +43,7 @@ def hostile(value: Any) -> Any:
 @pytest.mark.parametrize(("width", "scheme"), VIEWS)
 def test_the_page_is_clean(chromium: Any, tmp_path: Path, width: int, scheme: str) -> None:
     path = tmp_path / "report.html"
-    path.write_text(render_report(copy.deepcopy(SAMPLE)), encoding="utf-8")
+    path.write_text(page_of(SAMPLE), encoding="utf-8")
     page, faults = look(chromium, path, width, scheme)
     assert faults == []
     assert page.locator("h1").inner_text()
@@ -46,9 +52,9 @@ def test_the_page_is_clean(chromium: Any, tmp_path: Path, width: int, scheme: st
     assert (level < 80) == (scheme == "dark")
 
 
-def test_another_training_step_can_be_looked_at(chromium: Any, tmp_path: Path) -> None:
+def test_another_training_step_can_be_selected(chromium: Any, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    path.write_text(render_report(copy.deepcopy(SAMPLE)), encoding="utf-8")
+    path.write_text(page_of(SAMPLE), encoding="utf-8")
     page, _ = look(chromium, path, 1200, "light")
     heading = page.locator("h3:visible", has_text="likeliest next tokens")
     before = heading.inner_text()
@@ -56,23 +62,23 @@ def test_another_training_step_can_be_looked_at(chromium: Any, tmp_path: Path) -
     assert heading.inner_text() != before
 
 
-def test_what_stops_and_what_was_not_asked_is_told() -> None:
-    text = " ".join(render_report(copy.deepcopy(SAMPLE)).split())
+def test_the_page_names_failed_checks_and_missing_ones() -> None:
+    text = " ".join(page_of(SAMPLE).split())
     assert "Guard sets of other text: +0.0161 bits per byte on code" in text
-    assert "Smoke completions: 2 of 2 are those of a working model." in text
-    assert "nothing is known of it" not in text
+    assert "Smoke completions: 2 of 2 are normal." in text
+    assert "this was not tested" not in text
     bare = copy.deepcopy(SAMPLE)
     bare["verdict"]["checks"] = [c for c in bare["verdict"]["checks"] if c["kind"] != "guard"]
     del bare["guards"], bare["tasks"], bare["models"]
-    text = " ".join(render_report(bare).split())
-    assert "Guard sets of other text: none was asked for, so nothing is known of it." in text
+    text = " ".join(page_of(bare).split())
+    assert "Guard sets of other text: none configured, so this was not tested." in text
     assert "other seeds and other kinds of text were not tried" in text
 
 
 @pytest.mark.parametrize("width", [390, 1200])
-def test_hostile_text_is_shown_and_not_run(chromium: Any, tmp_path: Path, width: int) -> None:
+def test_hostile_text_is_shown_but_not_run(chromium: Any, tmp_path: Path, width: int) -> None:
     path = tmp_path / "report.html"
-    path.write_text(render_report(hostile(SAMPLE)), encoding="utf-8")
+    path.write_text(page_of(hostile(SAMPLE)), encoding="utf-8")
     page, faults = look(chromium, path, width, "light")
     assert faults == []
     assert page.evaluate("window.ran") is None

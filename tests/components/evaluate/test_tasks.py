@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: one from a file of one's own, offline, and what is wrong told."""
+"""Tasks of lm-evaluation-harness: a task file of our own, offline, and the errors."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ QUESTIONS = [
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the task ``capitals``: of two continuations, the likelier is the answer."""
+    """A folder with the task ``capitals``: the likelier of two continuations is the answer."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     lines = [
         json.dumps({"question": question, "choices": choices, "answer": answer})
@@ -52,8 +52,8 @@ def settings(folder: Path | str, *tasks: Any) -> EvaluateSettings:
 
 
 @pytest.mark.long
-def test_a_task_of_ones_own_is_run_offline(tiny_model: Path, folder: Path) -> None:
-    """Its accuracy is that of plain transformers."""
+def test_our_own_task_runs_offline(tiny_model: Path, folder: Path) -> None:
+    """Its accuracy equals that of plain transformers."""
     from nudge.components.common.models.language_model import load_model, load_tokenizer
 
     check_tasks(settings(folder, "capitals", {"name": "capitals", "examples": 1}))
@@ -77,7 +77,7 @@ def test_a_task_of_ones_own_is_run_offline(tiny_model: Path, folder: Path) -> No
     with pytest.raises(UserError, match="no task 'capitls'; did you mean 'capitals'"):
         check_tasks(settings(folder, "capitls"))
     (folder / "capitals.jsonl").unlink()
-    with pytest.raises(UserError, match="capitals could not be run"):
+    with pytest.raises(UserError, match="capitals failed"):
         run_tasks(model, tokenizer, settings(folder, "capitals"))
 
 
@@ -101,7 +101,7 @@ def test_a_task_may_get_worse_by_its_limit(
         for name, value in {"incumbent": old, "candidate": new}.items()
     }
     tasks = compare_tasks(asked, measured, "incumbent")
-    assert tasks[0]["ok"] == ok
+    assert tasks[0].ok == ok
     checks = task_checks(tasks)
     assert [check.ok for check in checks] == ([] if limit is None else [ok])
 
@@ -113,8 +113,8 @@ def test_without_the_harness_its_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         check_tasks(settings("", "arc_easy"))
 
 
-def test_a_task_folder_that_is_none(tmp_path: Path) -> None:
+def test_a_missing_task_folder_is_an_error(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra tasks is not installed")
     for place in (str(tmp_path / "none"), "s3://bucket/tasks"):
-        with pytest.raises(UserError, match="no folder on this machine"):
+        with pytest.raises(UserError, match="not a folder on this machine"):
             check_tasks(settings(place, "arc_easy"))

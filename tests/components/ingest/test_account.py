@@ -117,7 +117,7 @@ def test_encodings_are_reported(tmp_path: Path) -> None:
     result = run(tmp_path, str(data), near_duplicates=False)
     assert result["documents"] == 40
     assert result["account"].endswith("encodings other than UTF-8: 40 windows-1252")
-    assert read_corpus(tmp_path / "out" / "corpus")["encodings"] == {"windows-1252": 40}
+    assert read_corpus(tmp_path / "out" / "corpus").encodings == {"windows-1252": 40}
     assert "40 windows-1252" in (tmp_path / "out" / "report.html").read_text()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nudge.components.common.artifacts.corpus import read_corpus, read_documents, zstd
+from nudge.components.common.artifacts.schema import plain
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.recipe import step_settings
 from nudge.components.ingest import cleaning
@@ -37,7 +38,7 @@ def test_counts_reconcile_and_drops_have_reasons(tmp_path: Path) -> None:
     with path.open("ab") as file:
         file.write(b'{"text": 3}\nnot json\n{"text": "\xff\xfe bad"}\n')
     run(tmp_path, str(path))
-    manifest = read_corpus(tmp_path / "corpus")
+    manifest = plain(read_corpus(tmp_path / "corpus"))
     dropped = manifest["dropped"]
     assert dropped == {"bad_record": 1, "duplicate": 1, "no_text": 1, "not_utf8": 1, "too_short": 1}
     assert manifest["documents_in"] == manifest["documents"] + sum(dropped.values()) == 45
@@ -64,7 +65,7 @@ def test_near_duplicates_are_dropped(tmp_path: Path) -> None:
     long = " ".join(f"word{n}" for n in range(200))
     result = run(tmp_path, str(write(tmp_path, [*texts(40), long, long + " end"])))
     assert result["documents"] == 41
-    assert read_corpus(tmp_path / "corpus")["dropped"] == {"near_duplicate": 1}
+    assert read_corpus(tmp_path / "corpus").dropped == {"near_duplicate": 1}
 
 
 def test_the_fingerprint_does_not_know_the_order_and_the_split_stays(tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_pages_are_parsed_by_the_processes_too(
     monkeypatch.setattr(cleaning, "ALONE_BYTES", 0)
     monkeypatch.setattr("trafilatura.extract", lambda _: pytest.fail("by this process"))
     run(tmp_path / "shared", str(tmp_path / "*.html"), workers=2)
-    manifests = [read_corpus(tmp_path / name / "corpus") for name in ("alone", "shared")]
+    manifests = [plain(read_corpus(tmp_path / name / "corpus")) for name in ("alone", "shared")]
     assert manifests[0] == manifests[1]
     assert manifests[0]["documents"] == 40
 

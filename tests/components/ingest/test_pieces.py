@@ -66,7 +66,7 @@ def test_a_length_that_is_set_holds_for_every_document(tmp_path: Path) -> None:
     assert run(tmp_path, f"{tmp_path}/*.txt")["documents"] == 40
     result = run(tmp_path, f"{tmp_path}/*.txt", split_characters=2000)
     assert result["documents"] > 160
-    assert read_corpus(tmp_path / "corpus")["documents_in"] == result["read"]
+    assert read_corpus(tmp_path / "corpus").documents_in == result["read"]
 
 
 def test_a_package_adds_a_filter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

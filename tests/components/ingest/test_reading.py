@@ -11,6 +11,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from nudge.components.common.artifacts.corpus import read_corpus
+from nudge.components.common.artifacts.schema import plain
 from nudge.components.common.clients.storage import s3_client
 from nudge.components.common.core.errors import UserError
 from nudge.components.ingest import reading, sources
@@ -91,7 +92,7 @@ def put(prefix: str, count: int) -> Any:
 def read(folder: Path, uri: str, name: str, **values: Any) -> dict[str, Any]:
     settings = IngestSettings(data_uri=uri, **values)
     ingest(settings, corpus=folder / name, report=folder / f"{name}.html")
-    return read_corpus(folder / name)
+    return plain(read_corpus(folder / name))
 
 
 def test_objects_fetched_ahead_make_the_same_corpus_through_faults(

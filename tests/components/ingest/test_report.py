@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from nudge.components.common.artifacts.corpus import read_corpus, read_documents
+from nudge.components.common.artifacts.schema import plain
 from nudge.components.common.core.errors import UserError
 from nudge.components.ingest import ingest as step
 from nudge.components.ingest.ingest import ingest
@@ -52,7 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_documents_and_bytes_reconcile_for_each_source_and_in_all(made: Path) -> None:
-    manifest = read_corpus(made / "corpus")
+    manifest = plain(read_corpus(made / "corpus"))
     for part in (manifest, *manifest["sources"]):
         dropped = part["dropped"]
         assert part["documents_in"] == part["documents"] + sum(dropped.values())
@@ -78,7 +79,7 @@ def test_documents_and_bytes_reconcile_for_each_source_and_in_all(made: Path) ->
 
 
 def test_licences_and_origins_are_kept_and_counted(made: Path) -> None:
-    manifest = read_corpus(made / "corpus")
+    manifest = plain(read_corpus(made / "corpus"))
     kept = [d for split in manifest["splits"] for d in read_documents(made / "corpus", split)]
     for key, value_of in (("licenses", "license"), ("origins", "origin")):
         groups = {group["value"]: group for group in manifest[key]}
@@ -102,7 +103,7 @@ def test_many_origins_are_counted_together(made: Path, monkeypatch: pytest.Monke
     settings = IngestSettings(data_uri=str(made / "text"), source_column="from")
     ingest(settings, corpus=made / "again", report=made / "again.html")
     assert "6 others" in (made / "again.html").read_text()
-    manifest = read_corpus(made / "again")
+    manifest = plain(read_corpus(made / "again"))
     *named, others = manifest["origins"]
     assert len(named) == 2
     assert (others["value"], others["others"]) == (None, 6)

@@ -22,6 +22,7 @@ import trustme
 from aiohttp import web
 
 from nudge.components.common.artifacts.corpus import read_corpus, zstd
+from nudge.components.common.artifacts.schema import plain
 from nudge.components.common.clients.storage import s3_client
 from nudge.components.common.core.errors import UserError
 from nudge.components.ingest import sources
@@ -66,7 +67,7 @@ def objects() -> dict[str, bytes]:
 def read(folder: Path, uri: str, name: str = "corpus", **values: Any) -> dict[str, Any]:
     settings = IngestSettings(data_uri=uri, **values)
     ingest(settings, corpus=folder / name, report=folder / f"{name}.html")
-    return read_corpus(folder / name)
+    return plain(read_corpus(folder / name))
 
 
 @pytest.fixture(autouse=True)
@@ -370,6 +371,6 @@ def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
     for name in ("folder", "glob"):
-        found = read_corpus(tmp_path / name)
+        found = plain(read_corpus(tmp_path / name))
         assert found["fingerprint"] == manifest["fingerprint"]
         assert found["sources"][0]["uri"] == "hf://datasets/someone/texts/data/a.jsonl"

@@ -1,4 +1,4 @@
-"""A trained and evaluated model, and the store and the registry that it goes to."""
+"""A trained and evaluated model, and the store and registry that receive it."""
 
 import shutil
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""SIGKILL at every request that changes the store or the registry, and the same again."""
+"""SIGKILL at every request that changes the store or the registry, followed by a rerun."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ PROGRAM = Path(__file__).with_name("releasing.py")
 
 
 class Killer:
-    """Two proxies that end a process by SIGKILL at its ``at``-th changing request; 0 never does."""
+    """Two proxies that SIGKILL a process at its ``at``-th changing request; 0 means never."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.at, self.seen, self.killed = 0, 0, False
@@ -34,7 +34,7 @@ class Killer:
         ]
 
     def run(self, at: int, *arguments: object) -> int:
-        """Run the program; its exit status."""
+        """Run the program; returns its exit status."""
         self.at, self.seen, self.killed = at, 0, False
         addresses = zip(self._keys, self.proxies, strict=True)
         environment = {
@@ -61,7 +61,7 @@ class Killer:
 def killed_and_repeated(
     environment: dict[str, str], model: Path, evaluation: Path, tmp_path: Path, only: set[int]
 ) -> int:
-    """Kill at each changing request of ``only`` (empty: of all); how many kills there were."""
+    """Kill at each changing request of ``only`` (empty: of all); returns the number of kills."""
     (model / "more.safetensors").write_bytes(os.urandom(12 << 20))
     killer = Killer(environment)
     for proxy in killer.proxies:
@@ -94,7 +94,7 @@ def killed_and_repeated(
 def test_a_kill_between_upload_and_register(
     environment: dict[str, str], model: Path, evaluation: Path, tmp_path: Path
 ) -> None:
-    # From the end: the deletion of what was kept, artifact, version, model.
+    # From the end: deletion of the pending registration, artifact, version, model.
     assert killed_and_repeated(environment, model, evaluation, tmp_path, {-4}) == 1
 
 

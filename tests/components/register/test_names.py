@@ -1,4 +1,4 @@
-"""Names, numbers and races in a registry with the rules of PostgreSQL or of MariaDB."""
+"""Names, numbers and races in a registry with the rules of PostgreSQL or MariaDB."""
 
 import asyncio
 import json
@@ -56,7 +56,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     ("theirs", "ours"),
     [("t1-edge", "t1_edge"), ("Chat", "chat"), ("t1_edge", "t1-edge"), ("mü", "mu")],
 )
-def test_a_model_is_never_taken_for_another_one(url: str, theirs: str, ours: str) -> None:
+def test_a_model_is_never_confused_with_another_one(url: str, theirs: str, ours: str) -> None:
     for version in ("v1", "v2"):
         enter(url, entry(theirs, version, run="theirs"))
     assert with_registry(url, lambda client: find_model(client, ours)) is None
@@ -69,11 +69,11 @@ def test_a_model_is_never_taken_for_another_one(url: str, theirs: str, ours: str
     assert [each.archived for each in with_registry(url, list_versions(theirs))] == [False, False]
 
 
-def test_versions_that_a_lookup_cannot_tell_apart_are_both_found(url: str) -> None:
+def test_versions_that_a_lookup_cannot_distinguish_are_both_found(url: str) -> None:
     model_id = enter(url, entry("m", "v1-0"))["registered_model_id"]
     with pytest.raises(UserError, match="confuse the new version 'v1_0' with the version 'v1-0'"):
         enter(url, entry("m", "v1_0"))
-    # Another program registered it; so did one a name with a backslash, which no lookup finds.
+    # Other programs registered it, and a name with a backslash, which no lookup finds.
     for name in ("v1_0", "v\\d"):
         body = {"name": name, "registeredModelId": model_id}
         version = httpx.post(f"{url}{API}/model_versions", json=body).json()["id"]
@@ -84,7 +84,7 @@ def test_versions_that_a_lookup_cannot_tell_apart_are_both_found(url: str) -> No
 
 
 @pytest.mark.parametrize("name", ["", " m", "m\n", "a\0b", "n" * 245, "x\u2028y"])
-def test_a_name_that_the_registry_cannot_hold_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_name_that_the_registry_cannot_store_is_rejected(tmp_path: Path, name: str) -> None:
     with registry_server(tmp_path) as url, pytest.raises(UserError, match="the name"):
         with_registry(url, find_version(name, "v1"))
 
@@ -98,7 +98,7 @@ def test_the_longest_name_fits_everywhere(url: str) -> None:
     assert with_registry(url, find_served(name)) == served
 
 
-def test_numbers_come_back_as_they_were(url: str) -> None:
+def test_numbers_are_returned_unchanged(url: str) -> None:
     numbers = {
         "seed": 12345678901,
         "negative": -(10**9),
@@ -117,10 +117,10 @@ def test_numbers_come_back_as_they_were(url: str) -> None:
         **{key: value for key, value in numbers.items() if key != "loss"},
     }
     assert [type(found[key]) for key in ("seed", "train.clip_norm", "digits")] == [int, float, str]
-    enter(url, entry("m", "v1", run="20261130121212", **numbers))  # the same run again
+    enter(url, entry("m", "v1", run="20261130121212", **numbers))  # the same run
 
 
-def test_what_others_wrote_does_not_hide_the_rest(url: str, tmp_path: Path) -> None:
+def test_unreadable_entries_of_others_do_not_hide_the_rest(url: str, tmp_path: Path) -> None:
     enter(url, entry("m", "v1", loss=0.5))
     enter(url, entry("m", "v2", loss=0.5))
     database = sqlite3.connect(tmp_path / "registry.sqlite")
@@ -139,7 +139,7 @@ def test_what_others_wrote_does_not_hide_the_rest(url: str, tmp_path: Path) -> N
     assert second.properties["loss"] == 0.5
 
 
-def test_nothing_leaves_that_the_registry_cannot_hold(tmp_path: Path) -> None:
+def test_nothing_is_sent_that_the_registry_cannot_store(tmp_path: Path) -> None:
     asked: list[str] = []
     with registry_server(tmp_path, around=_noting(asked)) as url:
         enter(url, entry("m", "v0"))
@@ -156,7 +156,7 @@ def test_nothing_leaves_that_the_registry_cannot_hold(tmp_path: Path) -> None:
         assert not [each for each in asked if each.startswith("POST")]
 
 
-def test_a_500_that_stays_is_no_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_persistent_500_is_not_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     message = (
         "error saving registered model: ERROR: value too long for type character varying(255) "
         "(SQLSTATE 22001)"
@@ -180,15 +180,15 @@ def test_a_500_that_stays_is_no_outage(tmp_path: Path, monkeypatch: pytest.Monke
             enter(url, entry("m", "v1"))
         assert not isinstance(refused.value, Unreachable)
         assert len([each for each in asked if each.startswith("POST")]) == 1
-        # The same status for a reason that may pass is asked again.
+        # The same status is retried if its reason may be temporary.
         message = "error saving registered model: connection refused"
         monkeypatch.setattr(registry_module, "ATTEMPTS_S", 1.0)
         with pytest.raises(Unreachable):
             enter(url, entry("m", "v1"))
 
 
-def test_first_registrations_at_once_all_succeed(tmp_path: Path) -> None:
-    """Each process has looked before any has created: of a model, a version and an artifact."""
+def test_simultaneous_first_registrations_all_succeed(tmp_path: Path) -> None:
+    """Every process looks up model, version and artifact before any process creates one."""
     waiting = _together({"registered_model": 6, "model_version": 6, "artifacts": 2})
     runs = [("v1", "a"), ("v2", "b"), ("v3", "c"), ("v4", "d"), ("v5", "e"), ("v5", "e")]
     with registry_server(tmp_path, around=waiting) as url, ThreadPoolExecutor(6) as pool:
@@ -202,7 +202,7 @@ def test_first_registrations_at_once_all_succeed(tmp_path: Path) -> None:
             assert artifacts["size"] == 1
 
 
-def test_first_deployments_at_once_both_succeed(tmp_path: Path) -> None:
+def test_simultaneous_first_deployments_both_succeed(tmp_path: Path) -> None:
     waiting = _together({"inference_services": 2, "serving_environment": 2})
     with registry_server(tmp_path, around=waiting) as url, ThreadPoolExecutor(2) as pool:
         enter(url, entry("m", "v1"))
@@ -214,23 +214,23 @@ def test_first_deployments_at_once_both_succeed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoken", ["v1alpha3", "v1"])
-def test_the_api_version_is_the_one_that_the_server_speaks(tmp_path: Path, spoken: str) -> None:
+def test_the_api_version_is_the_servers(tmp_path: Path, spoken: str) -> None:
     asked: list[str] = []
     with registry_server(tmp_path, versions=(spoken,), around=_noting(asked)) as url:
         enter(url, entry("m", "v1"))
         version = with_registry(url, find_version("m", "v1"))
         served = Served("m", "http://x", {"v1": 100}, ("v1",))
-        for _ in range(2):  # made, then changed
+        for _ in range(2):  # created, then changed
             with_registry(url, note_served(version, served, "env", "vllm"))
         assert with_registry(url, find_served("m")) == served
         enter(url, entry("m", "v2"))
         enter(url, entry("m", "v3"))
         assert with_registry(url, archive_older("m", 1)) == ["v2"]
         other = [each for each in asked if f"/{spoken}/" not in each]
-        assert len(other) <= 1  # the first question
+        assert len(other) <= 1  # the first request
 
 
-def test_a_listing_has_a_few_connections_and_not_one_for_each_version(tmp_path: Path) -> None:
+def test_a_listing_uses_a_few_connections_rather_than_one_per_version(tmp_path: Path) -> None:
     peers: set[Any] = set()
 
     def noting(app: Any) -> Any:
@@ -244,7 +244,7 @@ def test_a_listing_has_a_few_connections_and_not_one_for_each_version(tmp_path: 
     with registry_server(tmp_path, around=noting) as url:
         model_id = enter(url, entry("m", "v0"))["registered_model_id"]
         database = sqlite3.connect(tmp_path / "registry.sqlite")
-        with database:  # one transaction: 458 requests would each wait for the disk
+        with database:  # one transaction, because 458 requests would each wait for the disk
             for number in range(1, 230):
                 _insert(database, "model_versions", int(model_id), f"v{number}")
                 (version,) = database.execute("SELECT last_insert_rowid()").fetchone()
@@ -270,7 +270,7 @@ def _insert(database: sqlite3.Connection, kind: str, parent: int, name: str) -> 
 
 
 def _noting(asked: list[str]) -> Callable[[Any], Any]:
-    """Notes the method and the path of each request."""
+    """Records the method and path of each request."""
 
     def around(app: Any) -> Any:
         async def note(scope: Any, receive: Any, send: Any) -> None:
@@ -284,7 +284,7 @@ def _noting(asked: list[str]) -> Callable[[Any], Any]:
 
 
 def _together(numbers: dict[str, int]) -> Callable[[Any], Any]:
-    """Answers the first lookups of each path's last part only when that many have been asked."""
+    """Delays the first lookups per last path segment until that many have arrived."""
     arrived = dict.fromkeys(numbers, 0)
     guard = threading.Lock()
 

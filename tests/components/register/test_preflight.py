@@ -1,4 +1,4 @@
-"""What register could not write is refused before anything is trained."""
+"""A registration that would fail is rejected before training."""
 
 from pathlib import Path
 
@@ -21,12 +21,14 @@ from tests.registry_server import registry_server
         ("{model_name: m, register: {registry_url: registry}}", "", "is not the URL"),
     ],
 )
-def test_what_the_registry_cannot_hold_is_refused(recipe: str, version: str, said: str) -> None:
+def test_values_that_the_registry_cannot_store_are_rejected(
+    recipe: str, version: str, said: str
+) -> None:
     with pytest.raises(UserError, match=said):
         check_registration(recipe, version)
 
 
-def test_names_that_the_registry_would_confuse_are_refused(tmp_path: Path) -> None:
+def test_names_that_the_registry_would_confuse_are_rejected(tmp_path: Path) -> None:
     with registry_server(tmp_path) as url:
         enter(url, entry("t1-edge", "v1"))
         check_registry(url, "model_name: t1-edge")

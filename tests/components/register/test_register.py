@@ -1,4 +1,4 @@
-"""Registering: once a run, over TLS as on a cluster, and to be finished after an outage."""
+"""Registering: once per run, over TLS as on a cluster, and finished after an outage."""
 
 import json
 import shlex
@@ -42,7 +42,7 @@ Release = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def release(environment: dict[str, str], model: Path, evaluation: Path) -> Release:
-    """Upload and register the model as a version of ``name``, by a run of that version's name."""
+    """Upload and register the model as a version of ``name``, in a run named after the version."""
 
     def release(name: str, version: str, run: str = "", **settings: Any) -> dict[str, Any]:
         uri = upload(UploadSettings(model_name=name), model=model, version=version)["uri"]
@@ -53,10 +53,10 @@ def release(environment: dict[str, str], model: Path, evaluation: Path) -> Relea
     return release
 
 
-def test_what_a_version_was_compared_with_is_registered(
+def test_the_incumbent_of_a_version_is_registered(
     release: Release, environment: dict[str, str], evaluation: Path
 ) -> None:
-    """Again where the run goes on and meets another incumbent; the rest stays as it was."""
+    """A resumed run with another incumbent updates only that."""
     url, record = environment["NUDGE_REGISTRY_URL"], ("found", "v1", '{"v1": 100}')
     release("compared", "v2")
 
@@ -71,7 +71,7 @@ def test_what_a_version_was_compared_with_is_registered(
     release("compared", "v2")
     again = {"incumbent_state": "none", "incumbent": "", "incumbent_traffic": "{}"}
     assert properties("v2") == {**first, **again}
-    del body["incumbent"]  # as an older nudge wrote it
+    del body["incumbent"]  # as in an older release
     evaluation.write_text(json.dumps(body))
     release("compared", "v3")
     assert not set(RECORD) & properties("v3").keys()
@@ -88,7 +88,7 @@ def objects(name: str) -> set[str]:
     return {key.split("/")[2] for key in keys}
 
 
-def test_a_run_registers_once_and_no_other_takes_its_version(
+def test_a_run_registers_once_and_no_other_run_gets_its_version(
     release: Release, environment: dict[str, str]
 ) -> None:
     first = release("once", "v1", run="run-1")
@@ -100,10 +100,10 @@ def test_a_run_registers_once_and_no_other_takes_its_version(
     assert version.id == first["version_id"]
     assert version.properties["train.rates"] == "[0.001]"
     assert version.properties["candidate.bits_per_byte"] == 0.9
-    assert "candidate.word_perplexity" not in version.properties  # no number for text of one word
+    assert "candidate.word_perplexity" not in version.properties  # text of one word has none
 
 
-def test_old_versions_are_archived_and_deleted_but_none_that_is_needed(
+def test_old_versions_are_archived_and_deleted_unless_needed(
     release: Release, environment: dict[str, str]
 ) -> None:
     url = environment["NUDGE_REGISTRY_URL"]
@@ -113,19 +113,19 @@ def test_old_versions_are_archived_and_deleted_but_none_that_is_needed(
     served = Served("kept", "http://127.0.0.1:1", {"v3": 100}, ("v1", "v2", "v3"))
     with_registry(url, note_served(third, served, "local", "transformers"))
 
-    told = release("kept", "v5", keep_versions=1)
-    assert (told["archived"], told["deleted"]) == (["v1", "v4"], [])
+    result = release("kept", "v5", keep_versions=1)
+    assert (result["archived"], result["deleted"]) == (["v1", "v4"], [])
     archived = {"v1": True, "v2": False, "v3": False, "v4": True, "v5": False}
     assert versions(environment, "kept") == archived
     assert objects("kept") == {"v1", "v2", "v3", "v4", "v5"}
 
-    told = release("kept", "v6", keep_versions=2, delete_archived=True)
-    assert (told["archived"], sorted(told["deleted"])) == ([], ["v1", "v4"])
+    result = release("kept", "v6", keep_versions=2, delete_archived=True)
+    assert (result["archived"], sorted(result["deleted"])) == ([], ["v1", "v4"])
     assert objects("kept") == {"v2", "v3", "v5", "v6"}
     assert versions(environment, "kept") == archived | {"v6": False}
 
 
-def test_what_an_outage_left_is_finished_by_the_command_that_was_told(
+def test_the_command_in_the_error_finishes_a_registration_after_an_outage(
     release: Release,
     parts: tuple[Path, dict[str, str]],
     environment: dict[str, str],
@@ -134,21 +134,21 @@ def test_what_an_outage_left_is_finished_by_the_command_that_was_told(
     home, _ = parts
     monkeypatch.setattr(connection, "ATTEMPTS_S", 0.5)
     processes.stop(home, services.REGISTRY)
-    with pytest.raises(UserError, match="does not answer") as told:
+    with pytest.raises(UserError, match="does not answer") as error:
         release("later", "v1", run="run-1")
     uri = f"s3://{services.BUCKET}/models/later/v1"
-    assert f"safe at {uri}" in str(told.value)
-    command = shlex.split(str(told.value).splitlines()[-1])
+    assert f"safe at {uri}" in str(error.value)
+    command = shlex.split(str(error.value).splitlines()[-1])
     named = ["--registry-url", "embedded", "--store", "embedded", "--home", str(home)]
     assert command == ["nudge", "register", uri, *named]
 
     monkeypatch.setattr(connection, "ATTEMPTS_S", 60.0)
-    # Another registry and another folder in this shell change nothing, nor take the record away.
+    # Another registry and folder in this shell change nothing and keep the pending registration.
     monkeypatch.setenv("NUDGE_EMBEDDED", "")
     monkeypatch.setenv("NUDGE_REGISTRY_URL", "http://127.0.0.1:9")
     other = CliRunner().invoke(main, command[1:3])
     assert other.exit_code == 2
-    assert "meant to register" in other.output
+    assert "the run used the registry" in other.output
     monkeypatch.setenv("NUDGE_HOME", str(home.parent / "elsewhere"))
     done = CliRunner().invoke(main, command[1:], catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -156,19 +156,19 @@ def test_what_an_outage_left_is_finished_by_the_command_that_was_told(
     assert versions(environment, "later") == {"v1": False}
     version = with_registry(environment["NUDGE_REGISTRY_URL"], find_version("later", "v1"))
     assert (version.uri, version.properties["run_id"]) == (uri, "run-1")
-    assert objects("later") == {"v1"}  # what was kept is gone
+    assert objects("later") == {"v1"}  # the pending registration is gone
 
     again = CliRunner().invoke(main, command[1:])
     assert again.exit_code == 2
-    assert "no registration to finish" in again.output
+    assert "no registration is pending" in again.output
     assert versions(environment, "later") == {"v1": False}
     none = CliRunner().invoke(main, ["register", f"{uri}0"])
     assert none.exit_code == 2
-    assert "holds no complete version" in none.output
+    assert "is not a complete version" in none.output
 
 
 @pytest.mark.long
-def test_an_image_is_registered_and_an_outage_of_the_registry_ended_alike(
+def test_an_image_is_registered_and_finished_after_an_outage_too(
     parts: tuple[Path, dict[str, str]],
     environment: dict[str, str],
     model: Path,
@@ -183,11 +183,11 @@ def test_an_image_is_registered_and_an_outage_of_the_registry_ended_alike(
         sent = UploadSettings(model_name="image", **target)
         uri = upload(sent, model=model, version="v1")["uri"]
         given = RegisterSettings(model_name="image")
-        told = {"version": "v1", "run_id": "run-1", "model": model, "evaluation": evaluation}
+        inputs = {"version": "v1", "run_id": "run-1", "model": model, "evaluation": evaluation}
         monkeypatch.setattr(connection, "ATTEMPTS_S", 0.5)
         processes.stop(home, services.REGISTRY)
         with pytest.raises(UserError, match="does not answer") as failed:
-            register(given, uri=uri, **told)
+            register(given, uri=uri, **inputs)
         command = shlex.split(str(failed.value).splitlines()[-1])
         assert command[:5] == ["nudge", "register", uri, "--registry-url", "embedded"]
 
@@ -196,34 +196,34 @@ def test_an_image_is_registered_and_an_outage_of_the_registry_ended_alike(
         done = CliRunner().invoke(main, command[1:], catch_exceptions=False)
         assert done.exit_code == 0, done.output
         monkeypatch.setenv("NUDGE_REGISTRY_URL", services.up(home)["NUDGE_REGISTRY_URL"])
-        register(given, uri=uri, **told)
+        register(given, uri=uri, **inputs)
         assert versions(environment, "image") == {"v1": False}
         assert list_keys(s3_client(), services.BUCKET, "registrations") == {}
         version = with_registry(environment["NUDGE_REGISTRY_URL"], find_version("image", "v1"))
         assert version.uri == uri
 
-        # On this machine the server gets it out of the image.
+        # On this machine the server reads the model from the image.
         folder = LocalServing(tmp_path / "home", DeploySettings())._fetch(version)
         files = {path.name for path in model.iterdir()} | {"manifest.json"}
         assert {path.name for path in (folder / "image").iterdir()} == files
 
 
-def test_an_evaluation_of_an_older_release_or_of_other_weights_is_refused(
+def test_an_evaluation_of_an_older_release_or_of_other_weights_is_rejected(
     environment: dict[str, str], model: Path, evaluation: Path
 ) -> None:
-    told = {"uri": "s3://b/k", "version": "v1", "run_id": "r", "model": model}
+    inputs = {"uri": "s3://b/k", "version": "v1", "run_id": "r", "model": model}
     facts = json.loads((model / "nudge.json").read_text()) | {"weights_sha256": "f" * 64}
     (model / "nudge.json").write_text(json.dumps(facts))
     with pytest.raises(
-        UserError, match="weights with the sha256 [0-9a-f]{64}, and training wrote f{64}"
+        UserError, match="weights with the sha256 [0-9a-f]{64}, but training wrote f{64}"
     ):
-        register(RegisterSettings(model_name="m"), evaluation=evaluation, **told)
+        register(RegisterSettings(model_name="m"), evaluation=evaluation, **inputs)
 
     older = json.loads(evaluation.read_text())
     del older["models"], older["probes"]
     evaluation.write_text(json.dumps(older))
-    with pytest.raises(UserError, match="nothing of models, probes: an older nudge wrote it"):
-        register(RegisterSettings(model_name="m"), evaluation=evaluation, **told)
+    with pytest.raises(UserError, match="has no models, probes: an older nudge wrote it"):
+        register(RegisterSettings(model_name="m"), evaluation=evaluation, **inputs)
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def authority() -> trustme.CA:
     return trustme.CA()
 
 
-def test_the_token_goes_over_tls_of_a_known_authority_only(
+def test_the_token_is_sent_only_over_tls_with_a_known_authority(
     release: Release,
     environment: dict[str, str],
     authority: trustme.CA,
@@ -256,7 +256,7 @@ def test_the_token_goes_over_tls_of_a_known_authority_only(
 
 @pytest.fixture
 def refusing() -> Iterator[HTTPServer]:
-    """Answers everything with its ``status``."""
+    """Answers every request with its ``status``."""
 
     class Refuse(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -276,14 +276,14 @@ def refusing() -> Iterator[HTTPServer]:
 
 
 @pytest.mark.parametrize(("status", "said"), [(401, "it does not accept"), (403, "bind it to")])
-def test_a_registry_that_refuses_says_why(
+def test_the_error_has_the_reason_of_the_registry(
     refusing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, said: str
 ) -> None:
     monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
     (tmp_path / "token").write_text("the-token")
     refusing.status = status
-    with pytest.raises(Unreachable, match=said) as told:
+    with pytest.raises(Unreachable, match=said) as error:
         with_registry(f"http://127.0.0.1:{refusing.server_port}", find_served("m"))
-    assert f"answered {status}" in str(told.value)
-    assert "the-token" not in str(told.value)
+    assert f"answered {status}" in str(error.value)
+    assert "the-token" not in str(error.value)
     assert refusing.asked == 1

@@ -1,4 +1,4 @@
-"""The run's page: what came from data stays text, however a Markdown viewer treats HTML."""
+"""The run's page: text from data stays text, however a Markdown viewer treats HTML."""
 
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def test_hostile_text_stays_text_in_a_browser(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     markdown = page(tmp_path, monkeypatch, "\n".join(HOSTILE))
-    # The most trusting viewer there may be: raw HTML goes through.
+    # The most permissive viewer: raw HTML passes through.
     shown = MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown)
     path = tmp_path / "page.html"
     path.write_text(f"<!doctype html><meta charset=utf-8>{shown}", encoding="utf-8")
@@ -59,7 +59,7 @@ def test_hostile_text_stays_text_in_a_browser(
         assert "{{ 7 * 7 }}" in seen.inner_text("body")
 
 
-def test_the_probe_of_this_test_would_notice(tmp_path: Path) -> None:
+def test_the_attack_of_this_test_works_without_escaping(tmp_path: Path) -> None:
     shown = MarkdownIt("commonmark", {"html": True}).render("\n\n".join(HOSTILE))
     assert "<script>" in shown
     assert "<img" in shown
@@ -82,6 +82,6 @@ def test_a_version_that_got_no_traffic_says_why(
     assert f"| why not promoted | {why} |" in page
 
 
-def test_plain_words_stay_as_they_are() -> None:
+def test_plain_words_are_unchanged() -> None:
     text = "better by 0.1234 bits per byte (95% interval 0.1 to 0.2), model_name s3://b/k-1.0"
     assert module.plain(text) == text

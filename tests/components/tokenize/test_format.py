@@ -74,15 +74,15 @@ def test_the_documents_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "told"),
     [
-        (0, b"NUDGETOX", "no token shard of version 1"),
-        (8, struct.pack("<I", 2), "no token shard of version 1"),
-        (12, struct.pack("<I", 3), "no token shard of version 1"),
-        (12, struct.pack("<I", 4), "is cut short"),
-        (24, struct.pack("<Q", 4), "is cut short"),
-        (32, struct.pack("<Q", 90), "is cut short"),
-        (40 + 24, struct.pack("<q", 1), "its index of documents does not fit its 9 tokens"),
-        (40 + 24 + 8, struct.pack("<q", 7), "its index of documents does not fit its 9 tokens"),
-        (40 + 24 + 24, struct.pack("<q", 8), "its index of documents does not fit its 9 tokens"),
+        (0, b"NUDGETOX", "not a token shard of version 1"),
+        (8, struct.pack("<I", 2), "not a token shard of version 1"),
+        (12, struct.pack("<I", 3), "not a token shard of version 1"),
+        (12, struct.pack("<I", 4), "is truncated"),
+        (24, struct.pack("<Q", 4), "is truncated"),
+        (32, struct.pack("<Q", 90), "is truncated"),
+        (40 + 24, struct.pack("<q", 1), "its document index does not match its 9 tokens"),
+        (40 + 24 + 8, struct.pack("<q", 7), "its document index does not match its 9 tokens"),
+        (40 + 24 + 24, struct.pack("<q", 8), "its document index does not match its 9 tokens"),
     ],
 )
 def test_a_wrong_header_or_index_is_refused(
@@ -105,7 +105,7 @@ def test_a_shard_cut_anywhere_is_refused(tmp_path: Path, kept: int) -> None:
     with pytest.raises(UserError, match=r"a.tokens is damaged: sha256"):
         TokenReader(tmp_path, "train")
     describe(tmp_path)
-    with pytest.raises(UserError, match="cut short|shorter than a header"):
+    with pytest.raises(UserError, match="truncated|shorter than a header"):
         TokenReader(tmp_path, "train")
 
 
@@ -122,7 +122,7 @@ def test_one_flipped_bit_is_refused(tmp_path: Path) -> None:
 def test_counts_other_than_the_manifest_s_are_refused(tmp_path: Path, key: str, value: int) -> None:
     artifact(tmp_path)
     describe(tmp_path, **{key: value})
-    with pytest.raises(UserError, match=f"{key}, its manifest says {value}"):
+    with pytest.raises(UserError, match=f"{key}, but its manifest says {value}"):
         TokenReader(tmp_path, "train")
 
 
@@ -154,4 +154,4 @@ def test_another_tokenizer_is_refused(run: Run, change: str) -> None:
         (tokens / "tokenizer" / "added_tokens.json").write_text('{"<new>": 5}')
     with pytest.raises(UserError, match="is not the tokenizer of these tokens"):
         verified_tokenizer(tokens)
-    assert read_tokens_manifest(tokens)["tokenizer_sha256"]
+    assert read_tokens_manifest(tokens).tokenizer_sha256

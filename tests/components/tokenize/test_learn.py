@@ -103,7 +103,7 @@ def test_a_model_from_scratch_is_trained_with_it(run: Run, tmp_path: Path) -> No
     train(scratch, tokens=tokens, model=model, history=tmp_path / "h", report=tmp_path / "r.html")
     tokenizer = AutoTokenizer.from_pretrained(model)
     loaded = AutoModelForCausalLM.from_pretrained(model)
-    assert loaded.config.vocab_size == len(tokenizer) == read_tokens_manifest(tokens)["vocab_size"]
+    assert loaded.config.vocab_size == len(tokenizer) == read_tokens_manifest(tokens).vocab_size
     assert loaded.config.eos_token_id == tokenizer.eos_token_id == 0
     text = "petan toris <|im_start|> 123456 Ünïcödé\n\n  end"
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)

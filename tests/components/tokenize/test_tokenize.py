@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from nudge.components.common.artifacts.corpus import read_documents
+from nudge.components.common.artifacts.schema import plain
 from nudge.components.common.artifacts.tokens import TokenReader, read_tokens_manifest
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import sha256_tree
@@ -42,7 +43,7 @@ def test_each_document_has_the_ids_of_its_tokenizer_and_one_end(
         for index, document in enumerate(documents):
             ids = tokenizer(document.text, add_special_tokens=False)["input_ids"]
             assert reader.document(index).tolist() == [*ids, tokenizer.vocab["<|endoftext|>"]]
-    manifest = read_tokens_manifest(tokens)
+    manifest = plain(read_tokens_manifest(tokens))
     assert len(manifest["splits"]["train"]["shards"]) == 4
     for split in manifest["splits"].values():
         assert split["tokens"] == sum(shard["tokens"] for shard in split["shards"])

@@ -1,4 +1,4 @@
-"""A model as an image, in a real registry: whole or invisible, never another one, and read back."""
+"""A model as an image in a real registry: complete or invisible, never replaced, read back."""
 
 import json
 import os
@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from nudge.components.common.artifacts.model import BaseModel, ModelFacts, write_model_facts
 from nudge.components.common.clients import image_registry, modelcar
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.publish import write_manifest
 from nudge.components.common.models.base_model import download_model, model_sha256, verify_upload
 from nudge.components.upload import image
 from nudge.components.upload.settings import UploadSettings
@@ -42,7 +42,7 @@ def proxy(
 
 @pytest.fixture
 def folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model of three large files, and small ones, one of them in a folder."""
+    """A model of three large files and some small ones, one of them in a folder."""
     monkeypatch.setattr(image, "SMALL_BYTES", 1 << 20)
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     for number in range(3):
@@ -62,7 +62,7 @@ def send(host: str, folder: Path, version: str, **more: Any) -> str:
 
 
 def tag(registry: ImageRegistry, version: str, name: str = "sent") -> str:
-    """What a tag stands for; empty if nothing."""
+    """The digest of a tag; empty if the tag does not exist."""
     with image_registry.repository(
         image_registry.parse(f"oci://{registry.host}/team/{name}")
     ) as found:
@@ -70,14 +70,14 @@ def tag(registry: ImageRegistry, version: str, name: str = "sent") -> str:
 
 
 def check_image(registry: ImageRegistry, uri: str, folder: Path, into: Path) -> None:
-    """It is there under its digest, and every byte of the model is the folder's."""
+    """It exists under its digest, and the model's bytes equal those of the folder."""
     digest = uri.rpartition("@")[2]
     download_model(f"oci://{registry.host}/team/sent@{digest}", into)
     verify_upload(into, uri)
     check_folder(folder, into)
 
 
-def test_a_model_is_an_image_for_every_machine_of_the_base(
+def test_a_model_is_an_image_for_every_platform_of_the_base(
     registry: ImageRegistry, folder: Path, tmp_path: Path
 ) -> None:
     uri = send(registry.host, folder, "v1", read_back=True)
@@ -88,12 +88,12 @@ def test_a_model_is_an_image_for_every_machine_of_the_base(
         for platform, manifest in found_images:
             config = json.loads(found.blob(manifest["config"]["digest"]))
             assert config["architecture"] == platform["architecture"]
-            # A runtime unpacks layers by these, and refuses an image whose numbers differ.
+            # A runtime unpacks layers by these, and rejects an image with another number of them.
             assert len(config["rootfs"]["diff_ids"]) == len(manifest["layers"]) == 1 + 3 + 1
             assert len(config["history"]) == 1 + 3 + 1
             for layer, diff in zip(manifest["layers"], config["rootfs"]["diff_ids"], strict=True):
-                whole = layer["mediaType"] == image_registry.LAYER
-                assert whole == (layer["digest"] == diff)
+                plain = layer["mediaType"] == image_registry.LAYER
+                assert plain == (layer["digest"] == diff)
                 assert registry.blob(layer["digest"]).stat().st_size == layer["size"]
     for layer in found_images[0][1]["layers"][1:]:
         with tarfile.open(registry.blob(layer["digest"])) as archive:
@@ -110,7 +110,7 @@ def test_a_model_is_an_image_for_every_machine_of_the_base(
     assert not any(name.endswith(".safetensors") for name in names)
 
 
-def test_the_same_again_sends_nothing_and_another_is_refused(
+def test_a_repeated_upload_sends_nothing_and_another_model_is_rejected(
     registry: ImageRegistry, proxy: FaultyProxy, folder: Path, tmp_path: Path
 ) -> None:
     host = proxy.url.removeprefix("http://")
@@ -118,24 +118,24 @@ def test_the_same_again_sends_nothing_and_another_is_refused(
     assert tag(registry, "once") == uri.rpartition("@")[2]
     proxy.requests.clear()
     assert send(host, folder, "once") == uri
-    # A base image that has changed meanwhile makes no other model of it.
+    # A changed base image does not make it another model.
     make_base_image(f"oci://{registry.host}/base/micro:9.6", ("amd64",))
     assert send(host, folder, "once") == uri
     assert {method for method, *_ in proxy.requests} <= {"GET", "HEAD"}
 
     (folder / "more-1.safetensors").write_bytes(os.urandom(LARGE))
-    with pytest.raises(UserError, match="holds another model already; a version is never"):
+    with pytest.raises(UserError, match="already has another model; a version is never"):
         send(host, folder, "once")
     assert {method for method, *_ in proxy.requests} <= {"GET", "HEAD"}
     assert tag(registry, "once") == uri.rpartition("@")[2]
-    # What both have in common is not sent twice.
+    # Common layers are not sent twice.
     send(host, folder, "twice")
     puts = [path for method, path, *_ in proxy.requests if method == "PUT" and "/blobs/" in path]
-    assert len(puts) == 1 + 1 + 1  # a large file, the small ones with the manifest, a configuration
+    assert len(puts) == 1 + 1 + 1  # large file, small files with manifest, configuration
     make_base_image(f"oci://{registry.host}/base/micro:9.6")
 
 
-def test_of_two_writers_of_one_tag_the_second_is_refused(
+def test_the_second_of_two_writers_of_one_tag_is_rejected(
     registry: ImageRegistry, proxy: FaultyProxy, folder: Path, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(folder, tmp_path / "other"))
@@ -150,14 +150,14 @@ def test_of_two_writers_of_one_tag_the_second_is_refused(
 
     proxy.only = another
     host = proxy.url.removeprefix("http://")
-    # It looked before the other one was there, and finds out by looking again.
-    with pytest.raises(UserError, match="holds another model already"):
+    # It looked before the other one existed, and notices when it looks again.
+    with pytest.raises(UserError, match="already has another model"):
         send(host, folder, "race")
     assert tag(registry, "race") == first[0].rpartition("@")[2]
     check_image(registry, first[0], other, tmp_path / "back")
 
 
-def test_a_file_that_changes_and_weights_of_another_training_are_refused(
+def test_a_changing_file_and_weights_of_another_training_are_rejected(
     registry: ImageRegistry, proxy: FaultyProxy, folder: Path
 ) -> None:
     changed = folder / "more-2.safetensors"
@@ -172,8 +172,16 @@ def test_a_file_that_changes_and_weights_of_another_training_are_refused(
         send(proxy.url.removeprefix("http://"), folder, "changing")
     assert tag(registry, "changing") == ""
 
-    facts = {"weights_sha256": model_sha256(folder)}
-    write_manifest(folder / "nudge.json", "nudge.model", 1, facts)
+    facts = ModelFacts(
+        base_model=BaseModel(uri="", sha256=""),
+        data_fingerprint="",
+        tokenizer_sha256="",
+        settings={},
+        seed=1,
+        code_version="",
+        weights_sha256=model_sha256(folder),
+    )
+    write_model_facts(folder, facts)
     send(registry.host, folder, "trained")
     changed.write_bytes(os.urandom(LARGE))
     with pytest.raises(UserError, match="training wrote [0-9a-f]{64}: they were changed since"):
@@ -181,7 +189,7 @@ def test_a_file_that_changes_and_weights_of_another_training_are_refused(
     assert tag(registry, "spoilt") == ""
 
 
-def test_what_the_registry_spoilt_is_found(
+def test_a_blob_that_the_registry_corrupted_is_found(
     registry: ImageRegistry, folder: Path, tmp_path: Path
 ) -> None:
     uri = send(registry.host, folder, "kept")
@@ -208,13 +216,13 @@ def test_what_the_registry_spoilt_is_found(
         ("oci://quay.io/team", "v" * 129, "is refused"),
     ],
 )
-def test_what_names_no_image_is_refused(folder: Path, target: str, version: str, said: str) -> None:
+def test_invalid_names_are_rejected(folder: Path, target: str, version: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         upload(UploadSettings(model_name="m", target=target), model=folder, version=version)
 
 
 @pytest.mark.parametrize("access", [pytest.param("basic", marks=pytest.mark.long), "token"])
-def test_credentials_are_those_of_a_pull_secret_and_told_to_nobody(
+def test_credentials_come_from_a_pull_secret_and_are_never_printed(
     access: Any,
     folder: Path,
     tmp_path: Path,
@@ -222,7 +230,7 @@ def test_credentials_are_those_of_a_pull_secret_and_told_to_nobody(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("DEBUG")
-    monkeypatch.setenv("HOME", str(tmp_path))  # whoever runs this may be logged in somewhere
+    monkeypatch.setenv("HOME", str(tmp_path))  # the developer may be logged in to a registry
     monkeypatch.delenv("DOCKER_CONFIG", raising=False)
     secret = tmp_path / "secret.json"
     with ImageRegistry(tmp_path / "registry", access=access) as registry:
@@ -235,7 +243,7 @@ def test_credentials_are_those_of_a_pull_secret_and_told_to_nobody(
         registry.pull_secret(secret, password="not-it")
         with pytest.raises(UserError, match="answered 401") as wrong:
             send(registry.host, folder, "v2")
-        # An entry of a part of the registry stands above that of the whole.
+        # An entry for part of the registry overrides the entry for the registry.
         entries = json.loads(secret.read_text())["auths"]
         right = json.loads(registry.pull_secret(tmp_path / "right.json").read_text())["auths"]
         entries[f"{registry.host}/team"] = entries[f"{registry.host}/base"] = right[registry.host]
@@ -245,9 +253,9 @@ def test_credentials_are_those_of_a_pull_secret_and_told_to_nobody(
         monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "none.json"))
         with pytest.raises(UserError, match="give a pull secret for it") as lacking:
             send(registry.host, folder, "v3")
-        told = f"{wrong.value}{lacking.value}{caplog.text}"
+        output = f"{wrong.value}{lacking.value}{caplog.text}"
     for each in (PASSWORD, "not-it", *(e["auth"] for e in entries.values()), "Bearer ey"):
-        assert each not in told
+        assert each not in output
 
 
 def disturbed(
@@ -294,10 +302,10 @@ def test_many_runs_through_faults(
 
 
 @pytest.mark.long
-def test_cut_short_after_any_request_it_is_invisible_and_then_whole(
+def test_an_upload_interrupted_after_any_request_is_invisible_and_then_complete(
     registry: ImageRegistry, proxy: FaultyProxy, folder: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """The registry goes away for good at the n-th change, as at a kill of the one that sends."""
+    """The registry is gone from the n-th change on, as if the sender were killed."""
     monkeypatch.setattr(image_registry, "ATTEMPTS", 1)
     monkeypatch.setattr(image, "CONCURRENCY", 1)
     host, lock, seen = proxy.url.removeprefix("http://"), threading.Lock(), [0]
@@ -317,7 +325,7 @@ def test_cut_short_after_any_request_it_is_invisible_and_then_whole(
             uri = send(host, folder, version)
         except UserError:
             there = tag(registry, version)
-            last = seen[0] >= at and there  # the tag came, only its answer was lost
+            last = seen[0] >= at and there  # the tag was written, only the response was lost
             proxy.only = lambda method, path: False
             uri = send(host, folder, version)
             assert not last or there == uri.rpartition("@")[2]

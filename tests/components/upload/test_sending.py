@@ -1,4 +1,4 @@
-"""Uploads that are cut short, disturbed and raced: one right version, or none."""
+"""Uploads that are interrupted, disturbed and raced: one correct version, or none."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def direct(store: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A client that goes to the store itself, whatever stands before it later."""
+    """A client that talks to the store directly, without a proxy."""
     for key, value in store.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(sending, "PART_BYTES", PART)
@@ -58,7 +58,7 @@ def proxy(
 
 @pytest.fixture
 def folder(tiny_model: Path, tmp_path: Path) -> Path:
-    """A model of which one file takes five parts."""
+    """A model with one file of five parts."""
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     (folder / "more.safetensors").write_bytes(os.urandom(SIZE))
     return folder
@@ -77,25 +77,25 @@ def unfinished(client: Any, version: str) -> list[Any]:
 
 
 def check_whole(client: Any, folder: Path, version: str, into: Path) -> None:
-    """The version is there, every byte is the folder's, and no upload is left."""
+    """The version exists, its bytes equal those of the folder, and no upload is unfinished."""
     download_folder(f"s3://{services.BUCKET}/models/sent/{version}", into)
     check_folder(folder, into)
     assert unfinished(client, version) == []
 
 
 def check_folder(folder: Path, into: Path) -> None:
-    """A downloaded version holds what the folder does, and its manifest says so."""
+    """A downloaded version equals the folder and its manifest."""
     manifest = json.loads((into / "manifest.json").read_text())["files"]
     files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     assert manifest.keys() == files.keys()
     for name, path in files.items():
-        told = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        assert manifest[name] == told
-        assert sha256_file(into / name) == told["sha256"]
+        entry = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        assert manifest[name] == entry
+        assert sha256_file(into / name) == entry["sha256"]
 
 
 def sent_parts(proxy: FaultyProxy) -> Counter[str]:
-    """How often each part of the large file reached the store."""
+    """The number of times that each part of the large file reached the store."""
     numbers = [
         path.split("partNumber=")[1].split("&")[0]
         for method, path, _, fault in proxy.requests
@@ -108,10 +108,10 @@ def puts(proxy: FaultyProxy) -> list[str]:
     return [path.split("?")[0] for method, path, *_ in proxy.requests if method == "PUT"]
 
 
-def test_a_repeat_sends_only_what_is_not_there(
+def test_a_repeat_sends_only_what_is_missing(
     proxy: FaultyProxy, direct: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The store goes away for good after three parts of the large file.
+    # The store is gone after three parts of the large file.
     parts = threading.Lock(), []
 
     def from_the_fourth(method: str, path: str) -> bool:
@@ -127,25 +127,25 @@ def test_a_repeat_sends_only_what_is_not_there(
         upload(SETTINGS, model=folder, version="again")
     assert "manifest.json" not in keys(direct, "again")
     first = sent_parts(proxy)
-    whole = set(puts(proxy)) - {f"/{services.BUCKET}/models/sent/again/more.safetensors"}
+    complete = set(puts(proxy)) - {f"/{services.BUCKET}/models/sent/again/more.safetensors"}
     assert sum(first.values()) == 3
-    assert whole
+    assert complete
 
     proxy.share = 0.0
     proxy.requests.clear()
     upload(SETTINGS, model=folder, version="again")
     assert sent_parts(proxy).keys() == {"1", "2", "3", "4", "5"} - first.keys()
     assert set(sent_parts(proxy).values()) == {1}
-    assert not whole & set(puts(proxy))
+    assert not complete & set(puts(proxy))
     check_whole(direct, folder, "again", tmp_path / "back")
 
     proxy.requests.clear()
     upload(SETTINGS, model=folder, version="again")
     manifest = f"/{services.BUCKET}/models/sent/again/manifest.json"
-    assert puts(proxy) == [manifest]  # which is refused
+    assert puts(proxy) == [manifest]  # which is rejected
 
 
-def test_a_file_that_changes_is_refused(proxy: FaultyProxy, direct: Any, folder: Path) -> None:
+def test_a_file_that_changes_is_rejected(proxy: FaultyProxy, direct: Any, folder: Path) -> None:
     changed = folder / "more.safetensors"
 
     def change_it(method: str, path: str) -> bool:
@@ -159,13 +159,13 @@ def test_a_file_that_changes_is_refused(proxy: FaultyProxy, direct: Any, folder:
         upload(SETTINGS, model=folder, version="changing")
     assert not {"manifest.json", "more.safetensors"} & keys(direct, "changing").keys()
 
-    # Now that it rests, what was sent of the other bytes is not taken for these.
+    # Now that it no longer changes, parts with the old content are not reused.
     proxy.only = lambda method, path: False
     upload(SETTINGS, model=folder, version="changing")
     check_whole(direct, folder, "changing", folder.parent / "back")
 
 
-def test_bytes_that_the_store_spoilt_are_found_by_reading_back(
+def test_bytes_that_the_store_corrupted_are_found_by_reading_back(
     proxy: FaultyProxy, direct: Any, folder: Path
 ) -> None:
     key = "models/sent/spoilt/more.safetensors"
@@ -177,18 +177,18 @@ def test_bytes_that_the_store_spoilt_are_found_by_reading_back(
 
     proxy.only = spoil
     settings = UploadSettings(model_name="sent", read_back=True)
-    with pytest.raises(UserError, match="more.safetensors does not come back as it was sent"):
+    with pytest.raises(UserError, match="more.safetensors differs from the file that was sent"):
         upload(settings, model=folder, version="spoilt")
     assert "manifest.json" not in keys(direct, "spoilt")
     proxy.only = lambda method, path: False
-    with pytest.raises(UserError, match="more.safetensors holds other bytes"):
+    with pytest.raises(UserError, match="more.safetensors has other content"):
         upload(settings, model=folder, version="spoilt")
     upload(settings, model=folder, version="sound")
     check_whole(direct, folder, "sound", folder.parent / "back")
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["same", "other"])
-def test_of_two_writers_at_once_one_wins(
+def test_one_of_two_simultaneous_writers_wins(
     proxy: FaultyProxy, direct: Any, folder: Path, tmp_path: Path, same: bool
 ) -> None:
     other = Path(shutil.copytree(folder, tmp_path / "other"))
@@ -217,7 +217,7 @@ def test_of_two_writers_at_once_one_wins(
         assert len(winners) == 2
     else:
         (lost,) = [str(error) for error in ends.values() if error]
-        assert "holds other bytes" in lost or "holds another model already" in lost
+        assert "has other content" in lost or "already has another model" in lost
     check_whole(direct, winner, version, tmp_path / "back")
 
 
@@ -225,10 +225,10 @@ def test_a_version_is_never_overwritten(direct: Any, folder: Path, tmp_path: Pat
     upload(SETTINGS, model=folder, version="once")
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     (other / "more.safetensors").write_bytes(os.urandom(SIZE))
-    with pytest.raises(UserError, match="holds another model already"):
+    with pytest.raises(UserError, match="already has another model"):
         upload(SETTINGS, model=other, version="once")
     (folder / "additional.json").write_text("{}")
-    with pytest.raises(UserError, match="holds another model already"):
+    with pytest.raises(UserError, match="already has another model"):
         upload(SETTINGS, model=folder, version="once")
     (folder / "additional.json").unlink()
     check_whole(direct, folder, "once", tmp_path / "back")

@@ -1,13 +1,13 @@
-"""Every document's score under every model, as one Parquet file: nudge.scores, version 1.
+"""The scores artifact: every document's score under every model, as one Parquet file.
 
-One row a document and model. Interval and difference of the verdict can be worked out from it again
-without a model: a document's ``nats`` less those of the same ``document`` under another model, in
-sums over a set, divided by the sum of ``bytes``, and by ln 2.
+Format nudge.scores, version 1: one row per document and model. It is enough to recompute the
+verdict's difference and interval without a model: sum the ``nats`` of the candidate minus those of
+the other model on the same ``document``, divide by the sum of ``bytes``, and by ln 2.
 
 | column | type | what |
 |---|---|---|
 | set | string | ``held-out``, or the name of a guard |
-| document | int32 | the place in its set, from 0 |
+| document | int32 | its position in the set, from 0 |
 | id | string | the document's id in the corpus |
 | source | string | the URI that it was read from |
 | model | string | base, incumbent or candidate |
@@ -16,21 +16,21 @@ sums over a set, divided by the sum of ``bytes``, and by ln 2.
 | bytes | int64 | of the text, in UTF-8 |
 | words | int64 | runs of characters that are not white space |
 
-The schema's metadata holds ``nudge.format`` and ``nudge.version``; the evaluation's JSON the file's
-sha256 and rows.
+The schema's metadata has ``nudge.format`` and ``nudge.version``. The evaluation's JSON has the
+file's sha256 and number of rows.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 
 from nudge.components.common.artifacts.corpus import Document
+from nudge.components.common.artifacts.evaluation import ScoresFile
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import sha256_file, verify_file, write_atomic
-from nudge.components.evaluate.perplexity import Score
 
 FORMAT, VERSION = "nudge.scores", 1
 SCHEMA = pa.schema(
@@ -49,17 +49,26 @@ SCHEMA = pa.schema(
 )
 
 
+@dataclass(frozen=True)
+class Score:
+    """One document: nats of its tokens under a model, and its tokens, UTF-8 bytes and words."""
+
+    nats: float
+    tokens: int
+    bytes: int
+    words: int
+
+
 def write_scores(
     path: Path,
     documents: Mapping[str, Sequence[Document]],
     scores: Mapping[str, Mapping[str, Sequence[Score]]],
-) -> dict[str, Any]:
-    """Write the file; ``scores`` are by set, then by model. Returns what the evaluation says of it:
-    format, version, rows and sha256."""
+) -> ScoresFile:
+    """Write the file; ``scores`` are by set, then by model. Returns its entry in the evaluation."""
     rows = [
         {
             "set": name,
-            "document": place,
+            "document": position,
             "id": document.id,
             "source": document.source,
             "model": model,
@@ -70,32 +79,33 @@ def write_scores(
         }
         for name, of_models in scores.items()
         for model, of_set in of_models.items()
-        for place, (document, score) in enumerate(zip(documents[name], of_set, strict=True))
+        for position, (document, score) in enumerate(zip(documents[name], of_set, strict=True))
     ]
     file = pa.BufferOutputStream()
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows, SCHEMA), file, compression="zstd")
     write_atomic(path, file.getvalue().to_pybytes())
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "rows": len(rows),
-        "sha256": sha256_file(path),
-    }
+    return ScoresFile(format=FORMAT, version=VERSION, rows=len(rows), sha256=sha256_file(path))
 
 
 def read_scores(path: Path, sha256: str = "") -> dict[str, dict[str, list[Score]]]:
     """Scores by set, then by model, in the order of the documents.
 
-    Raises `UserError` if the file is none of this format, or has not the sha256 that is given.
+    Columns and metadata that a later release of the same version added are ignored. Raises
+    `UserError` if the file is not of this format, or if its sha256 is not the expected one.
     """
     if sha256:
         verify_file(path, sha256)
     try:
         table = pyarrow.parquet.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path} is no {FORMAT} file: {error}") from None
-    if not table.schema.equals(SCHEMA, check_metadata=True):
-        raise UserError(f"{path} is no {FORMAT} file of version {VERSION}: {table.schema.names}")
+        raise UserError(f"{path} is not a {FORMAT} file: {error}") from None
+    metadata = table.schema.metadata or {}
+    expected = {key: metadata.get(key) for key in SCHEMA.metadata}
+    if expected != SCHEMA.metadata or not set(SCHEMA.names) <= set(table.column_names):
+        raise UserError(
+            f"{path} is not a {FORMAT} file of version {VERSION}: it has the columns "
+            f"{', '.join(table.column_names)}"
+        )
     found: dict[str, dict[str, list[Score]]] = {}
     for row in table.to_pylist():
         of_model = found.setdefault(row["set"], {}).setdefault(row["model"], [])

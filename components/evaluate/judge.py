@@ -1,0 +1,273 @@
+"""Compare a candidate with its base model and the incumbent, and write down what was found."""
+
+import datetime
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nudge.components.common.artifacts.corpus import Corpus, Document, read_corpus
+from nudge.components.common.artifacts.evaluation import (
+    CorpusCounts,
+    EvaluatedModel,
+    Evaluation,
+    GuardResult,
+    History,
+    Incumbent,
+    Lineage,
+    Method,
+    Sample,
+    Selection,
+    SplitCounts,
+    ValidationLoss,
+    WatchedProbe,
+    write_evaluation,
+)
+from nudge.components.common.artifacts.model import ModelFacts, Watch, read_model_facts
+from nudge.components.common.artifacts.model_files import files_sha256, model_files
+from nudge.components.common.artifacts.scores import Score, write_scores
+from nudge.components.common.core.publish import sha256_file, write_atomic
+from nudge.components.common.core.step import reusable
+from nudge.components.common.models.base_model import local_model, model_sha256, resolved
+from nudge.components.evaluate import checks
+from nudge.components.evaluate.answers import Answers, ask
+from nudge.components.evaluate.completions import completion_checks
+from nudge.components.evaluate.gate import compare, verdict
+from nudge.components.evaluate.perplexity import summarize
+from nudge.components.evaluate.probes import compare as compare_probes
+from nudge.components.evaluate.report import render_report
+from nudge.components.evaluate.settings import EvaluateSettings
+from nudge.components.evaluate.tasks import compare_tasks
+from nudge.components.evaluate.texts import HELD_OUT, held_out_documents, texts_sha256
+
+Scores = Mapping[str, Mapping[str, Sequence[Score]]]
+"""By set of texts, then by model."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models to compare, by name: their folders, URIs and the sha256 of their weights."""
+
+    folders: dict[str, Path]
+    uris: dict[str, str]
+    sha256: dict[str, str]
+
+    @property
+    def reference(self) -> str:
+        """The name of the model that decides the verdict."""
+        return "incumbent" if "incumbent" in self.folders else "base"
+
+
+@reusable("evaluate", outputs=("evaluation", "report", "scores"))
+def judge(
+    settings: EvaluateSettings,
+    *,
+    incumbent: Incumbent,
+    served: Path | None,
+    guards: dict[str, list[dict[str, Any]]],
+    corpus: Path,
+    model: Path,
+    history: Path,
+    evaluation: Path,
+    report: Path,
+    scores: Path,
+) -> dict[str, Any]:
+    """Compare a candidate with its base model and the incumbent on held-out text, guards, probes.
+
+    ``corpus`` is a corpus artifact. Its validation split is scored, except for the documents that
+    chose the checkpoint. ``model`` and ``history`` are outputs of `train`; ``served`` is the
+    incumbent's folder; ``guards`` are the documents of each guard. ``evaluation`` becomes one JSON
+    file (nudge.evaluation), ``report`` a self-contained HTML page of it, ``scores`` a Parquet file
+    (nudge.scores) of every document under every model. Returns ``promote`` (1 or 0), the reason,
+    and the bits per byte of base and candidate.
+    """
+    facts, manifest = read_model_facts(model), read_corpus(corpus)
+    # Positions in another corpus mean nothing in this one.
+    same_corpus = facts.data_fingerprint == manifest.fingerprint
+    selected_on = facts.selected_on if same_corpus else ()
+    held_out, selected = held_out_documents(corpus, selected_on, settings.max_documents)
+    documents = {
+        HELD_OUT: held_out,
+        **{name: [Document(**each) for each in of_guard] for name, of_guard in guards.items()},
+    }
+    texts = {name: [document.text for document in each] for name, each in documents.items()}
+    models = _models(settings, incumbent, served, model)
+    answers = ask(settings, models.folders, texts)
+    evidence = _evaluation(settings, models, answers, texts, incumbent, selected)
+    found = Evaluation(
+        **evidence,
+        run_id=os.environ.get("NUDGE_RUN_ID", ""),
+        recipe=os.environ.get("NUDGE_RECIPE", ""),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        selection=Selection(documents=len(selected_on), scored=selected),
+        models=_evaluated_models(models, answers, model),
+        scores=write_scores(scores, documents, _by_set(answers, texts)),
+        history=_history(history, facts.watch),
+        corpus=_counts(manifest, facts.tokens),
+        lineage=_lineage(facts),
+        training=facts.training,
+    )
+    assert found.verdict is not None
+    write_evaluation(evaluation, found)
+    write_atomic(report, render_report(found))
+    return {
+        "promote": int(found.verdict.promote),
+        "reason": found.verdict.reason,
+        "base_bits_per_byte": found.metrics["base"].bits_per_byte,
+        "candidate_bits_per_byte": found.metrics["candidate"].bits_per_byte,
+    }
+
+
+def _models(
+    settings: EvaluateSettings, incumbent: Incumbent, served: Path | None, candidate: Path
+) -> Models:
+    uris = {"base": resolved(settings.base_model)}
+    same = served is not None and uris["base"] == incumbent.uri
+    folders = {"base": served if served and same else local_model(uris["base"])}
+    if served is not None:
+        folders["incumbent"], uris["incumbent"] = served, incumbent.uri
+    folders["candidate"] = candidate
+    return Models(folders, uris, {name: model_sha256(folder) for name, folder in folders.items()})
+
+
+def _evaluation(
+    settings: EvaluateSettings,
+    models: Models,
+    answers: Mapping[str, Answers],
+    texts: Mapping[str, list[str]],
+    incumbent: Incumbent,
+    selected: bool,
+) -> dict[str, Any]:
+    """The fields of an `Evaluation` that follow from the answers: the verdict and its evidence."""
+    candidate = answers["candidate"]
+    of_sets = _by_set(answers, texts)
+    of_probes = {name: answer.probes for name, answer in answers.items()}
+    of_tasks = {name: answer.tasks for name, answer in answers.items()}
+    probes = compare_probes(candidate.tokenizer, settings, of_probes, models.reference)
+    guards = _guards(settings, of_sets, models.reference)
+    tasks = compare_tasks(settings, of_tasks, models.reference)
+    decision = verdict(
+        of_sets[HELD_OUT],
+        [
+            *checks.loss_checks(of_sets),
+            *checks.probe_checks(probes),
+            *checks.guard_checks(guards),
+            *completion_checks(candidate.completions),
+            *checks.task_checks(tasks),
+        ],
+        settings,
+        incumbent,
+        same=models.sha256.get("incumbent") == models.sha256["candidate"],
+        selected=selected,
+    )
+    completions = zip(answers["base"].completions, candidate.completions, strict=True)
+    return {
+        "verdict": decision,
+        "metrics": {name: summarize(each) for name, each in of_sets[HELD_OUT].items()},
+        "guards": tuple(guards),
+        "tasks": tuple(tasks),
+        "incumbent": incumbent,
+        "probes": tuple(probes),
+        "samples": tuple(
+            Sample(prompt=before.prompt, before=before.text, after=after.text)
+            for before, after in completions
+        ),
+        "method": Method(
+            window=settings.window,
+            stride=min(settings.stride, settings.window),
+            first_token=settings.first_token,
+            resamples=settings.resamples,
+            seed=settings.seed,
+            texts_sha256={name: texts_sha256(each) for name, each in texts.items()},
+            **candidate.ran,
+        ),
+    }
+
+
+def _by_set(answers: Mapping[str, Answers], texts: Mapping[str, list[str]]) -> Scores:
+    return {
+        name: {model: answer.scores[name] for model, answer in answers.items()} for name in texts
+    }
+
+
+def _guards(settings: EvaluateSettings, of_sets: Scores, reference: str) -> list[GuardResult]:
+    results = []
+    for guard in settings.guards:
+        compared = compare(of_sets[guard.name], settings)[reference]
+        assert compared.interval is not None  # a guard has at least MIN_DOCUMENTS documents
+        results.append(
+            GuardResult(
+                name=guard.name,
+                uri=guard.uri,
+                limit=guard.limit,
+                metrics={name: summarize(each) for name, each in of_sets[guard.name].items()},
+                difference_bits_per_byte=compared.difference_bits_per_byte,
+                interval=compared.interval,
+                ok=compared.interval[1] <= guard.limit,
+            )
+        )
+    return results
+
+
+def _evaluated_models(
+    models: Models, answers: Mapping[str, Answers], candidate: Path
+) -> dict[str, EvaluatedModel]:
+    files = {name: sha256_file(path) for name, path in model_files(candidate).items()}
+    return {
+        name: EvaluatedModel(
+            uri=models.uris.get(name, ""),
+            sha256=models.sha256[name],
+            first_token=answer.first,
+            files_sha256=files_sha256(files) if name == "candidate" else None,
+        )
+        for name, answer in answers.items()
+    }
+
+
+def _history(folder: Path, watch: Watch | None) -> History:
+    lines = _lines(folder / "metrics.jsonl")
+    points = tuple(_lines(folder / "probes.jsonl")) if watch else ()
+    return History(
+        steps=tuple(line for line in lines if "loss" in line),
+        validation=tuple(
+            ValidationLoss(step=line["step"], loss=line["validation_loss"])
+            for line in lines
+            if "validation_loss" in line
+        ),
+        probe=WatchedProbe(prompt=watch.prompt, target=watch.target, points=points)
+        if watch
+        else None,
+    )
+
+
+def _counts(corpus: Corpus, tokens: Mapping[str, int]) -> CorpusCounts:
+    splits = {
+        name: SplitCounts(documents=split.documents, bytes=split.bytes, tokens=tokens[name])
+        for name, split in corpus.splits.items()
+    }
+    return CorpusCounts(
+        documents_in=corpus.documents_in,
+        documents=corpus.documents,
+        bytes=corpus.bytes,
+        dropped=corpus.dropped,
+        train=splits["train"],
+        validation=splits["validation"],
+        sources=corpus.sources,
+    )
+
+
+def _lineage(facts: ModelFacts) -> Lineage:
+    return Lineage(
+        base_model=facts.base_model,
+        data_fingerprint=facts.data_fingerprint,
+        tokenizer_sha256=facts.tokenizer_sha256,
+        code_version=facts.code_version,
+        seed=facts.seed,
+        settings=facts.settings,
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
