@@ -32,7 +32,7 @@ def test_every_token_of_a_target_counts(tiny_model: Path) -> None:
 
 
 def test_a_target_without_a_token_is_rejected(tiny_model: Path) -> None:
-    with pytest.raises(UserError, match="no token of the target ''"):
+    with pytest.raises(UserError, match="no token for the target ''"):
         target_ids(load_tokenizer(tiny_model), "")
     for empty in ("prompt", "target"):
         probe = {"prompt": "a", "target": "b", empty: ""}
