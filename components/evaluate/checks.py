@@ -12,7 +12,7 @@ from nudge.components.evaluate.perplexity import Score
 class Check:
     """One thing that stops a promotion if it is not ``ok``; ``told`` says what was found."""
 
-    kind: Literal["loss", "probe", "guard", "completion", "task"]
+    kind: Literal["loss", "probe", "guard", "completion", "task", "package"]
     name: str
     ok: bool
     told: str

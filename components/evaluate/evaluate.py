@@ -85,6 +85,7 @@ def judge(
     from nudge.components.common.artifacts.corpus import Document, read_corpus
     from nudge.components.common.models.base_model import local_model, model_sha256, resolved
     from nudge.components.evaluate import checks
+    from nudge.components.evaluate.added_checks import added_checks
     from nudge.components.evaluate.answers import ask
     from nudge.components.evaluate.completions import completion_checks
     from nudge.components.evaluate.gate import compare, verdict
@@ -142,6 +143,7 @@ def judge(
             *checks.guard_checks(guarded),
             *completion_checks(candidate.completions),
             *checks.task_checks(tasks),
+            *added_checks(model, candidate.completions),
         ],
         settings,
         incumbent,

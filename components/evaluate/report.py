@@ -215,6 +215,7 @@ CHECKS = {
     "guard": ("Guard sets of other text", "{} of {} held within their limits."),
     "completion": ("Smoke completions", "{} of {} are those of a working model."),
     "task": ("Tasks with a limit", "{} of {} held."),
+    "package": ("Checks of installed packages", "{} of {} passed."),
 }
 """What each kind of check is called, and what is said when all of a kind are ok."""
 
