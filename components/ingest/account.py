@@ -12,6 +12,8 @@ DUPLICATES = ("duplicate", "near_duplicate")
 NO_LOSS = ("hidden", "linked_folder", "metadata", "not_text")
 """Skipped on purpose: neither a loss nor text that could have been kept."""
 EXAMPLES = 4
+HINTS = {"no_text_layer": "add one with ocrmypdf, from pip install 'nudge-lm[ocr]'"}
+"""What to do about a reason, where a sentence says it."""
 
 
 def account(counts: dict[str, Any]) -> str:
@@ -26,7 +28,9 @@ def reasons(counts: dict[str, Any]) -> list[str]:
     phrases = []
     for reason, count in found:
         shown = examples(counts, reason)
-        phrases.append(f"{count} {reason}" + (f" ({' '.join(shown)})" if shown else ""))
+        hint = [HINTS[reason]] if reason in HINTS else []
+        detail = "; ".join([" ".join(shown), *hint] if shown else hint)
+        phrases.append(f"{count} {reason}" + (f" ({detail})" if detail else ""))
     return phrases
 
 

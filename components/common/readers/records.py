@@ -126,7 +126,13 @@ def seekable(stream: IO[bytes]) -> IO[bytes]:
     """The stream itself, or a temporary copy of one that cannot seek cheaply."""
     if not isinstance(stream, zipfile.ZipExtFile) and stream.seekable():
         return io.BufferedReader(stream) if isinstance(stream, io.RawIOBase) else stream
+    return copied(stream)
+
+
+def copied(stream: IO[bytes], start: bytes = b"") -> IO[bytes]:
+    """A temporary copy on disk of ``start`` and what is left of a stream."""
     copy = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
+    copy.write(start)
     shutil.copyfileobj(stream, copy, 1 << 20)
     copy.seek(0)
     return copy
