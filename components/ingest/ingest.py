@@ -66,9 +66,9 @@ def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, A
     from nudge.components.ingest.downloads import WebLimits
     from nudge.components.ingest.duplicates import Documents
     from nudge.components.ingest.filters import make_filters
+    from nudge.components.ingest.finding import find_sources
     from nudge.components.ingest.new_text import is_new
     from nudge.components.ingest.report import render_report
-    from nudge.components.ingest.sources import find_sources
     from nudge.components.ingest.state import IngestState
 
     make_filters(settings)  # what a filter lacks is told before anything is read

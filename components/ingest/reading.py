@@ -17,7 +17,8 @@ from nudge.components.ingest import sources
 from nudge.components.ingest.cleaning import Cleaner, Tally
 from nudge.components.ingest.duplicates import Documents
 from nudge.components.ingest.settings import IngestSettings
-from nudge.components.ingest.sources import CHANGES, Changed, Source, Vanished, fetched, opened
+from nudge.components.ingest.sources import CHANGES, Changed, Source, fetched, opened
+from nudge.components.ingest.stores import Vanished
 
 AT_ONCE = 16
 """Objects that are fetched at a time."""

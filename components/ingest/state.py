@@ -24,7 +24,8 @@ from nudge.components.common.core.publish import read_manifest, sha256_file, wri
 from nudge.components.common.core.uris import is_local, local_path
 from nudge.components.ingest.duplicates import Documents
 from nudge.components.ingest.settings import IngestSettings
-from nudge.components.ingest.sources import Source, Vanished, file_system_of, with_retries
+from nudge.components.ingest.sources import Source
+from nudge.components.ingest.stores import Vanished, file_system_of, with_retries
 
 FORMAT, VERSION = "nudge.ingest-state", 1
 MANIFEST = "manifest.json"

@@ -10,9 +10,9 @@ import pytest
 
 from nudge.components.common.artifacts.corpus import read_corpus
 from nudge.components.common.core.errors import UserError
+from nudge.components.ingest.finding import find_sources
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
-from nudge.components.ingest.sources import find_sources
 
 
 def texts(count: int, kind: str = "notes") -> list[str]:

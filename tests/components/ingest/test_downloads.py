@@ -9,7 +9,7 @@ from aiohttp import web
 from nudge.components.common.core.errors import UserError
 from nudge.components.ingest import sources
 from nudge.components.ingest.downloads import WebLimits
-from nudge.components.ingest.sources import find_sources
+from nudge.components.ingest.finding import find_sources
 from tests.web_server import Server
 
 SECRET = b"The secret of a service that only this machine can reach."

@@ -15,10 +15,11 @@ from nudge.components.common.clients.storage import s3_client
 from nudge.components.common.core.errors import UserError
 from nudge.components.ingest import reading, sources
 from nudge.components.ingest.duplicates import Documents
+from nudge.components.ingest.finding import find_sources
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.on_ray import Arriving, groups
 from nudge.components.ingest.settings import IngestSettings
-from nudge.components.ingest.sources import Source, find_sources
+from nudge.components.ingest.sources import Source
 from tests.components.ingest.test_state import lines, tree
 from tests.faulty_proxy import FaultyProxy
 

@@ -24,8 +24,9 @@ from aiohttp import web
 from nudge.components.common.artifacts.corpus import read_corpus, zstd
 from nudge.components.common.clients.storage import s3_client
 from nudge.components.common.core.errors import UserError
-from nudge.components.ingest import sources
+from nudge.components.ingest import sources, stores
 from nudge.components.ingest.account import account
+from nudge.components.ingest.finding import find_sources
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
 from tests.components.ingest.test_state import tree
@@ -202,7 +203,7 @@ def test_an_object_that_vanishes_is_counted(
         ({"AWS_ACCESS_KEY_ID": "no"}, "s3://nudge/x", "not known there; check AWS_ACCESS_KEY_ID"),
         ({"AWS_ACCESS_KEY_ID": None}, "s3://nudge/x", "not set; attach a data connection"),
         ({"AWS_S3_ENDPOINT": "http://127.0.0.1:9"}, "s3://nudge/x", "check AWS_S3_ENDPOINT"),
-        ({"AWS_S3_ENDPOINT": "minio:9000"}, "s3://nudge/x", "expected http://host:port"),
+        ({"AWS_S3_ENDPOINT": "ftp://minio:9000"}, "s3://nudge/x", "expected http://host:port"),
     ],
 )
 def test_a_store_that_cannot_be_used_is_told_in_one_sentence(
@@ -214,7 +215,7 @@ def test_a_store_that_cannot_be_used_is_told_in_one_sentence(
     message: str,
 ) -> None:
     store(share=0.0)
-    monkeypatch.setattr(sources, "STORE_ATTEMPTS", 1)
+    monkeypatch.setattr(stores, "STORE_ATTEMPTS", 1)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for name, value in variables.items():
@@ -243,7 +244,7 @@ def test_a_store_behind_a_ca_of_its_own(
     authority.issue_cert("localhost").configure_cert(tls)
     proxy = faulty_proxy(environment["AWS_S3_ENDPOINT"], share=0.0, tls=tls)
     monkeypatch.setenv("AWS_S3_ENDPOINT", proxy.url)
-    monkeypatch.setattr(sources, "STORE_ATTEMPTS", 1)
+    monkeypatch.setattr(stores, "STORE_ATTEMPTS", 1)
     with pytest.raises(UserError, match="not trusted; name its CA's file in AWS_CA_BUNDLE"):
         read(tmp_path, "s3://nudge/tls")
     with pytest.raises(UserError, match="not trusted; name its CA's file in SSL_CERT_FILE"):
@@ -301,7 +302,7 @@ def test_any_name_is_read_and_what_has_no_reader_is_named(store: Store, tmp_path
         assert told == {n: {"unknown_kind": 1} if n in unknown else {} for n in contents}
         assert "2 unknown_kind (.doc LICENSE)" in account(manifest)
         assert "odd#1/d.doc" in (tmp_path / f"{number}.html").read_text()
-        assert len(sources.find_sources(f"{uri}/*.txt")) == len(ODD) - 1
+        assert len(find_sources(f"{uri}/*.txt")) == len(ODD) - 1
         with pytest.raises(UserError, match=r"d\.doc: unknown kind of file"):
             read(tmp_path, f"{uri}/*.*", "all")
     (tmp_path / "none").mkdir()
@@ -312,7 +313,7 @@ def test_any_name_is_read_and_what_has_no_reader_is_named(store: Store, tmp_path
         read(tmp_path, str(tmp_path / "none"))
     # One file is one source, by whatever name, and through however many connections.
     both = f"{folder} file://{folder}/*.md s3://nudge/odd#1 s3://nudge/odd#1/more.*"
-    assert len(sources.find_sources(both)) == 2 * len(contents)
+    assert len(find_sources(both)) == 2 * len(contents)
 
 
 def test_urls_that_differ_in_their_query_are_two_objects(tmp_path: Path) -> None:
