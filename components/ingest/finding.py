@@ -1,4 +1,4 @@
-"""From ``data_uri`` to sources: folders and patterns of this machine, of stores and of the web."""
+"""Finds the sources that ``data_uri`` names: local files, objects in stores, web addresses."""
 
 import collections
 import contextlib
@@ -21,18 +21,18 @@ from nudge.components.ingest.sources import Source, listed_version, version_of
 from nudge.components.ingest.stores import WEB, Vanished, file_system_of, why, with_retries
 
 SCHEMES = ("package", "file", "s3", "hf", "https", "http", "gs", "gcs", "az", "abfs", "abfss")
-"""Chained and code-running schemes of fsspec are none of them."""
+"""fsspec's chained and code-running schemes are deliberately missing."""
 
 
 def find_sources(data_uri: str | Sequence[str], limits: WebLimits | None = None) -> list[Source]:
-    """Every file that the URIs name, in a fixed order, folders and globs expanded.
+    """Every file that the URIs name, in a fixed order, with folders and globs expanded.
 
-    What `listing.named_uris` says of ``data_uri`` holds; hidden and special files come with the
-    reason why they are not read.
+    `listing.named_uris` describes ``data_uri``. Hidden and special files are listed with the reason
+    why they are not read.
 
-    URLs that differ only in what is not told of them (their queries) are numbered, and not known
-    again by the next run. Raises `UserError` if a URI names nothing, or names a file of an unknown
-    kind; those that lie in a folder are among the sources.
+    URLs that differ only in their query, which may be a secret and is not stored, are numbered; the
+    next run reads them afresh. Raises `UserError` if a URI names nothing, or directly names a file
+    of an unknown kind; inside a folder, such files are listed as sources.
     """
     uris = named_uris(data_uri)
     for uri in uris:
@@ -44,15 +44,15 @@ def find_sources(data_uri: str | Sequence[str], limits: WebLimits | None = None)
     if not found:
         raise UserError("ingest.data_uri names no source; give a file, a folder or a glob")
     ordered = sorted(found.values(), key=lambda source: (source.uri, source.path))
-    told: list[Source] = []
+    numbered: list[Source] = []
     for _, group in itertools.groupby(ordered, lambda source: source.uri):
         first, *others = group
         if others:
             first = dataclasses.replace(first, listed="")
-        told.append(first)
+        numbered.append(first)
         for number, other in enumerate(others, 2):
-            told.append(dataclasses.replace(other, uri=f"{other.uri} ({number})", listed=""))
-    return told
+            numbered.append(dataclasses.replace(other, uri=f"{other.uri} ({number})", listed=""))
+    return numbered
 
 
 def _check_scheme(uri: str) -> None:
@@ -60,13 +60,13 @@ def _check_scheme(uri: str) -> None:
     is_chained = "::" in uri.partition("?")[0] and not is_local(uri)
     if (separator and scheme.lower() not in SCHEMES) or is_chained:
         raise UserError(
-            f"ingest.data_uri {uri}: this scheme is not read; accepted are a path and "
+            f"ingest.data_uri {uri}: this scheme is not supported; accepted are a path and "
             f"{', '.join(f'{each}://' for each in SCHEMES)}"
         )
 
 
 def _is_remote_name(uri: str) -> bool:
-    """Whether a text with blanks is the one name of an object or folder in a store."""
+    """Whether a text with blanks is the name of a single object or folder in a store."""
     first, *others = uri.split()
     if first.partition("://")[0] not in ("s3", "gs", "gcs", "az", "abfs", "abfss", "hf"):
         return False
@@ -106,7 +106,7 @@ def _expand(uri: str, limits: WebLimits) -> list[Source]:
         raise
     except ValueError as error:
         raise UserError(f"ingest.data_uri {uri}: cannot be listed: {why(error)}") from None
-    # Some stores list a folder as a file of its own name; those end in a slash.
+    # Some stores list a folder as a file too; its name ends in a slash.
     files = {
         p: info
         for p, info in sorted(infos.items())
@@ -117,7 +117,7 @@ def _expand(uri: str, limits: WebLimits) -> list[Source]:
     for p, info in files.items():
         inside = posixpath.relpath(p, root) if p.startswith(root) else p
         if is_folder and (hidden := hidden_part(inside)):
-            # A hidden folder is one thing that is skipped, however many objects are in it.
+            # A hidden folder counts once, however many objects are in it.
             end = p.index(f"/{hidden}", len(root)) + 1 + len(hidden)
             p, info = p[:end], {}
             sources[p] = Source(_public(uri, p), file_system, p, skipped="hidden")
@@ -131,13 +131,13 @@ def _expand(uri: str, limits: WebLimits) -> list[Source]:
     if is_empty and uri.startswith("s3://") and not file_system.exists(bucket):
         raise UserError(
             f"ingest.data_uri {uri}: there is no bucket {bucket!r} at "
-            f"{os.environ.get('AWS_S3_ENDPOINT') or 'S3'}, or this key may not see it"
+            f"{os.environ.get('AWS_S3_ENDPOINT') or 'S3'}, or this key has no access to it"
         )
     return _usable(uri, list(sources.values()), is_folder)
 
 
 def _name_or_pattern(file_system: Any, path: str, uri: str) -> tuple[str, bool]:
-    """The path and whether it is a name: what exists wins over a pattern and over ``%20``."""
+    """The path and whether it is a name: an existing name wins over a pattern and over ``%20``."""
     has_magic = any(mark in path for mark in MAGIC)
     if not has_magic and "%" not in path:
         return path, True
@@ -155,7 +155,7 @@ def _found_here(uri: str) -> list[Source]:
     for path, skipped in local_files(os.path.abspath(target)):
         version, size = "", None
         if not skipped:
-            with contextlib.suppress(OSError):  # gone meanwhile; reading it says so
+            with contextlib.suppress(OSError):  # deleted in the meantime; reading reports it
                 version, size = version_of(file_system.info(path))
         sources.append(
             Source(
@@ -171,8 +171,8 @@ def _found_here(uri: str) -> list[Source]:
 
 
 def _usable(uri: str, sources: list[Source], is_folder: bool) -> list[Source]:
-    """The sources, if there is something to read among them and no file of an unknown kind was
-    named itself."""
+    """The sources; raises `UserError` if none can be read, or if a file of an unknown kind is named
+    directly."""
     unread = [source for source in sources if not source.is_readable]
     unknown = [source for source in unread if not source.skipped]
     if unknown and not is_folder:
@@ -187,12 +187,12 @@ def _usable(uri: str, sources: list[Source], is_folder: bool) -> list[Source]:
 
 def _what_instead(unread: list[Source]) -> str:
     reasons = collections.Counter(source.unread for source in unread)
-    told = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-    return f" (only {told})" if told else ""
+    found = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    return f" (only {found})" if found else ""
 
 
 def _public(uri: str, path: str) -> str:
-    """A name for a file that is the same on every machine, without what may be a secret."""
+    """A name for a file that is the same on every machine, without parts that may be secret."""
     if uri.startswith("package://"):
         fixed = uri.removeprefix("package://").split("/")
         inside = package_path("package://" + fixed[0])

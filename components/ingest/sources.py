@@ -1,7 +1,7 @@
 """One object behind a URI, read in ranges.
 
-A range that fails is asked for again, at the same offset of the same version (ETag, or size and
-time), and an object that changed meanwhile is told apart.
+A range that fails is requested again, at the same offset of the same version (ETag, or size and
+time), and an object that changed in the meantime is detected.
 """
 
 import contextlib
@@ -20,18 +20,18 @@ from nudge.components.ingest.stores import TRANSIENT, WEB, Vanished, with_retrie
 
 BLOCK_BYTES = 8 << 20
 CHANGES = 3
-"""An object that changes while it is read is read again, this many times in all."""
+"""An object that changes while it is being read is reread, this many attempts in total."""
 NO_SETTINGS = WebLimits()
 
 
 class Changed(Exception):
-    """An object is no longer the version that was begun."""
+    """The version that was being read no longer exists."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One object: its public name, where it is, and its version and its bytes as stored where the
-    listing told them."""
+    """One object: its public name, its location, and its version and stored size if the listing
+    has them."""
 
     uri: str
     file_system: Any
@@ -40,38 +40,39 @@ class Source:
     bytes: int | None = None
     limits: WebLimits = NO_SETTINGS
     skipped: str = ""
-    """Why it is not read, such as ``hidden``; empty where its kind alone decides."""
+    """Why it is not read, such as ``hidden``; empty if only its kind decides."""
 
     @property
     def name(self) -> str:
-        """What tells the format; in a URL alone a ``?`` or ``#`` ends it."""
+        """The name that determines the format; only in a URL does a ``?`` or ``#`` end it."""
         return urlsplit(self.path).path if self.path.startswith(WEB) else self.path
 
     @property
     def suffix(self) -> str:
-        """The suffix that tells the format, without that of the compression."""
+        """The suffix that determines the format, without that of the compression."""
         return suffix_of(self.name)
 
     @property
     def is_readable(self) -> bool:
-        """Whether there is a reader for it; what has none is named and counted."""
+        """Whether there is a reader for it; an object without one is listed and counted."""
         return not self.unread
 
     @property
     def unread(self) -> str:
-        """The reason why it is not read; empty if it is."""
+        """The reason why it is not read; empty if it is read."""
         return self.skipped or reason_unread(self.name)
 
     def version(self) -> tuple[str, int | None]:
-        """What names this state of the object (ETag or time of change), and its bytes as stored,
-        where its store tells them."""
+        """An identifier of this state of the object (ETag or modification time) and its stored
+        size, if its store reports them."""
         return version_of(with_retries(lambda: self.file_system.info(self.path), self.uri))
 
 
 class ResumableFile(io.RawIOBase):
-    """An object as a seekable file, read in ranges, each tried again from where it stood.
+    """An object as a seekable file, read in ranges; a range that fails is retried.
 
-    What cannot be read in ranges (some HTTP servers) is copied to this machine's disk first.
+    If a server does not support ranges (some HTTP servers), the object is first copied to the local
+    disk.
     """
 
     def __init__(self, source: Source) -> None:
@@ -102,7 +103,7 @@ class ResumableFile(io.RawIOBase):
         return len(data)
 
     def check(self) -> None:
-        """Raise `Changed` if the object is no longer the one that was opened."""
+        """Raise `Changed` if the object changed since it was opened."""
         if self._source.version() != self.version:
             raise Changed
 
@@ -121,10 +122,10 @@ class ResumableFile(io.RawIOBase):
             data = bytes(self._file.read(wanted))
             if len(data) == wanted:
                 return data
-            fault: BaseException = OSError(f"{len(data)} of {wanted} bytes came")
+            fault: BaseException = OSError(f"{len(data)} of {wanted} bytes arrived")
         except TRANSIENT as error:
             fault = error
-        except ValueError:  # fsspec's HTTP met a server without ranges
+        except ValueError:  # a server without ranges, as fsspec's HTTP reports it
             self._file.close()
             if self._copy() != self.size:
                 raise Changed from None
@@ -136,7 +137,7 @@ class ResumableFile(io.RawIOBase):
         raise fault
 
     def _copy(self) -> int:
-        """Copy the object to a file of this machine, and read from there; returns its bytes."""
+        """Copy the object to a local file and read from there; returns its size in bytes."""
         with tempfile.NamedTemporaryFile(prefix="nudge-") as copy:
             get = self._source.file_system.get_file
 
@@ -153,7 +154,7 @@ class ResumableFile(io.RawIOBase):
 def opened(source: Source, settings: IngestSettings) -> Iterator[tuple[Records, ResumableFile]]:
     """The records of one version of an object, and its file.
 
-    Raises `Changed` at the end if the object changed meanwhile, `Vanished` if it is gone.
+    Raises `Changed` at the end if the object changed in the meantime, `Vanished` if it is gone.
     """
     with ResumableFile(source) as file:
         stream = io.BufferedReader(file, BLOCK_BYTES)
@@ -162,9 +163,9 @@ def opened(source: Source, settings: IngestSettings) -> Iterator[tuple[Records, 
 
 
 def fetched(source: Source) -> bytes | None:
-    """The bytes of a small object if they are those of the version that was listed, else None: then
-    `opened` finds out what became of it. A web server may send more than it said, so `opened` reads
-    what it has."""
+    """The bytes of a small object, or None if its version is no longer the listed one; `opened`
+    then finds out what happened to it. None for web addresses too: a web server may send more than
+    it announced, which only `opened` limits."""
     if source.path.startswith(WEB):
         return None
     try:

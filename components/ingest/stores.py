@@ -1,4 +1,4 @@
-"""Object stores through fsspec: how they are opened, what is tried again, and what errors mean."""
+"""Object stores through fsspec: opening them, retrying, and explaining their errors."""
 
 import asyncio
 import os
@@ -17,7 +17,7 @@ from nudge.components.ingest.downloads import Client, WebLimits
 WEB = ("http://", "https://")
 ATTEMPTS = 10
 STORE_ATTEMPTS = 8
-"""How often botocore itself tries a request, before it counts as one of `ATTEMPTS`."""
+"""How often botocore tries a request before that counts as one of `ATTEMPTS`."""
 TRANSIENT = (
     OSError,
     asyncio.TimeoutError,
@@ -33,7 +33,7 @@ NO_CREDENTIALS = (
 LASTING = (
     PermissionError,
     *NO_CREDENTIALS,
-    # Asked for `STORE_ATTEMPTS` times already.
+    # botocore has already tried `STORE_ATTEMPTS` times.
     botocore.exceptions.EndpointConnectionError,
     botocore.exceptions.SSLError,
     aiohttp.ClientSSLError,
@@ -46,10 +46,13 @@ class Vanished(Exception):
 
 
 def with_retries(work: Any, uri: str) -> Any:
-    """Do what a store may refuse for a while; raises `Vanished`, or `UserError` if it never can."""
+    """Call ``work`` until a store no longer fails temporarily.
+
+    Raises `Vanished` if the object is gone, `UserError` if the failure lasts.
+    """
 
     def temporary(error: BaseException) -> bool:
-        # fsspec's HTTP says "not found" of any failure, and keeps the true one as its cause.
+        # fsspec's HTTP reports any failure as "not found", with the true error as its cause.
         if isinstance(error, FileNotFoundError) and isinstance(
             error.__cause__, aiohttp.ClientError
         ):
@@ -80,7 +83,7 @@ def with_retries(work: Any, uri: str) -> Any:
 
 
 def why(error: BaseException) -> str:
-    """What a store's error comes down to, and what to do about it."""
+    """The cause of a store's error, and what to do about it."""
     endpoint = os.environ.get("AWS_S3_ENDPOINT", "")
     credentials = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     if isinstance(error, NO_CREDENTIALS):
@@ -92,10 +95,10 @@ def why(error: BaseException) -> str:
     if isinstance(error, botocore.exceptions.EndpointConnectionError):
         return f"the object store {endpoint} does not answer; check AWS_S3_ENDPOINT"
     if isinstance(error, botocore.exceptions.SSLError):
-        return f"the certificate of {endpoint} is not trusted; name its CA's file in AWS_CA_BUNDLE"
+        return f"the certificate of {endpoint} is not trusted; set AWS_CA_BUNDLE to its CA's file"
     if isinstance(error, aiohttp.ClientSSLError):
-        return "its certificate is not trusted; name its CA's file in SSL_CERT_FILE"
-    # s3fs keeps the store's own words, but the code only in the cause.
+        return "its certificate is not trusted; set SSL_CERT_FILE to its CA's file"
+    # s3fs keeps the store's message, but the error code only in the cause.
     cause: Any = error.__cause__ or error
     if isinstance(cause, botocore.exceptions.ClientError):
         code = cause.response.get("Error", {}).get("Code", "")
@@ -104,25 +107,25 @@ def why(error: BaseException) -> str:
 
 
 def s3_options() -> dict[str, Any]:
-    """fsspec's options for the data connection; without keys botocore looks for its own."""
-    given = connection()
+    """fsspec's options for the data connection; without keys botocore searches for its own."""
+    store = connection()
     return {
-        "key": given.key or None,
-        "secret": given.secret or None,
-        "token": given.token or None,
+        "key": store.key or None,
+        "secret": store.secret or None,
+        "token": store.token or None,
         "use_listings_cache": False,
-        # Another connection or another day's credentials are no reason to use the last ones.
+        # A cached instance would keep an old connection and its credentials.
         "skip_instance_cache": True,
-        "client_kwargs": given.client_options(),
+        "client_kwargs": store.client_options(),
         "config_kwargs": {
-            **given.config_options(),
+            **store.config_options(),
             "retries": {"total_max_attempts": STORE_ATTEMPTS, "mode": "standard"},
         },
     }
 
 
 def file_system_of(uri: str, setting: str, limits: WebLimits | None = None) -> tuple[Any, str]:
-    """fsspec's file system for a URI, and the path in it; ``setting`` is whose URI it is."""
+    """fsspec's file system for a URI, and the path in it; ``setting`` names the URI in errors."""
     options = s3_options() if uri.startswith("s3://") else {}
     if uri.startswith(WEB):
         options = {"get_client": Client(urlsplit(uri).hostname or "", limits or WebLimits())}

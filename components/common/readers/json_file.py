@@ -1,4 +1,4 @@
-"""JSON files: an array of objects or texts, one object, or an export with one list in it.
+"""JSON files: an array of objects or texts, one object, or an export that contains one list.
 
 A file of more than `RECORD_BYTES` is read item by item (`large_json`).
 """
@@ -24,7 +24,7 @@ from nudge.components.common.readers.records import (
 
 
 def read_json(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
-    """One document per object that has the text column, or per text of an array."""
+    """One document per object with the text column, or per text of an array."""
     short = PurePosixPath(name).name
     if is_metadata(name):
         yield Record(short, Unreadable("metadata"))
@@ -43,7 +43,7 @@ def read_json(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        if "Extra data" in str(error):  # JSON lines under another name
+        if "Extra data" in str(error):  # JSON lines in a .json file
             yield from _lines(text, options)
             return
         yield Record(short, Unreadable("bad_record", str(error)[:200], size))

@@ -147,9 +147,9 @@ def test_blanks_are_also_read_in_quotation_marks_after_backslashes_and_as_percen
     ):
         assert len(find_sources(uri)) == 3
         assert len(find_sources(f"{uri} {tmp_path}/more")) == 5
-    with pytest.raises(UserError, match="this scheme is not read; accepted are"):
+    with pytest.raises(UserError, match="this scheme is not supported; accepted are"):
         find_sources("ftp://example.com/a.txt")
-    with pytest.raises(UserError, match="this scheme is not read"):
+    with pytest.raises(UserError, match="this scheme is not supported"):
         find_sources("simplecache::https://example.com/a.txt")
 
 

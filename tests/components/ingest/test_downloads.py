@@ -48,7 +48,9 @@ def test_a_redirect_into_a_private_network_is_refused_unless_a_setting_allows_it
     with Server(("*", "/a.txt", to(target))) as outer:
         # The host that was named may be private.
         assert outer.url.startswith("http://127.0.0.1:")
-        with pytest.raises(UserError, match=r"leads to .*ingest\.allow_private_addresses: true"):
+        with pytest.raises(
+            UserError, match=r"redirects to .*ingest\.allow_private_addresses: true"
+        ):
             read(f"{outer.url}/a.txt")
         if form == "name":
             assert read(f"{outer.url}/a.txt", WebLimits(allow_private=True)) == SECRET

@@ -7,7 +7,7 @@ import pytest
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.settings import parse
 from nudge.components.common.readers import Unreadable
-from nudge.components.ingest.filters import make_filters, mask_pii, normalise, repetition
+from nudge.components.ingest.filters import make_filters, mask_pii, normalize, repetition
 from nudge.components.ingest.settings import IngestSettings
 
 PROSE = (
@@ -24,9 +24,9 @@ def filtered(text: str, name: str, **values: object) -> str | Unreadable:
 
 
 def test_normalising_removes_what_no_tokenizer_should_see() -> None:
-    assert normalise("\r\n a\0b\rc \r\n") == "ab\nc"
-    assert normalise("e\u0301") == "\u00e9"
-    assert normalise("a\ud800b") == "a\ufffdb"
+    assert normalize("\r\n a\0b\rc \r\n") == "ab\nc"
+    assert normalize("e\u0301") == "\u00e9"
+    assert normalize("a\ud800b") == "a\ufffdb"
 
 
 def test_unicode_mends_mojibake_and_leaves_good_text() -> None:

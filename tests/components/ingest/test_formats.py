@@ -145,7 +145,7 @@ def test_values_that_python_has_no_type_for_do_not_end_a_table() -> None:
     days, nanoseconds = pyarrow.array([0, 10**7], "int32"), pyarrow.array([0, 10**15 + 1])
     odd = {
         "a day of the year 29349": days.view("date32"),
-        "a part of a microsecond": nanoseconds.view(pyarrow.timestamp("ns")),
+        "a time in nanoseconds": nanoseconds.view(pyarrow.timestamp("ns")),
         "a zone that nobody knows": nanoseconds.view(pyarrow.timestamp("ms", "Nowhere/Never")),
     }
     for what, ids in odd.items():

@@ -162,6 +162,6 @@ def test_a_process_that_is_killed_ends_the_run(
     monkeypatch.setattr(cleaning, "ALONE_BYTES", 0)
     monkeypatch.setattr(cleaning, "_clean_batch", killed)
     path = write(tmp_path, texts(20))
-    with pytest.raises(UserError, match="one of the 2 processes that clean was killed"):
+    with pytest.raises(UserError, match="one of the 2 cleaning processes was killed"):
         run(tmp_path, str(path), workers=2)
     assert not (tmp_path / "corpus").exists()

@@ -125,5 +125,5 @@ def test_the_page_shows_all_and_runs_nothing(made: Path, width: int, scheme: str
         said = page.inner_text("body")
         assert not faults
         assert page.locator("h1").all_inner_texts() == ["Corpus"]
-    for shown in ("<a&b>.jsonl", "<i>odd</i>", "short<script>", "site3.example", "not given"):
+    for shown in ("<a&b>.jsonl", "<i>odd</i>", "short<script>", "site3.example", "no value"):
         assert shown in said

@@ -245,9 +245,9 @@ def test_a_store_behind_a_ca_of_its_own(
     proxy = faulty_proxy(environment["AWS_S3_ENDPOINT"], share=0.0, tls=tls)
     monkeypatch.setenv("AWS_S3_ENDPOINT", proxy.url)
     monkeypatch.setattr(stores, "STORE_ATTEMPTS", 1)
-    with pytest.raises(UserError, match="not trusted; name its CA's file in AWS_CA_BUNDLE"):
+    with pytest.raises(UserError, match="not trusted; set AWS_CA_BUNDLE to its CA's file"):
         read(tmp_path, "s3://nudge/tls")
-    with pytest.raises(UserError, match="not trusted; name its CA's file in SSL_CERT_FILE"):
+    with pytest.raises(UserError, match="not trusted; set SSL_CERT_FILE to its CA's file"):
         read(tmp_path, f"{proxy.url}/nudge/tls/a.jsonl")
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "ca.pem"))

@@ -132,10 +132,10 @@ def test_a_base_model_is_not_trained_with_it(run: Run, tmp_path: Path, tiny_mode
         ("{tokenizer: train, vocab_size: 200}", "vocab_size = 200: .*greater than or equal to 257"),
         (
             "{tokenizer: train, vocab_size: 258, special_tokens: [<a>]}",
-            "vocab_size 258 has no room beside 256 bytes and 2 special tokens; give more than 258",
+            "vocab_size 258 leaves no room besides 256 bytes and 2 special tokens; set it to more than 258",
         ),
         ("{tokenizer: trained, base_model: x}", "'base_model' or 'train'"),
-        ("{}", "tokenizer base_model needs base_model; tokenizer train does without"),
+        ("{}", "tokenizer: base_model needs base_model; tokenizer: train does not"),
         ("{base_model: x, vocabsize: 3}", "did you mean 'vocab_size'"),
         ("{base_model: x, engine: dask}", "'local' or 'ray'"),
     ],

@@ -125,9 +125,9 @@ def test_a_truncating_and_padding_tokenizer_does_neither(encoding: Encoding, fas
 
 
 def test_the_end_of_a_base_model_without_one_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="tokenizer base_model needs base_model"):
+    with pytest.raises(ValueError, match="tokenizer: base_model needs base_model"):
         TokenizeSettings()
-    with pytest.raises(UserError, match="is no nudge.corpus artifact"):
+    with pytest.raises(UserError, match="is not a nudge.corpus artifact"):
         settings = TokenizeSettings(base_model=str(tiny_model))
         tokenize(settings, corpus=tmp_path, tokens=tmp_path / "tokens")
     with pytest.raises(UserError, match="/no/such/model does not exist"):

@@ -60,7 +60,7 @@ def test_a_killed_process_publishes_nothing(tmp_path: Path) -> None:
 
 def test_manifests_are_checked_for_format_version_and_json(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
-    with pytest.raises(UserError, match="is no nudge.a artifact"):
+    with pytest.raises(UserError, match="is not a nudge.a artifact"):
         read_manifest(path, "nudge.a", 1)
     write_manifest(path, "nudge.a", 1, {"é": 1})
     assert read_manifest(path, "nudge.a", 1)["é"] == 1

@@ -10,7 +10,7 @@ from nudge.components.common.core.settings import parse
 from nudge.components.train.settings import TrainSettings
 
 
-def test_a_misspelt_key_names_its_neighbour() -> None:
+def test_a_misspelled_key_names_its_neighbor() -> None:
     with pytest.raises(UserError, match=r"train\.learning_rat is not .* 'learning_rate'"):
         parse(TrainSettings, {"base_model": "x", "learning_rat": 1}, "train")
 
