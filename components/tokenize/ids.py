@@ -19,7 +19,7 @@ CACHED_WORDS = 1 << 17
 text, and it evicts nothing."""
 FOLDED = ("\u017f", "\u212a")
 """The long s and the kelvin sign, which a case-insensitive pattern matches as ASCII letters. The
-two libraries split the long s differently after an apostrophe. Texts with either go to tokenizers."""
+two libraries split the long s differently after an apostrophe. Such texts go to tokenizers."""
 SAMPLE_CHARACTERS = 1 << 18
 HARD = (
     "", " ", "  a\t b\n\n c\r\n\r\n  d   ", "I'm we'LL they'd it's O'Neil 's 'S", "x" * 999,

@@ -22,8 +22,8 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizeSettings, folder: Pa
     """Train a tokenizer, save it into ``folder`` and return it as transformers loads it.
 
     The same texts in the same order give the same bytes. Every byte is a token, so any text
-    survives a round trip unchanged; ``<|endoftext|>`` ends a document. Byte-level BPE: Sennrich et al.,
-    arXiv:1508.07909; Radford et al., "Language Models are Unsupervised Multitask Learners".
+    survives a round trip unchanged; ``<|endoftext|>`` ends a document. Byte-level BPE: Sennrich et
+    al., arXiv:1508.07909; Radford et al., "Language Models are Unsupervised Multitask Learners".
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -30,7 +30,7 @@ def run(folder: Path, uri: Any, **values: Any) -> dict[str, Any]:
     return ingest(settings, corpus=folder / "out" / "corpus", report=folder / "out" / "report.html")
 
 
-def test_a_run_that_loses_too_much_stops_with_the_table_and_the_setting(tmp_path: Path) -> None:
+def test_too_much_loss_stops_the_run_with_a_table_and_the_setting(tmp_path: Path) -> None:
     data = tmp_path / "data"
     write(data, texts(100))
     write(data / "office", texts(60), ".doc")
@@ -52,7 +52,7 @@ def test_a_run_that_loses_too_much_stops_with_the_table_and_the_setting(tmp_path
     assert "(.doc .rtf" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_duplicates_and_images_are_no_loss_and_lost_bytes_are(tmp_path: Path) -> None:
+def test_duplicates_and_images_do_not_count_as_loss_but_lost_bytes_do(tmp_path: Path) -> None:
     data = tmp_path / "data"
     write(data, texts(40))
     write(data / "again", texts(40))
@@ -125,7 +125,7 @@ NAMES = ["Meine Texte", "Texte[2023]", "Texte?", "Texte #1", "50% mehr", "O'Neil
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_folder_of_any_name_is_read_by_it(tmp_path: Path, name: str) -> None:
+def test_a_folder_with_any_name_is_read(tmp_path: Path, name: str) -> None:
     write(tmp_path / name, texts(3))
     write(tmp_path / "Texte2", texts(2))
     for uri in (f"{tmp_path}/{name}", f"file://{tmp_path}/{name}"):
@@ -134,7 +134,7 @@ def test_a_folder_of_any_name_is_read_by_it(tmp_path: Path, name: str) -> None:
         assert len(find_sources(f"{uri}\n{tmp_path}/Texte2")) == 5
 
 
-def test_blanks_are_also_read_in_quotation_marks_after_backslashes_and_as_percent_20(
+def test_blanks_may_be_quoted_escaped_or_percent_20(
     tmp_path: Path,
 ) -> None:
     write(tmp_path / "Meine Texte", texts(3))
@@ -163,7 +163,7 @@ def test_a_recipe_takes_a_list(tmp_path: Path) -> None:
     assert settings.data_uri == (str(tmp_path / "a b"), "https://x.example/a.txt")
 
 
-def test_containers_mount_what_a_list_and_a_name_with_blanks_name(tmp_path: Path) -> None:
+def test_containers_mount_lists_and_names_with_blanks(tmp_path: Path) -> None:
     from nudge.pipelines.local.containers import named_paths
 
     for name in ("my texts", "Texte[2023]"):

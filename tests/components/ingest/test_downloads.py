@@ -64,7 +64,7 @@ def test_a_redirect_to_another_scheme_is_refused(tmp_path: Path) -> None:
         read(f"{outer.url}/a.txt")
 
 
-def test_a_download_of_a_stated_and_of_an_unknown_length_is_bounded(
+def test_downloads_of_known_and_unknown_length_are_bounded(
     inner: Server,
 ) -> None:
     sent = 0

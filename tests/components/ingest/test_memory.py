@@ -55,6 +55,6 @@ def peak_mib(folder: Path, megabytes: int) -> int:
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_peak_memory_is_that_of_a_fourth_of_the_text(tmp_path: Path) -> None:
+def test_four_times_the_text_needs_the_same_peak_memory(tmp_path: Path) -> None:
     small, large = peak_mib(tmp_path / "small", 25), peak_mib(tmp_path / "large", 100)
     assert large < 1.1 * small, (small, large)

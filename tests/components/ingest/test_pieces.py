@@ -54,13 +54,13 @@ def test_an_edit_moves_few_pieces() -> None:
 
 
 @pytest.mark.parametrize("text", ["x" * 10_000, "word " * 4000, "line\n" * 4000, "a\n\n" * 4000])
-def test_pieces_are_never_too_long_and_lose_no_word(text: str) -> None:
+def test_pieces_are_never_too_long_and_no_word_is_lost(text: str) -> None:
     found = pieces(text, 1000)
     assert max(map(len, found)) <= 1000
     assert "".join("".join(found).split()) == "".join(text.split())
 
 
-def test_a_length_that_is_set_holds_for_every_document(tmp_path: Path) -> None:
+def test_a_configured_length_applies_to_every_document(tmp_path: Path) -> None:
     for number in range(40):
         (tmp_path / f"{number}.txt").write_text(novel(number, 20))
     assert run(tmp_path, f"{tmp_path}/*.txt")["documents"] == 40

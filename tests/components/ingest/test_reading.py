@@ -46,7 +46,7 @@ class Watched(LocalFileSystem):  # type: ignore[misc]
         return data
 
 
-def test_small_objects_come_in_order_fetched_together_and_few_are_held(
+def test_small_objects_are_fetched_concurrently_in_order_and_few_are_buffered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size, together = 1000, 4
@@ -95,7 +95,7 @@ def read(folder: Path, uri: str, name: str, **values: Any) -> dict[str, Any]:
     return read_corpus(folder / name)
 
 
-def test_objects_fetched_ahead_make_the_same_corpus_through_faults(
+def test_fetching_ahead_through_faults_gives_the_same_corpus(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faults = ("500", "503", "reset", "cut-download")
@@ -114,7 +114,7 @@ def test_objects_fetched_ahead_make_the_same_corpus_through_faults(
     assert pages[0] == pages[1]
 
 
-def test_tasks_take_neighbours_up_to_a_size_and_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_group_neighbors_up_to_a_size_and_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nudge.components.ingest.on_ray.GROUP_BYTES", 100)
     monkeypatch.setattr("nudge.components.ingest.on_ray.GROUP_OBJECTS", 3)
     sizes = [10, 20, 80, 300, 5, None, None, None, 1]
@@ -147,7 +147,7 @@ def pieces(name: str, raw: bytes, facts: dict[int, Any]) -> list[dict[str, Any]]
     ]
 
 
-def test_what_arrives_counts_once_it_is_whole_and_once(tmp_path: Path) -> None:
+def test_a_file_counts_when_it_is_complete_and_only_once(tmp_path: Path) -> None:
     one, other = (saved(tmp_path, name, [3, 4]) for name in ("one", "other"))
     other[1][4]["lost"] = True
     (tmp_path / "here").mkdir()
@@ -164,7 +164,7 @@ def test_what_arrives_counts_once_it_is_whole_and_once(tmp_path: Path) -> None:
     documents.close()
 
 
-def test_ray_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ray_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     (tmp_path / "a.txt").write_text("A text that is long enough to be kept.")
     with pytest.raises(UserError, match=r"ingest.engine: ray needs Ray.*nudge-lm\[ray\]"):

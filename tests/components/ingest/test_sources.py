@@ -82,7 +82,7 @@ def put(prefix: str, contents: dict[str, bytes]) -> Any:
     return client
 
 
-def test_a_store_that_fails_a_fifth_of_the_time_gives_the_very_same_corpus(
+def test_a_store_that_fails_a_fifth_of_the_time_gives_the_same_corpus(
     store: Store, tmp_path: Path
 ) -> None:
     faults = ("500", "503", "reset", "cut-download")
@@ -101,7 +101,7 @@ def test_a_store_that_fails_a_fifth_of_the_time_gives_the_very_same_corpus(
     assert all(path.startswith("/nudge") for _, path, _, _ in proxy.requests)  # path-style
 
 
-def test_a_cut_answer_is_resumed_where_it_stood(store: Store, tmp_path: Path) -> None:
+def test_a_truncated_answer_is_resumed_at_its_offset(store: Store, tmp_path: Path) -> None:
     cut = 3
     asked: list[int] = []
 
@@ -206,7 +206,7 @@ def test_an_object_that_vanishes_is_counted(
         ({"AWS_S3_ENDPOINT": "ftp://minio:9000"}, "s3://nudge/x", "expected http://host:port"),
     ],
 )
-def test_a_store_that_cannot_be_used_is_told_in_one_sentence(
+def test_an_unusable_store_is_reported_in_one_sentence(
     store: Store,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -230,7 +230,7 @@ def test_a_store_that_cannot_be_used_is_told_in_one_sentence(
     assert secret == "no" or secret not in str(caught.value)
 
 
-def test_a_store_behind_a_ca_of_its_own(
+def test_a_store_with_a_private_ca(
     environment: dict[str, str],
     faulty_proxy: Store,
     tmp_path: Path,
@@ -254,7 +254,7 @@ def test_a_store_behind_a_ca_of_its_own(
     assert read(tmp_path, "s3://nudge/tls")["documents"] == 60
 
 
-def test_the_web_through_faults_without_ranges_and_without_a_length(
+def test_the_web_with_faults_without_ranges_and_without_a_length(
     faulty_proxy: Store, tmp_path: Path
 ) -> None:
     served = tmp_path / "web"
@@ -285,7 +285,9 @@ def odd_files() -> dict[str, bytes]:
     return {name: text.encode() for name, text in zip(ODD, words, strict=True)}
 
 
-def test_any_name_is_read_and_what_has_no_reader_is_named(store: Store, tmp_path: Path) -> None:
+def test_any_name_is_read_and_files_without_a_reader_are_named(
+    store: Store, tmp_path: Path
+) -> None:
     store(share=0.0)
     contents = {**odd_files(), "more.jsonl": lines(1, 60), "d.doc": b"x" * 99, "LICENSE": b"x"}
     put("odd#1", contents)
@@ -340,7 +342,7 @@ def test_urls_that_differ_in_their_query_are_two_objects(tmp_path: Path) -> None
 
 
 @pytest.mark.long
-def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
+def test_a_data_set_from_the_hub(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     (copy / "data").mkdir(parents=True)
     for name, raw in objects().items():

@@ -104,7 +104,7 @@ def test_only_new_and_changed_objects_are_read(data: Data) -> None:
     assert data.read() == []
 
 
-def test_another_way_of_cleaning_reads_everything(data: Data) -> None:
+def test_changed_cleaning_settings_reread_everything(data: Data) -> None:
     data.read()
     assert len(data.read(min_characters=30)) == 3
     data.check(min_characters=30)
@@ -128,7 +128,7 @@ def test_many_runs_leave_few_files(data: Data, monkeypatch: pytest.MonkeyPatch) 
     data.check()
 
 
-def test_a_damaged_or_missing_file_of_the_state_is_read_again(data: Data) -> None:
+def test_a_damaged_or_missing_state_file_is_rebuilt(data: Data) -> None:
     data.read()
     data.put("3.jsonl", lines(3))
     data.read()
@@ -145,7 +145,7 @@ def test_a_damaged_or_missing_file_of_the_state_is_read_again(data: Data) -> Non
     assert not (data.state / "documents-left-behind.parquet").exists()
 
 
-def test_what_is_no_state_is_left_alone(data: Data) -> None:
+def test_a_foreign_manifest_is_not_overwritten(data: Data) -> None:
     data.state.mkdir()
     (data.state / "manifest.json").write_text('{"format": "nudge.corpus", "version": 1}')
     with pytest.raises(UserError, match="is nudge.corpus version 1, expected nudge.ingest-state"):

@@ -33,7 +33,7 @@ def tokens(run: Run) -> Path:
     prefix_share=st.sampled_from([0.0, 0.3, 1.0]),
     data=st.data(),
 )
-def test_ranks_share_out_the_batch_of_one(
+def test_ranks_divide_the_batch_of_a_single_rank(
     tokens: Path, length: int, seed: int, batch: int, ranks: int, prefix_share: float,
     data: st.DataObject,
 ) -> None:  # fmt: skip
@@ -57,7 +57,7 @@ def test_ranks_share_out_the_batch_of_one(
     batches=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 5)), min_size=2, max_size=4),
     data=st.data(),
 )
-def test_a_cursor_loses_and_repeats_nothing_whatever_ranks_go_on(
+def test_a_cursor_loses_and_repeats_nothing_when_the_ranks_change(
     tokens: Path, length: int, batches: list[tuple[int, int]], data: st.DataObject
 ) -> None:
     """Each part of the run is resumed by another number of ranks, with another batch."""
@@ -75,7 +75,7 @@ def test_a_cursor_loses_and_repeats_nothing_whatever_ranks_go_on(
 
 
 @pytest.mark.parametrize("length", [100, 1000])
-def test_an_epoch_holds_each_token_once_across_shards(tokens: Path, length: int) -> None:
+def test_an_epoch_has_each_token_once_across_shards(tokens: Path, length: int) -> None:
     split = PackedSplit(tokens, "train", length, 5)
 
     def tokens_of(epoch: int) -> Iterator[int]:

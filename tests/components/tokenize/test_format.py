@@ -40,7 +40,7 @@ def describe(folder: Path, **counts: int) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "code"), [("<u2", "H"), ("<u4", "I")])
-def test_a_shard_reads_by_what_its_documentation_says(
+def test_a_shard_can_be_read_from_its_documentation_alone(
     tmp_path: Path, dtype: str, code: str
 ) -> None:
     data = (artifact(tmp_path, dtype) / "a.tokens").read_bytes()
@@ -55,7 +55,7 @@ def test_a_shard_reads_by_what_its_documentation_says(
     assert len(data) == index + -index % 8 + 4 * 8
 
 
-def test_the_width_of_an_id_follows_from_the_vocabulary(tmp_path: Path) -> None:
+def test_the_vocabulary_decides_the_width_of_an_id(tmp_path: Path) -> None:
     assert [token_dtype(size).itemsize for size in (300, 65_536, 65_537)] == [2, 2, 4]
     large = [[65_535, 65_536, 200_000, 0]]
     reader = TokenReader(artifact(tmp_path / "wide", "<u4", large), "train")
@@ -99,7 +99,7 @@ def test_a_wrong_header_or_index_is_refused(
 
 
 @pytest.mark.parametrize("kept", [0, 39, 40, 60, -1])
-def test_a_shard_cut_anywhere_is_refused(tmp_path: Path, kept: int) -> None:
+def test_a_truncated_shard_is_refused(tmp_path: Path, kept: int) -> None:
     path = artifact(tmp_path) / "a.tokens"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(UserError, match=r"a.tokens is damaged: sha256"):
@@ -119,7 +119,9 @@ def test_one_flipped_bit_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), [("documents", 4), ("tokens", 8)])
-def test_counts_other_than_the_manifest_s_are_refused(tmp_path: Path, key: str, value: int) -> None:
+def test_counts_that_differ_from_the_manifest_are_refused(
+    tmp_path: Path, key: str, value: int
+) -> None:
     artifact(tmp_path)
     describe(tmp_path, **{key: value})
     with pytest.raises(UserError, match=f"{key}, its manifest says {value}"):

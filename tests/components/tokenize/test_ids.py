@@ -141,7 +141,7 @@ def unigram() -> str:
     return made.to_str()
 
 
-def test_a_kind_that_it_refuses_is_left_to_tokenizers(
+def test_tokenizers_handles_the_kinds_that_fastokens_refuses(
     run: Run, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = unigram()
@@ -158,7 +158,7 @@ def test_a_kind_that_it_refuses_is_left_to_tokenizers(
     assert "tokenize: slower, without fastokens: " in capsys.readouterr().err
 
 
-def test_ids_that_differ_are_found_and_not_used(
+def test_different_ids_are_detected_and_not_used(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = sha256_tree(run("right"))
@@ -173,7 +173,7 @@ def test_ids_that_differ_are_found_and_not_used(
     assert "differ from those of Hugging Face's tokenizers" in capsys.readouterr().err
 
 
-def test_of_the_corpus_only_the_first_texts_are_compared() -> None:
+def test_only_the_first_texts_of_the_corpus_are_compared() -> None:
     def texts() -> Iterator[str]:
         for number in range(1000):
             assert number < 8, "it read on"

@@ -30,7 +30,7 @@ def block(count: int) -> bytes:
     return b"".join(json.dumps({"text": f"document {i}"}).encode() + b"\n" for i in range(count))
 
 
-def test_each_document_has_the_ids_of_its_tokenizer_and_one_end(
+def test_each_document_has_its_tokenizers_ids_and_one_end_token(
     run: Run, corpus: Path, tiny_model: Path
 ) -> None:
     tokens = run()
@@ -48,7 +48,7 @@ def test_each_document_has_the_ids_of_its_tokenizer_and_one_end(
         assert split["tokens"] == sum(shard["tokens"] for shard in split["shards"])
 
 
-def test_no_byte_depends_on_the_library_or_the_number_of_processes(
+def test_neither_library_nor_number_of_processes_changes_a_byte(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = {sha256_tree(run("fast"))}
@@ -57,7 +57,7 @@ def test_no_byte_depends_on_the_library_or_the_number_of_processes(
     assert len(made) == 1
 
 
-def test_blocks_come_in_order_and_few_wait(encoding: Encoding) -> None:
+def test_blocks_arrive_in_order_and_few_wait(encoding: Encoding) -> None:
     processes, read, ahead = 2, 0, []
 
     def blocks() -> Iterator[tuple[int, bytes]]:
@@ -75,7 +75,7 @@ def test_blocks_come_in_order_and_few_wait(encoding: Encoding) -> None:
     assert max(ahead) <= WAITING * processes
 
 
-def test_a_killed_process_is_told_and_the_others_end(encoding: Encoding) -> None:
+def test_a_killed_process_is_reported_and_the_others_end(encoding: Encoding) -> None:
     def begun() -> list[psutil.Process]:
         now = set(psutil.Process().children()) - before
         return [one for one in now if "resource_tracker" not in " ".join(one.cmdline())]
@@ -92,7 +92,7 @@ def test_a_killed_process_is_told_and_the_others_end(encoding: Encoding) -> None
     assert [one for one in begun() if one.is_running()] == []
 
 
-def test_what_fails_in_a_process_fails_the_step_and_leaves_nothing(
+def test_a_failure_in_a_process_fails_the_step_and_leaves_no_output(
     run: Run, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ids, "why_not_fast", lambda *given: "not in this test")
@@ -105,13 +105,15 @@ def test_what_fails_in_a_process_fails_the_step_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_an_id_that_the_dtype_cannot_hold_is_never_written(encoding: Encoding, fast: bool) -> None:
+def test_an_id_that_does_not_fit_the_dtype_is_never_written(encoding: Encoding, fast: bool) -> None:
     with pytest.raises(OverflowError, match="the id 65536 does not fit into uint16"):
         encode(block(1), Encoding(encoding.tokenizer, 1 << 16, "<u2", fast))
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_a_truncating_and_padding_tokenizer_does_neither(encoding: Encoding, fast: bool) -> None:
+def test_truncation_and_padding_of_a_tokenizer_are_turned_off(
+    encoding: Encoding, fast: bool
+) -> None:
     values = json.loads(encoding.tokenizer)
     values["truncation"] = {
         "direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0,
@@ -124,7 +126,7 @@ def test_a_truncating_and_padding_tokenizer_does_neither(encoding: Encoding, fas
     assert encode(block(4), changed).ids == encode(block(4), encoding).ids
 
 
-def test_the_end_of_a_base_model_without_one_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_base_model_without_an_end_token_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tokenizer: base_model needs base_model"):
         TokenizeSettings()
     with pytest.raises(UserError, match="is not a nudge.corpus artifact"):
@@ -155,14 +157,14 @@ def test_a_corpus_smaller_than_a_block_starts_no_process(
     assert result["train_tokens"] == TokenReader(tmp_path / "tokens", "train").tokens > 1
 
 
-def test_ray_is_named_where_it_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ray_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(UserError, match=r"tokenize.engine: ray needs Ray.*nudge-lm\[ray\]"):
         run(engine="ray")
 
 
 @pytest.mark.long
-def test_ray_makes_the_same_bytes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_gives_the_same_bytes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray", reason="needs the extra ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert sha256_tree(run("ray", engine="ray", processes=2)) == sha256_tree(run("here"))
@@ -177,7 +179,7 @@ def test_ray_makes_the_same_bytes(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.long
-def test_a_gguf_gives_its_tokenizer_without_its_weights(
+def test_the_tokenizer_of_a_gguf_is_read_without_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nudge.components.common.core.uris import local_path

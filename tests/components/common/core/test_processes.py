@@ -44,7 +44,7 @@ def test_a_server_is_the_same_after_the_clock_was_set(
     assert not psutil.pid_exists(pid)
 
 
-def test_a_pid_that_is_used_again_is_not_taken_for_the_server(home: Path) -> None:
+def test_a_reused_pid_is_not_mistaken_for_the_server(home: Path) -> None:
     record = started(home)
     time.sleep(0.05)  # some ticks
     other = subprocess.Popen(["sleep", "600"])
@@ -106,7 +106,7 @@ def test_a_home_that_cannot_be_written_is_named(
 
 @pytest.mark.parametrize(("command", "status"), [("models", 0), ("promote v1", 2)])
 @pytest.mark.parametrize("place", ["a file", "/proc"])
-def test_what_only_reads_asks_for_no_home(
+def test_commands_that_only_read_need_no_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, command: str, status: int
 ) -> None:
     (tmp_path / "a file").touch()
@@ -117,6 +117,6 @@ def test_what_only_reads_asks_for_no_home(
     assert f"no models: nothing was run in this folder ({home})" in ended.stderr
 
 
-def test_what_fails_under_a_lock_is_not_taken_for_its_own(tmp_path: Path) -> None:
+def test_an_error_under_a_lock_is_not_mistaken_for_the_locks_own(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="of the block"), processes.locked(tmp_path, "up"):
         raise OSError("of the block")

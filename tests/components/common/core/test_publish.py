@@ -31,7 +31,7 @@ def test_a_finished_block_publishes_and_replaces(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_failed_block_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_failed_block_keeps_the_earlier_content(tmp_path: Path) -> None:
     target = tmp_path / "model"
     with published(target) as part:
         (part / "file").write_text("good")
@@ -71,7 +71,7 @@ def test_manifests_are_checked_for_format_version_and_json(tmp_path: Path) -> No
         read_manifest(path, "nudge.a", 1)
 
 
-def test_a_flipped_byte_is_seen(tmp_path: Path) -> None:
+def test_a_flipped_byte_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "shard"
     path.write_bytes(b"abc")
     sha256 = sha256_file(path)

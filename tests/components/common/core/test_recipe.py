@@ -40,7 +40,7 @@ def on_its_way(text: str) -> str:
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("wrap", [lambda t: {"a": t}, lambda t: {t: 1}, lambda t: {"a": [[t], {}]}])
-def test_a_recipe_keeps_its_values_on_its_way(text: str, wrap: Any) -> None:
+def test_a_recipe_keeps_its_values_in_transit(text: str, wrap: Any) -> None:
     given = yaml.safe_dump(wrap(text), allow_unicode=True, width=60)
     values = read_recipe(given)
     sent = portable(given)
@@ -80,7 +80,7 @@ def test_a_number_that_is_not_finite_is_refused_with_its_key(number: str) -> Non
         ("prompt: a 3f72a01e-8f5e b", "[[RunUUID]] (now 3f72a01e-8f5e)"),
     ],
 )
-def test_text_typed_into_the_dashboard_is_refused_where_it_was_replaced(
+def test_text_that_the_dashboard_replaced_is_refused(
     monkeypatch: pytest.MonkeyPatch, text: str, named: str
 ) -> None:
     read_recipe(text)  # not in a pod

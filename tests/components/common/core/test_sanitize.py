@@ -39,7 +39,7 @@ def test_credentials_of_uris_are_masked(given: str, shown: str | None) -> None:
     assert str(UserError(given)) == masked(given)
 
 
-def test_what_acts_on_a_terminal_is_shown() -> None:
+def test_characters_that_act_on_a_terminal_are_made_visible() -> None:
     assert visible("a\nb\tc é 日本") == "a\nb\tc é 日本"
     assert not any(char in visible(ATTACK) for char in ACTING)
     assert not any(char in str(UserError(ATTACK)) for char in ACTING)
