@@ -1,4 +1,4 @@
-"""Nothing is lost silently: every file is counted, and a run that loses too much stops."""
+"""Nothing is lost silently: every file is counted, and too much loss stops the run."""
 
 import json
 import os
@@ -38,11 +38,11 @@ def test_too_much_loss_stops_the_run_with_a_table_and_the_setting(tmp_path: Path
     (data / "again.txt").write_text(texts(1)[0])
     with pytest.raises(UserError) as caught:
         run(tmp_path, str(data))
-    told = str(caught.value)
-    assert "read 201, kept 100, held out" in told
-    assert "100 unknown_kind (.doc .rtf)" in told
-    assert "1 duplicate" in told
-    assert "set ingest.max_lost: 0.5" in told
+    message = str(caught.value)
+    assert "read 201, kept 100, held out" in message
+    assert "100 unknown_kind (.doc .rtf)" in message
+    assert "1 duplicate" in message
+    assert "set ingest.max_lost: 0.5" in message
     assert not (tmp_path / "out" / "corpus").exists()
     result = run(tmp_path, str(data), max_lost=0.5)
     assert result["dropped"] == {"unknown_kind": 100, "duplicate": 1}
@@ -83,7 +83,7 @@ def test_hidden_folders_are_skipped_and_counted(tmp_path: Path) -> None:
     assert result["dropped"] == {"hidden": 7}
     hidden = tmp_path / ".mine"
     write(hidden, texts(3))
-    assert len(find_sources(str(hidden))) == 3  # named itself
+    assert len(find_sources(str(hidden))) == 3  # named directly
 
 
 def test_linked_folders_are_read_once_and_pipes_are_counted(tmp_path: Path) -> None:

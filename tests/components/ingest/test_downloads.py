@@ -1,4 +1,4 @@
-"""Downloads: bounded in size, and no redirect leads into a private network."""
+"""Downloads are bounded in size, and no redirect leads into a private network."""
 
 from pathlib import Path
 from typing import Any

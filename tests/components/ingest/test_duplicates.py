@@ -1,4 +1,4 @@
-"""Near duplicates and their clusters, beside plain reference computations; the split stays."""
+"""Near duplicates and their clusters against plain reference computations; a stable split."""
 
 import hashlib
 import random
@@ -47,7 +47,7 @@ def test_case_accents_and_punctuation_do_not_count() -> None:
     text = "Le café, près de l’église: “ouvert” dès huit heures, tous les jours sauf lundi."
     assert signature(text) == signature(text.upper().replace(",", " ,").replace("É", "E"))
     assert signature("one two") != signature("two one")
-    assert signature("-- --") != signature("** **")  # no word is left of either
+    assert signature("-- --") != signature("** **")  # neither has a word left
 
 
 def test_scripts_without_spaces_have_near_duplicates_too() -> None:
@@ -68,7 +68,7 @@ def test_a_long_text_is_hashed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def union_find(rows: list[tuple[str, list[int]]]) -> list[int]:
-    """The cluster of each row, as its smallest member: rows that share a key, or that are equal."""
+    """Each row's cluster, named by its smallest member; rows with a common key belong together."""
     parent = list(range(len(rows)))
 
     def root(node: int) -> int:
@@ -123,8 +123,8 @@ def test_clusters_equal_those_of_union_find(tmp_path: Path, seed: int) -> None:
 
 
 def test_a_document_never_moves_between_splits(tmp_path: Path) -> None:
-    """A corpus grows by new texts, copies and variants that join clusters: what was trained on is
-    never held out later, and neither is a variant of it."""
+    """A corpus grows by new texts, copies and variants that join clusters. A text that was
+    trained on is never held out later, and neither is a variant of it."""
     choice = random.Random(7)
     settings = IngestSettings(data_uri=str(tmp_path / "*.txt"), validation_share=0.3)
     texts: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""Each named filter keeps what it should, drops what it should, and says why."""
+"""Each named filter keeps and drops the right texts, and says why."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def test_repetition_uses_the_thresholds_of_gopher() -> None:
     assert repetition(PROSE) == PROSE
     dropped = Unreadable("repetition")
     lines = [f"{n} {sentence}" for n, sentence in enumerate(PROSE.split(". ") * 2)] + ["Next"] * 4
-    assert repetition("\n".join(lines)) == "\n".join(lines)  # 3 of 12 lines were said before
+    assert repetition("\n".join(lines)) == "\n".join(lines)  # 3 of 12 lines are repeats
     assert repetition("\n".join([*lines, "Next", "Next"])) == dropped  # 5 of 14
     long = "This line is much longer than any other and is said again, word for word, at the end."
     few = [f"short {n}" for n in range(10)]
@@ -60,7 +60,7 @@ def test_language_keeps_the_configured_languages() -> None:
     assert filtered(french, "language", languages=("fr", "de")) == french
     assert filtered(french, "language", languages=("en",)) == Unreadable("language", "fr")
     assert filtered(PROSE, "language", languages=("en",)) == PROSE
-    with pytest.raises(UserError, match=r"ingest.languages is empty; give .* such as \[en, fr\]"):
+    with pytest.raises(UserError, match=r"ingest.languages is empty; list .* such as \[en, fr\]"):
         filtered(PROSE, "language")
 
 

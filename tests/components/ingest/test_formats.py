@@ -1,4 +1,4 @@
-"""Whatever stands in a file: read, or counted under a reason; never a crash, never a loss."""
+"""Any content of a file is read or counted under a reason, without a crash and without loss."""
 
 import bz2
 import csv
@@ -154,7 +154,7 @@ def test_values_without_a_python_type_do_not_end_a_table() -> None:
         pyarrow.parquet.write_table(table, out)
         found = read(out.getvalue(), "a.parquet")
         assert [text for _, text in found] == ["first", "second"], what
-        assert found[1][0] == "2", what  # its place names it
+        assert found[1][0] == "2", what  # the row number names it
         pyarrow.parquet.write_table(
             table.rename_columns(["odd", "id", "text"]), out := io.BytesIO()
         )

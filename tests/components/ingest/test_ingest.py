@@ -1,4 +1,4 @@
-"""Ingest: every format, exact counts, a stable split, clear ends."""
+"""Ingest: every format, exact counts, a stable split, clear errors."""
 
 import gzip
 import json
@@ -131,7 +131,7 @@ def test_the_number_of_processes_does_not_change_the_corpus(
         folder = tmp_path / str(workers)
         run(folder, f"{tmp_path}/*.jsonl", workers=workers)
         made.append([(p.name, p.read_bytes()) for p in sorted((folder / "corpus").iterdir())])
-        # From here on nothing is cleaned in this process, and batches end within files.
+        # From here on, other processes do all cleaning, and batches end within files.
         monkeypatch.setattr(cleaning, "ALONE_BYTES", 0)
         monkeypatch.setattr(cleaning, "BATCH_BYTES", 1000)
     assert made[0] == made[1]

@@ -1,4 +1,4 @@
-"""One long text is enough; filters come from packages too."""
+"""One long text is enough for a corpus; packages can add filters."""
 
 import random
 from importlib.metadata import EntryPoint
@@ -40,7 +40,7 @@ def test_a_single_book_is_a_corpus(tmp_path: Path) -> None:
     }
     everything = [d for documents in kept.values() for d in documents]
     assert all(len(d.text) <= 4000 for d in everything)
-    # Every paragraph is in one piece, on one side, and none is lost.
+    # Every paragraph is in one piece and one split, and none is lost.
     found = [p for d in everything for p in d.text.split("\n\n")]
     assert sorted(found) == sorted(novel().split("\n\n"))
     assert {d.id.partition(":")[0] for d in everything} == {"book.txt"}

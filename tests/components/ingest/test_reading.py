@@ -1,4 +1,4 @@
-"""Many small objects are fetched at once and taken in their order; a cluster reads the same."""
+"""Small objects are fetched concurrently and processed in order; a cluster reads the same."""
 
 import json
 import random
@@ -27,7 +27,7 @@ Store = Callable[..., FaultyProxy]
 
 
 class Watched(LocalFileSystem):  # type: ignore[misc]
-    """Lets nobody have a file before ``together`` of them are asked for, and notes what is held."""
+    """Serves no file before ``together`` of them are requested, and counts buffered bytes."""
 
     cachable = False
 
@@ -124,7 +124,7 @@ def test_tasks_group_neighbors_up_to_a_size_and_a_number(monkeypatch: pytest.Mon
 
 
 def saved(folder: Path, name: str, numbers: list[int]) -> tuple[bytes, dict[int, Any]]:
-    """What a node hands back of some objects of one document each."""
+    """What a node returns for some objects with one document each."""
     place = folder / name
     place.mkdir()
     documents = Documents(place)
@@ -154,8 +154,8 @@ def test_a_file_counts_when_it_is_complete_and_only_once(tmp_path: Path) -> None
     documents = Documents(tmp_path / "here")
     arriving = Arriving(tmp_path, documents)
     first, again = pieces("a", *one), pieces("b", *other)
-    # The node of `a` is lost before its last piece, and its task runs again elsewhere, where
-    # one object is not seen; then the last piece of `a` arrives after all.
+    # The node of `a` is lost before its last piece, and its task reruns on another node, which
+    # does not see one object; then the last piece of `a` arrives after all.
     told = [arriving.take(piece) for piece in [*first[:0:-1], *again, first[0]]]
     assert [count for count in told if count] == [1, 1]
     assert sorted(arriving.facts) == [3, 4]
@@ -177,7 +177,7 @@ def test_ray_reads_the_same_corpus(
 ) -> None:
     pytest.importorskip("ray", reason="needs the extra ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    # Many tasks, each of which hands back several pieces.
+    # Many tasks, each of which returns several pieces.
     monkeypatch.setattr("nudge.components.ingest.on_ray.GROUP_BYTES", 8000)
     monkeypatch.setattr("nudge.components.ingest.on_ray.PIECE_BYTES", 5000)
     proxy = store(share=0.0, seed=5, retry_after_s=0, faults=("500", "503", "reset"))

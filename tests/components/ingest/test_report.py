@@ -1,4 +1,4 @@
-"""The page and the manifest of a corpus: everything adds up, and hostile text stays text."""
+"""The page and the manifest of a corpus: all counts add up, and hostile text stays text."""
 
 import json
 import random
@@ -20,7 +20,7 @@ WORDS = ["Paris", "Seine", "tower", "bridge", "museum", "river", "garden", "stre
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of three files, with licences and origins, and its report."""
+    """A corpus of three files, with licenses and origins, and its report."""
     folder, choice = tmp_path_factory.mktemp("report"), random.Random(1)
     text = folder / "text"
     text.mkdir()

@@ -1,4 +1,4 @@
-"""Objects behind URIs: read exactly through every fault, resumed, or told apart and counted."""
+"""Objects behind URIs: read exactly despite faults, resumed, or counted as changed or gone."""
 
 import gzip
 import io
@@ -48,7 +48,7 @@ def lines(seed: int, count: int) -> bytes:
 
 
 def objects() -> dict[str, bytes]:
-    """Objects of several blocks each, in formats that are read in one go and by jumping about."""
+    """Objects of several blocks each, in formats that are read sequentially and with seeks."""
     table, archive = io.BytesIO(), io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table({"text": texts(3, 400)}), table, row_group_size=100)
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
@@ -120,7 +120,7 @@ def test_a_truncated_answer_is_resumed_at_its_offset(store: Store, tmp_path: Pat
             (start,) = re.findall(r"bytes=(\d+)-", headers["Range"])
             asked.append(int(start))
     assert len(set(asked)) >= len(raw) // (2 * BLOCK)
-    # Each range follows the one before; only the one that was cut is asked for again.
+    # Each range follows the one before; only the truncated one is requested twice.
     assert asked == sorted(asked)
     again = Counter(asked)
     assert sum(again.values()) - len(again) == 2
@@ -299,9 +299,9 @@ def test_any_name_is_read_and_files_without_a_reader_are_named(
         manifest = read(tmp_path, uri, str(number), state_uri=str(tmp_path / f"state{number}"))
         assert manifest["documents"] == 60 + len(ODD)
         assert manifest["dropped"] == {"unknown_kind": 2}
-        told = {s["uri"].rpartition("/")[2]: s["dropped"] for s in manifest["sources"]}
+        dropped = {s["uri"].rpartition("/")[2]: s["dropped"] for s in manifest["sources"]}
         unknown = {"d.doc", "LICENSE"}
-        assert told == {n: {"unknown_kind": 1} if n in unknown else {} for n in contents}
+        assert dropped == {n: {"unknown_kind": 1} if n in unknown else {} for n in contents}
         assert "2 unknown_kind (.doc LICENSE)" in account(manifest)
         assert "odd#1/d.doc" in (tmp_path / f"{number}.html").read_text()
         assert len(find_sources(f"{uri}/*.txt")) == len(ODD) - 1
@@ -313,7 +313,7 @@ def test_any_name_is_read_and_files_without_a_reader_are_named(
         UserError, match=r"none: no file found \(only 1 unknown_kind\); accepted are"
     ):
         read(tmp_path, str(tmp_path / "none"))
-    # One file is one source, by whatever name, and through however many connections.
+    # One file is one source, whatever its name and however many connections name it.
     both = f"{folder} file://{folder}/*.md s3://nudge/odd#1 s3://nudge/odd#1/more.*"
     assert len(find_sources(both)) == 2 * len(contents)
 
@@ -332,9 +332,9 @@ def test_urls_that_differ_in_their_query_are_two_objects(tmp_path: Path) -> None
         for _ in range(2):
             manifest = read(tmp_path, " ".join([*parts, parts[0]]), state_uri=state)
             assert manifest["documents"] == 60
-        told = [source["uri"] for source in manifest["sources"]]
-        assert told == [f"{server.url}/export.jsonl{number}" for number in ("", " (2)", " (3)")]
-        # What was first among several is not what stands alone under the same name.
+        dropped = [source["uri"] for source in manifest["sources"]]
+        assert dropped == [f"{server.url}/export.jsonl{number}" for number in ("", " (2)", " (3)")]
+        # The first of several is not the same object as one that is alone under the same name.
         assert (
             read(tmp_path, parts[2], state_uri=state)["fingerprint"]
             == (read(tmp_path, str(tmp_path / "2.jsonl"), "file")["fingerprint"])

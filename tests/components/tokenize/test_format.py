@@ -1,4 +1,4 @@
-"""The shard's format: as documented, and refused where it is broken."""
+"""The shard format: as documented, and refused if it is broken."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ def artifact(folder: Path, dtype: Any = "<u2", documents: list[list[int]] = DOCU
 
 
 def describe(folder: Path, **counts: int) -> None:
-    """A manifest with the sha256 that the shard has now."""
+    """A manifest with the current sha256 of the shard."""
     digest = hashlib.sha256((folder / "a.tokens").read_bytes()).hexdigest()
     shards = {"shards": [{"file": "a.tokens", "sha256": digest, **counts}]}
     manifest = {"format": "nudge.tokens", "version": 1, "splits": {"train": shards}}
@@ -72,7 +72,7 @@ def test_the_documents_come_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "told"),
+    ("offset", "value", "message"),
     [
         (0, b"NUDGETOX", "no token shard of version 1"),
         (8, struct.pack("<I", 2), "no token shard of version 1"),
@@ -86,15 +86,15 @@ def test_the_documents_come_back(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_header_or_index_is_refused(
-    tmp_path: Path, place: int, value: bytes, told: str
+    tmp_path: Path, offset: int, value: bytes, message: str
 ) -> None:
-    """The sha256 is that of the broken file, so that it is not what tells."""
+    """The sha256 matches the broken file, so the format check has to find it."""
     path = artifact(tmp_path) / "a.tokens"
     data = bytearray(path.read_bytes())
-    data[place : place + len(value)] = value
+    data[offset : offset + len(value)] = value
     path.write_bytes(data)
     describe(tmp_path)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         TokenReader(tmp_path, "train")
 
 
@@ -134,12 +134,12 @@ def test_a_missing_shard_and_another_format_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a.tokens is missing"):
         TokenReader(tmp_path, "train")
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    for change, told in (
+    for change, message in (
         ({"version": 2}, "nudge.tokens version 2, expected nudge.tokens version 1"),
         ({"format": "nudge.corpus"}, "nudge.corpus version 1, expected nudge.tokens"),
     ):
         (tmp_path / "manifest.json").write_text(json.dumps({**manifest, **change}))
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             TokenReader(tmp_path, "train")
 
 

@@ -1,4 +1,4 @@
-"""The fast library gives the very ids of Hugging Face's tokenizers, or is not used."""
+"""The fast library gives the same ids as Hugging Face's tokenizers, or is not used."""
 
 import random
 import time
@@ -29,15 +29,15 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<unk>"]
 
 
 def bpe(
-    before: Any, normalizer: Any = None, alphabet: bool = True, merges: int = 2000, **given: Any
+    before: Any, normalizer: Any = None, alphabet: bool = True, merges: int = 2000, **options: Any
 ) -> str:
-    """A tokenizer.json of a BPE trained on `TEXTS`."""
-    made = Tokenizer(models.BPE(**given))
+    """The tokenizer.json of a BPE trained on `TEXTS`."""
+    made = Tokenizer(models.BPE(**options))
     made.pre_tokenizer = before
     if normalizer is not None:
         made.normalizer = normalizer
     first = pre_tokenizers.ByteLevel.alphabet() if alphabet else []
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)] if given.get("byte_fallback") else []
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)] if options.get("byte_fallback") else []
     trainer = trainers.BpeTrainer(
         vocab_size=merges, special_tokens=SPECIAL + bytes_, initial_alphabet=first,
         show_progress=False,
@@ -84,7 +84,7 @@ SCRIPTS = [
 
 
 def hostile(drawn: random.Random) -> str:
-    """A text of what tokenizers stumble over, and of prose cut anywhere."""
+    """A text of hard cases for tokenizers and of prose cut at arbitrary points."""
     made = []
     for _ in range(drawn.randint(0, 40)):
         kind = drawn.random()

@@ -1,4 +1,4 @@
-"""A tokenizer trained on the corpus: the same bytes each time, and one that transformers loads."""
+"""A tokenizer trained on the corpus: reproducible, and loadable by transformers."""
 
 import json
 import os
@@ -32,7 +32,7 @@ LEARN = {"tokenizer": "train", "base_model": "", "vocab_size": 500, "special_tok
 
 def test_the_same_corpus_gives_the_same_bytes(run: Run, corpus: Path, tmp_path: Path) -> None:
     first = run("first", **LEARN)
-    # Another process, with other hashes of strings and another number of threads.
+    # Another process, with different string hashes and another number of threads.
     program = (
         "import json, sys; from pathlib import Path\n"
         "from nudge.components.tokenize.settings import TokenizeSettings\n"
@@ -40,9 +40,11 @@ def test_the_same_corpus_gives_the_same_bytes(run: Run, corpus: Path, tmp_path: 
         "values, corpus, tokens = json.loads(sys.argv[1])\n"
         "tokenize(TokenizeSettings(**values), corpus=Path(corpus), tokens=Path(tokens))\n"
     )
-    given = json.dumps([LEARN, str(corpus), str(tmp_path / "second")])
+    arguments = json.dumps([LEARN, str(corpus), str(tmp_path / "second")])
     environment = {**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", program, given], env=environment, check=True, timeout=200)
+    subprocess.run(
+        [sys.executable, "-c", program, arguments], env=environment, check=True, timeout=200
+    )
     assert sha256_tree(tmp_path / "second") == sha256_tree(first)
 
 
@@ -127,7 +129,7 @@ def test_a_base_model_cannot_be_trained_with_it(run: Run, tmp_path: Path, tiny_m
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ("{tokenizer: train, vocab_size: 200}", "vocab_size = 200: .*greater than or equal to 257"),
         (
@@ -140,6 +142,6 @@ def test_a_base_model_cannot_be_trained_with_it(run: Run, tmp_path: Path, tiny_m
         ("{base_model: x, engine: dask}", "'local' or 'ray'"),
     ],
 )
-def test_wrong_settings_are_reported(values: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_wrong_settings_are_reported(values: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         step_settings(TokenizeSettings, "tokenize", f"tokenize: {values}")

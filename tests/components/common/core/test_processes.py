@@ -91,12 +91,12 @@ def test_a_name_with_brackets_hides_no_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["run", "services up", "services down"])
-@pytest.mark.parametrize("place", ["a file", "/proc"])
+@pytest.mark.parametrize("location", ["a file", "/proc"])
 def test_a_home_that_cannot_be_written_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, command: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str, command: str
 ) -> None:
     (tmp_path / "a file").touch()
-    home = (tmp_path / place).resolve() / "home"
+    home = (tmp_path / location).resolve() / "home"
     monkeypatch.setenv("NUDGE_HOME", str(home))
     ended = CliRunner().invoke(main, command.split())
     assert ended.exit_code == 2
@@ -105,12 +105,12 @@ def test_a_home_that_cannot_be_written_is_named(
 
 
 @pytest.mark.parametrize(("command", "status"), [("models", 0), ("promote v1", 2)])
-@pytest.mark.parametrize("place", ["a file", "/proc"])
+@pytest.mark.parametrize("location", ["a file", "/proc"])
 def test_commands_that_only_read_need_no_home(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, command: str, status: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str, command: str, status: int
 ) -> None:
     (tmp_path / "a file").touch()
-    home = (tmp_path / place).resolve() / "home"
+    home = (tmp_path / location).resolve() / "home"
     monkeypatch.setenv("NUDGE_HOME", str(home))
     ended = CliRunner().invoke(main, command.split())
     assert ended.exit_code == status

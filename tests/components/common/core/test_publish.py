@@ -1,4 +1,4 @@
-"""Artifacts: complete or invisible, and damage is seen."""
+"""Artifacts: complete or invisible, and damage is detected."""
 
 import os
 import signal
@@ -90,7 +90,7 @@ def test_a_flipped_byte_is_detected(tmp_path: Path) -> None:
 def test_a_group_can_write_only_in_a_pod(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_pod: bool, mode: int
 ) -> None:
-    """Even where the umask would let it."""
+    """Even if the umask would allow it."""
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     if in_pod:
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")

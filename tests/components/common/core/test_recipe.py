@@ -41,9 +41,9 @@ def on_its_way(text: str) -> str:
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("wrap", [lambda t: {"a": t}, lambda t: {t: 1}, lambda t: {"a": [[t], {}]}])
 def test_a_recipe_keeps_its_values_in_transit(text: str, wrap: Any) -> None:
-    given = yaml.safe_dump(wrap(text), allow_unicode=True, width=60)
-    values = read_recipe(given)
-    sent = portable(given)
+    text_in = yaml.safe_dump(wrap(text), allow_unicode=True, width=60)
+    values = read_recipe(text_in)
+    sent = portable(text_in)
     assert on_its_way(sent) == sent
     assert read_recipe(sent) == values
     # Inside the JSON that KFP makes of it, too.
@@ -54,8 +54,8 @@ def test_a_recipe_keeps_its_values_in_transit(text: str, wrap: Any) -> None:
 def test_numbers_and_dates_keep_their_types() -> None:
     values = {"a": [1, 1.5, 1e-5, True, None, "é"], "b": {}, "c": []}
     assert read_recipe(portable(yaml.safe_dump(values, allow_unicode=True))) == values
-    given = "when: 2026-01-01\nanchors: [&x {p: é}, *x]\n"
-    assert read_recipe(portable(given)) == read_recipe(given)
+    text_in = "when: 2026-01-01\nanchors: [&x {p: é}, *x]\n"
+    assert read_recipe(portable(text_in)) == read_recipe(text_in)
 
 
 def test_a_recipe_that_is_safe_keeps_its_comments() -> None:

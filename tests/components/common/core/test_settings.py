@@ -1,4 +1,4 @@
-"""Settings: what is wrong is named, with what was given and what is accepted."""
+"""Settings: errors name the wrong key or value and the accepted ones."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Reuse of finished steps: by content, never half of one."""
+"""Reuse of finished steps: by content, and only complete ones."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def test_the_same_content_is_reused_from_another_path(tmp_path: Path) -> None:
 
 
 def test_a_search_within_a_step_decides_whether_the_rest_is_reused(tmp_path: Path) -> None:
-    """The search is the step's own work: it shows as running, and counts."""
+    """The search is part of the step: it is shown as running, and its result counts."""
 
     @reusable("outer", outputs=("out",))
     def rest(found: str, *, out: Path) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class Settings:
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_base_model_that_changed_in_place_is_new_input(tmp_path: Path, scheme: str) -> None:
-    """The settings hold only its path, which says nothing of what stands there."""
+    """The settings have only its path, which does not identify its content."""
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
@@ -110,7 +110,7 @@ def test_a_base_model_that_changed_in_place_is_new_input(tmp_path: Path, scheme:
 
 
 def test_the_first_of_two_runs_that_finish_the_same_step_is_kept(tmp_path: Path) -> None:
-    """The other has begun before anything was kept, and must end as well."""
+    """The other began before anything was kept, and must finish too."""
     other: dict[str, Any] = {}
 
     @step("slow", outputs=("out",))
@@ -174,7 +174,7 @@ with step.clean_end():
 def attempt_of_step(
     api: KubernetesApi, folder: Path, number: int, how: str, **variables: str
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a step as the attempt ``number`` in a pod; its end is written into the pod's status."""
+    """Run a step as attempt ``number`` in a pod; its end is written into the pod's status."""
     name = f"{WORKFLOW}-retry-system-container-impl-{number + 100}"
     label = {"workflows.argoproj.io/workflow": WORKFLOW}
     node = {"workflows.argoproj.io/node-name": f"{WORKFLOW}.root.train.executor({number})"}
@@ -237,7 +237,7 @@ def test_a_server_that_does_not_count_attempts_is_accepted(
 def test_a_retry_after_any_other_end_does_its_work(
     api: KubernetesApi, tmp_path: Path, how: str
 ) -> None:
-    """A stopped training must go on from its checkpoint, so its error is no refusal."""
+    """A stopped training must resume from its checkpoint, so its error is not a refusal."""
     first = attempt_of_step(api, tmp_path, 0, how)
     assert ("Traceback" in first.stderr) is (how == "bug")
     assert attempt_of_step(api, tmp_path, 1, how).stdout == "the data is read\n"

@@ -1,4 +1,4 @@
-"""Paths behind URIs: whatever stands in a file's name belongs to it."""
+"""Paths behind URIs: every character of a file's name belongs to it."""
 
 from pathlib import Path
 

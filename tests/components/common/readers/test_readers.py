@@ -1,4 +1,4 @@
-"""Every kind of file that people bring, and the damage that it comes with."""
+"""Every kind of file that users bring, and the damage that such files have."""
 
 import codecs
 import functools
@@ -49,7 +49,7 @@ def counted(raw: bytes, name: str, **options: Any) -> Counter[str]:
 
 
 def rows(count: int, delimiter: str = ",", **odd: str) -> bytes:
-    """A table of numbered texts; row ``row7`` is what is given."""
+    """A table of numbered texts; ``row7`` replaces row 7."""
     lines = [f"id{delimiter}text"]
     lines += [odd.get(f"row{n}", f"{n}{delimiter}Text number {n}") for n in range(1, count + 1)]
     return ("\n".join(lines) + "\n").encode()
@@ -144,7 +144,7 @@ def test_html_is_read_in_its_declared_encoding() -> None:
     for declared, encoding in (("windows-1252", "cp1252"), ("iso-8859-1", "cp1252")):
         (record,) = records(page.format(declared, FRENCH).encode(encoding), "a.html")
         assert (record.text, record.encoding) == (FRENCH.strip(), "windows-1252")
-    # One that is never guessed.
+    # An encoding that is never guessed.
     (record,) = records(page.format("iso-8859-5", RUSSIAN).encode("iso-8859-5"), "a.html")
     assert (record.text, record.encoding) == (RUSSIAN.strip(), "iso8859-5")
 
