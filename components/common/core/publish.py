@@ -100,7 +100,7 @@ def verify_file(path: Path, sha256: str) -> None:
     actual = sha256_file(path)
     if actual != sha256:
         raise UserError(
-            f"{path} is damaged: its sha256 is {actual}, but its manifest says {sha256}"
+            f"{path} is damaged: sha256 {actual}, but its manifest says {sha256}"
         )
 
 

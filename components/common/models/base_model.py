@@ -2,7 +2,7 @@
 
 A base model is named by a URI: ``package://`` (a file in an installed package), ``file://`` or a
 path, ``s3://`` (a folder of the data connection), ``oci://`` (an image that holds a model),
-``hf://<owner>/<name>`` (the Hugging Face hub or its local cache), ``incumbent://<model>?else=<URI>``
+``hf://<owner>/<name>[@<revision>]`` (the Hugging Face hub or its local cache), ``incumbent://<model>?else=<URI>``
 (the version of a registered model that is served now; before there is one, the model after
 ``else``). A GGUF file is converted once, to float32 safetensors, into a cache.
 """
@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ CONVERSION = 1
 """Raise this when the conversion changes, so that folders converted before are not taken again."""
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -40,7 +42,8 @@ def local_model(uri: str) -> Path:
     elif is_local(uri):
         path = local_path(uri)
         if not path.exists():
-            raise UserError(f"base_model {uri}: {path} does not exist; give a folder or .gguf")
+            hub = f", or hf://{uri} for the model on the hub" if HUB_NAME.fullmatch(uri) else ""
+            raise UserError(f"base_model {uri}: {path} does not exist; give a folder or .gguf{hub}")
         folder = _from_gguf(path) if path.suffix == ".gguf" else path
     else:
         folder = _downloaded(uri)
@@ -228,9 +231,9 @@ def _from_hub(uri: str, files: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    name = uri.removeprefix("hf://")
+    name, _, revision = uri.removeprefix("hf://").partition("@")
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files)))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
         raise UserError(
             f"base_model {uri}: not in the local cache and the hub cannot give it ({error}); "

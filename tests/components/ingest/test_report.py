@@ -112,7 +112,7 @@ def test_many_origins_are_counted_together(made: Path, monkeypatch: pytest.Monke
 
 def test_a_configured_column_that_no_document_has_is_an_error(made: Path) -> None:
     settings = IngestSettings(data_uri=str(made / "text"), license_column="licence")
-    with pytest.raises(UserError, match=r"license_column is 'licence', and no document of"):
+    with pytest.raises(UserError, match=r"license_column is 'licence', but no document of"):
         ingest(settings, corpus=made / "none", report=made / "none.html")
     assert not (made / "none").exists()
 
