@@ -1,4 +1,4 @@
-"""What tests of several rooms use."""
+"""Fixtures for tests of several folders."""
 
 import os
 import subprocess
@@ -31,8 +31,8 @@ TOGETHER = {
     "tests/end_to_end/test_nightly.py": "the nights",
     "tests/security/test_canaries.py": "the nights",
 }
-"""Where tests run side by side, those of a file stay together, as their fixtures want; so do these,
-which share what takes minutes to make."""
+"""In parallel runs, the tests of one file stay together because they share fixtures; so do these
+files, whose shared fixtures take minutes to create."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -41,7 +41,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            shared = (name for place, name in TOGETHER.items() if nodeid.startswith(place))
+            shared = (name for path, name in TOGETHER.items() if nodeid.startswith(path))
             return next(shared, super()._split_scope(nodeid))
 
     return Scheduling(config, log)
@@ -57,7 +57,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def nights(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> "Iterator[Nights]":
-    """`tests.nights.Nights` that have gone by."""
+    """`tests.nights.Nights`, completed."""
     from tests.nights import Nights
 
     nights = Nights(tmp_path_factory.mktemp("nightly"), tiny_model)
@@ -69,7 +69,7 @@ def nights(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> "Itera
 
 
 class Disk:
-    """A disk of some KiB (tmpfs) at ``folder``, so that a full one can be met."""
+    """A disk of some KiB (tmpfs) at ``folder``, to test a full disk."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -99,7 +99,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A home of its own for embedded services; whatever was started there is stopped."""
+    """A separate home for embedded services; everything started there is stopped."""
     from nudge.pipelines.local import services
 
     folder = tmp_path / "home"
@@ -110,7 +110,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def connected(home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The variables of an embedded object store and registry, which are set."""
+    """Sets and returns the variables of an embedded object store and registry."""
     from nudge.pipelines.local import services
 
     environment = services.up(home)

@@ -1,4 +1,4 @@
-"""An embedded registry for a test, with its token where clients look for it."""
+"""An embedded registry for a test; its token is where clients look for it."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ def running_registry(home: Path) -> Iterator[str]:
 
 
 def registry_headers() -> dict[str, str]:
-    """What a request to that registry needs besides its content."""
+    """The headers for a request to that registry."""
     token = Path(os.environ[services.TOKEN_VARIABLE]).read_text()
     return {"Authorization": f"Bearer {token}"}
 
@@ -34,5 +34,5 @@ def endpoint_token(home: Path) -> str:
 
 
 def endpoint_headers(home: Path) -> dict[str, str]:
-    """What a request to a model served below a home needs besides its content."""
+    """The headers for a request to a model served below a home."""
     return {"Authorization": f"Bearer {endpoint_token(home)}"}

@@ -1,4 +1,4 @@
-"""Scheduled retraining of a tiny model, night by night, as several tests look at it.
+"""Scheduled retraining of a tiny model, night by night, shared by several tests.
 
 Secrets are planted wherever a night could pick one up: in its environment, beside the recipe, and
 in what documents carry beside their text.
@@ -21,7 +21,7 @@ WORDS = {
     "third": ["violin", "drum", "horn", "flute", "cello", "harp", "piano", "organ"],
     "fourth": ["granite", "basalt", "marble", "slate", "quartz", "chalk", "flint", "gneiss"],
 }
-"""What each night's text is made of: words that no model of an earlier night has met."""
+"""The words of each night's text; no model of an earlier night has seen them."""
 
 ENVIRONMENT = {
     "HF_TOKEN": "hf_canary7Qe1VariableOfTheHub",
@@ -42,7 +42,7 @@ class Nights:
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.home, self.model = folder, folder / "home", model
         self.results: dict[str, dict[str, Any]] = {}
-        """What each night told as its result, by its name."""
+        """Each night's result, by its name."""
         self.versions: dict[str, dict[str, dict[str, Any]]] = {}
         """After each night, the rows of ``nudge models`` by version."""
         self._shown: list[str] = []
@@ -106,7 +106,7 @@ class Nights:
         return ended.stdout
 
     def _night(self, name: str, *arguments: str, status: int = 0) -> None:
-        told = self.command("run", "nightly.yaml", "--json", *arguments, status=status)
-        self.results[name] = json.loads(told)
+        printed = self.command("run", "nightly.yaml", "--json", *arguments, status=status)
+        self.results[name] = json.loads(printed)
         rows = json.loads(self.command("models", "--json"))
         self.versions[name] = {row["version"]: row for row in rows}

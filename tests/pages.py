@@ -1,4 +1,4 @@
-"""A headless browser for the pages that steps make."""
+"""A headless browser for the pages that steps write."""
 
 import shutil
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 @contextmanager
 def browser() -> Iterator[Any]:
-    """A Chromium of this machine or of playwright; skips, with the reason, where there is none."""
+    """An installed Chromium or playwright's; skips with the reason if there is none."""
     from playwright.sync_api import Error, sync_playwright
 
     found = next(filter(None, map(shutil.which, NAMES)), None)
@@ -27,7 +27,7 @@ def browser() -> Iterator[Any]:
 
 
 def look(opened: Any, page: Path, width: int, scheme: str) -> tuple[Any, list[str]]:
-    """Opens a page; returns it and everything that a reader should never meet."""
+    """Opens a page; returns it and everything that a reader should never see."""
     shown = opened.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     faults: list[str] = []
     shown.on("console", lambda message: faults.append(f"console: {message.text}"))

@@ -1,4 +1,4 @@
-"""A tiny causal language model with a real tokenizer, made in a second."""
+"""A tiny causal language model with a real tokenizer, created in a second."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def make_tiny_model(folder: Path, seed: int = 0) -> Path:
 
 
 def turn_around(folder: Path) -> None:
-    """Make a model say what it found least likely."""
+    """Make a model predict what it found least likely."""
     from safetensors.torch import load_file, save_file
 
     path = folder / "model.safetensors"

@@ -15,6 +15,14 @@ SURE = 0.5
 TOP = 5
 """Number of likeliest tokens to request; vLLM returns up to 20, the OpenAI API up to 5."""
 TIMEOUT_S = 120.0
+GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+"""Greedy decoding for `transformers serve`: every value of the base's that would change it."""
 
 
 @dataclass(frozen=True)
@@ -112,17 +120,24 @@ def _likeliest(choice: dict[str, Any]) -> dict[str, float] | None:
 def _complete(
     client: Any, model: str, prompt: str, tokens: int, probabilities: bool = False
 ) -> dict[str, Any]:
-    """The first choice of a greedy completion, with probabilities if the server reports them."""
+    """The first choice of a greedy completion, with probabilities if the server knows them.
+
+    A server takes what a request leaves open from the base's generation configuration, and a
+    penalty for repetition changes even the likeliest token: the evaluation had none.
+    """
     import httpx
 
-    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0.0}
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0.0, "n": 1}
+    neutral: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.0, **({"logprobs": TOP} if probabilities else {})},  # vLLM
+        {"generation_config": json.dumps(GREEDY)},  # transformers serve
+        {"frequency_penalty": 0.0},  # any other server of the OpenAI API
+    ]
     try:
-        answer = client.post(
-            "/v1/completions", json={**body, "logprobs": TOP} if probabilities else body
-        )
-        if probabilities and answer.status_code in (400, 422):
-            # transformers serve rejects a field that it does not know.
-            answer = client.post("/v1/completions", json=body)
+        for fields in neutral:
+            answer = client.post("/v1/completions", json={**body, **fields})
+            if answer.status_code not in (400, 422):  # these refuse an unknown field
+                break
         answer.raise_for_status()
         return dict(answer.json()["choices"][0])
     except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:

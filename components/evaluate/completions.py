@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from nudge.components.common.artifacts.evaluation import Check
 
@@ -36,15 +37,23 @@ def complete(
 ) -> list[Completion]:
     """Greedy completions of at most ``tokens`` tokens, without their prompts.
 
-    ``twice`` generates each one a second time, for ``repeatable``.
+    ``twice`` makes each one a second time, for ``repeatable``. The model's own generation
+    configuration counts only for its end tokens.
     """
-    made = []
-    for prompt in prompts:
-        ids, finite = _generate(model, tokenizer, prompt, tokens)
-        second = _generate(model, tokenizer, prompt, tokens)[0] if twice else ids
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        made.append(Completion(prompt, text, ids, finite, second == ids))
-    return made
+    own = model.generation_config
+    # transformers fills every value that a call leaves open from the model's own configuration,
+    # and a value of None is one left open: only another configuration turns its stop strings off.
+    model.generation_config = _greedy(own, tokenizer)
+    try:
+        made = []
+        for prompt in prompts:
+            ids, finite = _generate(model, tokenizer, prompt, tokens)
+            second = _generate(model, tokenizer, prompt, tokens)[0] if twice else ids
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            made.append(Completion(prompt, text, ids, finite, second == ids))
+        return made
+    finally:
+        model.generation_config = own
 
 
 def completion_checks(completions: Sequence[Completion]) -> list[Check]:
@@ -76,13 +85,20 @@ def _fault(one: Completion) -> str:
     return ""
 
 
+def _greedy(own: Any, tokenizer: Any) -> GenerationConfig:
+    """Greedy decoding of one sequence, with no penalty and no stop string."""
+    end = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return GenerationConfig(
+        do_sample=False, bos_token_id=own.bos_token_id, eos_token_id=end, pad_token_id=pad
+    )
+
+
 def _generate(model: Any, tokenizer: Any, prompt: str, tokens: int) -> tuple[list[int], bool]:
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
     made = model.generate(
         **encoded,
         max_new_tokens=tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         return_dict_in_generate=True,
         output_logits=True,
     )

@@ -32,6 +32,7 @@ from nudge.components.common.core.publish import sha256_file, write_atomic
 from nudge.components.common.core.step import reusable
 from nudge.components.common.models.base_model import local_model, model_sha256, resolved
 from nudge.components.evaluate import checks
+from nudge.components.evaluate.added_checks import added_checks
 from nudge.components.evaluate.answers import Answers, ask
 from nudge.components.evaluate.completions import completion_checks
 from nudge.components.evaluate.gate import compare, verdict
@@ -156,6 +157,7 @@ def _evaluation(
             *checks.guard_checks(guards),
             *completion_checks(candidate.completions),
             *checks.task_checks(tasks),
+            *added_checks(model, candidate.completions),
         ],
         settings,
         incumbent,

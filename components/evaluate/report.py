@@ -221,6 +221,7 @@ CHECKS = {
     "guard": ("Guard sets of other text", "{} of {} stayed within their limits."),
     "completion": ("Smoke completions", "{} of {} are normal."),
     "task": ("Tasks with a limit", "{} of {} stayed within their limits."),
+    "package": ("Checks of installed packages", "{} of {} passed."),
 }
 """The title of each kind of check, and the sentence for a kind whose checks all pass."""
 

@@ -1,5 +1,5 @@
-"""The account of a run of ingest: what was read, kept, held out and dropped, and whether the loss
-is more than a run may go on with."""
+"""The account of one run of ingest: how much was read, kept, held out and dropped, and whether too
+much was lost to continue."""
 
 from collections import Counter
 from pathlib import PurePosixPath
@@ -10,8 +10,10 @@ from nudge.components.common.readers import suffix_of
 
 DUPLICATES = ("duplicate", "near_duplicate")
 NO_LOSS = ("hidden", "linked_folder", "metadata", "not_text")
-"""Skipped on purpose: neither a loss nor text that could have been kept."""
+"""Reasons for files that are skipped on purpose; they do not count as a loss."""
 EXAMPLES = 4
+HINTS = {"no_text_layer": "add one with ocrmypdf, from pip install 'nudge-lm[ocr]'"}
+"""What to do about a reason, where a sentence says it."""
 
 
 def account(counts: dict[str, Any]) -> str:
@@ -21,17 +23,19 @@ def account(counts: dict[str, Any]) -> str:
 
 
 def reasons(counts: dict[str, Any]) -> list[str]:
-    """A phrase per reason, the most frequent first: its count, its name and some examples."""
+    """One phrase per reason, most frequent first: count, name and some examples."""
     found = sorted(counts["dropped"].items(), key=lambda item: (-item[1], item[0]))
     phrases = []
     for reason, count in found:
         shown = examples(counts, reason)
-        phrases.append(f"{count} {reason}" + (f" ({' '.join(shown)})" if shown else ""))
+        hint = [HINTS[reason]] if reason in HINTS else []
+        detail = "; ".join([" ".join(shown), *hint] if shown else hint)
+        phrases.append(f"{count} {reason}" + (f" ({detail})" if detail else ""))
     return phrases
 
 
 def examples(counts: dict[str, Any], reason: str) -> list[str]:
-    """The kinds of file that a reason is about, or the names of some files."""
+    """The file suffixes behind a reason, or the names of some files."""
     if reason in DUPLICATES:
         return []
     seen: Counter[str] = Counter()
@@ -47,24 +51,24 @@ def examples(counts: dict[str, Any], reason: str) -> list[str]:
 
 
 def check_loss(counts: dict[str, Any], most: float) -> None:
-    """Raise `UserError` with the account if more than the share ``most`` of the documents or of
-    their bytes was lost for any reason other than duplication."""
+    """Raise `UserError` with the account if more than the share ``most`` of the documents, or of
+    their bytes, was lost for any reason other than duplication."""
     shares = []
     for total, lost in (("documents_in", "dropped"), ("text_bytes_in", "dropped_bytes")):
         skipped = sum(counts[lost].get(reason, 0) for reason in NO_LOSS)
         duplicates = sum(counts[lost].get(reason, 0) for reason in DUPLICATES)
-        whole = counts[total] - skipped
+        considered = counts[total] - skipped
         gone = sum(counts[lost].values()) - skipped - duplicates
-        shares.append(gone / whole if whole else 0.0)
+        shares.append(gone / considered if considered else 0.0)
     if max(shares) <= most:
         return
     needed = min(1.0, -(-max(shares) * 100 // 1) / 100)
     table = "\n".join(f"  {phrase}" for phrase in reasons(counts))
     raise UserError(
-        f"too much of the data is lost: {shares[0]:.0%} of the documents and {shares[1]:.0%} of "
-        f"their bytes, and ingest.max_lost allows {most:.0%}\n"
+        f"too much of the data would be lost: {shares[0]:.0%} of the documents and "
+        f"{shares[1]:.0%} of their bytes; ingest.max_lost allows {most:.0%}\n"
         f"{_totals(counts)}; dropped:\n{table}\n"
-        f"Fix or leave out these files, or set ingest.max_lost: {needed:g} to train on the rest"
+        f"Fix or remove these files, or set ingest.max_lost: {needed:g} to train on the rest"
     )
 
 

@@ -1,7 +1,7 @@
-"""From a record as read to a row as kept, or the reason why not; over several processes if it pays.
+"""Cleans records: each becomes a row that is kept or a drop with its reason.
 
-What becomes of a record depends on it and the settings alone, so that neither the number of
-processes nor their timing changes anything.
+Several processes share the work where that pays. The result for a record depends only on the record
+and the settings, so the number of processes and their timing change nothing.
 """
 
 import collections
@@ -21,18 +21,19 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.processes import usable_cores
 from nudge.components.common.readers import Page, Record, Unreadable
 from nudge.components.ingest.duplicates import BUCKETS, Documents, signature
-from nudge.components.ingest.filters import Filter, make_filters, normalise
+from nudge.components.ingest.filters import Filter, make_filters, normalize
 from nudge.components.ingest.pieces import pieces
 from nudge.components.ingest.settings import IngestSettings
 
 SAMPLES, SAMPLE_CHARACTERS = 5, 120
 BATCH_BYTES, BATCH_RECORDS = 1 << 20, 1000
 ALONE_BYTES = 8 << 20
-"""So much text is cleaned in this process before others are started, which takes a second."""
+"""This much text is cleaned in this process before others are started; starting them takes a
+second."""
 PAGE_WORK = 8
-"""A byte of a web page or a PDF takes about as long as so many of plain text."""
+"""One byte of a web page or a PDF takes about as long as this many bytes of plain text."""
 AHEAD_BYTES = 32 << 20
-"""Text that waits for other processes; no more is read before some of it is done."""
+"""At most this much text waits for other processes; reading pauses until some of it is done."""
 
 
 class Row(NamedTuple):
@@ -50,7 +51,7 @@ class Row(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """A record that is left out; ``raw_bytes`` are those of its text, or of what stood there."""
+    """A record that is left out; ``raw_bytes`` is the size of its text or unreadable bytes."""
 
     reason: str
     raw_bytes: int
@@ -65,13 +66,13 @@ def share_of(text: str, settings: IngestSettings) -> float:
 
 
 def split_of(text: str, settings: IngestSettings) -> str:
-    """The split of a document: a keyed hash of its text, so it stays there as the corpus grows, for
-    as long as its text stays what it is."""
+    """The split of a document. It depends on a keyed hash of the text, so the document stays in its
+    split as the corpus grows, for as long as its text does not change."""
     return "validation" if share_of(text, settings) < settings.validation_share else "train"
 
 
 def clean_all(record: Record, filters: list[Filter], settings: IngestSettings) -> list[Row | Drop]:
-    """What becomes of one record; a long text is several documents if the settings say so."""
+    """The results for one record; settings may split a long text into several documents."""
     most = settings.split_characters
     if not most:
         return [clean(record, filters, settings)]
@@ -79,33 +80,33 @@ def clean_all(record: Record, filters: list[Filter], settings: IngestSettings) -
         record = record._replace(text=record.text.text())
     if not isinstance(record.text, str) or len(record.text) <= most:
         return [clean(record, filters, settings)]
-    parts = pieces(normalise(record.text), most)
+    parts = pieces(normalize(record.text), most)
     named = (record._replace(name=f"{record.name}:{n}", text=t) for n, t in enumerate(parts, 1))
     return [clean(each, filters, settings) for each in named]
 
 
 def clean(record: Record, filters: list[Filter], settings: IngestSettings) -> Row | Drop:
-    """What becomes of one record."""
+    """The result for one record."""
     raw = record.text.text() if isinstance(record.text, Page) else record.text
     text: str | Unreadable = raw
     size = raw.bytes if isinstance(raw, Unreadable) else len(raw.encode("utf-8", "replace"))
     if isinstance(raw, str):
-        text = normalise(raw)
+        text = normalize(raw)
     for apply in filters:
         if not isinstance(text, str):
             break
         text = apply(text)
     if isinstance(text, str) and not text:
         text = Unreadable("too_short")
-    name = normalise(record.name)
+    name = normalize(record.name)
     if not isinstance(text, str):
-        said = raw[:SAMPLE_CHARACTERS] if isinstance(raw, str) else text.detail
-        return Drop(text.reason, size, f"{name}: {normalise(said)}", text.detail)
+        excerpt = raw[:SAMPLE_CHARACTERS] if isinstance(raw, str) else text.detail
+        return Drop(text.reason, size, f"{name}: {normalize(excerpt)}", text.detail)
     return Row(
         name,
         text,
-        normalise(record.license),
-        normalise(record.origin),
+        normalize(record.license),
+        normalize(record.origin),
         text_sha256(text),
         share_of(text, settings),
         size,
@@ -115,7 +116,7 @@ def clean(record: Record, filters: list[Filter], settings: IngestSettings) -> Ro
 
 
 class Tally:
-    """What one version of an object was found to hold."""
+    """Counts of what one version of an object contains."""
 
     def __init__(self, number: int, uri: str) -> None:
         self.number, self.uri = number, uri
@@ -129,7 +130,7 @@ class Tally:
         self._digest = hashlib.sha256()
 
     def take(self, result: Row | Drop) -> None:
-        """Count one record; they come in the order in which they were read."""
+        """Count one record; records arrive in the order in which they were read."""
         self.documents_in += 1
         self.text_bytes_in += result.raw_bytes
         if isinstance(result, Row):
@@ -144,7 +145,7 @@ class Tally:
             shown.append(f"{self.uri} {result.sample}")
 
     def facts(self) -> dict[str, Any]:
-        """The object's entry in the manifest, and beside it what the report shows."""
+        """The object's entry in the manifest, plus what only the report shows."""
         return {
             "uri": self.uri,
             "bytes": self.stored_bytes,
@@ -160,8 +161,12 @@ class Tally:
         }
 
 
+Batch = tuple[list[Tally], int, Future[list[list[Row | Drop]]]]
+"""Records that other processes clean: their tallies, their size and their results."""
+
+
 class Cleaner:
-    """Takes records in order and brings the rows of those that are kept to ``documents``."""
+    """Cleans records in order and adds the rows that are kept to ``documents``."""
 
     def __init__(self, settings: IngestSettings, documents: Documents) -> None:
         self._settings, self._documents = settings, documents
@@ -169,10 +174,8 @@ class Cleaner:
         self._workers = settings.workers or usable_cores()
         self._pool: ProcessPoolExecutor | None = None
         self._batch: list[tuple[Tally, Record]] = []
-        self._sent: collections.deque[tuple[list[Tally], int, Future[list[list[Row | Drop]]]]] = (
-            collections.deque()
-        )
-        self._held = self._ahead = self._alone = 0
+        self._pending: collections.deque[Batch] = collections.deque()
+        self._batched = self._ahead = self._alone = 0
         self.documents_in = 0
 
     def __enter__(self) -> Self:
@@ -192,26 +195,26 @@ class Cleaner:
         if record.encoding:
             tally.encodings[record.encoding] += 1
         if isinstance(record.text, Page):
-            self._held += PAGE_WORK * len(record.text.raw)
+            self._batched += PAGE_WORK * len(record.text.raw)
         elif isinstance(record.text, str):
-            self._held += len(record.text)
-        if self._held >= BATCH_BYTES or len(self._batch) >= BATCH_RECORDS:
+            self._batched += len(record.text)
+        if self._batched >= BATCH_BYTES or len(self._batch) >= BATCH_RECORDS:
             self._send()
 
     def forget(self, tally: Tally) -> None:
-        """Let nothing of an object stay, nor of what is still under way."""
+        """Remove everything of an object, including records that are still being cleaned."""
         tally.void = True
         self._documents.remove(tally.number)
 
     def finish(self) -> None:
-        """Wait for all that was put."""
+        """Wait until every record is cleaned."""
         self._send()
-        while self._sent:
+        while self._pending:
             self._receive()
 
     def _send(self) -> None:
-        batch, size = self._batch, self._held
-        self._batch, self._held = [], 0
+        batch, size = self._batch, self._batched
+        self._batch, self._batched = [], 0
         tallies, records = [tally for tally, _ in batch], [record for _, record in batch]
         if self._workers == 1 or self._alone < ALONE_BYTES:
             self._alone += size
@@ -220,29 +223,29 @@ class Cleaner:
             return
         if self._pool is None:
             self._pool = workers.spawned(self._workers, _begin, self._settings)
-        with self._killed_told():
+        with self._killed_reported():
             future = self._pool.submit(_clean_batch, records)
-        self._sent.append((tallies, size, future))
+        self._pending.append((tallies, size, future))
         self._ahead += size
-        while self._ahead > AHEAD_BYTES or len(self._sent) > 4 * self._workers:
+        while self._ahead > AHEAD_BYTES or len(self._pending) > 4 * self._workers:
             self._receive()
 
     def _receive(self) -> None:
-        tallies, size, future = self._sent.popleft()
-        with self._killed_told():
+        tallies, size, future = self._pending.popleft()
+        with self._killed_reported():
             results = future.result()
         for tally, result in zip(tallies, results, strict=True):
             self._take(tally, result)
         self._ahead -= size
 
     @contextlib.contextmanager
-    def _killed_told(self) -> Iterator[None]:
+    def _killed_reported(self) -> Iterator[None]:
         try:
             yield
         except BrokenProcessPool:
             raise UserError(
-                f"one of the {self._workers} processes that clean was killed, most likely for want "
-                "of memory; give the step more of it, or set ingest.workers to fewer"
+                f"one of the {self._workers} cleaning processes was killed, most likely because "
+                "memory ran out; give the step more memory, or lower ingest.workers"
             ) from None
 
     def _take(self, tally: Tally, results: list[Row | Drop]) -> None:

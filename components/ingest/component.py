@@ -33,8 +33,8 @@ def ingest(
     from nudge.components.ingest.settings import IngestSettings
 
     with exit_with_user_errors():
-        given = {"data_uri": data_uri, "model_name": model_name}
-        settings = step_settings(IngestSettings, "ingest", recipe, **given)
+        overrides = {"data_uri": data_uri, "model_name": model_name}
+        settings = step_settings(IngestSettings, "ingest", recipe, **overrides)
         result = ingest(settings, corpus=Path(corpus.path), report=Path(report.path))
         dropped = result.pop("dropped")
         corpus.metadata.update(result)

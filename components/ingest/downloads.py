@@ -1,8 +1,8 @@
-"""What a download from the web may do: how large it gets, and where a redirect leads.
+"""Limits of downloads from the web: their size, and the hosts that a redirect may lead to.
 
-A public address may redirect to one of this machine or network, such as a cloud's metadata server
-at 169.254.169.254. So only the host that `data_uri` names may be private; every other host that a
-redirect leads to is checked by the addresses that it resolves to, when it is connected to.
+A public address may redirect to this machine or network, such as a cloud's metadata server at
+169.254.169.254. So only the host that `data_uri` names may be private. The addresses of every other
+host are checked when a redirect connects to it.
 """
 
 import ipaddress
@@ -18,7 +18,7 @@ from nudge.components.common.core.errors import UserError
 
 @dataclass(frozen=True)
 class WebLimits:
-    """What a recipe allows of downloads from http:// and https:// addresses."""
+    """What a recipe allows for downloads from http:// and https:// addresses."""
 
     allow_private: bool = False
     max_bytes: int = 16 << 30
@@ -27,13 +27,13 @@ class WebLimits:
         """Raise `UserError` if a download is larger than allowed."""
         if size is not None and size > self.max_bytes:
             raise UserError(
-                f"{uri}: more than {self.max_bytes} bytes to download; if that is right, raise "
-                "ingest.max_download_bytes"
+                f"{uri}: the download has more than {self.max_bytes} bytes; if that is right, "
+                "raise ingest.max_download_bytes"
             )
 
 
 class Counting(fsspec.callbacks.Callback):  # type: ignore[misc]
-    """Ends a download of unknown length that becomes too large."""
+    """Stops a download of unknown length that becomes too large."""
 
     def __init__(self, limits: WebLimits, uri: str) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Counting(fsspec.callbacks.Callback):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Client:
-    """Makes the sessions of fsspec's HTTP file system; ``named`` is the host that was asked for."""
+    """Creates the sessions of fsspec's HTTP file system; ``named`` is the host in the URI."""
 
     named: str
     limits: WebLimits
@@ -64,8 +64,8 @@ class Client:
             return
         if any(_is_private(address) for address in addresses):
             raise UserError(
-                f"a download from {self.named} leads to {host}, an address of a private network or "
-                "of this machine; if that is right, set ingest.allow_private_addresses: true"
+                f"a download from {self.named} redirects to {host}, which is on a private network "
+                "or this machine; if that is right, set ingest.allow_private_addresses: true"
             )
 
 
@@ -83,7 +83,7 @@ class _Resolver(aiohttp.resolver.DefaultResolver):  # type: ignore[misc, valid-t
 def _is_private(address: str) -> bool:
     try:
         parsed = ipaddress.ip_address(address)
-    except ValueError:  # a name, which is checked once it is resolved
+    except ValueError:  # a name; checked once it is resolved
         return False
     mapped = getattr(parsed, "ipv4_mapped", None)
     return not (mapped or parsed).is_global

@@ -1,21 +1,23 @@
 """Exact and near duplicates, in tables on disk, so that memory does not grow with the documents.
 
-The texts stand in a file beside the tables, one after another: a database reads 2048 rows at once
-and has no memory for as many books.
+Texts are stored one after another in a file beside the tables: a database reads 2048 rows at once,
+and that many books do not fit in memory.
 
-Two documents are near duplicates if they share a MinHash key, and so is what hangs together by
-such pairs: a cluster, found by large-star and small-star (Kiveris et al., "Connected components in
-MapReduce and beyond", 2014). Of a cluster, the document with the largest keyed hash is kept. That
-hash also decides the split, small values being held out: so a document never moves, and if any of
-a cluster was ever trained on, what is kept of it is trained on too, as long as that text is still
-among the sources. Nothing remembers a text that is gone: of a document that was edited in place the
-new form is drawn anew, and may be held out although a model was trained on the old one.
+Two documents are near duplicates if they share a MinHash key. Documents connected by such pairs
+form a cluster, found by large-star and small-star (Kiveris et al., "Connected components in
+MapReduce and beyond", 2014). The document with the largest keyed hash of each cluster is kept. That
+hash also decides the split: small values are held out. So a document never changes its split, and
+if any document of a cluster was ever trained on, the one that is kept is trained on too, as long as
+that text is still among the sources. Removed texts are not remembered: if a document is edited in
+place, the split of the new form is drawn afresh, and it may be held out although a model was
+trained on the old form.
 
-Signatures as in Broder, "On the resemblance and containment of documents" (1997); the parameters
-are datatrove's defaults: word 5-grams, 14 buckets of 8 hashes, which finds pairs of a Jaccard
-similarity of about 0.7 and more. A gram is hashed from the hashes of its words, and those once for
-each distinct word; the 112 hashes of a gram are multiply-shift ones (Dietzfelbinger et al., "A
-reliable randomized algorithm for the closest-pair problem", 1997), whose high bits count.
+Signatures follow Broder, "On the resemblance and containment of documents" (1997); the parameters
+are datatrove's defaults: word 5-grams and 14 buckets of 8 hashes, which find pairs with a Jaccard
+similarity of about 0.7 or more. The hash of a gram is computed from the hashes of its words, which
+are computed once per distinct word. The 112 hashes of a gram are multiply-shift hashes
+(Dietzfelbinger et al., "A reliable randomized algorithm for the closest-pair problem", 1997), whose
+high bits count.
 """
 
 import hashlib
@@ -35,16 +37,16 @@ if TYPE_CHECKING:
 
 NGRAM, BUCKETS, ROWS = 5, 14, 8
 CHUNK = 128
-"""Grams that are hashed at once; 112 hashes of each stay in a core's cache."""
+"""Grams that are hashed at once; the 112 hashes of each stay in a core's cache."""
 WORDS_HELD = 1 << 16
 LONG = 1 << 20
-"""Characters of a text that are looked at together."""
+"""Characters of a text that are processed together."""
 MARKS = string.punctuation + "“”„‘’‚«»‹›…–—"
 ALONE = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff])")
-"""Letters of scripts that put no spaces between words (Thai, Khmer, Chinese, ...): each a word."""
+"""Letters of scripts without spaces between words (Thai, Khmer, Chinese, ...); each is one word."""
 
 
-# Odd ones; a hash is such a factor times the gram, modulo 2**64.
+# Odd factors; one hash is the factor times the gram, modulo 2**64.
 FACTORS = np.random.Generator(np.random.Philox(key=1)).integers(
     0, 1 << 63, BUCKETS * ROWS, dtype=np.uint64
 ) * np.uint64(2) + np.uint64(1)
@@ -56,7 +58,7 @@ def _hash(text: str) -> int:
 
 
 class _Words(dict[str, int]):
-    """Hashes of words, without case, accents and the punctuation around them; 0 if none is left."""
+    """Hashes of words without case, accents and surrounding punctuation; 0 if nothing is left."""
 
     def __missing__(self, word: str) -> int:
         plain = word.strip(MARKS).lower()
@@ -73,7 +75,7 @@ _words = _Words()
 
 
 def signature(text: str) -> list[int]:
-    """One key of 64 bits a bucket; two texts that share one are near duplicates."""
+    """One 64-bit key per bucket; two texts that share a key are near duplicates."""
     if not text.isascii():
         pieces = (text[start : start + LONG] for start in range(0, len(text), LONG))
         text = "".join(ALONE.sub(r" \1 ", piece) for piece in pieces)
@@ -100,7 +102,7 @@ def signature(text: str) -> list[int]:
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """Spread each bit over all (the finaliser of SplitMix64, Steele et al. 2014, shortened)."""
+    """Spread each bit over all (the finalizer of SplitMix64, Steele et al. 2014, shortened)."""
     values = (values ^ (values >> np.uint64(30))) * MIX
     return values ^ (values >> np.uint64(27))
 
@@ -119,8 +121,8 @@ ROW = {
     "bytes": "BIGINT",
     **dict.fromkeys(KEYS, "UBIGINT"),
 }
-"""A document as `Documents.save` writes it; in the tables, ``text_at`` and ``characters`` stand
-for its text."""
+"""A document as `Documents.save` writes it; the tables have ``text_at`` and ``characters`` instead
+of the text."""
 TYPES = {
     "BIGINT": "int64",
     "INTEGER": "int32",
@@ -130,7 +132,7 @@ TYPES = {
 }
 REST = [name for name in ROW if name != "text"]
 PLACES = 32
-"""Bits of ``doc`` that hold the place in the object; those above are the object's number."""
+"""The low bits of ``doc`` are the index in the object; the bits above are the object's number."""
 MEMORY = "192MB"
 BATCH_BYTES, BATCH_ROWS = 4 << 20, 10_000
 
@@ -149,31 +151,31 @@ class Documents:
         }
         self._database = duckdb.connect(str(folder / "documents.duckdb"), config=settings)
         self._database.execute("SET preserve_insertion_order = false")
-        # It would stand in what a step prints.
+        # Otherwise it appears in the output of a step.
         self._database.execute("SET enable_progress_bar = false")
         rest = ", ".join(f"{name} {ROW[name]}" for name in REST)
         self._database.execute(f"CREATE TABLE docs ({rest}, text_at BIGINT, characters BIGINT)")
         self._texts = (folder / "texts").open("w+b")
         self._rows: list[tuple[Any, ...]] = []
-        self._held = 0
+        self._unwritten_bytes = 0
         self._written = -1
 
     def add(self, number: int, place: int, row: "Row") -> None:
-        """Add the document that stands at ``place`` of object ``number``; objects come in order."""
+        """Add document number ``place`` of object ``number``; objects arrive in order."""
         *values, keys = row
         self._rows.append((_doc(number, place), number, *values, *keys))
-        self._held += row.bytes
-        if self._held >= BATCH_BYTES or len(self._rows) >= BATCH_ROWS:
+        self._unwritten_bytes += row.bytes
+        if self._unwritten_bytes >= BATCH_BYTES or len(self._rows) >= BATCH_ROWS:
             self.flush()
 
     def remove(self, number: int) -> None:
-        """Forget every document of an object."""
+        """Remove every document of an object."""
         self._rows = [row for row in self._rows if row[1] != number]
         if number <= self._written:
             self._database.execute("DELETE FROM docs WHERE object = ?", [number])
 
     def save(self, path: Path, numbers: Sequence[int]) -> None:
-        """Write the documents of some objects into a Parquet file, a few MB a row group."""
+        """Write the documents of some objects into a Parquet file with a few MB per row group."""
         import pyarrow
         import pyarrow.parquet
 
@@ -191,7 +193,7 @@ class Documents:
                 file.write_table(pyarrow.table({**columns, "text": texts}, schema))
 
     def load(self, path: Path, numbers: Mapping[int, int]) -> None:
-        """Add what `save` wrote of some objects; ``numbers`` are theirs there and here."""
+        """Add what `save` wrote for some objects; ``numbers`` maps old numbers to new."""
         import pyarrow.parquet
 
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -210,17 +212,17 @@ class Documents:
         self._texts.close()
 
     def text(self, at: int, size: int) -> str:
-        """The text of a document, by its columns ``text_at`` and ``bytes``."""
+        """The text of a document, located by its columns ``text_at`` and ``bytes``."""
         return os.pread(self._texts.fileno(), size, at).decode()
 
     def query(self, sql: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
-        """The rows of a query, some at a time."""
+        """The rows of a query, fetched in batches."""
         cursor = self._database.cursor().execute(sql, list(values))
         while rows := cursor.fetchmany(256):
             yield from rows
 
     def find_duplicates(self, near: bool) -> None:
-        """Make the table ``verdicts``: each doc with its reason, NULL for those that are kept."""
+        """Create the table ``verdicts``: each doc with its reason, NULL if it is kept."""
         self.flush()
         run = self._database.execute
         run("CREATE TABLE firsts AS SELECT sha256, min(doc) AS doc FROM docs GROUP BY sha256")
@@ -250,16 +252,16 @@ class Documents:
         )
 
     def _join_clusters(self) -> None:
-        """Turn ``edges`` into stars: each member v beside the smallest, u, of its cluster."""
+        """Turn ``edges`` into stars: each member v with the smallest member u of its cluster."""
         before = None
         while before != (now := self._stars()):
             before = now
-            # Large star: to each larger neighbour, the smallest of all neighbours and itself.
+            # Large star: link each larger neighbor to the smallest of all neighbors and itself.
             self._replace(
                 """SELECT DISTINCT m.lowest, e.v FROM pairs e JOIN m USING (u)
                 WHERE e.v > e.u AND m.lowest <> e.v"""
             )
-            # Small star: to each neighbour not larger and itself, the smallest of those.
+            # Small star: link each smaller neighbor and itself to the smallest of those.
             self._replace(
                 """WITH small AS (SELECT u, v FROM pairs WHERE v < u),
                     low AS (SELECT u, min(v) AS lowest FROM small GROUP BY u),
@@ -283,13 +285,13 @@ class Documents:
         self._database.execute("ALTER TABLE next RENAME TO edges")
 
     def flush(self) -> None:
-        """Write what waits in memory."""
+        """Write the rows that are still in memory."""
         if not self._rows:
             return
         columns = dict(zip(ROW, zip(*self._rows, strict=True), strict=True))
         self._insert(columns, columns.pop("text"))
         self._written = max(self._written, self._rows[-1][1])
-        self._rows, self._held = [], 0
+        self._rows, self._unwritten_bytes = [], 0
 
     def _insert(self, columns: Mapping[str, Any], texts: Sequence[str]) -> None:
         import pyarrow
@@ -313,13 +315,13 @@ def _doc(number: int, place: int) -> int:
 
 
 def _batches(rows: Iterator[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
-    """Rows that begin with a text's place and its bytes, some MB of text at a time."""
-    batch, held = [], 0
+    """Batches of some MB of text; a row begins with its text's offset and size in bytes."""
+    batch, size = [], 0
     for row in rows:
         batch.append(row)
-        held += row[1]
-        if held >= BATCH_BYTES or len(batch) >= BATCH_ROWS:
+        size += row[1]
+        if size >= BATCH_BYTES or len(batch) >= BATCH_ROWS:
             yield batch
-            batch, held = [], 0
+            batch, size = [], 0
     if batch:
         yield batch

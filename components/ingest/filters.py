@@ -1,9 +1,9 @@
-"""The named filters of a recipe, each a function of a text: a text, or the reason to drop it.
+"""The named filters of a recipe. A filter maps a text to a text, or to the reason to drop it.
 
-``unicode`` mends mojibake and control characters with ftfy and leaves quotes and ligatures;
-``length``; ``repetition`` after Gopher (Rae et al. 2021, arXiv 2112.11446, table A1);
-``language`` by py3langid; ``pii`` finds e-mail addresses, public IP addresses, payment cards,
-IBANs and phone numbers written with a country code.
+``unicode`` repairs mojibake and control characters with ftfy and keeps quotes and ligatures;
+``length`` drops short and long texts; ``repetition`` follows Gopher (Rae et al. 2021, arXiv
+2112.11446, table A1); ``language`` uses py3langid; ``pii`` finds e-mail addresses, public IP
+addresses, payment cards, IBANs and phone numbers written with a country code.
 """
 
 import ipaddress
@@ -30,8 +30,8 @@ CARD = re.compile(r"(?<![\d-])\d(?:[ -]?\d){12,18}(?![\d-])")
 IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
 
 
-def normalise(text: str) -> str:
-    """Unicode NFC, plain newlines, no NUL, no lone surrogate, no blank edges."""
+def normalize(text: str) -> str:
+    """The text in Unicode NFC with plain newlines, without NUL, lone surrogates, outer blanks."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
     if not text.isascii():
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -39,7 +39,7 @@ def normalise(text: str) -> str:
 
 
 def make_filters(settings: IngestSettings) -> list[Filter]:
-    """The recipe's filters in its order; raises `UserError` if one lacks what it needs."""
+    """The recipe's filters in their order; raises `UserError` if a filter lacks what it needs."""
     made: dict[str, Callable[[IngestSettings], Filter]] = {
         "unicode": _unicode,
         "length": _length,
@@ -69,13 +69,13 @@ def _unicode(_: IngestSettings) -> Filter:
         normalization="NFC",
     )
 
-    def mend(text: str) -> str:
-        # Printable ASCII has nothing to mend, and ftfy takes milliseconds a page.
+    def repaired(text: str) -> str:
+        # Printable ASCII needs no repair, and ftfy takes milliseconds per page.
         if text.isascii() and text.replace("\n", "").replace("\t", "").isprintable():
             return text
         return ftfy.fix_text(text, config).strip()
 
-    return mend
+    return repaired
 
 
 def _length(settings: IngestSettings) -> Filter:
@@ -88,10 +88,10 @@ def _length(settings: IngestSettings) -> Filter:
 
 
 def repetition(text: str) -> str | Unreadable:
-    """Drop a text of which too much is a line said before or one phrase again and again."""
+    """Drop a text that consists too much of repeated lines or of one repeated phrase."""
     lines = [line for line in text.split("\n") if line.strip()]
-    again = Counter(lines)
-    extra = [(count - 1, len(line)) for line, count in again.items() if count > 1]
+    occurrences = Counter(lines)
+    extra = [(count - 1, len(line)) for line, count in occurrences.items() if count > 1]
     if sum(count for count, _ in extra) > DUPLICATE_LINES * len(lines):
         return Unreadable("repetition")
     if sum(count * size for count, size in extra) > DUPLICATE_LINE_CHARACTERS * len(text):
@@ -111,7 +111,7 @@ def _language(settings: IngestSettings) -> Filter:
 
     if not settings.languages:
         raise UserError(
-            "ingest.filters has 'language' but ingest.languages is empty; give the languages to "
+            "ingest.filters has 'language' but ingest.languages is empty; list the languages to "
             "keep, such as [en, fr]"
         )
 

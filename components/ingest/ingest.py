@@ -1,4 +1,4 @@
-"""The step `ingest`: sources in, a clean, deduplicated and split corpus out."""
+"""The step `ingest`: turns sources into a clean, deduplicated and split corpus."""
 
 import copy
 import dataclasses
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 KEPT = "FROM docs JOIN verdicts USING (doc) WHERE reason IS NULL"
 GROUPS = 30
-"""Licences, and origins, that are counted one by one; the smaller ones are counted together."""
+"""Licenses, and origins, that are counted one by one; the smaller groups are counted together."""
 LANGUAGE_SAMPLE, LANGUAGE_CHARACTERS = 300, 1000
 
 
 @step("ingest", outputs=("corpus", "report"), reuse=False)
 def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str, Any]:
-    """Read every source, drop what cannot be used, split the rest.
+    """Read every source, drop what cannot be used, and split the rest.
 
-    ``corpus`` becomes a corpus artifact (`nudge.components.common.artifacts.corpus`), ``report`` a
-    page.
-    In all and for each source, ``documents_in`` is ``documents`` plus every count in ``dropped``,
-    and ``text_bytes_in`` is ``text_bytes_kept`` plus every count in ``dropped_bytes``; ``bytes``
-    are those of the kept texts after cleaning.
-    Documents wait in tables beside ``corpus``, so that memory does not grow with their number.
-    With ``settings.state_uri`` only objects that are new or changed are read, with
-    ``settings.engine`` ray the nodes of a cluster read them; the corpus is the same. Raises
-    `UserError` if a source is missing, more is lost than ``settings.max_lost``, or nothing that
-    could be split is left.
+    ``corpus`` becomes a corpus artifact (`nudge.components.common.artifacts.corpus`), ``report`` an
+    HTML page. In total and for each source, ``documents_in`` is ``documents`` plus every count in
+    ``dropped``, and ``text_bytes_in`` is ``text_bytes_kept`` plus every count in ``dropped_bytes``;
+    ``bytes`` is the size of the kept texts after cleaning.
+
+    Documents are stored in tables beside ``corpus``, so that memory does not grow with their
+    number. With ``settings.state_uri``, only new and changed objects are read. With
+    ``settings.engine: ray``, the nodes of a cluster read them. The corpus is the same in every
+    case. Raises `UserError` if a source is missing, if more is lost than ``settings.max_lost``
+    allows, or if too little is left to split.
     """
     from nudge.components.ingest.pieces import AUTOMATIC
 
@@ -48,13 +48,13 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
     except _TooFew as error:
         if settings.split_characters or error.longest <= AUTOMATIC:
             raise
-        # One book, or a few: the same again in pieces.
+        # One book, or a few: repeat in pieces.
         in_pieces = dataclasses.replace(settings, split_characters=AUTOMATIC)
         return _ingest(in_pieces, corpus, report)
 
 
 class _TooFew(UserError):
-    """There are too few documents to hold any out; ``longest`` is in characters."""
+    """There are too few documents to hold any out; ``longest`` is the longest one in characters."""
 
     longest = 0
 
@@ -66,12 +66,12 @@ def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, A
     from nudge.components.ingest.downloads import WebLimits
     from nudge.components.ingest.duplicates import Documents
     from nudge.components.ingest.filters import make_filters
+    from nudge.components.ingest.finding import find_sources
     from nudge.components.ingest.new_text import is_new
     from nudge.components.ingest.report import render_report
-    from nudge.components.ingest.sources import find_sources
     from nudge.components.ingest.state import IngestState
 
-    make_filters(settings)  # what a filter lacks is told before anything is read
+    make_filters(settings)  # report what a filter lacks before anything is read
     limits = WebLimits(settings.allow_private_addresses, settings.max_download_bytes)
     sources = find_sources(settings.data_uri, limits)
     corpus.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def _read_all(
     documents: "Documents",
     bar: "Progress",
 ) -> dict[int, dict[str, Any]]:
-    """Read each object that is not ``known`` already; returns the facts of all, by number."""
+    """Read each object that is not ``known``; returns the facts of all objects by number."""
     from nudge.components.ingest.reading import read_objects
 
     if known:
@@ -149,12 +149,12 @@ def _read_all(
     return {**known, **read_objects(new, settings, documents, bar)}
 
 
-def _samples(told: list[dict[str, list[str]]]) -> dict[str, list[str]]:
+def _samples(by_object: list[dict[str, list[str]]]) -> dict[str, list[str]]:
     """The first samples of each reason over all objects."""
     from nudge.components.ingest.cleaning import SAMPLES
 
     merged: dict[str, list[str]] = {}
-    for samples in told:
+    for samples in by_object:
         for reason, examples in samples.items():
             shown = merged.setdefault(reason, [])
             shown += examples[: SAMPLES - len(shown)]
@@ -164,17 +164,17 @@ def _samples(told: list[dict[str, list[str]]]) -> dict[str, list[str]]:
 def _count_duplicates(
     documents: "Documents", sources: "list[Source]", facts: list[dict[str, Any]]
 ) -> dict[str, list[str]]:
-    """Complete each source's facts with what `find_duplicates` told of its documents; returns
-    samples of those that are dropped."""
+    """Add the results of `find_duplicates` to each source's facts; returns samples of the dropped
+    documents."""
     from nudge.components.ingest.cleaning import SAMPLE_CHARACTERS, SAMPLES
 
     for fact in facts:
         fact |= {"documents": 0, "kept_bytes": 0, "text_bytes_kept": 0}
-    told = documents.query(
+    verdicts = documents.query(
         "SELECT object, reason, count(*), sum(bytes)::BIGINT, sum(raw_bytes)::BIGINT "
         "FROM docs JOIN verdicts USING (doc) GROUP BY ALL ORDER BY object, reason"
     )
-    for number, reason, count, size, raw_size in told:
+    for number, reason, count, size, raw_size in verdicts:
         fact = facts[number]
         if reason is None:
             fact |= {"documents": count, "kept_bytes": size, "text_bytes_kept": raw_size}
@@ -241,7 +241,7 @@ def _counts(
 
 
 def _groups(documents: "Documents", column: str, total: int) -> list[dict[str, Any]]:
-    """Kept documents by a column's values, the largest group first; the last may be of many."""
+    """Kept documents by a column's values, largest first; the last group may combine many."""
     rows = documents.query(
         f"SELECT {column}, count(*) AS n, sum(bytes)::BIGINT {KEPT} "
         f"GROUP BY {column} ORDER BY n DESC, {column} LIMIT {GROUPS}"
@@ -257,7 +257,7 @@ def _groups(documents: "Documents", column: str, total: int) -> list[dict[str, A
 
 
 def _languages(documents: "Documents") -> dict[str, int]:
-    """The languages of kept documents, the most frequent first; of a sample, drawn by hash."""
+    """The languages of a sample of kept documents, drawn by hash; most frequent first."""
     import py3langid
 
     rows = documents.query(f"SELECT text_at, bytes {KEPT} ORDER BY sha256 LIMIT {LANGUAGE_SAMPLE}")
@@ -290,20 +290,21 @@ def _kept(
 def _check(settings: IngestSettings, counts: dict[str, Any], columns: str) -> None:
     documents_in, count, dropped = (counts[key] for key in ("documents_in", "documents", "dropped"))
     if documents_in == 0:
-        raise UserError(f"the corpus is empty: {settings.data_uri} holds no document")
+        raise UserError(f"the corpus is empty: {settings.data_uri} has no documents")
     reasons = ", ".join(f"{reason} {number}" for reason, number in dropped.items())
     if count == 0 and columns:
         raise UserError(
-            f"{settings.data_uri} has no column {settings.text_column!r}, it has: {columns}; "
-            "set ingest.text_column"
+            f"{settings.data_uri} has no column {settings.text_column!r}; it has: {columns}; "
+            "set ingest.text_column to the one with the text"
         )
     if count == 0:
         raise UserError(f"no document is left of {documents_in}; dropped: {reasons}")
     for key, setting in (("licenses", "license_column"), ("origins", "source_column")):
         if not any(group["value"] for group in counts.get(key, [{"value": True}])):
             raise UserError(
-                f"ingest.{setting} is {getattr(settings, setting)!r}, and no document of "
-                f"{settings.data_uri} has a value there; give the column's name, or leave it out"
+                f"ingest.{setting} is {getattr(settings, setting)!r}, but no document of "
+                f"{settings.data_uri} has a value in that column; correct the name, or remove the "
+                "setting"
             )
 
 
@@ -314,11 +315,10 @@ def _check_split(settings: IngestSettings, counts: dict[str, Any], longest: int)
     if not train or not validation:
         need = corpus_size(settings.validation_share)
         error = _TooFew(
-            f"the corpus is too small to split: {count} documents left of {documents_in} "
-            f"(dropped: {reasons or 'none'}) gave {train} for training and "
-            f"{validation} for validation; about {need} documents are needed, "
-            "or a larger ingest.validation_share; ingest.split_characters makes several of a "
-            "long one"
+            f"the corpus is too small to split: {count} of {documents_in} documents were kept "
+            f"(dropped: {reasons or 'none'}), which gives {train} for training and "
+            f"{validation} for validation; bring about {need} documents, raise "
+            "ingest.validation_share, or set ingest.split_characters to split long documents"
         )
         error.longest = longest
         raise error

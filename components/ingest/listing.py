@@ -1,6 +1,6 @@
-"""From what ``data_uri`` says to URIs, and from a folder of this machine to its files.
+"""Turns ``data_uri`` into URIs, and a local folder into its files.
 
-A name that exists wins over what it could mean otherwise: a pattern, several URIs, a quoted blank.
+An existing name wins over any other reading of it: a pattern, several URIs, a quoted blank.
 """
 
 import glob
@@ -19,17 +19,17 @@ MAGIC = "*?["
 
 
 class Found(NamedTuple):
-    """A path of this machine; ``skipped`` says why it is not read, if it is not."""
+    """A local path; ``skipped`` is the reason why it is not read, if there is one."""
 
     path: str
     skipped: str = ""
 
 
 def named_uris(data_uri: str | Sequence[str]) -> list[str]:
-    """The URIs in a setting: a list of them, or a text with one per line or between blanks.
+    """The URIs in a setting: a list, or a text in which lines or blanks separate them.
 
-    A line that names an existing file or folder is one URI, blanks included; so is what stands in
-    quotation marks, and a blank after a backslash.
+    A line that names an existing file or folder is one URI, blanks included. Text in quotation
+    marks is one URI too, and a backslash before a blank keeps it in the URI.
     """
     if not isinstance(data_uri, str):
         return [uri.strip() for uri in data_uri if uri.strip()]
@@ -49,13 +49,13 @@ def named_uris(data_uri: str | Sequence[str]) -> list[str]:
 
 
 def exists(uri: str) -> bool:
-    """Whether a URI of this machine names something, by its own name or with ``%20`` decoded."""
+    """Whether a local URI names something, literally or with ``%20`` decoded."""
     return not uri.startswith("package://") and os.path.lexists(local_name(uri))
 
 
 def local_name(uri: str) -> str:
-    """The path that a URI of this machine names; percent signs are decoded in ``file://`` only, and
-    only if there is nothing of that very name."""
+    """The path of a local URI. Percent signs are decoded only in ``file://`` URIs, and only if no
+    file has the literal name."""
     path = str(local_path(uri))
     if uri.startswith("file:") and "%" in path and not os.path.lexists(path):
         decoded = unquote(path)
@@ -65,10 +65,10 @@ def local_name(uri: str) -> str:
 
 
 def local_files(path: str) -> list[Found]:
-    """Every file that a path or pattern names, folders expanded, in a fixed order.
+    """Every file that a path or pattern names, with folders expanded, in a fixed order.
 
-    Linked folders are read like others, but none twice; hidden folders and files, pipes, devices
-    and links to nothing are named with the reason why they are skipped.
+    Linked folders are read like others, but no folder is read twice. Hidden folders and files,
+    pipes, devices and broken links are listed with the reason why they are skipped.
     """
     from nudge.components.common.readers import hidden_part
 
@@ -81,13 +81,13 @@ def local_files(path: str) -> list[Found]:
         return []
     fixed = _fixed_part(path)
     found: dict[str, Found] = {}
-    # A pattern that spells out a dot means hidden names.
+    # A pattern with an explicit dot asks for hidden names.
     are_hidden_meant = any(part.startswith(".") for part in path[len(fixed) :].split(os.sep))
     for match in sorted(glob.iglob(path, recursive=True, include_hidden=are_hidden_meant)):
         hidden = "" if are_hidden_meant else hidden_part(os.path.relpath(match, fixed or os.curdir))
         if hidden or os.path.isdir(match):
             continue
-        # Through a link that leads up, a pattern finds the same file again and again.
+        # Through a link to a parent folder, a pattern finds the same file many times.
         real = os.path.join(os.path.realpath(os.path.dirname(match)), os.path.basename(match))
         found.setdefault(real, Found(match, _unread_kind(match)))
     return list(found.values())
@@ -131,7 +131,7 @@ def _unread_kind(path: str) -> str:
 
 
 def _fixed_part(pattern: str) -> str:
-    """The folder before the first part of a pattern that has a wildcard."""
+    """The folder before the first part of a pattern with a wildcard."""
     fixed: list[str] = []
     for part in pattern.split(os.sep)[:-1]:
         if any(mark in part for mark in MAGIC):

@@ -1,15 +1,15 @@
-"""Whether there is text that the served model has not been trained on."""
+"""Decides whether there is text that the served model has not been trained on."""
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.ingest.settings import IngestSettings
 
 
 def is_new(settings: IngestSettings, fingerprint: str) -> bool:
-    """Whether a corpus differs from the one behind what is served of ``settings.model_name``.
+    """Whether a corpus differs from the one that the served version was trained on.
 
-    True without asking anybody unless ``settings.only_new``. The registry knows the fingerprint of
-    each version's corpus; where nothing is served, every corpus is new. Raises `UserError` if the
-    registry cannot be asked: no answer is not "nothing new".
+    Always True unless ``settings.only_new`` is set. The registry knows the fingerprint of each
+    version's corpus; if no version of ``settings.model_name`` is served, every corpus is new.
+    Raises `UserError` if the registry does not answer: no answer does not mean "nothing new".
     """
     if not settings.only_new:
         return True

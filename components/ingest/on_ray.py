@@ -1,9 +1,8 @@
-"""Reading and cleaning over Ray Data: a group of objects is a task, on any node of a Ray cluster.
+"""Reading and cleaning with Ray Data: each task is a group of objects, on any node of a cluster.
 
-A node reads the objects from their store itself, with this process's data connection, and hands
-back the file that `Documents.save` makes of them, in pieces, through Ray's object store. Beside the
-connection nothing is handed over: nudge has to be in the nodes' image, and so does a CA's file or a
-token of the hub that the sources need.
+A node reads the objects directly from their store with this process's data connection. It returns
+the file that `Documents.save` writes, in pieces, through Ray's object store. Nothing else is passed
+to the nodes: their image must contain nudge, and any CA file or hub token that the sources need.
 """
 
 import dataclasses
@@ -25,60 +24,60 @@ from nudge.components.ingest.settings import IngestSettings
 from nudge.components.ingest.sources import Source
 
 GROUP_BYTES, GROUP_OBJECTS = 64 << 20, 200
-"""A task is of more objects only while they are smaller and fewer than this."""
+"""Objects are added to a task while they are smaller and fewer than this."""
 PIECE_BYTES = 32 << 20
 
 
 def read_on_ray(
     chosen: Mapping[int, Source], settings: IngestSettings, documents: Documents, bar: Progress
 ) -> dict[int, dict[str, Any]]:
-    """What `read_objects` does, with the same result.
+    """Do what `read_objects` does, with the same result.
 
-    What a node could not see, and what came from a node in part only, this process reads itself.
-    Raises `UserError` as `joined_ray` does, or if a node's store refuses.
+    This process itself reads objects that a node could not see or returned only in part. Raises
+    `UserError` as `joined_ray` does, or if a store refuses a node's request.
     """
     import pyarrow
 
     cores = settings.workers or usable_cores()
     with (
-        tempfile.TemporaryDirectory(prefix=".ray-", dir=documents.folder) as place,
+        tempfile.TemporaryDirectory(prefix=".ray-", dir=documents.folder) as folder,
         joined_ray("ingest", settings.ray_address, cores) as ray,
     ):
-        arriving = Arriving(Path(place), documents)
+        arriving = Arriving(Path(folder), documents)
         rows = [{"group": pickle.dumps(group)} for group in groups(chosen)]
-        handed = [ray.put(pyarrow.Table.from_pylist([row])) for row in rows]
+        tasks = [ray.put(pyarrow.Table.from_pylist([row])) for row in rows]
         how = {"settings": settings, "piece_bytes": PIECE_BYTES}
-        made = ray.data.from_arrow_refs(handed).flat_map(_read_group, fn_kwargs=how, num_cpus=1)
-        for piece in made.iter_rows() if handed else ():
+        made = ray.data.from_arrow_refs(tasks).flat_map(_read_group, fn_kwargs=how, num_cpus=1)
+        for piece in made.iter_rows() if tasks else ():
             if piece["error"]:
                 raise UserError(piece["error"])
-            if told := arriving.take(piece):
+            if finished := arriving.take(piece):
                 count = sum(fact["documents_in"] for fact in arriving.facts.values())
-                bar.advance(told, documents=count)
+                bar.advance(finished, documents=count)
         facts = arriving.facts
     left = {number: source for number, source in chosen.items() if number not in facts}
     return {**facts, **read_objects(left, settings, documents, bar)}
 
 
 def groups(chosen: Mapping[int, Source]) -> Iterator[dict[int, Source]]:
-    """The objects of each task, in their order."""
+    """The objects of each task, in order."""
     group: dict[int, Source] = {}
-    held = 0
+    group_bytes = 0
     for number, source in chosen.items():
         size = source.bytes or 0
-        if group and (held + size > GROUP_BYTES or len(group) == GROUP_OBJECTS):
+        if group and (group_bytes + size > GROUP_BYTES or len(group) == GROUP_OBJECTS):
             yield group
-            group, held = {}, 0
+            group, group_bytes = {}, 0
         group[number] = source
-        held += size
+        group_bytes += size
     if group:
         yield group
 
 
 class Arriving:
-    """Puts files together whose pieces come in any order, and loads those that are whole.
+    """Assembles files whose pieces arrive in any order, and loads each file that is complete.
 
-    A task that Ray runs again, as its node was lost, hands back another file, of another ``name``.
+    If a node is lost, Ray reruns the task, which returns another file with another ``name``.
     """
 
     def __init__(self, folder: Path, documents: Documents) -> None:
@@ -87,7 +86,7 @@ class Arriving:
         self.facts: dict[int, dict[str, Any]] = {}
 
     def take(self, piece: dict[str, Any]) -> int:
-        """Take a piece; returns the number of objects that are known by it now."""
+        """Take one piece; returns the number of objects that it completes."""
         name = piece["name"]
         path = self._folder / name
         with path.open("r+b" if name in self._missing else "wb") as file:
@@ -98,7 +97,7 @@ class Arriving:
         if left:
             return 0
         facts = {int(number): fact for number, fact in json.loads(piece["facts"]).items()}
-        # An object that a node does not see may be seen from here, and one task may count twice.
+        # This process may see an object that a node does not, and a rerun task may arrive twice.
         seen = {n: fact for n, fact in facts.items() if not fact["lost"] and n not in self.facts}
         self._documents.load(path, {number: number for number in seen})
         path.unlink()
@@ -123,8 +122,12 @@ def _read_group(
         documents.save(folder / "documents.parquet", list(group))
         documents.close()
         path = folder / "documents.parquet"
-        whole = {"name": uuid.uuid4().hex, "size": path.stat().st_size, "facts": json.dumps(facts)}
+        file_facts = {
+            "name": uuid.uuid4().hex,
+            "size": path.stat().st_size,
+            "facts": json.dumps(facts),
+        }
         with path.open("rb") as file:
             while data := file.read(piece_bytes):
                 offset = file.tell() - len(data)
-                yield {**empty, **whole, "offset": offset, "data": data}
+                yield {**empty, **file_facts, "offset": offset, "data": data}

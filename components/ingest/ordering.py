@@ -1,7 +1,7 @@
-"""Rows in the order of their hash, by way of the disk where they are more than memory should hold.
+"""Sorts rows by their hash, on disk if there are too many for memory.
 
-A database's sort carries the texts along and wants memory for them; hashes are spread evenly, so
-that a file for each of their first digits holds few enough rows to be sorted by themselves.
+A database's sort carries the texts along and needs memory for them. Hashes are spread evenly, so
+one file per leading digit has few enough rows to sort in memory.
 """
 
 import pickle
@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import IO, Any
 
 PART_BYTES = 16 << 20
-"""So much is sorted in memory at once."""
+"""At most this much is sorted in memory at once."""
 
 
 def in_hash_order(
     rows: Iterator[tuple[Any, ...]], size: int, folder: Path, start: int = 0
 ) -> Iterator[tuple[Any, ...]]:
-    """The rows by their first value, a hex digest, of which ``start`` digits are equal in all.
+    """The rows in the order of their first value, a hex digest.
 
-    ``size`` says roughly how many bytes they are; ``folder`` takes what memory should not hold.
+    The first ``start`` digits are equal in all rows. ``size`` is roughly the rows' size in bytes;
+    temporary files are written into ``folder``.
     """
     if size <= PART_BYTES:
         yield from sorted(rows)
@@ -31,20 +32,20 @@ def in_hash_order(
     counts: Counter[str] = Counter()
     files: dict[str, IO[bytes]] = {}
     with tempfile.TemporaryDirectory(prefix="order-", dir=folder) as name:
-        place = Path(name)
+        parts = Path(name)
         for row in rows:
             part = row[0][start : start + digits]
             if part not in files:
-                files[part] = (place / part).open("wb", buffering=1 << 15)
+                files[part] = (parts / part).open("wb", buffering=1 << 15)
             pickle.dump(row, files[part], pickle.HIGHEST_PROTOCOL)
             sizes[part] += sum(map(sys.getsizeof, row))
             counts[part] += 1
         for file in files.values():
             file.close()
         for part in sorted(files):
-            stored, size = _stored(place / part), sizes[part] if counts[part] > 1 else 0
+            stored, size = _stored(parts / part), sizes[part] if counts[part] > 1 else 0
             yield from in_hash_order(stored, size, folder, start + digits)
-            (place / part).unlink()
+            (parts / part).unlink()
 
 
 def _stored(path: Path) -> Iterator[tuple[Any, ...]]:

@@ -1,7 +1,7 @@
-"""Objects one after another into the cleaner, the small ones fetched ahead of their turn.
+"""Feeds objects to the cleaner in order, and fetches small ones ahead of their turn.
 
-A store answers many requests at once as fast as one; so the bytes of small objects are fetched some
-at a time, while those before them are parsed. The order is that of the objects all the same.
+A store answers many concurrent requests as fast as one. So several small objects are fetched at a
+time while earlier ones are parsed; the order of the objects does not change.
 """
 
 import collections
@@ -17,12 +17,13 @@ from nudge.components.ingest import sources
 from nudge.components.ingest.cleaning import Cleaner, Tally
 from nudge.components.ingest.duplicates import Documents
 from nudge.components.ingest.settings import IngestSettings
-from nudge.components.ingest.sources import CHANGES, Changed, Source, Vanished, fetched, opened
+from nudge.components.ingest.sources import CHANGES, Changed, Source, fetched, opened
+from nudge.components.ingest.stores import Vanished
 
 AT_ONCE = 16
-"""Objects that are fetched at a time."""
+"""Objects that are fetched concurrently."""
 AHEAD_BYTES = 32 << 20
-"""What was fetched and waits for its turn, at the most."""
+"""At most this much fetched data waits for its turn."""
 
 
 def read_objects(
@@ -31,7 +32,7 @@ def read_objects(
     documents: Documents,
     bar: Progress | None = None,
 ) -> dict[int, dict[str, Any]]:
-    """Read and clean objects into ``documents``; returns the facts of each, by its number."""
+    """Read and clean objects into ``documents``; returns the facts of each object by its number."""
     tallies = []
     with Cleaner(settings, documents) as cleaner, ahead(chosen) as objects:
         for number, source, data in objects:
@@ -43,7 +44,7 @@ def read_objects(
 
 @contextmanager
 def ahead(chosen: Mapping[int, Source]) -> Iterator[Iterator[tuple[int, Source, bytes | None]]]:
-    """Each object in its order, with its bytes if they were fetched."""
+    """Each object in order, with its bytes if they were fetched."""
     with ThreadPoolExecutor(AT_ONCE, "fetch") as pool:
         try:
             yield _fetched_ahead(chosen, pool)
@@ -55,12 +56,12 @@ def _fetched_ahead(
     chosen: Mapping[int, Source], pool: ThreadPoolExecutor
 ) -> Iterator[tuple[int, Source, bytes | None]]:
     waiting: collections.deque[tuple[int, int, Future[bytes | None] | None]] = collections.deque()
-    held = 0
+    fetched_bytes = 0
 
     def first() -> tuple[int, Source, bytes | None]:
-        nonlocal held
+        nonlocal fetched_bytes
         number, size, future = waiting.popleft()
-        held -= size
+        fetched_bytes -= size
         return number, chosen[number], future.result() if future else None
 
     for number, source in chosen.items():
@@ -68,10 +69,10 @@ def _fetched_ahead(
         if size is None or size > sources.BLOCK_BYTES or not source.is_readable:
             waiting.append((number, 0, None))
         else:
-            while waiting and held + size > AHEAD_BYTES:
+            while waiting and fetched_bytes + size > AHEAD_BYTES:
                 yield first()
             waiting.append((number, size, pool.submit(fetched, source)))
-            held += size
+            fetched_bytes += size
         if len(waiting) > AT_ONCE:
             yield first()
     while waiting:
@@ -81,7 +82,7 @@ def _fetched_ahead(
 def _read(
     source: Source, number: int, data: bytes | None, settings: IngestSettings, cleaner: Cleaner
 ) -> Tally:
-    """Put one object's records into the cleaner; all are of one version of the object."""
+    """Pass one object's records to the cleaner; all belong to one version of the object."""
     if data is not None:
         tally = Tally(number, source.uri)
         for record in read_stream(io.BytesIO(data), source.name, settings.reading):

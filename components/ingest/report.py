@@ -1,4 +1,4 @@
-"""The page that `ingest` leaves: what came in, what was dropped and why, what is left."""
+"""The page that `ingest` writes: what was read, what was dropped and why, and what is left."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ blockquote { margin: .5rem 0; padding-left: .8rem; border-left: 3px solid var(--
 <p><strong>{{ counts.documents }}</strong> of {{ counts.documents_in }} documents kept,
 {{ counts.bytes }} bytes of text: {{ counts.train_documents }} to train on,
 {{ counts.validation_documents }} held out.{% if counts.encodings %}
-In other encodings than UTF-8:
+Encodings other than UTF-8:
 {% for name, number in counts.encodings.items() %}{{ number }} {{ name }}
 {{- ", " if not loop.last }}{% endfor %}.{% endif %} Fingerprint <code>{{ fingerprint }}</code>.</p>
 <h2>Where it went</h2>
@@ -57,8 +57,9 @@ In other encodings than UTF-8:
 <tr><td>kept</td><td class="n">{{ counts.documents }}</td>
 <td class="n">{{ counts.text_bytes_kept }}</td></tr>
 </table>
-<p>Cleaning made {{ counts.bytes }} bytes of the {{ counts.text_bytes_kept }} that are kept. What
-could not be read counts with the bytes that stood there, or with 0 where damage hides how many.</p>
+<p>Cleaning turned the {{ counts.text_bytes_kept }} bytes that are kept into {{ counts.bytes }}.
+A document that could not be read counts with its stored bytes, or with 0 if damage hides its
+size.</p>
 {% for reason, examples in samples.items() %}
 <details><summary>{{ reason }}: some of them</summary>
 {% for example in examples %}<blockquote>{{ example }}</blockquote>{% endfor %}</details>
@@ -74,19 +75,20 @@ could not be read counts with the bytes that stood there, or with 0 where damage
 {{- ", " if not loop.last }}{% endfor %}</td></tr>
 {% endfor %}</table>
 {% if counts.sources | length > sources_shown %}
-<p>And {{ counts.sources | length - sources_shown }} more, all in the corpus's manifest.</p>
+<p>{{ counts.sources | length - sources_shown }} more sources are in the corpus's manifest.</p>
 {% endif %}
-{% for title, groups in (("Licences", counts.licenses), ("Origins", counts.origins)) if groups %}
+{% for title, groups in (("Licenses", counts.licenses), ("Origins", counts.origins)) if groups %}
 <h2>{{ title }}</h2>
 <table><tr><th>value</th><th class="n">documents kept</th><th class="n">bytes</th></tr>
 {% for group in groups %}
 <tr><td>{% if group.value %}{{ group.value }}{% elif "others" in group %}
-{{ group.others }} others{% else %}not given{% endif %}</td>
+{{ group.others }} others{% else %}no value{% endif %}</td>
 <td class="n">{{ group.documents }}</td><td class="n">{{ group.bytes }}</td></tr>
 {% endfor %}</table>
 {% endfor %}
 <h2>Languages</h2>
-<p>Of {{ counts.languages.values() | sum }} kept documents, drawn by the hash of their text.</p>
+<p>A sample of {{ counts.languages.values() | sum }} kept documents, drawn by the hash of their
+text.</p>
 <table><tr><th>language</th><th></th><th class="n">documents</th></tr>
 {% for language, number in counts.languages.items() %}
 <tr><td>{{ language }}</td><td style="width:50%"><div class="bar"
@@ -101,10 +103,10 @@ could not be read counts with the bytes that stood there, or with 0 where damage
 <td class="n">{{ number }}</td></tr>
 {% endfor %}</table>
 <h2>Some held-out documents</h2>
-<p>The hash of its text decides whether a document is held out, so it stays where it is as the
-corpus grows, and what is nearly the same stays with it. What was edited since the last run is drawn
-anew: a model trained on from the last one may know the old form, unless that is among the sources
-still.</p>
+<p>The hash of its text decides whether a document is held out, so documents keep their split as the
+corpus grows, and near duplicates share one split. The split of a document that was edited since the
+last run is drawn afresh: a model that continues from the last one may know its old form, unless the
+old form is still among the sources.</p>
 {% for text in held_out %}
 <blockquote>{{ text }}</blockquote>{% endfor %}
 </body></html>
@@ -120,9 +122,9 @@ def render_report(
     samples: dict[str, list[str]],
     held_out: list[str],
 ) -> str:
-    """One self-contained HTML page; everything from data is escaped.
+    """One self-contained HTML page; everything that comes from data is escaped.
 
-    ``lengths`` counts documents by the power of two of characters that they reach.
+    ``lengths`` counts documents by their length in characters, rounded down to a power of two.
     """
     most = max(lengths.values())
     bars = [(low, n, round(100 * n / most)) for low, n in lengths.items()]

@@ -22,8 +22,8 @@ that returns a function of a text, which returns a text or an `Unreadable` with 
 @settings
 class IngestSettings:
     data_uri: str | tuple[str, ...]
-    """Where the text is: a path, URI or glob, or a list of them. In a text, several stand apart by
-    lines or blanks; a name with blanks is one if it exists, or in quotation marks."""
+    """The text's location: a path, URI or glob, or a list of them. In a string, lines or blanks
+    separate several; a name with blanks is one if it exists or is in quotation marks."""
     max_download_bytes: Annotated[int, Field(ge=1)] = 16 << 30
     """The largest file that is downloaded from an http:// or https:// address."""
     allow_private_addresses: bool = False
@@ -32,63 +32,65 @@ class IngestSettings:
     text_column: str = "text"
     """The column or key that holds the text, in csv, jsonl and parquet."""
     id_column: str = "id"
-    """The column or key that names a document; where it is missing, its place names it."""
+    """The column or key that names a document; without it, the row number names it."""
     license_column: str = ""
-    """The column or key that holds a document's licence; empty: none is kept."""
+    """The column or key with a document's license; empty: no license is kept."""
     source_column: str = ""
-    """The column or key that says where a document is from (kept as its ``origin``); empty: none
-    is kept. The file it was read from is always kept."""
+    """The column or key with a document's origin (kept as ``origin``); empty: no origin is kept.
+    The file that a document was read from is always kept."""
     encoding: str = ""
     """The encoding of text files and tables, such as windows-1252; empty: UTF-8, else what the file
     declares, else what is detected (and reported)."""
     delimiter: Annotated[str, Field(max_length=1)] = ""
-    """The delimiter of .csv files; empty: the one of comma, semicolon, tab and bar under which the
-    first row names the text column."""
+    """The delimiter of .csv files; empty: comma, semicolon, tab or bar, whichever makes the first
+    row contain the text column's name."""
     keep_front_matter: bool = False
-    """Whether the YAML front matter of Markdown files stays in their text."""
+    """Whether to keep the YAML front matter of Markdown files in their text."""
     min_characters: Annotated[int, Field(ge=1)] = 20
     max_characters: Annotated[int, Field(ge=1)] = 10_000_000
     split_characters: Annotated[int, Field(ge=0)] = 0
     """Longer texts become several documents of at most this many characters, cut between
-    paragraphs; each is trained on or held out. 0: only if there would otherwise be too few
-    documents to hold any out, as of a single book; then 4000."""
+    paragraphs; each piece is trained on or held out by itself. 0: split only if there would
+    otherwise be too few documents to hold any out, as with a single book; then 4000."""
     max_lost: Annotated[float, Field(ge=0, le=1)] = 0.2
     """The largest share of documents, or of their bytes, that may be dropped for any reason other
-    than duplication; with more the run stops and shows what was lost. Hidden files and files that
-    hold no text, such as images, do not count."""
+    than duplication. If more is dropped, the run stops and shows what was lost. Hidden files and
+    files without text, such as images, do not count."""
     filters: tuple[str, ...] = ("unicode", "length")
-    """What each text goes through, in this order, out of unicode, length, repetition, language, pii
-    and those of installed packages; a drop is counted under the filter's reason."""
+    """The filters that each text passes, in this order: unicode, length, repetition, language, pii,
+    and those of installed packages. A drop is counted under the filter's reason."""
     languages: tuple[str, ...] = ()
-    """The languages that the filter ``language`` keeps, as ISO 639-1 codes."""
+    """ISO 639-1 codes of the languages that the filter ``language`` keeps."""
     pii: Literal["replace", "drop"] | None = None
-    """Whether the filter ``pii`` masks personal data (as it does if nothing is said) or drops the
-    document that holds some."""
+    """Whether the filter ``pii`` masks personal data (the default) or drops documents that contain
+    any."""
     near_duplicates: bool = True
-    """Whether near duplicates are dropped as well as exact ones."""
+    """Whether to drop near duplicates as well as exact ones."""
     validation_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
-    """Of the documents, how many are held out; with more, some that were trained on are."""
+    """Fraction of documents held out. Raising it later moves documents that earlier models were
+    trained on into validation."""
     split_seed: int = 1
-    """Keys the hash of a document's text, which decides its split; the recipe's ``seed`` does not.
-    With another one, what was trained on may be held out: leave it while models train on."""
+    """Key of the hash that decides a document's split; the recipe's ``seed`` has no influence on
+    it. Changing it moves documents that earlier models were trained on into validation, so keep it
+    while models continue from earlier ones."""
     workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that clean; 0 means one for each core. The result is the same with any number."""
+    """Processes that clean; 0 means one per core. The number never changes the result."""
     engine: Literal["local", "ray"] = "local"
-    """Who reads and cleans: processes of this machine, or Ray Data, the objects spread over the
-    nodes of a cluster. It never changes the result. The train image has Ray: compile with
-    NUDGE_DATA_IMAGE naming it."""
+    """What reads and cleans: processes of this machine, or Ray Data, which spreads the objects over
+    the nodes of a cluster. It never changes the result. The train image has Ray: to use it, compile
+    with NUDGE_DATA_IMAGE set to that image."""
     ray_address: str = ""
-    """For `ray`: the cluster to join, such as auto; empty: what RAY_ADDRESS names, else a Ray of
-    this machine alone, with `workers` cores."""
+    """For `ray`: the cluster to join, such as auto; empty: RAY_ADDRESS, or else a Ray on this
+    machine only, with `workers` cores."""
     state_uri: str = ""
-    """A folder (a path, file:// or s3://) of this step's own, where it keeps what it read: the next
-    run reads only objects that are new or changed. Empty: each run reads everything."""
+    """A folder (a path, file:// or s3://) for this step alone, where it keeps what it read, so that
+    the next run reads only new and changed objects. Empty: each run reads everything."""
     only_new: bool = False
-    """Whether a run ends here, before anything is trained, if the served version of `model_name`
-    was trained on the very same corpus."""
+    """Whether a run ends after this step if the served version of `model_name` was trained on
+    exactly this corpus."""
     model_name: OptionalRegistryName = ""
     registry_url: RegistryUrl = ""
-    """Asked if `only_new`; empty means NUDGE_REGISTRY_URL."""
+    """The registry that `only_new` asks; empty means NUDGE_REGISTRY_URL."""
 
     @property
     def reading(self) -> "ReadOptions":
@@ -117,7 +119,7 @@ class IngestSettings:
             if getattr(self, setting) and name not in self.filters:
                 filters = ", ".join((*self.filters, name))
                 raise ValueError(
-                    f"{setting} is given, but the filter {name!r} is not named and would not run; "
-                    f"set filters: [{filters}]"
+                    f"{setting} is set, but filters does not contain {name!r}, so it would have no "
+                    f"effect; set filters: [{filters}]"
                 )
         return self

@@ -1,11 +1,11 @@
-"""What ingest keeps between runs, so that the next one reads only what is new or changed.
+"""What ingest keeps between runs, so that the next run reads only new and changed objects.
 
-``state_uri`` holds ``manifest.json`` (nudge.ingest-state, version 1) and Parquet files of clean
-documents (those that are dropped as duplicates too, for what they are duplicates of may go). The
-manifest names each object by URI and version (ETag or time, and size) with its facts and the file
-that its documents are in. A file is used if its sha256 is right and what cleans is the same: these
-settings, this code, these libraries; else the objects in it are read again. The manifest is written
-last, and what it does not name is removed.
+``state_uri`` contains ``manifest.json`` (nudge.ingest-state, version 1) and Parquet files of clean
+documents, including dropped duplicates, since the document that they duplicate may disappear. The
+manifest lists each object by URI and version (ETag or time, and size) with its facts and the file
+with its documents. A file is used if its sha256 matches and cleaning has not changed (settings,
+code, libraries); otherwise its objects are reread. The manifest is written last, and files that it
+does not list are removed.
 """
 
 import contextlib
@@ -24,12 +24,13 @@ from nudge.components.common.core.publish import read_manifest, sha256_file, wri
 from nudge.components.common.core.uris import is_local, local_path
 from nudge.components.ingest.duplicates import Documents
 from nudge.components.ingest.settings import IngestSettings
-from nudge.components.ingest.sources import Source, Vanished, file_system_of, with_retries
+from nudge.components.ingest.sources import Source
+from nudge.components.ingest.stores import Vanished, file_system_of, with_retries
 
 FORMAT, VERSION = "nudge.ingest-state", 1
 MANIFEST = "manifest.json"
 FILES = 16
-"""When there are more, all are written anew as one."""
+"""If there are more, all are rewritten as one."""
 CLEANING = (
     "text_column",
     "id_column",
@@ -63,15 +64,15 @@ LIBRARIES = (
 
 
 class IngestState:
-    """The state at a URI; ``folder`` is a place on this machine for its files.
+    """The state at a URI; ``folder`` is a local folder for its files.
 
-    Raises `UserError` if something else stands there.
+    Raises `UserError` if the URI contains something else.
     """
 
     def __init__(self, uri: str, settings: IngestSettings, folder: Path) -> None:
         self._uri, self._folder = uri, folder
-        place = str(local_path(uri).resolve()) if is_local(uri) else uri
-        self._file_system, self._root = file_system_of(place, "ingest.state_uri")
+        resolved = str(local_path(uri).resolve()) if is_local(uri) else uri
+        self._file_system, self._root = file_system_of(resolved, "ingest.state_uri")
         self._cleaning = _cleaning(settings)
         self._before: dict[str, Any] = {"objects": {}, "files": {}}
         with contextlib.suppress(Vanished):
@@ -80,7 +81,7 @@ class IngestState:
                 self._before = manifest
 
     def restore(self, sources: list[Source], documents: Documents) -> dict[int, dict[str, Any]]:
-        """Add the documents of objects that did not change; returns their facts by number."""
+        """Add the documents of unchanged objects; returns their facts by number."""
         unchanged: dict[str, dict[int, int]] = {}
         facts = {}
         for number, source in enumerate(sources):
@@ -107,8 +108,8 @@ class IngestState:
         old: set[int],
         documents: Documents,
     ) -> None:
-        """Keep for the next run what was read: the objects that have ``facts``, of which `restore`
-        brought the ``old`` ones."""
+        """Store the objects that have ``facts`` for the next run; `restore` returned the ``old``
+        ones."""
         before, files = self._before["objects"], {}
         for number in old:
             name = before[sources[number].uri]["file"]
@@ -133,7 +134,7 @@ class IngestState:
             objects[sources[number].uri] = entry
         body = {"cleaning": self._cleaning, "objects": objects, "files": files}
         self._publish(body)
-        with self._told("tidied"):
+        with self._reported("tidied up"):
             for path in with_retries(
                 lambda: self._file_system.ls(self._root, detail=False), self._uri
             ):
@@ -157,20 +158,20 @@ class IngestState:
 
     def _put(self, path: Path) -> None:
         self._file_system.makedirs(self._root, exist_ok=True)
-        with self._told("written"):
+        with self._reported("written"):
             target = f"{self._root}/{path.name}"
             with_retries(lambda: self._file_system.put_file(str(path), target), self._uri)
 
     @contextlib.contextmanager
-    def _told(self, what: str) -> Iterator[None]:
+    def _reported(self, action: str) -> Iterator[None]:
         try:
             yield
         except (OSError, Vanished) as error:
-            raise UserError(f"ingest.state_uri {self._uri} cannot be {what}: {error}") from None
+            raise UserError(f"ingest.state_uri {self._uri} cannot be {action}: {error}") from None
 
 
 def _cleaning(settings: IngestSettings) -> str:
-    """The sha256 of all that decides what becomes of a record."""
+    """The sha256 of everything that decides the result for a record."""
     versions = {name: metadata.version(name) for name in LIBRARIES}
     folders = (Path(__file__).parent, Path(readers.__file__).parent)
     code = [sha256_file(path) for folder in folders for path in sorted(folder.glob("*.py"))]

@@ -1,4 +1,4 @@
-"""Token ids of a corpus shard's lines, here or in processes that import neither PyTorch nor
+"""Token ids of a corpus shard's lines, in this process or in others, without PyTorch and
 transformers."""
 
 import collections
@@ -20,15 +20,15 @@ from nudge.components.tokenize.ids import exact, ids_of
 T = TypeVar("T")
 
 BLOCK_BYTES = 1 << 20
-"""Text that a process is handed at a time: a fifth of a second's work for tokenizers."""
+"""Text that a process receives at a time: tokenizers needs about a fifth of a second for it."""
 WAITING = 3
-"""Blocks a process that are read ahead or wait for their turn; they bound the memory."""
+"""Blocks per process that are read ahead or wait for their turn; this bounds the memory."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How text becomes ids: a ``tokenizer.json``, the id that ends a document, the ids' dtype, and
-    whether fastokens does it (`nudge.components.tokenize.ids`)."""
+    """How text becomes ids: the text of a ``tokenizer.json``, the end-of-document id, the ids'
+    dtype, and whether to use fastokens (`nudge.components.tokenize.ids`)."""
 
     tokenizer: str
     end: int
@@ -38,16 +38,16 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Documents one after another: their ids as bytes of the dtype, and how many each has."""
+    """Consecutive documents: their ids as bytes of the dtype, and the number of ids of each."""
 
     ids: bytes
     lengths: np.ndarray
 
 
 def encode(lines: bytes, encoding: Encoding) -> Encoded:
-    """The ids of documents, a JSON line each, every one with its end token.
+    """The ids of documents (one per JSON line), each followed by the end-of-document id.
 
-    Raises `OverflowError` for an id that the dtype cannot hold.
+    Raises `OverflowError` for an id that does not fit the dtype.
     """
     texts = [json.loads(line)["text"] for line in lines.splitlines()]
     found = ids_of(texts, encoding.tokenizer, encoding.fast)
@@ -62,17 +62,17 @@ def encode(lines: bytes, encoding: Encoding) -> Encoded:
 def encode_all(
     blocks: Iterable[tuple[T, bytes]], encoding: Encoding, processes: int
 ) -> Iterator[tuple[T, Encoded]]:
-    """Each block with its mark, encoded, in the order in which they come.
+    """Each block, encoded, with its mark, in order.
 
-    The result does not depend on the number of processes; one works in this process itself, and
-    fastokens in its threads, before processes would have started. Raises `UserError` if a process
-    is killed.
+    The number of processes does not change the result. With one, this process does the work, and
+    fastokens uses threads here, since it is done before other processes would have started. Raises
+    `UserError` if a process is killed.
     """
     if processes == 1 or encoding.fast:
         yield from ((mark, encode(lines, encoding)) for mark, lines in blocks)
         return
     waiting: collections.deque[tuple[T, Future[Encoded]]] = collections.deque()
-    # In a file, since a pipe holds 64 KiB: processes that are handed megabytes start one by one.
+    # In a file: a pipe buffers 64 KiB, so processes that receive megabytes start one by one.
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         file.write(encoding.tokenizer.encode())
         file.flush()
@@ -87,8 +87,8 @@ def encode_all(
                 yield first, future.result()
         except BrokenProcessPool:
             raise UserError(
-                f"tokenize: one of its {processes} processes was killed, most often because memory "
-                "ran out; give the step more memory, or fewer processes with tokenize.processes"
+                f"tokenize: one of the {processes} processes was killed, most likely because "
+                "memory ran out; give the step more memory, or lower tokenize.processes"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)

@@ -1,8 +1,8 @@
-"""Token ids of texts: those of Hugging Face's tokenizers, by the fastest library that gives them.
+"""Token ids of texts: those of Hugging Face's tokenizers, from the fastest library that agrees.
 
-fastokens reads the same tokenizer.json and is 20 to 80 times as fast. It takes byte-level and
-byte-fallback BPE, which is what language models have, and refuses other kinds. What tells that it
-takes a tokenizer is that both libraries give the same ids here (`why_not_fast`).
+fastokens reads the same tokenizer.json and is 20 to 80 times as fast. It supports byte-level and
+byte-fallback BPE, which language models use, and refuses other kinds. It is used only if both
+libraries give the same ids here (`why_not_fast`).
 """
 
 import functools
@@ -15,11 +15,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 CACHED_WORDS = 1 << 17
-"""Words whose tokens a process remembers; the library's own 10,000 are full after a few MB of text,
-and none gives way."""
+"""Words whose tokens a process caches. The library's default of 10,000 is full after a few MB of
+text, and it evicts nothing."""
 FOLDED = ("\u017f", "\u212a")
-"""The long s and the kelvin sign, which a pattern that ignores case takes for ASCII letters: the
-two libraries split the first differently after an apostrophe. Either goes to tokenizers."""
+"""The long s and the kelvin sign, which a case-insensitive pattern matches as ASCII letters. The
+two libraries split the long s differently after an apostrophe. Such texts go to tokenizers."""
 SAMPLE_CHARACTERS = 1 << 18
 HARD = (
     "", " ", "  a\t b\n\n c\r\n\r\n  d   ", "I'm we'LL they'd it's O'Neil 's 'S", "x" * 999,
@@ -29,17 +29,17 @@ HARD = (
     "a\u00a0b\u2028c\u200bd\u3000e\u0085f\ufeffg", "▁ ▁a <0x0A> <s> </s> <unk> [UNK]",
     "<|endoftext|> <|im_start|>user<|im_end|> <|eot_id|>",
 )  # fmt: skip
-"""What tokenizers differ in: spaces, contractions, digits, scripts, marks, special tokens."""
+"""Where tokenizers differ: spaces, contractions, digits, scripts, marks, special tokens."""
 
 
 @functools.lru_cache(maxsize=1)
 def exact(tokenizer: str) -> Tokenizer:
-    """tokenizers' own, of the text of a tokenizer.json, that neither cuts nor fills up."""
+    """The `tokenizers` object for the text of a tokenizer.json, without truncation and padding."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     made = Tokenizer.from_str(tokenizer)
     made.no_truncation()
     made.no_padding()
-    # BPE and Unigram have it; text of a natural vocabulary goes through about 10 % faster.
+    # BPE and Unigram have a cache; natural text is about 10 % faster with a larger one.
     if hasattr(made.model, "_resize_cache"):
         made.model._resize_cache(CACHED_WORDS)
     return made
@@ -55,8 +55,8 @@ def _fast(tokenizer: str) -> fastokens.Tokenizer:
 
 
 def why_not_fast(tokenizer: str, texts: Iterable[str]) -> str | None:
-    """None where fastokens takes this tokenizer and gives the same ids for hard texts and for the
-    first of ``texts``, a quarter of a million characters; else in a sentence why it is not used."""
+    """None if fastokens accepts this tokenizer and gives the same ids for hard texts and for the
+    first quarter of a million characters of ``texts``; else the reason why it is not used."""
     try:
         _fast(tokenizer)
     except ValueError as error:
@@ -77,7 +77,7 @@ def ids_of(texts: list[str], tokenizer: str, fast: bool) -> list[np.ndarray]:
         return [_exactly(text, tokenizer) for text in texts]
     try:
         found = _quickly(texts, tokenizer)
-    except ValueError:  # of a byte that has no token, which tokenizers leaves out
+    except ValueError:  # a byte without a token, which tokenizers skips
         found = [_one(text, tokenizer) for text in texts]
     for number, text in enumerate(texts):
         if any(letter in text for letter in FOLDED):
@@ -99,6 +99,6 @@ def _one(text: str, tokenizer: str) -> np.ndarray:
 
 
 def _exactly(text: str, tokenizer: str) -> np.ndarray:
-    # One text at a time: what the tokenizer notes beside each id is many times its size.
+    # One text at a time: the tokenizer stores many times an id's size beside each id.
     [found] = exact(tokenizer).encode_batch_fast([text], add_special_tokens=False)
     return np.array(found.ids, np.uint32)

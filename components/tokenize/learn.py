@@ -1,4 +1,4 @@
-"""A byte-level BPE trained on the corpus, as a folder that transformers and vLLM load."""
+"""Trains a byte-level BPE on the corpus and saves it as a folder for transformers and vLLM."""
 
 import contextlib
 import os
@@ -15,15 +15,15 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Where no token reaches across: the pattern of Llama 3 and of OpenAI's cl100k."""
+"""No token crosses a boundary of this pattern, that of Llama 3 and of OpenAI's cl100k."""
 
 
 def train_tokenizer(texts: Iterable[str], settings: TokenizeSettings, folder: Path) -> Any:
-    """Train a tokenizer, save it into ``folder`` and return it as transformers reads it.
+    """Train a tokenizer, save it into ``folder`` and return it as transformers loads it.
 
-    The same texts in the same order give the same bytes. Any text can be tokenized and comes back
-    unchanged, as every byte is a token; ``<|endoftext|>`` ends a document. Byte-level BPE: Sennrich
-    et al., arXiv:1508.07909; Radford et al., "Language Models are Unsupervised Multitask Learners".
+    The same texts in the same order give the same bytes. Every byte is a token, so any text
+    survives a round trip unchanged; ``<|endoftext|>`` ends a document. Byte-level BPE: Sennrich et
+    al., arXiv:1508.07909; Radford et al., "Language Models are Unsupervised Multitask Learners".
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -54,7 +54,7 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizeSettings, folder: Pa
 
 
 def _sample(texts: Iterable[str], size: int) -> Iterator[str]:
-    """The first texts, of ``size`` bytes or a little more."""
+    """The first texts, ``size`` bytes or slightly more."""
     for text in texts:
         yield text
         size -= len(text.encode())

@@ -1,7 +1,7 @@
-"""Tokenizing over Ray Data: each shard of the corpus is a task, on any node of a Ray cluster.
+"""Tokenizing with Ray Data: each shard of the corpus is one task, on any node of a Ray cluster.
 
-This process reads and writes the files, a shard at a time, and Ray's object store carries them, so
-that the nodes need no disk in common with it; only nudge has to be in their image.
+This process reads and writes the files one shard at a time, and Ray's object store transports them.
+So the nodes need no shared disk; their image only has to contain nudge.
 """
 
 import io
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 def write_on_ray(
     shards: "list[Shard]", encoding: Encoding, address: str, processes: int, bar: Any
 ) -> None:
-    """Make the file of every shard, the same bytes as without Ray.
+    """Write the file of every shard, with the same bytes as without Ray.
 
-    ``address`` and ``processes`` are those of `joined_ray`, which says what is raised.
+    ``address`` and ``processes`` are passed to `joined_ray`, which documents the errors.
     """
     import pyarrow
 
     with joined_ray("tokenize", address, processes) as ray:
-        handed = []
+        tables = []
         for number, shard in enumerate(shards):
             verify_file(shard.corpus, shard.sha256)
             row = {"number": number, "corpus": shard.corpus.read_bytes()}
-            handed.append(ray.put(pyarrow.Table.from_pylist([row])))
-        dataset = ray.data.from_arrow_refs(handed)
+            tables.append(ray.put(pyarrow.Table.from_pylist([row])))
+        dataset = ray.data.from_arrow_refs(tables)
         made = dataset.map(_encode_shard, fn_kwargs={"encoding": encoding}, num_cpus=1)
         done = 0
         for row in made.iter_rows():

@@ -1,4 +1,4 @@
-"""The step `tokenize`: a corpus in, token shards with document offsets out."""
+"""The step `tokenize`: turns a corpus into token shards with document offsets."""
 
 import itertools
 import os
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of the corpus, and the shard of tokens that is made of it and of nothing else."""
+    """A shard of the corpus, and the token shard that is made from it alone."""
 
     split: str
     corpus: Path
@@ -39,12 +39,11 @@ class Shard:
 def tokenize(settings: TokenizeSettings, *, corpus: Path, tokens: Path) -> dict[str, Any]:
     """Tokenize both splits with the base model's tokenizer, or with one trained on the corpus.
 
-    ``tokens`` becomes a tokens artifact (`nudge.components.common.artifacts.tokens`): each
-    document's ids
-    with one end-of-document token, uint16 or uint32 by the size of the vocabulary, a shard for each
-    shard of the corpus, and the tokenizer's folder. Neither the number of processes nor the engine
-    changes a byte, and memory does not grow with the corpus. Raises `UserError` if the corpus or
-    the tokenizer cannot be read.
+    ``tokens`` becomes a tokens artifact (`nudge.components.common.artifacts.tokens`): one token
+    shard per corpus shard, and the tokenizer's folder. A shard has each document's ids and one
+    end-of-document id, as uint16 or uint32 depending on the size of the vocabulary. The number of
+    processes and the engine do not change a byte, and memory does not grow with the corpus. Raises
+    `UserError` if the corpus or the tokenizer cannot be read.
     """
     from nudge.components.common.artifacts.corpus import SPLITS, read_corpus, read_documents
     from nudge.components.common.artifacts.tokens import (
@@ -107,7 +106,7 @@ def tokenize(settings: TokenizeSettings, *, corpus: Path, tokens: Path) -> dict[
 
 
 def _tokenizer(settings: TokenizeSettings, corpus: Path, folder: Path, bar: Any) -> Any:
-    """The tokenizer as transformers reads it; it is saved into ``folder`` too."""
+    """The tokenizer as transformers loads it; it is also saved into ``folder``."""
     if settings.tokenizer == "train":
         from nudge.components.common.artifacts.corpus import read_documents
         from nudge.components.tokenize.learn import train_tokenizer
@@ -126,13 +125,13 @@ def _tokenizer(settings: TokenizeSettings, corpus: Path, folder: Path, bar: Any)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(
             f"base_model {settings.base_model}: its {type(tokenizer).__name__} cannot be saved as "
-            "tokenizer.json; give a model with a fast tokenizer (Hugging Face tokenizers)"
+            "tokenizer.json; choose a model with a fast tokenizer (Hugging Face tokenizers)"
         )
     return tokenizer
 
 
 def _write(settings: TokenizeSettings, shards: list[Shard], encoding: "Encoding", bar: Any) -> None:
-    """Make the file of every shard."""
+    """Write the file of every shard."""
     from nudge.components.common.core.processes import usable_cores
     from nudge.components.tokenize.encode import BLOCK_BYTES
 
@@ -142,7 +141,7 @@ def _write(settings: TokenizeSettings, shards: list[Shard], encoding: "Encoding"
 
         write_on_ray(shards, encoding, settings.ray_address, processes, bar)
         return
-    # A process starts in about the time that four blocks take.
+    # Starting a process takes about as long as four blocks.
     worth = sum(shard.bytes for shard in shards) // (4 * BLOCK_BYTES)
     _write_here(shards, encoding, max(1, min(processes, worth)), bar)
 
@@ -177,7 +176,7 @@ def _blocks(shards: list[Shard]) -> Iterator[tuple[Shard, bytes]]:
 
 
 def _entry(shard: Shard) -> "TokenShard":
-    """What the manifest tells of a shard; raises if a document was lost on the way."""
+    """The manifest's entry for a shard; asserts that no document was lost."""
     from nudge.components.common.artifacts.tokens import TokenShard, shard_counts
 
     documents, tokens = shard_counts(shard.tokens)

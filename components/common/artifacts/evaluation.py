@@ -43,7 +43,7 @@ class Incumbent:
 class Check:
     """One requirement besides the gain; a check that is not ``ok`` stops the promotion."""
 
-    kind: Literal["loss", "probe", "guard", "completion", "task"]
+    kind: Literal["loss", "probe", "guard", "completion", "task", "package"]
     name: str
     ok: bool
     message: Annotated[str, Field(alias="told")]

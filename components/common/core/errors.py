@@ -1,4 +1,4 @@
-"""The error that a person caused and a person can mend."""
+"""The error for problems that the user can fix."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,10 +7,10 @@ from nudge.components.common.core.sanitize import masked, visible
 
 
 class UserError(ValueError):
-    """Something given from outside is wrong: says what was given, what is accepted, what to do.
+    """Bad input from outside. The text says what was wrong, what is accepted and what to do.
 
-    The command line and the step runner print its text alone, without a traceback. Credentials in
-    URIs are masked in the text, and control and bidirectional characters are made visible.
+    The command line and the step runner print only this text, without a traceback. It masks
+    credentials in URIs and makes control and bidirectional characters visible.
     """
 
     def __str__(self) -> str:
@@ -18,11 +18,11 @@ class UserError(ValueError):
 
 
 class Transient(UserError):
-    """The input is not to blame: an outage, a stopped process, a full disk. A retry may succeed."""
+    """The input is not the cause: an outage, a stopped process, a full disk. A retry may help."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: ``did you mean 'a' or 'b'?``, or every known name, sorted."""
+    """A hint for a misspelled name: ``did you mean 'a' or 'b'?``, or every known name, sorted."""
     names = sorted(known)
     if not names:
         return "there are none"

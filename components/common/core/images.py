@@ -1,6 +1,6 @@
-"""The images that the steps run in on a cluster; the environment may name others at compile time.
+"""The images that steps use on a cluster; environment variables can override them at compile time.
 
-The names hold "python" because kfp's local runner warns about any other.
+The names contain "python" because kfp's local runner warns about any other name.
 """
 
 import os
@@ -13,4 +13,4 @@ TRAIN_IMAGE = os.environ.get("NUDGE_TRAIN_IMAGE", f"quay.io/nudge-lm/nudge-train
 WORKBENCH_IMAGE = f"quay.io/nudge-lm/nudge-workbench-python:{TAG}"
 
 POD_CREDENTIALS = Path("/var/run/secrets/nudge/image-registry/.dockerconfigjson")
-"""Where a pipeline's steps find the project's pull secret for models that are images, if any."""
+"""The project's pull secret for models that are images, as a pipeline's steps see it, if any."""

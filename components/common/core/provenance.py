@@ -1,4 +1,4 @@
-"""Which code ran: a version and a fingerprint of the sources, for lineage and for reuse."""
+"""The code that ran: its version and a fingerprint of its sources, for lineage and for reuse."""
 
 import functools
 import hashlib
@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[3]
 def code_version() -> str:
     """``<version>+<git commit>[.dirty]`` in a checkout, ``<version>+src.<hash>`` elsewhere.
 
-    NUDGE_CODE_VERSION stands before both unless it is empty: an image that `make images` built has
-    it, since there is no git history in it.
+    NUDGE_CODE_VERSION takes precedence if it is not empty: `make images` sets it in images, which
+    have no git history.
     """
     if stamped := os.environ.get("NUDGE_CODE_VERSION"):
         return stamped
@@ -29,19 +29,19 @@ def code_version() -> str:
             dirty = run([*git, "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
             return f"{version}+{commit}{'.dirty' if dirty else ''}"
     except (FileNotFoundError, subprocess.CalledProcessError):
-        pass  # no git here, or no commit yet: the sources themselves are hashed below
+        pass  # no git or no commit yet; the sources are hashed below
     return f"{version}+src.{code_fingerprint()[:12]}"
 
 
-def this_run(given: str) -> str:
-    """The id of this run: NUDGE_RUN_ID on a laptop, else the one that the engine gave."""
-    return os.environ.get("NUDGE_RUN_ID") or given
+def this_run(engine_id: str) -> str:
+    """The id of this run: NUDGE_RUN_ID on a laptop, else the id from the pipeline engine."""
+    return os.environ.get("NUDGE_RUN_ID") or engine_id
 
 
 @functools.cache
 def code_fingerprint() -> str:
-    """Hex sha256 of the Python sources of the steps and the kernels, not of tests or pipelines, nor
-    of the copies in a build folder, which `make wheel` leaves."""
+    """Hex sha256 of the Python sources of the steps and the kernels. Tests, pipelines and the
+    copies that `make wheel` leaves in a build folder do not count."""
     digest = hashlib.sha256()
     for folder in ("components", "kernels"):
         for path in sorted((ROOT / folder).rglob("*.py")):

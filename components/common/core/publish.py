@@ -1,4 +1,4 @@
-"""Artifacts on disk: complete or invisible, and checked by their sha256."""
+"""Artifacts on disk: complete or invisible, and verified by their sha256."""
 
 import contextlib
 import hashlib
@@ -18,12 +18,12 @@ IN_POD = "KUBERNETES_SERVICE_HOST"
 
 @contextlib.contextmanager
 def published(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``target`` that becomes ``target`` when the block ends well.
+    """Yield an empty folder beside ``target`` that becomes ``target`` if the block succeeds.
 
-    An exception, a full disk or a kill leaves nothing at ``target``; what stood there before is
-    replaced only by a complete successor. The group can write to it only in a pod, whose steps may
-    have different user ids and share group 0 (as on OpenShift); elsewhere the umask decides who can
-    read it.
+    After an exception, a full disk or a kill, nothing new is at ``target``; earlier content is
+    replaced only by a complete successor. Only in a pod can the group write to it, because the
+    steps of a pipeline may have different user ids and share group 0 (as on OpenShift); elsewhere
+    the umask decides who can read it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.parent / f".{target.name}.part-{secrets.token_hex(8)}"
@@ -44,7 +44,7 @@ def published(target: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write bytes, or text as UTF-8, so that ``path`` holds all of it or what it held before."""
+    """Write bytes, or text as UTF-8, so that ``path`` has either all of it or its old content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
@@ -56,25 +56,25 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def write_manifest(path: Path, format: str, version: int, body: dict[str, Any]) -> None:
-    """Write a manifest as sorted JSON, headed by its format's name and version."""
+    """Write a manifest as sorted JSON that begins with its format's name and version."""
     manifest = {"format": format, "version": version, **body}
     write_atomic(path, json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def read_manifest(path: Path, format: str, version: int) -> dict[str, Any]:
-    """Read a manifest and check that it is of this format and version; raises `UserError`."""
+    """Read a manifest; raises `UserError` unless it has this format and version."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{path.parent} is no {format} artifact: {path.name} is not in it"
+            f"{path.parent} is not a {format} artifact: it has no {path.name}"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not readable JSON: {error}") from None
-    given = (manifest.get("format"), manifest.get("version"))
-    if given != (format, version):
+    found = (manifest.get("format"), manifest.get("version"))
+    if found != (format, version):
         raise UserError(
-            f"{path} is {given[0]} version {given[1]}, expected {format} version {version}"
+            f"{path} is {found[0]} version {found[1]}, expected {format} version {version}"
         )
     return dict(manifest)
 
@@ -86,7 +86,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_tree(folder: Path) -> str:
-    """Hex sha256 over the sorted relative paths and contents of the files below ``folder``."""
+    """Hex sha256 of the sorted relative paths and contents of all files in ``folder``."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256_file(path)}\n".encode())
@@ -94,12 +94,14 @@ def sha256_tree(folder: Path) -> str:
 
 
 def verify_file(path: Path, sha256: str) -> None:
-    """Raise `UserError` unless the file is there with this sha256."""
+    """Raise `UserError` unless the file exists and has this sha256."""
     if not path.is_file():
-        raise UserError(f"{path} is missing; make the artifact again")
+        raise UserError(f"{path} is missing; create the artifact again")
     actual = sha256_file(path)
     if actual != sha256:
-        raise UserError(f"{path} is damaged: sha256 {actual}, its manifest says {sha256}")
+        raise UserError(
+            f"{path} is damaged: sha256 {actual}, but its manifest says {sha256}"
+        )
 
 
 def _fsync(path: Path) -> None:

@@ -1,7 +1,7 @@
-"""URIs of files: ``package://`` beside what fsspec knows (file, s3, https, hf, ...).
+"""URIs of files: ``package://`` in addition to fsspec's schemes (file, s3, https, hf, ...).
 
-``package://<package>/<path>`` is a file that ships inside an installed Python package, found
-without importing it; it means the same on a laptop, in an image and on a disconnected cluster.
+``package://<package>/<path>`` is a file inside an installed Python package, found without importing
+the package. It means the same on a laptop, in an image and on a disconnected cluster.
 """
 
 import importlib.util
@@ -13,9 +13,9 @@ from nudge.components.common.core.errors import UserError
 
 
 def package_path(uri: str) -> Path:
-    """The path on disk of a ``package://`` URI; its last parts may hold glob patterns.
+    """The path on disk of a ``package://`` URI, which may contain glob patterns.
 
-    Raises `UserError` if the package is not installed; the file itself is not looked for.
+    Raises `UserError` if the package is not installed; the file itself need not exist.
     """
     package, _, path = uri.removeprefix("package://").partition("/")
     try:
@@ -25,24 +25,24 @@ def package_path(uri: str) -> Path:
     if spec is None:
         raise UserError(
             f"{uri}: the Python package {package!r} is not installed here; "
-            f"install it (`make setup` installs what the recipes need) or give another URI"
+            f"install it (`make setup` installs what the recipes need) or use another URI"
         )
     if spec.submodule_search_locations:
         folder = Path(next(iter(spec.submodule_search_locations)))
     else:
         folder = Path(str(spec.origin)).parent
     if ".." in path.split("/"):
-        raise UserError(f"{uri}: a path inside the package is expected, without '..'")
+        raise UserError(f"{uri}: expected a path inside the package, without '..'")
     return folder / path.lstrip("/")
 
 
 def is_local(uri: str) -> bool:
-    """Whether a URI names something on this machine's disk: file, package or a bare path."""
+    """Whether a URI names a file on this machine's disk: file, package or a bare path."""
     return urlsplit(uri).scheme in ("", "file", "package")
 
 
 def read_text(path: Path) -> str:
-    """The text of a file that somebody gave; raises `UserError` if it is not there or not UTF-8."""
+    """The text of a file; raises `UserError` if it does not exist or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -57,8 +57,8 @@ def local_path(uri: str) -> Path:
     if scheme == "package":
         return package_path(uri)
     if scheme == "file":
-        # All the rest: a name may hold a ``?`` or ``#``.
+        # Everything after the authority, since a name may contain ``?`` or ``#``.
         return Path(re.sub("^file:(//[^/]*)?", "", uri))
     if scheme == "":
         return Path(uri).expanduser()
-    raise UserError(f"{uri}: not on this machine; expected package://, file:// or a path")
+    raise UserError(f"{uri} is not on this machine; expected package://, file:// or a path")

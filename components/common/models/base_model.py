@@ -2,15 +2,16 @@
 
 A URI names a base model: ``package://`` (a file in an installed package), ``file://`` or a path,
 ``s3://`` (a folder in the data connection), ``oci://`` (an image that contains a model),
-``hf://<owner>/<name>`` (the Hugging Face hub or its local cache), ``incumbent://<model>?else=<URI>``
-(the version of a registered model that is served now; if none is, the model after ``else``). A GGUF
-file is converted once, to float32 safetensors, into a cache.
+``hf://<owner>/<name>[@<revision>]`` (the Hugging Face hub or its local cache),
+``incumbent://<model>?else=<URI>`` (the version of a registered model that is served now; if none
+is, the model after ``else``). A GGUF file is converted once, to float32 safetensors, into a cache.
 """
 
 import contextlib
 import functools
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ CONVERSION = 1
 """Increase this when the conversion changes, so that older converted folders are not reused."""
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -40,8 +42,9 @@ def local_model(uri: str) -> Path:
     elif is_local(uri):
         path = local_path(uri)
         if not path.exists():
+            hub = f", or hf://{uri} for the model on the hub" if HUB_NAME.fullmatch(uri) else ""
             raise UserError(
-                f"base_model {uri}: {path} does not exist; name a folder or a .gguf file"
+                f"base_model {uri}: {path} does not exist; name a folder or a .gguf file{hub}"
             )
         folder = _from_gguf(path) if path.suffix == ".gguf" else path
     else:
@@ -231,9 +234,9 @@ def _from_hub(uri: str, files: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    name = uri.removeprefix("hf://")
+    name, _, revision = uri.removeprefix("hf://").partition("@")
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files)))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
         raise UserError(
             f"base_model {uri}: not in the local cache, and the hub cannot provide it ({error}); "

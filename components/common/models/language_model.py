@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,8 +56,34 @@ def _linear(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, without remote code."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    """The tokenizer of a model folder, from known code only; it appends no end token to a text."""
+    return without_end_token(
+        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    )
+
+
+def without_end_token(tokenizer: Any) -> Any:
+    """The same tokenizer, changed to append nothing to a text.
+
+    Some bases append the end token (``add_eos_token``), so that every prompt would end where its
+    continuation should begin. Tokens before a text, such as BOS, stay.
+    """
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a")["input_ids"]
+    after = next((n for n in range(len(framed)) if framed[n : n + len(plain)] == plain), 0)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if after + len(plain) >= len(framed) or backend is None:
+        return tokenizer
+    before = tokenizer.convert_ids_to_tokens(framed[:after])
+    if getattr(tokenizer, "add_eos_token", False):
+        tokenizer.add_eos_token = False
+    tokenizer.init_kwargs.pop("add_eos_token", None)
+    backend.post_processor = TemplateProcessing(
+        single=[*before, "$A"],
+        pair=[*before, "$A", "$B"],
+        special_tokens=list(zip(before, framed[:after], strict=True)),
+    )
+    return tokenizer
 
 
 def hidden_states(model: Any, inputs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The readers of all file formats, shared by the steps that read people's files."""
+"""Readers for all file formats, shared by the steps that read users' files."""
 
 from nudge.components.common.readers.records import (
     Page,

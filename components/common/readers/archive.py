@@ -1,4 +1,4 @@
-"""Zip archives: every member that has a reader, read in place and never unpacked to disk."""
+"""Zip archives: every member with a reader is read in place and never unpacked to disk."""
 
 import re
 import zipfile
@@ -21,7 +21,7 @@ def read_zip(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
     """The documents of every member."""
     try:
         yield from _members(stream, options)
-    except UserError:  # a ValueError too: the store does not answer, which is no damage
+    except UserError:  # a ValueError too, but it means that the store failed, not the file
         raise
     except DAMAGED_ARCHIVE as error:
         yield Record(name, Unreadable("damaged", str(error)))
@@ -56,13 +56,13 @@ def _members(stream: IO[bytes], options: ReadOptions) -> Records:
                 try:
                     with archive.open(member) as file:
                         for record in read_stream(file, inner, options):
-                            is_whole = record.name in (inner, PurePosixPath(inner).name)
-                            name = inner if is_whole else f"{inner}:{record.name}"
+                            is_file = record.name in (inner, PurePosixPath(inner).name)
+                            name = inner if is_file else f"{inner}:{record.name}"
                             yield record._replace(name=name)
                 except (NotImplementedError, zipfile.BadZipFile) as error:
                     yield Record(inner, Unreadable("damaged", str(error)))
 
 
 def is_bomb(member: zipfile.ZipInfo) -> bool:
-    """Whether a member says that it grows out of all proportion."""
+    """Whether a member's stated size is out of all proportion to its compressed size."""
     return member.file_size > max(records.BOMB_BYTES, records.BOMB_RATIO * member.compress_size)

@@ -1,7 +1,7 @@
-"""Tables as text: .csv with quoting, .tsv without; one document per row.
+"""Text tables: .csv with quoting, .tsv without; one document per row.
 
-A quotation mark that is never closed makes a CSV parser swallow row after row. Such a row is
-counted as ``unclosed_quote`` under its number, and reading resumes at the line after it.
+An unclosed quotation mark makes a CSV parser swallow row after row. Such a row is counted as
+``unclosed_quote`` under its number, and reading resumes at the next line.
 """
 
 import csv
@@ -24,7 +24,7 @@ from nudge.components.common.readers.records import (
 
 DELIMITERS = ",;\t|"
 MOST_READ_AGAIN = 1 << 30
-"""Characters read again after broken rows, so that no file takes quadratic time."""
+"""Limit on characters reread after broken rows, so that no file takes quadratic time."""
 csv.field_size_limit(RECORD_BYTES)
 
 
@@ -47,7 +47,7 @@ def _encoded(records: Records, encoding: str) -> Records:
 
 
 class _Table:
-    """The rows of one file, read so that a quotation mark never hides another row."""
+    """The rows of one file; an unclosed quotation mark never hides another row."""
 
     def __init__(
         self, stream: IO[bytes], name: str, options: ReadOptions, is_tsv: bool = False
@@ -55,19 +55,19 @@ class _Table:
         self._lines, self._name, self._options, self._is_tsv = lines(stream), name, options, is_tsv
         self._delimiter = "\t" if is_tsv else options.delimiter
         self._again: deque[str] = deque()
-        """Lines that a broken row had swallowed; they are read again."""
+        """Lines that a broken row swallowed; they are reread."""
         self._taken: list[str] = []
         """The lines of the row that is being read."""
         self._broken: list[Unreadable] = []
         self._asked_after_end = False
-        """Whether the parser wanted more lines than there are: a quotation mark is open."""
+        """Whether the parser asked for a line after the last one: a quotation mark is open."""
         self._line = self._read_again = 0
 
     def records(self) -> Records:
         self._parts = self._decoded()
         self._rows = self._reader()
         header = self._header()
-        if isinstance(header, Unreadable):  # without their names there are no columns
+        if isinstance(header, Unreadable):  # without a header there are no columns
             yield Record(self._name, header)
             return
         number = 0
@@ -102,7 +102,7 @@ class _Table:
         return row or []
 
     def _next(self, width: int | None) -> list[str] | Unreadable | None:
-        """The next row, None at the end; ``width`` is the number of columns where it is known."""
+        """The next row, None at the end; ``width`` is the number of columns if it is known."""
         self._taken = []
         try:
             row = next(self._rows)
@@ -117,7 +117,7 @@ class _Table:
         return row if self._closes(row, width) else self._unclosed()
 
     def _unclosed(self) -> Unreadable:
-        """Count a row's first line as lost; the others may well be rows of their own."""
+        """Count a row's first line as lost; the other lines may be rows of their own."""
         first, *others = self._taken
         line = self._line - len(others)
         where = f"the quotation mark in line {line} is never closed"
@@ -132,8 +132,8 @@ class _Table:
         return Unreadable("unclosed_quote", where, size)
 
     def _closes(self, row: list[str], width: int | None) -> bool:
-        """Whether a row of several lines is one: its quotation marks close, and right at the end
-        of a field, and there are no more fields than columns."""
+        """Whether several lines form one row: each quotation mark closes at the end of a field, and
+        there are no more fields than columns."""
         if self._asked_after_end:
             return False
         try:
@@ -159,7 +159,7 @@ class _Table:
         return csv.reader(self._source(), delimiter=self._delimiter)
 
     def _detected(self, header: str) -> str:
-        """The delimiter under which the header has the text column, a comma if none does."""
+        """The delimiter that makes the header contain the text column, else a comma."""
         for delimiter in DELIMITERS:
             try:
                 names = next(csv.reader([header], delimiter=delimiter), [])

@@ -1,4 +1,4 @@
-"""Which encoding a text is in: given, marked by a BOM, UTF-8, declared, or detected."""
+"""Finds a text's encoding: marked by a BOM, set, UTF-8, declared, or detected."""
 
 import codecs
 import io
@@ -15,7 +15,7 @@ BOMS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f]")
-"""Characters that no text has; one of them shows that an encoding was guessed wrong."""
+"""Characters that no text contains; one of them shows that the guessed encoding is wrong."""
 CANDIDATES = [
     *("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "koi8_r"),
     *("cp932", "euc_jp", "gb18030", "big5", "cp949"),
@@ -25,7 +25,7 @@ CANDIDATES = [
 def decoded(raw: bytes, options: ReadOptions, declared: str = "") -> tuple[str | Unreadable, str]:
     """The text of ``raw`` and its encoding, which is empty for UTF-8.
 
-    ``declared`` is what the file says about itself; it counts only if the bytes are no UTF-8.
+    ``declared`` is the encoding that the file states; it counts only if the bytes are not UTF-8.
     """
     bom = _marked(raw)
     if not (bom or options.encoding):
@@ -48,10 +48,10 @@ def decoded(raw: bytes, options: ReadOptions, declared: str = "") -> tuple[str |
 def utf8_stream(
     stream: IO[bytes], options: ReadOptions, detect: bool = True
 ) -> tuple[IO[bytes], str]:
-    """The stream as UTF-8 and the encoding it had (empty for UTF-8), found from its beginning.
+    """The stream as UTF-8, and its original encoding (empty for UTF-8), found from its beginning.
 
-    Without ``detect`` only a BOM or a given encoding counts. A stream that mixes valid UTF-8 with
-    other bytes is left alone: its bad rows are counted.
+    Without ``detect``, only a BOM or the setting counts. A stream that mixes valid UTF-8 with other
+    bytes is not converted; its bad rows are counted.
     """
     buffered = stream if isinstance(stream, io.BufferedReader) else None
     if buffered is None:
@@ -66,7 +66,7 @@ def utf8_stream(
 
 
 def known(name: str) -> str:
-    """The encoding that a declared name stands for; empty if Python has none of that name.
+    """The encoding for a declared name; empty if Python does not know the name.
 
     As browsers do (WHATWG Encoding Standard), latin-1 and ASCII are read as windows-1252.
     """
@@ -80,7 +80,7 @@ def known(name: str) -> str:
 
 
 def detected(raw: bytes) -> str:
-    """The encoding that charset-normalizer finds most likely; empty if none fits a text."""
+    """The encoding that charset-normalizer considers most likely; empty if none fits."""
     from charset_normalizer import from_bytes
 
     if b"\0" in raw:
@@ -89,7 +89,7 @@ def detected(raw: bytes) -> str:
     best = matches.best()
     if best is None:
         return ""
-    # Of those that fit as well, the most common one: French is as likely in windows-1250.
+    # If several fit equally well, take the most common: French fits windows-1250 too.
     fitting = [m for m in matches if m.chaos <= best.chaos and m.coherence >= best.coherence]
     names = {name for m in fitting for name in (m.encoding, *(s.encoding for s in m.submatch))}
     name = next((name for name in CANDIDATES if name in names), best.encoding)
@@ -111,7 +111,7 @@ def _named(encoding: str) -> str:
 
 
 def _has_utf8(sample: bytes) -> bool:
-    """Whether a sample is UTF-8 as far as it goes, or has characters beyond ASCII that are."""
+    """Whether a sample is valid UTF-8, or contains valid UTF-8 characters beyond ASCII."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(sample)
         return True
@@ -120,7 +120,7 @@ def _has_utf8(sample: bytes) -> bool:
 
 
 class _Raw(io.RawIOBase):
-    """Any binary stream as a raw one, so that it can be buffered and peeked into."""
+    """Any binary stream as a raw stream, so that it can be buffered and peeked into."""
 
     def __init__(self, inner: IO[bytes]) -> None:
         self._inner, self._left = inner, b""
@@ -140,7 +140,7 @@ class _Raw(io.RawIOBase):
 
 
 class _Recoded(_Raw):
-    """A stream in another encoding as UTF-8; what cannot be decoded becomes a byte that is none."""
+    """A stream converted to UTF-8; undecodable input becomes a byte that is not valid UTF-8."""
 
     def __init__(self, inner: IO[bytes], encoding: str) -> None:
         super().__init__(inner)

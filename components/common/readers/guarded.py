@@ -1,7 +1,8 @@
-"""Parsing in a worker process with a time and a memory limit per document, which can be killed.
+"""Runs parsers in a worker process with a time and a memory limit per document.
 
 Parsers of HTML, PDF and office files are third-party code that hostile or odd bytes can keep busy:
-1.1 MB of HTML ran for more than 100 seconds, and a thread or a signal cannot stop C code.
+1.1 MB of HTML ran for more than 100 seconds. A thread or a signal cannot stop C code; killing a
+process can.
 """
 
 import atexit
@@ -22,7 +23,7 @@ from nudge.components.common.readers.records import Unreadable
 SECONDS = 60.0
 IMPORT_SECONDS = 600.0
 MEMORY_BYTES = 2 << 30
-"""What a document's parser may allocate beyond what its libraries take."""
+"""Memory that a parser may allocate for one document, in addition to its libraries."""
 
 
 class _Stuck(Exception):
@@ -30,7 +31,7 @@ class _Stuck(Exception):
 
 
 class Worker:
-    """One worker process, started when it is needed and again after it was killed."""
+    """One worker process, started when needed and restarted after it was killed."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -39,7 +40,7 @@ class Worker:
     def call(
         self, function: Callable[..., Any], raw: bytes, arguments: tuple[Any, ...], needs: Any
     ) -> Any:
-        """``function(raw, *arguments)`` as the worker finds it, or an `Unreadable`."""
+        """The worker's result of ``function(raw, *arguments)``, or an `Unreadable`."""
         task = pickle.dumps((needs, function, raw, arguments, SECONDS, MEMORY_BYTES))
         with self._lock:
             try:
@@ -47,7 +48,7 @@ class Worker:
                 assert process.stdin is not None
                 process.stdin.write(struct.pack("<Q", len(task)) + task)
                 process.stdin.flush()
-                # First comes what its imports miss.
+                # The first frame names a missing import.
                 missing = pickle.loads(self._frame(process, time.monotonic() + IMPORT_SECONDS))
                 if missing is not None:
                     raise UserError(
@@ -64,7 +65,7 @@ class Worker:
             except UserError:
                 raise
             except BaseException:
-                self.close()  # an answer may be under way that belongs to this document
+                self.close()  # a late answer would belong to this document
                 raise
 
     def close(self) -> None:
@@ -77,7 +78,7 @@ class Worker:
                 if pipe is not None:
                     try:
                         pipe.close()
-                    except OSError:  # what was buffered has no reader any more
+                    except OSError:  # the buffered data has no reader any more
                         continue
 
     def _started(self) -> "subprocess.Popen[bytes]":
@@ -113,7 +114,7 @@ class Worker:
 
 
 def _environment() -> dict[str, str]:
-    """What a parser needs; no credentials."""
+    """The variables that a parser needs; no credentials."""
     kept = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "VIRTUAL_ENV")
     found = {name: os.environ[name] for name in kept if name in os.environ}
     return {**found, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -126,10 +127,10 @@ atexit.register(_worker.close)
 def guarded(
     function: Callable[..., Any], raw: bytes, *arguments: Any, needs: tuple[str, ...] = ()
 ) -> Any:
-    """What ``function(raw, *arguments)`` returns, or an `Unreadable` that says why not.
+    """The result of ``function(raw, *arguments)``, or an `Unreadable` with the reason.
 
-    ``function`` is a module's function; it runs in this process's worker, which is killed after
-    `SECONDS` and gets at most `MEMORY_BYTES`. ``needs`` names the libraries that it imports, which
-    are loaded before both are counted.
+    ``function`` is a module-level function. It runs in this process's worker, which is killed after
+    `SECONDS` and may use at most `MEMORY_BYTES`. ``needs`` names the libraries that it imports;
+    they are loaded before both limits apply. Raises `UserError` if one is not installed.
     """
     return _worker.call(function, raw, arguments, needs)

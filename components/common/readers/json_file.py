@@ -1,9 +1,15 @@
-"""JSON files: an array of objects or texts, one object, or an export with one list in it."""
+"""JSON files: an array of objects or texts, one object, or an export that contains one list.
 
+A file of more than `RECORD_BYTES` is read item by item (`large_json`).
+"""
+
+import codecs
 import json
 from pathlib import PurePosixPath
 from typing import IO, Any
 
+from nudge.components.common.readers.encodings import utf8_stream
+from nudge.components.common.readers.large_json import items
 from nudge.components.common.readers.parquet import is_metadata
 from nudge.components.common.readers.plain import read_text
 from nudge.components.common.readers.records import (
@@ -11,25 +17,33 @@ from nudge.components.common.readers.records import (
     Record,
     Records,
     Unreadable,
+    copied,
     record_of,
+    seekable,
 )
 
 
 def read_json(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
-    """One document per object that has the text column, or per text of an array."""
+    """One document per object with the text column, or per text of an array."""
     short = PurePosixPath(name).name
     if is_metadata(name):
         yield Record(short, Unreadable("metadata"))
         return
+    stream = seekable(stream)
+    start = stream.tell()
     text, encoding = read_text(stream, options)
     if isinstance(text, Unreadable):
+        if text.reason == "too_long":
+            stream.seek(start)
+            yield from _large(stream, short, options)
+            return
         yield Record(short, text)
         return
     size = len(text.encode())
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        if "Extra data" in str(error):  # JSON lines under another name
+        if "Extra data" in str(error):  # JSON lines in a .json file
             yield from _lines(text, options)
             return
         yield Record(short, Unreadable("bad_record", str(error)[:200], size))
@@ -40,6 +54,19 @@ def read_json(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
         return
     for number, row in enumerate(rows, 1):
         yield _record(row, number, options)._replace(encoding=encoding)
+
+
+def _large(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
+    plain, encoding = utf8_stream(stream, options)
+    start = plain.read(len(codecs.BOM_UTF8))
+    if start == codecs.BOM_UTF8 or not plain.seekable():  # the beginning is read twice
+        plain = copied(plain, b"" if start == codecs.BOM_UTF8 else start)
+    plain.seek(0)
+    for number, item in enumerate(items(plain, options), 1):
+        if isinstance(item, Unreadable):
+            yield Record(name, item)
+        else:
+            yield _record(item, number, options)._replace(encoding=encoding)
 
 
 def _lines(text: str, options: ReadOptions) -> Records:

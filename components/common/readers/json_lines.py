@@ -15,7 +15,7 @@ from nudge.components.common.readers.records import (
 
 
 def read_json_lines(stream: IO[bytes], _: str, options: ReadOptions) -> Records:
-    """One document per line that is an object with the text column."""
+    """One document per line; each line is an object with the text column."""
     stream, encoding = utf8_stream(stream, options, detect=False)
     for number, raw in enumerate(lines(stream), 1):
         if isinstance(raw, Unreadable):

@@ -1,4 +1,4 @@
-"""Mail: .eml files and .mbox archives, one document per message: its subject and its body."""
+"""Mail: .eml files and .mbox archives; one document per message, with subject and body."""
 
 import email
 import email.policy
@@ -35,7 +35,7 @@ def read_mbox(stream: IO[bytes], name: str, _: ReadOptions) -> Records:
 
 
 def message_text(raw: bytes) -> str | Unreadable:
-    """The subject and the body of a message; the plain text where there is one."""
+    """The subject and the body of a message; plain text if it has any, else its HTML."""
     from nudge.components.common.readers.web import all_text
 
     message = email.message_from_bytes(raw, policy=email.policy.default)

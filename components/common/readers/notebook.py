@@ -1,4 +1,4 @@
-"""Jupyter notebooks: Markdown and code cells in their order, without outputs."""
+"""Jupyter notebooks: Markdown and code cells in order, without outputs."""
 
 import json
 from pathlib import PurePosixPath

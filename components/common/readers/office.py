@@ -1,4 +1,4 @@
-"""Office files: .docx, .pptx, .xlsx and .odt, all of them zip archives that may be bombs."""
+"""Office files: .docx, .pptx, .xlsx and .odt. All are zip archives, so they may be bombs."""
 
 import io
 import itertools
@@ -22,11 +22,11 @@ from nudge.components.common.readers.records import (
 
 OPEN_DOCUMENT = "{urn:oasis:names:tc:opendocument:xmlns:text:1.0}"
 ENCRYPTED = b"\xd0\xcf\x11\xe0"
-"""An OLE container: an office file with a password, or one of before 2007."""
+"""An OLE container: an office file with a password, or in the format from before Office 2007."""
 
 
 def read_docx(stream: IO[bytes], name: str, _: ReadOptions) -> Records:
-    """A Word document: paragraphs and tables in their order."""
+    """A Word document: paragraphs and tables in order."""
     yield _page(stream, name, docx_text, "docx")
 
 
@@ -41,8 +41,8 @@ def read_odt(stream: IO[bytes], name: str, _: ReadOptions) -> Records:
 
 
 def read_xlsx(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
-    """A workbook: one document per row of a sheet whose first row names the text column, one per
-    sheet of any other."""
+    """A workbook: one document per row of a sheet whose first row names the text column, and one
+    per sheet otherwise."""
     raw = checked(stream)
     if isinstance(raw, Unreadable):
         yield Record(PurePosixPath(name).name, raw)
@@ -120,12 +120,12 @@ def _page(stream: IO[bytes], name: str, finder: Any, library: str) -> Record:
 
 
 def checked(stream: IO[bytes]) -> bytes | Unreadable:
-    """The bytes of an archive that does not grow out of all proportion."""
+    """The bytes of an archive, or why it is refused: encrypted, damaged or a bomb."""
     raw = whole(stream)
     if isinstance(raw, Unreadable):
         return raw
     if raw.startswith(ENCRYPTED):
-        return Unreadable("encrypted", "with a password, or of before Office 2007", len(raw))
+        return Unreadable("encrypted", "it has a password, or is from before Office 2007", len(raw))
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
             if any(is_bomb(member) for member in archive.infolist()):
@@ -143,7 +143,7 @@ def _joined(parts: list[str], raw: bytes) -> str | Unreadable:
 def _table(table: Any) -> str:
     rows = []
     for row in table.rows:
-        # A merged cell is there once for each column that it covers.
+        # A merged cell appears once per column that it covers.
         cells = [
             cell
             for _, group in itertools.groupby(row.cells, lambda cell: cell._tc)

@@ -1,7 +1,7 @@
-"""Parquet files and Arrow files (a data set saved by Hugging Face datasets): one document per row.
+"""Parquet files and Arrow files (as Hugging Face datasets saves them): one document per row.
 
-A dictionary page can make one long text stand in every row: a file of 357 bytes took 2.6 GB. So
-texts stay dictionary-encoded while they are read, and what a file may expand to is bounded.
+A dictionary page can repeat one long text in every row: a file of 357 bytes took 2.6 GB. So texts
+stay dictionary-encoded while they are read, and the size that a file may expand to is bounded.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from nudge.components.common.readers.records import (
 )
 
 NO_VALUE = (ValueError, OverflowError, KeyError)
-"""What pyarrow raises where Python has no such value: nanoseconds, the year 12000, an unknown time
-zone, bytes that are no UTF-8."""
+"""What pyarrow raises for values that Python cannot represent: nanoseconds, the year 12000, an
+unknown time zone, bytes that are not UTF-8."""
 BATCH_ROWS = 1024
 
 
 def read_parquet(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
-    """The rows of every row group; a corrupt group is counted row by row."""
+    """The rows of every row group; a damaged group is counted row by row."""
     import pyarrow
     import pyarrow.parquet
 
@@ -39,7 +39,7 @@ def read_parquet(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
             table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
             schema = table.schema_arrow
             texts = [column for column in options.columns if _is_text(schema, column)]
-            # Opened again: which columns are texts is known only now.
+            # Reopened, because only now is it known which columns are texts.
             table = pyarrow.parquet.ParquetFile(
                 file, pre_buffer=False, buffer_size=1 << 20, read_dictionary=texts
             )
@@ -109,14 +109,14 @@ def read_arrow(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
                         if expanded > BOMB_BYTES and expanded > BOMB_RATIO * size:
                             raise Bomb
                         yield record
-        except UserError:  # a ValueError too: the store does not answer, which is no damage
+        except UserError:  # a ValueError too, but it means that the store failed, not the file
             raise
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             yield Record(name, Unreadable("damaged", str(error)))
 
 
 def is_metadata(name: str) -> bool:
-    """Whether a file describes a saved Hugging Face data set and holds no documents."""
+    """Whether a file only describes a saved Hugging Face data set and has no documents."""
     return PurePosixPath(name).name in ("dataset_info.json", "state.json", "dataset_dict.json")
 
 
@@ -138,7 +138,7 @@ def _is_text(schema: Any, column: str) -> bool:
 
 
 def _stored_bytes(group: Any, columns: list[str]) -> int:
-    """What the columns of a row group take once decompressed, as the file states."""
+    """The decompressed size of a row group's columns in bytes, as the file states it."""
     parts = (group.column(number) for number in range(group.num_columns))
     return sum(part.total_uncompressed_size for part in parts if part.path_in_schema in columns)
 
@@ -150,7 +150,7 @@ def _rows(batch: Any) -> Iterator[dict[str, Any]]:
 
 
 def _values(column: Any) -> Iterator[Any]:
-    """The values of a column; those of a dictionary are made once, however often they occur."""
+    """The values of a column; a dictionary's values are created once, however often they occur."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):
@@ -166,10 +166,10 @@ def _values(column: Any) -> Iterator[Any]:
 def _value(scalar: Any) -> Any:
     try:
         value = scalar.as_py()
-        # Where pandas is installed its own type comes, which has room for them; a corpus does not
-        # depend on that.
+        # With pandas installed, its own type can represent nanoseconds; the corpus must not depend
+        # on that.
         if getattr(value, "nanosecond", 0) or getattr(value, "nanoseconds", 0):
-            return Unreadable("bad_record", "a part of a microsecond")
+            return Unreadable("bad_record", "a time in nanoseconds")
         return value
     except UnicodeDecodeError:
         return Unreadable("not_utf8")

@@ -30,5 +30,8 @@ def pdf_text(raw: bytes) -> str | Unreadable:
     except pypdfium2.PdfiumError as error:
         return Unreadable("damaged", str(error), len(raw))
     return "\n\n".join(pages).strip() or Unreadable(
-        "no_text_layer", "a scan? run it through OCR first, such as with ocrmypdf", len(raw)
+        "no_text_layer",
+        "probably a scan; add a text layer first: pip install 'nudge-lm[ocr]', then "
+        "ocrmypdf IN.pdf OUT.pdf",
+        len(raw),
     )

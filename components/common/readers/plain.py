@@ -1,4 +1,4 @@
-"""Text files, one document each: .txt, Markdown, reStructuredText, AsciiDoc and source code."""
+"""Text files, one document each: .txt, Markdown, reStructuredText and AsciiDoc."""
 
 import re
 from pathlib import PurePosixPath
@@ -26,13 +26,13 @@ def read_text(stream: IO[bytes], options: ReadOptions) -> tuple[str | Unreadable
 
 
 def read_plain(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
-    """The file as it is."""
+    """The file, unchanged."""
     text, encoding = read_text(stream, options)
     yield Record(PurePosixPath(name).name, text, encoding=encoding)
 
 
 def read_markdown(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
-    """The file without its YAML front matter, unless the options keep that."""
+    """The file without its YAML front matter, unless the options keep it."""
     text, encoding = read_text(stream, options)
     if isinstance(text, str) and not options.keep_front_matter:
         text = without_front_matter(text)

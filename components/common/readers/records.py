@@ -1,8 +1,8 @@
-"""What readers yield, the limits they obey, and how bytes become text.
+"""What readers yield, and the limits they obey.
 
-A reader takes a binary stream and yields one `Record` per document. An `Unreadable` stands for a
-document that is there but cannot be read, so that it is counted under a reason. No reader holds
-more than one record of `RECORD_BYTES`, and none trusts a size that a file states about itself.
+A reader takes a binary stream and yields one `Record` per document. An `Unreadable` represents a
+document that exists but cannot be read, so that it is counted under a reason. No reader keeps more
+than one record of `RECORD_BYTES` in memory, and none trusts a size that a file states.
 """
 
 import io
@@ -19,23 +19,23 @@ from typing import IO, Any, NamedTuple
 from nudge.components.common.artifacts.corpus import zstd
 
 RECORD_BYTES = 64 << 20
-"""A longer line or file is counted as too_long and never held in memory as a whole."""
+"""A longer line or file is counted as too_long and never loaded completely."""
 BOMB_RATIO, BOMB_BYTES = 250, 256 << 20
-"""Output that exceeds both, relative to the input and in total, is a decompression bomb."""
+"""Output that exceeds both limits, relative to the input and in total, is a decompression bomb."""
 DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zstd.ZstdError, zipfile.BadZipFile)
-"""What a damaged stream raises; an object store that does not answer raises no OSError."""
+"""What a damaged stream raises; an object store that does not answer raises `UserError`."""
 DAMAGED_ARCHIVE = (ValueError, IndexError, NotImplementedError, RuntimeError, struct.error)
 """What zipfile raises besides BadZipFile on a nonsensical index; found by fuzzing."""
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A record that is there but cannot be read; counted under ``reason`` and left out."""
+    """A record that exists but cannot be read; counted under ``reason`` and left out."""
 
     reason: str
     detail: str = ""
     bytes: int = 0
-    """The size of what was left out, where that is known."""
+    """The size of the missing text, if known."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Page:
 
 
 class Record(NamedTuple):
-    """One document as it was read; ``name`` is unique in its file, if the file's own ids are.
+    """One document as it was read; ``name`` is unique in its file if the file's ids are.
 
-    ``encoding`` is set where the text was not UTF-8.
+    ``encoding`` is set if the text was not UTF-8.
     """
 
     name: str
@@ -69,12 +69,12 @@ class Record(NamedTuple):
 
 
 class Bomb(Exception):
-    """A stream grows out of all proportion to its input."""
+    """A stream expands out of all proportion to its input."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """How files are read; the defaults are those of the step `ingest`."""
+    """How to read files; the defaults are those of the step `ingest`."""
 
     text_column: str = "text"
     id_column: str = "id"
@@ -89,7 +89,7 @@ class ReadOptions:
 
     @property
     def columns(self) -> list[str]:
-        """The columns that are read from a table."""
+        """The columns to read from a table."""
         named = (self.text_column, self.id_column, self.license_column, self.source_column)
         return [name for name in named if name]
 
@@ -126,7 +126,13 @@ def seekable(stream: IO[bytes]) -> IO[bytes]:
     """The stream itself, or a temporary copy of one that cannot seek cheaply."""
     if not isinstance(stream, zipfile.ZipExtFile) and stream.seekable():
         return io.BufferedReader(stream) if isinstance(stream, io.RawIOBase) else stream
+    return copied(stream)
+
+
+def copied(stream: IO[bytes], start: bytes = b"") -> IO[bytes]:
+    """A temporary copy on disk of ``start`` and what is left of a stream."""
     copy = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
+    copy.write(start)
     shutil.copyfileobj(stream, copy, 1 << 20)
     copy.seek(0)
     return copy

@@ -1,8 +1,8 @@
-"""Which reader reads which file, by its suffix; others can be added through an entry point.
+"""The reader for each file suffix; packages can add readers through an entry point.
 
-A package adds a reader with an entry point of the group ``nudge.readers``: its name is a suffix
-such as ``.log``, its value a `Reader`: a function of a binary stream, the file's name and the
-`ReadOptions`, which yields `Record` values.
+A package adds a reader with an entry point of the group ``nudge.readers``. Its name is a suffix
+such as ``.log``; its value is a `Reader`: a function of a binary stream, the file's name and the
+`ReadOptions` that yields `Record` values.
 """
 
 import bz2
@@ -138,14 +138,14 @@ NOT_TEXT = frozenset(
         ".woff2",
     ]
 )
-"""Suffixes of files that hold no text: counted, but no loss of text."""
+"""Suffixes of files without text; they are counted, but not as a loss of text."""
 HIDDEN = frozenset(("__pycache__", "__MACOSX", "node_modules"))
-"""Folders that tools fill; skipped like those whose names begin with a dot."""
+"""Folders that tools create; skipped like folders whose names begin with a dot."""
 
 
 @functools.cache
 def readers() -> dict[str, Reader]:
-    """Every reader by its suffix, those of installed packages included.
+    """Every reader by its suffix, including those of installed packages.
 
     Raises `UserError` if the reader of a package cannot be loaded.
     """
@@ -163,21 +163,21 @@ def readers() -> dict[str, Reader]:
 
 
 def accepted() -> str:
-    """The suffixes that are read, for messages."""
+    """The accepted suffixes, for messages."""
     code = {*SUFFIXES, ".py"}
     names = sorted(suffix for suffix in readers() if suffix not in code)
     return f"{', '.join(names)}, source code (each also {', '.join(sorted(COMPRESSED))})"
 
 
 def suffix_of(name: str) -> str:
-    """The suffix that names the format, without that of the compression."""
+    """The suffix that names the format, without the compression's suffix."""
     path = PurePosixPath(name)
     is_compressed = path.suffix.lower() in COMPRESSED
     return (PurePosixPath(path.stem).suffix if is_compressed else path.suffix).lower()
 
 
 def reason_unread(name: str) -> str:
-    """Why a file of this name is not read; empty if there is a reader."""
+    """Why a file with this name is not read; empty if there is a reader."""
     suffix = suffix_of(name)
     if suffix in readers():
         return ""
@@ -191,7 +191,7 @@ def hidden_part(path: str) -> str:
 
 
 def read_stream(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
-    """Every record of a stream whose format ``name`` tells; ends with what broke it, if so."""
+    """Every record of a stream; ``name`` decides the format. Damage becomes the last record."""
     opener = COMPRESSED.get(PurePosixPath(name).suffix.lower())
     try:
         if opener is not None:
@@ -204,7 +204,7 @@ def read_stream(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
 
 
 class _Bounded(io.RawIOBase):
-    """A decompressed stream that refuses to grow out of all proportion to what it was read from."""
+    """A decompressed stream that raises `Bomb` if it grows out of all proportion to its input."""
 
     def __init__(self, inner: Any, compressed: IO[bytes]) -> None:
         self._inner, self._compressed, self._out = inner, compressed, 0
@@ -213,7 +213,7 @@ class _Bounded(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._inner.read1(len(buffer))  # read() of a cut stream loses what it has
+        data = self._inner.read1(len(buffer))  # read() of a truncated stream loses data
         self._out += len(data)
         most = max(records.BOMB_BYTES, records.BOMB_RATIO * max(1, self._compressed.tell()))
         if self._out > most:

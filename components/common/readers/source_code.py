@@ -1,4 +1,4 @@
-"""Source code as text; a Python module that is nothing but texts by name gives one of each."""
+"""Source code as text; a Python module that is only a mapping of texts gives one per entry."""
 
 import ast
 import re
@@ -94,11 +94,11 @@ SUFFIXES = [
 ]
 MAPPING = re.compile(r"""\s*(?:\#[^\n]*\n\s*|\"{3}.*?\"{3}\s*)*(?:\w+\s*=\s*)?\{""", re.DOTALL)
 SHORTEST_MEAN = 20
-"""Characters that the texts of a mapping have on average; settings are shorter."""
+"""The least mean length of a mapping's texts in characters; settings are shorter."""
 
 
 def read_source(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
-    """The file as it is."""
+    """The file, unchanged."""
     raw = whole(stream)
     if isinstance(raw, Unreadable):
         text, encoding = raw, ""
@@ -108,7 +108,7 @@ def read_source(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
 
 
 def read_python(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
-    """The module as it is, or the texts of the one mapping that it consists of.
+    """The module as text, or the texts of the single mapping that it consists of.
 
     It is parsed, in a worker, and never executed.
     """
@@ -127,7 +127,7 @@ def read_python(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
 
 
 def texts_by_name(raw: bytes) -> dict[str, str] | None:
-    """The mapping of a module that is one literal dict of texts, apart from its docstring."""
+    """The mapping of a module that contains only a docstring and one literal dict of texts."""
     try:
         body = ast.parse(raw).body
         if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):

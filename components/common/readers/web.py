@@ -1,4 +1,4 @@
-"""Web pages: the main text of .html and .htm files, found by trafilatura."""
+"""Web pages: the main text of .html and .htm files, extracted by trafilatura."""
 
 import re
 from pathlib import PurePosixPath
@@ -76,7 +76,7 @@ def read_html(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
 
 
 def main_text(raw: bytes) -> str | Unreadable:
-    """The main text of a page in UTF-8."""
+    """The main text of a UTF-8 page."""
     import trafilatura
 
     page: Any = raw.decode("utf-8-sig")
@@ -87,12 +87,12 @@ def main_text(raw: bytes) -> str | Unreadable:
 
 
 def _flat_cells(page: str) -> Any:
-    """The page with the lists in table cells as plain text; trafilatura drops such lists."""
+    """The page with lists in table cells turned into plain text; trafilatura drops such lists."""
     from lxml import etree, html
 
     try:
         tree = html.document_fromstring(page)
-    except (etree.LxmlError, ValueError):  # as trafilatura, which finds out for itself
+    except (etree.LxmlError, ValueError):  # trafilatura fails on such a page too, and reports it
         return page
     items = tree.xpath("//td//li | //th//li")
     if not items:
@@ -106,7 +106,7 @@ def _flat_cells(page: str) -> Any:
 
 
 def all_text(raw: bytes) -> str:
-    """Every visible text of an HTML document, block by block; for books and mail."""
+    """All visible text of an HTML document, block by block; for books and mail."""
     from lxml import etree, html
 
     if not raw.strip():
@@ -134,7 +134,7 @@ def all_text(raw: bytes) -> str:
 
 
 def _utf8_if_valid(raw: bytes) -> str | None:
-    """UTF-8 where the bytes are; lxml would take them for latin-1 if nothing is declared."""
+    """UTF-8 if the bytes are valid; without a declaration, lxml would read them as latin-1."""
     try:
         raw.decode()
     except UnicodeDecodeError:

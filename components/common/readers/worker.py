@@ -1,4 +1,4 @@
-"""The process that `guarded` starts: reads pickled calls from stdin, writes pickled answers."""
+"""The process that `guarded` starts: reads pickled calls from stdin and writes pickled answers."""
 
 import importlib
 import os
@@ -14,7 +14,7 @@ from nudge.components.common.readers.records import Unreadable
 def main() -> None:
     """Answer calls until stdin ends."""
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not end up among the answers
+    os.dup2(2, 1)  # a library's output must not end up among the answers
     while header := sys.stdin.buffer.read(8):
         (size,) = struct.unpack("<Q", header)
         needs, *call, seconds, memory = pickle.loads(sys.stdin.buffer.read(size))
@@ -47,7 +47,7 @@ def _limit(seconds: float, memory: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit if hard == -1 else min(limit, hard), hard))
     except OSError:  # no /proc: only the time is limited
         pass
-    # If the parent dies meanwhile, nobody else ends this process.
+    # If the parent dies in the meantime, nothing else ends this process.
     spent = resource.getrusage(resource.RUSAGE_SELF)
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     end = int(spent.ru_utime + spent.ru_stime + 2 * seconds + 5)

@@ -1,6 +1,7 @@
 """Completions: those of a working model pass, and each kind of broken one fails."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,42 @@ def test_completions_come_with_what_is_said_of_them(tiny_model: Path) -> None:
     assert one.tokens == plain[0, -len(one.tokens) :].tolist()
     assert one.finite
     assert one.repeatable
+
+
+BASE_CONFIGURATIONS: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.1},  # as Qwen2.5-0.5B-Instruct has it
+    {"stop_strings": ["\n\n", " "]},
+    {"penalty_alpha": 0.6, "top_k": 4},
+    {"num_return_sequences": 2, "do_sample": True},
+    {"num_beams": 3},
+    {"cache_implementation": "quantized"},
+    {"force_words_ids": [[7]]},
+    {"max_time": 0.0},
+    {"no_repeat_ngram_size": 2},
+    {"suppress_tokens": [5]},
+    {"do_sample": True, "temperature": 5.0},
+]
+
+
+@pytest.mark.parametrize("base", BASE_CONFIGURATIONS, ids=lambda base: next(iter(base)))
+def test_the_models_generation_configuration_changes_no_completion(
+    tiny_model: Path, base: dict[str, Any]
+) -> None:
+    model, tokenizer = load_model(tiny_model), load_tokenizer(tiny_model)
+    (plain,) = complete(model, tokenizer, ["The Eiffel"], 12)
+    assert len(set(plain.tokens)) < len(plain.tokens)  # a penalty would change it
+    model.generation_config.update(**base)
+    own = model.generation_config
+    assert complete(model, tokenizer, ["The Eiffel"], 12) == [plain]
+    assert model.generation_config is own
+
+
+def test_the_models_own_end_tokens_still_end_a_completion(tiny_model: Path) -> None:
+    model, tokenizer = load_model(tiny_model), load_tokenizer(tiny_model)
+    (plain,) = complete(model, tokenizer, ["The Eiffel"], 12)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, plain.tokens[0]]
+    (ended,) = complete(model, tokenizer, ["The Eiffel"], 12)
+    assert ended.tokens == plain.tokens[:1]
 
 
 def test_a_model_of_no_numbers_is_found_out(tiny_model: Path) -> None:

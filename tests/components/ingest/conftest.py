@@ -1,4 +1,4 @@
-"""One object store for this room's tests, behind a proxy that can hurt."""
+"""One object store for these tests, behind a proxy that can inject faults."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,7 +23,7 @@ def store(
     faulty_proxy: Callable[..., FaultyProxy],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., FaultyProxy]:
-    """Puts a proxy before the store and into the data connection."""
+    """Puts a proxy in front of the store and makes the data connection use it."""
 
     def made(**options: Any) -> FaultyProxy:
         proxy = faulty_proxy(environment["AWS_S3_ENDPOINT"], **options)

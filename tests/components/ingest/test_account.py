@@ -1,4 +1,4 @@
-"""Nothing is lost silently: every file is counted, and a run that loses too much stops."""
+"""Nothing is lost silently: every file is counted, and too much loss stops the run."""
 
 import json
 import os
@@ -10,9 +10,9 @@ import pytest
 
 from nudge.components.common.artifacts.corpus import read_corpus
 from nudge.components.common.core.errors import UserError
+from nudge.components.ingest.finding import find_sources
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
-from nudge.components.ingest.sources import find_sources
 
 
 def texts(count: int, kind: str = "notes") -> list[str]:
@@ -30,7 +30,7 @@ def run(folder: Path, uri: Any, **values: Any) -> dict[str, Any]:
     return ingest(settings, corpus=folder / "out" / "corpus", report=folder / "out" / "report.html")
 
 
-def test_a_run_that_loses_too_much_stops_with_the_table_and_the_setting(tmp_path: Path) -> None:
+def test_too_much_loss_stops_the_run_with_a_table_and_the_setting(tmp_path: Path) -> None:
     data = tmp_path / "data"
     write(data, texts(100))
     write(data / "office", texts(60), ".doc")
@@ -38,11 +38,11 @@ def test_a_run_that_loses_too_much_stops_with_the_table_and_the_setting(tmp_path
     (data / "again.txt").write_text(texts(1)[0])
     with pytest.raises(UserError) as caught:
         run(tmp_path, str(data))
-    told = str(caught.value)
-    assert "read 201, kept 100, held out" in told
-    assert "100 unknown_kind (.doc .rtf)" in told
-    assert "1 duplicate" in told
-    assert "set ingest.max_lost: 0.5" in told
+    message = str(caught.value)
+    assert "read 201, kept 100, held out" in message
+    assert "100 unknown_kind (.doc .rtf)" in message
+    assert "1 duplicate" in message
+    assert "set ingest.max_lost: 0.5" in message
     assert not (tmp_path / "out" / "corpus").exists()
     result = run(tmp_path, str(data), max_lost=0.5)
     assert result["dropped"] == {"unknown_kind": 100, "duplicate": 1}
@@ -52,7 +52,7 @@ def test_a_run_that_loses_too_much_stops_with_the_table_and_the_setting(tmp_path
     assert "(.doc .rtf" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_duplicates_and_images_are_no_loss_and_lost_bytes_are(tmp_path: Path) -> None:
+def test_duplicates_and_images_do_not_count_as_loss_but_lost_bytes_do(tmp_path: Path) -> None:
     data = tmp_path / "data"
     write(data, texts(40))
     write(data / "again", texts(40))
@@ -83,7 +83,7 @@ def test_hidden_folders_are_skipped_and_counted(tmp_path: Path) -> None:
     assert result["dropped"] == {"hidden": 7}
     hidden = tmp_path / ".mine"
     write(hidden, texts(3))
-    assert len(find_sources(str(hidden))) == 3  # named itself
+    assert len(find_sources(str(hidden))) == 3  # named directly
 
 
 def test_linked_folders_are_read_once_and_pipes_are_counted(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ NAMES = ["Meine Texte", "Texte[2023]", "Texte?", "Texte #1", "50% mehr", "O'Neil
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_folder_of_any_name_is_read_by_it(tmp_path: Path, name: str) -> None:
+def test_a_folder_with_any_name_is_read(tmp_path: Path, name: str) -> None:
     write(tmp_path / name, texts(3))
     write(tmp_path / "Texte2", texts(2))
     for uri in (f"{tmp_path}/{name}", f"file://{tmp_path}/{name}"):
@@ -134,7 +134,7 @@ def test_a_folder_of_any_name_is_read_by_it(tmp_path: Path, name: str) -> None:
         assert len(find_sources(f"{uri}\n{tmp_path}/Texte2")) == 5
 
 
-def test_blanks_are_also_read_in_quotation_marks_after_backslashes_and_as_percent_20(
+def test_blanks_may_be_quoted_escaped_or_percent_20(
     tmp_path: Path,
 ) -> None:
     write(tmp_path / "Meine Texte", texts(3))
@@ -147,9 +147,9 @@ def test_blanks_are_also_read_in_quotation_marks_after_backslashes_and_as_percen
     ):
         assert len(find_sources(uri)) == 3
         assert len(find_sources(f"{uri} {tmp_path}/more")) == 5
-    with pytest.raises(UserError, match="this scheme is not read; accepted are"):
+    with pytest.raises(UserError, match="this scheme is not supported; accepted are"):
         find_sources("ftp://example.com/a.txt")
-    with pytest.raises(UserError, match="this scheme is not read"):
+    with pytest.raises(UserError, match="this scheme is not supported"):
         find_sources("simplecache::https://example.com/a.txt")
 
 
@@ -163,7 +163,7 @@ def test_a_recipe_takes_a_list(tmp_path: Path) -> None:
     assert settings.data_uri == (str(tmp_path / "a b"), "https://x.example/a.txt")
 
 
-def test_containers_mount_what_a_list_and_a_name_with_blanks_name(tmp_path: Path) -> None:
+def test_containers_mount_lists_and_names_with_blanks(tmp_path: Path) -> None:
     from nudge.pipelines.local.containers import named_paths
 
     for name in ("my texts", "Texte[2023]"):

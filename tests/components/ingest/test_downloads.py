@@ -1,4 +1,4 @@
-"""Downloads: bounded in size, and no redirect leads into a private network."""
+"""Downloads are bounded in size, and no redirect leads into a private network."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from aiohttp import web
 from nudge.components.common.core.errors import UserError
 from nudge.components.ingest import sources
 from nudge.components.ingest.downloads import WebLimits
-from nudge.components.ingest.sources import find_sources
+from nudge.components.ingest.finding import find_sources
 from tests.web_server import Server
 
 SECRET = b"The secret of a service that only this machine can reach."
@@ -48,7 +48,9 @@ def test_a_redirect_into_a_private_network_is_refused_unless_a_setting_allows_it
     with Server(("*", "/a.txt", to(target))) as outer:
         # The host that was named may be private.
         assert outer.url.startswith("http://127.0.0.1:")
-        with pytest.raises(UserError, match=r"leads to .*ingest\.allow_private_addresses: true"):
+        with pytest.raises(
+            UserError, match=r"redirects to .*ingest\.allow_private_addresses: true"
+        ):
             read(f"{outer.url}/a.txt")
         if form == "name":
             assert read(f"{outer.url}/a.txt", WebLimits(allow_private=True)) == SECRET
@@ -62,7 +64,7 @@ def test_a_redirect_to_another_scheme_is_refused(tmp_path: Path) -> None:
         read(f"{outer.url}/a.txt")
 
 
-def test_a_download_of_a_stated_and_of_an_unknown_length_is_bounded(
+def test_downloads_of_known_and_unknown_length_are_bounded(
     inner: Server,
 ) -> None:
     sent = 0

@@ -1,4 +1,4 @@
-"""Near duplicates and their clusters, beside plain reference computations; the split stays."""
+"""Near duplicates and their clusters against plain reference computations; a stable split."""
 
 import hashlib
 import random
@@ -30,7 +30,7 @@ def jaccard(one: list[str], other: list[str]) -> float:
 
 
 @pytest.mark.parametrize("edits", [10, 15, 20, 30])
-def test_pairs_are_found_as_often_as_minhash_promises(edits: int) -> None:
+def test_pairs_are_found_as_often_as_minhash_predicts(edits: int) -> None:
     choice = random.Random(edits)
     found, promised = 0, []
     for _ in range(150):
@@ -43,11 +43,11 @@ def test_pairs_are_found_as_often_as_minhash_promises(edits: int) -> None:
     assert abs(found - sum(promised)) < 4 * spread + 1
 
 
-def test_what_is_not_the_text_itself_does_not_count() -> None:
+def test_case_accents_and_punctuation_do_not_count() -> None:
     text = "Le café, près de l’église: “ouvert” dès huit heures, tous les jours sauf lundi."
     assert signature(text) == signature(text.upper().replace(",", " ,").replace("É", "E"))
     assert signature("one two") != signature("two one")
-    assert signature("-- --") != signature("** **")  # no word is left of either
+    assert signature("-- --") != signature("** **")  # neither has a word left
 
 
 def test_scripts_without_spaces_have_near_duplicates_too() -> None:
@@ -57,7 +57,7 @@ def test_scripts_without_spaces_have_near_duplicates_too() -> None:
     assert set(signature(text)) & set(signature(other))
 
 
-def test_a_long_text_is_hashed_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_text_is_hashed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     text = " ".join(words(1000, random.Random(1)))
     whole = signature(text)
     monkeypatch.setattr(duplicates, "CHUNK", 7)
@@ -68,7 +68,7 @@ def test_a_long_text_is_hashed_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch
 
 
 def union_find(rows: list[tuple[str, list[int]]]) -> list[int]:
-    """The cluster of each row, as its smallest member: rows that share a key, or that are equal."""
+    """Each row's cluster, named by its smallest member; rows with a common key belong together."""
     parent = list(range(len(rows)))
 
     def root(node: int) -> int:
@@ -85,7 +85,7 @@ def union_find(rows: list[tuple[str, list[int]]]) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_clusters_are_those_of_union_find(tmp_path: Path, seed: int) -> None:
+def test_clusters_equal_those_of_union_find(tmp_path: Path, seed: int) -> None:
     # Few values in some buckets make long chains and large clusters.
     choice = random.Random(seed)
     rows: list[tuple[str, list[int]]] = []
@@ -123,8 +123,8 @@ def test_clusters_are_those_of_union_find(tmp_path: Path, seed: int) -> None:
 
 
 def test_a_document_never_moves_between_splits(tmp_path: Path) -> None:
-    """A corpus grows by new texts, copies and variants that join clusters: what was trained on is
-    never held out later, and neither is a variant of it."""
+    """A corpus grows by new texts, copies and variants that join clusters. A text that was
+    trained on is never held out later, and neither is a variant of it."""
     choice = random.Random(7)
     settings = IngestSettings(data_uri=str(tmp_path / "*.txt"), validation_share=0.3)
     texts: list[list[str]] = []
@@ -158,7 +158,7 @@ def test_a_document_never_moves_between_splits(tmp_path: Path) -> None:
     assert len(places) > 70
 
 
-def test_texts_that_are_more_than_the_tables_may_hold_come_back(
+def test_texts_larger_than_the_memory_of_the_tables_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(duplicates, "MEMORY", "32MB")
@@ -188,7 +188,7 @@ def test_signatures_are_the_same_everywhere() -> None:
 
 
 @pytest.mark.parametrize("part_bytes", [1, 200, 4000, 1 << 20])
-def test_rows_come_in_the_order_of_their_hash(
+def test_rows_are_sorted_by_hash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_bytes: int
 ) -> None:
     monkeypatch.setattr(ordering, "PART_BYTES", part_bytes)

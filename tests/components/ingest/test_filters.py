@@ -1,4 +1,4 @@
-"""Each named filter keeps what it should, drops what it should, and says why."""
+"""Each named filter keeps and drops the right texts, and says why."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import pytest
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.settings import parse
 from nudge.components.common.readers import Unreadable
-from nudge.components.ingest.filters import make_filters, mask_pii, normalise, repetition
+from nudge.components.ingest.filters import make_filters, mask_pii, normalize, repetition
 from nudge.components.ingest.settings import IngestSettings
 
 PROSE = (
@@ -23,13 +23,13 @@ def filtered(text: str, name: str, **values: object) -> str | Unreadable:
     return apply(text)
 
 
-def test_normalising_removes_what_no_tokenizer_should_see() -> None:
-    assert normalise("\r\n a\0b\rc \r\n") == "ab\nc"
-    assert normalise("e\u0301") == "\u00e9"
-    assert normalise("a\ud800b") == "a\ufffdb"
+def test_normalizing_removes_what_no_tokenizer_should_see() -> None:
+    assert normalize("\r\n a\0b\rc \r\n") == "ab\nc"
+    assert normalize("e\u0301") == "\u00e9"
+    assert normalize("a\ud800b") == "a\ufffdb"
 
 
-def test_unicode_mends_mojibake_and_leaves_good_text() -> None:
+def test_unicode_repairs_mojibake_and_keeps_good_text() -> None:
     assert filtered("schÃ¶n und groÃŸ", "unicode") == "schön und groß"
     for good in (PROSE, "“quoted” & &amp; ﬁne", "日本語の文", "x = 'a\\tb'\n\tif x:"):
         assert filtered(good, "unicode") == good
@@ -42,11 +42,11 @@ def test_length_counts_characters() -> None:
     assert filtered("ä" * 6, "length", min_characters=1, max_characters=5) == Unreadable("too_long")
 
 
-def test_repetition_by_the_thresholds_of_gopher() -> None:
+def test_repetition_uses_the_thresholds_of_gopher() -> None:
     assert repetition(PROSE) == PROSE
     dropped = Unreadable("repetition")
     lines = [f"{n} {sentence}" for n, sentence in enumerate(PROSE.split(". ") * 2)] + ["Next"] * 4
-    assert repetition("\n".join(lines)) == "\n".join(lines)  # 3 of 12 lines were said before
+    assert repetition("\n".join(lines)) == "\n".join(lines)  # 3 of 12 lines are repeats
     assert repetition("\n".join([*lines, "Next", "Next"])) == dropped  # 5 of 14
     long = "This line is much longer than any other and is said again, word for word, at the end."
     few = [f"short {n}" for n in range(10)]
@@ -55,12 +55,12 @@ def test_repetition_by_the_thresholds_of_gopher() -> None:
     assert repetition("") == ""
 
 
-def test_language_keeps_what_was_asked_for() -> None:
+def test_language_keeps_the_configured_languages() -> None:
     french = "La tour se dresse au bord du fleuve et se voit de partout dans la ville."
     assert filtered(french, "language", languages=("fr", "de")) == french
     assert filtered(french, "language", languages=("en",)) == Unreadable("language", "fr")
     assert filtered(PROSE, "language", languages=("en",)) == PROSE
-    with pytest.raises(UserError, match=r"ingest.languages is empty; give .* such as \[en, fr\]"):
+    with pytest.raises(UserError, match=r"ingest.languages is empty; list .* such as \[en, fr\]"):
         filtered(PROSE, "language")
 
 
@@ -92,7 +92,7 @@ def test_personal_data_is_masked(text: str, masked: str) -> None:
         PROSE,
     ],
 )
-def test_what_only_looks_personal_stays(text: str) -> None:
+def test_text_that_only_looks_personal_stays(text: str) -> None:
     assert filtered(text, "pii", pii="drop") == text
 
 
@@ -105,7 +105,7 @@ def test_filters_run_in_the_order_of_the_recipe() -> None:
 @pytest.mark.parametrize(
     ("values", "name"), [({"pii": "drop"}, "pii"), ({"languages": ["en", "fr"]}, "language")]
 )
-def test_what_no_filter_would_apply_is_refused(values: dict[str, Any], name: str) -> None:
+def test_a_setting_without_its_filter_is_refused(values: dict[str, Any], name: str) -> None:
     with pytest.raises(UserError, match=rf"set filters: \[unicode, length, {name}\]$"):
         parse(IngestSettings, {"data_uri": "x", **values}, "ingest")
     named = {"data_uri": "x", "filters": ["length", name], **values}

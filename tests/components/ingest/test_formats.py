@@ -1,4 +1,4 @@
-"""Whatever stands in a file: read, or counted under a reason; never a crash, never a loss."""
+"""Any content of a file is read or counted under a reason, without a crash and without loss."""
 
 import bz2
 import csv
@@ -68,7 +68,7 @@ def test_a_truncated_stream_keeps_what_came_before() -> None:
 
 
 @pytest.mark.parametrize("suffix", sorted(PACKERS))
-def test_each_compression_is_read_whole_cut_and_spoilt(suffix: str) -> None:
+def test_each_compression_is_read_intact_truncated_and_damaged(suffix: str) -> None:
     pack, name = PACKERS[suffix], f"a.jsonl{suffix}"
     assert counted(pack(lines(900)), name) == {"read": 900}
     assert counted(pack(lines(9)) + pack(lines(5)), name) == {"read": 14}
@@ -78,7 +78,7 @@ def test_each_compression_is_read_whole_cut_and_spoilt(suffix: str) -> None:
     assert counted(bytes(raw), name)["damaged"] == 1
 
 
-def test_lines_that_are_no_record_are_counted_one_by_one() -> None:
+def test_lines_that_are_not_records_are_counted_one_by_one() -> None:
     raw = lines(2) + b'not json\n{"body": "x"}\n{"text": null}\n[1]\n{"text": "\xff"}\n\n'
     raw += b'{"text": "nul\0here"}\n{"text": "escaped nul\\u0000"}\n'
     raw += b"[" * 100_000 + b"\n" + b'{"text": "last"}'
@@ -86,7 +86,7 @@ def test_lines_that_are_no_record_are_counted_one_by_one() -> None:
     assert counted(raw, "a.jsonl") == reasons
 
 
-def test_a_line_without_end_is_counted_and_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_line_is_counted_and_not_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "RECORD_BYTES", 1000)
     long = b'{"text": "' + b"x" * 3_000_000 + b'"}\n'
     assert counted(lines(1) + long + lines(1), "a.jsonl") == {"read": 2, "too_long": 1}
@@ -95,7 +95,7 @@ def test_a_line_without_end_is_counted_and_not_held(monkeypatch: pytest.MonkeyPa
     assert counted(rows, "a.csv")["read"] == 2
 
 
-def test_a_line_of_100_mb_is_counted_with_its_bytes_and_not_held() -> None:
+def test_a_line_of_100_mb_is_counted_with_its_bytes_and_not_kept_in_memory() -> None:
     long = b'{"text": "' + b"x" * 100_000_000 + b'"}\n'
     raw = gzip.compress(lines(1) + long + lines(1), 1)
     size = len(long)
@@ -112,7 +112,7 @@ def test_a_line_of_100_mb_is_counted_with_its_bytes_and_not_held() -> None:
     assert peak < 2.5 * records.RECORD_BYTES
 
 
-def test_csv_rows_with_bad_bytes_leave_their_neighbours_whole() -> None:
+def test_csv_rows_with_bad_bytes_do_not_affect_their_neighbors() -> None:
     raw = b'id,text\n1,"two\nlines"\n2,\xff\xfe\n3\n4,nul\0here\n'
     assert read(raw, "a.csv") == [
         ("1", "two\nlines"),
@@ -141,11 +141,11 @@ def test_tables_with_tabs_with_bare_returns_and_without_a_header(
         csv.field_size_limit(before)
 
 
-def test_values_that_python_has_no_type_for_do_not_end_a_table() -> None:
+def test_values_without_a_python_type_do_not_end_a_table() -> None:
     days, nanoseconds = pyarrow.array([0, 10**7], "int32"), pyarrow.array([0, 10**15 + 1])
     odd = {
         "a day of the year 29349": days.view("date32"),
-        "a part of a microsecond": nanoseconds.view(pyarrow.timestamp("ns")),
+        "a time in nanoseconds": nanoseconds.view(pyarrow.timestamp("ns")),
         "a zone that nobody knows": nanoseconds.view(pyarrow.timestamp("ms", "Nowhere/Never")),
     }
     for what, ids in odd.items():
@@ -154,7 +154,7 @@ def test_values_that_python_has_no_type_for_do_not_end_a_table() -> None:
         pyarrow.parquet.write_table(table, out)
         found = read(out.getvalue(), "a.parquet")
         assert [text for _, text in found] == ["first", "second"], what
-        assert found[1][0] == "2", what  # its place names it
+        assert found[1][0] == "2", what  # the row number names it
         pyarrow.parquet.write_table(
             table.rename_columns(["odd", "id", "text"]), out := io.BytesIO()
         )
@@ -174,7 +174,7 @@ def test_each_row_of_a_corrupt_row_group_is_counted(tmp_path: Path) -> None:
     assert counted(gzip.compress(path.read_bytes()), "a.parquet.gz") == {"read": 300}
 
 
-def test_archives_give_their_members_and_nothing_leaves_them(
+def test_archives_give_their_members_and_write_nothing_outside(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     good = {"a.txt": b"one", "in/b.jsonl": lines(2), "c.jsonl.gz": gzip.compress(lines(1))}
@@ -224,7 +224,7 @@ def test_no_bytes_crash_a_reader(suffix: str, cuts: list[tuple], packed: str) ->
 
 @hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=5))
-def test_what_was_written_is_read(texts: list[str]) -> None:
+def test_written_texts_are_read_back(texts: list[str]) -> None:
     texts = [text.encode("utf-8", "replace").decode() for text in texts]
     raw = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     assert [text for _, text in read(raw, "a.jsonl")] == texts

@@ -1,4 +1,4 @@
-"""Ingest: every format, exact counts, a stable split, clear ends."""
+"""Ingest: every format, exact counts, a stable split, clear errors."""
 
 import gzip
 import json
@@ -68,7 +68,7 @@ def test_near_duplicates_are_dropped(tmp_path: Path) -> None:
     assert read_corpus(tmp_path / "corpus").dropped == {"near_duplicate": 1}
 
 
-def test_the_fingerprint_does_not_know_the_order_and_the_split_stays(tmp_path: Path) -> None:
+def test_the_fingerprint_ignores_the_order_and_the_split_is_stable(tmp_path: Path) -> None:
     first = run(tmp_path, str(write(tmp_path, texts(40))))
     turned = run(tmp_path, str(write(tmp_path, texts(40)[::-1], "b.jsonl")))
     assert first["fingerprint"] == turned["fingerprint"]
@@ -79,7 +79,7 @@ def test_the_fingerprint_does_not_know_the_order_and_the_split_stays(tmp_path: P
     assert all(split_of(text, settings) == "validation" for text in before)
 
 
-def test_another_seed_of_training_holds_out_the_same(tmp_path: Path) -> None:
+def test_the_seed_of_training_does_not_change_the_split(tmp_path: Path) -> None:
     recipe = f"seed: %d\ningest: {{data_uri: {write(tmp_path, texts(60))}}}"
     held_out = []
     for seed, given in ((1, {}), (2, {}), (2, {"split_seed": 2})):
@@ -99,7 +99,7 @@ def test_another_seed_of_training_holds_out_the_same(tmp_path: Path) -> None:
         ('{"body": "x"}\n', "no column 'text', it has: body"),
     ],
 )
-def test_what_cannot_be_used_ends_clearly_and_leaves_nothing(
+def test_unusable_data_ends_with_a_clear_message_and_no_output(
     tmp_path: Path, content: str, message: str
 ) -> None:
     (tmp_path / "a.jsonl").write_text(content)
@@ -118,7 +118,7 @@ def test_missing_and_unknown_sources_are_named(tmp_path: Path) -> None:
         run(tmp_path, "package://nowhere_at_all/x.txt")
 
 
-def test_any_number_of_processes_makes_the_same_corpus(
+def test_the_number_of_processes_does_not_change_the_corpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(3):
@@ -132,13 +132,13 @@ def test_any_number_of_processes_makes_the_same_corpus(
         folder = tmp_path / str(workers)
         run(folder, f"{tmp_path}/*.jsonl", workers=workers)
         made.append([(p.name, p.read_bytes()) for p in sorted((folder / "corpus").iterdir())])
-        # From here on nothing is cleaned in this process, and batches end within files.
+        # From here on, other processes do all cleaning, and batches end within files.
         monkeypatch.setattr(cleaning, "ALONE_BYTES", 0)
         monkeypatch.setattr(cleaning, "BATCH_BYTES", 1000)
     assert made[0] == made[1]
 
 
-def test_pages_are_parsed_by_the_processes_too(
+def test_pages_are_parsed_in_the_processes_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number, text in enumerate(texts(40)):
@@ -157,12 +157,10 @@ def killed(_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_process_that_is_killed_ends_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_process_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cleaning, "ALONE_BYTES", 0)
     monkeypatch.setattr(cleaning, "_clean_batch", killed)
     path = write(tmp_path, texts(20))
-    with pytest.raises(UserError, match="one of the 2 processes that clean was killed"):
+    with pytest.raises(UserError, match="one of the 2 cleaning processes was killed"):
         run(tmp_path, str(path), workers=2)
     assert not (tmp_path / "corpus").exists()

@@ -1,4 +1,4 @@
-"""Memory does not grow with the text: what is kept waits on disk."""
+"""Memory does not grow with the text: documents wait on disk."""
 
 import json
 import random
@@ -10,7 +10,7 @@ import pytest
 
 from nudge.components.common.artifacts.corpus import zstd
 
-# The caps are made small, so that a few tens of megabytes reach all of them.
+# Small limits, so that a few tens of megabytes reach all of them.
 PROGRAM = """
 import resource, sys
 from pathlib import Path
@@ -29,7 +29,7 @@ print(result["documents"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss //
 
 
 def write(path: Path, megabytes: int) -> None:
-    """Texts of 1,500 bytes or so; a tenth are variants of an earlier one."""
+    """Texts of about 1,500 bytes; a tenth are variants of an earlier one."""
     choice, written, last = random.Random(1), 0, "nothing yet"
     words = ["".join(choice.choices("etaoinshrdlu", k=choice.randrange(2, 9))) for _ in range(5000)]
     with zstd.open(path, "wt", encoding="utf-8") as file:
@@ -55,6 +55,6 @@ def peak_mib(folder: Path, megabytes: int) -> int:
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_peak_memory_is_that_of_a_fourth_of_the_text(tmp_path: Path) -> None:
+def test_four_times_the_text_needs_the_same_peak_memory(tmp_path: Path) -> None:
     small, large = peak_mib(tmp_path / "small", 25), peak_mib(tmp_path / "large", 100)
     assert large < 1.1 * small, (small, large)

@@ -1,4 +1,4 @@
-"""One long text is enough; filters come from packages too."""
+"""One long text is enough for a corpus; packages can add filters."""
 
 import random
 from importlib.metadata import EntryPoint
@@ -40,7 +40,7 @@ def test_a_single_book_is_a_corpus(tmp_path: Path) -> None:
     }
     everything = [d for documents in kept.values() for d in documents]
     assert all(len(d.text) <= 4000 for d in everything)
-    # Every paragraph is in one piece, on one side, and none is lost.
+    # Every paragraph is in one piece and one split, and none is lost.
     found = [p for d in everything for p in d.text.split("\n\n")]
     assert sorted(found) == sorted(novel().split("\n\n"))
     assert {d.id.partition(":")[0] for d in everything} == {"book.txt"}
@@ -54,13 +54,13 @@ def test_an_edit_moves_few_pieces() -> None:
 
 
 @pytest.mark.parametrize("text", ["x" * 10_000, "word " * 4000, "line\n" * 4000, "a\n\n" * 4000])
-def test_pieces_are_never_too_long_and_lose_no_word(text: str) -> None:
+def test_pieces_are_never_too_long_and_no_word_is_lost(text: str) -> None:
     found = pieces(text, 1000)
     assert max(map(len, found)) <= 1000
     assert "".join("".join(found).split()) == "".join(text.split())
 
 
-def test_a_length_that_is_set_holds_for_every_document(tmp_path: Path) -> None:
+def test_a_configured_length_applies_to_every_document(tmp_path: Path) -> None:
     for number in range(40):
         (tmp_path / f"{number}.txt").write_text(novel(number, 20))
     assert run(tmp_path, f"{tmp_path}/*.txt")["documents"] == 40

@@ -1,4 +1,4 @@
-"""Many small objects are fetched at once and taken in their order; a cluster reads the same."""
+"""Small objects are fetched concurrently and processed in order; a cluster reads the same."""
 
 import json
 import random
@@ -16,10 +16,11 @@ from nudge.components.common.clients.storage import s3_client
 from nudge.components.common.core.errors import UserError
 from nudge.components.ingest import reading, sources
 from nudge.components.ingest.duplicates import Documents
+from nudge.components.ingest.finding import find_sources
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.on_ray import Arriving, groups
 from nudge.components.ingest.settings import IngestSettings
-from nudge.components.ingest.sources import Source, find_sources
+from nudge.components.ingest.sources import Source
 from tests.components.ingest.test_state import lines, tree
 from tests.faulty_proxy import FaultyProxy
 
@@ -27,7 +28,7 @@ Store = Callable[..., FaultyProxy]
 
 
 class Watched(LocalFileSystem):  # type: ignore[misc]
-    """Lets nobody have a file before ``together`` of them are asked for, and notes what is held."""
+    """Serves no file before ``together`` of them are requested, and counts buffered bytes."""
 
     cachable = False
 
@@ -46,7 +47,7 @@ class Watched(LocalFileSystem):  # type: ignore[misc]
         return data
 
 
-def test_small_objects_come_in_order_fetched_together_and_few_are_held(
+def test_small_objects_are_fetched_concurrently_in_order_and_few_are_buffered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size, together = 1000, 4
@@ -95,7 +96,7 @@ def read(folder: Path, uri: str, name: str, **values: Any) -> dict[str, Any]:
     return plain(read_corpus(folder / name))
 
 
-def test_objects_fetched_ahead_make_the_same_corpus_through_faults(
+def test_fetching_ahead_through_faults_gives_the_same_corpus(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faults = ("500", "503", "reset", "cut-download")
@@ -114,7 +115,7 @@ def test_objects_fetched_ahead_make_the_same_corpus_through_faults(
     assert pages[0] == pages[1]
 
 
-def test_tasks_take_neighbours_up_to_a_size_and_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_group_neighbors_up_to_a_size_and_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nudge.components.ingest.on_ray.GROUP_BYTES", 100)
     monkeypatch.setattr("nudge.components.ingest.on_ray.GROUP_OBJECTS", 3)
     sizes = [10, 20, 80, 300, 5, None, None, None, 1]
@@ -124,7 +125,7 @@ def test_tasks_take_neighbours_up_to_a_size_and_a_number(monkeypatch: pytest.Mon
 
 
 def saved(folder: Path, name: str, numbers: list[int]) -> tuple[bytes, dict[int, Any]]:
-    """What a node hands back of some objects of one document each."""
+    """What a node returns for some objects with one document each."""
     place = folder / name
     place.mkdir()
     documents = Documents(place)
@@ -147,15 +148,15 @@ def pieces(name: str, raw: bytes, facts: dict[int, Any]) -> list[dict[str, Any]]
     ]
 
 
-def test_what_arrives_counts_once_it_is_whole_and_once(tmp_path: Path) -> None:
+def test_a_file_counts_when_it_is_complete_and_only_once(tmp_path: Path) -> None:
     one, other = (saved(tmp_path, name, [3, 4]) for name in ("one", "other"))
     other[1][4]["lost"] = True
     (tmp_path / "here").mkdir()
     documents = Documents(tmp_path / "here")
     arriving = Arriving(tmp_path, documents)
     first, again = pieces("a", *one), pieces("b", *other)
-    # The node of `a` is lost before its last piece, and its task runs again elsewhere, where
-    # one object is not seen; then the last piece of `a` arrives after all.
+    # The node of `a` is lost before its last piece, and its task reruns on another node, which
+    # does not see one object; then the last piece of `a` arrives after all.
     told = [arriving.take(piece) for piece in [*first[:0:-1], *again, first[0]]]
     assert [count for count in told if count] == [1, 1]
     assert sorted(arriving.facts) == [3, 4]
@@ -164,7 +165,7 @@ def test_what_arrives_counts_once_it_is_whole_and_once(tmp_path: Path) -> None:
     documents.close()
 
 
-def test_ray_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ray_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     (tmp_path / "a.txt").write_text("A text that is long enough to be kept.")
     with pytest.raises(UserError, match=r"ingest.engine: ray needs Ray.*nudge-lm\[ray\]"):
@@ -177,7 +178,7 @@ def test_ray_reads_the_same_corpus(
 ) -> None:
     pytest.importorskip("ray", reason="needs the extra ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    # Many tasks, each of which hands back several pieces.
+    # Many tasks, each of which returns several pieces.
     monkeypatch.setattr("nudge.components.ingest.on_ray.GROUP_BYTES", 8000)
     monkeypatch.setattr("nudge.components.ingest.on_ray.PIECE_BYTES", 5000)
     proxy = store(share=0.0, seed=5, retry_after_s=0, faults=("500", "503", "reset"))

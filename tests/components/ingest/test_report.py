@@ -1,4 +1,4 @@
-"""The page and the manifest of a corpus: everything adds up, and hostile text stays text."""
+"""The page and the manifest of a corpus: all counts add up, and hostile text stays text."""
 
 import json
 import random
@@ -21,7 +21,7 @@ WORDS = ["Paris", "Seine", "tower", "bridge", "museum", "river", "garden", "stre
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of three files, with licences and origins, and its report."""
+    """A corpus of three files, with licenses and origins, and its report."""
     folder, choice = tmp_path_factory.mktemp("report"), random.Random(1)
     text = folder / "text"
     text.mkdir()
@@ -52,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_documents_and_bytes_reconcile_for_each_source_and_in_all(made: Path) -> None:
+def test_documents_and_bytes_reconcile_per_source_and_in_total(made: Path) -> None:
     manifest = plain(read_corpus(made / "corpus"))
     for part in (manifest, *manifest["sources"]):
         dropped = part["dropped"]
@@ -78,7 +78,7 @@ def test_documents_and_bytes_reconcile_for_each_source_and_in_all(made: Path) ->
     assert manifest["bytes"] < manifest["text_bytes_kept"]
 
 
-def test_licences_and_origins_are_kept_and_counted(made: Path) -> None:
+def test_licenses_and_origins_are_kept_and_counted(made: Path) -> None:
     manifest = plain(read_corpus(made / "corpus"))
     kept = [d for split in manifest["splits"] for d in read_documents(made / "corpus", split)]
     for key, value_of in (("licenses", "license"), ("origins", "origin")):
@@ -111,20 +111,20 @@ def test_many_origins_are_counted_together(made: Path, monkeypatch: pytest.Monke
     assert sum(group["bytes"] for group in manifest["origins"]) == manifest["bytes"]
 
 
-def test_a_named_column_that_no_document_has_is_an_error(made: Path) -> None:
+def test_a_configured_column_that_no_document_has_is_an_error(made: Path) -> None:
     settings = IngestSettings(data_uri=str(made / "text"), license_column="licence")
-    with pytest.raises(UserError, match=r"license_column is 'licence', and no document of"):
+    with pytest.raises(UserError, match=r"license_column is 'licence', but no document of"):
         ingest(settings, corpus=made / "none", report=made / "none.html")
     assert not (made / "none").exists()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_the_page_shows_all_and_runs_nothing(made: Path, width: int, scheme: str) -> None:
+def test_the_page_shows_everything_and_runs_nothing(made: Path, width: int, scheme: str) -> None:
     with browser() as opened:
         page, faults = look(opened, made / "report.html", width, scheme)
         page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
         said = page.inner_text("body")
         assert not faults
         assert page.locator("h1").all_inner_texts() == ["Corpus"]
-    for shown in ("<a&b>.jsonl", "<i>odd</i>", "short<script>", "site3.example", "not given"):
+    for shown in ("<a&b>.jsonl", "<i>odd</i>", "short<script>", "site3.example", "no value"):
         assert shown in said

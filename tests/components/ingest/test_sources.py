@@ -1,4 +1,4 @@
-"""Objects behind URIs: read exactly through every fault, resumed, or told apart and counted."""
+"""Objects behind URIs: read exactly despite faults, resumed, or counted as changed or gone."""
 
 import gzip
 import io
@@ -25,8 +25,9 @@ from nudge.components.common.artifacts.corpus import read_corpus, zstd
 from nudge.components.common.artifacts.schema import plain
 from nudge.components.common.clients.storage import s3_client
 from nudge.components.common.core.errors import UserError
-from nudge.components.ingest import sources
+from nudge.components.ingest import sources, stores
 from nudge.components.ingest.account import account
+from nudge.components.ingest.finding import find_sources
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
 from tests.components.ingest.test_state import tree
@@ -48,7 +49,7 @@ def lines(seed: int, count: int) -> bytes:
 
 
 def objects() -> dict[str, bytes]:
-    """Objects of several blocks each, in formats that are read in one go and by jumping about."""
+    """Objects of several blocks each, in formats that are read sequentially and with seeks."""
     table, archive = io.BytesIO(), io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table({"text": texts(3, 400)}), table, row_group_size=100)
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
@@ -82,7 +83,7 @@ def put(prefix: str, contents: dict[str, bytes]) -> Any:
     return client
 
 
-def test_a_store_that_fails_a_fifth_of_the_time_gives_the_very_same_corpus(
+def test_a_store_that_fails_a_fifth_of_the_time_gives_the_same_corpus(
     store: Store, tmp_path: Path
 ) -> None:
     faults = ("500", "503", "reset", "cut-download")
@@ -101,7 +102,7 @@ def test_a_store_that_fails_a_fifth_of_the_time_gives_the_very_same_corpus(
     assert all(path.startswith("/nudge") for _, path, _, _ in proxy.requests)  # path-style
 
 
-def test_a_cut_answer_is_resumed_where_it_stood(store: Store, tmp_path: Path) -> None:
+def test_a_truncated_answer_is_resumed_at_its_offset(store: Store, tmp_path: Path) -> None:
     cut = 3
     asked: list[int] = []
 
@@ -120,7 +121,7 @@ def test_a_cut_answer_is_resumed_where_it_stood(store: Store, tmp_path: Path) ->
             (start,) = re.findall(r"bytes=(\d+)-", headers["Range"])
             asked.append(int(start))
     assert len(set(asked)) >= len(raw) // (2 * BLOCK)
-    # Each range follows the one before; only the one that was cut is asked for again.
+    # Each range follows the one before; only the truncated one is requested twice.
     assert asked == sorted(asked)
     again = Counter(asked)
     assert sum(again.values()) - len(again) == 2
@@ -203,10 +204,10 @@ def test_an_object_that_vanishes_is_counted(
         ({"AWS_ACCESS_KEY_ID": "no"}, "s3://nudge/x", "not known there; check AWS_ACCESS_KEY_ID"),
         ({"AWS_ACCESS_KEY_ID": None}, "s3://nudge/x", "not set; attach a data connection"),
         ({"AWS_S3_ENDPOINT": "http://127.0.0.1:9"}, "s3://nudge/x", "check AWS_S3_ENDPOINT"),
-        ({"AWS_S3_ENDPOINT": "minio:9000"}, "s3://nudge/x", "expected http://host:port"),
+        ({"AWS_S3_ENDPOINT": "ftp://minio:9000"}, "s3://nudge/x", "expected http://host:port"),
     ],
 )
-def test_a_store_that_cannot_be_used_is_told_in_one_sentence(
+def test_an_unusable_store_is_reported_in_one_sentence(
     store: Store,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -215,7 +216,7 @@ def test_a_store_that_cannot_be_used_is_told_in_one_sentence(
     message: str,
 ) -> None:
     store(share=0.0)
-    monkeypatch.setattr(sources, "STORE_ATTEMPTS", 1)
+    monkeypatch.setattr(stores, "STORE_ATTEMPTS", 1)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for name, value in variables.items():
@@ -230,7 +231,7 @@ def test_a_store_that_cannot_be_used_is_told_in_one_sentence(
     assert secret == "no" or secret not in str(caught.value)
 
 
-def test_a_store_behind_a_ca_of_its_own(
+def test_a_store_with_a_private_ca(
     environment: dict[str, str],
     faulty_proxy: Store,
     tmp_path: Path,
@@ -244,17 +245,17 @@ def test_a_store_behind_a_ca_of_its_own(
     authority.issue_cert("localhost").configure_cert(tls)
     proxy = faulty_proxy(environment["AWS_S3_ENDPOINT"], share=0.0, tls=tls)
     monkeypatch.setenv("AWS_S3_ENDPOINT", proxy.url)
-    monkeypatch.setattr(sources, "STORE_ATTEMPTS", 1)
-    with pytest.raises(UserError, match="not trusted; name its CA's file in AWS_CA_BUNDLE"):
+    monkeypatch.setattr(stores, "STORE_ATTEMPTS", 1)
+    with pytest.raises(UserError, match="not trusted; set AWS_CA_BUNDLE to its CA's file"):
         read(tmp_path, "s3://nudge/tls")
-    with pytest.raises(UserError, match="not trusted; name its CA's file in SSL_CERT_FILE"):
+    with pytest.raises(UserError, match="not trusted; set SSL_CERT_FILE to its CA's file"):
         read(tmp_path, f"{proxy.url}/nudge/tls/a.jsonl")
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "ca.pem"))
     assert read(tmp_path, "s3://nudge/tls")["documents"] == 60
 
 
-def test_the_web_through_faults_without_ranges_and_without_a_length(
+def test_the_web_with_faults_without_ranges_and_without_a_length(
     faulty_proxy: Store, tmp_path: Path
 ) -> None:
     served = tmp_path / "web"
@@ -285,7 +286,9 @@ def odd_files() -> dict[str, bytes]:
     return {name: text.encode() for name, text in zip(ODD, words, strict=True)}
 
 
-def test_any_name_is_read_and_what_has_no_reader_is_named(store: Store, tmp_path: Path) -> None:
+def test_any_name_is_read_and_files_without_a_reader_are_named(
+    store: Store, tmp_path: Path
+) -> None:
     store(share=0.0)
     contents = {**odd_files(), "more.jsonl": lines(1, 60), "d.doc": b"x" * 99, "LICENSE": b"x"}
     put("odd#1", contents)
@@ -297,12 +300,12 @@ def test_any_name_is_read_and_what_has_no_reader_is_named(store: Store, tmp_path
         manifest = read(tmp_path, uri, str(number), state_uri=str(tmp_path / f"state{number}"))
         assert manifest["documents"] == 60 + len(ODD)
         assert manifest["dropped"] == {"unknown_kind": 2}
-        told = {s["uri"].rpartition("/")[2]: s["dropped"] for s in manifest["sources"]}
+        dropped = {s["uri"].rpartition("/")[2]: s["dropped"] for s in manifest["sources"]}
         unknown = {"d.doc", "LICENSE"}
-        assert told == {n: {"unknown_kind": 1} if n in unknown else {} for n in contents}
+        assert dropped == {n: {"unknown_kind": 1} if n in unknown else {} for n in contents}
         assert "2 unknown_kind (.doc LICENSE)" in account(manifest)
         assert "odd#1/d.doc" in (tmp_path / f"{number}.html").read_text()
-        assert len(sources.find_sources(f"{uri}/*.txt")) == len(ODD) - 1
+        assert len(find_sources(f"{uri}/*.txt")) == len(ODD) - 1
         with pytest.raises(UserError, match=r"d\.doc: unknown kind of file"):
             read(tmp_path, f"{uri}/*.*", "all")
     (tmp_path / "none").mkdir()
@@ -311,9 +314,9 @@ def test_any_name_is_read_and_what_has_no_reader_is_named(store: Store, tmp_path
         UserError, match=r"none: no file found \(only 1 unknown_kind\); accepted are"
     ):
         read(tmp_path, str(tmp_path / "none"))
-    # One file is one source, by whatever name, and through however many connections.
+    # One file is one source, whatever its name and however many connections name it.
     both = f"{folder} file://{folder}/*.md s3://nudge/odd#1 s3://nudge/odd#1/more.*"
-    assert len(sources.find_sources(both)) == 2 * len(contents)
+    assert len(find_sources(both)) == 2 * len(contents)
 
 
 def test_urls_that_differ_in_their_query_are_two_objects(tmp_path: Path) -> None:
@@ -330,9 +333,9 @@ def test_urls_that_differ_in_their_query_are_two_objects(tmp_path: Path) -> None
         for _ in range(2):
             manifest = read(tmp_path, " ".join([*parts, parts[0]]), state_uri=state)
             assert manifest["documents"] == 60
-        told = [source["uri"] for source in manifest["sources"]]
-        assert told == [f"{server.url}/export.jsonl{number}" for number in ("", " (2)", " (3)")]
-        # What was first among several is not what stands alone under the same name.
+        dropped = [source["uri"] for source in manifest["sources"]]
+        assert dropped == [f"{server.url}/export.jsonl{number}" for number in ("", " (2)", " (3)")]
+        # The first of several is not the same object as one that is alone under the same name.
         assert (
             read(tmp_path, parts[2], state_uri=state)["fingerprint"]
             == (read(tmp_path, str(tmp_path / "2.jsonl"), "file")["fingerprint"])
@@ -340,7 +343,7 @@ def test_urls_that_differ_in_their_query_are_two_objects(tmp_path: Path) -> None
 
 
 @pytest.mark.long
-def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
+def test_a_data_set_from_the_hub(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     (copy / "data").mkdir(parents=True)
     for name, raw in objects().items():

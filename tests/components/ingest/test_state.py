@@ -1,4 +1,4 @@
-"""A run that knows the last one reads only what is new or changed, and makes the same corpus."""
+"""With state, a run reads only new and changed objects, and writes the same corpus."""
 
 import hashlib
 import json
@@ -59,14 +59,14 @@ class Data:
     def read(self, known: bool = True, **values: Any) -> list[str]:
         """Ingest; returns the names of the objects that were read."""
         self.opened.clear()
-        place = str(self.state) if known else ""
-        settings = IngestSettings(data_uri=str(self.text), state_uri=place, **values)
+        state_uri = str(self.state) if known else ""
+        settings = IngestSettings(data_uri=str(self.text), state_uri=state_uri, **values)
         corpus = self.folder / ("corpus" if known else "whole")
         self.result = ingest(settings, corpus=corpus, report=corpus.with_suffix(".html"))
         return sorted(self.opened)
 
     def check(self, **values: Any) -> None:
-        """The corpus and its report are those of a run that reads everything."""
+        """The corpus and its report equal those of a run that reads everything."""
         assert len(self.read(known=False, **values)) == len(list(self.text.iterdir()))
         assert tree(self.folder / "corpus") == tree(self.folder / "whole")
         reports = [self.folder / f"{name}.html" for name in ("corpus", "whole")]
@@ -94,7 +94,7 @@ def test_only_new_and_changed_objects_are_read(data: Data) -> None:
     assert data.read() == ["11.jsonl"]
     data.check()
 
-    # What duplicates were dropped for may change or go; what is left of them comes back.
+    # If a kept document changes or goes, its dropped duplicates come back.
     data.put("0.jsonl", lines(2, 20))
     assert data.read() == ["0.jsonl"]
     data.check()
@@ -104,7 +104,7 @@ def test_only_new_and_changed_objects_are_read(data: Data) -> None:
     assert data.read() == []
 
 
-def test_another_way_of_cleaning_reads_everything(data: Data) -> None:
+def test_changed_cleaning_settings_reread_everything(data: Data) -> None:
     data.read()
     assert len(data.read(min_characters=30)) == 3
     data.check(min_characters=30)
@@ -124,11 +124,11 @@ def test_many_runs_leave_few_files(data: Data, monkeypatch: pytest.MonkeyPatch) 
         (data.text / f"{name}.jsonl").unlink()
     data.put("new.jsonl", lines(7))
     assert data.read() == ["new.jsonl"]
-    assert len(list(data.state.glob("documents-*"))) == 1  # most of what was kept is of no use
+    assert len(list(data.state.glob("documents-*"))) == 1  # most of the old documents are unused
     data.check()
 
 
-def test_a_damaged_or_missing_file_of_the_state_is_read_again(data: Data) -> None:
+def test_a_damaged_or_missing_state_file_is_rebuilt(data: Data) -> None:
     data.read()
     data.put("3.jsonl", lines(3))
     data.read()
@@ -145,7 +145,7 @@ def test_a_damaged_or_missing_file_of_the_state_is_read_again(data: Data) -> Non
     assert not (data.state / "documents-left-behind.parquet").exists()
 
 
-def test_what_is_no_state_is_left_alone(data: Data) -> None:
+def test_a_foreign_manifest_is_not_overwritten(data: Data) -> None:
     data.state.mkdir()
     (data.state / "manifest.json").write_text('{"format": "nudge.corpus", "version": 1}')
     with pytest.raises(UserError, match="is nudge.corpus version 1, expected nudge.ingest-state"):
@@ -169,12 +169,12 @@ def test_in_a_store_an_unchanged_object_costs_no_request(
         paths = [path.partition("?")[0] for _, path, _, _ in proxy.requests]
         return sorted(path for path in paths if path.startswith("/nudge/text/"))
 
-    place = "s3://nudge/state"
-    first = asked(state_uri=place)
+    state_uri = "s3://nudge/state"
+    first = asked(state_uri=state_uri)
     assert set(first) == {f"/nudge/text/{n}.jsonl" for n in range(4)}
-    assert asked(state_uri=place) == []
+    assert asked(state_uri=state_uri) == []
     client.put_object(Bucket="nudge", Key="text/1.jsonl", Body=lines(9))
-    assert set(asked(state_uri=place)) == {"/nudge/text/1.jsonl"}
+    assert set(asked(state_uri=state_uri)) == {"/nudge/text/1.jsonl"}
     corpus = tree(tmp_path / "corpus")
     assert len(asked()) == len(first)
     assert tree(tmp_path / "corpus") == corpus

@@ -1,4 +1,4 @@
-"""A corpus in several shards with all that text may hold, and ways to tokenize it."""
+"""A corpus in several shards with ordinary and odd texts, and a way to tokenize it."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,7 +37,7 @@ def texts(count: int = 300) -> list[str]:
 
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A corpus whose train split has four shards; blocks are small, so that each shard has many."""
+    """A corpus whose train split has four shards, with many small blocks per shard."""
     monkeypatch.setattr(corpora, "SHARD_DOCUMENTS", 75)
     monkeypatch.setattr(encode, "BLOCK_BYTES", 2048)
     folder = tmp_path / "corpus"
@@ -60,8 +60,8 @@ def run(corpus: Path, tmp_path: Path, tiny_model: Path) -> Run:
     """Tokenize the corpus with the tiny model's tokenizer; returns the tokens' folder."""
 
     def tokenized(name: str = "tokens", **values: Any) -> Path:
-        given: dict[str, Any] = {"base_model": str(tiny_model), "processes": 1, **values}
-        tokenize(TokenizeSettings(**given), corpus=corpus, tokens=tmp_path / name)
+        options: dict[str, Any] = {"base_model": str(tiny_model), "processes": 1, **values}
+        tokenize(TokenizeSettings(**options), corpus=corpus, tokens=tmp_path / name)
         return tmp_path / name
 
     return tokenized

@@ -20,7 +20,7 @@ FEW = settings(
 
 @pytest.fixture
 def tokens(run: Run) -> Path:
-    """Tokens in four shards, so that a row reaches across them."""
+    """Tokens in four shards, so that rows cross shard boundaries."""
     return run()
 
 
@@ -33,20 +33,20 @@ def tokens(run: Run) -> Path:
     prefix_share=st.sampled_from([0.0, 0.3, 1.0]),
     data=st.data(),
 )
-def test_ranks_share_out_the_batch_of_one(
+def test_ranks_divide_the_batch_of_a_single_rank(
     tokens: Path, length: int, seed: int, batch: int, ranks: int, prefix_share: float,
     data: st.DataObject,
 ) -> None:  # fmt: skip
     alone = PackedSplit(tokens, "train", length, seed, prefix_share)
-    # Up to the third epoch, in an order of steps that is not theirs.
+    # Up to the third epoch, with the steps in another order.
     last = 3 * alone.rows // batch
     for step in data.draw(st.lists(st.integers(0, last), min_size=1, max_size=3)):
-        whole = alone.batch(0, step * batch, batch)
+        single = alone.batch(0, step * batch, batch)
         fresh = PackedSplit(tokens, "train", length, seed, prefix_share)
         parts = [fresh.step_batch(step, batch, rank, ranks) for rank in range(ranks)]
         for name in ("inputs", "targets", "positions"):
             joined = torch.cat([getattr(part, name) for part in parts])
-            assert torch.equal(joined, getattr(whole, name))
+            assert torch.equal(joined, getattr(single, name))
         sizes = [len(part.inputs) for part in parts]
         assert max(sizes) - min(sizes) <= 1
 
@@ -57,10 +57,10 @@ def test_ranks_share_out_the_batch_of_one(
     batches=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 5)), min_size=2, max_size=4),
     data=st.data(),
 )
-def test_a_cursor_loses_and_repeats_nothing_whatever_ranks_go_on(
+def test_a_cursor_loses_and_repeats_nothing_when_the_ranks_change(
     tokens: Path, length: int, batches: list[tuple[int, int]], data: st.DataObject
 ) -> None:
-    """Each part of the run is resumed by another number of ranks, with another batch."""
+    """Each part of the run resumes with another number of ranks and another batch size."""
     read, targets = 0, []
     for batch, ranks in batches:
         split = PackedSplit(tokens, "train", length, 3)
@@ -75,7 +75,7 @@ def test_a_cursor_loses_and_repeats_nothing_whatever_ranks_go_on(
 
 
 @pytest.mark.parametrize("length", [100, 1000])
-def test_an_epoch_holds_each_token_once_across_shards(tokens: Path, length: int) -> None:
+def test_an_epoch_has_each_token_once_across_shards(tokens: Path, length: int) -> None:
     split = PackedSplit(tokens, "train", length, 5)
 
     def tokens_of(epoch: int) -> Iterator[int]:

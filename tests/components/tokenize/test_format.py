@@ -1,4 +1,4 @@
-"""The shard's format: as documented, and refused where it is broken."""
+"""The shard format: as documented, and refused if it is broken."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ def artifact(folder: Path, dtype: Any = "<u2", documents: list[list[int]] = DOCU
 
 
 def describe(folder: Path, **counts: int) -> None:
-    """A manifest with the sha256 that the shard has now."""
+    """A manifest with the current sha256 of the shard."""
     digest = hashlib.sha256((folder / "a.tokens").read_bytes()).hexdigest()
     shards = {"shards": [{"file": "a.tokens", "sha256": digest, **counts}]}
     manifest = {"format": "nudge.tokens", "version": 1, "splits": {"train": shards}}
@@ -40,7 +40,7 @@ def describe(folder: Path, **counts: int) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "code"), [("<u2", "H"), ("<u4", "I")])
-def test_a_shard_reads_by_what_its_documentation_says(
+def test_a_shard_can_be_read_from_its_documentation_alone(
     tmp_path: Path, dtype: str, code: str
 ) -> None:
     data = (artifact(tmp_path, dtype) / "a.tokens").read_bytes()
@@ -55,7 +55,7 @@ def test_a_shard_reads_by_what_its_documentation_says(
     assert len(data) == index + -index % 8 + 4 * 8
 
 
-def test_the_width_of_an_id_follows_from_the_vocabulary(tmp_path: Path) -> None:
+def test_the_vocabulary_decides_the_width_of_an_id(tmp_path: Path) -> None:
     assert [token_dtype(size).itemsize for size in (300, 65_536, 65_537)] == [2, 2, 4]
     large = [[65_535, 65_536, 200_000, 0]]
     reader = TokenReader(artifact(tmp_path / "wide", "<u4", large), "train")
@@ -72,7 +72,7 @@ def test_the_documents_come_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "told"),
+    ("offset", "value", "message"),
     [
         (0, b"NUDGETOX", "not a token shard of version 1"),
         (8, struct.pack("<I", 2), "not a token shard of version 1"),
@@ -86,20 +86,20 @@ def test_the_documents_come_back(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_header_or_index_is_refused(
-    tmp_path: Path, place: int, value: bytes, told: str
+    tmp_path: Path, offset: int, value: bytes, message: str
 ) -> None:
-    """The sha256 is that of the broken file, so that it is not what tells."""
+    """The sha256 matches the broken file, so the format check has to find it."""
     path = artifact(tmp_path) / "a.tokens"
     data = bytearray(path.read_bytes())
-    data[place : place + len(value)] = value
+    data[offset : offset + len(value)] = value
     path.write_bytes(data)
     describe(tmp_path)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         TokenReader(tmp_path, "train")
 
 
 @pytest.mark.parametrize("kept", [0, 39, 40, 60, -1])
-def test_a_shard_cut_anywhere_is_refused(tmp_path: Path, kept: int) -> None:
+def test_a_truncated_shard_is_refused(tmp_path: Path, kept: int) -> None:
     path = artifact(tmp_path) / "a.tokens"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(UserError, match=r"a.tokens is damaged: sha256"):
@@ -119,7 +119,9 @@ def test_one_flipped_bit_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), [("documents", 4), ("tokens", 8)])
-def test_counts_other_than_the_manifest_s_are_refused(tmp_path: Path, key: str, value: int) -> None:
+def test_counts_that_differ_from_the_manifest_are_refused(
+    tmp_path: Path, key: str, value: int
+) -> None:
     artifact(tmp_path)
     describe(tmp_path, **{key: value})
     with pytest.raises(UserError, match=f"{key}, but its manifest says {value}"):
@@ -132,12 +134,12 @@ def test_a_missing_shard_and_another_format_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a.tokens is missing"):
         TokenReader(tmp_path, "train")
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    for change, told in (
+    for change, message in (
         ({"version": 2}, "nudge.tokens version 2, expected nudge.tokens version 1"),
         ({"format": "nudge.corpus"}, "nudge.corpus version 1, expected nudge.tokens"),
     ):
         (tmp_path / "manifest.json").write_text(json.dumps({**manifest, **change}))
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             TokenReader(tmp_path, "train")
 
 

@@ -1,4 +1,4 @@
-"""The fast library gives the very ids of Hugging Face's tokenizers, or is not used."""
+"""The fast library gives the same ids as Hugging Face's tokenizers, or is not used."""
 
 import random
 import time
@@ -29,15 +29,15 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<unk>"]
 
 
 def bpe(
-    before: Any, normalizer: Any = None, alphabet: bool = True, merges: int = 2000, **given: Any
+    before: Any, normalizer: Any = None, alphabet: bool = True, merges: int = 2000, **options: Any
 ) -> str:
-    """A tokenizer.json of a BPE trained on `TEXTS`."""
-    made = Tokenizer(models.BPE(**given))
+    """The tokenizer.json of a BPE trained on `TEXTS`."""
+    made = Tokenizer(models.BPE(**options))
     made.pre_tokenizer = before
     if normalizer is not None:
         made.normalizer = normalizer
     first = pre_tokenizers.ByteLevel.alphabet() if alphabet else []
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)] if given.get("byte_fallback") else []
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)] if options.get("byte_fallback") else []
     trainer = trainers.BpeTrainer(
         vocab_size=merges, special_tokens=SPECIAL + bytes_, initial_alphabet=first,
         show_progress=False,
@@ -84,7 +84,7 @@ SCRIPTS = [
 
 
 def hostile(drawn: random.Random) -> str:
-    """A text of what tokenizers stumble over, and of prose cut anywhere."""
+    """A text of hard cases for tokenizers and of prose cut at arbitrary points."""
     made = []
     for _ in range(drawn.randint(0, 40)):
         kind = drawn.random()
@@ -141,7 +141,7 @@ def unigram() -> str:
     return made.to_str()
 
 
-def test_a_kind_that_it_refuses_is_left_to_tokenizers(
+def test_tokenizers_handles_the_kinds_that_fastokens_refuses(
     run: Run, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = unigram()
@@ -158,7 +158,7 @@ def test_a_kind_that_it_refuses_is_left_to_tokenizers(
     assert "tokenize: slower, without fastokens: " in capsys.readouterr().err
 
 
-def test_ids_that_differ_are_found_and_not_used(
+def test_different_ids_are_detected_and_not_used(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = sha256_tree(run("right"))
@@ -173,7 +173,7 @@ def test_ids_that_differ_are_found_and_not_used(
     assert "differ from those of Hugging Face's tokenizers" in capsys.readouterr().err
 
 
-def test_of_the_corpus_only_the_first_texts_are_compared() -> None:
+def test_only_the_first_texts_of_the_corpus_are_compared() -> None:
     def texts() -> Iterator[str]:
         for number in range(1000):
             assert number < 8, "it read on"

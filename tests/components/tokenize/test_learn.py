@@ -1,4 +1,4 @@
-"""A tokenizer trained on the corpus: the same bytes each time, and one that transformers loads."""
+"""A tokenizer trained on the corpus: reproducible, and loadable by transformers."""
 
 import json
 import os
@@ -32,7 +32,7 @@ LEARN = {"tokenizer": "train", "base_model": "", "vocab_size": 500, "special_tok
 
 def test_the_same_corpus_gives_the_same_bytes(run: Run, corpus: Path, tmp_path: Path) -> None:
     first = run("first", **LEARN)
-    # Another process, with other hashes of strings and another number of threads.
+    # Another process, with different string hashes and another number of threads.
     program = (
         "import json, sys; from pathlib import Path\n"
         "from nudge.components.tokenize.settings import TokenizeSettings\n"
@@ -40,9 +40,11 @@ def test_the_same_corpus_gives_the_same_bytes(run: Run, corpus: Path, tmp_path: 
         "values, corpus, tokens = json.loads(sys.argv[1])\n"
         "tokenize(TokenizeSettings(**values), corpus=Path(corpus), tokens=Path(tokens))\n"
     )
-    given = json.dumps([LEARN, str(corpus), str(tmp_path / "second")])
+    arguments = json.dumps([LEARN, str(corpus), str(tmp_path / "second")])
     environment = {**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", program, given], env=environment, check=True, timeout=200)
+    subprocess.run(
+        [sys.executable, "-c", program, arguments], env=environment, check=True, timeout=200
+    )
     assert sha256_tree(tmp_path / "second") == sha256_tree(first)
 
 
@@ -58,7 +60,7 @@ def tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def test_it_has_its_special_tokens_and_a_smaller_vocabulary_where_text_is_short(
+def test_it_has_its_special_tokens_and_little_text_gives_a_smaller_vocabulary(
     tokenizer: Any, tmp_path: Path
 ) -> None:
     assert len(tokenizer) == 500
@@ -70,7 +72,7 @@ def test_it_has_its_special_tokens_and_a_smaller_vocabulary_where_text_is_short(
     assert 257 < len(train_tokenizer(texts(5), few, tmp_path)) < 2000
 
 
-def test_it_learns_from_no_more_than_the_sample(tmp_path: Path) -> None:
+def test_it_learns_from_the_sample_only(tmp_path: Path) -> None:
     taken = 0
 
     def endless() -> object:
@@ -115,7 +117,7 @@ def test_a_model_from_scratch_is_trained_with_it(run: Run, tmp_path: Path) -> No
     assert TokenReader(tokens, "train").document(0)[-1] == 0
 
 
-def test_a_base_model_is_not_trained_with_it(run: Run, tmp_path: Path, tiny_model: Path) -> None:
+def test_a_base_model_cannot_be_trained_with_it(run: Run, tmp_path: Path, tiny_model: Path) -> None:
     tokens = run(**{**LEARN, "vocab_size": 290})
     for_base = TrainSettings(base_model=str(tiny_model), max_steps=1, resume="never")
     outputs = {name: tmp_path / name for name in ("model", "history", "report")}
@@ -127,19 +129,19 @@ def test_a_base_model_is_not_trained_with_it(run: Run, tmp_path: Path, tiny_mode
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ("{tokenizer: train, vocab_size: 200}", "vocab_size = 200: .*greater than or equal to 257"),
         (
             "{tokenizer: train, vocab_size: 258, special_tokens: [<a>]}",
-            "vocab_size 258 has no room beside 256 bytes and 2 special tokens; give more than 258",
+            "vocab_size 258 leaves no room besides 256 bytes and 2 special tokens",
         ),
         ("{tokenizer: trained, base_model: x}", "'base_model' or 'train'"),
-        ("{}", "tokenizer base_model needs base_model; tokenizer train does without"),
+        ("{}", "tokenizer: base_model needs base_model; tokenizer: train does not"),
         ("{base_model: x, vocabsize: 3}", "did you mean 'vocab_size'"),
         ("{base_model: x, engine: dask}", "'local' or 'ray'"),
     ],
 )
-def test_wrong_settings_are_told(values: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_wrong_settings_are_reported(values: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         step_settings(TokenizeSettings, "tokenize", f"tokenize: {values}")

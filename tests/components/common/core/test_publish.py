@@ -1,4 +1,4 @@
-"""Artifacts: complete or invisible, and damage is seen."""
+"""Artifacts: complete or invisible, and damage is detected."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def test_a_finished_block_publishes_and_replaces(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_failed_block_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_failed_block_keeps_the_earlier_content(tmp_path: Path) -> None:
     target = tmp_path / "model"
     with published(target) as part:
         (part / "file").write_text("good")
@@ -60,7 +60,7 @@ def test_a_killed_process_publishes_nothing(tmp_path: Path) -> None:
 
 def test_manifests_are_checked_for_format_version_and_json(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
-    with pytest.raises(UserError, match="is no nudge.a artifact"):
+    with pytest.raises(UserError, match="is not a nudge.a artifact"):
         read_manifest(path, "nudge.a", 1)
     write_manifest(path, "nudge.a", 1, {"é": 1})
     assert read_manifest(path, "nudge.a", 1)["é"] == 1
@@ -71,7 +71,7 @@ def test_manifests_are_checked_for_format_version_and_json(tmp_path: Path) -> No
         read_manifest(path, "nudge.a", 1)
 
 
-def test_a_flipped_byte_is_seen(tmp_path: Path) -> None:
+def test_a_flipped_byte_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "shard"
     path.write_bytes(b"abc")
     sha256 = sha256_file(path)
@@ -90,7 +90,7 @@ def test_a_flipped_byte_is_seen(tmp_path: Path) -> None:
 def test_a_group_can_write_only_in_a_pod(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_pod: bool, mode: int
 ) -> None:
-    """Even where the umask would let it."""
+    """Even if the umask would allow it."""
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     if in_pod:
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")

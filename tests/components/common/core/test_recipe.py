@@ -40,10 +40,10 @@ def on_its_way(text: str) -> str:
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("wrap", [lambda t: {"a": t}, lambda t: {t: 1}, lambda t: {"a": [[t], {}]}])
-def test_a_recipe_keeps_its_values_on_its_way(text: str, wrap: Any) -> None:
-    given = yaml.safe_dump(wrap(text), allow_unicode=True, width=60)
-    values = read_recipe(given)
-    sent = portable(given)
+def test_a_recipe_keeps_its_values_in_transit(text: str, wrap: Any) -> None:
+    text_in = yaml.safe_dump(wrap(text), allow_unicode=True, width=60)
+    values = read_recipe(text_in)
+    sent = portable(text_in)
     assert on_its_way(sent) == sent
     assert read_recipe(sent) == values
     # Inside the JSON that KFP makes of it, too.
@@ -54,8 +54,8 @@ def test_a_recipe_keeps_its_values_on_its_way(text: str, wrap: Any) -> None:
 def test_numbers_and_dates_keep_their_types() -> None:
     values = {"a": [1, 1.5, 1e-5, True, None, "é"], "b": {}, "c": []}
     assert read_recipe(portable(yaml.safe_dump(values, allow_unicode=True))) == values
-    given = "when: 2026-01-01\nanchors: [&x {p: é}, *x]\n"
-    assert read_recipe(portable(given)) == read_recipe(given)
+    text_in = "when: 2026-01-01\nanchors: [&x {p: é}, *x]\n"
+    assert read_recipe(portable(text_in)) == read_recipe(text_in)
 
 
 def test_a_recipe_that_is_safe_keeps_its_comments() -> None:
@@ -80,7 +80,7 @@ def test_a_number_that_is_not_finite_is_refused_with_its_key(number: str) -> Non
         ("prompt: a 3f72a01e-8f5e b", "[[RunUUID]] (now 3f72a01e-8f5e)"),
     ],
 )
-def test_text_typed_into_the_dashboard_is_refused_where_it_was_replaced(
+def test_text_that_the_dashboard_replaced_is_refused(
     monkeypatch: pytest.MonkeyPatch, text: str, named: str
 ) -> None:
     read_recipe(text)  # not in a pod

@@ -1,4 +1,4 @@
-"""What may be shown of a text: no credentials, nothing that acts on a terminal or a page."""
+"""Shown texts contain no credentials and nothing that acts on a terminal or a page."""
 
 import io
 import os
@@ -23,7 +23,7 @@ ACTING = ("\x1b", "\x07", "\u202e", "\x9b")
 
 
 @pytest.mark.parametrize(
-    ("given", "shown"),
+    ("text", "shown"),
     [
         (f"https://user:{SECRET}@host/x.csv", "https://***@host/x.csv"),
         (f"s3://key:{SECRET}@bucket/x: no such key", "s3://***@bucket/x: no such key"),
@@ -34,12 +34,12 @@ ACTING = ("\x1b", "\x07", "\u202e", "\x9b")
         ("hf://org/model@main and s3://bucket/a@b?else=c", None),
     ],
 )  # fmt: skip
-def test_credentials_of_uris_are_masked(given: str, shown: str | None) -> None:
-    assert masked(given) == (given if shown is None else shown.strip())
-    assert str(UserError(given)) == masked(given)
+def test_credentials_of_uris_are_masked(text: str, shown: str | None) -> None:
+    assert masked(text) == (text if shown is None else shown.strip())
+    assert str(UserError(text)) == masked(text)
 
 
-def test_what_acts_on_a_terminal_is_shown() -> None:
+def test_characters_that_act_on_a_terminal_are_made_visible() -> None:
     assert visible("a\nb\tc é 日本") == "a\nb\tc é 日本"
     assert not any(char in visible(ATTACK) for char in ACTING)
     assert not any(char in str(UserError(ATTACK)) for char in ACTING)
@@ -55,7 +55,7 @@ def test_what_acts_on_a_terminal_is_shown() -> None:
 
 
 def test_a_run_shows_no_credential_of_its_data_uri(tmp_path: Path) -> None:
-    """Neither on the terminal nor in the log, the events, the result or the pages of a run."""
+    """Not on the terminal, and not in the log, the events, the result or the pages of a run."""
     uris = [
         f"https://user:{SECRET}@127.0.0.1:9/x.jsonl",
         PRESIGNED.replace("b.s3.example.com", HERE),
@@ -82,4 +82,4 @@ def test_a_run_shows_no_credential_of_its_data_uri(tmp_path: Path) -> None:
         for path in run.rglob("*")
         if path.is_file() and SECRET.encode() in path.read_bytes()
     ]
-    assert found == ["recipe.yaml"]  # what the user gave, private to them
+    assert found == ["recipe.yaml"]  # the user's own file

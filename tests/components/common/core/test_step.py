@@ -1,4 +1,4 @@
-"""Reuse of finished steps: by content, never half of one."""
+"""Reuse of finished steps: by content, and only complete ones."""
 
 import dataclasses
 import json
@@ -51,8 +51,8 @@ def test_the_same_content_is_reused_from_another_path(tmp_path: Path) -> None:
     assert ends(tmp_path) == [("step_end", "done"), ("step_end", "reused")]
 
 
-def test_what_is_found_within_a_step_decides_whether_the_rest_is_reused(tmp_path: Path) -> None:
-    """The search is the step's own work: it shows as running, and counts."""
+def test_a_search_within_a_step_decides_whether_the_rest_is_reused(tmp_path: Path) -> None:
+    """The search is part of the step: it is shown as running, and its result counts."""
 
     @reusable("outer", outputs=("out",))
     def rest(found: str, *, out: Path) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def test_what_is_found_within_a_step_decides_whether_the_rest_is_reused(tmp_path
     assert ends(tmp_path) == [("step_end", status) for status in ("done", "reused", "done")]
 
 
-def test_other_content_or_settings_run_again(tmp_path: Path) -> None:
+def test_changed_content_or_settings_rerun_the_step(tmp_path: Path) -> None:
     double(2, source=tmp_path / "a", out=tmp_path / "one")
     double(3, source=tmp_path / "a", out=tmp_path / "two")
     (tmp_path / "a").write_text("xy")
@@ -97,8 +97,8 @@ class Settings:
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
-def test_a_base_model_that_changed_in_place_is_other_input(tmp_path: Path, scheme: str) -> None:
-    """The settings hold only its path, which says nothing of what stands there."""
+def test_a_base_model_that_changed_in_place_is_new_input(tmp_path: Path, scheme: str) -> None:
+    """The settings have only its path, which does not identify its content."""
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
@@ -109,8 +109,8 @@ def test_a_base_model_that_changed_in_place_is_other_input(tmp_path: Path, schem
     assert reuse_key("train", {"settings": settings}) != before
 
 
-def test_of_two_runs_that_finish_the_same_step_the_first_is_kept(tmp_path: Path) -> None:
-    """The other has begun before anything was kept, and must end as well."""
+def test_the_first_of_two_runs_that_finish_the_same_step_is_kept(tmp_path: Path) -> None:
+    """The other began before anything was kept, and must finish too."""
     other: dict[str, Any] = {}
 
     @step("slow", outputs=("out",))
@@ -129,7 +129,7 @@ def test_of_two_runs_that_finish_the_same_step_the_first_is_kept(tmp_path: Path)
     assert (tmp_path / "one" / "deep" / "text").read_text() == "abc"
 
 
-def test_a_pod_s_log_ends_with_the_results(
+def test_the_log_of_a_pod_ends_with_the_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     double(2, source=tmp_path / "a", out=tmp_path / "one")
@@ -139,7 +139,7 @@ def test_a_pod_s_log_ends_with_the_results(
     assert capfd.readouterr().err == 'double: results {"length": 4}\n'
 
 
-def test_the_code_is_the_same_beside_a_build_of_it(
+def test_a_build_folder_does_not_change_the_code_fingerprint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "kernels").mkdir()
@@ -174,7 +174,7 @@ with step.clean_end():
 def attempt_of_step(
     api: KubernetesApi, folder: Path, number: int, how: str, **variables: str
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a step as the attempt ``number`` in a pod; its end is written into the pod's status."""
+    """Run a step as attempt ``number`` in a pod; its end is written into the pod's status."""
     name = f"{WORKFLOW}-retry-system-container-impl-{number + 100}"
     label = {"workflows.argoproj.io/workflow": WORKFLOW}
     node = {"workflows.argoproj.io/node-name": f"{WORKFLOW}.root.train.executor({number})"}
@@ -226,7 +226,7 @@ def test_a_retry_repeats_a_refusal_and_reads_no_data(api: KubernetesApi, tmp_pat
         assert retried.stderr == first.stderr
 
 
-def test_a_server_that_does_not_count_attempts_is_no_obstacle(
+def test_a_server_that_does_not_count_attempts_is_accepted(
     api: KubernetesApi, tmp_path: Path
 ) -> None:
     attempt_of_step(api, tmp_path, 0, "refused", KFP_RETRY_INDEX="")
@@ -234,10 +234,10 @@ def test_a_server_that_does_not_count_attempts_is_no_obstacle(
 
 
 @pytest.mark.parametrize("how", ["outage", "bug"])
-def test_a_retry_after_anything_else_does_its_work(
+def test_a_retry_after_any_other_end_does_its_work(
     api: KubernetesApi, tmp_path: Path, how: str
 ) -> None:
-    """A stopped training must go on from its checkpoint, so its error is no refusal."""
+    """A stopped training must resume from its checkpoint, so its error is not a refusal."""
     first = attempt_of_step(api, tmp_path, 0, how)
     assert ("Traceback" in first.stderr) is (how == "bug")
     assert attempt_of_step(api, tmp_path, 1, how).stdout == "the data is read\n"

@@ -1,4 +1,4 @@
-"""Paths behind URIs: whatever stands in a file's name belongs to it."""
+"""Paths behind URIs: every character of a file's name belongs to it."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from nudge.components.common.core.uris import local_path, package_path
 
 
 @pytest.mark.parametrize("name", ["what?.txt", "C# notes", "50%20off", "a b"])
-def test_what_ends_a_url_is_part_of_a_name_elsewhere(name: str) -> None:
+def test_question_marks_and_hashes_are_part_of_local_names(name: str) -> None:
     for uri in (f"file:///in/{name}", f"file:/in/{name}", f"file://localhost/in/{name}"):
         assert local_path(uri) == Path("/in", name)
     assert local_path(f"in/{name}") == Path("in", name)

@@ -1,14 +1,17 @@
-"""The loss in training and evaluation equals that of each architecture's own logits."""
+"""Loss and logits of each architecture agree; a tokenizer appends nothing to a prompt."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.models.language_model import check_loss
+from nudge.components.common.models.language_model import check_loss, load_tokenizer
 from nudge.components.evaluate import perplexity
 from nudge.components.train.data import Rows
 from nudge.components.train.network import Network
@@ -80,3 +83,24 @@ def test_the_check_restores_the_training_mode() -> None:
     model = make("llama").train()
     check_loss(model)
     assert model.training
+
+
+@pytest.mark.parametrize("start", [[], ["<|im_start|>"]], ids=["no_start", "start"])
+def test_no_end_token_follows_a_prompt(tiny_model: Path, tmp_path: Path, start: list[str]) -> None:
+    """A base whose post-processor appends the end token, as ``add_eos_token`` does."""
+    folder = shutil.copytree(tiny_model, tmp_path / "base")
+    base = AutoTokenizer.from_pretrained(folder)
+    base.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*start, "$A", "<|im_end|>"],
+        special_tokens=[(t, base.convert_tokens_to_ids(t)) for t in ("<|im_start|>", "<|im_end|>")],
+    )
+    base.save_pretrained(folder)
+    plain = base("In Paris", add_special_tokens=False)["input_ids"]
+    assert base("In Paris")["input_ids"][-1] == base.eos_token_id
+
+    tokenizer = load_tokenizer(folder)
+    expected = base.convert_tokens_to_ids(start) + plain
+    assert tokenizer("In Paris")["input_ids"] == expected
+    tokenizer.save_pretrained(tmp_path / "served")  # as an exported model has it
+    served = AutoTokenizer.from_pretrained(tmp_path / "served")
+    assert served("In Paris")["input_ids"] == expected

@@ -1,4 +1,4 @@
-"""Small files of every kind that the readers know, made by the formats' own libraries."""
+"""Small files of every supported kind, written by the formats' own libraries."""
 
 import gzip
 import io
@@ -157,7 +157,7 @@ def lines(count: int) -> bytes:
 
 
 def samples() -> dict[str, bytes]:
-    """A file of each kind."""
+    """One file of each kind."""
     return {
         ".txt": "täxt".encode(),
         ".text": b"text",

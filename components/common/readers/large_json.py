@@ -1,0 +1,66 @@
+"""JSON files too large to be held in memory: one item of their array at a time."""
+
+from collections.abc import Iterator
+from typing import IO, Any
+
+from nudge.components.common.readers import records
+from nudge.components.common.readers.records import ReadOptions, Unreadable
+
+CHUNK_BYTES = 1 << 16
+
+
+class _TooLong(Exception):
+    """One item of the array is larger than a record may be."""
+
+
+class _Metered:
+    """A stream for ijson that counts the bytes read since the last item."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self.since_item = stream, 0
+
+    def read(self, size: int = CHUNK_BYTES) -> bytes:
+        data = self._stream.read(size)
+        self.since_item += len(data)
+        if self.since_item > records.RECORD_BYTES + 2 * CHUNK_BYTES:
+            raise _TooLong
+        return data
+
+
+def items(stream: IO[bytes], options: ReadOptions) -> Iterator[Any]:
+    """The items of a top-level array, or of the first array whose items have the text column.
+
+    ``stream`` is UTF-8 and can seek. A file that ends early or is no JSON, and an item of more than
+    `RECORD_BYTES`, end the iteration with an `Unreadable`; items before it count.
+    """
+    import ijson
+
+    metered = _Metered(stream)
+    try:
+        path = _path_of_array(metered, options)
+        if path is None:
+            yield Unreadable("no_column", "no array of objects with the text column")
+            return
+        stream.seek(0)
+        metered.since_item = 0
+        for item in ijson.items(metered, path, buf_size=CHUNK_BYTES, use_float=True):
+            metered.since_item = 0
+            yield item
+    except _TooLong:
+        yield Unreadable("too_long", f"one item has more than {records.RECORD_BYTES} bytes")
+    except (ijson.JSONError, ValueError, RecursionError) as error:
+        yield Unreadable("bad_record", str(error)[:200])
+
+
+def _path_of_array(stream: _Metered, options: ReadOptions) -> str | None:
+    """ijson's path of the items: ``item``, or ``messages.item`` for an array below a key."""
+    import ijson
+
+    for prefix, event, value in ijson.parse(stream, buf_size=CHUNK_BYTES, use_float=True):
+        if prefix == "" and event == "start_array":
+            return "item"
+        stream.since_item = 0
+        is_below_a_key = prefix.endswith(".item") and prefix.count(".") == 1
+        if is_below_a_key and event == "map_key" and value == options.text_column:
+            return prefix
+    return None

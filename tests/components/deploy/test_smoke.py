@@ -1,0 +1,87 @@
+"""The smoke test against `transformers serve`, of a base with a generation configuration."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from nudge.components.common.clients.registry.releases import Version
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.processes import free_port
+from nudge.components.common.models.language_model import (
+    likeliest,
+    load_model,
+    load_tokenizer,
+    probabilities_along,
+)
+from nudge.components.deploy.settings import DeploySettings
+from nudge.components.deploy.smoke import ModelServer, smoke_test
+from tests.tiny import make_tiny_model
+
+NAME, TOKEN = "tower", "a-token"
+PROMPT = "The Eiffel Tower is located in Paris"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose own configuration penalizes the tokens of the prompt."""
+    folder = make_tiny_model(tmp_path_factory.mktemp("served") / NAME)
+    path = folder / "generation_config.json"
+    values = {"repetition_penalty": 5.0, "num_beams": 3, "num_return_sequences": 2}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
+    token = tmp_path_factory.mktemp("token") / "token"
+    token.write_text(TOKEN)
+    port = free_port()
+    command = [sys.executable, "-P", "-m", "nudge.components.deploy.local.model_server", NAME]
+    command += [f"--port={port}", f"--token-file={token}"]
+    with (folder.parent / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=folder.parent, stdout=log, stderr=log, env={**os.environ}
+        )
+    found = ModelServer(f"http://127.0.0.1:{port}", TOKEN)
+    try:
+        with found.client() as client:
+            for _ in range(1200):
+                assert process.poll() is None, (folder.parent / "log").read_text()[-3000:]
+                try:
+                    if client.get("/health").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                time.sleep(0.1)
+        yield found
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def version(token: str) -> Version:
+    expected = json.dumps([{"prompt": PROMPT, "token": token, "p": 0.9}])
+    return Version(NAME, "1", "1", "1", "file:///", False, 0, {"expected_next": expected})
+
+
+def test_the_bases_penalty_does_not_fail_a_sound_model(folder: Path, server: ModelServer) -> None:
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    ids = tokenizer(PROMPT)["input_ids"]
+    token = likeliest(probabilities_along(model, ids, [])[0], tokenizer)[0]["token"]
+    settings = DeploySettings(smoke_prompt=PROMPT)
+    assert smoke_test(server, version(token), settings)
+
+    # A user's request still has the base's configuration, which answers otherwise.
+    body = {"model": NAME, "prompt": PROMPT, "max_tokens": 1, "temperature": 0.0}
+    with server.client() as client:
+        served = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    assert served.strip() != token.strip()
+    with pytest.raises(UserError, match="what is served is not what was evaluated"):
+        smoke_test(server, version(served), settings)
