@@ -10,19 +10,19 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 import tenacity
 
+from nudge.components.common.core.environment import SERVICE_ACCOUNT, in_pod
 from nudge.components.common.core.errors import Transient, UserError
 
 T = TypeVar("T")
 Object = dict[str, Any]
 
 FIELD_MANAGER = "nudge"
-NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+NAMESPACE_FILE = SERVICE_ACCOUNT / "namespace"
 PATIENCE_S = 60.0
 """How long a busy or silent server is asked again, with back-off."""
 
@@ -338,9 +338,9 @@ def connect(namespace: str = "", patience_s: float = PATIENCE_S) -> Cluster:
     configuration = kubernetes.client.Configuration()
     # Given each time: the package reads the variable only once, when it is imported.
     file = os.environ.get("KUBECONFIG") or None
-    in_pod = bool(os.environ.get("KUBERNETES_SERVICE_HOST")) and not file
+    of_this_pod = in_pod() and not file
     try:
-        if in_pod:
+        if of_this_pod:
             kubernetes.config.load_incluster_config(client_configuration=configuration)
             found = NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.is_file() else ""
         else:
