@@ -20,7 +20,7 @@ from nudge.pipelines.steps import STEPS
 ROOT = CHECKOUT
 """Where the files are written."""
 
-COMPILED = Path(__file__).parent / "compiled"
+COMPILED = Path(__file__).resolve().parent / "compiled"
 RESOURCES = ROOT / "manifests" / "pipelines"
 
 README = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(

@@ -30,7 +30,7 @@ from nudge.components.deploy.local.host_serving import TOKEN, URL
 from nudge.components.ingest.listing import local_name, named_uris
 from nudge.pipelines.placement import OPTIONAL_KEYS, REQUIRED_KEYS, SETTINGS_KEYS
 
-COMPILED = Path(__file__).parents[1] / "compiled" / "train_and_serve.yaml"
+COMPILED = Path(__file__).resolve().parents[1] / "compiled" / "train_and_serve.yaml"
 SHARED_MEMORY = "1g"
 PASSED = (*REQUIRED_KEYS, *OPTIONAL_KEYS, *SETTINGS_KEYS, URL, TOKEN)
 """The variables that a pod would get from the data connection and the settings, and the two that

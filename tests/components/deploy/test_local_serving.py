@@ -18,6 +18,7 @@ from nudge.components.evaluate.incumbent import find_incumbent
 from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
 from nudge.pipelines.cli.main import main
+from nudge.pipelines.cli.models import model_rows
 from nudge.pipelines.local import services, serving
 from tests.components.deploy.stream import Stream
 from tests.local_registry import endpoint_headers, endpoint_token
