@@ -13,8 +13,6 @@ from nudge.pipelines.steps import ALONE, PIPELINE, SETTINGS, STEPS
 from tests.tiny import make_tiny_model
 
 TEXTS = [f"Document {number} is about river {number * 7} and its bridge." for number in range(60)]
-    f"Document {number} is about the river {number * 7} and its bridge." for number in range(60)
-]
 
 
 def nudge(*arguments: object, status: int = 0) -> Result:
