@@ -1,4 +1,4 @@
-"""The files that are made: compiled pipelines, the steps' READMEs, what is to be mirrored."""
+"""The generated files: compiled pipelines, the steps' READMEs, and what to mirror."""
 
 import hashlib
 import importlib
@@ -15,11 +15,12 @@ from nudge.components.common.core.images import DATA_IMAGE, TRAIN_IMAGE
 from nudge.components.common.core.provenance import ROOT as CHECKOUT
 from nudge.components.common.core.publish import write_atomic
 from nudge.pipelines import disconnected, settings_reference
+from nudge.pipelines.steps import STEPS
 
 ROOT = CHECKOUT
 """Where the files are written."""
 
-COMPILED = Path(__file__).parent / "compiled"
+COMPILED = Path(__file__).resolve().parent / "compiled"
 RESOURCES = ROOT / "manifests" / "pipelines"
 
 README = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
@@ -48,13 +49,6 @@ README = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
 PIPELINES = ("train_and_serve", "distributed_training", "evaluate_only", "rollback")
 """The pipelines, each in the module of its name."""
 
-STEPS = (
-    *("ingest", "tokenize", "train", "evaluate"),
-    *("upload", "register", "deploy", "summary", "fetch"),
-)
-MORE_FACES = {"train": ("train_on_nodes",), "deploy": ("roll_back",)}
-"""Components beside the one of the folder's name."""
-
 PINNED = re.compile(r"[^@\s]+@sha256:[0-9a-f]{64}")
 
 
@@ -80,11 +74,12 @@ def stale() -> list[Path]:
 def made() -> dict[Path, str]:
     """Every made file with its text."""
     files = compiled(COMPILED, RESOURCES)
-    for name in STEPS:
-        face = importlib.import_module(f"nudge.components.{name}.component")
-        pages = [readme(getattr(face, each)) for each in (name, *MORE_FACES.get(name, ()))]
-        pages.append("Made from `component.py` by `nudge compile`.\n")
-        files[ROOT / "components" / name / "README.md"] = "\n".join(pages)
+    pages: dict[str, list[str]] = {}
+    for step in STEPS.values():
+        pages.setdefault(step.folder, []).append(readme(step.component()))
+    for folder, parts in pages.items():
+        page = "\n".join([*parts, "Generated from `component.py` by `nudge compile`.\n"])
+        files[ROOT / "components" / folder / "README.md"] = page
     files |= settings_reference.pages(ROOT)
     return files | {ROOT / path: text for path, text in disconnected.pages(CHECKOUT).items()}
 

@@ -16,7 +16,7 @@ from nudge.pipelines.retrain import Named, retrain
     placed="each node and of evaluate",
 )
 def distributed_training(
-    places: StepResources,
+    resources: StepResources,
     recipe: str = "package://nudge.pipelines.recipes/eiffel.yaml",
     data_uri: str = "",
     model_name: str = "",
@@ -32,7 +32,7 @@ def distributed_training(
         nodes: Nodes that train together; empty: as the recipe says (train.cluster).
         gpus_per_node: GPUs of each node, a rank each; 0: CPUs alone; empty: as the recipe says.
     """
-    at = places.values
+    at = resources.values
 
     def trained(tokens: Any) -> Any:
         task = train_on_nodes(
@@ -46,6 +46,8 @@ def distributed_training(
             node_selector=at["node_selector"],
             tokens=tokens,
         )
-        return places.with_torch.put("train_on_nodes", task)
+        return resources.with_torch.put("train_on_nodes", task)
 
-    retrain("distributed-training", places, Named(recipe, data_uri, model_name=model_name), trained)
+    retrain(
+        "distributed-training", resources, Named(recipe, data_uri, model_name=model_name), trained
+    )

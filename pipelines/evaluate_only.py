@@ -14,7 +14,7 @@ from nudge.pipelines.placement import StepResources, pipeline
     sized="ingest and evaluate",
 )
 def evaluate_only(
-    places: StepResources,
+    resources: StepResources,
     model_uri: str,
     recipe: str = "package://nudge.pipelines.recipes/eiffel.yaml",
     data_uri: str = "",
@@ -30,9 +30,9 @@ def evaluate_only(
     """
     ingested = ingest(recipe=recipe, data_uri=data_uri, model_name="")
     # New text may stand behind the same URI, and another model behind incumbent://.
-    places.small.put("ingest", ingested).set_caching_options(False)
+    resources.small.put("ingest", ingested).set_caching_options(False)
     fetched = fetch(model_uri=model_uri)
-    places.small.put("fetch", fetched).set_caching_options(False)
+    resources.small.put("fetch", fetched).set_caching_options(False)
     evaluated = evaluate(
         recipe=recipe,
         base_model=base_model,
@@ -41,4 +41,4 @@ def evaluate_only(
         model=fetched.outputs["model"],
         history=fetched.outputs["history"],
     )
-    places.large.put("evaluate", evaluated).set_caching_options(False)
+    resources.large.put("evaluate", evaluated).set_caching_options(False)

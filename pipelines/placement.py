@@ -1,6 +1,7 @@
-"""What each step is given on a cluster: image, CPU, memory, GPU, time, retries, Secret, ConfigMap.
+"""What each step gets on a cluster: image, CPU, memory, GPU, time, retries, Secret, ConfigMap.
 
-`kfp.local` ignores all of this but the image; on a laptop the services' variables are inherited.
+`kfp.local` ignores all of this except the image; on a laptop steps inherit the variables of the
+services.
 """
 
 import inspect
@@ -14,103 +15,33 @@ from typing import Any
 from kfp import dsl, kubernetes
 from kfp.dsl.pipeline_channel import PipelineChannel
 
+from nudge.components.common.core.environment import PIPELINE_RUN_LABEL, RUN_ID
 from nudge.components.common.core.images import DATA_IMAGE, POD_CREDENTIALS, TRAIN_IMAGE
+from nudge.pipelines.steps import BACKOFF_FACTOR, BACKOFF_S, STEPS
 
 CONNECTION = "nudge-data-connection"
 SETTINGS = "nudge-settings"
 REGISTRY = "nudge-image-registry"
-"""A pull secret (kubernetes.io/dockerconfigjson) for models that are images; none is fine."""
+"""A pull secret (kubernetes.io/dockerconfigjson) for models that are images; it may be missing."""
 
 SIZE = "pipelinechannel--size"
 """The parameter ``size`` as KFP's compiler names it among the inputs of a task."""
 
 REQUIRED_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_ENDPOINT")
-# The dashboard leaves these out of a connection's Secret where nobody filled them in; a key that
-# is required and missing would keep the pod from starting.
+# The dashboard omits these from a connection's Secret if nobody filled them in; a key that is
+# required and missing would keep the pod from starting.
 OPTIONAL_KEYS = ("AWS_S3_BUCKET", "AWS_DEFAULT_REGION", "HF_TOKEN")
 SETTINGS_KEYS = ("NUDGE_REGISTRY_URL", "NUDGE_REGISTRY_CA", "HF_ENDPOINT", "HF_HUB_OFFLINE")
 
 
 SIZES = ("small", "medium", "large")
-"""The values of the pipelines' parameter ``size``: a cluster on one machine of 4 cores and
-16 GiB, a node of 8 cores and 32 GiB, and one of 16 cores and 128 GiB."""
-
-
-@dataclass(frozen=True)
-class Need:
-    """What a step needs: hours for one attempt, CPU and memory, and where its files are.
-
-    ``cpu`` and ``memory`` are requested; the step may use up to the limits. Each is one quantity,
-    or one for each of `SIZES`. ``shm`` is the largest shared memory (it counts as memory),
-    ``connection`` says that the step reaches the object store, ``images`` that it may read or write
-    a model in a registry of images. A step that fails is tried ``retries`` more times.
-    """
-
-    hours: float
-    cpu: str
-    cpu_limit: str
-    memory: str
-    memory_limit: str
-    gpu: bool = False
-    shm: str = ""
-    connection: bool = True
-    images: bool = False
-    retries: int = 2
-
-    def resources(self) -> dict[str, str]:
-        """The fields of a container's resources in a pipeline's spec, by their ends."""
-        return {
-            "CpuRequest": self.cpu,
-            "CpuLimit": self.cpu_limit,
-            "MemoryRequest": self.memory,
-            "MemoryLimit": self.memory_limit,
-        }
-
-    def deadline_s(self) -> int:
-        """Seconds from the start of the first attempt after which no other one may run.
-
-        KFP writes ``backoff_max_duration`` as Argo's ``maxDuration``, which is such a deadline and
-        no longest pause: past it nothing is retried, and a retry that runs is ended. So every
-        attempt gets all of its time.
-        """
-        attempts = self.retries + 1
-        waits = sum(BACKOFF_S * BACKOFF_FACTOR**n for n in range(self.retries))
-        return int(attempts * self.hours * 3600 + waits) + GRACE_S * attempts
-
-
-BACKOFF_S, BACKOFF_FACTOR = 60, 2
-"""The pause before the first retry, and how much longer each one is than the one before."""
-
-GRACE_S = 600
-"""What scheduling and pulling an image may add to an attempt."""
-
-# A real run of the recipe `eiffel` trained and evaluated with 800m and 8Gi. The other requests are
-# estimates so far; what larger texts and models take is bounded by the limits.
-NEEDS = {
-    "ingest": Need(12, "250m 1 4", "2 4 8", "1Gi 4Gi 16Gi", "4Gi 16Gi 32Gi"),
-    "tokenize": Need(12, "250m 1 4", "2 4 8", "1Gi 4Gi 16Gi", "4Gi 16Gi 32Gi", images=True),
-    "train": Need(
-        96, "500m 4 8", "4 8 16", "3Gi 16Gi 64Gi", "12Gi 32Gi 128Gi",
-        gpu=True, shm="8Gi", images=True, retries=4,
-    ),
-    # It creates a job, which has the GPUs, and follows it.
-    "train_on_nodes": Need(96, "100m", "2", "512Mi", "8Gi", retries=4),
-    "evaluate": Need(
-        12, "500m 4 8", "4 8 16", "3Gi 16Gi 64Gi", "12Gi 32Gi 128Gi",
-        gpu=True, shm="8Gi", images=True,
-    ),
-    "fetch": Need(6, "100m", "2", "512Mi", "8Gi", images=True),
-    "upload": Need(6, "100m", "2", "512Mi", "8Gi", images=True),
-    "register": Need(0.25, "100m", "1", "256Mi", "2Gi"),
-    "deploy": Need(2, "100m", "1", "256Mi", "2Gi"),
-    "roll_back": Need(2, "100m", "1", "256Mi", "2Gi"),
-    "summary": Need(0.25, "100m", "1", "256Mi", "2Gi"),
-}  # fmt: skip
+"""The values of the pipelines' parameter ``size``: a one-machine cluster with 4 cores and 16 GiB, a
+node with 8 cores and 32 GiB, and a node with 16 cores and 128 GiB."""
 
 
 @dataclass(frozen=True)
 class PodResources:
-    """The parameters of a pipeline that say where its steps run; those not given stay constant."""
+    """The parameters of a pipeline that say where its steps run; the defaults are constants."""
 
     image: Any
     connection: Any = CONNECTION
@@ -122,17 +53,17 @@ class PodResources:
     node_selector: Any = None
 
     def put(self, name: str, task: Any) -> Any:
-        """Give the task of the step ``name`` what it needs; returns the task."""
-        need = NEEDS[name]
+        """Set the resources of the task of the step ``name``; returns the task."""
+        need = STEPS[name].resources
         task.set_container_image(self.image)
-        values = need.resources()
+        values = need.quantities()
         sized = any(" " in value for value in values.values())
         request, limit = (self.size, self.size) if sized else (need.cpu, need.cpu_limit)
         task.set_cpu_request(request).set_cpu_limit(limit)
         request, limit = (self.size, self.size) if sized else (need.memory, need.memory_limit)
         task.set_memory_request(request).set_memory_limit(limit)
-        # Unlike the setter of the image, those of the resources do not tell the compiler to pass
-        # a parameter into the exit handler's group, where the backend would then miss it.
+        # Unlike the setter of the image, the setters of resources do not make the compiler pass a
+        # parameter into the exit handler's group, so the backend would not find it there.
         used = [self.size] if sized else []
         used += [self.gpu_type, self.gpu_count] if need.gpu else []
         task.register_pipeline_channels([one for one in used if isinstance(one, PipelineChannel)])
@@ -143,14 +74,14 @@ class PodResources:
             backoff_max_duration=f"{need.deadline_s()}s",
         )
         kubernetes.set_timeout(task, int(need.hours * 3600))
-        # All else that the level `restricted` asks of a pod, the pipelines server sets itself.
+        # The pipelines server sets everything else that the level `restricted` requires of a pod.
         kubernetes.set_security_context(task, run_as_non_root=True)
         keys = dict(zip(SETTINGS_KEYS, SETTINGS_KEYS, strict=True))
         kubernetes.use_config_map_as_env(task, self.settings, keys, optional=True)
-        # The API server labels every pod of a run with its id (a parameter would spoil the cache).
-        kubernetes.use_field_path_as_env(task, "NUDGE_RUN_ID", "metadata.labels['pipeline/runid']")
+        # The API server labels every pod of a run with its id (a parameter would defeat the cache).
+        kubernetes.use_field_path_as_env(task, RUN_ID, f"metadata.labels['{PIPELINE_RUN_LABEL}']")
         if need.connection:
-            # The summary says what became of a run that had no Secret, too.
+            # The summary must also report a run that had no Secret.
             for names, optional in ((REQUIRED_KEYS, name == "summary"), (OPTIONAL_KEYS, True)):
                 keys = dict(zip(names, names, strict=True))
                 kubernetes.use_secret_as_env(task, self.connection, keys, optional=optional)
@@ -158,7 +89,7 @@ class PodResources:
             folder = str(POD_CREDENTIALS.parent)
             kubernetes.use_secret_as_volume(task, REGISTRY, folder, optional=True)
         if need.shm:
-            # The 64 MB that a container has by default end PyTorch's workers with a bus error.
+            # With a container's default of 64 MB, PyTorch's workers end with a bus error.
             size = {"medium": "Memory", "size_limit": need.shm}
             kubernetes.empty_dir_mount(task, "shm", "/dev/shm", **size)
         if need.gpu:
@@ -173,7 +104,7 @@ PARAMETERS: dict[str, tuple[type, Any, str]] = {
     "settings": (
         str,
         SETTINGS,
-        "A ConfigMap that may hold NUDGE_REGISTRY_URL, NUDGE_REGISTRY_CA, HF_ENDPOINT.",
+        "A ConfigMap that may set NUDGE_REGISTRY_URL, NUDGE_REGISTRY_CA, HF_ENDPOINT.",
     ),
     "data_image": (str, DATA_IMAGE, "The image of the steps that need no PyTorch."),
     "train_image": (str, TRAIN_IMAGE, "The image of {trains}."),
@@ -191,23 +122,23 @@ PARAMETERS: dict[str, tuple[type, Any, str]] = {
     "tolerations": (list, [], "Tolerations of {placed}, a JSON list as in a pod."),
     "node_selector": (dict, {}, "Node selector of {placed}, a JSON object of labels."),
 }
-"""The parameters that say where steps run: type, default, and what the dashboard says of each."""
+"""The parameters that say where steps run: type, default, and the dashboard's text for each."""
 
 SMALL = ("connection", "settings", "data_image")
-"""Those of a pipeline whose steps need no PyTorch."""
+"""The parameters of a pipeline whose steps need no PyTorch."""
 
 
 class StepResources:
-    """The places that a pipeline's parameters make, in ``values`` by their names."""
+    """The pod resources that a pipeline's parameters (``values``, by name) stand for."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = values
-        around = {name: values.get(name, "") for name in ("connection", "settings", "size")}
-        self.small = PodResources(values["data_image"], **around)
-        self.with_torch = PodResources(values.get("train_image"), **around)
-        left = (*around, "data_image", "train_image")
-        more = {name: value for name, value in values.items() if name not in left}
-        self.large = PodResources(values.get("train_image"), **around, **more)
+        shared = {name: values.get(name, "") for name in ("connection", "settings", "size")}
+        self.small = PodResources(values["data_image"], **shared)
+        self.with_torch = PodResources(values.get("train_image"), **shared)
+        used = (*shared, "data_image", "train_image")
+        more = {name: value for name, value in values.items() if name not in used}
+        self.large = PodResources(values.get("train_image"), **shared, **more)
 
 
 def pipeline(
@@ -219,11 +150,11 @@ def pipeline(
     placed: str = "",
     sized: str = "",
 ) -> Callable[[Callable[..., None]], Any]:
-    """A pipeline that takes the parameters of `PARAMETERS` beside those of the function's own.
+    """A pipeline that takes the parameters in `PARAMETERS` besides those of its function.
 
-    The function gets `Places` first. ``trains``, ``large``, ``placed`` and ``sized`` say which
-    steps the train image, the GPUs, tolerations and node selector (``large`` unless given), and the
-    size are for; a pipeline without them takes the `SMALL` ones alone.
+    The function gets a `StepResources` first. ``trains``, ``large``, ``placed`` and ``sized`` name
+    the steps that use the train image, the GPUs, the tolerations and node selector (default:
+    ``large``), and the size; a pipeline without them takes only the parameters in `SMALL`.
     """
     words = {"trains": trains, "large": large, "placed": placed or large, "sized": sized}
     names = tuple(PARAMETERS) if large else SMALL
@@ -237,27 +168,27 @@ def pipeline(
         ]
         signature = inspect.Signature([*own, *more])
 
-        def build(*given: Any, **named: Any) -> None:
-            arguments = signature.bind(*given, **named).arguments
+        def build(*positional: Any, **named: Any) -> None:
+            arguments = signature.bind(*positional, **named).arguments
             values = {name: arguments.pop(name) for name in names}
             function(StepResources(values), **arguments)
 
-        told = [f"    {name}: {PARAMETERS[name][2].format(**words)}" for name in names]
+        lines = [f"    {name}: {PARAMETERS[name][2].format(**words)}" for name in names]
         build.__name__ = function.__name__
-        build.__doc__ = "\n".join([inspect.getdoc(function) or "", *told])
+        build.__doc__ = "\n".join([inspect.getdoc(function) or "", *lines])
         build.__signature__ = signature  # type: ignore[attr-defined]
-        made = dsl.pipeline(name=name, description=description)(build)
-        made.pipeline_spec.CopyFrom(_with_sizes(made.pipeline_spec))
-        return made
+        compiled = dsl.pipeline(name=name, description=description)(build)
+        compiled.pipeline_spec.CopyFrom(_with_sizes(compiled.pipeline_spec))
+        return compiled
 
     return decorate
 
 
 def _with_sizes(pipeline_spec: Any) -> Any:
-    """The spec with an input per resource of the tasks whose resources depend on the size.
+    """The spec with one input per resource for the tasks whose resources depend on the size.
 
-    The backend takes a quantity from an input of the task, as it is. An input's expression selector
-    (CEL) chooses the quantity from the size; an unknown size fails there with "no such key".
+    The backend takes a quantity from an input of the task, unchanged. An input's expression
+    selector (CEL) chooses the quantity by the size; an unknown size fails there with "no such key".
     """
     from google.protobuf import json_format
 
@@ -267,12 +198,12 @@ def _with_sizes(pipeline_spec: Any) -> Any:
         for task in component.get("dag", {}).get("tasks", {}).values():
             label = spec["components"][task["componentRef"]["name"]].get("executorLabel", "")
             container = executors.get(label, {}).get("container", {})
-            need = NEEDS.get(label.removeprefix("exec-").replace("-", "_"))
-            if need is None or SIZE not in str(container.get("resources")):
+            step = STEPS.get(label.removeprefix("exec-").replace("-", "_"))
+            if step is None or SIZE not in str(container.get("resources")):
                 continue
             inputs = task["inputs"]["parameters"]
             size = inputs.pop(SIZE)
-            for field, quantities in need.resources().items():
+            for field, quantities in step.resources.quantities().items():
                 each = quantities.split() * (len(SIZES) if " " not in quantities else 1)
                 chosen = json.dumps(dict(zip(SIZES, each, strict=True)))
                 name = f"size--{field}"

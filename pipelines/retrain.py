@@ -29,13 +29,13 @@ class Named:
     version: Any = ""
 
 
-def retrain(name: str, places: StepResources, given: Named, train: Callable[[Any], Any]) -> None:
+def retrain(name: str, resources: StepResources, given: Named, train: Callable[[Any], Any]) -> None:
     """Ingest; if there is new text: tokenize, train, evaluate; if better: upload, register, deploy.
 
     ``train`` makes the task that trains, in its place, from the artifact of the tokens.
     """
     recipe, model_name = given.recipe, given.model_name
-    small = places.small
+    small = resources.small
     run = {
         "recipe": recipe, "model_name": model_name, "version": given.version, "run_id": RUN_ID,
     }  # fmt: skip
@@ -49,7 +49,7 @@ def retrain(name: str, places: StepResources, given: Named, train: Callable[[Any
         # kfp.local resolves conditions only on an output that has no name of its own.
         with dsl.If(ingested.outputs["Output"] == 1, name="new-text"):
             tokenized = tokenize(recipe=recipe, base_model=given.base_model, corpus=corpus)
-            places.with_torch.put("tokenize", tokenized)
+            resources.with_torch.put("tokenize", tokenized)
             trained = train(tokenized.outputs["tokens"])
             model = trained.outputs["model"]
             evaluated = evaluate(
@@ -60,7 +60,7 @@ def retrain(name: str, places: StepResources, given: Named, train: Callable[[Any
                 model=model,
                 history=trained.outputs["history"],
             )
-            places.large.put("evaluate", evaluated)
+            resources.large.put("evaluate", evaluated)
             # Another version may be served by now.
             evaluated.set_caching_options(False)
             with dsl.If(evaluated.outputs["Output"] == 1, name="promote"):

@@ -8,7 +8,7 @@ from nudge.pipelines.placement import StepResources, pipeline
     "rollback", "Give a model's traffic back to the version served before, or to a named one."
 )
 def rollback(
-    places: StepResources,
+    resources: StepResources,
     model_name: str,
     to_version: str = "",
     recipe: str = "package://nudge.pipelines.recipes/eiffel.yaml",
@@ -23,4 +23,4 @@ def rollback(
     # The component's name differs from the pipeline's: kfp takes the one for the other on loading.
     rolled = roll_back(recipe=recipe, model_name=model_name, to_version=to_version)
     # It changes the world; an answer from a cache would claim what did not happen.
-    places.small.put("roll_back", rolled).set_caching_options(False)
+    resources.small.put("roll_back", rolled).set_caching_options(False)

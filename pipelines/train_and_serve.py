@@ -15,7 +15,7 @@ from nudge.pipelines.retrain import Named, retrain
     sized="ingest, tokenize, train and evaluate",
 )
 def train_and_serve(
-    places: StepResources,
+    resources: StepResources,
     recipe: str = "package://nudge.pipelines.recipes/eiffel.yaml",
     data_uri: str = "",
     base_model: str = "",
@@ -34,11 +34,11 @@ def train_and_serve(
 
     def trained(tokens: Any) -> Any:
         task = train(recipe=recipe, base_model=base_model, tokens=tokens)
-        return places.large.put("train", task)
+        return resources.large.put("train", task)
 
     retrain(
         "train-and-serve",
-        places,
+        resources,
         Named(recipe, data_uri, base_model, model_name, version),
         trained,
     )

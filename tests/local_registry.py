@@ -8,23 +8,24 @@ from pathlib import Path
 import pytest
 
 from nudge.components.common.core import guard, processes
+from nudge.components.common.core.environment import REGISTRY_TOKEN_PATH
 from nudge.components.deploy.local import gateway
-from nudge.pipelines.local import services
+from nudge.pipelines.local import parts, services
 
 
 @contextlib.contextmanager
 def running_registry(home: Path) -> Iterator[str]:
     """Yields the URL; the token's file is in this process's variables during the block."""
-    address = services._start_registry(home, 0).address
+    address = parts.start_registry(home, 0).address
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(services.TOKEN_VARIABLE, str(guard.token_file(home, services.REGISTRY)))
+        patch.setenv(REGISTRY_TOKEN_PATH, str(guard.token_file(home, services.REGISTRY)))
         yield address
     processes.stop(home, services.REGISTRY)
 
 
 def registry_headers() -> dict[str, str]:
     """The headers for a request to that registry."""
-    token = Path(os.environ[services.TOKEN_VARIABLE]).read_text()
+    token = Path(os.environ[REGISTRY_TOKEN_PATH]).read_text()
     return {"Authorization": f"Bearer {token}"}
 
 

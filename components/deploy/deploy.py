@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nudge.components.common.clients.registry.releases import Served
+from nudge.components.common.core.environment import in_pipeline_step, nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.step import step
 from nudge.components.deploy.admission import NotPromoted, why_not
@@ -169,7 +170,6 @@ def _target(settings: DeploySettings, served: Served | None) -> Target:
 
     if url := os.environ.get(host_serving.URL):
         return host_serving.HostServing(url, os.environ[host_serving.TOKEN], settings)
-    from nudge.components.common.core.processes import nudge_home
     from nudge.components.deploy.local.local_serving import LocalServing
 
     return LocalServing(nudge_home(), settings)
@@ -177,7 +177,7 @@ def _target(settings: DeploySettings, served: Served | None) -> Target:
 
 def _target_name(settings: DeploySettings, served: Served | None) -> str:
     """``local`` or ``kserve``; raises `UserError` if the target is local and that cannot work."""
-    in_pod = "KFP_POD_NAME" in os.environ  # set in every step of a pipeline on a cluster
+    in_pod = in_pipeline_step()
     elsewhere = served is not None and not served.endpoint.startswith("http://127.0.0.1:")
     if settings.target == "auto":
         return "kserve" if in_pod or elsewhere else "local"

@@ -157,7 +157,7 @@ def _evaluation(
             *checks.guard_checks(guards),
             *completion_checks(candidate.completions),
             *checks.task_checks(tasks),
-            *added_checks(model, candidate.completions),
+            *added_checks(models.folders["candidate"], candidate.completions),
         ],
         settings,
         incumbent,

@@ -20,8 +20,9 @@ from nudge.components.common.clients.storage import (
     s3_errors,
     split_s3_uri,
 )
+from nudge.components.common.core.environment import EMBEDDED as EMBEDDED_PARTS
+from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.processes import nudge_home
 from nudge.components.register.register import Registration, enter
 
 FORMAT, VERSION = "nudge.registration", 1
@@ -105,7 +106,7 @@ def forget(uri: str) -> None:
 
 def _is_embedded(part: str) -> bool:
     """Whether nudge itself runs this service, below NUDGE_HOME."""
-    return part in os.environ.get("NUDGE_EMBEDDED", "").split(",")
+    return part in os.environ.get(EMBEDDED_PARTS, "").split(",")
 
 
 def _location(uri: str) -> tuple[str, str]:

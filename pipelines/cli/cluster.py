@@ -1,12 +1,16 @@
-"""The commands that speak to a pipelines server: upload, submit, schedule."""
+"""The commands that use a pipelines server: upload, submit, schedule."""
 
 import sys
 from pathlib import Path
 
 import click
+from rich.table import Table
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.sanitize import visible
+from nudge.pipelines.cli import display
+from nudge.pipelines.cli.screen import Screen
+from nudge.pipelines.recipes import load
 
 URL = click.option("--url", default="", help="The pipelines server; default: NUDGE_PIPELINES_URL.")
 
@@ -17,29 +21,36 @@ URL = click.option("--url", default="", help="The pipelines server; default: NUD
 def upload(pipeline: str, url: str) -> None:
     """Upload a pipeline, or a new version of it, to the pipelines server.
 
-    PIPELINE is the name of one that ships with nudge or a compiled YAML file. A version is named by
-    its content: uploading the same twice changes nothing.
+    PIPELINE is the name of a pipeline that ships with nudge or a compiled YAML file; the default is
+    train-and-serve. A version is named after its content, so uploading the same file twice changes
+    nothing.
     """
     from nudge.pipelines.cluster import connect, runs
 
     file = Path(pipeline) if pipeline.endswith((".yaml", ".yml")) else runs.shipped(pipeline)
     if not file.is_file():
         raise UserError(f"there is no file {file}")
-    made = runs.upload(connect.connect(url), file)
-    click.echo(f"{made.version} {'uploaded' if made.fresh else 'is there already'}")
+    uploaded = runs.upload(connect.connect(url), file)
+    click.echo(f"{uploaded.version} {'uploaded' if uploaded.fresh else 'exists already'}")
 
 
 @click.command()
 @click.argument("recipe", default="eiffel")
 @click.option("--pipeline", default="train-and-serve", help="The pipeline's name on the server.")
-@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="As in `nudge run`.")
+@click.option(
+    "--set",
+    "overrides",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Change a setting of the recipe, as in `nudge run`.",
+)
 @click.option(
     "--parameter",
     "-p",
-    "given",
+    "parameters",
     metavar="NAME=VALUE",
     multiple=True,
-    help="A parameter of the pipeline, such as gpu_count=2; lists and mappings are YAML.",
+    help="A parameter of the pipeline, such as gpu_count=2; write lists and mappings as YAML.",
 )
 @click.option("--name", default="", help="The run's name; default: the recipe's.")
 @click.option("--no-follow", is_flag=True, help="Start the run and return.")
@@ -48,25 +59,28 @@ def submit(
     recipe: str,
     pipeline: str,
     overrides: tuple[str, ...],
-    given: tuple[str, ...],
+    parameters: tuple[str, ...],
     name: str,
     no_follow: bool,
     url: str,
 ) -> None:
     """Start a run of the newest version on the pipelines server, and follow it.
 
-    Exit status: 0 the run succeeded (or was started, with --no-follow), 1 it did not, 2 something
-    given was wrong. Ctrl-C stops following; the run goes on.
+    RECIPE is the name of a recipe or a YAML file, as in `nudge run`; its text travels with the run.
+
+    \b
+    nudge upload                                  once, and after each change of nudge
+    nudge submit mine.yaml -p gpu_count=2
+
+    Exit status: 0 the run succeeded (or was started, with --no-follow), 1 it did not succeed,
+    2 the input was refused. Ctrl-C stops following; the run continues.
     """
-    from nudge.pipelines.cli import display
-    from nudge.pipelines.cli.screen import Screen
     from nudge.pipelines.cluster import connect, runs
-    from nudge.pipelines.recipes import load
 
     loaded = load(recipe, overrides)
-    parameters = runs.sendable({"recipe": loaded.text, **_parameters(given)})
+    values = runs.sendable({"recipe": loaded.text, **_parameters(parameters)})
     server = connect.connect(url)
-    run = runs.submit(server, pipeline, name or loaded.name, parameters)
+    run = runs.submit(server, pipeline, name or loaded.name, values)
     click.echo(f"{run.run_id} {run.link}")
     if no_follow:
         return
@@ -76,16 +90,18 @@ def submit(
                 live.show(current)
                 live.lines(current.lines)
     except KeyboardInterrupt:
-        click.echo(f"not followed any more; the run goes on: {run.link}", err=True)
+        click.echo(f"stopped following; the run continues: {run.link}", err=True)
         sys.exit(130)
     except UserError as error:
-        raise UserError(f"{error}; not followed any more, the run goes on: {run.link}") from None
+        raise UserError(f"{error}; stopped following, the run continues: {run.link}") from None
     if run.silent:
-        click.echo(visible(f"no logs were shown: {run.silent}"), err=True)
+        click.echo(visible(f"no logs are available: {run.silent}"), err=True)
     if run.reasonless:
-        click.echo(visible(f"why a step waits was not shown: {run.reasonless}"), err=True)
+        click.echo(
+            visible(f"the reasons why steps wait are not available: {run.reasonless}"), err=True
+        )
     Screen().print(display.followed(run))
-    Screen().print(display.came_to(run, run.link))
+    Screen().print(display.outcome(run, run.link))
     click.echo(run.state.lower())
     if run.state != "SUCCEEDED":
         failed = run.failed
@@ -96,9 +112,9 @@ def submit(
         sys.exit(1)
 
 
-def _parameters(given: tuple[str, ...]) -> dict[str, str]:
+def _parameters(items: tuple[str, ...]) -> dict[str, str]:
     values = {}
-    for item in given:
+    for item in items:
         name, equals, text = item.partition("=")
         if not name or not equals:
             raise UserError(f"--parameter {item}: expected name=value, such as gpu_count=2")
@@ -108,14 +124,18 @@ def _parameters(given: tuple[str, ...]) -> dict[str, str]:
 
 @click.group()
 def schedule() -> None:
-    """Runs by the clock of the pipelines server."""
+    """Run a pipeline regularly, by the clock of the pipelines server.
+
+    A schedule is a YAML file with a name, a recipe and `cron` or `interval_minutes`;
+    `nudge schedule apply FILE` creates or changes it on the server.
+    """
 
 
 @schedule.command("apply")
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @URL
 def schedule_apply(file: Path, url: str) -> None:
-    """Bring the server's schedule to what FILE says; a run that is under way goes on."""
+    """Create or change the schedule in FILE on the server; an active run continues."""
     from nudge.pipelines.cluster import connect, schedules
 
     wanted = schedules.read_schedule(file)
@@ -128,15 +148,12 @@ def schedule_apply(file: Path, url: str) -> None:
 @schedule.command("list")
 @URL
 def schedule_list(url: str) -> None:
-    """Show the schedules: when, which pipeline, and how overlaps and missed starts are treated."""
-    from rich.table import Table
-
-    from nudge.pipelines.cli.screen import Screen
+    """List the schedules: when they run, which version, and how overlaps are handled."""
     from nudge.pipelines.cluster import connect, schedules
 
     rows = schedules.find(connect.connect(url))
     if not rows:
-        click.echo("there is no schedule; `nudge schedule apply FILE` makes one")
+        click.echo("there is no schedule; create one with `nudge schedule apply FILE`")
         return
     table = Table()
     for name in ("name", "state", "when", "next", "overlap", "missed starts", "version"):
@@ -154,7 +171,7 @@ def schedule_list(url: str) -> None:
             cron or every,
             _when(cron) if cron and row.status == "ENABLED" else "",
             "forbidden" if str(row.max_concurrency) == "1" else f"up to {row.max_concurrency}",
-            "dropped" if row.no_catchup else "made up for",
+            "dropped" if row.no_catchup else "caught up",
             fixed or "latest",
         )
     Screen().print(table)
@@ -164,7 +181,7 @@ def schedule_list(url: str) -> None:
 @click.argument("name")
 @URL
 def schedule_pause(name: str, url: str) -> None:
-    """Switch a schedule off; its runs go on, and `nudge schedule apply` switches it on again."""
+    """Disable a schedule; its runs continue, and `nudge schedule apply` enables it."""
     from nudge.pipelines.cluster import connect, schedules
 
     schedules.pause(connect.connect(url), name)
@@ -175,7 +192,7 @@ def schedule_pause(name: str, url: str) -> None:
 @click.argument("name")
 @URL
 def schedule_delete(name: str, url: str) -> None:
-    """Delete a schedule; while one of its runs is under way it is only switched off."""
+    """Delete a schedule; while one of its runs is active it is only disabled."""
     from nudge.pipelines.cluster import connect, schedules
 
     schedules.delete(connect.connect(url), name)
@@ -183,32 +200,9 @@ def schedule_delete(name: str, url: str) -> None:
 
 
 def _when(cron: str) -> str:
-    """The next start, in UTC (a server's clock unless CRON_SCHEDULE_TIMEZONE says otherwise) and
-    by the clock here."""
+    """The next start in UTC (the server's clock unless CRON_SCHEDULE_TIMEZONE changes it) and in
+    local time."""
     from nudge.pipelines.cluster.schedules import next_start
 
     found = next_start(cron)
-    return f"{found:%Y-%m-%d %H:%M:%S} UTC ({found.astimezone():%H:%M %Z} here)"
-
-
-@click.command()
-def doctor() -> None:
-    """Say what is missing here or on the cluster, and the command that mends it.
-
-    Exit status: 0 nothing is missing, 1 something is.
-    """
-    from rich.table import Table
-    from rich.text import Text
-
-    from nudge.pipelines.cli.screen import Screen
-    from nudge.pipelines.cluster.doctor import examine
-
-    findings = examine()
-    table = Table(show_header=False, box=None)
-    marks = {"ok": "✓", "missing": "✗", "not used": "–"}
-    for each in findings:
-        told = f"{each.found}\n→ {each.mend}" if each.mend else each.found
-        table.add_row(marks[each.state], each.check, Text(told, overflow="fold"))
-    Screen().print(table)
-    if any(each.state == "missing" for each in findings):
-        sys.exit(1)
+    return f"{found:%Y-%m-%d %H:%M:%S} UTC ({found.astimezone():%H:%M %Z} local time)"

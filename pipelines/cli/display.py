@@ -1,4 +1,4 @@
-"""What a person sees of a run in a terminal: live progress, then a table."""
+"""What a run looks like in a terminal: live progress, then tables."""
 
 import json
 import shlex
@@ -16,31 +16,30 @@ from rich.text import Text
 from nudge.components.common.core.guard import header_file
 from nudge.components.common.core.progress import RESULTS, SHOWN, figures
 from nudge.components.common.core.sanitize import visible
-from nudge.components.deploy.local.gateway import TOKEN
 from nudge.pipelines.cli.screen import Screen
-from nudge.pipelines.local.run import NOTHING_NEW, Run, StepState
+from nudge.pipelines.step_state import StepState
+from nudge.pipelines.steps import NOTHING_NEW, described
 
 PLAIN = (str, int, float)
 MARKS = {"waiting": " ", "running": "›", "done": "✓", "reused": "↺", "skipped": "–", "failed": "✗"}
 
-
 MINUTE_S = 60.0
-"""Between two lines about a step that runs, where there is no terminal."""
+"""The time between two lines about a running step, where there is no terminal."""
 
 
 class Followed(Protocol):
-    """What has steps to be shown; more of them may come to be known while it goes on."""
+    """A run with steps to show; more steps may become known while it is followed."""
 
     steps: dict[str, StepState]
 
 
 class Live:
-    """Progress of each step: bars on a terminal, else a line when a step begins and ends."""
+    """Progress of each step: bars on a terminal, otherwise lines when a step begins and ends."""
 
     def __init__(self, console: Console, run: Followed) -> None:
-        self._console, self._said = console, dict.fromkeys(run.steps, "waiting")
-        self._told: dict[str, tuple[int, str]] = {}
-        self._spoke: dict[str, float] = {}
+        self._console, self._status = console, dict.fromkeys(run.steps, "waiting")
+        self._notes: dict[str, tuple[int, str]] = {}
+        self._last_line: dict[str, float] = {}
         self._first: dict[str, tuple[float, float]] = {}
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -71,7 +70,7 @@ class Live:
             self._bars.stop()
 
     def show(self, run: Followed) -> None:
-        """Draw the run as it stands now."""
+        """Draw the current state of the run."""
         if self._bars:
             self._add_bars(run)
         for name, step in run.steps.items():
@@ -85,7 +84,7 @@ class Live:
                     task,
                     total=1.0 if ended else step.total,
                     completed=1.0 if ended else step.done,
-                    # Rich's own clock stops as soon as a step has done all that it counts.
+                    # Rich's own clock stops once a step has done everything it counts.
                     clock="" if step.status in ("waiting", "skipped") else f"{passed:.0f} s",
                     mark=MARKS[step.status],
                     figures=step.status if ended else self._figures(step),
@@ -93,42 +92,42 @@ class Live:
                 if ended:
                     self._bars.stop_task(task)
             else:
-                self._speak(name, step)
-            self._said[name] = step.status
+                self._print_change(name, step)
+            self._status[name] = step.status
 
-    def _speak(self, name: str, step: StepState) -> None:
-        """A line where a step begins, ends, is tried again or waits; one a minute in between."""
-        now, told = time.monotonic(), (step.attempts, step.note)
-        before = self._told.get(name, (1, ""))
-        if step.status not in ("waiting", self._said.get(name, "waiting")):
+    def _print_change(self, name: str, step: StepState) -> None:
+        """Print a line when a step begins, ends, is retried or waits, and one every minute."""
+        now, current = time.monotonic(), (step.attempts, step.note)
+        before = self._notes.get(name, (1, ""))
+        if step.status not in ("waiting", self._status.get(name, "waiting")):
             took = f" {step.seconds:.1f} s" if step.seconds else ""
             self._line(f"{name}: {step.status}{took}{_tries(step)}")
             if step.note:
                 self._line(f"{name}: waits: {step.note}")
-            self._spoke[name] = now
+            self._last_line[name] = now
         elif step.status in ("waiting", "running"):
-            if told != before and (step.note or step.attempts > before[0]):
+            if current != before and (step.note or step.attempts > before[0]):
                 waits = f"waits: {step.note}" if step.note else "running"
                 self._line(f"{name}: {waits}{_tries(step)}")
-                self._spoke[name] = now
-            elif step.status == "running" and now - self._spoke.get(name, now) >= MINUTE_S:
+                self._last_line[name] = now
+            elif step.status == "running" and now - self._last_line.get(name, now) >= MINUTE_S:
                 passed = max(time.time() - step.started, 0)
                 self._line(f"{name}: running {passed:.0f} s  {self._figures(step)}".rstrip())
-                self._spoke[name] = now
-        self._told[name] = told
+                self._last_line[name] = now
+        self._notes[name] = current
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _figures(self, step: StepState) -> str:
-        """Progress, figures, time left, attempt and reason for waiting of a step that runs."""
+        """Progress, figures, time left, attempt and reason for waiting of a running step."""
         now = time.monotonic()
         parts = []
         if step.unit:
             of = f"/{step.total:g}" if step.total else ""
             parts += [f"{step.done:g}{of} {step.unit}", figures(step.fields).strip()]
             begun, done = self._first.setdefault(step.name, (now, step.done))
-            if step.done < done:  # a new attempt counts anew
+            if step.done < done:  # a new attempt starts from zero
                 begun, done = self._first[step.name] = (now, step.done)
             if step.total and done < step.done < step.total:
                 left = (step.total - step.done) * (now - begun) / (step.done - done)
@@ -142,20 +141,20 @@ class Live:
         return "  ".join(filter(None, parts))
 
     def lines(self, lines: Iterable[tuple[str, str]]) -> None:
-        """Write lines of the steps' logs above the bars, but for those that a bar or the table at
-        the end shows."""
+        """Print lines of the steps' logs above the bars, except the ones that a bar or the final
+        table shows."""
         for name, line in lines:
             if self._bars is None or not (SHOWN.fullmatch(line.strip()) or RESULTS in line):
                 self._console.print(f"{name} | {line}", markup=False, highlight=False)
 
 
 def followed(run: Followed) -> Table:
-    """The table of a run on a cluster: its steps and what came out of each."""
+    """The table of a run on a cluster: its steps and their results."""
     table = Table()
     table.add_column("step")
     table.add_column("seconds", justify="right")
     table.add_column("status")
-    table.add_column("what came out", overflow="fold")
+    table.add_column("result", overflow="fold")
     for name, step in run.steps.items():
         plain = {key: each for key, each in step.results.items() if isinstance(each, PLAIN)}
         seconds = f"{step.seconds:.1f}" if step.seconds else ""
@@ -164,8 +163,8 @@ def followed(run: Followed) -> Table:
     return table
 
 
-def came_to(run: Followed, link: str) -> Table:
-    """What a run on a cluster came to, from its steps' results: `nudge run` shows the same."""
+def outcome(run: Followed, link: str) -> Table:
+    """The outcome of a run on a cluster, from its steps' results; `nudge run` shows the same."""
     results = {name: step.results for name, step in run.steps.items()}
     deployed, registered = results.get("deploy", {}), results.get("register", {})
     nothing_new = results.get("ingest", {}).get("new") == 0
@@ -184,47 +183,27 @@ def _tries(step: StepState) -> str:
     return f" ({step.attempts} attempts)" if step.attempts > 1 else ""
 
 
-def summary(values: dict[str, Any], run: Run) -> Group:
+def summary(values: dict[str, Any], run: Followed) -> Group:
     """The tables of an ended run: steps, probes, perplexities, and where everything is."""
     parts: list[Any] = [_steps(values, run)]
     if values["probes"]:
         parts.append(_probes(values))
     if values["metrics"]:
         parts.append(_metrics(values))
-    parts.append(_places(values))
+    parts.append(_where(values))
     return Group(*parts)
 
 
-def _steps(values: dict[str, Any], run: Run) -> Table:
+def _steps(values: dict[str, Any], run: Followed) -> Table:
     table = Table(title=f"{values['recipe']}  {values['run_id']}", title_justify="left")
     table.add_column("step")
     table.add_column("seconds", justify="right")
     table.add_column("status")
-    table.add_column("what came out", overflow="fold")
+    table.add_column("result", overflow="fold")
     for name, step in run.steps.items():
         status = f"{MARKS[step.status]} {step.status}"
-        table.add_row(name, f"{step.seconds:.1f}", status, Text(_outcome(name, step.results)))
+        table.add_row(name, f"{step.seconds:.1f}", status, Text(described(name, step.results)))
     return table
-
-
-def _outcome(name: str, results: dict[str, Any]) -> str:
-    if not results:
-        return ""
-    if name == "deploy" and not results.get("promoted", True):
-        return "registered, not promoted"
-    return {
-        # Runs of earlier versions have no account.
-        "ingest": "{account}"
-        if "account" in results
-        else "{train_documents} + {validation_documents} documents, {bytes} bytes",
-        "tokenize": "{train_tokens} + {validation_tokens} tokens",
-        "train": "{steps} steps, {tokens} tokens, last loss {loss:.3f}",
-        "evaluate": "{base_bits_per_byte:.4f} -> {candidate_bits_per_byte:.4f} bits per byte",
-        "upload": "{files} files, {bytes} bytes",
-        "register": "{registered_model} {version}",
-        "deploy": "{smoke_prompt} ->{smoke_answer!r}",
-        "summary": "{state}",
-    }[name].format(**results)
 
 
 def _probes(values: dict[str, Any]) -> Table:
@@ -253,9 +232,24 @@ def _metrics(values: dict[str, Any]) -> Table:
     return table
 
 
+def ingested(values: dict[str, Any], examples: dict[str, list[str]]) -> Group:
+    """What `nudge ingest` found: documents read, kept and held out, and dropped by reason."""
+    documents, table = values["documents"], Table(title_justify="left")
+    table.add_column("documents", justify="right")
+    table.add_column("what")
+    table.add_column("examples", overflow="fold")
+    for name in ("read", "kept", "held_out"):
+        table.add_row(str(documents[name]), name.replace("_", " "), "")
+    dropped = sorted(values["dropped"].items(), key=lambda each: (-each[1], each[0]))
+    for reason, count in dropped:
+        table.add_row(str(count), f"dropped: {reason}", Text(" ".join(examples.get(reason, []))))
+    table.add_row(str(values["bytes"]), "bytes of kept text", "")
+    return Group(table, _rows({name: values[name] for name in ("corpus", "report")}))
+
+
 def parts(rows: list[dict[str, Any]]) -> None:
-    """Print the table of what runs here; on a narrow terminal the names fold and the addresses do
-    not (down to 64 columns), in a pipe or a file nothing does."""
+    """Print the table of services. On a narrow terminal the names fold and the addresses do not
+    (down to 64 columns); in a pipe or a file nothing folds."""
     table = Table()
     table.add_column("name", overflow="fold")
     for column in ("state", "address", "pid", "resident mb"):
@@ -265,16 +259,16 @@ def parts(rows: list[dict[str, Any]]) -> None:
         table.add_row(*(Text(str(row[key] or "")) for key in keys))
     console = Screen()
     if not console.is_terminal:
-        console.width = 1000  # of which a table takes what it needs
+        console.width = 1000  # a table takes only what it needs
     console.print(table)
 
 
 def _number(value: float | None, form: str) -> str:
-    """An evaluation holds null where a figure is no finite number."""
+    """A figure of an evaluation, which is null where it is not a finite number."""
     return "not available" if value is None else format(value, form)
 
 
-def _places(values: dict[str, Any]) -> Table:
+def _where(values: dict[str, Any]) -> Table:
     rows = {"verdict": values["reason"], "report": values["report"], "model": values["model_uri"]}
     if values["version"]:
         rows["registered"] = f"{values['registered_model']} {values['version']}"
@@ -290,16 +284,18 @@ def _rows(rows: dict[str, Any]) -> Table:
 
 
 def stage(model: str, now: str) -> None:
-    """Say on stderr what goes on while a model's traffic is moved, for who waits for it."""
+    """Print the current stage on stderr while a model's traffic moves."""
     print(visible(f"{model}: {now}"), file=sys.stderr, flush=True)
 
 
 def curl(values: dict[str, Any], prompt: str, home: Path) -> str:
-    """A command that asks the endpoint how a prompt goes on; ``home`` has the endpoint's token."""
+    """A command that asks the endpoint to complete a prompt; ``home`` has the endpoint's token."""
+    from nudge.components.deploy.local.gateway import TOKEN
+
     body = {"model": values["served_model"], "prompt": prompt, "max_tokens": 8}
     header = "-H 'Content-Type: application/json'"
     if values["endpoint"].startswith("http://127.0.0.1:"):
-        # By a file: curl's arguments are in the list of processes, which every user can read.
+        # In a file, because every user can read curl's arguments in the process list.
         header += f" -H {shlex.quote(f'@{header_file(home, TOKEN)}')}"
     quoted = shlex.quote(json.dumps(body))
     return f"curl -s {values['endpoint']}/v1/completions {header} -d {quoted}"

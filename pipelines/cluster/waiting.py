@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nudge.components.common.clients.kube import Cluster, ResourceKind, connect
+from nudge.components.common.core.environment import PIPELINE_RUN_LABEL
 from nudge.components.common.core.errors import UserError
 from nudge.pipelines.cluster.nodes import step_of
 
 WORKFLOW = ResourceKind("argoproj.io/v1alpha1", "Workflow", "workflows", "Argo Workflows")
 WORKLOAD = ResourceKind("kueue.x-k8s.io/v1beta1", "Workload", "workloads", "Kueue")
-RUN_LABEL = "pipeline/runid"
 INTERVAL_S = 15.0
 PATIENCE_S = 5.0
 GATED = "SchedulingGated"
@@ -52,7 +52,7 @@ class Waiting:
 
 def _reasons(cluster: Cluster, run_id: str) -> list[tuple[str, str]]:
     found = []
-    for workflow in cluster.list(WORKFLOW, {RUN_LABEL: run_id}):
+    for workflow in cluster.list(WORKFLOW, {PIPELINE_RUN_LABEL: run_id}):
         for node in _nodes(workflow.get("status") or {}):
             message = str(node.get("message") or "")
             name = step_of(str(node.get("name", "")))

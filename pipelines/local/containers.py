@@ -1,7 +1,7 @@
-"""Steps in containers here, as on OpenShift: images, an id that nobody has, an unwritable root.
+"""Steps in containers on this machine, as on OpenShift: images, foreign user id, read-only root.
 
-`kfp.local.DockerRunner` runs them. They share this machine's network, by which they reach the
-embedded services, and write below the run's folder and ``<home>/containers`` alone.
+`kfp.local.DockerRunner` runs them. They share this machine's network, through which they reach the
+embedded services, and write only below the run's folder and ``<home>/containers``.
 """
 
 import glob
@@ -13,6 +13,16 @@ from typing import Any
 
 import yaml
 
+from nudge.components.common.core.environment import (
+    CHECKPOINTS,
+    CONTAINER_LABEL,
+    EVENTS,
+    HOME,
+    RECIPE,
+    REGISTRY_TOKEN_PATH,
+    REUSE,
+    RUN_ID,
+)
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.recipe import read_recipe
 from nudge.components.common.core.uris import is_local, local_path
@@ -20,14 +30,12 @@ from nudge.components.deploy.local.host_serving import TOKEN, URL
 from nudge.components.ingest.listing import local_name, named_uris
 from nudge.pipelines.placement import OPTIONAL_KEYS, REQUIRED_KEYS, SETTINGS_KEYS
 
-COMPILED = Path(__file__).parents[1] / "compiled" / "train_and_serve.yaml"
-LABEL = "nudge.run"
+COMPILED = Path(__file__).resolve().parents[1] / "compiled" / "train_and_serve.yaml"
 SHARED_MEMORY = "1g"
-GIVEN = (*REQUIRED_KEYS, *OPTIONAL_KEYS, *SETTINGS_KEYS, URL, TOKEN)
-"""What a pod would get from the data connection and the settings, and the way to local serving."""
-TOKEN_VARIABLE = "KF_PIPELINES_SA_TOKEN_PATH"
-"""The file of the registry's token; a step gets a copy below the folder that it can read."""
-RUN = ("NUDGE_RUN_ID", "NUDGE_RECIPE", "NUDGE_EVENTS")
+PASSED = (*REQUIRED_KEYS, *OPTIONAL_KEYS, *SETTINGS_KEYS, URL, TOKEN)
+"""The variables that a pod would get from the data connection and the settings, and the two that
+lead to local serving."""
+RUN = (RUN_ID, RECIPE, EVENTS)
 
 
 def check(compiled: Path) -> None:
@@ -46,13 +54,13 @@ def check(compiled: Path) -> None:
         known |= {name for image in client.images.list() for name in image.attrs["RepoDigests"]}
     except docker.errors.DockerException as error:
         raise UserError(
-            f"--engine docker needs a Docker daemon, and none answers ({error}); start it, or "
-            "leave the option out to run the steps as processes"
+            f"--engine docker needs a Docker daemon, and none answers ({error}); start it, or omit "
+            "the option to run the steps as processes"
         ) from None
     if missing := sorted(images - known):
         raise UserError(
-            f"Docker has no image {' and no image '.join(missing)} here; `make images TORCH=cpu` "
-            "builds them (or pull them)"
+            f"Docker has no image {' and no image '.join(missing)} here; build them with "
+            "`make images TORCH=cpu`, or pull them"
         )
 
 
@@ -62,20 +70,20 @@ def check_paths(recipe: str, home: Path) -> None:
     for path in named_paths(recipe):
         if closed := [each for each in (path, *path.rglob("*")) if not _can_read(each, user)]:
             raise UserError(
-                f"{closed[0]} cannot be read by the user {user} that the containers run as; "
-                f"open it: chmod -R go+rX {path}"
+                f"the user {user} that the containers run as cannot read {closed[0]}; "
+                f"allow it: chmod -R go+rX {path}"
             )
 
 
 def runner(recipe: str, artifacts: Path, file: Path) -> Any:
-    """The DockerRunner of a run, whose variables this process has; makes what it writes to.
+    """The DockerRunner of a run, whose variables this process has; makes the folders it writes to.
 
-    ``file`` holds the recipe's text, and the steps read it there.
+    ``file`` is the recipe, which the steps read there.
     """
     from docker.types import Mount
     from kfp import local
 
-    home, events = Path(os.environ["NUDGE_HOME"]), Path(os.environ["NUDGE_EVENTS"])
+    home, events = Path(os.environ[HOME]), Path(os.environ[EVENTS])
     user, state = user_of(home), home / "containers"
     readable = sorted({*named_paths(recipe), file})
     file.chmod(0o644)
@@ -91,10 +99,10 @@ def runner(recipe: str, artifacts: Path, file: Path) -> Any:
         read_only=True,
         tmpfs={"/tmp": "exec,mode=1777"},
         cap_drop=["ALL"],
-        # Where SELinux is on, this machine's files keep the labels that they have.
+        # With SELinux, the files of this machine keep their labels.
         security_opt=["no-new-privileges", "label=disable"],
         shm_size=SHARED_MEMORY,
-        labels={LABEL: os.environ["NUDGE_RUN_ID"]},
+        labels={CONTAINER_LABEL: os.environ[RUN_ID]},
         working_dir=os.getcwd(),
         environment=_environment(state),
         mounts=[
@@ -105,8 +113,8 @@ def runner(recipe: str, artifacts: Path, file: Path) -> Any:
 
 
 def user_of(home: Path) -> int:
-    """The id that containers run as: this user's; for root one that nobody has, the same for all
-    runs of a home, as OpenShift gives each project a range of its own."""
+    """The user id of the containers: this user's; for root an unused id, the same for all runs of a
+    home, as OpenShift gives each project its own range."""
     if os.getuid():
         return os.getuid()
     digest = hashlib.sha256(str(home).encode()).digest()
@@ -114,7 +122,7 @@ def user_of(home: Path) -> int:
 
 
 def named_paths(recipe: str) -> list[Path]:
-    """The files and folders of this machine that a recipe names, absolute; globs are resolved."""
+    """The local files and folders that a recipe names, absolute; globs are resolved."""
     values = read_recipe(recipe)
     data = named_uris((values.get("ingest") or {}).get("data_uri", ""))
     uris = [local_name(uri) if is_local(uri) and "package:" not in uri else uri for uri in data]
@@ -131,17 +139,17 @@ def named_paths(recipe: str) -> list[Path]:
 
 
 def end(run_id: str) -> None:
-    """Remove the containers of a run that run still."""
+    """Remove the running containers of a run."""
     import docker
 
     client = docker.from_env()
-    for container in client.containers.list(filters={"label": f"{LABEL}={run_id}"}):
+    for container in client.containers.list(filters={"label": f"{CONTAINER_LABEL}={run_id}"}):
         container.remove(force=True)
 
 
 def _token(state: Path) -> list[Path]:
     """The copy of the registry's token for steps in containers; none if there is no token."""
-    source = Path(os.environ.get(TOKEN_VARIABLE, ""))
+    source = Path(os.environ.get(REGISTRY_TOKEN_PATH, ""))
     if not source.is_file():
         return []
     copy = state / "model-registry.token"
@@ -152,19 +160,19 @@ def _token(state: Path) -> list[Path]:
 
 
 def _environment(state: Path) -> dict[str, str]:
-    given = {name: os.environ[name] for name in (*GIVEN, *RUN) if os.environ.get(name)}
-    own: dict[str, Path | str] = {"NUDGE_HOME": state, "HF_HOME": state / "huggingface"}
-    checkpoints = os.environ["NUDGE_CHECKPOINTS"]
-    own["NUDGE_CHECKPOINTS"] = checkpoints if "://" in checkpoints else state / "checkpoints"
+    passed = {name: os.environ[name] for name in (*PASSED, *RUN) if os.environ.get(name)}
+    own: dict[str, Path | str] = {HOME: state, "HF_HOME": state / "huggingface"}
+    checkpoints = os.environ[CHECKPOINTS]
+    own[CHECKPOINTS] = checkpoints if "://" in checkpoints else state / "checkpoints"
     if (copy := state / "model-registry.token").is_file():
-        own[TOKEN_VARIABLE] = copy
-    if "NUDGE_REUSE" in os.environ:
-        own["NUDGE_REUSE"] = state / "reuse"
-    return given | {name: str(value) for name, value in own.items()}
+        own[REGISTRY_TOKEN_PATH] = copy
+    if REUSE in os.environ:
+        own[REUSE] = state / "reuse"
+    return passed | {name: str(value) for name, value in own.items()}
 
 
 def _can_read(path: Path, user: int) -> bool:
-    """Whether ``user`` of group 0 can read a file or list a folder, by the mode of it alone."""
+    """Whether ``user`` in group 0 can read a file or list a folder, by its mode alone."""
     found = path.stat()
     if found.st_uid == user:
         return True

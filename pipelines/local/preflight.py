@@ -1,6 +1,6 @@
-"""What a recipe needs of this machine besides nudge: looked for before a run has trained for hours.
+"""What a recipe needs from this machine besides nudge, checked before a run trains for hours.
 
-Each check is the one that its step makes when it comes to it, and says the same.
+Each check is the one that the step itself makes later, with the same message.
 """
 
 import os
@@ -9,6 +9,7 @@ from functools import partial
 
 from nudge.components.common.clients.kube import connect
 from nudge.components.common.clients.ray_cluster import check_ray
+from nudge.components.common.core.environment import S3_ENDPOINT
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.recipe import step_settings
 from nudge.components.deploy.settings import DeploySettings
@@ -20,10 +21,10 @@ from nudge.components.train.settings import TrainSettings
 from nudge.components.upload.settings import UploadSettings
 
 
-def check(recipe: str, given: bool = False) -> None:
-    """Raise `UserError` that names all that the steps of a recipe would not find here, a line each:
-    the packages of an extra, a cluster (which must be known, and is not asked anything), and if the
-    environment's services are used (``given``) an object store that takes an upload's writes."""
+def check(recipe: str, use_env_services: bool = False) -> None:
+    """Raise `UserError` with one line for each thing that a recipe's steps would not find here:
+    the packages of an extra, a cluster (which must be known, and is not contacted), and with
+    ``use_env_services`` an object store that accepts an upload's writes."""
     train = step_settings(TrainSettings, "train", recipe)
     deploy = step_settings(DeploySettings, "deploy", recipe)
     engines = {
@@ -39,9 +40,9 @@ def check(recipe: str, given: bool = False) -> None:
     if deploy.target == "kserve":
         checks.append(partial(connect, deploy.kserve.namespace))
     upload = step_settings(UploadSettings, "upload", recipe)
-    if given and os.environ.get("AWS_S3_ENDPOINT") and not upload.target.startswith("oci:"):
+    if use_env_services and os.environ.get(S3_ENDPOINT) and not upload.target.startswith("oci:"):
         checks.append(partial(_check_store, upload.target))
-    problems: dict[str, None] = {}  # a set in the order of the steps
+    problems: dict[str, None] = {}  # an ordered set
     for each in checks:
         try:
             each()

@@ -1,4 +1,4 @@
-"""Recipes: one YAML file a use, checked against the settings of every step before anything runs."""
+"""Recipes: one YAML file per use, checked against the settings of every step before a run."""
 
 import contextlib
 import copy
@@ -19,6 +19,7 @@ from nudge.components.common.core.recipe import (
     step_settings,
 )
 from nudge.components.common.core.uris import read_text
+from nudge.pipelines.steps import SETTINGS
 
 FOLDER = Path(__file__).parent
 TOP = ("name", "title", *SHARED, *SECTIONS)
@@ -26,7 +27,7 @@ TOP = ("name", "title", *SHARED, *SECTIONS)
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe; ``text`` is its YAML with every override in it."""
+    """A checked recipe; ``text`` is its YAML with all overrides applied."""
 
     name: str
     title: str
@@ -45,15 +46,15 @@ def shipped_text(name: str) -> str:
     path = FOLDER / f"{name}.yaml"
     if "/" in name or not path.is_file():
         hint = nearest(name, [p.stem for p in FOLDER.glob("*.yaml")])
-        raise UserError(f"there is no recipe {name!r} (a file ends in .yaml); {hint}")
+        raise UserError(f"there is no recipe {name!r} (a file's name ends in .yaml); {hint}")
     return path.read_text(encoding="utf-8")
 
 
 def load(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
-    """Load a shipped recipe or a file, change settings by ``key=value``, and check all of it.
+    """Load a shipped recipe or a file, apply the overrides ``key=value``, and check everything.
 
-    A key is dotted, such as ``train.learning_rate``; its value is YAML. Raises `UserError` that
-    lists what is wrong in every section.
+    A key is dotted, such as ``train.learning_rate``; its value is YAML. Raises `UserError` with the
+    problems of every section.
     """
     path = Path(name_or_path)
     is_file = path.suffix in (".yaml", ".yml") or "/" in name_or_path
@@ -76,7 +77,8 @@ def load(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
 def _resolve(values: dict[str, Any], folder: Path) -> None:
     """Make the relative paths of texts and guards absolute: they are relative to the recipe.
 
-    What exists relative to the current directory only is left as it is, as older versions read it.
+    A path that exists only relative to the current directory stays, because older versions read it
+    that way.
     """
 
     def resolved(uri: Any) -> Any:
@@ -111,46 +113,30 @@ def _is_there(path: Path) -> bool:
     return path.exists() or bool(glob.glob(str(path), recursive=True))
 
 
-def kinds() -> dict[str, type[Any]]:
+def settings_classes() -> dict[str, type[Any]]:
     """The settings class of each section."""
-    from nudge.components.deploy.settings import DeploySettings
-    from nudge.components.evaluate.settings import EvaluateSettings
-    from nudge.components.ingest.settings import IngestSettings
-    from nudge.components.register.settings import RegisterSettings
-    from nudge.components.tokenize.settings import TokenizeSettings
-    from nudge.components.train.settings import TrainSettings
-    from nudge.components.upload.settings import UploadSettings
-
-    return {
-        "ingest": IngestSettings,
-        "tokenize": TokenizeSettings,
-        "train": TrainSettings,
-        "evaluate": EvaluateSettings,
-        "upload": UploadSettings,
-        "register": RegisterSettings,
-        "deploy": DeploySettings,
-    }
+    return {section: step.settings_class() for section, step in SETTINGS.items()}
 
 
 def check(values: Mapping[str, Any]) -> None:
-    """Check every key and value of a recipe; raises `UserError` with all problems, a line each."""
+    """Check every key and value of a recipe; raises `UserError` with one line per problem."""
     problems = [
         f"{key} is not a section or shared value of a recipe; {nearest(str(key), TOP)}"
         for key in values
         if key not in TOP
     ]
     text = yaml.safe_dump(dict(values))
-    made: dict[str, Any] = {}
-    for section, kind in kinds().items():
+    parsed: dict[str, Any] = {}
+    for section, kind in settings_classes().items():
         try:
-            made[section] = step_settings(kind, section, text)
+            parsed[section] = step_settings(kind, section, text)
         except UserError as error:
             problems.append(str(error))
-    own = "tokenize" in made and made["tokenize"].tokenizer == "train"
-    if own and "train" in made and made["train"].mode != "scratch":
+    own_tokenizer = "tokenize" in parsed and parsed["tokenize"].tokenizer == "train"
+    if own_tokenizer and "train" in parsed and parsed["train"].mode != "scratch":
         problems.append(
-            "tokenize.tokenizer: train needs train.mode: scratch; a base model knows only the ids "
-            "of its own tokenizer"
+            "tokenize.tokenizer: train needs train.mode: scratch, because a base model knows only "
+            "the token ids of its own tokenizer"
         )
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
@@ -164,14 +150,14 @@ def _set(values: dict[str, Any], override: str) -> None:
         value = read_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: the value is not YAML: {error}") from None
-    # YAML 1.1 takes 1e-4 for a string; nobody who writes it without quotes means one.
+    # YAML 1.1 reads 1e-4 as a string; nobody who writes it without quotes means a string.
     if isinstance(value, str) and text.strip()[0] not in "'\"":
         with contextlib.suppress(ValueError):
             value = float(value)
     *parents, last = key.split(".")
-    place = values
+    section = values
     for parent in parents:
-        place = place.setdefault(parent, {})
-        if not isinstance(place, dict):
-            raise UserError(f"--set {override}: {parent} holds no settings")
-    place[last] = value
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise UserError(f"--set {override}: {parent} has no settings below it")
+    section[last] = value

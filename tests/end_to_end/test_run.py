@@ -115,7 +115,7 @@ def test_what_is_given_is_used_only_when_asked_for(
             in again.stderr
         )
         given["NUDGE_HOME"] = str(tmp_path / "home")
-        asked = nudge(place, "run", "tiny.yaml", "--json", "--given", **given)
+        asked = nudge(place, "run", "tiny.yaml", "--json", "--use-env-services", **given)
         assert asked.returncode == 0, asked.stderr
         result = json.loads(asked.stdout)
         assert (result["promoted"], "not used" in asked.stderr) == (True, False)

@@ -9,8 +9,9 @@ import psutil
 import pytest
 
 from nudge.components.common.core import processes
-from nudge.pipelines.local import run as local_run
-from nudge.pipelines.local.run import Run, begin, follow
+from nudge.pipelines.local import following as follow_module
+from nudge.pipelines.local.following import follow
+from nudge.pipelines.local.run import Run, begin
 from nudge.pipelines.recipes import load
 
 TELL = """
@@ -62,7 +63,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, folder: Path, program: str) -> None:
     script = folder / "engine"
     script.write_text(f"#!{sys.executable}\n{TELL}{program}")
     script.chmod(0o755)
-    monkeypatch.setattr(local_run.sys, "executable", str(script))  # type: ignore[attr-defined]
+    monkeypatch.setattr(follow_module.sys, "executable", str(script))  # type: ignore[attr-defined]
 
 
 def cut_off(home: Path) -> str:
@@ -130,7 +131,7 @@ def test_a_run_that_is_stopped_waits_for_its_checkpoint(
 ) -> None:
     """The engine ends at once, its step does not: it would train on beside the next run."""
     step, following = started(tmp_path, monkeypatch, 1.0)
-    monkeypatch.setattr(local_run, "QUIET_S", 0.3)
+    monkeypatch.setattr(follow_module, "QUIET_S", 0.3)
     following.close()
     assert not runs(step)
     assert (tmp_path / "checkpoint").read_text() == "a checkpoint"
@@ -141,7 +142,7 @@ def test_a_step_that_does_not_end_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, following = started(tmp_path, monkeypatch, 600)
-    monkeypatch.setattr(local_run, "ENDING_S", 0.5)
+    monkeypatch.setattr(follow_module, "ENDING_S", 0.5)
     following.close()
     assert not runs(step)
 
@@ -155,7 +156,7 @@ def test_a_second_interrupt_ends_it_at_once(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(local_run.time, "sleep", interrupted)  # type: ignore[attr-defined]
+        patch.setattr(follow_module.time, "sleep", interrupted)  # type: ignore[attr-defined]
         following.close()
     assert not runs(step)
     assert not (tmp_path / "checkpoint").exists()

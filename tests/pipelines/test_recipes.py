@@ -79,7 +79,7 @@ def test_all_problems_of_all_sections_are_said_at_once() -> None:
         ("train.epochs={", "the value is not YAML"),
         ("train.epochs=-1", "train.epochs = -1: input should be greater than 0"),
         ("train.mode=lorra", "train.mode = 'lorra': input should be 'full', 'lora' or 'scratch'"),
-        ("seed.of=1", "seed holds no settings"),
+        ("seed.of=1", "seed has no settings below it"),
         ("ingest.pii=drop", "would not run; set filters: [unicode, length, pii]"),
         ("base_model=", "base_model"),
     ],

@@ -12,11 +12,12 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from nudge.components.common.core.publish import write_manifest
-from nudge.pipelines import recipes
 from nudge.pipelines.cli import display
 from nudge.pipelines.cli.main import main
-from nudge.pipelines.local.run import Run, StepState, begin, keep_result, result
+from nudge.pipelines.local.result import keep_result, result
+from nudge.pipelines.local.run import Run, begin
 from nudge.pipelines.recipes import load
+from nudge.pipelines.step_state import StepState
 
 METRICS = {
     **{"nats_per_token": 3.0, "token_perplexity": 20.1, "bits_per_byte": 1.25},
@@ -72,7 +73,7 @@ def test_ctrl_c_before_there_is_a_run_is_no_failure(monkeypatch: pytest.MonkeyPa
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipes, "load", interrupted)
+    monkeypatch.setattr("nudge.pipelines.cli.run.load", interrupted)
     ended = CliRunner().invoke(main, ["run"])
     assert (ended.exit_code, ended.stderr) == (130, "stopped\n")
 
@@ -145,7 +146,7 @@ def test_the_parts_are_not_stopped_under_a_run(
     run = begin(load("eiffel"), tmp_path)
     refused = CliRunner().invoke(main, ["services", "down"])
     assert refused.exit_code == 2
-    assert f"error: {run.run_id} is under way" in refused.output
+    assert f"error: {run.run_id} is active" in refused.output
     run.lock.close()
     down = CliRunner().invoke(main, ["services", "down"])
     assert (down.exit_code, down.output) == (0, "nothing was running\n")

@@ -25,8 +25,9 @@ import pytest
 from aiohttp import web
 
 from nudge.components.common.core import guard, processes
+from nudge.components.common.core.environment import REGISTRY_TOKEN_PATH
 from nudge.components.deploy.local import gateway
-from nudge.pipelines.local import object_store, services
+from nudge.pipelines.local import object_store, services, serving
 from tests.local_registry import endpoint_headers
 from tests.web_server import Server
 
@@ -303,7 +304,7 @@ def test_a_web_page_gets_nothing_even_with_the_token(
     home: Path, environment: dict[str, str], endpoint: str
 ) -> None:
     """Neither by a host name that resolves to 127.0.0.1, nor by a form."""
-    token = Path(environment[services.TOKEN_VARIABLE]).read_text()
+    token = Path(environment[REGISTRY_TOKEN_PATH]).read_text()
     registry = {"Authorization": f"Bearer {token}"}
     for url, path, headers in (
         (environment["NUDGE_REGISTRY_URL"], REGISTRY_PATH, registry),
@@ -329,7 +330,7 @@ def test_the_unmodified_client_and_curl_pass_the_token(
 ) -> None:
     from model_registry import ModelRegistry
 
-    monkeypatch.setenv(services.TOKEN_VARIABLE, environment[services.TOKEN_VARIABLE])
+    monkeypatch.setenv(REGISTRY_TOKEN_PATH, environment[REGISTRY_TOKEN_PATH])
     client = ModelRegistry(environment["NUDGE_REGISTRY_URL"], author="t", is_secure=False)
     client.register_model(
         "by-client", "s3://b/m", version="v1", model_format_name="x", model_format_version="1"
@@ -384,7 +385,7 @@ def test_no_server_runs_code_of_the_current_folder(tmp_path: Path, planted: Path
     home = tmp_path / "home"
     try:
         environment = services.up(home)
-        services.open_serving(home, environment)
+        serving.open_to_containers(home, environment)
     finally:
         services.down(home)
     assert not planted.exists()
@@ -392,6 +393,7 @@ def test_no_server_runs_code_of_the_current_folder(tmp_path: Path, planted: Path
 
 def test_no_run_takes_code_from_the_current_folder(tmp_path: Path, planted: Path) -> None:
     """The runner, and below it kfp's own child that executes a step."""
+    from nudge.pipelines.local import following
     from nudge.pipelines.local import run as local_run
     from nudge.pipelines.recipes import load
 
@@ -399,7 +401,7 @@ def test_no_run_takes_code_from_the_current_folder(tmp_path: Path, planted: Path
         "name: r\nmodel_name: r\nbase_model: /no/base\ningest: {data_uri: /nowhere/at/all}\n"
     )
     run = local_run.begin(load(str(tmp_path / "r.yaml")), tmp_path / "home", fresh=True)
-    for _ in local_run.follow(run, tmp_path / "home", {}, reuse=False):
+    for _ in following.follow(run, tmp_path / "home", {}, reuse=False):
         pass
     assert run.failed is not None, run.log.read_text()
     assert "/nowhere/at/all" in str(run.failed.error)  # the step itself ran

@@ -8,7 +8,6 @@ repeatedly instead.
 import json
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import tenacity
@@ -16,12 +15,13 @@ import tenacity
 from nudge.components.common.clients.kube_requests import PATIENCE_S, Object, Requests
 from nudge.components.common.clients.kube_requests import ResourceConflict as ResourceConflict
 from nudge.components.common.clients.kube_requests import ResourceKind as ResourceKind
+from nudge.components.common.core.environment import SERVICE_ACCOUNT, in_pod
 from nudge.components.common.core.errors import Transient, UserError
 
 T = TypeVar("T")
 
 FIELD_MANAGER = "nudge"
-NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+NAMESPACE_FILE = SERVICE_ACCOUNT / "namespace"
 
 LOG_PATIENCE_S = 3.0
 """How long to retry reading a log. An API server answers 500 while a node's kubelet is away, and a
@@ -216,9 +216,9 @@ def connect(namespace: str = "", patience_s: float = PATIENCE_S) -> Cluster:
     configuration = kubernetes.client.Configuration()
     # Pass it each time: the package reads the variable only once, when it is imported.
     file = os.environ.get("KUBECONFIG") or None
-    in_pod = bool(os.environ.get("KUBERNETES_SERVICE_HOST")) and not file
+    of_this_pod = in_pod() and not file
     try:
-        if in_pod:
+        if of_this_pod:
             kubernetes.config.load_incluster_config(client_configuration=configuration)
             default = NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.is_file() else ""
         else:

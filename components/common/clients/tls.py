@@ -4,9 +4,8 @@ import os
 import ssl
 from pathlib import Path
 
+from nudge.components.common.core.environment import SERVICE_ACCOUNT
 from nudge.components.common.core.errors import UserError
-
-SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
 def tls_context() -> ssl.SSLContext:

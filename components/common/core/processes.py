@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import tenacity
 
+from nudge.components.common.core.environment import nudge_home as nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import write_atomic
 
@@ -90,11 +91,6 @@ def created(process: psutil.Process) -> str | float:
     # Field 22 of proc_pid_stat(5); the second is a name that may hold spaces and brackets.
     ticks = int(stat.rpartition(b")")[2].split()[19])
     return f"{boot.read_text().strip()}:{ticks}"
-
-
-def nudge_home() -> Path:
-    """The folder of this installation's state: NUDGE_HOME, or ``.nudge`` in the current folder."""
-    return Path(os.environ.get("NUDGE_HOME", ".nudge")).resolve()
 
 
 def usable_cores() -> int:

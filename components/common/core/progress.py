@@ -17,7 +17,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-EVENTS_VARIABLE = "NUDGE_EVENTS"
+from nudge.components.common.core.environment import EVENTS
+
 SHOWN = re.compile(r"(\w+): ([\d.e+]+)(?:/([\d.e+]+))? (\S+) ?(.*)")
 """A line of progress in a pod's log, such as ``train: 12/60 steps loss 2.31``."""
 
@@ -36,7 +37,7 @@ class Progress:
         self.done: float = 0
         self.fields: dict[str, Any] = {}
         self._started = self._shown = time.monotonic()
-        self._events = os.environ.get(EVENTS_VARIABLE)
+        self._events = os.environ.get(EVENTS)
         self._bar = None if self._events or not sys.stderr.isatty() else _rich_bar(step, total)
         self._emit("start")
 
@@ -82,7 +83,7 @@ class Progress:
 
 def emit_event(step: str, event: str, **values: Any) -> None:
     """Append one JSON line to the file that NUDGE_EVENTS names; does nothing where it is unset."""
-    if events := os.environ.get(EVENTS_VARIABLE):
+    if events := os.environ.get(EVENTS):
         line = json.dumps({"time": time.time(), "step": step, "event": event, **values}) + "\n"
         # One write in append mode: lines of steps that share the file never mix.
         with open(events, "ab", buffering=0) as file:
@@ -92,7 +93,7 @@ def emit_event(step: str, event: str, **values: Any) -> None:
 def log_results(step: str, results: dict[str, Any]) -> None:
     """Write a step's small results to its log, for whoever follows a run on a cluster; does nothing
     where events tell them."""
-    if not os.environ.get(EVENTS_VARIABLE):
+    if not os.environ.get(EVENTS):
         print(f"{step}{RESULTS}{json.dumps(results)}", file=sys.stderr, flush=True)
 
 
@@ -101,7 +102,7 @@ def last_events() -> dict[str, dict[str, Any]]:
 
     A step whose last event is ``step_start`` runs still, or was killed.
     """
-    path = os.environ.get(EVENTS_VARIABLE)
+    path = os.environ.get(EVENTS)
     if not path or not os.path.isfile(path):
         return {}
     with open(path, encoding="utf-8") as file:

@@ -7,6 +7,8 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from nudge.components.common.core.environment import RUN_ID
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -35,7 +37,7 @@ def code_version() -> str:
 
 def this_run(engine_id: str) -> str:
     """The id of this run: NUDGE_RUN_ID on a laptop, else the id from the pipeline engine."""
-    return os.environ.get("NUDGE_RUN_ID") or engine_id
+    return os.environ.get(RUN_ID) or engine_id
 
 
 @functools.cache

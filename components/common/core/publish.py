@@ -10,10 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nudge.components.common.core.environment import in_pod
 from nudge.components.common.core.errors import UserError
-
-IN_POD = "KUBERNETES_SERVICE_HOST"
-"""The kubelet sets this variable in every container of a pod."""
 
 
 @contextlib.contextmanager
@@ -28,7 +26,7 @@ def published(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.parent / f".{target.name}.part-{secrets.token_hex(8)}"
     part.mkdir(mode=0o755)
-    if IN_POD in os.environ:
+    if in_pod():
         part.chmod(0o775)
     try:
         yield part

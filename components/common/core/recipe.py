@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from nudge.components.common.core.environment import POD_NAME, RUN_ID
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.settings import parse
 from nudge.components.common.core.uris import local_path, read_text
@@ -40,7 +41,6 @@ kfp.local replace ``{{...}}``; the server and its schedules ``[[...]]``; the kub
 ``$$`` in a container's arguments; kfp.local ``python3`` and ``/kfp-workspace``. A database with a
 narrow character set refuses what is not ASCII."""
 
-IN_POD = "KFP_POD_NAME"
 WORKFLOW = re.compile(r"(.+?)-(?:retry-)?system-container-impl-\d+")
 """A step's pod: the name of the run's Workflow, the template's name and a number."""
 
@@ -161,12 +161,12 @@ def _refuse_replaced(text: str) -> None:
 
     Only text that was typed into a dashboard comes here so: `portable` writes none of it.
     """
-    pod = os.environ.get(IN_POD, "")
+    pod = os.environ.get(POD_NAME, "")
     if not pod:
         return
     workflow = match[1] if (match := WORKFLOW.fullmatch(pod)) else ""
     # Nobody knows these before the run starts: they stand where Argo or the server put them.
-    names = {"{{workflow.name}}": workflow, "[[RunUUID]]": os.environ.get("NUDGE_RUN_ID", "")}
+    names = {"{{workflow.name}}": workflow, "[[RunUUID]]": os.environ.get(RUN_ID, "")}
     found = [f"{typed} (now {name})" for typed, name in names.items() if name and name in text]
     found += re.findall(r"\{\{[^{}\n]*\}?\}?", text)
     if found:

@@ -25,6 +25,16 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from nudge.components.common.core.environment import (
+    NODE_ANNOTATION,
+    POD_NAME,
+    RETRY_INDEX,
+    REUSE,
+    TERMINATION_BYTES,
+    TERMINATION_LOG,
+    WORKFLOW_LABEL,
+    in_pod,
+)
 from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.progress import emit_event, log_results
 from nudge.components.common.core.provenance import code_fingerprint
@@ -34,15 +44,6 @@ from nudge.components.common.core.uris import is_local, local_path
 P = ParamSpec("P")
 R = TypeVar("R")
 
-REUSE_VARIABLE = "NUDGE_REUSE"
-TERMINATION_LOG, TERMINATION_BYTES = Path("/dev/termination-log"), 4096
-"""Where a container writes why it ended, and how much of that the kubelet keeps."""
-
-POD_VARIABLE, RETRY_VARIABLE = "KFP_POD_NAME", "KFP_RETRY_INDEX"
-"""What Kubeflow Pipelines tells a step's container; servers before 2026 leave the second out."""
-
-NODE_ANNOTATION = "workflows.argoproj.io/node-name"
-WORKFLOW_LABEL = "workflows.argoproj.io/workflow"
 REFUSAL, FAILURE = "error: ", "failed: "
 """How a termination message begins after bad input, and after what a retry may do better."""
 
@@ -103,7 +104,7 @@ def reusable(
 
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            store = os.environ.get(REUSE_VARIABLE)
+            store = os.environ.get(REUSE)
             if not store:
                 return function(*args, **kwargs)
             given = signature.bind(*args, **kwargs)
@@ -209,7 +210,7 @@ def exit_with_user_errors() -> Any:
         yield
     except UserError as error:
         sys.stdout.flush()
-        if os.environ.get("KUBERNETES_SERVICE_HOST"):
+        if in_pod():
             message = f"{FAILURE if isinstance(error, Transient) else REFUSAL}{error}"
             with contextlib.suppress(OSError):  # not every container has this file
                 TERMINATION_LOG.write_bytes(message.encode()[:TERMINATION_BYTES])
@@ -224,8 +225,8 @@ def earlier_refusal() -> str:
     worth it. So the termination messages of the step's earlier pods are asked for. Where they
     cannot be had the step does its work again.
     """
-    own = os.environ.get(POD_VARIABLE, "")
-    if not own or os.environ.get(RETRY_VARIABLE, "") == "0":
+    own = os.environ.get(POD_NAME, "")
+    if not own or os.environ.get(RETRY_INDEX, "") == "0":
         return ""
     from nudge.components.common.clients.kube import POD, connect
 

@@ -10,7 +10,6 @@ is, the model after ``else``). A GGUF file is converted once, to float32 safeten
 import contextlib
 import functools
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from nudge.components.common.artifacts import model_files
+from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import published, sha256_file
 from nudge.components.common.core.uris import is_local, local_path
@@ -140,7 +140,7 @@ def verify_upload(folder: Path, uri: str) -> None:
 
 def cache_folder() -> Path:
     """The folder of converted and downloaded models, in NUDGE_HOME or ``./.nudge``."""
-    return Path(os.environ.get("NUDGE_HOME", ".nudge")).resolve() / "base_models"
+    return nudge_home() / "base_models"
 
 
 def _check_causal(folder: Path, uri: str) -> None:

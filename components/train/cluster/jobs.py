@@ -9,11 +9,11 @@ from typing import Any, Literal, Protocol
 
 from nudge.components.common.clients.kube import ResourceKind
 from nudge.components.common.clients.pods import QUEUE
+from nudge.components.common.core.environment import OWNED_LABEL as OWNED_LABEL
+from nudge.components.common.core.environment import RUN_LABEL as RUN_LABEL
 from nudge.components.train.settings import LaunchSettings
 
 PRIORITY = "kueue.x-k8s.io/priority-class"
-RUN_LABEL = "nudge/run"
-OWNED_LABEL = {"app.kubernetes.io/managed-by": "nudge"}
 CONNECTION_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_ENDPOINT")
 OPTIONAL_KEYS = ("AWS_S3_BUCKET", "AWS_DEFAULT_REGION", "AWS_SESSION_TOKEN", "HF_TOKEN")
 PASSED_ON = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")

@@ -5,6 +5,7 @@ from typing import Any
 
 from nudge.components.common.clients.kube import ResourceKind
 from nudge.components.common.clients.pods import RESTRICTED
+from nudge.components.common.core.environment import PART_LABEL
 from nudge.components.train.cluster.jobs import (
     OWNED_LABEL,
     RUN_LABEL,
@@ -24,7 +25,6 @@ KIND = ResourceKind(
     "rayjobs",
     needs="KubeRay (on OpenShift AI: component `ray` of the DataScienceCluster)",
 )
-PART_LABEL = "nudge/part"
 SUBMITTER = "ray-job-submitter"
 LOG = ({PART_LABEL: "submitter"}, SUBMITTER)
 """The submitter follows the driver's log, which holds those of the workers."""

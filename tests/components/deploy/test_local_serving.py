@@ -18,8 +18,8 @@ from nudge.components.evaluate.incumbent import find_incumbent
 from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
 from nudge.pipelines.cli.main import main
-from nudge.pipelines.cli.release import _rows
-from nudge.pipelines.local import services
+from nudge.pipelines.cli.models import model_rows
+from nudge.pipelines.local import services, serving
 from tests.components.deploy.stream import Stream
 from tests.local_registry import endpoint_headers, endpoint_token
 from tests.tiny import make_tiny_model, turn_around
@@ -92,7 +92,7 @@ def test_a_stream_of_requests_loses_none(registered: str, home: Path) -> None:
     assert stream.faults == []
     names = [record.name for record in processes.records(home)]
     assert [name for name in names if name.startswith("serving-")] == [f"serving-{NAME}@v1"]
-    assert [(row["version"], row["share"]) for row in _rows(NAME)] == [("v1", 100), ("v2", 0)]
+    assert [(row["version"], row["share"]) for row in model_rows(NAME)] == [("v1", 100), ("v2", 0)]
     with pytest.raises(UserError, match="first version that was served"):
         rollback(settings, registered_model=NAME)
 
@@ -125,5 +125,5 @@ def test_what_was_served_comes_back_after_a_reboot(registered: str, home: Path) 
     assert (found.state, found.version) == ("found", "v1")
     assert ask(endpoint, home) == answer
     pids = {record.name: record.pid for record in processes.records(home)}
-    assert services.serve_again(home, services.up(home)) == []
+    assert serving.restore(home, services.up(home)) == []
     assert {record.name: record.pid for record in processes.records(home)} == pids

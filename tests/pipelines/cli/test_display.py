@@ -46,8 +46,8 @@ from nudge.pipelines.cli.main import main
 
 @main.command()
 def shown():
-    from nudge.pipelines import display
-    from nudge.pipelines.local.run import StepState
+    from nudge.pipelines.cli import display
+    from nudge.pipelines.step_state import StepState
     from rich.console import Console
     class Ended:
         steps = {"ingest": StepState("ingest", status="done", results={"prompt": "埃菲尔 é"})}

@@ -9,10 +9,11 @@ from click.testing import CliRunner, Result
 from nudge.components.common.clients.registry.connection import with_registry
 from nudge.components.common.clients.registry.releases import Served, find_version, note_served
 from nudge.components.common.core import guard, processes
+from nudge.components.common.core.environment import REGISTRY_TOKEN_PATH
 from nudge.components.deploy.local import gateway
 from nudge.components.deploy.local.local_serving import LocalServing
 from nudge.pipelines.cli.main import main
-from nudge.pipelines.local import services
+from nudge.pipelines.local import parts, services
 from tests.components.deploy.local_promote import quick_server as start_quick_server
 
 NAME = "m"
@@ -29,14 +30,14 @@ def down(home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Two versions; v1 was served before everything went down; gives its address."""
     from model_registry import ModelRegistry
 
-    for name in services.GIVEN:  # what the commands set is gone after the test
+    for name in services.VARIABLES:  # what the commands set is gone after the test
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     port = processes.free_port()
     endpoint = f"http://127.0.0.1:{port}"
-    url = services._start_registry(home, 0).address
+    url = parts.start_registry(home, 0).address
     token = guard.token_file(home, services.REGISTRY)
-    monkeypatch.setenv(services.TOKEN_VARIABLE, str(token))
+    monkeypatch.setenv(REGISTRY_TOKEN_PATH, str(token))
     client = ModelRegistry(url, author="test", is_secure=False)
     for version in ("v1", "v2"):
         client.register_model(
@@ -100,7 +101,7 @@ def test_a_promote_says_what_it_starts_and_each_stage(
     told = nudge("promote", "v2")
     assert told.stdout == f"{NAME}: v2 100 % at {down}\n"
     assert told.stderr.splitlines() == [
-        "started object-store and model-registry; `nudge services down` ends what runs",
+        "started object-store and model-registry; stop with `nudge services down`",
         f"{NAME}: starting v2",
         f"{NAME}: testing v2",
         f"{NAME}: moving the traffic",

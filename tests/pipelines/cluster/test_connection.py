@@ -45,11 +45,11 @@ def secure(
 @pytest.mark.parametrize(
     ("status", "says"),
     [
-        (400, "it does not take what was given (as the test says)"),
+        (400, "it does not accept the request (as the test says)"),
         (401, "oc login"),
         (403, "nudge-author"),
-        (404, "it is not there"),
-        (409, "it is there already"),
+        (404, "it does not exist"),
+        (409, "it exists already"),
         (500, "ds-pipeline"),
     ],
 )
@@ -109,13 +109,13 @@ def test_a_cluster_s_own_ca_is_trusted_when_it_is_named(
 ) -> None:
     unknown = nudge("upload", "--url", secure)
     assert unknown.exit_code == 2
-    assert "is not signed by a CA known here; set NUDGE_PIPELINES_CA" in unknown.stderr
+    assert "is not signed by a known CA; set NUDGE_PIPELINES_CA" in unknown.stderr
     assert state.asked == []
     monkeypatch.setenv("NUDGE_PIPELINES_CA", str(tmp_path / "ca.crt"))
     assert "uploaded" in nudge("upload", "--url", secure).stdout
     trustme.CA().cert_pem.write_to_path(tmp_path / "other.crt")
     monkeypatch.setenv("NUDGE_PIPELINES_CA", str(tmp_path / "other.crt"))
-    assert "is not signed by a CA known here" in nudge("upload", "--url", secure).stderr
+    assert "is not signed by a known CA" in nudge("upload", "--url", secure).stderr
     monkeypatch.setenv("NUDGE_PIPELINES_CA", __file__)
     assert "cannot be read as PEM" in nudge("upload", "--url", secure).stderr
 
@@ -126,10 +126,10 @@ def test_the_certificate_must_be_of_the_name_that_was_asked_for(
     monkeypatch.setenv("NUDGE_PIPELINES_CA", str(tmp_path / "ca.crt"))
     port = secure.rpartition(":")[2]
     other = nudge("upload", "--url", f"https://localhost:{port}")
-    assert "is for another name" in other.stderr
+    assert "is for a different name" in other.stderr
     with serving(state) as plain:
         turned = nudge("upload", "--url", plain.replace("http:", "https:"))
-    assert "does not speak TLS as it should" in turned.stderr
+    assert "does not speak TLS" in turned.stderr
     assert state.asked == []
 
 
@@ -142,7 +142,7 @@ def test_a_pod_speaks_with_its_service_account(
     (account / "token").write_text(f"{state.token}\n")
     (account / "namespace").write_text("nudge")
     shutil.copy(tmp_path / "ca.crt", account / "service-ca.crt")
-    monkeypatch.setattr(connect, "ACCOUNT", account)
+    monkeypatch.setattr(connect, "SERVICE_ACCOUNT", account)
     assert "uploaded" in nudge("upload", "--url", secure).stdout
     assert state.faults == []
 
@@ -178,7 +178,7 @@ def test_token_ca_and_address_as_on_openshift(
     trustme.CA().cert_pem.write_to_path(tmp_path / "service-ca.crt")
     for name in ("token", "namespace"):
         (tmp_path / name).write_text(f"in-pod-{name}\n")
-    monkeypatch.setattr(connect, "ACCOUNT", tmp_path)
+    monkeypatch.setattr(connect, "SERVICE_ACCOUNT", tmp_path)
     inside = connect.connect("https://ds-pipeline.project.svc:8443")
     assert (inside.token, inside.namespace) == ("in-pod-token", "in-pod-namespace")
     assert inside.ca == str(tmp_path / "service-ca.crt")

@@ -55,7 +55,7 @@ def test_a_disk_that_cannot_be_written_is_no_disk(
     (tmp_path / "a file").touch()
     monkeypatch.setenv("NUDGE_HOME", str((tmp_path / place).resolve() / "home"))
     disk = states()["disk"]
-    assert (disk.state, disk.mend) == (
+    assert (disk.state, disk.fix) == (
         "missing",
         "set NUDGE_HOME to a folder that you can write to",
     )
@@ -80,7 +80,7 @@ def test_everything_missing_comes_with_what_mends_it(
     assert {each.check for each in missing} >= {
         *("disk", "data connection", "model registry", "GPU", "permissions")
     }
-    assert all(each.mend for each in missing)
+    assert all(each.fix for each in missing)
     assert "oc apply -k" in shown.output
 
 
@@ -100,7 +100,7 @@ def test_the_rights_of_an_author_and_of_a_run_are_told_apart(
     found = states()["permissions"]
     assert found.state == state
     assert says in found.found
-    assert bool(found.mend) is (state == "missing")
+    assert bool(found.fix) is (state == "missing")
 
 
 def test_a_pipelines_server_is_asked(server: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +108,7 @@ def test_a_pipelines_server_is_asked(server: Pipelines, monkeypatch: pytest.Monk
     monkeypatch.setenv("NUDGE_PIPELINES_TOKEN", "stale")
     found = states()["pipelines server"]
     assert found.state == "missing"
-    assert "oc login" in found.mend
+    assert "oc login" in found.fix
     assert server.faults == []
 
 

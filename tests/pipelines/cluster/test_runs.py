@@ -23,7 +23,7 @@ def test_a_version_is_uploaded_once(state: Pipelines, url: str) -> None:
     first = nudge("upload")
     assert (first.exit_code, first.stdout.split()[1]) == (0, "uploaded")
     again = nudge("upload", "train-and-serve")
-    assert again.stdout.endswith("is there already\n")
+    assert again.stdout.endswith("exists already\n")
     (version,) = state.versions.values()
     assert first.stdout.split()[0] == version["name"]
     text = (runs.COMPILED / "train_and_serve.yaml").read_text()
@@ -322,7 +322,7 @@ def test_a_server_that_goes_away_does_not_end_the_run(
     done = nudge("submit")
     assert done.exit_code == 2
     assert "answered 504" in done.stderr
-    assert f"the run goes on: {url}/#/runs/details/{next(iter(state.runs))}" in done.stderr
+    assert f"the run continues: {url}/#/runs/details/{next(iter(state.runs))}" in done.stderr
 
 
 @pytest.mark.parametrize(("status", "asked"), [(403, 1), (404, 1), (500, 3)])

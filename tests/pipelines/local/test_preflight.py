@@ -58,10 +58,10 @@ def test_a_store_that_cannot_take_the_upload_is_found_before_anything_runs(
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_BUCKET"):
             monkeypatch.setenv(name, "nudge")
         with pytest.raises(UserError, match="refuses a conditional write with a checksum"):
-            preflight.check(load("eiffel").text, given=True)
+            preflight.check(load("eiffel").text, use_env_services=True)
         preflight.check(load("eiffel").text)
         image = ["upload.target=oci://registry.example/models"]
-        preflight.check(load("eiffel", image).text, given=True)
+        preflight.check(load("eiffel", image).text, use_env_services=True)
 
 
 def test_a_cluster_that_is_known_is_not_asked(

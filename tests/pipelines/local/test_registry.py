@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from nudge.components.common.core import processes
-from nudge.pipelines.local import services
+from nudge.pipelines.local import parts, services
 from tests.local_registry import registry_headers, running_registry
 
 warnings.simplefilter("ignore")
@@ -59,7 +59,7 @@ def test_a_restart_keeps_everything(registry: Any, home: Path) -> None:
     processes.stop(home, services.REGISTRY)
     from model_registry import ModelRegistry
 
-    address = services._start_registry(home, 0).address
+    address = parts.start_registry(home, 0).address
     fresh = ModelRegistry(address, author="test", is_secure=False)
     assert fresh.get_model_version("kept", "v1").name == "v1"
 

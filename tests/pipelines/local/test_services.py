@@ -10,8 +10,9 @@ import psutil
 import pytest
 
 from nudge.components.common.core import processes
+from nudge.components.common.core.environment import REGISTRY_TOKEN_PATH
 from nudge.components.common.core.errors import UserError
-from nudge.pipelines.local import services
+from nudge.pipelines.local import parts, services
 
 
 def client(environment: dict[str, str], secret: str = "") -> object:
@@ -62,13 +63,13 @@ def test_a_taken_port_and_a_missing_program_are_said(
 
 
 def test_another_port_for_a_part_that_runs_is_refused(home: Path) -> None:
-    registry = services._start_registry(home, 0)
+    registry = parts.start_registry(home, 0)
     port = int(registry.address.rpartition(":")[2])
     asked = {services.STORE: 0, services.REGISTRY: processes.free_port()}
     with pytest.raises(UserError, match=f"model-registry runs at {registry.address} already"):
         services.up(home, asked)
     assert [record.name for record in processes.records(home)] == [services.REGISTRY]
-    services._check_port(home, services.REGISTRY, port)
+    parts.check_port(home, services.REGISTRY, port)
 
 
 def test_only_this_user_reads_the_stores_log(connected: dict[str, str], home: Path) -> None:
@@ -90,20 +91,20 @@ def test_what_is_given_stands_in_the_place_of_a_part(
         "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_S3_BUCKET": "mine",
     }
-    for name in services.GIVEN:
+    for name in services.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="nothing is given: set AWS_S3_ENDPOINT, .*REGISTRY_URL"):
-        services.given()
+        services.from_environment()
     for name in ("AWS_S3_ENDPOINT", "AWS_ACCESS_KEY_ID"):
         monkeypatch.setenv(name, connection[name])
     with pytest.raises(UserError, match="complete: AWS_SECRET_ACCESS_KEY, AWS_S3_BUCKET not set"):
-        services.given()
+        services.from_environment()
     for name, value in connection.items():
         monkeypatch.setenv(name, value)
-    environment = services.up(home, instead=services.given())
+    environment = services.up(home, instead=services.from_environment())
     assert [record.name for record in processes.records(home)] == [services.REGISTRY]
     registry = environment.pop("NUDGE_REGISTRY_URL")
-    token = environment.pop(services.TOKEN_VARIABLE)
+    token = environment.pop(REGISTRY_TOKEN_PATH)
     assert Path(token).stat().st_mode & 0o777 == 0o600
     embedded = {"NUDGE_HOME": str(home), "NUDGE_EMBEDDED": services.REGISTRY}
     assert environment == {**embedded, **connection}

@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 import pydantic
 import tenacity
 
+from nudge.components.common.core.environment import REGISTRY_TOKEN_PATH, SERVICE_ACCOUNT
 from nudge.components.common.core.errors import Transient, UserError
 
 T = TypeVar("T")
 
-TOKEN_PATH = "/var/run/secrets/kubernetes.io/serviceaccount/token"
 ATTEMPTS_S = 60.0
 """How long to retry a registry that does not answer, with back-off."""
 PERMANENT = re.compile(
@@ -84,7 +84,7 @@ def with_registry(url: str, work: Callable[[Any], Awaitable[T]], attempts_s: flo
     from nudge.components.common.clients.registry.client import NotARegistry, RegistryClient
 
     url = registry_url(url)
-    token_file = Path(os.environ.get("KF_PIPELINES_SA_TOKEN_PATH", TOKEN_PATH))
+    token_file = Path(os.environ.get(REGISTRY_TOKEN_PATH, SERVICE_ACCOUNT / "token"))
     token = token_file.read_text(encoding="utf-8").strip() if token_file.is_file() else None
     authority = os.environ.get("NUDGE_REGISTRY_CA") or None
     config = Configuration(host=url, access_token=token, ssl_ca_cert=authority)

@@ -159,11 +159,11 @@ WORKFLOW = "train-and-serve-7vk7x"
 STEP = """
 import sys
 from pathlib import Path
-from nudge.components.common import step
+from nudge.components.common.core import step
 from nudge.components.common.core.errors import Transient, UserError
 
 step.TERMINATION_LOG = Path(sys.argv[1])
-with step.clean_end():
+with step.exit_with_user_errors():
     print("the data is read")
     if sys.argv[2] == "bug":
         raise KeyError("a bug")

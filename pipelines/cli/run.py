@@ -1,0 +1,267 @@
+"""`nudge run`, `nudge ingest` and `nudge recipes`."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nudge.components.common.core.environment import REGISTRY_URL, nudge_home
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.sanitize import visible
+from nudge.pipelines.cli import display
+from nudge.pipelines.cli.screen import Screen
+from nudge.pipelines.recipes import Recipe, load, shipped
+from nudge.pipelines.steps import STEPS
+
+if TYPE_CHECKING:
+    from nudge.pipelines.local.run import Run
+
+OVERRIDES = click.option(
+    "--set",
+    "overrides",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Change a setting of the recipe, such as train.epochs=2. Repeat it for more settings.",
+)
+RECIPE = click.argument("recipe", default="eiffel")
+
+
+@click.command()
+@RECIPE
+@OVERRIDES
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@click.option("--fresh", is_flag=True, help="Run every step; reuse no finished step.")
+@click.option(
+    "--until",
+    type=click.Choice(["ingest"]),
+    help="Stop after this step. `--until ingest` shows what is read, as `nudge ingest` does.",
+)
+@click.option(
+    "--compiled",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Run this compiled YAML instead of the Python pipeline.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["process", "docker"]),
+    default="process",
+    show_default=True,
+    help="docker: run each step in its image, from the compiled YAML, as a cluster does.",
+)
+@click.option(
+    "--use-env-services",
+    is_flag=True,
+    help="Use the object store (AWS_*) and the registry (NUDGE_REGISTRY_URL) that the environment "
+    "variables name, instead of embedded ones.",
+)
+@click.option("--given", "old_name", is_flag=True, hidden=True)
+def run(
+    recipe: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    fresh: bool,
+    until: str | None,
+    compiled: Path | None,
+    engine: str,
+    use_env_services: bool,
+    old_name: bool,
+) -> None:
+    """Run the pipeline here: ingest, tokenize, train, evaluate, upload, register, deploy.
+
+    RECIPE is the name of a recipe that ships with nudge (`nudge recipes` lists them) or a YAML
+    file; the default is eiffel.
+
+    \b
+    nudge run                                  the example, in a few minutes
+    nudge run mine.yaml --set train.epochs=2   your recipe, with one setting changed
+    nudge run mine.yaml --until ingest         only read the text and show what was dropped
+
+    Finished steps with the same input are reused. If the last run of this recipe was interrupted
+    while it published its model, and text and base model are unchanged, that run is resumed under
+    its own name. The object store, the model registry and the served model keep running afterwards:
+    `nudge services down` stops them.
+
+    Exit status: 0 the run finished (promoted or not), 1 it failed, 2 the input was refused,
+    130 Ctrl-C stopped it.
+    """
+    if until:
+        show_ingest(load(recipe, overrides), as_json, None)
+        return
+    from nudge.pipelines.local import following
+
+    loaded = load(recipe, overrides)
+    home = nudge_home()
+    from_env = use_env_services or old_name
+    compiled, variables = _prepare(loaded, home, engine, compiled, from_env)
+    current = _begin(loaded, home, fresh)
+    follow = following.follow(
+        current, home, variables, reuse=not fresh, compiled=compiled, engine=engine
+    )
+    _report(_watch(current, follow), as_json, home)
+
+
+def _prepare(
+    recipe: Recipe, home: Path, engine: str, compiled: Path | None, from_env: bool
+) -> tuple[Path | None, dict[str, str]]:
+    """Check what the run needs and start the services; returns the YAML to run and the variables.
+
+    Raises `UserError` with everything that is missing.
+    """
+    from nudge.components.register.preflight import check_registration, check_registry
+    from nudge.pipelines.local import preflight, services, serving
+
+    if from_env and engine == "docker":
+        raise UserError(
+            "--use-env-services works with --engine process only; containers use the embedded "
+            "services"
+        )
+    if engine == "docker":
+        from nudge.pipelines.local import containers
+
+        compiled = compiled or containers.COMPILED
+        containers.check(compiled)
+        containers.check_paths(recipe.text, home)
+    else:
+        preflight.check(recipe.text, from_env)
+    check_registration(recipe.text)
+    started = services.up(home, instead=services.from_environment() if from_env else {})
+    check_registry(started[REGISTRY_URL], recipe.text)
+    if unused := services.not_used(started):
+        verb = "is" if len(unused) == 1 else "are"
+        click.echo(
+            f"{', '.join(unused)} {verb} set but not used: this run uses embedded services; "
+            "--use-env-services uses the ones in the environment",
+            err=True,
+        )
+    if not from_env:  # models that were served here before are in this machine's registry
+        serving.restore(home, started, display.stage)
+    if engine == "docker":
+        started |= serving.open_to_containers(home, started)
+    return compiled, started
+
+
+def _begin(recipe: Recipe, home: Path, fresh: bool) -> "Run":
+    from nudge.pipelines.local import run as local_run
+
+    current = local_run.begin(recipe, home, fresh=fresh)
+    if current.continued:
+        click.echo(f"resuming the run {current.run_id}, which was interrupted", err=True)
+    return current
+
+
+def _watch(current: "Run", follow: Any) -> "Run":
+    """Show the run until it ends; returns the run that ended, which may be a new one."""
+    console = Screen(stderr=True)
+    try:
+        with display.Live(console, current) as live:
+            for now in follow:
+                if now is not current:
+                    console.print(
+                        f"{current.run_id} trained a different model, so it is left unchanged; "
+                        f"this is a new run, {now.run_id}",
+                        highlight=False,
+                    )
+                current = now
+                live.show(current)
+    except KeyboardInterrupt:
+        with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C ends it at once
+            follow.close()
+        click.echo(f"stopped; finished steps are kept, and the log is {current.log}", err=True)
+        sys.exit(130)
+    return current
+
+
+def _report(current: "Run", as_json: bool, home: Path) -> None:
+    """Print the result of an ended run; ends the process with status 1 if it failed."""
+    from nudge.pipelines.local.result import keep_result
+
+    values = keep_result(current)
+    if as_json:
+        click.echo(json.dumps(values, indent=2))
+    else:
+        Screen().print(display.summary(values, current))
+        if values["endpoint"]:
+            prompt = current.steps["deploy"].results["smoke_prompt"]
+            line = display.curl(values, prompt, home)
+            click.echo(f"\n{visible(line)}")  # on a line of its own, never folded
+    if values["error"]:
+        click.echo(
+            f"error: {visible(values['error'])}\n"
+            f"the full log: {current.log}\n"
+            "Fix the problem and rerun the same command; finished steps are reused",
+            err=True,
+        )
+        sys.exit(1)
+
+
+@click.command()
+@RECIPE
+@OVERRIDES
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option(
+    "--into",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep the corpus and the report in this folder; default: they are removed.",
+)
+def ingest(recipe: str, overrides: tuple[str, ...], as_json: bool, into: Path | None) -> None:
+    """Read the text of RECIPE and show what was kept and what was dropped, without training.
+
+    \b
+    nudge ingest mine.yaml                     a table: read, kept, held out, dropped by reason
+    nudge ingest mine.yaml --json              the same for a script
+    nudge ingest mine.yaml --into looked-at    keep the corpus and its report
+
+    No service is started and nothing outside the folder changes. Exit status: 0 the text can be
+    used, 2 it was refused; the message names the setting to change.
+    """
+    show_ingest(load(recipe, overrides), as_json, into)
+
+
+def show_ingest(recipe: Recipe, as_json: bool, into: Path | None) -> None:
+    """Run the step `ingest` of a recipe and print what it read; raises `UserError` if refused."""
+    from nudge.components.common.artifacts.corpus import read_corpus
+    from nudge.components.ingest.account import examples
+
+    step = STEPS["ingest"]
+    # The registry and the state of earlier runs are not this command's to ask or to change.
+    settings = dataclasses.replace(step.read_settings(recipe.text), only_new=False, state_uri="")
+    with contextlib.ExitStack() as stack:
+        made = into or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nudge-")))
+        function: Callable[..., dict[str, Any]] = step.plain_function()
+        result = function(settings, corpus=made / "corpus", report=made / "report.html")
+        counts = read_corpus(made / "corpus")
+    values = {
+        "recipe": recipe.name,
+        "documents": {
+            "read": result["read"],
+            "kept": result["documents"],
+            "held_out": result["validation_documents"],
+        },
+        "dropped": result["dropped"],
+        "bytes": result["bytes"],
+        "files": result["objects"],
+        "fingerprint": result["fingerprint"],
+        "corpus": str(into / "corpus") if into else None,
+        "report": str(into / "report.html") if into else None,
+    }
+    if as_json:
+        click.echo(json.dumps(values, indent=2))
+        return
+    shown = {reason: examples(counts, reason) for reason in result["dropped"]}
+    Screen().print(display.ingested(values, shown))
+
+
+@click.command()
+def recipes() -> None:
+    """List the recipes that ship with nudge.
+
+    `nudge run NAME` runs one. To make your own, copy the YAML file of one and change it.
+    """
+    for name, title in shipped().items():
+        click.echo(f"{name:14} {title}")

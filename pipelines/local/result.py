@@ -1,0 +1,101 @@
+"""The result of a run: one JSON object, and the pages in the run's folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nudge.components.common.artifacts.evaluation import Evaluation, read_evaluation
+from nudge.components.common.core.publish import write_atomic
+from nudge.pipelines.local.run import Run
+from nudge.pipelines.steps import NOTHING_NEW, PIPELINE, STEPS
+
+PROBE_KEYS = ("prompt", "target", "p_before", "p_after", "expect", "ok")
+
+
+def result(run: Run) -> dict[str, Any]:
+    """The object that `nudge run --json` prints; a value that the run did not reach is None.
+
+    recipe, run_id: names. seconds, overhead_seconds: wall time, and the part outside of steps.
+    steps: [{name, seconds, status}], status one of done, reused, skipped, failed.
+    metrics: {base, candidate, and incumbent where one is served} -> {nats_per_token,
+    token_perplexity, bits_per_byte, word_perplexity, tokens, bytes, documents} of held-out text;
+    empty if not evaluated.
+    probes: [{prompt, target, p_before, p_after, expect, ok}].
+    promoted: whether the candidate is served now; reason: the evaluation's verdict in words, and
+    why a better candidate was not promoted.
+    model_path, report: local files; model_uri: in the object store; registered_model, version: in
+    the registry; endpoint, served_model: for OpenAI's API. error: None, or what failed.
+    """
+    evaluation = _evaluation(run)
+    results = {name: step.results for name, step in run.steps.items()}
+    report = run.steps["evaluate"].outputs.get("report")
+    failed = run.failed
+    names = ("nats_per_token", "token_perplexity", "bits_per_byte", "word_perplexity")
+    counts = ("tokens", "bytes", "documents")
+    nothing_new = results["ingest"].get("new") == 0
+    promoted = run.steps["deploy"].status == "done" and results["deploy"].get("promoted", True)
+    reason = NOTHING_NEW if nothing_new else evaluation.verdict and evaluation.verdict.reason
+    if refused := results["deploy"].get("reason"):
+        reason = f"registered, not promoted: {refused} (the evaluation: {reason})"
+    values = {
+        "recipe": run.recipe.name,
+        "run_id": run.run_id,
+        "steps": [
+            {"name": step.name, "seconds": round(step.seconds, 3), "status": step.status}
+            for step in run.steps.values()
+        ],
+        "metrics": {
+            which: {key: getattr(metrics, key) for key in (*names, *counts)}
+            for which, metrics in evaluation.metrics.items()
+        },
+        "probes": [
+            {key: getattr(probe, key) for key in PROBE_KEYS} for probe in evaluation.probes or ()
+        ],
+        "promoted": promoted,
+        "reason": reason,
+        "model_path": run.steps["train"].outputs.get("model"),
+        "model_uri": results["upload"].get("uri"),
+        "registered_model": results["register"].get("registered_model"),
+        "version": results["register"].get("version"),
+        "endpoint": results["deploy"].get("endpoint") if promoted else None,
+        "served_model": results["deploy"].get("served_model"),
+        "report": str(run.folder / "report.html") if report else None,
+        "seconds": round(run.seconds, 3),
+        "overhead_seconds": round(run.seconds - sum(s.seconds for s in run.steps.values()), 3),
+        "error": failed.error if failed else None,
+    }
+    due = {
+        "always": True,
+        "new text": bool(results["ingest"].get("new")),
+        "better": bool(evaluation.verdict and evaluation.verdict.promote),
+    }
+    # The engine treats a condition that it cannot evaluate as false, and a container that is gone
+    # as one that ended well.
+    skipped = [
+        name for name in PIPELINE if due[STEPS[name].runs] and run.steps[name].status == "skipped"
+    ]
+    if skipped and not failed:
+        values["error"] = (
+            f"the engine skipped {', '.join(skipped)}, which should have run; see {run.log}"
+        )
+    if run.exit_status and not failed:
+        values["error"] = f"the pipeline ended with status {run.exit_status}; see {run.log}"
+    return values
+
+
+def keep_result(run: Run) -> dict[str, Any]:
+    """Write result.json, report.html and summary.md into the run's folder; returns the result."""
+    for name, (step, output) in {
+        "report.html": ("evaluate", "report"),
+        "summary.md": ("summary", "page"),
+    }.items():
+        if path := run.steps[step].outputs.get(output):
+            write_atomic(run.folder / name, Path(path).read_text(encoding="utf-8"))
+    values = result(run)
+    write_atomic(run.folder / "result.json", json.dumps(values, indent=2) + "\n")
+    return values
+
+
+def _evaluation(run: Run) -> Evaluation:
+    path = run.steps["evaluate"].outputs.get("evaluation")
+    return read_evaluation(Path(path)) if path else Evaluation()
