@@ -34,6 +34,8 @@ STOP = "serving.kserve.io/stop"
 """Annotation by which the dashboard stops a model."""
 
 AUTHENTICATION = "security.opendatahub.io/enable-auth"
+OPEN = "nudge-lm/authentication"
+"""Label of a server without a proxy in front, so that a NetworkPolicy can let clients reach it."""
 
 GRACE_S = 30
 """Seconds that a server has to end after its requests did."""
@@ -120,6 +122,8 @@ def inference_service(version: Version, settings: DeploySettings) -> Object:
     }
     if place.queue:
         labels[QUEUE] = place.queue
+    if not place.authentication:
+        labels[OPEN] = "false"
     name = service_name(version.model, version.name)
     served: Object = {
         "modelFormat": {"name": "vLLM"},
