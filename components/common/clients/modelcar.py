@@ -16,6 +16,9 @@ MODEL_FOLDER = "models"
 (https://kserve.github.io/website/docs/model-serving/storage/providers/oci)."""
 FILES = "nudge-lm/files"
 """Annotation of a layer: the files of the model that are in it, as a JSON list."""
+UNPACKED_RATIO, UNPACKED_FREE = 20, 64 << 20
+"""A layer may unpack to so many times its own size, and that many bytes more. Weights compress to
+more than a half, text to a tenth."""
 
 
 def image_manifests(
@@ -53,8 +56,11 @@ def download_image(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> N
         for layer in manifests[0][1]["layers"]:
             told = layer.get("annotations", {}).get(FILES)
             if told is None or any(_wanted(name, files) for name in json.loads(told)):
+                size = int(layer["size"])
                 source.read_blob(
-                    layer["digest"], lambda chunks: _unpack(uri, chunks, folder, files)
+                    layer["digest"],
+                    lambda chunks, size=size: _unpack(uri, chunks, folder, files, size),  # type: ignore[misc]
+                    size,
                 )
     if not folder.is_dir():
         raise UserError(f"{uri}: no file of a model is below /{MODEL_FOLDER} in this image")
@@ -64,11 +70,20 @@ def _wanted(name: str, files: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in files)
 
 
-def _unpack(uri: str, chunks: Iterator[bytes], folder: Path, files: tuple[str, ...]) -> None:
+def _unpack(
+    uri: str, chunks: Iterator[bytes], folder: Path, files: tuple[str, ...], size: int
+) -> None:
+    left = size * UNPACKED_RATIO + UNPACKED_FREE
     reader = io.BufferedReader(_Chunks(chunks), image_registry.BLOCK)
     try:
         with tarfile.open(fileobj=reader, mode="r|*") as archive:
             for member in archive:
+                left -= member.size
+                if left < 0:
+                    raise UserError(
+                        f"{uri}: a layer of {size} bytes unpacks to more than {UNPACKED_RATIO} "
+                        "times its size; it is refused as a decompression bomb"
+                    )
                 below, _, name = member.name.removeprefix("./").partition("/")
                 if below != MODEL_FOLDER or not name or not _wanted(name, files):
                     continue

@@ -202,8 +202,8 @@ def test_what_the_registry_spoilt_is_found(
 @pytest.mark.parametrize(
     ("target", "version", "said"),
     [
-        ("oci://noregistry/team", "v1", "names no image"),
-        ("oci://quay.io/Team", "v1", "all of the path in lower case"),
+        ("oci://noregistry/team", "v1", "is not the name of an image"),
+        ("oci://quay.io/Team", "v1", "with the path in lower case"),
         ("oci://quay.io/team", "v 1", "the version .v 1. is refused"),
         ("oci://quay.io/team", "v" * 129, "is refused"),
     ],
@@ -243,7 +243,7 @@ def test_credentials_are_those_of_a_pull_secret_and_told_to_nobody(
         send(registry.host, folder, "v2")
 
         monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "none.json"))
-        with pytest.raises(UserError, match="give a pull secret for it") as lacking:
+        with pytest.raises(UserError, match="provide a pull secret for it") as lacking:
             send(registry.host, folder, "v3")
         told = f"{wrong.value}{lacking.value}{caplog.text}"
     for each in (PASSWORD, "not-it", *(e["auth"] for e in entries.values()), "Bearer ey"):
