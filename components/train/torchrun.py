@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from nudge.components.common.core.errors import Transient, UserError
-from nudge.components.common.core.processes import usable_cores
+from nudge.components.common.core.processes import RANK_CHILD, child_environment, usable_cores
 from nudge.components.train.settings import TrainSettings
 
 ERROR_VARIABLE = "NUDGE_ERROR_FILE"
@@ -53,9 +53,8 @@ def run_ranks(count: int, settings: TrainSettings, paths: dict[str, Path]) -> No
         variables = {
             ERROR_VARIABLE: str(error),
             "OMP_NUM_THREADS": str(threads_each(count, settings)),
-            "PYTHONSAFEPATH": "1",  # torchrun starts the ranks with no -P of their own
         }
-        ranks = subprocess.Popen(command, env={**os.environ, **variables})
+        ranks = subprocess.Popen(command, env=child_environment(RANK_CHILD, variables))
 
         def pass_on(number: int, _: FrameType | None) -> None:
             ranks.send_signal(number)

@@ -324,12 +324,14 @@ class Repository:
         reply = self._client.send(request, auth=auth, follow_redirects=False, stream=True)
         try:
             self._judge(reply, (200,))
-            body = json.loads(self._read(reply, MANIFEST_BYTES).content)
+            content = self._read(reply, MANIFEST_BYTES).content
+        finally:
+            reply.close()
+        try:
+            body = json.loads(content)
             self._authorization = f"Bearer {body.get('token') or body['access_token']}"
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"the registry of {self.reference.uri} returned no token") from None
-        finally:
-            reply.close()
         return True
 
     def _judge(
