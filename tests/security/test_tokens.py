@@ -150,7 +150,7 @@ def test_the_ranks_of_a_training_get_no_token_of_the_step(
             return 0
 
     monkeypatch.setattr(torchrun.subprocess, "Popen", Ranks)
-    torchrun.run_ranks(2, TrainSettings(mode="scratch"), {"data": tmp_path})
+    torchrun.run_ranks(2, TrainSettings(mode="scratch", model_size="10M"), {"data": tmp_path})
     (variables,) = started
     assert variables["AWS_ACCESS_KEY_ID"] == "needed"
     assert not {"GITHUB_TOKEN", "KUBECONFIG", "KF_PIPELINES_SA_TOKEN_PATH"} & variables.keys()
