@@ -154,8 +154,8 @@ def connect(url: str = "") -> PipelinesServer:
     if token and parts.scheme != "https" and parts.hostname not in LOOPBACK:
         raise UserError(
             f"{found} would receive the token unencrypted, and it is sent over https only; use "
-            "https://, or log out (`oc logout`) and unset NUDGE_PIPELINES_TOKEN if the server needs "
-            "no token"
+            "https://, or log out (`oc logout`) and unset NUDGE_PIPELINES_TOKEN if the server "
+            "needs no token"
         )
     return PipelinesServer(found.rstrip("/"), token, ca, namespace)
 
