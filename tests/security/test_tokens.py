@@ -133,15 +133,7 @@ def test_the_ranks_of_a_training_get_no_token_of_the_step(
     class Ranks:
         def __init__(self, command: list[str], env: dict[str, str]) -> None:
             assert command[1] == "-P"
-            script = (
-                "import json,os,sys; print(json.dumps([dict(os.environ), sys.flags.safe_path]))"
-            )
-            done = subprocess.run(
-                [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True
-            )
-            variables, safe = json.loads(done.stdout)
-            assert safe
-            started.append(variables)
+            started.append(env)
 
         def wait(self) -> int:
             return 0
@@ -149,9 +141,16 @@ def test_the_ranks_of_a_training_get_no_token_of_the_step(
         def poll(self) -> int:
             return 0
 
-    monkeypatch.setattr(torchrun.subprocess, "Popen", Ranks)
-    torchrun.run_ranks(2, TrainSettings(mode="scratch", model_size="10M"), {"data": tmp_path})
-    (variables,) = started
+    with monkeypatch.context() as patch:
+        patch.setattr(torchrun.subprocess, "Popen", Ranks)
+        settings = TrainSettings(mode="scratch", model_size="10M")
+        torchrun.run_ranks(2, settings, {"data": tmp_path})
+    script = "import json,os,sys; print(json.dumps([dict(os.environ), sys.flags.safe_path]))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=started[0], capture_output=True, text=True, check=True
+    )
+    variables, safe = json.loads(done.stdout)
+    assert safe
     assert variables["AWS_ACCESS_KEY_ID"] == "needed"
     assert not {"GITHUB_TOKEN", "KUBECONFIG", "KF_PIPELINES_SA_TOKEN_PATH"} & variables.keys()
     assert "canary-token" not in str(variables)
