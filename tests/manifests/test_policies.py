@@ -100,10 +100,9 @@ def leaves(overlay: str, address: str, port: int) -> bool:
 
     def peer(each: Object) -> bool:
         block = each.get("ipBlock")
-        return bool(block) and (
-            ip in ipaddress.ip_network(block["cidr"])
-            and not any(ip in ipaddress.ip_network(cut) for cut in block.get("except", []))
-        )
+        if block is None or ip not in ipaddress.ip_network(block["cidr"]):
+            return False
+        return not any(ip in ipaddress.ip_network(cut) for cut in block.get("except", []))
 
     return any(
         _port(rule, port) and ("to" not in rule or any(peer(each) for each in rule["to"]))

@@ -142,7 +142,7 @@ def test_the_ranks_of_a_training_get_no_token_of_the_step(
             return 0
 
     with monkeypatch.context() as patch:
-        patch.setattr(torchrun.subprocess, "Popen", Ranks)
+        patch.setattr("nudge.components.train.torchrun.subprocess.Popen", Ranks)
         settings = TrainSettings(mode="scratch", model_size="10M")
         torchrun.run_ranks(2, settings, {"data": tmp_path})
     script = "import json,os,sys; print(json.dumps([dict(os.environ), sys.flags.safe_path]))"
