@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from nudge.components.common.core.errors import Transient, UserError
-from nudge.components.common.core.processes import usable_cores
+from nudge.components.common.core.processes import RANK_CHILD, child_environment, usable_cores
 from nudge.components.train.settings import TrainSettings
 
 ERROR_VARIABLE = "NUDGE_ERROR_FILE"
@@ -55,7 +55,7 @@ def run_ranks(count: int, settings: TrainSettings, paths: dict[str, Path]) -> No
             "OMP_NUM_THREADS": str(threads_each(count, settings)),
             "PYTHONSAFEPATH": "1",  # torchrun does not pass -P to the ranks
         }
-        ranks = subprocess.Popen(command, env={**os.environ, **variables})
+        ranks = subprocess.Popen(command, env=child_environment(RANK_CHILD, variables))
 
         def forward(number: int, _: FrameType | None) -> None:
             ranks.send_signal(number)

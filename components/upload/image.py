@@ -20,6 +20,8 @@ from nudge.components.common.clients import image_registry, modelcar
 from nudge.components.common.core.errors import UserError
 from nudge.components.upload.sending import Taken
 
+BASE_LAYER_BYTES = 1 << 30
+"""The largest layer of a base image; it is read into memory."""
 SMALL_BYTES = 16 << 20
 """Files up to this size share one layer."""
 MAX_LAYERS = 90
@@ -189,7 +191,7 @@ def send(
         pool.shutdown(cancel_futures=True)
     for digest, size in image.base_layers.items():
         if not target.has_blob(digest):
-            body = base.blob(digest)
+            body = base.blob(digest, min(size, BASE_LAYER_BYTES))
             target.put_blob(digest, size, lambda body=body: iter([body]))  # type: ignore[misc]
     for digest, (body, media) in image.small.items():
         if media == image_registry.MANIFEST:

@@ -1,8 +1,11 @@
-"""Start JupyterLab as OpenShift AI asks of a workbench's image; the image's own command.
+"""Start JupyterLab as OpenShift AI expects of a workbench image; this is the image's command.
 
-The controller gives the path of the workbench in NB_PREFIX, and the dashboard more arguments in
-NOTEBOOK_ARGS (https://www.kubeflow.org/docs/components/notebooks/container-images/); both probes
-ask ``<NB_PREFIX>/api`` on port 8888. Whoever signs in is checked in front of this server.
+The controller passes the path of the workbench in NB_PREFIX, and the dashboard passes more
+arguments in NOTEBOOK_ARGS
+(https://www.kubeflow.org/docs/components/notebooks/container-images/). Both probes request
+``<NB_PREFIX>/api`` on port 8888. A proxy in front of this server checks the login and passes the
+Host header on. So JupyterLab's own origin check stays on: a page of another site cannot use the
+session of somebody who is signed in.
 """
 
 import os
@@ -14,7 +17,7 @@ WALK = Path(__file__).with_name("walk.ipynb")
 
 
 def main() -> None:
-    """Put the walk through the running example into the home, unless there is one; then start."""
+    """Copy the walk-through into the home folder if it is missing, then start JupyterLab."""
     home = Path.home()
     if not (home / WALK.name).exists():
         shutil.copyfile(WALK, home / WALK.name)
@@ -22,15 +25,14 @@ def main() -> None:
 
 
 def command(environment: Mapping[str, str]) -> list[str]:
-    """The command line; what the dashboard asks for stands in the place of what is set here."""
-    # Split as a shell splits a variable, which takes no quotes away: they are for JupyterLab.
+    """The command line; an option from the dashboard replaces the same option set here."""
+    # Split at whitespace only, as a shell splits a variable: the quotes are for JupyterLab.
     asked = environment.get("NOTEBOOK_ARGS", "").split()
     own = {
         "port": environment.get("NOTEBOOK_PORT", "8888"),
         "base_url": environment.get("NB_PREFIX", "/"),
         "root_dir": environment.get("NOTEBOOK_ROOT_DIR", str(Path.home())),
         "ip": "",  # every address, of IPv4 and of IPv6
-        "allow_origin": "*",
         "open_browser": "False",
     }
     named = {argument.partition("=")[0] for argument in asked}

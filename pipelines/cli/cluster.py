@@ -81,7 +81,7 @@ def submit(
     values = runs.sendable({"recipe": loaded.text, **_parameters(parameters)})
     server = connect.connect(url)
     run = runs.submit(server, pipeline, name or loaded.name, values)
-    click.echo(f"{run.run_id} {run.link}")
+    click.echo(visible(f"{run.run_id} {run.link}"))
     if no_follow:
         return
     try:
@@ -102,13 +102,13 @@ def submit(
         )
     Screen().print(display.followed(run))
     Screen().print(display.outcome(run, run.link))
-    click.echo(run.state.lower())
+    click.echo(visible(run.state.lower()))
     if run.state != "SUCCEEDED":
         failed = run.failed
         reason = f"error: {failed.name}: {failed.error}" if failed else run.error
         click.echo(visible(reason), err=True)
         if failed and (pods := run.pods.get(failed.name)):
-            click.echo(f"its log: oc logs {pods[0]} -c main", err=True)
+            click.echo(visible(f"its log: oc logs {pods[0]} -c main"), err=True)
         sys.exit(1)
 
 
@@ -140,7 +140,7 @@ def schedule_apply(file: Path, url: str) -> None:
 
     wanted = schedules.read_schedule(file)
     done, _ = schedules.apply(connect.connect(url), wanted)
-    click.echo(f"{wanted.name} {done}")
+    click.echo(visible(f"{wanted.name} {done}"))
     if wanted.cron and not wanted.paused:
         click.echo(f"next: {_when(wanted.cron)}")
 
@@ -185,7 +185,7 @@ def schedule_pause(name: str, url: str) -> None:
     from nudge.pipelines.cluster import connect, schedules
 
     schedules.pause(connect.connect(url), name)
-    click.echo(f"{name} paused")
+    click.echo(visible(f"{name} paused"))
 
 
 @schedule.command("delete")
@@ -196,7 +196,7 @@ def schedule_delete(name: str, url: str) -> None:
     from nudge.pipelines.cluster import connect, schedules
 
     schedules.delete(connect.connect(url), name)
-    click.echo(f"{name} deleted")
+    click.echo(visible(f"{name} deleted"))
 
 
 def _when(cron: str) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import tenacity
 
@@ -33,6 +34,7 @@ TIMEOUTS_S = (10.0, 60.0)
 PATIENCE_S = 30.0
 """How long a request that changes nothing is repeated."""
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 PAGE = 100
 BUSY = (429, 500, 502, 503, 504)
 
@@ -155,7 +157,15 @@ def connect(url: str = "") -> PipelinesServer:
     namespace = os.environ.get(NAMESPACE, "")
     if not namespace and namespace_file.is_file():
         namespace = namespace_file.read_text(encoding="utf-8").strip()
-    return PipelinesServer(found.rstrip("/"), token or _oc("whoami", "-t"), ca, namespace)
+    token = token or _oc("whoami", "-t")
+    parts = urlsplit(found)
+    if token and parts.scheme != "https" and parts.hostname not in LOOPBACK:
+        raise UserError(
+            f"{found} would receive the token unencrypted, and it is sent over https only; use "
+            "https://, or log out (`oc logout`) and unset NUDGE_PIPELINES_TOKEN if the server "
+            "needs no token"
+        )
+    return PipelinesServer(found.rstrip("/"), token, ca, namespace)
 
 
 def _check_ca(path: str) -> None:

@@ -14,6 +14,7 @@ import yaml
 
 from nudge.components.common.core.errors import UserError, nearest
 from nudge.components.common.core.recipe import URI_SCHEMES, portable
+from nudge.components.common.core.sanitize import credentials
 from nudge.components.common.core.uris import read_text
 from nudge.pipelines.cluster import nodes
 from nudge.pipelines.cluster.connect import PipelinesServer, run_link
@@ -210,8 +211,16 @@ def sendable(parameters: dict[str, Any]) -> dict[str, Any]:
     """The parameters with a recipe that reaches every step unchanged (see `portable`).
 
     A recipe that is too long for the server is put into the object store that this machine's
-    variables name, under its hash, and its URI is sent. Raises `UserError` where none is known.
+    variables name, under its hash, and its URI is sent. Raises `UserError` where none is known, and
+    if a URI in the parameters has a user, a password or a signed query.
     """
+    if found := credentials(json.dumps(parameters, ensure_ascii=False).replace("\\n", "\n")):
+        raise UserError(
+            f"the parameters contain credentials ({', '.join(found)}), and everybody who can see "
+            "the run would see them; put them into the Secret of a data connection (the parameter "
+            "`connection`), copy the data into its bucket, and name it there: "
+            "data_uri: s3://BUCKET/PATH"
+        )
     recipe = parameters.get("recipe")
     if not isinstance(recipe, str):
         return parameters

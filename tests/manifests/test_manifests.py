@@ -280,13 +280,6 @@ def test_the_platform_scrapes_what_is_served() -> None:
         annotations = runtime["spec"]["annotations"]
         assert annotations["prometheus.io/port"] == str(port["containerPort"])
         assert annotations["prometheus.io/path"] == "/metrics"
-    for policy in of_kind("NetworkPolicy"):
-        if policy["metadata"]["name"] == "nudge-platform":
-            (rule,) = policy["spec"]["ingress"]
-            (names,) = rule["from"][0]["namespaceSelector"]["matchExpressions"]
-            assert {"openshift-user-workload-monitoring", "redhat-ods-monitoring"} <= set(
-                names["values"]
-            )
 
 
 def test_what_openshift_builds_says_which_code_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,7 +173,9 @@ def test_the_server_of_a_version_whatever_its_runtime_says(gpus: int) -> None:
         model="m", name="v1", model_id="1", id="2", uri="s3://b/m/v1", archived=False, created_ms=0,
         properties={},
     )  # fmt: skip
-    settings = DeploySettings(target="kserve", kserve=KServeSettings(connection="s3", gpus=gpus))
+    settings = DeploySettings(
+        target="kserve", uploads="s3://b", kserve=KServeSettings(connection="s3", gpus=gpus)
+    )
     body = objects.inference_service(version, settings)
     assert problems(body) == []
     over = {"name": "kserve-container", **body["spec"]["predictor"]["model"]}

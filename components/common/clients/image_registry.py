@@ -1,11 +1,13 @@
-"""Image registries, spoken to over HTTP: no daemon is needed.
+"""A client of image registries over HTTP; it needs no daemon.
 
-What is asked is the OCI distribution specification
-(https://github.com/opencontainers/distribution-spec/blob/main/spec.md). Credentials are those that
-podman and docker know (``auths`` of a pull secret); they are in no error and in no log.
+It implements the OCI distribution specification
+(https://github.com/opencontainers/distribution-spec/blob/main/spec.md). Credentials come from the
+files of podman and docker (``auths`` of a pull secret). They appear in no error and in no log, and
+they go to the registry and its token server only: over https, and never to the target of a redirect
+on another host. Every answer is read up to a limit.
 
-The libraries for this (oras, olot) take an image as files that lie on the disk, so a model would
-lie there twice; here a layer is made and unpacked while it is sent (see `modelcar`).
+The libraries for this (oras, olot) read an image from files on disk, which would store a model
+twice. Here a layer is packed and unpacked while it is sent (see `modelcar`).
 """
 
 import base64
@@ -18,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
 import httpx
 import tenacity
@@ -26,6 +28,7 @@ import tenacity
 from nudge.components.common.clients.tls import tls_context
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.images import POD_CREDENTIALS
+from nudge.components.common.core.sanitize import visible
 
 INDEX = "application/vnd.oci.image.index.v1+json"
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -41,13 +44,24 @@ ACCEPTED = (
 ATTEMPTS = 8
 BUSY = (429, 500, 502, 503, 504)
 BLOCK = 1 << 20
+MANIFEST_BYTES = 4 << 20
+"""The largest manifest or token that is read; the specification asks registries for as much."""
+BLOB_BYTES = 8 << 20
+"""The largest blob that is read into memory, unless the caller sets another limit."""
+ERROR_BYTES = 64 << 10
 HINTS = {
-    401: "no credentials that it knows: give a pull secret for it (REGISTRY_AUTH_FILE, or "
-    "~/.docker/config.json as `podman login` or `docker login` writes it)",
-    403: "these credentials may not do that",
-    404: "it does not have that",
-    413: "it (or a proxy before it) takes no request of that size",
+    401: "it does not accept the credentials, or there are none; provide a pull secret for it "
+    "(REGISTRY_AUTH_FILE, or ~/.docker/config.json as `podman login` or `docker login` writes it)",
+    403: "these credentials do not allow it",
+    404: "it does not exist there",
+    413: "the registry, or a proxy in front of it, accepts no request of that size",
 }
+LOOPBACK = ("localhost", "127.0.0.1")
+"""The hosts of registries that are used over http."""
+AUTH_HOSTS = {"registry-1.docker.io": "auth.docker.io", "registry.gitlab.com": "gitlab.com"}
+"""The token servers of registries that have theirs on another host."""
+AUTH_HOSTS_VARIABLE = "NUDGE_IMAGE_AUTH_HOSTS"
+"""More of them, separated by commas: ``registry.example.com=login.example.com``."""
 
 Content = Callable[[], Iterator[bytes]]
 
@@ -63,7 +77,7 @@ class Reference:
 
     @property
     def name(self) -> str:
-        """What stands in a request for its manifest."""
+        """The last part of the URL of its manifest."""
         return self.digest or self.tag
 
     @property
@@ -85,8 +99,8 @@ def parse(uri: str) -> Reference:
     host = found["registry"].partition(":")[0] if found else ""
     if found is None or not ("." in host or host == "localhost" or host[0] == "["):
         raise UserError(
-            f"{uri} names no image: expected oci://registry/path[:tag][@sha256:...], all of the "
-            "path in lower case, such as oci://quay.io/team/models"
+            f"{uri} is not the name of an image: expected oci://registry/path[:tag][@sha256:...] "
+            "with the path in lower case, such as oci://quay.io/team/models"
         )
     return Reference(
         found["registry"], found["repository"], found["tag"] or "", found["digest"] or ""
@@ -98,37 +112,49 @@ def digest_of(body: bytes) -> str:
 
 
 class Busy(Exception):
-    """An answer after which the same may be asked again."""
+    """An answer after which the request may be repeated."""
 
 
 class Missing(UserError):
-    """The registry has no such thing."""
+    """The registry does not have it."""
 
 
 class Repository:
     """One repository of a registry; requests are repeated while the registry is busy or away.
 
-    Every method raises `UserError` that says what was asked of which registry, and what came.
+    Every method raises a `UserError` with the request, the registry and its answer.
     """
 
     def __init__(self, reference: Reference) -> None:
         self.reference = reference
         self._credentials, self._authorization = _credentials(reference), ""
         host, _, _ = reference.registry.partition(":")
-        plain = host in ("localhost", "127.0.0.1")
+        plain = host in LOOPBACK
+        self._plain = plain
         api = "registry-1.docker.io" if host == "docker.io" else reference.registry
         self._client = httpx.Client(
             base_url=f"{'http' if plain else 'https'}://{api}/v2/{reference.repository}/",
             timeout=httpx.Timeout(60.0, connect=10.0),
             verify=True if plain else tls_context(),
             follow_redirects=True,
+            headers={"accept-encoding": "identity"},
+            event_hooks={"request": [self._check_scheme]},
         )
 
     def close(self) -> None:
         self._client.close()
 
+    def _check_scheme(self, request: httpx.Request) -> None:
+        """Refuse a request, also one that follows a redirect, that would go out unencrypted."""
+        if request.url.scheme == "https" or (self._plain and request.url.host in LOOPBACK):
+            return
+        raise UserError(
+            f"the registry of {self.reference.uri} sends to {_origin(request.url)}: only https is "
+            "accepted"
+        )
+
     def digest(self, name: str) -> str:
-        """The digest of the manifest of a tag (or digest); empty if there is none."""
+        """The digest of the manifest of a tag or digest; empty if there is none."""
         try:
             answer = self._ask("HEAD", f"manifests/{name}", ok=(200,), headers=_accept())
         except Missing:
@@ -139,7 +165,7 @@ class Repository:
         """The manifest or index of a tag or digest."""
         answer = self._ask("GET", f"manifests/{name}", ok=(200,), headers=_accept())
         if name.startswith("sha256:") and digest_of(answer.content) != name:
-            raise UserError(f"{self._at(name)} is damaged: it does not have the digest it is named")
+            raise UserError(f"{self._at(name)} is damaged: its content has another digest")
         return answer.content
 
     def put_manifest(self, name: str, body: bytes, media: str) -> None:
@@ -156,46 +182,48 @@ class Repository:
         return True
 
     def put_blob(self, digest: str, size: int, content: Content) -> None:
-        """Store ``size`` bytes; ``content`` gives them anew each time that they are asked for.
+        """Store ``size`` bytes; every call of ``content`` returns them from the start.
 
-        The registry takes them only if they have this digest.
+        The registry accepts them only if they have this digest.
         """
         for attempt in _attempts(self._at(digest)):
             with attempt:
                 if attempt.retry_state.attempt_number > 1 and self.has_blob(digest):
-                    return  # the answer to it was lost
+                    return  # the registry has it; only its answer was lost
                 begun = self._once("POST", "blobs/uploads/", ok=(202,))
-                place = httpx.URL(urljoin(str(begun.url), begun.headers["location"]))
+                target = httpx.URL(urljoin(str(begun.url), begun.headers["location"]))
                 self._once(
                     "PUT",
-                    str(place.copy_add_param("digest", digest)),
+                    str(target.copy_add_param("digest", digest)),
                     ok=(201,),
                     content=content,
                     headers={
                         "content-length": str(size),
                         "content-type": "application/octet-stream",
                     },
-                    again=(404,),  # the upload that was begun is forgotten
+                    again=(404,),  # the registry forgot the upload that was begun
                 )
 
-    def blob(self, digest: str) -> bytes:
-        """A small blob, such as an image's configuration, checked against its digest."""
-        body = self._ask("GET", f"blobs/{digest}", ok=(200,)).content
+    def blob(self, digest: str, most: int = BLOB_BYTES) -> bytes:
+        """A blob of at most ``most`` bytes, such as a configuration, checked against its digest."""
+        body = self._ask("GET", f"blobs/{digest}", ok=(200,), most=most).content
         if digest_of(body) != digest:
             raise UserError(f"{self._at(digest)} is damaged: its content has another digest")
         return body
 
-    def read_blob(self, digest: str, take: Callable[[Iterator[bytes]], None]) -> None:
-        """Have ``take`` read a blob of any size; called again from the start if that breaks off.
+    def read_blob(
+        self, digest: str, take: Callable[[Iterator[bytes]], None], size: int | None = None
+    ) -> None:
+        """Let ``take`` read a blob; it is called from the start after a connection breaks.
 
-        Raises `UserError` if the bytes do not have the digest.
+        Raises `UserError` if the bytes do not have the digest, or are more than ``size``.
         """
         for attempt in _attempts(self._at(digest)):
             with attempt, self._sent("GET", f"blobs/{digest}", (200,)) as answer:
                 sha256 = hashlib.sha256()
-                stream = _hashed(answer, sha256)
+                stream = self._hashed(answer, sha256, digest, size)
                 take(stream)
-                for _ in stream:  # what follows the end of an archive belongs to the digest too
+                for _ in stream:  # bytes after the end of an archive count for the digest too
                     pass
                 if f"sha256:{sha256.hexdigest()}" != digest:
                     raise UserError(
@@ -203,16 +231,48 @@ class Repository:
                         f"sha256:{sha256.hexdigest()}"
                     )
 
+    def _hashed(
+        self, answer: httpx.Response, sha256: Any, digest: str, size: int | None
+    ) -> Iterator[bytes]:
+        seen = 0
+        for chunk in answer.iter_raw(BLOCK):
+            seen += len(chunk)
+            if size is not None and seen > size:
+                raise UserError(
+                    f"{self._at(digest)} is larger than the {size} bytes of its manifest"
+                )
+            sha256.update(chunk)
+            yield chunk
+
     def _ask(self, method: str, path: str, **more: Any) -> httpx.Response:
         for attempt in _attempts(self._at(path.rpartition("/")[2])):
             with attempt:
                 answer = self._once(method, path, **more)
         return answer
 
-    def _once(self, method: str, path: str, ok: tuple[int, ...], **more: Any) -> httpx.Response:
+    def _once(
+        self,
+        method: str,
+        path: str,
+        ok: tuple[int, ...],
+        most: int = MANIFEST_BYTES,
+        **more: Any,
+    ) -> httpx.Response:
         with self._sent(method, path, ok, **more) as answer:
-            answer.read()
-        return answer
+            return self._read(answer, most)
+
+    def _read(self, answer: httpx.Response, most: int) -> httpx.Response:
+        """The answer with its body; raises `UserError` if that has more than ``most`` bytes."""
+        body, whole = _at_most(answer, most)
+        if not whole:
+            raise UserError(
+                f"the registry of {self.reference.uri}: {answer.request.method} answered more than "
+                f"{most} bytes"
+            )
+        # The body is read already; a response made from it has no limit to keep.
+        return httpx.Response(
+            answer.status_code, headers=_plain_headers(answer), content=body, request=answer.request
+        )
 
     @contextlib.contextmanager
     def _sent(
@@ -224,41 +284,54 @@ class Repository:
         headers: dict[str, str] | None = None,
         again: tuple[int, ...] = (),
     ) -> Iterator[httpx.Response]:
-        """The answer to a request, its body not read yet; a challenge is met once.
+        """The answer to a request before its body is read; one challenge is answered.
 
-        Raises `Busy` after a status of ``again``, as after those of a busy registry.
+        Raises `Busy` after a status of ``again``, as after those of a busy registry. An address on
+        another host, as a registry may return for an upload, gets no credentials.
         """
         for challenged in (False, True):
             body = content() if callable(content) else content
-            known = {"authorization": self._authorization} if self._authorization else {}
+            own = _origin(self._client.base_url.join(path)) == _origin(self._client.base_url)
+            known = {"authorization": self._authorization} if self._authorization and own else {}
             with self._client.stream(
                 method, path, content=body, headers={**(headers or {}), **known}
             ) as answer:
-                if answer.status_code == 401 and not challenged and self._authorize(answer):
+                if answer.status_code == 401 and own and not challenged and self._authorize(answer):
                     continue
                 self._judge(answer, ok, (*BUSY, *again))
                 yield answer
                 return
 
     def _authorize(self, answer: httpx.Response) -> bool:
-        """Take up a registry's challenge: credentials, or the token that they get; False if none.
+        """Answer a registry's challenge with credentials or a token; False if that is impossible.
 
         https://distribution.github.io/distribution/spec/auth/token/
         """
+        if _origin(answer.request.url) != _origin(self._client.base_url):
+            return False  # the target of a redirect
         kind, _, rest = answer.headers.get("www-authenticate", "").partition(" ")
-        told = dict(re.findall(r'(\w+)="([^"]*)"', rest))
+        challenge = dict(re.findall(r'(\w+)="([^"]*)"', rest))
         if kind.lower() == "basic" and self._credentials:
             pair = ":".join(self._credentials).encode()
             self._authorization = f"Basic {base64.b64encode(pair).decode()}"
             return True
-        if kind.lower() != "bearer" or "realm" not in told:
+        if kind.lower() != "bearer" or "realm" not in challenge:
             return False
-        asked = {key: told[key] for key in ("service", "scope") if key in told}
-        given = httpx.BasicAuth(*self._credentials) if self._credentials else None
-        granted = self._client.get(told["realm"], params=asked, auth=given)
-        self._judge(granted, (200,))
-        body = granted.json()
-        self._authorization = f"Bearer {body.get('token') or body['access_token']}"
+        check_realm(self._client.base_url.host, challenge["realm"])
+        wanted = {key: challenge[key] for key in ("service", "scope") if key in challenge}
+        auth = httpx.BasicAuth(*self._credentials) if self._credentials else None
+        request = self._client.build_request("GET", challenge["realm"], params=wanted)
+        reply = self._client.send(request, auth=auth, follow_redirects=False, stream=True)
+        try:
+            self._judge(reply, (200,))
+            content = self._read(reply, MANIFEST_BYTES).content
+        finally:
+            reply.close()
+        try:
+            body = json.loads(content)
+            self._authorization = f"Bearer {body.get('token') or body['access_token']}"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"the registry of {self.reference.uri} returned no token") from None
         return True
 
     def _judge(
@@ -267,13 +340,13 @@ class Repository:
         status = answer.status_code
         if status in ok:
             return
-        answer.read()
+        body, _ = _at_most(answer, ERROR_BYTES)
         if status in busy:
             raise Busy(f"it answers {status}")
-        told = f"{answer.request.method} answered {status}{_told(answer)}"
+        found = f"{answer.request.method} answered {status}{_errors(body)}"
         hint = f": {HINTS[status]}" if status in HINTS else ""
         kind = Missing if status == 404 else UserError
-        raise kind(f"the registry of {self.reference.uri}: {told}{hint}")
+        raise kind(f"the registry of {self.reference.uri}: {found}{hint}")
 
     def _at(self, what: str) -> str:
         return f"{what} of oci://{self.reference.registry}/{self.reference.repository}"
@@ -286,27 +359,66 @@ def repository(reference: Reference) -> Iterator[Repository]:
         yield opened
 
 
-def _hashed(answer: httpx.Response, sha256: Any) -> Iterator[bytes]:
+def check_realm(registry: str, realm: str) -> None:
+    """Raise `UserError` unless a token server may get the credentials for a registry's host.
+
+    It must be on the same host, or on that of `AUTH_HOSTS` or NUDGE_IMAGE_AUTH_HOSTS, and must
+    use https (http if both are on this machine).
+    """
+    more = os.environ.get(AUTH_HOSTS_VARIABLE, "").split(",")
+    known = {**AUTH_HOSTS, **dict(each.strip().split("=", 1) for each in more if "=" in each)}
+    try:
+        parts = urlsplit(realm)
+        host, scheme = parts.hostname or "", parts.scheme
+    except ValueError:
+        host, scheme = "", ""
+    local = registry in LOOPBACK and host in LOOPBACK and scheme in ("http", "https")
+    if local or (scheme == "https" and host in (registry, known.get(registry))):
+        return
+    raise UserError(
+        f"the registry {registry} asks for credentials to be sent to {realm!r}: expected https on "
+        f"{known.get(registry) or registry}; if that is its token server, set "
+        f"{AUTH_HOSTS_VARIABLE}={registry}=HOST"
+    )
+
+
+def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
+    port = url.port or {"http": 80, "https": 443}.get(url.scheme)
+    return url.scheme, url.host, port
+
+
+def _at_most(answer: httpx.Response, most: int) -> tuple[bytes, bool]:
+    """The start of a body, at most ``most`` bytes, and whether that is all of it."""
+    parts, left = [], most
     for chunk in answer.iter_raw(BLOCK):
-        sha256.update(chunk)
-        yield chunk
+        parts.append(chunk[:left])
+        if len(chunk) > left:
+            return b"".join(parts), False
+        left -= len(chunk)
+    return b"".join(parts), True
+
+
+def _plain_headers(answer: httpx.Response) -> dict[str, str]:
+    encoded = ("content-encoding", "content-length", "transfer-encoding")
+    return {key: value for key, value in answer.headers.items() if key not in encoded}
 
 
 def _accept() -> dict[str, str]:
     return {"accept": ", ".join(ACCEPTED)}
 
 
-def _told(answer: httpx.Response) -> str:
-    """What a registry says is wrong, in its own words."""
+def _errors(body: bytes) -> str:
+    """The first errors in the body of a registry's answer."""
     try:
-        errors = answer.json()["errors"]
-        return "".join(f", {each.get('code')}: {each.get('message')}" for each in errors[:2])
+        errors = json.loads(body)["errors"]
+        found = "".join(f", {each.get('code')}: {each.get('message')}" for each in errors[:2])
+        return visible(found)[:1000]
     except (ValueError, KeyError, TypeError, AttributeError):
         return ""
 
 
 def _attempts(what: str) -> Iterator[Any]:
-    """Tries of one thing, while the registry is busy or does not answer; then a `UserError`."""
+    """Attempts while the registry is busy or does not answer; in the end a `UserError`."""
     try:
         yield from tenacity.Retrying(
             stop=tenacity.stop_after_attempt(ATTEMPTS),
@@ -320,17 +432,17 @@ def _attempts(what: str) -> Iterator[Any]:
 
 
 def _credentials(reference: Reference) -> tuple[str, str] | None:
-    """User and password for a repository, by the longest entry that fits it, as podman looks."""
+    """User and password for a repository: the longest entry that matches, as in podman."""
     name = f"{reference.registry}/{reference.repository}"
-    places = [name[: match.start()] for match in re.finditer("/", name)] + [name]
+    names = [name[: match.start()] for match in re.finditer("/", name)] + [name]
     if reference.registry == "docker.io":
-        places.insert(0, "https://index.docker.io/v1/")
+        names.insert(0, "https://index.docker.io/v1/")
     for path in _credential_files():
         try:
             entries = json.loads(path.read_text(encoding="utf-8")).get("auths", {})
         except (OSError, ValueError, AttributeError):
             raise UserError(f"{path} cannot be read as a pull secret (JSON with auths)") from None
-        for entry in (entries[place] for place in reversed(places) if place in entries):
+        for entry in (entries[each] for each in reversed(names) if each in entries):
             if entry.get("username"):
                 return entry["username"], entry.get("password", "")
             if entry.get("auth"):

@@ -16,6 +16,9 @@ MODEL_FOLDER = "models"
 (https://kserve.github.io/website/docs/model-serving/storage/providers/oci)."""
 FILES = "nudge-lm/files"
 """Annotation of a layer: the model files in it, as a JSON list."""
+UNPACKED_RATIO, UNPACKED_FREE = 20, 64 << 20
+"""A layer may unpack to this many times its own size, plus this many bytes. Weights compress to
+more than a half, text to a tenth."""
 
 
 def image_manifests(
@@ -53,8 +56,11 @@ def download_image(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> N
         for layer in manifests[0][1]["layers"]:
             listed = layer.get("annotations", {}).get(FILES)
             if listed is None or any(_matches(name, files) for name in json.loads(listed)):
+                size = int(layer["size"])
                 source.read_blob(
-                    layer["digest"], lambda chunks: _unpack(uri, chunks, folder, files)
+                    layer["digest"],
+                    lambda chunks, size=size: _unpack(uri, chunks, folder, files, size),  # type: ignore[misc]
+                    size,
                 )
     if not folder.is_dir():
         raise UserError(f"{uri}: this image has no model files in /{MODEL_FOLDER}")
@@ -64,11 +70,20 @@ def _matches(name: str, files: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in files)
 
 
-def _unpack(uri: str, chunks: Iterator[bytes], folder: Path, files: tuple[str, ...]) -> None:
+def _unpack(
+    uri: str, chunks: Iterator[bytes], folder: Path, files: tuple[str, ...], size: int
+) -> None:
+    left = size * UNPACKED_RATIO + UNPACKED_FREE
     reader = io.BufferedReader(_Chunks(chunks), image_registry.BLOCK)
     try:
         with tarfile.open(fileobj=reader, mode="r|*") as archive:
             for member in archive:
+                left -= member.size
+                if left < 0:
+                    raise UserError(
+                        f"{uri}: a layer of {size} bytes unpacks to more than {UNPACKED_RATIO} "
+                        "times its size; it is refused as a decompression bomb"
+                    )
                 below, _, name = member.name.removeprefix("./").partition("/")
                 if below != MODEL_FOLDER or not name or not _matches(name, files):
                     continue

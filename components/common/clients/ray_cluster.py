@@ -32,6 +32,8 @@ def joined_ray(step: str, address: str, cores: int) -> Iterator[Any]:
     import ray.data
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    # Workers must not import a module from the current folder either.
+    quiet["runtime_env"] = {"env_vars": {"PYTHONSAFEPATH": "1"}}
     address = address or os.environ.get("RAY_ADDRESS", "")
     try:
         if address:

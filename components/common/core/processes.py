@@ -39,6 +39,13 @@ MODEL_CHILD = (
     *("CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "TRITON_", "KMP_", "ATEN_"),
 )
 """The beginnings of the names that a child which loads a model gets besides; see `SECRETS`."""
+RANK_CHILD = (
+    *(*MODEL_CHILD, "NUDGE_", "AWS_", "FSSPEC_", "MLFLOW_", "KUBEFLOW_TRAINER_"),
+    *("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"),
+    *("http_proxy", "https_proxy", "no_proxy", "ALL_PROXY", "all_proxy", "PET_"),
+)
+"""The beginnings of the names that the ranks of a training on one machine get besides; the step
+itself asks the registry and the cluster, so their tokens are not among them."""
 STEP_CHILD = (
     *(*MODEL_CHILD, "NUDGE_", "AWS_", "KF_", "KFP_", "KUBE", "MLFLOW_", "RAY_", "DOCKER_"),
     *("GOOGLE_", "GCS_", "AZURE_", "FSSPEC_", "REGISTRY_AUTH_FILE", "REQUESTS_CA_BUNDLE"),

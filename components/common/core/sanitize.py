@@ -1,4 +1,4 @@
-"""What of a text may be shown: no credentials, and nothing that acts on a terminal or a page."""
+"""Make text safe to show: mask credentials, and disarm what acts on a terminal or a page."""
 
 import re
 import unicodedata
@@ -8,25 +8,42 @@ CSP = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
     "form-action 'none'"
 )
-"""The Content-Security-Policy of every page that a step leaves: nothing is loaded, run or sent."""
+"""The Content-Security-Policy of every report: the page loads, runs and sends nothing."""
 MASK = "***"
 _USER = re.compile(r"(\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/@?#'\"]+@")
 _QUERY = re.compile(r"(\bhttps?://[^\s?#'\"<>]*\?)[^\s'\"<>]+", re.IGNORECASE)
+
+_URI = re.compile(r"\b[a-zA-Z][a-zA-Z0-9+.-]*://[^\s'\"<>]+")
+_SECRET_QUERY = re.compile(
+    r"[?&][^=&#]*(sig|signature|token|secret|password|passwd|credential|key|auth)[^=&#]*=[^&#]",
+    re.IGNORECASE,
+)
 
 
 def masked(text: str) -> str:
     """``text`` with the user and password of each URI, and the query of each web address, masked.
 
-    A presigned address is a credential by its query, whatever the names in it are.
+    The query of a presigned address is a credential, whatever the names in it are.
     """
     return _QUERY.sub(rf"\1{MASK}", _USER.sub(rf"\1{MASK}@", text))
 
 
-def visible(value: Any) -> str:
-    """``value`` with what the eye or a page's text order would miss made visible.
+def credentials(text: str) -> list[str]:
+    """The URIs in ``text`` with a user and password, or a query that holds a secret, masked.
 
-    Control characters become their pictures, and invisible ones such as right-to-left marks or
-    lone surrogates their code points; newlines and tabs stay.
+    A query counts if one of its names is that of a signature, key or token, as in a presigned
+    address; others, such as ``?raw=true``, do not.
+    """
+    found = [match[0] for match in _URI.finditer(text) if _USER.search(match[0])]
+    found += [match[0] for match in _URI.finditer(text) if _SECRET_QUERY.search(match[0])]
+    return list(dict.fromkeys(masked(uri) for uri in found))
+
+
+def visible(value: Any) -> str:
+    """``value`` with its control and invisible characters made visible.
+
+    Control characters become their pictures. Invisible ones, such as right-to-left marks or lone
+    surrogates, become their code points. Newlines and tabs stay.
     """
     shown = []
     for char in str(value):

@@ -42,6 +42,8 @@ STOP = "serving.kserve.io/stop"
 """Annotation with which the dashboard stops a model."""
 
 AUTHENTICATION = "security.opendatahub.io/enable-auth"
+OPEN = "nudge-lm/authentication"
+"""Label of a server without a proxy in front, so that a NetworkPolicy can let clients reach it."""
 
 GRACE_S = 30
 """Seconds that a server has to exit after its last request."""
@@ -172,6 +174,8 @@ def _labels(version: Version, settings: DeploySettings) -> dict[str, str]:
     }
     if settings.kserve.queue:
         labels[QUEUE] = settings.kserve.queue
+    if not settings.kserve.authentication:
+        labels[OPEN] = "false"
     return labels
 
 

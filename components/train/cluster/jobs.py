@@ -118,7 +118,8 @@ def resources(settings: LaunchSettings) -> dict[str, str]:
 
 def environment(settings: LaunchSettings, step: Step) -> list[dict[str, Any]]:
     """The step's variables, and those of the object store from the connection's Secret."""
-    given = dict(step.variables)
+    # Python must not import a module from the pod's working directory.
+    given = {**step.variables, "PYTHONSAFEPATH": "1"}
     if step.trusted:
         given |= dict.fromkeys(TRUST_VARIABLES, f"{TRUSTED}/ca.crt")
     plain = [{"name": name, "value": value} for name, value in given.items()]

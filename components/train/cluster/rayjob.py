@@ -83,7 +83,7 @@ def body(
     if step.owner:
         metadata["ownerReferences"] = [step.owner]
     spec = {
-        "entrypoint": f"python -m nudge.components.train.cluster.ray_driver {exchange}",
+        "entrypoint": f"python -P -m nudge.components.train.cluster.ray_driver {exchange}",
         "shutdownAfterJobFinishes": True,  # Kueue takes no other
         "ttlSecondsAfterFinished": GONE_AFTER_S,
         "activeDeadlineSeconds": longest_run_s(settings),

@@ -55,7 +55,7 @@ def body(
     asked = resources(settings)
     trainer: dict[str, Any] = {
         "image": step.image,
-        "command": ["python", "-m", "nudge.components.train.cluster.worker"],
+        "command": ["python", "-P", "-m", "nudge.components.train.cluster.worker"],
         "args": [exchange],
         "env": [*environment(settings, step), {"name": PORT_VARIABLE, "value": str(PORT)}],
         "numNodes": settings.nodes,

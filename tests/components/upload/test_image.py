@@ -210,8 +210,8 @@ def test_a_blob_that_the_registry_corrupted_is_found(
 @pytest.mark.parametrize(
     ("target", "version", "said"),
     [
-        ("oci://noregistry/team", "v1", "names no image"),
-        ("oci://quay.io/Team", "v1", "all of the path in lower case"),
+        ("oci://noregistry/team", "v1", "is not the name of an image"),
+        ("oci://quay.io/Team", "v1", "with the path in lower case"),
         ("oci://quay.io/team", "v 1", "the version .v 1. is refused"),
         ("oci://quay.io/team", "v" * 129, "is refused"),
     ],
@@ -251,7 +251,7 @@ def test_credentials_come_from_a_pull_secret_and_are_never_printed(
         send(registry.host, folder, "v2")
 
         monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "none.json"))
-        with pytest.raises(UserError, match="give a pull secret for it") as lacking:
+        with pytest.raises(UserError, match="provide a pull secret for it") as lacking:
             send(registry.host, folder, "v3")
         output = f"{wrong.value}{lacking.value}{caplog.text}"
     for each in (PASSWORD, "not-it", *(e["auth"] for e in entries.values()), "Bearer ey"):

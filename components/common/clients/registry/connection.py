@@ -16,6 +16,7 @@ from nudge.components.common.core.errors import Transient, UserError
 
 T = TypeVar("T")
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 ATTEMPTS_S = 60.0
 """How long to retry a registry that does not answer, with back-off."""
 PERMANENT = re.compile(
@@ -85,7 +86,10 @@ def with_registry(url: str, work: Callable[[Any], Awaitable[T]], attempts_s: flo
 
     url = registry_url(url)
     token_file = Path(os.environ.get(REGISTRY_TOKEN_PATH, SERVICE_ACCOUNT / "token"))
-    token = token_file.read_text(encoding="utf-8").strip() if token_file.is_file() else None
+    withheld = token_file.is_file() and not may_have_token(url)
+    token = None
+    if token_file.is_file() and not withheld:
+        token = token_file.read_text(encoding="utf-8").strip()
     authority = os.environ.get("NUDGE_REGISTRY_CA") or None
     config = Configuration(host=url, access_token=token, ssl_ca_cert=authority)
 
@@ -122,11 +126,34 @@ def with_registry(url: str, work: Callable[[Any], Awaitable[T]], attempts_s: flo
             f"the model registry {url} sent an answer that its client cannot read: {error}"
         ) from None
     except ApiException as error:
-        raise _explained(error, url, token_file if token else None) from None
+        raise _explained(error, url, token_file if token else None, withheld) from None
 
 
-def _explained(error: Any, url: str, token_file: Path | None) -> UserError:
+def may_have_token(url: str) -> bool:
+    """Whether this process's token may be sent to a registry.
+
+    It goes to this machine, to the registry of NUDGE_REGISTRY_URL, and to Services of the cluster;
+    over https, except on this machine. If NUDGE_REGISTRY_URL is on this machine, the token is that
+    registry's own, and no other registry gets it, because a recipe may name any.
+    """
+    parts, configured = urlsplit(url), urlsplit(os.environ.get("NUDGE_REGISTRY_URL", "").strip())
+    host = parts.hostname or ""
+    if host in LOOPBACK:
+        return True
+    if parts.scheme != "https" or configured.hostname in LOOPBACK:
+        return False
+    inside = host.endswith((".svc", ".svc.cluster.local"))
+    return inside or (parts.scheme, parts.netloc) == (configured.scheme, configured.netloc)
+
+
+def _explained(error: Any, url: str, token_file: Path | None, withheld: bool) -> UserError:
     who = f"the token in {token_file}" if token_file else "requests without a token"
+    if withheld:
+        who = (
+            "requests without a token, and the token is sent only over https to the registry of "
+            "NUDGE_REGISTRY_URL or to a Service of the cluster; set NUDGE_REGISTRY_URL to this "
+            "registry if it may have the token"
+        )
     hint = {
         401: f"it does not accept {who}",
         403: "this account has no permission for that; bind it to the registry's role "
