@@ -1,4 +1,4 @@
-"""What a registration will need that is known before training starts, checked then."""
+"""What the registry itself can say about a registration before training starts."""
 
 from typing import Any
 
@@ -13,29 +13,9 @@ from nudge.components.common.clients.registry.lookup import (
     list_models,
 )
 from nudge.components.common.clients.registry.names import refuse_confusable
-from nudge.components.common.clients.registry.values import check_sendable
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.names import check_name
 from nudge.components.common.core.recipe import step_settings
 from nudge.components.register.settings import RegisterSettings
-
-
-def check_registration(recipe: str, version: str = "", *, model_name: str = "") -> None:
-    """Raise `UserError` if the registry could not hold what `register` will write of a recipe.
-
-    Names, texts and numbers are checked; the registry is not asked. What comes out of training is
-    bounded by its type. ``version`` is empty if the run's id names it.
-    """
-    settings = step_settings(RegisterSettings, "register", recipe, model_name=model_name)
-    if version:
-        check_name("the version", version)
-    texts = {
-        "register.author": settings.author,
-        "register.description": settings.description,
-        "register.registry_name": settings.registry_name,
-    }
-    for where, text in texts.items():
-        check_sendable(text, where)
 
 
 def check_registry(url: str, recipe: str, version: str = "") -> None:

@@ -88,8 +88,9 @@ def run(
     Exit status: 0 the run ended (promoted or not), 1 it failed, 2 something given was wrong,
     130 Ctrl-C ended it.
     """
+    from nudge.components.common.clients.registry.preflight import check_registration
     from nudge.components.common.core.processes import nudge_home
-    from nudge.components.register.preflight import check_registration, check_registry
+    from nudge.components.register.preflight import check_registry
     from nudge.pipelines.cli import display
     from nudge.pipelines.cli.screen import Screen
     from nudge.pipelines.local import run as local_run
