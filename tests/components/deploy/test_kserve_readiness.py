@@ -28,7 +28,7 @@ limit is half an hour."""
 
 
 def version(name: str = "v1") -> Version:
-    return Version(MODEL, name, "1", "2", f"s3://b/models/m/{name}", False, 0, {})
+    return Version(MODEL, name, "1", "2", f"s3://bucket/models/m/{name}", False, 0, {})
 
 
 def settings(**values: Any) -> DeploySettings:
