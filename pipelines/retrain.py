@@ -42,7 +42,13 @@ def retrain(name: str, resources: StepResources, given: Named, train: Callable[[
     finish = small.put("summary", summary(**run))
     finish.set_caching_options(False)
     with dsl.ExitHandler(finish, name=name):
-        ingested = ingest(recipe=recipe, data_uri=given.data_uri, model_name=model_name)
+        ingested = ingest(
+            recipe=recipe,
+            data_uri=given.data_uri,
+            model_name=model_name,
+            version=given.version,
+            registers=True,
+        )
         # New text may stand behind the same URI.
         small.put("ingest", ingested).set_caching_options(False)
         corpus = ingested.outputs["corpus"]

@@ -11,6 +11,8 @@ def ingest(
     corpus: dsl.Output[dsl.Dataset],
     report: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],
+    version: str = "",
+    registers: bool = False,
 ) -> int:
     """Read text from its sources, clean it, drop duplicates and split it.
 
@@ -21,18 +23,23 @@ def ingest(
         corpus: Documents for training and validation, with exact counts.
         report: What came in, what was dropped and why.
         metrics: How many documents were read, kept and held out, and dropped by reason.
+        version: The name of the version that this run makes; empty means the run's id.
+        registers: Whether this run registers a model, whose names are then checked first.
 
     Returns:
         0 if only new text counts (`only_new`) and the served version has seen all of it, else 1.
     """
     from pathlib import Path
 
+    from nudge.components.common.clients.registry.preflight import check_registration
     from nudge.components.common.core.recipe import step_settings
     from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.ingest.ingest import ingest
     from nudge.components.ingest.settings import IngestSettings
 
     with exit_with_user_errors():
+        if registers:
+            check_registration(recipe, version, model_name=model_name)
         overrides = {"data_uri": data_uri, "model_name": model_name}
         settings = step_settings(IngestSettings, "ingest", recipe, **overrides)
         result = ingest(settings, corpus=Path(corpus.path), report=Path(report.path))

@@ -1,4 +1,4 @@
-"""Checks of a registration that are possible before training starts."""
+"""The registry's own checks of a registration before training starts."""
 
 from typing import Any
 
@@ -13,29 +13,9 @@ from nudge.components.common.clients.registry.lookup import (
     list_models,
 )
 from nudge.components.common.clients.registry.names import refuse_confusable
-from nudge.components.common.clients.registry.values import check_sendable
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.names import check_name
 from nudge.components.common.core.recipe import step_settings
 from nudge.components.register.settings import RegisterSettings
-
-
-def check_registration(recipe: str, version: str = "", *, model_name: str = "") -> None:
-    """Raise `UserError` if the registry could not store what `register` takes from a recipe.
-
-    This checks names and texts without asking the registry. The values that training produces are
-    bounded by their types. ``version`` is empty if it is the run's id.
-    """
-    settings = step_settings(RegisterSettings, "register", recipe, model_name=model_name)
-    if version:
-        check_name("the version", version)
-    texts = {
-        "register.author": settings.author,
-        "register.description": settings.description,
-        "register.registry_name": settings.registry_name,
-    }
-    for where, text in texts.items():
-        check_sendable(text, where)
 
 
 def check_registry(url: str, recipe: str, version: str = "") -> None:

@@ -4,12 +4,13 @@ from typing import Annotated
 
 from pydantic import Field
 
+from nudge.components.common.clients.registry.names import PublishedName
 from nudge.components.common.core.settings import settings
 
 
 @settings
 class UploadSettings:
-    model_name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,48}[a-z0-9])?$")]
+    model_name: PublishedName
     """Lower-case letters, digits, dots and dashes: it is part of URLs and resource names."""
     target: Annotated[str, Field(pattern=r"^$|^(s3|oci)://[^/]+")] = ""
     """The parent of all models: ``s3://bucket/prefix``, or ``oci://registry/path`` for images

@@ -113,7 +113,8 @@ def _prepare(
 
     Raises `UserError` with everything that is missing.
     """
-    from nudge.components.register.preflight import check_registration, check_registry
+    from nudge.components.common.clients.registry.preflight import check_registration
+    from nudge.components.register.preflight import check_registry
     from nudge.pipelines.local import preflight, services, serving
 
     if from_env and engine == "docker":

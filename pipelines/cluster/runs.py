@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from nudge.components.common.clients.registry.preflight import check_parameters
 from nudge.components.common.core.errors import UserError, nearest
 from nudge.components.common.core.recipe import URI_SCHEMES, portable
 from nudge.components.common.core.sanitize import credentials
@@ -245,7 +246,7 @@ def sendable(parameters: dict[str, Any]) -> dict[str, Any]:
 
 def sent_bytes(parameters: dict[str, Any]) -> int:
     """The size of parameters as the server measures it: Go's JSON, which escapes ``<>&`` too."""
-    text = json.dumps(parameters, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(parameters, ensure_ascii=False, separators=(",", ":"), default=str)
     return len(text.encode("utf-8")) + 5 * sum(map(text.count, "<>&"))
 
 
@@ -265,8 +266,8 @@ def coerce_parameters(version: Any, parameters: dict[str, Any]) -> dict[str, Any
     """The values in the types of this version's parameters, which the server insists on.
 
     A number for a string becomes one; a text for any other type is read as YAML. Raises `UserError`
-    for a name that is no parameter, for one that is required and not given, and for a value that is
-    of another type.
+    for a name that is no parameter, for one that is required and not given, for a value that is of
+    another type, and for what a pipeline that registers could not register.
     """
     known = _spec(version).get("root", {}).get("inputDefinitions", {}).get("parameters", {})
     for name in parameters.keys() - known.keys():
@@ -288,10 +289,13 @@ def coerce_parameters(version: Any, parameters: dict[str, Any]) -> dict[str, Any
         raise UserError(f"{version.display_name} needs {told}; give -p NAME=VALUE")
     if "size" in known and (size := parameters.get("size", SIZES[0])) not in SIZES:
         raise UserError(f"size = {size!r}: expected {', '.join(SIZES)}")
-    return {
+    made = {
         name: _fitted(name, value, known[name].get("parameterType", ""))
         for name, value in parameters.items()
     }
+    if "register" in nodes.paths(_spec(version)):
+        check_parameters(made)
+    return made
 
 
 def _fitted(name: str, value: Any, type: str) -> Any:

@@ -117,6 +117,26 @@ def test_upload_register_and_deploy_by_themselves(
     assert "It failed" not in text
 
 
+def test_the_first_step_refuses_what_could_not_be_registered(
+    place: Path, recipe: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    corpus = dsl.Dataset(name="none", uri=str(place / "unregistered"), metadata={})
+    with pytest.raises(SystemExit) as ended:
+        ingest.python_func(
+            recipe=recipe,
+            data_uri="",
+            model_name="",
+            corpus=corpus,
+            report=dsl.HTML(name="none", uri=str(place / "none.html"), metadata={}),
+            metrics=dsl.Metrics(name="none", uri=str(place / "none.json"), metadata={}),
+            version="a/b",
+            registers=True,
+        )
+    assert ended.value.code == 2
+    assert "the version 'a/b' is refused" in capfd.readouterr().err
+    assert not Path(corpus.path).exists()
+
+
 def test_bad_input_ends_a_face_with_its_text_alone(
     place: Path, recipe: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

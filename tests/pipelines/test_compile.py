@@ -13,6 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from nudge.components.train.cluster import jobs
 from nudge.pipelines import compile as compiling
 from nudge.pipelines import placement
 from nudge.pipelines.cli.main import main
@@ -100,6 +101,19 @@ def test_a_retry_has_the_time_that_a_first_attempt_has(documents: list[dict[str,
     assert found
 
 
+def test_a_pipeline_that_registers_says_so_to_its_first_step(
+    documents: list[dict[str, Any]],
+) -> None:
+    tasks = {name: task for group in tasks_by_group(documents[0]).values()
+             for name, task in group.items()}  # fmt: skip
+    if "ingest" not in tasks:
+        return
+    given = tasks["ingest"]["inputs"]["parameters"]
+    constant = given.get("registers", {}).get("runtimeValue", {}).get("constant", False)
+    assert constant is ("register" in tasks)
+    assert ("version" in given) is ("register" in tasks)
+
+
 QUANTITIES = {"m": 1e-3, "Mi": 2**20, "Gi": 2**30, "": 1.0}
 
 
@@ -157,11 +171,15 @@ def test_secrets_are_named_by_a_parameter_and_never_held(
 ) -> None:
     placed = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     for name, place in placed.items():
+        passed = set()
         for secret in place.get("secretAsEnv", []):
+            passed |= {pair["envVar"] for pair in secret["keyToEnv"]}
             assert "connection" in secret["secretNameParameter"]["componentInputParameter"], name
             required = {pair["envVar"] for pair in secret["keyToEnv"] if not secret["optional"]}
             # A connection made on the dashboard need not have the others.
             assert required <= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_ENDPOINT"}
+        # A step and the job that it starts reach the store with the same keys.
+        assert passed in (set(), {*jobs.CONNECTION_KEYS, *jobs.OPTIONAL_KEYS}), name
     for executor in documents[0]["deploymentSpec"]["executors"].values():
         assert "env" not in executor["container"]
 

@@ -119,6 +119,7 @@ def site(
 ) -> Iterator[Site]:
     model = request.node.name.replace("_", "-").replace("[", "-").replace("]", "")[5:]
     monkeypatch.setenv("NUDGE_REGISTRY_URL", registry)
+    monkeypatch.setenv("AWS_S3_BUCKET", "bucket")
     if request.param == "kserve":
         cluster = request.getfixturevalue("cluster")
         yield Site(model, registry, SETTINGS, EXPECTED, cluster.weights)

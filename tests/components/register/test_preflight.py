@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from nudge.components.common.clients.registry.preflight import check_registration
 from nudge.components.common.core.errors import UserError
-from nudge.components.register.preflight import check_registration, check_registry
+from nudge.components.register.preflight import check_registry
 from nudge.components.register.register import enter
 from tests.components.register.test_names import entry
 from tests.registry_server import registry_server
@@ -14,10 +15,12 @@ from tests.registry_server import registry_server
 @pytest.mark.parametrize(
     ("recipe", "version", "said"),
     [
-        ('model_name: "m "', "", "begins or ends with a blank"),
-        (f"model_name: {'n' * 300}", "", "has 300 characters"),
+        ('model_name: "m "', "", "register.model_name = 'm '"),
+        (f"model_name: {'n' * 300}", "", "register.model_name = 'nnn"),
+        ("model_name: My_Model", "", "register.model_name = 'My_Model'"),
+        ("name: none", "", "register.model_name is required"),
         ('{model_name: m, register: {description: "a\\0b"}}', "", "register.description contains"),
-        ("model_name: m", "v\n1", "control character"),
+        ("model_name: m", "v\n1", r"the version 'v\\n1' is refused"),
         ("{model_name: m, register: {registry_url: registry}}", "", "is not the URL"),
     ],
 )

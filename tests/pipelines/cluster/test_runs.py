@@ -386,6 +386,32 @@ def test_what_the_pipeline_does_not_know_is_said_before_anything_runs(
     assert state.runs == {}
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("-p", "version=a b"), "the version 'a b' is refused"),
+        (("-p", "model_name=My_Model"), "register.model_name = 'My_Model'"),
+        (("-p", "recipe=package://mine/r.yaml", "-p", "version=a/b"), "the version 'a/b'"),
+        (("--set", 'register.author="a\\0"'), "register.author contains a NUL"),
+    ],
+)
+def test_what_could_not_be_registered_is_refused_before_anything_runs(
+    state: Pipelines, url: str, given: tuple[str, ...], said: str
+) -> None:
+    nudge("upload")
+    refused = nudge("submit", *given)
+    assert (refused.exit_code, state.runs) == (2, {})
+    assert said in refused.stderr
+
+
+def test_a_pipeline_that_registers_nothing_takes_any_name(state: Pipelines, url: str) -> None:
+    nudge("upload", "rollback")
+    given = ("--pipeline", "rollback", "-p", "model_name=My Model", "--no-follow")
+    assert nudge("submit", *given).exit_code == 0
+    (run,) = state.runs.values()
+    assert run["runtime_config"]["parameters"]["model_name"] == "My Model"
+
+
 def test_values_are_of_the_types_of_the_pipeline(state: Pipelines, url: str) -> None:
     nudge("upload")
     given = ("-p", "tolerations=[{key: gpu}]", "-p", "data_uri=[[RunUUID]]", "-p", "model_name=2")

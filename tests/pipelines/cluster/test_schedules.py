@@ -85,6 +85,16 @@ def test_a_schedule_that_cannot_be_made_leaves_the_old_one_at_work(
     assert recurring["trigger"]["cron_schedule"]["cron"] == NIGHTLY["cron"]
 
 
+def test_a_schedule_whose_runs_could_not_register_is_refused(
+    state: Pipelines, url: str, tmp_path: Path
+) -> None:
+    nudge("upload")
+    file = schedule_file(tmp_path, parameters={"version": "a/b"})
+    refused = nudge("schedule", "apply", file)
+    assert (refused.exit_code, state.recurring) == (2, {})
+    assert "the version 'a/b' is refused" in refused.stderr
+
+
 def test_pause_list_and_delete(state: Pipelines, url: str, tmp_path: Path) -> None:
     nudge("upload")
     assert "there is no schedule" in nudge("schedule", "list").stdout
@@ -135,11 +145,11 @@ def test_pause_list_and_delete(state: Pipelines, url: str, tmp_path: Path) -> No
         ({"overlap": "maybe"}, "overlap = 'maybe'"),
         ({"crom": "x"}, "did you mean 'cron'"),
         ({"recipe": "eifel"}, "did you mean 'eiffel'"),
-        ({"parameters": {"cpus": "2"}}, "did you mean 'cpu'"),
+        ({"parameters": {"verson": "2"}}, "did you mean 'version'"),
         ({"parameters": {"tolerations": "none"}}, "tolerations = 'none': expected a list, such"),
         ({"parameters": {"node_selector": ["a"]}}, "node_selector = ['a']: expected a mapping"),
         ({"parameters": {"gpu_count": True}}, "gpu_count = True: expected a string, in quotes"),
-        ({"parameters": {"cpu": datetime.date(2026, 1, 1)}}, "2026, 1, 1): expected a string"),
+        ({"parameters": {"version": datetime.date(2026, 1, 1)}}, "2026, 1, 1): expected a string"),
         ({"version": "train-and-serve-0"}, "has no version"),
     ],
 )
@@ -157,13 +167,13 @@ def test_values_are_sent_in_the_types_of_the_pipeline(
     state: Pipelines, url: str, tmp_path: Path
 ) -> None:
     nudge("upload")
-    given = {"gpu_count": 1, "cpu": 0.5, "tolerations": "[]", "node_selector": {"zone": "a"}}
+    given = {"gpu_count": 1, "version": 0.5, "tolerations": "[]", "node_selector": {"zone": "a"}}
     done = nudge("schedule", "apply", schedule_file(tmp_path, parameters=given))
     assert done.exit_code == 0, done.output
     (recurring,) = state.recurring.values()
     sent = recurring["runtime_config"]["parameters"]
     sent.pop("recipe")
-    wanted = {"gpu_count": "1", "cpu": "0.5", "tolerations": [], "node_selector": {"zone": "a"}}
+    wanted = {"gpu_count": "1", "version": "0.5", "tolerations": [], "node_selector": {"zone": "a"}}
     assert sent == wanted
 
 

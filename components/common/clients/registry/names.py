@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.names import check_name
@@ -50,6 +50,8 @@ OptionalRegistryName = Annotated[
     str, AfterValidator(lambda name: name and check_name("the name", name))
 ]
 """The same, or an empty string for no name."""
+PublishedName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,48}[a-z0-9])?$")]
+"""The name of a model that nudge uploads: part of URLs and resource names."""
 
 
 def confused_with(name: str, existing: Iterable[str]) -> str | None:
