@@ -210,6 +210,13 @@ class Cluster:
         self._api.update_params_for_auth(headers, [], ["BearerToken"])
         return headers.get("authorization", "").removeprefix("Bearer ")
 
+    def preferred_version(self, group: str) -> str:
+        """The version of an API group that this cluster prefers: ``kueue.x-k8s.io/v1beta2``. Empty
+        if it does not serve the group."""
+        kind = ResourceKind(f"{group}/", "APIGroup", "")
+        text = self._text(kind, "GET", f"/apis/{group}", group, missing_is_none=True)
+        return "" if text is None else str(json.loads(text)["preferredVersion"]["groupVersion"])
+
     def schema(self, kind: ResourceKind) -> Object | None:
         """The JSON schema that this cluster has of a kind, or None if it does not know the kind.
 

@@ -1,4 +1,4 @@
-"""Ray Train runs the same training: two workers of a local Ray have the losses of one rank."""
+"""Ray Train runs the same training: two workers of a local Ray get the losses of one rank."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nudge.components.train.cluster.handover import Exchange
+from nudge.components.train.cluster.handover import Handover
 from nudge.components.train.settings import LaunchSettings, TrainSettings
 from nudge.components.train.train import train
 from tests.components.train import spied_rank
@@ -19,11 +19,11 @@ Small = Callable[..., TrainSettings]
 
 
 def drive(settings: TrainSettings, tokens: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """What the head of a RayJob runs, on a Ray of this machine with two CPUs."""
-    exchange = Exchange(str(folder / "exchange"))
+    """Run the driver of a RayJob on a Ray of this machine with two CPUs."""
+    handover = Handover(str(folder / "handover"))
     folder.mkdir(parents=True, exist_ok=True)
-    exchange.send("recipe", write_recipe(folder / "recipe", settings))
-    exchange.send("tokens", tokens)
+    handover.send("recipe", write_recipe(folder / "recipe", settings))
+    handover.send("tokens", tokens)
     script = (
         "import ray, sys; from nudge.components.train.cluster.ray_driver import main;"
         "hook = {'worker_process_setup_hook': 'tests.components.train.spied_rank.install'};"
@@ -32,7 +32,7 @@ def drive(settings: TrainSettings, tokens: Path, folder: Path) -> subprocess.Com
     )
     (folder / "rows").mkdir()
     return subprocess.run(
-        [sys.executable, "-c", script, exchange.uri],
+        [sys.executable, "-c", script, handover.uri],
         env={
             **os.environ,
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -53,9 +53,9 @@ def test_two_workers_of_ray_have_the_losses_of_one_rank(
     done = drive(small(cluster=on_ray), tokens, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     check_order(tmp_path / "rows", tokens, ranks=2, steps=12, rows=4)
-    exchange = Exchange(str(tmp_path / "exchange"))
+    handover = Handover(str(tmp_path / "handover"))
     for name in ("model", "history", "report"):
-        exchange.fetch(name, tmp_path / "two" / name)
+        handover.fetch(name, tmp_path / "two" / name)
     train(small(), tokens=tokens, **outputs(tmp_path / "one"))
     for kind in ("loss", "validation_loss", "tokens"):
         one, two = (lines(tmp_path / name, kind) for name in ("one", "two"))
@@ -64,7 +64,7 @@ def test_two_workers_of_ray_have_the_losses_of_one_rank(
 
 
 @pytest.mark.long
-def test_what_a_worker_of_ray_says_is_the_end_of_the_driver(
+def test_the_driver_ends_with_the_message_of_its_worker(
     small: Small, tokens: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("ray")
