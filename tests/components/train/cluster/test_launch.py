@@ -1,5 +1,6 @@
 """TrainJobs and RayJobs on the stand-in API server, with a controller that really trains."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from tests.kubernetes_api import KubernetesApi
 from tests.kubernetes_schemas import definition, problems, schema
 
 NAME = job_name("run-1")
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture(params=["trainjob", "rayjob"])
@@ -182,18 +185,18 @@ def sends_a_model(api: KubernetesApi, folder: Path) -> Callable[[dict[str, Any]]
     def control(job: dict[str, Any]) -> None:
         for name in ("model", "history", "report"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-            (place / name / "config.json").write_text("{}")
+            (folder / name / "config.json").write_text("{}")
             handover_of(job).send(name, folder / name)
         reaches(api, job, "complete")
 
     return control
 
 
-def fails(api: KubernetesApi) -> Callable[[dict[str, Any]], None]:
+def fails(api: KubernetesApi, code: int = 1) -> Callable[[dict[str, Any]], None]:
     def control(job: dict[str, Any]) -> None:
         pod, container = pod_of(api, job)
         api.write_log(pod, container, "CUDA out of memory")
-        end = {"terminated": {"exitCode": 1, "reason": "Error"}}
+        end = {"terminated": {"exitCode": code, "reason": "Error"}}
         common = {"image": "i", "imageID": "", "ready": False, "restartCount": 0}
         found = api.find("Pod", pod)
         assert found
@@ -312,6 +315,67 @@ def test_cancelling_the_step_deletes_its_job(
         launch(settings, {"tokens": tokens, **outputs(tmp_path)})
     assert ended.value.code == 143
     assert api.find(engine.KIND.name, NAME) is None
+
+
+def leaves_checkpoints(tmp_path: Path) -> Path:
+    """The folder of the job, in which a rank has written a checkpoint."""
+    folder = tmp_path / "shared" / NAME
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "step-3").write_text("x")
+    return folder
+
+
+@pytest.mark.parametrize("end", ["refused", "cancelled", "late", "permanent"])
+def test_the_folder_of_a_job_that_ended_early_is_removed(
+    api: KubernetesApi, settings: TrainSettings, tokens: Path, tmp_path: Path, end: str
+) -> None:
+    """Only checkpoints stay, where a retry can resume from them."""
+    (tmp_path / "shared").mkdir()
+    sent = threading.Event()
+    short = dataclasses.replace(settings.cluster, deadline_hours=0.0006)
+
+    def control(job: dict[str, Any]) -> None:
+        assert handover_of(job).read("tokens")
+        leaves_checkpoints(tmp_path)
+        sent.set()
+        if end == "permanent":
+            fails(api, 2)(job)
+        if end == "cancelled":
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    api.on_change(launching.ENGINES[settings.launcher].KIND.name, control)
+    if end == "refused":
+        api.forbid("create", settings.launcher + "s")
+    with pytest.raises((UserError, SystemExit)):
+        launch(
+            dataclasses.replace(settings, cluster=short), {"tokens": tokens, **outputs(tmp_path)}
+        )
+    assert sent.is_set() is (end != "refused")
+    left = sorted(path.name for path in (tmp_path / "shared").glob("*/*"))
+    assert left == ([] if end in ("refused", "permanent") else ["checkpoints"])
+
+
+def test_the_folder_of_an_abandoned_job_is_removed_by_a_later_launch(
+    api: KubernetesApi, settings: TrainSettings, tokens: Path, tmp_path: Path
+) -> None:
+    abandoned, running = (tmp_path / "shared" / f"nudge-{n}-0123abcd" for n in ("a", "b"))
+    for folder in (abandoned, running):
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "checkpoints" / "one").write_text("x")
+        for each in (folder / "checkpoints" / "one", folder / "checkpoints"):
+            os.utime(each, (1, 1))
+    spec = {"runtimeRef": {"name": "r"}}
+    kind = {"apiVersion": trainjob.KIND.api_version, "kind": "TrainJob"}
+    api.add({**kind, "metadata": {"name": running.name}, "spec": spec})
+
+    def control(job: dict[str, Any]) -> None:
+        if job["metadata"]["name"] == NAME:
+            sends_a_model(api, tmp_path / "made")(job)
+
+    api.on_change(launching.ENGINES[settings.launcher].KIND.name, control)
+    launch(settings, {"tokens": tokens, **outputs(tmp_path)})
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == [running.name]
 
 
 def test_a_missing_right_and_a_missing_kind(
@@ -466,6 +530,33 @@ def test_the_rayjob_fits_the_schema_of_newer_and_older_releases() -> None:
     left = {"properties": {"spec": {"properties": {k: spec[k] for k in spec if k not in older}}}}
     body = rayjob.body(settings, name="n", handover="s3://b/k", schema=left, step=step)
     assert not older & set(body["spec"])
+
+
+def ray_containers(settings: LaunchSettings) -> dict[str, dict[str, Any]]:
+    """The containers of a RayJob's head and workers, by name."""
+    found = definition({"apiVersion": rayjob.KIND.api_version, "kind": "RayJob"})
+    assert found
+    body = rayjob.body(settings, name="n", handover="h", schema=schema(found), step=Step("i"))
+    assert body["spec"]["rayClusterSpec"]["rayVersion"] == rayjob.RAY_VERSION
+    return {each["name"]: each for each in containers(body["spec"]["rayClusterSpec"])}
+
+
+def test_the_ray_of_the_images_needs_no_probes_of_kuberay() -> None:
+    """Those of KubeRay run wget, which the image lacks."""
+    pinned = (ROOT / "images" / "requirements" / "train.txt").read_text(encoding="utf-8")
+    assert f"\nray=={rayjob.RAY_VERSION} " in pinned
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (ray,) = extras["project"]["optional-dependencies"]["ray"]
+    assert "default" in ray.partition("[")[2].rstrip("]").split(",")
+    for container in ray_containers(LaunchSettings()).values():
+        for name in ("readinessProbe", "livenessProbe"):
+            assert "httpGet" in container[name]
+
+
+def test_the_size_of_the_head_is_a_setting() -> None:
+    head = ray_containers(LaunchSettings(head_cpu="500m", head_memory="2Gi"))["ray-head"]
+    assert head["resources"]["requests"] == {"cpu": "500m", "memory": "2Gi"}
+    assert head["resources"]["limits"] == {"cpu": "500m", "memory": "2Gi"}
 
 
 def test_lines_of_a_worker_are_those_of_the_training() -> None:
