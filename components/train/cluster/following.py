@@ -33,7 +33,7 @@ REPEAT_S = 60.0
 QUEUE_POLL_S = 15.0
 """How often Kueue's Workload is read while a job waits."""
 
-UNSEEN_S = 20.0
+UNSEEN_S = 10.0
 """Kueue makes a Workload within a second or two; a job that has none after this time needs help."""
 
 LONGER = "raise train.cluster.deadline_hours if it needs longer"

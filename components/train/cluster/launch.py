@@ -65,7 +65,7 @@ def launch(settings: TrainSettings, paths: dict[str, Path]) -> None:
         raise UserError(
             f"launcher: {settings.launcher} needs the run's id in NUDGE_RUN_ID to name its job"
         )
-    kind, name, cluster = engine.KIND, job_name(run_id), connect(settings.cluster.namespace)
+    name, cluster = job_name(run_id), connect(settings.cluster.namespace)
     handover = Handover(f"{_root(settings)}/{name}")
     schema = cluster.schema(engine.KIND)
     if schema is None:
@@ -102,7 +102,7 @@ def launch(settings: TrainSettings, paths: dict[str, Path]) -> None:
         bar.note(stage="downloading the model")
         for output in OUTPUTS:
             handover.fetch(output, paths[output])
-        cluster.delete(kind, name, uid=job["metadata"]["uid"])
+        _delete(cluster, engine, job)
         _clean_up(handover)
 
 

@@ -1,6 +1,5 @@
 """TrainJobs and RayJobs on the stand-in API server, with a controller that really trains."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -8,8 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +15,20 @@ import pytest
 
 from nudge.components.common.clients.kube import connect
 from nudge.components.common.core.errors import UserError
-from nudge.components.train.cluster import following, rayjob, trainjob
 from nudge.components.train.cluster import launch as launching
+from nudge.components.train.cluster import rayjob, trainjob
 from nudge.components.train.cluster.handover import Handover
 from nudge.components.train.cluster.job_status import PORT_VARIABLE
 from nudge.components.train.cluster.jobs import TRUST_VARIABLES, TRUSTED, Engine, Step, job_name
 from nudge.components.train.cluster.launch import launch
 from nudge.components.train.settings import LaunchSettings, TrainSettings
+from tests.components.train.cluster.conftest import on_cluster
+from tests.components.train.cluster.test_rayjob import containers
 from tests.components.train.conftest import lines, outputs, run, weights
 from tests.kubernetes_api import KubernetesApi
 from tests.kubernetes_schemas import definition, problems, schema
 
 NAME = job_name("run-1")
-ROOT = Path(__file__).parents[4]
-
-
-@pytest.fixture(params=["trainjob", "rayjob"])
-def engine(request: pytest.FixtureRequest) -> Engine:
-    return launching.ENGINES[request.param]
-
-
-@pytest.fixture
-def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesApi]:
-    monkeypatch.setattr(following, "POLL_S", 0.05)
-    monkeypatch.setenv("NUDGE_RUN_ID", "run-1")
-    with KubernetesApi(role="nudge-runner") as api:
-        monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path)))
-        yield api
-
-
-@pytest.fixture
-def settings(engine: Engine, small: Callable[..., TrainSettings], tmp_path: Path) -> TrainSettings:
-    return on_cluster(engine, small, tmp_path)
-
-
-def on_cluster(
-    engine: Engine, small: Callable[..., TrainSettings], tmp_path: Path, **more: Any
-) -> TrainSettings:
-    values = {"exchange": str(tmp_path / "shared"), "nodes": 1, "gpus_per_node": 0, **more}
-    return small(launcher=engine.KIND.name.lower(), cluster=LaunchSettings(**values))
 
 
 def reaches(api: KubernetesApi, job: dict[str, Any], stage: str, message: str = "") -> None:
@@ -317,67 +290,6 @@ def test_cancelling_the_step_deletes_its_job(
     assert api.find(engine.KIND.name, NAME) is None
 
 
-def leaves_checkpoints(tmp_path: Path) -> Path:
-    """The folder of the job, in which a rank has written a checkpoint."""
-    folder = tmp_path / "shared" / NAME
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "checkpoints" / "step-3").write_text("x")
-    return folder
-
-
-@pytest.mark.parametrize("end", ["refused", "cancelled", "late", "permanent"])
-def test_the_folder_of_a_job_that_ended_early_is_removed(
-    api: KubernetesApi, settings: TrainSettings, tokens: Path, tmp_path: Path, end: str
-) -> None:
-    """Only checkpoints stay, where a retry can resume from them."""
-    (tmp_path / "shared").mkdir()
-    sent = threading.Event()
-    short = dataclasses.replace(settings.cluster, deadline_hours=0.0006)
-
-    def control(job: dict[str, Any]) -> None:
-        assert handover_of(job).read("tokens")
-        leaves_checkpoints(tmp_path)
-        sent.set()
-        if end == "permanent":
-            fails(api, 2)(job)
-        if end == "cancelled":
-            time.sleep(0.3)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    api.on_change(launching.ENGINES[settings.launcher].KIND.name, control)
-    if end == "refused":
-        api.forbid("create", settings.launcher + "s")
-    with pytest.raises((UserError, SystemExit)):
-        launch(
-            dataclasses.replace(settings, cluster=short), {"tokens": tokens, **outputs(tmp_path)}
-        )
-    assert sent.is_set() is (end != "refused")
-    left = sorted(path.name for path in (tmp_path / "shared").glob("*/*"))
-    assert left == ([] if end in ("refused", "permanent") else ["checkpoints"])
-
-
-def test_the_folder_of_an_abandoned_job_is_removed_by_a_later_launch(
-    api: KubernetesApi, settings: TrainSettings, tokens: Path, tmp_path: Path
-) -> None:
-    abandoned, running = (tmp_path / "shared" / f"nudge-{n}-0123abcd" for n in ("a", "b"))
-    for folder in (abandoned, running):
-        (folder / "checkpoints").mkdir(parents=True)
-        (folder / "checkpoints" / "one").write_text("x")
-        for each in (folder / "checkpoints" / "one", folder / "checkpoints"):
-            os.utime(each, (1, 1))
-    spec = {"runtimeRef": {"name": "r"}}
-    kind = {"apiVersion": trainjob.KIND.api_version, "kind": "TrainJob"}
-    api.add({**kind, "metadata": {"name": running.name}, "spec": spec})
-
-    def control(job: dict[str, Any]) -> None:
-        if job["metadata"]["name"] == NAME:
-            sends_a_model(api, tmp_path / "made")(job)
-
-    api.on_change(launching.ENGINES[settings.launcher].KIND.name, control)
-    launch(settings, {"tokens": tokens, **outputs(tmp_path)})
-    assert [path.name for path in (tmp_path / "shared").iterdir()] == [running.name]
-
-
 def test_a_missing_right_and_a_missing_kind(
     api: KubernetesApi, engine: Engine, settings: TrainSettings, tokens: Path, tmp_path: Path
 ) -> None:
@@ -391,15 +303,6 @@ def test_a_missing_right_and_a_missing_kind(
         UserError, match=f"no {engine.KIND.name}; it comes with {engine.KIND.needs[:5]}"
     ):
         launch(settings, {"tokens": tokens, **outputs(tmp_path)})
-
-
-def containers(node: Any) -> list[dict[str, Any]]:
-    """Every container in a job, at any depth."""
-    if isinstance(node, list):
-        return [found for each in node for found in containers(each)]
-    if not isinstance(node, dict):
-        return []
-    return [*node.get("containers", []), *containers(list(node.values()))]
 
 
 def within_a_step(api: KubernetesApi, monkeypatch: pytest.MonkeyPatch, spec: Any) -> None:
@@ -495,75 +398,6 @@ def test_the_nodes_get_the_model_that_the_registry_names(
     api.on_change("TrainJob", control)
     launch(settings, {"tokens": tokens, **outputs(tmp_path)})
     assert json.loads(recipes[0])["train"]["base_model"] == "s3://b/m/v2"
-
-
-def test_the_rayjob_fits_the_schema_of_newer_and_older_releases() -> None:
-    gpu = {"key": "nvidia.com/gpu", "operator": "Exists"}
-    settings = LaunchSettings(
-        nodes=3, gpus_per_node=4, queue="gpus", priority_class="low", volume_claim="shared",
-        tolerations=[gpu], node_selector={"zone": "a"},
-    )  # fmt: skip
-    found = definition({"apiVersion": rayjob.KIND.api_version, "kind": "RayJob"})
-    assert found
-    known = schema(found)
-    owner = {"apiVersion": "v1", "kind": "Pod", "name": "p", "uid": "u"}
-    step = Step("i", owner, trusted={"configMap": {"name": "bundle"}})
-    body = rayjob.body(settings, name="n", handover="s3://b/k", schema=known, step=step)
-    assert problems(body) == []
-    assert body["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
-    assert body["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "low"
-    assert body["metadata"]["ownerReferences"] == [owner]
-    assert body["spec"]["entrypoint"].endswith("nudge.components.train.cluster.ray_driver s3://b/k")
-    cluster = body["spec"]["rayClusterSpec"]
-    (group,) = cluster["workerGroupSpecs"]
-    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == 3
-    (worker,) = group["template"]["spec"]["containers"]
-    assert worker["resources"]["limits"]["nvidia.com/gpu"] == "4"
-    assert "nvidia.com/gpu" not in str(cluster["headGroupSpec"]["template"]["spec"]["containers"])
-    submitter = body["spec"]["submitterPodTemplate"]
-    for template in (group["template"], cluster["headGroupSpec"]["template"], submitter):
-        assert template["metadata"]["labels"]["nudge/run"] == "n"
-        assert template["spec"]["tolerations"] == [gpu]
-        assert template["spec"]["containers"][0]["volumeMounts"]
-    older = {"backoffLimit", "activeDeadlineSeconds"}
-    spec = known["properties"]["spec"]["properties"]
-    left = {"properties": {"spec": {"properties": {k: spec[k] for k in spec if k not in older}}}}
-    body = rayjob.body(settings, name="n", handover="s3://b/k", schema=left, step=step)
-    assert not older & set(body["spec"])
-
-
-def ray_containers(settings: LaunchSettings) -> dict[str, dict[str, Any]]:
-    """The containers of a RayJob's head and workers, by name."""
-    found = definition({"apiVersion": rayjob.KIND.api_version, "kind": "RayJob"})
-    assert found
-    body = rayjob.body(settings, name="n", handover="h", schema=schema(found), step=Step("i"))
-    assert body["spec"]["rayClusterSpec"]["rayVersion"] == rayjob.RAY_VERSION
-    return {each["name"]: each for each in containers(body["spec"]["rayClusterSpec"])}
-
-
-def test_the_ray_of_the_images_needs_no_probes_of_kuberay() -> None:
-    """Those of KubeRay run wget, which the image lacks."""
-    pinned = (ROOT / "images" / "requirements" / "train.txt").read_text(encoding="utf-8")
-    assert f"\nray=={rayjob.RAY_VERSION} " in pinned
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    (ray,) = extras["project"]["optional-dependencies"]["ray"]
-    assert "default" in ray.partition("[")[2].rstrip("]").split(",")
-    for container in ray_containers(LaunchSettings()).values():
-        for name in ("readinessProbe", "livenessProbe"):
-            assert "httpGet" in container[name]
-
-
-def test_the_size_of_the_head_is_a_setting() -> None:
-    head = ray_containers(LaunchSettings(head_cpu="500m", head_memory="2Gi"))["ray-head"]
-    assert head["resources"]["requests"] == {"cpu": "500m", "memory": "2Gi"}
-    assert head["resources"]["limits"] == {"cpu": "500m", "memory": "2Gi"}
-
-
-def test_lines_of_a_worker_are_those_of_the_training() -> None:
-    line = "train: 3/12 steps loss 5.1"
-    assert rayjob.plain(f"\x1b[36m(RayTrainWorker pid=7, ip=10.0.0.1)\x1b[0m {line}") == line
-    assert rayjob.plain(f"(RayTrainWorker pid=7) {line}") == line
-    assert rayjob.plain(line) == line
 
 
 def test_a_rayjob_is_followed_from_the_queue_to_its_model(

@@ -1,6 +1,5 @@
 """The step `train-on-nodes`: a pipeline's parameters define the job, and its model comes back."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import yaml
 from kfp import dsl
 
 from nudge.components.common.core.errors import UserError
-from nudge.components.train.cluster import following
 from nudge.components.train.component import train_on_nodes
 from nudge.components.train.settings import TrainSettings, on_nodes
 from tests.components.train.cluster.test_launch import really_trains
@@ -27,15 +25,6 @@ PARAMETERS = {
     "tolerations": [GPU],
     "node_selector": {"zone": "a"},
 }
-
-
-@pytest.fixture
-def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesApi]:
-    monkeypatch.setattr(following, "POLL_S", 0.05)
-    monkeypatch.setenv("NUDGE_RUN_ID", "run-1")
-    with KubernetesApi(role="nudge-runner") as api:
-        monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path)))
-        yield api
 
 
 def test_parameters_define_the_job_and_its_model_comes_back(

@@ -20,7 +20,7 @@ from nudge.components.train.cluster.handover import Handover
 from nudge.components.train.settings import LaunchSettings, TrainSettings
 from nudge.components.train.train import train
 from tests.components.train import spied_rank
-from tests.components.train.cluster.test_launch import ray_containers
+from tests.components.train.cluster.test_rayjob import ray_containers
 from tests.components.train.conftest import lines, outputs, write_recipe
 from tests.components.train.spied_rank import check_order
 
