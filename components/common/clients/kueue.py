@@ -1,5 +1,6 @@
 """Why Kueue keeps a job or a pod waiting, from the conditions of its Workload."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from decimal import Decimal
@@ -7,8 +8,9 @@ from typing import Any
 
 from nudge.components.common.clients.kube import Cluster, ResourceKind
 
-GROUP = "kueue.x-k8s.io"
-OLDEST = f"{GROUP}/v1beta1"
+WORKLOAD = ResourceKind("kueue.x-k8s.io/v1beta1", "Workload", "workloads", "Kueue")
+"""In its oldest version; `served` has the one to ask for."""
+
 NEVER_FITS = re.compile(
     r"insufficient quota for (?P<resource>\S+) in flavor (?P<flavor>\S+), previously considered "
     r"podsets requests \((?P<others>\S+)\) \+ current podset request \((?P<own>\S+)\) > maximum "
@@ -27,21 +29,33 @@ UNITS = {
 }  # fmt: skip
 
 
+def served(cluster: Cluster) -> ResourceKind:
+    """Workloads in the version that the cluster prefers."""
+    version = cluster.preferred_version(WORKLOAD.group)
+    return dataclasses.replace(WORKLOAD, api_version=version) if version else WORKLOAD
+
+
 def list_workloads(cluster: Cluster) -> list[dict[str, Any]]:
-    """The namespace's Workloads, in the version that the cluster prefers; raises `UserError` if
-    they cannot be read."""
-    version = cluster.preferred_version(GROUP) or OLDEST
-    return cluster.list(ResourceKind(version, "Workload", "workloads", "Kueue"))
+    """The namespace's Workloads; raises `UserError` if they cannot be read."""
+    return cluster.list(served(cluster))
 
 
-def workload_of(cluster: Cluster, uid: str) -> dict[str, Any] | None:
-    """The newest Workload that Kueue made for the object with this uid, or None."""
-    found = [
-        each
-        for each in list_workloads(cluster)
-        if any(owner["uid"] == uid for owner in each["metadata"].get("ownerReferences") or [])
-    ]
+def workload_of(cluster: Cluster, uid: str, name: str = "") -> dict[str, Any] | None:
+    """The newest Workload that Kueue made for the object with this uid, or None.
+
+    ``name`` is that of the Workload, if known: reading one is cheaper than listing all.
+    """
+    if name:
+        same = cluster.get(served(cluster), name)
+        if same is not None and _is_owned(same, uid):
+            return dict(same)
+    found = [each for each in list_workloads(cluster) if _is_owned(each, uid)]
     return max(found, key=lambda each: each["metadata"]["creationTimestamp"], default=None)
+
+
+def _is_owned(workload: Mapping[str, Any], uid: str) -> bool:
+    owners = workload["metadata"].get("ownerReferences") or []
+    return any(owner["uid"] == uid for owner in owners)
 
 
 def queue_of(workload: Mapping[str, Any]) -> str:

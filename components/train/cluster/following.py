@@ -62,6 +62,7 @@ class Follower:
         self._printed: dict[str, float] = {}
         self._stage = ("", 0.0)
         self._wait = ("", -QUEUE_POLL_S)
+        self._workload = ""
         self._waiting_since: float | None = None
 
     def follow(self) -> None:
@@ -185,12 +186,13 @@ class Follower:
     def _reason(self, waited_s: float) -> str:
         """What Kueue's Workload reports; empty if there is nothing yet."""
         try:
-            workload = workload_of(self._cluster, self._uid)
+            workload = workload_of(self._cluster, self._uid, self._workload)
         except UserError as error:
             self._print("workload", f"cannot read why the job waits: {error}")
             return ""
         if workload is None:
             return self._no_workload() if waited_s >= UNSEEN_S else ""
+        self._workload = workload["metadata"]["name"]
         reason = explain_wait(workload, self._cluster.namespace)
         queue = queue_of(workload)
         return reason if queue in ("", self._queue()) else f"{queue}: {reason}"
