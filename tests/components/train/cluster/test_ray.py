@@ -85,18 +85,18 @@ def test_the_driver_ends_with_the_message_of_its_worker(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 def test_a_head_of_ray_answers_the_probes_and_takes_jobs(tmp_path: Path) -> None:
     """`ray start --head`, as KubeRay starts it, with the ports of this machine that are free."""
     pytest.importorskip("ray")
-    ports = {
-        name: free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")
-    }
+    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
+    ports = {name: free_port() for name in names}
     temporary = tempfile.mkdtemp(prefix="ray")  # Ray's sockets need a short path
     command = [
         *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"),
         *(f"--{name}={port}" for name, port in ports.items()),
         *("--num-cpus=0", "--num-gpus=0", "--dashboard-host=0.0.0.0", "--disable-usage-stats"),
-        *(f"--temp-dir={temporary}", "--ray-client-server-port=0"),
+        f"--temp-dir={temporary}",
         *("--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=100000000"),
     ]
     environment = {**os.environ, "RAY_raylet_start_wait_time_s": "200"}
@@ -109,8 +109,9 @@ def test_a_head_of_ray_answers_the_probes_and_takes_jobs(tmp_path: Path) -> None
         container = ray_containers(LaunchSettings())["ray-head"]
         for name in ("startupProbe", "readinessProbe", "livenessProbe"):
             probe = container[name]["httpGet"]
-            assert "success" in answer(f"http://127.0.0.1:{here[probe['port']]}{probe['path']}")
-        assert answer(f"http://127.0.0.1:{ports['dashboard-port']}/api/jobs/") == "[]"
+            url = f"http://127.0.0.1:{here[probe['port']]}{probe['path']}"
+            assert "success" in answer(url, head)
+        assert answer(f"http://127.0.0.1:{ports['dashboard-port']}/api/jobs/", head) == "[]"
     finally:
         head.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -125,7 +126,7 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def answer(url: str, patience_s: float = 240) -> str:
+def answer(url: str, server: subprocess.Popen[bytes], patience_s: float = 240) -> str:
     """The text at a URL, as soon as it answers with success."""
     end = time.monotonic() + patience_s
     while True:
@@ -133,6 +134,6 @@ def answer(url: str, patience_s: float = 240) -> str:
             with urllib.request.urlopen(url, timeout=10) as response:
                 return str(response.read().decode())
         except OSError:
-            if time.monotonic() > end:
+            if time.monotonic() > end or server.poll() is not None:
                 raise
             time.sleep(1)
