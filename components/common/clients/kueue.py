@@ -72,12 +72,12 @@ def explain_wait(workload: Mapping[str, Any], namespace: str = "") -> str:
     conditions = {each["type"]: each for each in status.get("conditions") or []}
     quota = conditions.get("QuotaReserved", {})
     if quota.get("status") == "True":
-        held = [
+        pending = [
             f"admission check {check['name']}: {check.get('message') or check['state']}"
             for check in status.get("admissionChecks") or []
             if check.get("state") != "Ready"
         ]
-        return "; ".join(held) if conditions.get("Admitted", {}).get("status") != "True" else ""
+        return "; ".join(pending) if conditions.get("Admitted", {}).get("status") != "True" else ""
     evicted = conditions.get("Evicted", {})
     reasons = []
     if evicted.get("status") == "True":
