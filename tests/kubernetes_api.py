@@ -49,6 +49,8 @@ CORE = {
     "apps/v1": ("Deployment", "ReplicaSet"),
     "batch/v1": ("Job",),
     "coordination.k8s.io/v1": ("Lease",),
+    "kueue.x-k8s.io/v1beta2": ("Workload",),
+    "kueue.x-k8s.io/v1beta1": ("Workload",),
 }
 
 
@@ -160,6 +162,10 @@ class KubernetesApi(Objects):
         """Become a cluster without this kind."""
         self._kinds = {key: found for key, found in self._kinds.items() if found[1] != kind}
 
+    def forget_version(self, version: str) -> None:
+        """Be a cluster that does not serve this version of an API group."""
+        self._kinds = {key: found for key, found in self._kinds.items() if key[1] != version}
+
     def fail_next(
         self, status: int, *, verb: str = "", resource: str = "", times: int = 1, **headers: str
     ) -> None:
@@ -195,6 +201,8 @@ class KubernetesApi(Objects):
             raise Refused(401, "Unauthorized")
         if request.url.path.startswith("/openapi/v3/"):
             return self._openapi(request.url.path)
+        if group := re.fullmatch(r"/apis/([^/]+)", request.url.path):
+            return self._group(group[1])
         match = PATH.fullmatch(request.url.path)
         if match is None:
             return PlainTextResponse("404 page not found\n", 404)
@@ -284,6 +292,15 @@ class KubernetesApi(Objects):
             plural = part["plural"] + (f".{part['group']}" if part["group"] else "")
             raise Refused(404, f'{plural} "{key[2]}" not found', name=key[2], kind=part["plural"])
         return self.objects[key]
+
+    def _group(self, name: str) -> Response:
+        """What the server says of an API group; it prefers the newest version."""
+        versions = sorted({key[1] for key in self._kinds if key[1].startswith(f"{name}/")})
+        if not versions:
+            return PlainTextResponse("404 page not found\n", 404)
+        found = [{"groupVersion": each, "version": each.rpartition("/")[2]} for each in versions]
+        body = {"kind": "APIGroup", "apiVersion": "v1", "name": name, "versions": found}
+        return JSONResponse({**body, "preferredVersion": found[-1]})
 
     def _openapi(self, path: str) -> Response:
         version = path.removeprefix("/openapi/v3/").removeprefix("apis/").removeprefix("api/")

@@ -116,6 +116,8 @@ def _core_problems(body: Object) -> list[str]:
     import kubernetes.client
 
     kind = body.get("kind")
+    if kind == "Workload":  # only Kueue writes it, so no schema of it is kept here
+        return _model_problems(body.get("metadata", {}), "V1ObjectMeta", "metadata")
     name = "CoreV1Event" if kind == "Event" else f"V1{kind}"
     if not hasattr(kubernetes.client, name):
         return [f"kind {kind} of {body.get('apiVersion')} has no schema in these tests"]

@@ -37,6 +37,10 @@ class LaunchSettings:
     gpu_resource: str = "nvidia.com/gpu"
     cpu: Annotated[str, Field(coerce_numbers_to_str=True)] = "8"
     memory: str = "64Gi"
+    head_cpu: Annotated[str, Field(coerce_numbers_to_str=True)] = "2"
+    head_memory: str = "8Gi"
+    """For `rayjob`, the size of the head, which runs the driver and Ray's own services. Ray's guide
+    to large clusters starts at this size."""
     queue: str = ""
     """A Kueue LocalQueue in the namespace; empty: the job is not queued."""
     priority_class: str = ""

@@ -1,7 +1,7 @@
 """Why a step of a run waits: for an image, a node with enough room, a quota, its turn in a queue.
 
-The pipelines server tells none of this; the run's Workflow does, and Kueue's Workloads. They are
-read with the rights of the person (the Role nudge-author) where a cluster is known here.
+The pipelines server does not report this. The run's Workflow and Kueue's Workloads do; they are
+read with the user's own rights (the Role nudge-author) if this machine can reach the cluster.
 """
 
 import base64
@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nudge.components.common.clients.kube import Cluster, ResourceKind, connect
+from nudge.components.common.clients.kueue import explain_wait, list_workloads, queue_of
 from nudge.components.common.core.environment import PIPELINE_RUN_LABEL
 from nudge.components.common.core.errors import UserError
 from nudge.pipelines.cluster.nodes import step_of
 
 WORKFLOW = ResourceKind("argoproj.io/v1alpha1", "Workflow", "workflows", "Argo Workflows")
-WORKLOAD = ResourceKind("kueue.x-k8s.io/v1beta1", "Workload", "workloads", "Kueue")
 INTERVAL_S = 15.0
 PATIENCE_S = 5.0
 GATED = "SchedulingGated"
@@ -71,20 +71,15 @@ def _nodes(status: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _queue(cluster: Cluster, node: dict[str, Any]) -> str:
-    """What Kueue says of the pod of a node that it holds back; empty if that cannot be read."""
+    """Why Kueue holds back the pod of a node; empty if that cannot be read."""
     number = str(node.get("id", "")).rpartition("-")[2]
     try:
-        workloads = cluster.list(WORKLOAD)
+        workloads = list_workloads(cluster)
     except UserError:
         return ""
     for workload in workloads:
         owners = workload["metadata"].get("ownerReferences") or []
         if any(owner["name"].rpartition("-")[2] == number for owner in owners):
-            queue = workload.get("spec", {}).get("queueName", "")
-            held = [
-                str(each.get("message", ""))
-                for each in (workload.get("status") or {}).get("conditions", [])
-                if (each["type"], each["status"]) == ("QuotaReserved", "False")
-            ]
-            return f"in the queue {queue}: {'; '.join(held) or 'not admitted yet'}"
+            reason = explain_wait(workload, cluster.namespace) or "admitted"
+            return f"in the queue {queue_of(workload)}: {reason}"
     return ""

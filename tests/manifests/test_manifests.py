@@ -17,6 +17,7 @@ import yaml
 from nudge.components.common.clients.kube import ResourceKind
 from nudge.components.common.clients.pods import QUEUE
 from nudge.components.common.core import provenance
+from nudge.components.train.cluster.launch import ENGINES
 from nudge.pipelines.cluster.doctor import TO_PROMOTE, TO_SUBMIT
 from tests.kubernetes_api import rights
 from tests.kubernetes_schemas import definition, problems
@@ -167,6 +168,8 @@ def asked_for() -> set[tuple[str, str, str]]:
             known = vars(importlib.import_module(name))
             engines = [each.KIND for each in known.values() if hasattr(each, "KIND")]
             kinds = engines or [each for each in known.values() if isinstance(each, ResourceKind)]
+            if ast.unparse(node.args[0]).endswith("engine.KIND"):
+                kinds = [each.KIND for each in ENGINES.values()]
             given = known.get(ast.unparse(node.args[0]))
             for kind in [given] if isinstance(given, ResourceKind) else kinds:
                 found |= {(kind.group, kind.plural, verb) for verb in VERBS[method]}

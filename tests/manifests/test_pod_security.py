@@ -141,7 +141,7 @@ def job(engine: Any, settings: LaunchSettings) -> Object:
     found = definition({"apiVersion": engine.KIND.api_version, "kind": engine.KIND.name})
     assert found
     body: Object = engine.body(
-        settings, name="n", exchange="s3://b/k", schema=schema(found), step=STEP
+        settings, name="n", handover="s3://b/k", schema=schema(found), step=STEP
     )
     assert problems(body) == []
     return body

@@ -184,6 +184,13 @@ class Cluster:
         """The bearer token that requests carry; empty without one (client certificates)."""
         return self.requests.token()
 
+    def preferred_version(self, group: str) -> str:
+        """The version of an API group that this cluster prefers: ``kueue.x-k8s.io/v1beta2``. Empty
+        if it does not serve the group."""
+        kind = ResourceKind(f"{group}/", "APIGroup", "")
+        text = self._text(kind, "GET", f"/apis/{group}", group, missing_is_none=True)
+        return "" if text is None else str(json.loads(text)["preferredVersion"]["groupVersion"])
+
     def schema(self, kind: ResourceKind) -> Object | None:
         """This cluster's JSON schema of a kind, or None if the cluster does not know the kind.
 

@@ -1,4 +1,4 @@
-"""Join a Ray cluster (KubeRay) or start Ray on this machine, for steps whose engine is ray."""
+"""Join a Ray cluster (KubeRay), or start Ray on this machine, for steps with `engine: ray`."""
 
 import contextlib
 import importlib.util
@@ -11,7 +11,7 @@ from nudge.components.common.core.errors import UserError
 
 
 def check_ray(step: str) -> None:
-    """Raise `UserError` naming ``step``'s setting if Ray is not installed; does not import it."""
+    """Raise `UserError` that names the setting of ``step`` if Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise UserError(
             f"{step}.engine: ray needs Ray, which is not installed; install nudge-lm[ray] here and "
@@ -21,11 +21,11 @@ def check_ray(step: str) -> None:
 
 @contextlib.contextmanager
 def joined_ray(step: str, address: str, cores: int) -> Iterator[Any]:
-    """Yield the module ``ray``, connected to a cluster until the block ends, with Ray Data ready.
+    """Yield the module ``ray``, connected to a cluster and ready for Ray Data.
 
-    ``address`` is that of a running cluster. If it is empty and RAY_ADDRESS is not set, this starts
-    Ray with ``cores`` cores on this machine and stops it with the block. Raises `UserError` naming
-    the setting of ``step`` if Ray is not installed or the cluster cannot be reached.
+    ``address`` is that of a running cluster. If it is empty and RAY_ADDRESS is not set, Ray starts
+    on this machine with ``cores`` cores, until the block ends. Raises `UserError` that names the
+    setting of ``step`` if Ray is not installed or the cluster cannot be reached.
     """
     check_ray(step)
     import ray
@@ -41,9 +41,8 @@ def joined_ray(step: str, address: str, cores: int) -> Iterator[Any]:
         else:
             ray.init(num_cpus=cores, include_dashboard=False, **quiet)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        raise UserError(
-            f"{step}.ray_address {address or 'is empty'}: no Ray can be joined: {error}"
-        ) from None
+        where = f"cannot join the Ray cluster at {address}" if address else "cannot start Ray here"
+        raise UserError(f"{step}.ray_address = {address!r}: {where}: {error}") from None
     # The step reports its own progress.
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)

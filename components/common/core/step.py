@@ -197,11 +197,12 @@ def _fingerprint(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def exit_with_user_errors() -> Any:
+def exit_with_user_errors(transient_status: int = 2) -> Any:
     """End the process with the text of a `UserError` alone; used by the faces' bodies.
 
     In a pod that text is also the termination message. A retry of the step finds it there, ends
-    with the same text and does none of the work, unless the error was `Transient`.
+    with the same text and does none of the work, unless the error was `Transient`. The exit status
+    is 2, or ``transient_status`` after a `Transient`.
     """
     sentence = earlier_refusal()
     try:
@@ -215,7 +216,7 @@ def exit_with_user_errors() -> Any:
             with contextlib.suppress(OSError):  # not every container has this file
                 TERMINATION_LOG.write_bytes(message.encode()[:TERMINATION_BYTES])
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(transient_status if isinstance(error, Transient) else 2)
 
 
 def earlier_refusal() -> str:

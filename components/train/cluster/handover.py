@@ -1,12 +1,15 @@
-"""What a launcher and the pods of its job hand each other: a folder that both reach.
+"""The folder through which a launcher and the pods of its job pass files to each other.
 
-It is an ``s3://`` URI or a folder of a shared volume. A bundle in it is a folder of files beside
-``<name>.json``, their sizes and sha256, which is written last: complete or invisible.
+It is an ``s3://`` URI or a folder of a shared volume. A bundle is a folder of files beside
+``<name>.json``, which lists their sizes and sha256 and is written last: a bundle is complete or
+invisible.
 """
 
 import json
+import re
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,20 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import published, sha256_file, verify_file, write_atomic
 from nudge.components.common.core.uris import is_local, local_path
 
+CHECKPOINTS = "checkpoints"
+"""The folder of the checkpoints, for recipes that name no other."""
 
-class Exchange:
+JOB_FOLDER = re.compile(r"nudge-[a-z0-9-]+-[0-9a-f]{8}")
+
+
+class Handover:
     """One job's folder; made from its URI."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
 
     def send(self, name: str, source: Path) -> None:
-        """Bring a file or folder there under ``name``; does nothing if the same is there."""
+        """Copy a file or folder there as ``name``; do nothing if the same bundle is there."""
         root, files = (source, _files(source)) if source.is_dir() else (source.parent, [source])
         listing = {
             path.relative_to(root).as_posix(): {
@@ -45,7 +53,7 @@ class Exchange:
         from nudge.components.common.clients.storage import s3_client, s3_errors, split_s3_uri
 
         client, (bucket, prefix) = s3_client(), split_s3_uri(self.uri)
-        with s3_errors(f"hand {name} over at {self.uri}"):
+        with s3_errors(f"upload {name} to {self.uri}"):
             for path in files:
                 key = f"{prefix}/{name}/{path.relative_to(root).as_posix()}"
                 client.upload_file(str(path), bucket, key, ExtraArgs={"ChecksumAlgorithm": "CRC32"})
@@ -53,7 +61,7 @@ class Exchange:
             client.put_object(Bucket=bucket, Key=f"{prefix}/{name}.json", Body=body)
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """The listing of what is there under ``name``, or None if nothing complete is."""
+        """The listing of the bundle ``name``, or None if there is no complete one."""
         if is_local(self.uri):
             path = local_path(self.uri) / f"{name}.json"
             return json.loads(path.read_text()) if path.is_file() else None
@@ -72,7 +80,7 @@ class Exchange:
             return dict(json.loads(found["Body"].read()))
 
     def fetch(self, name: str, target: Path) -> None:
-        """Bring it here as ``target``, verified; raises `UserError` if it is missing or damaged."""
+        """Copy the bundle to ``target`` and verify it; `UserError` if it is missing or damaged."""
         manifest = self.read(name)
         if manifest is None:
             raise UserError(f"{self.uri} holds no complete {name}")
@@ -84,8 +92,8 @@ class Exchange:
                 from nudge.components.common.clients.storage import download_folder
 
                 download_folder(f"{self.uri}/{name}", here)
-            for file, told in manifest["files"].items():
-                verify_file(here / file, told["sha256"])
+            for file, listed in manifest["files"].items():
+                verify_file(here / file, listed["sha256"])
             if manifest["file"]:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(here / next(iter(manifest["files"])), target)
@@ -95,12 +103,21 @@ class Exchange:
                     (part / file).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(here / file, part / file)
 
-    def clear(self) -> None:
-        """Remove all of it: what is complete first, so that nobody takes a part for the whole."""
+    def clear(self, *, keep_checkpoints: bool = False) -> None:
+        """Remove the folder, listings first, so that no bundle ever looks complete while it is not.
+
+        With ``keep_checkpoints`` the checkpoints in it stay.
+        """
         if is_local(self.uri):
-            for path in local_path(self.uri).glob("*.json"):
+            folder = local_path(self.uri)
+            for path in folder.glob("*.json"):
                 path.unlink()
-            shutil.rmtree(local_path(self.uri), ignore_errors=True)
+            if not (keep_checkpoints and (folder / CHECKPOINTS).is_dir()):
+                shutil.rmtree(folder, ignore_errors=True)
+                return
+            for path in folder.iterdir():
+                if path.name != CHECKPOINTS:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
             return
         from nudge.components.common.clients.storage import (
             list_keys,
@@ -112,8 +129,32 @@ class Exchange:
         client, (bucket, prefix) = s3_client(), split_s3_uri(self.uri)
         with s3_errors(f"remove {self.uri}"):
             keys = list_keys(client, bucket, prefix)
+            if keep_checkpoints:
+                kept = f"{prefix}/{CHECKPOINTS}/"
+                keys = {key: size for key, size in keys.items() if not key.startswith(kept)}
             for key in sorted(keys, key=lambda key: not key.endswith(".json")):
                 client.delete_object(Bucket=bucket, Key=key)
+
+
+def idle_folders(root: str, idle_s: float) -> list[str]:
+    """Names of the jobs whose folders in ``root`` nothing has written to for ``idle_s`` seconds."""
+    newest: dict[str, float] = {}
+    if is_local(root):
+        for path in local_path(root).glob("*/**/*"):
+            name = path.relative_to(local_path(root)).parts[0]
+            newest[name] = max(newest.get(name, 0), path.lstat().st_mtime)
+    else:
+        from nudge.components.common.clients.storage import s3_client, s3_errors, split_s3_uri
+
+        bucket, prefix = split_s3_uri(root)
+        with s3_errors(f"list {root}"):
+            pages = s3_client().get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=bucket, Prefix=f"{prefix}/"):
+                for item in page.get("Contents", []):
+                    name = item["Key"][len(prefix) + 1 :].split("/")[0]
+                    newest[name] = max(newest.get(name, 0), item["LastModified"].timestamp())
+    limit = time.time() - idle_s
+    return sorted(name for name, at in newest.items() if at < limit and JOB_FOLDER.fullmatch(name))
 
 
 def _files(folder: Path) -> list[Path]:

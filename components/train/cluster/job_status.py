@@ -1,10 +1,10 @@
-"""How far a TrainJob is, told to Kubeflow Trainer, so that the cluster and its dashboard show it.
+"""Report a TrainJob's progress, so that the cluster and its dashboard show it.
 
-Two ways, each used where its variable is set. OpenShift AI's controller asks the first pod: the job
-is annotated with a port, and JSON stands there at ``/metrics``
-(github.com/opendatahub-io/trainer, pkg/rhai). Kubeflow Trainer itself is told: a request puts
-``status.trainerStatus``, with a token that the controller mounts (its KEP-2779). Neither ever stops
-a training.
+There are two ways, each used if its variable is set. OpenShift AI's controller polls the first pod:
+the job has an annotation with a port, and ``/metrics`` on that port answers with JSON
+(github.com/opendatahub-io/trainer, pkg/rhai). Kubeflow Trainer expects a request that sets
+``status.trainerStatus``, with a token that its controller mounts (its KEP-2779). A failure of
+either never stops a training.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ SERVER_VARIABLE = "KUBEFLOW_TRAINER_SERVER_URL"
 TOKEN_VARIABLE = "KUBEFLOW_TRAINER_SERVER_TOKEN"
 CA_VARIABLE = "KUBEFLOW_TRAINER_SERVER_CA_CERT"
 PORT = 28080
-"""Where OpenShift AI's controller asks unless it is told another; not one below 1024."""
+"""The port that OpenShift AI's controller polls by default; not one below 1024."""
 
 INTERVAL_S = 5.0
 TIMEOUT_S = 5.0
@@ -38,12 +38,12 @@ class JobStatus:
     def __init__(self, steps: int) -> None:
         self.changed = threading.Event()
         self._steps, self._step, self._left = steps, 0, None
-        # Replaced, never changed: another thread may be reading them.
+        # Replaced, never changed in place: another thread may be reading them.
         self._training: dict[str, float] = {}
         self._validation: dict[str, float] = {}
 
     def metric(self, values: dict[str, Any]) -> None:
-        """Take the figures of a step, as `Record.metric` does."""
+        """Take the figures of a step, like `Record.metric`."""
         known = {
             name: value
             for name, value in values.items()
@@ -56,8 +56,8 @@ class JobStatus:
         self._step, self._left = values["step"], values.get("eta_s", self._left)
         self.changed.set()
 
-    def as_asked(self) -> dict[str, Any]:
-        """What OpenShift AI's controller reads."""
+    def as_polled(self) -> dict[str, Any]:
+        """The JSON that OpenShift AI's controller reads."""
         return {
             **self._progress(),
             "currentStep": self._step,
@@ -66,8 +66,8 @@ class JobStatus:
             "evalMetrics": self._validation,
         }
 
-    def as_told(self) -> dict[str, Any]:
-        """What Kubeflow Trainer takes."""
+    def as_reported(self) -> dict[str, Any]:
+        """The ``trainerStatus`` that Kubeflow Trainer accepts."""
         figures = {**self._training, **self._validation, "step": self._step, "steps": self._steps}
         return {
             **self._progress(),
@@ -84,24 +84,24 @@ class JobStatus:
 
 @contextlib.contextmanager
 def open_job_status(steps: int) -> Iterator[JobStatus]:
-    """Tell what the job's controller wants to know while the block runs; the last figures too."""
+    """Report progress to the job's controller while the block runs, and once at its end."""
     status = JobStatus(steps)
     with contextlib.ExitStack() as stack:
         if port := os.environ.get(PORT_VARIABLE):
-            stack.enter_context(_asked(status, int(port)))
+            stack.enter_context(_polled(status, int(port)))
         if url := os.environ.get(SERVER_VARIABLE):
-            stack.enter_context(_telling(status, url))
+            stack.enter_context(_reporting(status, url))
         yield status
 
 
 @contextlib.contextmanager
-def _asked(status: JobStatus, port: int) -> Iterator[None]:
+def _polled(status: JobStatus, port: int) -> Iterator[None]:
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path != "/metrics":
                 self.send_error(404)
                 return
-            body = json.dumps(status.as_asked()).encode()
+            body = json.dumps(status.as_polled()).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
@@ -118,7 +118,7 @@ def _asked(status: JobStatus, port: int) -> Iterator[None]:
     try:
         server.socket = socket.create_server(("", port), family=family, dualstack_ipv6=both)
     except OSError as error:
-        _warn(f"nothing is told at port {port}: {error}")
+        _warn(f"progress is not served at port {port}: {error}")
         yield
         return
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -132,7 +132,7 @@ def _asked(status: JobStatus, port: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _telling(status: JobStatus, url: str) -> Iterator[None]:
+def _reporting(status: JobStatus, url: str) -> Iterator[None]:
     ended = threading.Event()
 
     def work() -> None:
@@ -140,8 +140,8 @@ def _telling(status: JobStatus, url: str) -> Iterator[None]:
         while not ended.wait(INTERVAL_S):
             if status.changed.is_set():
                 status.changed.clear()
-                warned = _told(status, url, warned)
-        _told(status, url, warned)
+                warned = _report(status, url, warned)
+        _report(status, url, warned)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -152,26 +152,26 @@ def _telling(status: JobStatus, url: str) -> Iterator[None]:
         thread.join()
 
 
-def _told(status: JobStatus, url: str, warned: bool) -> bool:
-    """Send the newest figures; returns whether a failure has been told."""
+def _report(status: JobStatus, url: str, warned: bool) -> bool:
+    """Send the newest figures; returns whether a failure has been reported by now."""
     import httpx
 
     try:
         authority = os.environ.get(CA_VARIABLE)
-        # Both are renewed while the pod runs.
+        # The CA and the token are renewed while the pod runs.
         context = ssl.create_default_context(cafile=authority) if authority else True
         token = Path(os.environ.get(TOKEN_VARIABLE, "")).read_text(encoding="utf-8").strip()
         headers = {"Authorization": f"Bearer {token}"}
-        body = {"trainerStatus": status.as_told()}
+        body = {"trainerStatus": status.as_reported()}
         httpx.post(
             url, json=body, headers=headers, timeout=TIMEOUT_S, verify=context
         ).raise_for_status()
     except (OSError, httpx.HTTPError) as error:
         if not warned:
-            _warn(f"Kubeflow Trainer does not take the progress: {error}")
+            _warn(f"Kubeflow Trainer does not accept the progress: {error}")
         return True
     return warned
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}; training goes on", file=sys.stderr, flush=True)
+    print(f"warning: {text}; training continues", file=sys.stderr, flush=True)

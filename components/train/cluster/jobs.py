@@ -1,4 +1,4 @@
-"""What the jobs of the cluster have in common, whichever engine runs them."""
+"""What TrainJobs and RayJobs have in common."""
 
 import hashlib
 import math
@@ -17,21 +17,21 @@ PRIORITY = "kueue.x-k8s.io/priority-class"
 CONNECTION_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_ENDPOINT")
 OPTIONAL_KEYS = ("AWS_S3_BUCKET", "AWS_DEFAULT_REGION", "AWS_SESSION_TOKEN", "HF_TOKEN")
 PASSED_ON = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
-"""Variables of a step's pod that its job's pods get as they are: the ConfigMap of settings and the
-pipelines server give them to steps alone. (The registry is asked by the step.)"""
+"""Variables of a step's pod that are copied to its job's pods: the ConfigMap of settings and the
+pipelines server set them in steps only. (Only the step talks to the registry.)"""
 
 TRUSTED = "/etc/nudge/trusted"
-"""Where a job's pods have the bundle of certificate authorities that the step's pod has."""
+"""The folder in which a job's pods mount the step's bundle of certificate authorities."""
 
 TRUST_VARIABLES = ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
-"""What Kubeflow Pipelines' launcher sets to that bundle in a step."""
+"""The variables that Kubeflow Pipelines' launcher points at that bundle in a step."""
 
 Stage = Literal["suspended", "starting", "running", "complete", "failed"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a job takes over from the step that launches it."""
+    """What a job inherits from the step that launches it."""
 
     image: str
     owner: dict[str, Any] | None = None
@@ -42,18 +42,18 @@ class Step:
 
 
 class Engine(Protocol):
-    """What the launcher asks of `trainjob` and `rayjob`, each a module."""
+    """What the launcher needs from `trainjob` and `rayjob`, which are modules."""
 
     KIND: ResourceKind
     LOG: tuple[dict[str, str], str]
-    """The pod and the container whose log is followed: labels besides the run's, and a name."""
+    """The pod and the container whose log is followed: further labels of the pod, and a name."""
 
     def body(
         self,
         settings: LaunchSettings,
         *,
         name: str,
-        exchange: str,
+        handover: str,
         schema: dict[str, Any],
         step: Step,
     ) -> dict[str, Any]:
@@ -67,11 +67,15 @@ class Engine(Protocol):
     def stage(self, job: dict[str, Any]) -> Stage: ...
 
     def describe_status(self, job: dict[str, Any]) -> str:
-        """What its controller says of it, in one line."""
+        """The status that its controller reports, in one line."""
+        ...
+
+    def refusal(self, job: dict[str, Any]) -> str:
+        """The training's own sentence about bad input, if the job's status has it; else empty."""
         ...
 
     def started_with(self, job: dict[str, Any]) -> Any:
-        """What makes a job that of a run besides its name."""
+        """The part of a job, besides its name, that belongs to one run only."""
         ...
 
     def plain(self, line: str) -> str:
@@ -80,13 +84,13 @@ class Engine(Protocol):
 
 
 def job_name(run_id: str) -> str:
-    """A name that a retry of the same run finds again, and no other run has."""
+    """The job's name: the same in each retry of a run, and of no other run."""
     stem = re.sub(r"[^a-z0-9]+", "-", run_id.lower()).strip("-")[:24].strip("-") or "run"
     return f"nudge-{stem}-{hashlib.sha256(run_id.encode()).hexdigest()[:8]}"
 
 
 def labels_of(settings: LaunchSettings, name: str) -> dict[str, str]:
-    """The labels of a job: whose it is, and what Kueue goes by."""
+    """The labels of a job: its owner, and its queue and priority in Kueue."""
     labels = {**OWNED_LABEL, RUN_LABEL: name}
     if settings.queue:
         labels[QUEUE] = settings.queue
@@ -96,33 +100,33 @@ def labels_of(settings: LaunchSettings, name: str) -> dict[str, str]:
 
 
 def longest_run_s(settings: LaunchSettings) -> int:
-    """What the job's own controller lets it run, should no step be left to end it: no part of its
-    life can be longer than the whole, whose end the launcher watches."""
+    """The job's own limit, in seconds, for when no step is left to end it. The launcher enforces
+    the deadline itself; that one also counts time in the queue."""
     return max(1, math.ceil(settings.deadline_hours * 3600))
 
 
 def seconds_left(job: dict[str, Any], settings: LaunchSettings) -> float:
-    """Until the deadline of a job; less than 0 after it."""
+    """Seconds until the deadline of a job; negative after it."""
     created = datetime.fromisoformat(job["metadata"]["creationTimestamp"])
     age = datetime.now(UTC) - created
     return settings.deadline_hours * 3600 - age.total_seconds()
 
 
 def resources(settings: LaunchSettings) -> dict[str, str]:
-    """What a node of the job asks for."""
-    asked = {"cpu": settings.cpu, "memory": settings.memory}
+    """The resource request of one node of the job."""
+    needed = {"cpu": settings.cpu, "memory": settings.memory}
     if settings.gpus_per_node:
-        asked[settings.gpu_resource] = str(settings.gpus_per_node)
-    return asked
+        needed[settings.gpu_resource] = str(settings.gpus_per_node)
+    return needed
 
 
 def environment(settings: LaunchSettings, step: Step) -> list[dict[str, Any]]:
     """The step's variables, and those of the object store from the connection's Secret."""
     # Python must not import a module from the pod's working directory.
-    given = {**step.variables, "PYTHONSAFEPATH": "1"}
+    variables = {**step.variables, "PYTHONSAFEPATH": "1"}
     if step.trusted:
-        given |= dict.fromkeys(TRUST_VARIABLES, f"{TRUSTED}/ca.crt")
-    plain = [{"name": name, "value": value} for name, value in given.items()]
+        variables |= dict.fromkeys(TRUST_VARIABLES, f"{TRUSTED}/ca.crt")
+    plain = [{"name": name, "value": value} for name, value in variables.items()]
     if not settings.connection:
         return plain
     return plain + [
@@ -141,7 +145,7 @@ def environment(settings: LaunchSettings, step: Step) -> list[dict[str, Any]]:
 
 
 def pod_spec(settings: LaunchSettings, step: Step, container: str) -> dict[str, Any]:
-    """Where a pod runs, and the volumes in its container; empty where nothing is asked."""
+    """The nodes a pod may run on, and the volumes of its container; empty without such settings."""
     spec: dict[str, Any] = {}
     if settings.tolerations:
         spec["tolerations"] = settings.tolerations

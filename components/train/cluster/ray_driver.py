@@ -1,7 +1,7 @@
-"""What drives a RayJob: ``python -m nudge.components.train.cluster.ray_driver EXCHANGE``.
+"""The driver of a RayJob: ``python -m nudge.components.train.cluster.ray_driver HANDOVER``.
 
-Ray Train starts a worker for each rank and joins them; each runs the training that torchrun's ranks
-run. The first one hands the model, the history and the report back.
+Ray Train starts one worker per rank and connects them; each runs the same training as a rank of
+torchrun. The first one sends back the model, the history and the report.
 """
 
 import os
@@ -12,32 +12,33 @@ from typing import Any
 
 import click
 
-from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.recipe import step_settings
 from nudge.components.common.core.step import exit_with_user_errors
-from nudge.components.train.cluster.handover import Exchange
-from nudge.components.train.cluster.worker import OUTPUTS
+from nudge.components.train.cluster.handover import Handover
+from nudge.components.train.cluster.worker import OUTPUTS, TRY_AGAIN
 from nudge.components.train.ranks import BACKENDS, TIMEOUT
 from nudge.components.train.settings import TrainSettings
 
 os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
-# Each line of progress is of use, also one that is like the one before.
+# Lines of progress count even where they look like the line before.
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
 
-def train_on_ray(exchange: str, *, workers: int, cpus: float, gpu: bool) -> None:
-    """Train on ``workers`` ranks, each with ``cpus`` cores and a GPU if asked for.
+def train_on_ray(handover: str, *, workers: int, cpus: float, gpu: bool) -> None:
+    """Train on ``workers`` ranks, each with ``cpus`` cores and, with ``gpu``, one GPU.
 
-    Raises `UserError` with what a rank said, or with Ray's own words if one died.
+    Raises `UserError` or `Transient` with a rank's own message, or `Transient` with Ray's if a rank
+    died.
     """
     import ray
     from ray.train import RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    with tempfile.TemporaryDirectory() as own:  # Ray keeps its notes here; checkpoints are ours
+    with tempfile.TemporaryDirectory() as own:  # for Ray's own files; checkpoints are ours
         trainer = TorchTrainer(
             run_rank,
-            train_loop_config={"exchange": exchange},
+            train_loop_config={"handover": handover},
             torch_config=TorchConfig(
                 backend=BACKENDS["cuda" if gpu else "cpu"], timeout_s=int(TIMEOUT.total_seconds())
             ),
@@ -49,64 +50,64 @@ def train_on_ray(exchange: str, *, workers: int, cpus: float, gpu: bool) -> None
         try:
             trainer.fit()
         except TrainingFailedError as error:
-            raise UserError(_cause(error)) from error
+            raise _cause(error) from error
         finally:
             ray.shutdown()
 
 
-def run_rank(given: dict[str, Any]) -> None:
-    """One rank: the recipe and the tokens from the exchange, and the training."""
+def run_rank(configuration: dict[str, Any]) -> None:
+    """Run one rank: fetch the recipe and the tokens, and train."""
     import ray.train.torch
 
     from nudge.components.train.train import train_rank
 
     device = ray.train.torch.get_device()
-    if device.type == "cuda":  # which of the node's GPUs is this rank's is Ray's to say
+    if device.type == "cuda":  # Ray decides which of the node's GPUs this rank uses
         os.environ["LOCAL_RANK"] = str(device.index)
-    exchange = Exchange(given["exchange"])
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        exchange.fetch("recipe", folder / "recipe")
+    handover = Handover(configuration["handover"])
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        handover.fetch("recipe", folder / "recipe")
         settings = step_settings(TrainSettings, "train", (folder / "recipe").as_uri())
         outputs = {name: folder / name for name in OUTPUTS}
-        train_rank(settings, tokens=_tokens(exchange, folder), **outputs)
+        train_rank(settings, tokens=_tokens(handover, folder), **outputs)
         for name, path in outputs.items():
-            if path.exists():  # the first rank's alone
-                exchange.send(name, path)
+            if path.exists():  # only the first rank has outputs
+                handover.send(name, path)
 
 
-def _tokens(exchange: Exchange, folder: Path) -> Path:
-    """Where this node has the tokens, which one of its ranks brings there."""
+def _tokens(handover: Handover, folder: Path) -> Path:
+    """The folder of this node's tokens, which one of its ranks fetches."""
     import ray.train
     import torch.distributed as dist
 
     context, path = ray.train.get_context(), folder / "tokens"
-    node, brings = context.get_node_rank(), context.get_local_rank() == 0
-    if brings:
-        exchange.fetch("tokens", path)
-    places: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(places, (node, path) if brings else None)
-    found: Path = dict(filter(None, places))[node]
+    node, fetches = context.get_node_rank(), context.get_local_rank() == 0
+    if fetches:
+        handover.fetch("tokens", path)
+    folders: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(folders, (node, path) if fetches else None)
+    found: Path = dict(filter(None, folders))[node]
     return found
 
 
-def _cause(error: Any) -> str:
-    """What the rank that failed first said, of all that failed because of it."""
+def _cause(error: Any) -> UserError:
+    """The error of the rank that failed first, or a `Transient` if no rank left a message."""
     failures = getattr(error, "worker_failures", {})
     for _, failure in sorted(failures.items()):
         cause = getattr(failure, "cause", None) or failure.__cause__ or failure
         if isinstance(cause, UserError):
-            return f"{cause}"
-    return f"{error}"
+            return type(cause)(f"{cause}")
+    return Transient(f"{error}")
 
 
 @click.command()
 @click.argument("uri")
 def main(uri: str) -> None:
-    """Train on the nodes of this Ray cluster; the inputs stand at URI."""
-    with exit_with_user_errors(), tempfile.TemporaryDirectory() as folder:
+    """Train on the nodes of this Ray cluster; the inputs are in the folder URI."""
+    with exit_with_user_errors(TRY_AGAIN), tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe"
-        Exchange(uri).fetch("recipe", recipe)
+        Handover(uri).fetch("recipe", recipe)
         job = step_settings(TrainSettings, "train", recipe.as_uri()).cluster
         ranks = max(1, job.gpus_per_node)
         train_on_ray(
@@ -116,7 +117,7 @@ def main(uri: str) -> None:
 
 
 def cores(quantity: str) -> int:
-    """Whole cores of a Kubernetes quantity, such as 8 or 7500m; at least one."""
+    """The full cores of a Kubernetes quantity, such as 8 or 7500m; at least one."""
     value = float(quantity[:-1]) / 1000 if quantity.endswith("m") else float(quantity)
     return max(1, int(value))
 

@@ -24,42 +24,42 @@ KIND = ResourceKind(
 )
 PATCH_MANAGER = "nudge.io/launcher"
 POD_LABEL = "jobset.sigs.k8s.io/jobset-name"
-"""What the pods of a TrainJob carry: the JobSet has the job's name."""
+"""A label of a TrainJob's pods: its JobSet has the same name as the TrainJob."""
 
 ASKED_FOR_PROGRESS = {
     "trainer.opendatahub.io/progression-tracking": "true",
     "trainer.opendatahub.io/metrics-port": str(PORT),
 }
-"""Lets OpenShift AI's controller ask the first pod how far it is, see `job_status`."""
+"""Makes OpenShift AI's controller ask the first pod for its progress, see `job_status`."""
 
 CONTAINER = "node"
 LOG = ({"batch.kubernetes.io/job-completion-index": "0"}, CONTAINER)
-"""The first node's, where the first rank is."""
+"""The pod of the first node, which runs the first rank."""
 
 
 def body(
     settings: LaunchSettings,
     *,
     name: str,
-    exchange: str,
+    handover: str,
     schema: dict[str, Any],
     step: Step,
 ) -> dict[str, Any]:
     """The object, for a cluster whose TrainJob has this ``schema``.
 
-    Newer releases take what the pods need besides as ``runtimePatches``, older ones as
-    ``podTemplateOverrides``. Only newer ones know a deadline of the job's own and, in a patch, a
-    container's security context: under the older ones that is the runtime's to say.
+    Newer releases take further settings of the pods as ``runtimePatches``, older ones as
+    ``podTemplateOverrides``. Only newer ones have a deadline for the job and accept a container's
+    security context in a patch; under older ones the runtime sets it.
     """
     known = schema["properties"]["spec"]["properties"]
-    asked = resources(settings)
+    needed = resources(settings)
     trainer: dict[str, Any] = {
         "image": step.image,
         "command": ["python", "-P", "-m", "nudge.components.train.cluster.worker"],
-        "args": [exchange],
+        "args": [handover],
         "env": [*environment(settings, step), {"name": PORT_VARIABLE, "value": str(PORT)}],
         "numNodes": settings.nodes,
-        "resourcesPerNode": {"requests": asked, "limits": asked},
+        "resourcesPerNode": {"requests": needed, "limits": needed},
     }
     # It was an int-or-string ("auto", "gpu") in older releases and is a number in newer ones.
     trainer["numProcPerNode"] = max(1, settings.gpus_per_node)
@@ -103,7 +103,7 @@ def pods(name: str) -> dict[str, str]:
 
 
 def stage(job: dict[str, Any]) -> Stage:
-    """Where the job stands, by its conditions."""
+    """The stage that the job's conditions report."""
     stages: dict[str, Stage] = {
         "Failed": "failed",
         "Complete": "complete",
@@ -112,16 +112,23 @@ def stage(job: dict[str, Any]) -> Stage:
     for type, found in stages.items():
         if (condition(job, type) or {}).get("status") == "True":
             return found
-    return "running"
+    # Kueue suspends a new job before Kubeflow Trainer reports any condition.
+    resumed = condition(job, "Suspended") is not None
+    return "suspended" if job["spec"].get("suspend") and not resumed else "running"
 
 
 def describe_status(job: dict[str, Any]) -> str:
-    """What Kubeflow Trainer says of the job, in one line."""
+    """The conditions that Kubeflow Trainer reports, in one line."""
     return describe(job)
 
 
+def refusal(job: dict[str, Any]) -> str:
+    """Empty: a TrainJob's status has no message of the training; its pods have."""
+    return ""
+
+
 def started_with(job: dict[str, Any]) -> Any:
-    """What makes a job that of a run besides its name."""
+    """The part of a job, besides its name, that belongs to one run only."""
     return job["spec"].get("trainer", {}).get("args")
 
 
@@ -131,7 +138,7 @@ def plain(line: str) -> str:
 
 
 def _of_a_container(schema: Any) -> set[str]:
-    """What a patch may say of a container, wherever in its schema that stands."""
+    """The fields of a container that a patch may set, at any depth of its schema."""
     if not isinstance(schema, dict):
         return set()
     if "items" in schema.get("containers", {}):

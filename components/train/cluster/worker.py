@@ -1,8 +1,8 @@
-"""What each pod of a job runs: ``python -m nudge.components.train.cluster.worker EXCHANGE``.
+"""The command of each pod of a job: ``python -m nudge.components.train.cluster.worker HANDOVER``.
 
-It takes the recipe and the tokens from the exchange and starts this node's ranks with torchrun,
-which finds its place among the nodes in the variables PET_* that Kubeflow Trainer sets. The node of
-the first rank hands the model, the history and the report back.
+It fetches the recipe and the tokens from the handover folder and starts this node's ranks with
+torchrun, which finds its position among the nodes in the variables PET_* that Kubeflow Trainer
+sets. The node of the first rank sends back the model, the history and the report.
 """
 
 import os
@@ -14,14 +14,24 @@ from pathlib import Path
 
 import click
 
+from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.step import exit_with_user_errors
-from nudge.components.train.cluster.handover import Exchange
+from nudge.components.train.cluster.handover import Handover
+from nudge.components.train.torchrun import ERROR_VARIABLE, TRANSIENT
 
 OUTPUTS = ("model", "history", "report")
 
+BAD_INPUT = 2
+"""The exit status after a plain `UserError`: the same job would fail in the same way."""
+TRY_AGAIN = 75
+"""The exit status after a `Transient` (EX_TEMPFAIL of sysexits.h): a restart may succeed."""
+
+MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
+"""The container's counters; ``oom_kill`` counts processes that the kernel killed for memory."""
+
 
 def command(folder: Path) -> list[str]:
-    """The command line of this node's ranks; inputs and outputs stand in ``folder``."""
+    """The command line of this node's ranks, with inputs and outputs in ``folder``."""
     return [
         *(sys.executable, "-P", "-m", "torch.distributed.run"),
         *("-m", "nudge.components.train"),
@@ -33,20 +43,48 @@ def command(folder: Path) -> list[str]:
 @click.command()
 @click.argument("uri")
 def main(uri: str) -> None:
-    """Run this node's ranks of the training whose inputs stand at URI."""
-    exchange = Exchange(uri)
-    with exit_with_user_errors(), tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    """Run this node's ranks of the training whose inputs are in the folder URI."""
+    handover = Handover(uri)
+    with exit_with_user_errors(TRY_AGAIN), tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         for name in ("recipe", "tokens"):
-            exchange.fetch(name, folder / name)
-        ranks = subprocess.Popen(command(folder), env={**os.environ, "PYTHONSAFEPATH": "1"})
-        signal.signal(signal.SIGTERM, lambda number, _: ranks.send_signal(number))
-        status = ranks.wait()
-        if status:
-            sys.exit(status if status > 0 else 128 - status)
+            handover.fetch(name, folder / name)
+        run_ranks_here(folder)
         if (folder / "model").is_dir():
             for name in OUTPUTS:
-                exchange.send(name, folder / name)
+                handover.send(name, folder / name)
+
+
+def run_ranks_here(folder: Path) -> None:
+    """Run this node's ranks; SIGTERM is passed on to them.
+
+    Raises `UserError` or `Transient` with the sentence of the rank that failed. Ends the process
+    with torchrun's status where no rank left one.
+    """
+    error, killed_before = folder / "error", _killed_for_memory()
+    variables = {ERROR_VARIABLE: str(error), "PYTHONSAFEPATH": "1"}
+    ranks = subprocess.Popen(command(folder), env={**os.environ, **variables})
+    signal.signal(signal.SIGTERM, lambda number, _: ranks.send_signal(number))
+    status = ranks.wait()
+    if not status:
+        return
+    if error.exists():
+        kind = Transient if error.with_suffix(TRANSIENT).exists() else UserError
+        raise kind("\n".join(dict.fromkeys(error.read_text(encoding="utf-8").splitlines())))
+    if _killed_for_memory() > killed_before:
+        raise UserError(
+            "the kernel killed a rank because this node's memory ran out; raise "
+            "train.cluster.memory, or lower train.micro_batch_sequences"
+        )
+    sys.exit(status if status > 0 else 128 - status)
+
+
+def _killed_for_memory() -> int:
+    try:
+        lines = MEMORY_EVENTS.read_text(encoding="utf-8").splitlines()
+    except OSError:  # cgroups of version 1, or none
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
 
 
 if __name__ == "__main__":

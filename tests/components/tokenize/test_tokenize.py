@@ -175,7 +175,7 @@ def test_ray_gives_the_same_bytes(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
         raise ray.exceptions.RpcError("Timed out while waiting for GCS to become available.")
 
     monkeypatch.setattr(ray, "init", unreachable)
-    with pytest.raises(UserError, match="tokenize.ray_address 10.0.0.1:6379: no Ray can be joined"):
+    with pytest.raises(UserError, match="tokenize.ray_address = .*cannot join"):
         run("never", engine="ray", ray_address="10.0.0.1:6379")
 
 

@@ -1,4 +1,4 @@
-"""How far a TrainJob is: where OpenShift AI asks, and as Kubeflow Trainer is told."""
+"""A TrainJob's progress: as OpenShift AI polls it and as Kubeflow Trainer receives it."""
 
 import http.client
 import json
@@ -26,18 +26,18 @@ STEP = {"step": 3, "loss": 2.5, "tokens": 96, "mfu": None, "eta_s": 7.4}
 
 
 class Trainer:
-    """Kubeflow Trainer's server of states, over TLS."""
+    """Kubeflow Trainer's status server, over TLS."""
 
     def __init__(self, authority: trustme.CA) -> None:
-        self.told: list[tuple[str, Any]] = []
+        self.received: list[tuple[str, Any]] = []
         self.status = 200
-        told = self
+        server = self
 
         class Answer(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                told.told.append((self.headers["Authorization"], body))
-                self.send_response(told.status)
+                server.received.append((self.headers["Authorization"], body))
+                self.send_response(server.status)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
@@ -75,7 +75,7 @@ def ask(port: int, path: str = "/metrics") -> tuple[int, bytes]:
     return answer.status, answer.read()
 
 
-def test_what_openshift_ai_asks_for(
+def test_openshift_ai_polls_the_progress(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -100,21 +100,21 @@ def test_what_openshift_ai_asks_for(
         with open_job_status(12):  # the port is taken
             pass
         assert ask(port)[0] == 200
-    assert f"nothing is told at port {port}" in capfd.readouterr().err
+    assert f"progress is not served at port {port}" in capfd.readouterr().err
     with pytest.raises(ConnectionRefusedError):
         ask(port)
 
 
-def test_what_kubeflow_trainer_is_told(
+def test_kubeflow_trainer_receives_the_progress(
     trainer: Trainer, small: Callable[..., TrainSettings], tokens: Path, tmp_path: Path
 ) -> None:
     train(small(), tokens=tokens, **outputs(tmp_path / "out"))
-    assert {authorization for authorization, _ in trainer.told} == {f"Bearer {TOKEN}"}
-    for _, body in trainer.told:
+    assert {authorization for authorization, _ in trainer.received} == {f"Bearer {TOKEN}"}
+    for _, body in trainer.received:
         job = {"apiVersion": "trainer.kubeflow.org/v1alpha1", "kind": "TrainJob"}
         spec = {"runtimeRef": {"name": "torch-distributed"}}
         assert problems({**job, "metadata": {"name": "n"}, "spec": spec, "status": body}) == []
-    last = trainer.told[-1][1]["trainerStatus"]
+    last = trainer.received[-1][1]["trainerStatus"]
     assert (last["progressPercentage"], last["estimatedRemainingSeconds"]) == (100, 0)
     figures = {metric["name"]: metric["value"] for metric in last["metrics"]}
     assert (figures["step"], figures["steps"]) == ("12", "12")
@@ -122,7 +122,7 @@ def test_what_kubeflow_trainer_is_told(
 
 
 @pytest.mark.parametrize("fault", ["refused", "another authority", "no token"])
-def test_a_server_that_takes_nothing_stops_no_training(
+def test_a_server_that_refuses_progress_stops_no_training(
     trainer: Trainer, tmp_path: Path, capfd: pytest.CaptureFixture[str], fault: str
 ) -> None:
     if fault == "refused":
@@ -135,8 +135,8 @@ def test_a_server_that_takes_nothing_stops_no_training(
         for step in range(5):
             status.metric({**STEP, "step": step})
             time.sleep(0.05)
-    said = capfd.readouterr().err
-    assert said.count("does not take the progress") == 1
-    assert TOKEN not in said
+    printed = capfd.readouterr().err
+    assert printed.count("does not accept the progress") == 1
+    assert TOKEN not in printed
     if fault != "refused":
-        assert trainer.told == []
+        assert trainer.received == []

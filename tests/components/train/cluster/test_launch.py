@@ -1,4 +1,4 @@
-"""TrainJobs and RayJobs against the stand-in API server; a controller really trains."""
+"""TrainJobs and RayJobs on the stand-in API server, with a controller that really trains."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from nudge.components.common.clients.kube import connect
 from nudge.components.common.core.errors import UserError
 from nudge.components.train.cluster import launch as launching
 from nudge.components.train.cluster import rayjob, trainjob
-from nudge.components.train.cluster.handover import Exchange
+from nudge.components.train.cluster.handover import Handover
 from nudge.components.train.cluster.job_status import PORT_VARIABLE
 from nudge.components.train.cluster.jobs import TRUST_VARIABLES, TRUSTED, Engine, Step, job_name
 from nudge.components.train.cluster.launch import launch
 from nudge.components.train.settings import LaunchSettings, TrainSettings
+from tests.components.train.cluster.conftest import on_cluster
+from tests.components.train.cluster.test_rayjob import containers
 from tests.components.train.conftest import lines, outputs, run, weights
 from tests.kubernetes_api import KubernetesApi
 from tests.kubernetes_schemas import definition, problems, schema
@@ -29,48 +31,22 @@ from tests.kubernetes_schemas import definition, problems, schema
 NAME = job_name("run-1")
 
 
-@pytest.fixture(params=["trainjob", "rayjob"])
-def engine(request: pytest.FixtureRequest) -> Engine:
-    return launching.ENGINES[request.param]
-
-
-@pytest.fixture
-def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesApi]:
-    monkeypatch.setattr(launching, "POLL_S", 0.05)
-    monkeypatch.setenv("NUDGE_RUN_ID", "run-1")
-    with KubernetesApi(role="nudge-runner") as api:
-        monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path)))
-        yield api
-
-
-@pytest.fixture
-def settings(engine: Engine, small: Callable[..., TrainSettings], tmp_path: Path) -> TrainSettings:
-    return on_cluster(engine, small, tmp_path)
-
-
-def on_cluster(
-    engine: Engine, small: Callable[..., TrainSettings], tmp_path: Path, **more: Any
-) -> TrainSettings:
-    given = {"exchange": str(tmp_path / "shared"), "nodes": 1, "gpus_per_node": 0, **more}
-    return small(launcher=engine.KIND.name.lower(), cluster=LaunchSettings(**given))
-
-
 def reaches(api: KubernetesApi, job: dict[str, Any], stage: str, message: str = "") -> None:
-    """Let the job's controller say where it stands, as Kubeflow Trainer or KubeRay says it."""
+    """Set the job's status as Kubeflow Trainer or KubeRay does at this stage."""
     if job["kind"] == "TrainJob":
         type = {"suspended": "Suspended", "complete": "Complete", "failed": "Failed"}.get(stage)
-        told = [state(type, "JobsEnded", message)] if type else []
-        api.set_status(job, conditions=told)
+        conditions = [state(type, "JobsEnded", message)] if type else []
+        api.set_status(job, conditions=conditions)
         return
     deployment, of_the_job = {
         "suspended": ("Suspended", ""),
         "running": ("Running", "RUNNING"),
         "complete": ("Complete", "SUCCEEDED"),
-        # KubeRay's word for what has ended, however it ended, is older than Failed.
+        # Older releases of KubeRay have no Failed: a job that ended is Complete.
         "failed": ("Complete", "FAILED"),
     }[stage]
-    told = {"reason": "JobsEnded", "message": message} if stage in ("failed", "suspended") else {}
-    api.set_status(job, jobDeploymentStatus=deployment, jobStatus=of_the_job, **told)
+    why = {"reason": "JobsEnded", "message": message} if stage in ("failed", "suspended") else {}
+    api.set_status(job, jobDeploymentStatus=deployment, jobStatus=of_the_job, **why)
 
 
 def state(type: str, reason: str = "", message: str = "") -> dict[str, Any]:
@@ -101,7 +77,7 @@ def really_trains(api: KubernetesApi) -> Callable[[dict[str, Any]], None]:
         api.set_status(job, conditions=[])
         (pod, container), trainer = pod_of(api, job), job["spec"]["trainer"]
         command = [sys.executable, *trainer["command"][1:], *trainer["args"]]
-        # As the runtime of Kubeflow Trainer does for torchrun.
+        # Kubeflow Trainer sets these for torchrun.
         placed = {"PET_NNODES": str(trainer["numNodes"]), "PET_NPROC_PER_NODE": "1"}
         done = subprocess.run(
             command, env={**os.environ, **placed}, capture_output=True, text=True, timeout=200
@@ -140,7 +116,7 @@ def test_a_trained_model_comes_back(
 
 @pytest.mark.parametrize("older", [False, True])
 def test_the_object_fits_the_schema_of_newer_and_older_releases(older: bool) -> None:
-    given = LaunchSettings(queue="gpus", priority_class="low", volume_claim="shared")
+    settings = LaunchSettings(queue="gpus", priority_class="low", volume_claim="shared")
     found = definition({"apiVersion": trainjob.KIND.api_version, "kind": "TrainJob"})
     assert found
     known = schema(found)
@@ -151,7 +127,7 @@ def test_the_object_fits_the_schema_of_newer_and_older_releases(older: bool) -> 
         known = {"properties": {"spec": spec}}
     owner = {"apiVersion": "v1", "kind": "Pod", "name": "p", "uid": "u"}
     step = Step("i", owner, trusted={"configMap": {"name": "bundle"}})
-    body = trainjob.body(given, name="n", exchange="s3://b/k", schema=known, step=step)
+    body = trainjob.body(settings, name="n", handover="s3://b/k", schema=known, step=step)
     assert body["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
     assert body["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "low"
     assert body["metadata"]["ownerReferences"] == [owner]
@@ -169,31 +145,31 @@ def test_names_are_of_the_run_alone() -> None:
     assert len(job_name("x" * 300)) <= 50
 
 
-def exchange_of(job: dict[str, Any]) -> Exchange:
-    """Where the job's pods are told to look."""
+def handover_of(job: dict[str, Any]) -> Handover:
+    """The folder named in the job's command."""
     if job["kind"] == "TrainJob":
-        return Exchange(job["spec"]["trainer"]["args"][0])
-    return Exchange(job["spec"]["entrypoint"].split()[-1])
+        return Handover(job["spec"]["trainer"]["args"][0])
+    return Handover(job["spec"]["entrypoint"].split()[-1])
 
 
-def hands_over(api: KubernetesApi, place: Path) -> Callable[[dict[str, Any]], None]:
+def sends_a_model(api: KubernetesApi, folder: Path) -> Callable[[dict[str, Any]], None]:
     """A controller whose job is complete at once, with a model of one file."""
 
     def control(job: dict[str, Any]) -> None:
         for name in ("model", "history", "report"):
-            (place / name).mkdir(parents=True, exist_ok=True)
-            (place / name / "config.json").write_text("{}")
-            exchange_of(job).send(name, place / name)
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name / "config.json").write_text("{}")
+            handover_of(job).send(name, folder / name)
         reaches(api, job, "complete")
 
     return control
 
 
-def fails(api: KubernetesApi) -> Callable[[dict[str, Any]], None]:
+def fails(api: KubernetesApi, code: int = 1) -> Callable[[dict[str, Any]], None]:
     def control(job: dict[str, Any]) -> None:
         pod, container = pod_of(api, job)
         api.write_log(pod, container, "CUDA out of memory")
-        end = {"terminated": {"exitCode": 1, "reason": "Error"}}
+        end = {"terminated": {"exitCode": code, "reason": "Error"}}
         common = {"image": "i", "imageID": "", "ready": False, "restartCount": 0}
         found = api.find("Pod", pod)
         assert found
@@ -208,7 +184,7 @@ def creations(api: KubernetesApi, engine: Engine) -> int:
     return asked.count("create")
 
 
-def test_a_failure_tells_its_cause_and_a_retry_trains_again(
+def test_a_failure_reports_its_cause_and_a_retry_trains(
     api: KubernetesApi, engine: Engine, settings: TrainSettings, tokens: Path, tmp_path: Path
 ) -> None:
     api.on_change(engine.KIND.name, fails(api))
@@ -216,7 +192,7 @@ def test_a_failure_tells_its_cause_and_a_retry_trains_again(
     with pytest.raises(UserError, match="JobsEnded[^$]*status 1[^$]*CUDA out of memory"):
         launch(settings, paths)
     assert not (tmp_path / "model").exists()
-    api.on_change(engine.KIND.name, hands_over(api, tmp_path / "made"))
+    api.on_change(engine.KIND.name, sends_a_model(api, tmp_path / "made"))
     launch(settings, paths)
     assert (tmp_path / "model" / "config.json").is_file()
     assert [verb for verb, kind, _ in api.requests if kind == engine.KIND.plural].count(
@@ -227,9 +203,9 @@ def test_a_failure_tells_its_cause_and_a_retry_trains_again(
 def test_a_retry_adopts_the_job_that_runs(
     api: KubernetesApi, engine: Engine, settings: TrainSettings, tokens: Path, tmp_path: Path
 ) -> None:
-    """The step died while its job went on; also an answer that was lost made a job."""
+    """The step died while its job ran, or the answer to its creation was lost."""
     api.lose_next(verb="create")
-    api.on_change(engine.KIND.name, hands_over(api, tmp_path / "made"))
+    api.on_change(engine.KIND.name, sends_a_model(api, tmp_path / "made"))
     launch(settings, {"tokens": tokens, **outputs(tmp_path)})
     assert [verb for verb, kind, _ in api.requests if kind == engine.KIND.plural].count(
         "create"
@@ -245,7 +221,7 @@ def test_a_job_of_somebody_else_under_this_name(
         spec = {"runtimeRef": {"name": "r"}, "trainer": {"args": ["x"]}}
     kind = {"apiVersion": engine.KIND.api_version, "kind": engine.KIND.name}
     theirs = api.add({**kind, "metadata": {"name": NAME}, "spec": spec})
-    with pytest.raises(UserError, match="is not of this run"):
+    with pytest.raises(UserError, match="belongs to another run"):
         launch(settings, {"tokens": tokens, **outputs(tmp_path)})
     assert api.find(engine.KIND.name, NAME) == theirs
 
@@ -262,7 +238,7 @@ def test_a_job_deleted_by_hand(
         launch(settings, {"tokens": tokens, **outputs(tmp_path)})
 
 
-def test_quota_that_is_never_given(
+def test_a_quota_that_never_admits(
     api: KubernetesApi,
     engine: Engine,
     small: Callable[..., TrainSettings],
@@ -279,13 +255,13 @@ def test_quota_that_is_never_given(
     assert api.find(engine.KIND.name, NAME) is None
 
 
-def test_a_retry_does_not_get_the_deadline_anew(
+def test_a_retry_does_not_restart_the_deadline(
     api: KubernetesApi, engine: Engine, settings: TrainSettings, tokens: Path, tmp_path: Path
 ) -> None:
     found = definition({"apiVersion": engine.KIND.api_version, "kind": engine.KIND.name})
     assert found
     body = engine.body(
-        settings.cluster, name=NAME, exchange=f"{tmp_path}/shared/{NAME}",
+        settings.cluster, name=NAME, handover=f"{tmp_path}/shared/{NAME}",
         schema=schema(found), step=Step("i"),
     )  # fmt: skip
     reaches(api, api.add(body), "running")
@@ -329,15 +305,6 @@ def test_a_missing_right_and_a_missing_kind(
         launch(settings, {"tokens": tokens, **outputs(tmp_path)})
 
 
-def containers(node: Any) -> list[dict[str, Any]]:
-    """Every container in a job, wherever it stands."""
-    if isinstance(node, list):
-        return [found for each in node for found in containers(each)]
-    if not isinstance(node, dict):
-        return []
-    return [*node.get("containers", []), *containers(list(node.values()))]
-
-
 def within_a_step(api: KubernetesApi, monkeypatch: pytest.MonkeyPatch, spec: Any) -> None:
     """Let this process be the step of a pipeline whose pod has this ``spec``."""
     pod = api.add({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "step"}, "spec": spec})
@@ -345,7 +312,7 @@ def within_a_step(api: KubernetesApi, monkeypatch: pytest.MonkeyPatch, spec: Any
     monkeypatch.setenv("KFP_POD_UID", pod["metadata"]["uid"])
 
 
-def test_the_job_belongs_to_the_steps_pod_and_has_what_it_has(
+def test_the_job_belongs_to_the_steps_pod_and_inherits_its_environment(
     api: KubernetesApi,
     engine: Engine,
     settings: TrainSettings,
@@ -380,15 +347,15 @@ def test_the_job_belongs_to_the_steps_pod_and_has_what_it_has(
     ranks = [each for each in ranks if each.get("name") != rayjob.SUBMITTER]
     trust = dict.fromkeys(TRUST_VARIABLES, f"{TRUSTED}/ca.crt")
     for each in ranks:
-        given = {one["name"]: one.get("value") for one in each["env"]}
-        assert given.items() >= {**own, **trust}.items()
+        variables = {one["name"]: one.get("value") for one in each["env"]}
+        assert variables.items() >= {**own, **trust}.items()
     for each in containers(spec):
         assert {"name": "trusted", "mountPath": TRUSTED} in each["volumeMounts"]
     assert str({"name": "trusted", **bundle}) in str(spec)
     assert "scratch" not in str(spec)
 
 
-def test_a_job_without_a_bundle_asks_for_none(
+def test_a_step_without_a_bundle_gives_the_job_none(
     api: KubernetesApi,
     engine: Engine,
     settings: TrainSettings,
@@ -401,78 +368,36 @@ def test_a_job_without_a_bundle_asks_for_none(
 
     def take(job: dict[str, Any]) -> None:
         made.append(job)
-        hands_over(api, tmp_path / "made")(job)
+        sends_a_model(api, tmp_path / "made")(job)
 
     api.on_change(engine.KIND.name, take)
     launch(settings, {"tokens": tokens, **outputs(tmp_path)})
     assert not any(name in str(made[0]) for name in (*TRUST_VARIABLES, TRUSTED))
 
 
-def test_the_nodes_are_told_the_model_that_the_registry_names(
+def test_the_nodes_get_the_model_that_the_registry_names(
     api: KubernetesApi,
     small: Callable[..., TrainSettings],
     tokens: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Their account has no rights there, and each rank would ask for itself."""
+    """Their account has no access to the registry."""
     settings = small(
         base_model="incumbent://m?else=s3://b/m", launcher="trainjob",
         cluster=LaunchSettings(exchange=str(tmp_path / "shared"), nodes=1, gpus_per_node=0),
     )  # fmt: skip
     monkeypatch.setattr(launching, "resolved", {settings.base_model: "s3://b/m/v2"}.__getitem__)
-    told: list[str] = []
+    recipes: list[str] = []
 
     def control(job: dict[str, Any]) -> None:
-        exchange_of(job).fetch("recipe", tmp_path / "recipe")
-        told.append((tmp_path / "recipe").read_text())
-        hands_over(api, tmp_path / "made")(job)
+        handover_of(job).fetch("recipe", tmp_path / "recipe")
+        recipes.append((tmp_path / "recipe").read_text())
+        sends_a_model(api, tmp_path / "made")(job)
 
     api.on_change("TrainJob", control)
     launch(settings, {"tokens": tokens, **outputs(tmp_path)})
-    assert json.loads(told[0])["train"]["base_model"] == "s3://b/m/v2"
-
-
-def test_the_rayjob_fits_the_schema_of_newer_and_older_releases() -> None:
-    gpu = {"key": "nvidia.com/gpu", "operator": "Exists"}
-    given = LaunchSettings(
-        nodes=3, gpus_per_node=4, queue="gpus", priority_class="low", volume_claim="shared",
-        tolerations=[gpu], node_selector={"zone": "a"},
-    )  # fmt: skip
-    found = definition({"apiVersion": rayjob.KIND.api_version, "kind": "RayJob"})
-    assert found
-    known = schema(found)
-    owner = {"apiVersion": "v1", "kind": "Pod", "name": "p", "uid": "u"}
-    step = Step("i", owner, trusted={"configMap": {"name": "bundle"}})
-    body = rayjob.body(given, name="n", exchange="s3://b/k", schema=known, step=step)
-    assert problems(body) == []
-    assert body["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
-    assert body["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "low"
-    assert body["metadata"]["ownerReferences"] == [owner]
-    assert body["spec"]["entrypoint"].endswith("nudge.components.train.cluster.ray_driver s3://b/k")
-    cluster = body["spec"]["rayClusterSpec"]
-    (group,) = cluster["workerGroupSpecs"]
-    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == 3
-    (worker,) = group["template"]["spec"]["containers"]
-    assert worker["resources"]["limits"]["nvidia.com/gpu"] == "4"
-    assert "nvidia.com/gpu" not in str(cluster["headGroupSpec"]["template"]["spec"]["containers"])
-    submitter = body["spec"]["submitterPodTemplate"]
-    for template in (group["template"], cluster["headGroupSpec"]["template"], submitter):
-        assert template["metadata"]["labels"]["nudge/run"] == "n"
-        assert template["spec"]["tolerations"] == [gpu]
-        assert template["spec"]["containers"][0]["volumeMounts"]
-    older = {"backoffLimit", "activeDeadlineSeconds"}
-    spec = known["properties"]["spec"]["properties"]
-    left = {"properties": {"spec": {"properties": {k: spec[k] for k in spec if k not in older}}}}
-    body = rayjob.body(given, name="n", exchange="s3://b/k", schema=left, step=step)
-    assert not older & set(body["spec"])
-
-
-def test_lines_of_a_worker_are_those_of_the_training() -> None:
-    line = "train: 3/12 steps loss 5.1"
-    assert rayjob.plain(f"\x1b[36m(RayTrainWorker pid=7, ip=10.0.0.1)\x1b[0m {line}") == line
-    assert rayjob.plain(f"(RayTrainWorker pid=7) {line}") == line
-    assert rayjob.plain(line) == line
+    assert json.loads(recipes[0])["train"]["base_model"] == "s3://b/m/v2"
 
 
 def test_a_rayjob_is_followed_from_the_queue_to_its_model(
@@ -487,14 +412,14 @@ def test_a_rayjob_is_followed_from_the_queue_to_its_model(
 
     def control(job: dict[str, Any]) -> None:
         assert problems(job) == []
-        assert exchange_of(job).read("tokens")
+        assert handover_of(job).read("tokens")
         reaches(api, job, "suspended", "waits")
         time.sleep(0.3)
         reaches(api, job, "running")
         pod, container = pod_of(api, job)
         api.write_log(pod, container, "(RayTrainWorker pid=7) train: 5/12 steps loss 5.1")
         time.sleep(0.5)
-        hands_over(api, tmp_path / "made")(job)
+        sends_a_model(api, tmp_path / "made")(job)
 
     api.on_change("RayJob", control)
     launch(settings, {"tokens": tokens, **outputs(tmp_path)})

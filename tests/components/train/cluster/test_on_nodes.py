@@ -1,6 +1,5 @@
-"""The step `train-on-nodes`: a pipeline's parameters become the job, and its model comes back."""
+"""The step `train-on-nodes`: a pipeline's parameters define the job, and its model comes back."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import yaml
 from kfp import dsl
 
 from nudge.components.common.core.errors import UserError
-from nudge.components.train.cluster import launch as launching
 from nudge.components.train.component import train_on_nodes
 from nudge.components.train.settings import TrainSettings, on_nodes
 from tests.components.train.cluster.test_launch import really_trains
@@ -18,7 +16,7 @@ from tests.kubernetes_api import KubernetesApi
 from tests.kubernetes_schemas import problems
 
 GPU = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
-GIVEN = {
+PARAMETERS = {
     "nodes": "1",
     "gpus_per_node": "0",
     "gpu_type": "nvidia.com/gpu",
@@ -29,16 +27,7 @@ GIVEN = {
 }
 
 
-@pytest.fixture
-def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesApi]:
-    monkeypatch.setattr(launching, "POLL_S", 0.05)
-    monkeypatch.setenv("NUDGE_RUN_ID", "run-1")
-    with KubernetesApi(role="nudge-runner") as api:
-        monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path)))
-        yield api
-
-
-def test_parameters_become_the_job_and_its_model_comes_back(
+def test_parameters_define_the_job_and_its_model_comes_back(
     api: KubernetesApi, tiny_model: Path, tokens: Path, tmp_path: Path
 ) -> None:
     made: list[dict[str, Any]] = []
@@ -58,7 +47,7 @@ def test_parameters_become_the_job_and_its_model_comes_back(
     model = artifact(dsl.Model, "model")
     train_on_nodes.python_func(
         recipe=yaml.safe_dump(recipe),
-        **GIVEN,
+        **PARAMETERS,
         tokens=dsl.Dataset(name="tokens", uri=str(tokens), metadata={}),
         model=model,
         history=artifact(dsl.Artifact, "history"),
@@ -71,14 +60,14 @@ def test_parameters_become_the_job_and_its_model_comes_back(
     assert problems(job) == []
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
     trainer = job["spec"]["trainer"]
-    assert (trainer["numNodes"], trainer["image"]) == (1, GIVEN["image"])
+    assert (trainer["numNodes"], trainer["image"]) == (1, PARAMETERS["image"])
     assert trainer["resourcesPerNode"]["limits"] == {"cpu": "3", "memory": "64Gi"}
     assert "another-connection" in str(trainer["env"])
     assert str([GPU]) in str(job["spec"]["runtimePatches"])
     assert str({"zone": "a"}) in str(job["spec"]["runtimePatches"])
 
 
-def test_what_is_not_given_stays_as_the_recipe_says() -> None:
+def test_empty_parameters_keep_the_recipes_values() -> None:
     recipe = TrainSettings(base_model="b", cluster={"nodes": 7, "runtime": "mine"})
     found = on_nodes(recipe, {"nodes": "", "tolerations": [], "cpu": "2"})
     assert found.launcher == "trainjob"

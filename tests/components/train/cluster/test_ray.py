@@ -1,17 +1,26 @@
-"""Ray Train runs the same training: two workers of a local Ray have the losses of one rank."""
+"""Ray Train runs the same training: two workers of a local Ray get the losses of one rank."""
 
+import contextlib
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from nudge.components.train.cluster.handover import Exchange
+from nudge.components.train.cluster import rayjob
+from nudge.components.train.cluster.handover import Handover
 from nudge.components.train.settings import LaunchSettings, TrainSettings
 from nudge.components.train.train import train
 from tests.components.train import spied_rank
+from tests.components.train.cluster.test_rayjob import ray_containers
 from tests.components.train.conftest import lines, outputs, write_recipe
 from tests.components.train.spied_rank import check_order
 
@@ -19,11 +28,11 @@ Small = Callable[..., TrainSettings]
 
 
 def drive(settings: TrainSettings, tokens: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """What the head of a RayJob runs, on a Ray of this machine with two CPUs."""
-    exchange = Exchange(str(folder / "exchange"))
+    """Run the driver of a RayJob on a Ray of this machine with two CPUs."""
+    handover = Handover(str(folder / "handover"))
     folder.mkdir(parents=True, exist_ok=True)
-    exchange.send("recipe", write_recipe(folder / "recipe", settings))
-    exchange.send("tokens", tokens)
+    handover.send("recipe", write_recipe(folder / "recipe", settings))
+    handover.send("tokens", tokens)
     script = (
         "import ray, sys; from nudge.components.train.cluster.ray_driver import main;"
         "hook = {'worker_process_setup_hook': 'tests.components.train.spied_rank.install'};"
@@ -32,7 +41,7 @@ def drive(settings: TrainSettings, tokens: Path, folder: Path) -> subprocess.Com
     )
     (folder / "rows").mkdir()
     return subprocess.run(
-        [sys.executable, "-c", script, exchange.uri],
+        [sys.executable, "-c", script, handover.uri],
         env={
             **os.environ,
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -53,9 +62,9 @@ def test_two_workers_of_ray_have_the_losses_of_one_rank(
     done = drive(small(cluster=on_ray), tokens, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     check_order(tmp_path / "rows", tokens, ranks=2, steps=12, rows=4)
-    exchange = Exchange(str(tmp_path / "exchange"))
+    handover = Handover(str(tmp_path / "handover"))
     for name in ("model", "history", "report"):
-        exchange.fetch(name, tmp_path / "two" / name)
+        handover.fetch(name, tmp_path / "two" / name)
     train(small(), tokens=tokens, **outputs(tmp_path / "one"))
     for kind in ("loss", "validation_loss", "tokens"):
         one, two = (lines(tmp_path / name, kind) for name in ("one", "two"))
@@ -64,7 +73,7 @@ def test_two_workers_of_ray_have_the_losses_of_one_rank(
 
 
 @pytest.mark.long
-def test_what_a_worker_of_ray_says_is_the_end_of_the_driver(
+def test_the_driver_ends_with_the_message_of_its_worker(
     small: Small, tokens: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("ray")
@@ -73,3 +82,58 @@ def test_what_a_worker_of_ray_says_is_the_end_of_the_driver(
     done = drive(settings, tokens, tmp_path)
     assert done.returncode == 2
     assert "error: training stopped before step 2: loss" in done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_head_of_ray_answers_the_probes_and_takes_jobs(tmp_path: Path) -> None:
+    """`ray start --head`, as KubeRay starts it, with the ports of this machine that are free."""
+    pytest.importorskip("ray")
+    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
+    ports = {name: free_port() for name in names}
+    temporary = tempfile.mkdtemp(prefix="ray")  # Ray's sockets need a short path
+    command = [
+        *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"),
+        *(f"--{name}={port}" for name, port in ports.items()),
+        *("--num-cpus=0", "--num-gpus=0", "--dashboard-host=0.0.0.0", "--disable-usage-stats"),
+        f"--temp-dir={temporary}",
+        *("--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=100000000"),
+    ]
+    environment = {**os.environ, "RAY_raylet_start_wait_time_s": "200"}
+    head = subprocess.Popen(command, env=environment, start_new_session=True)
+    here = {
+        rayjob.DASHBOARD_PORT: ports["dashboard-port"],
+        rayjob.AGENT_PORT: ports["dashboard-agent-listen-port"],
+    }
+    try:
+        container = ray_containers(LaunchSettings())["ray-head"]
+        for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+            probe = container[name]["httpGet"]
+            url = f"http://127.0.0.1:{here[probe['port']]}{probe['path']}"
+            assert "success" in answer(url, head)
+        assert answer(f"http://127.0.0.1:{ports['dashboard-port']}/api/jobs/", head) == "[]"
+    finally:
+        head.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            head.wait(60)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGKILL)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def answer(url: str, server: subprocess.Popen[bytes], patience_s: float = 240) -> str:
+    """The text at a URL, as soon as it answers with success."""
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=10) as response:
+                return str(response.read().decode())
+        except OSError:
+            if time.monotonic() > end or server.poll() is not None:
+                raise
+            time.sleep(1)

@@ -1,0 +1,81 @@
+"""What a launch that ends early leaves in the handover folder."""
+
+import dataclasses
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nudge.components.common.core.errors import UserError
+from nudge.components.train.cluster import launch as launching
+from nudge.components.train.cluster import trainjob
+from nudge.components.train.cluster.launch import launch
+from nudge.components.train.settings import TrainSettings
+from tests.components.train.cluster.test_launch import NAME, fails, handover_of, sends_a_model
+from tests.components.train.conftest import outputs
+from tests.kubernetes_api import KubernetesApi
+
+
+def leaves_checkpoints(tmp_path: Path) -> Path:
+    """The folder of the job, in which a rank has written a checkpoint."""
+    folder = tmp_path / "shared" / NAME
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "step-3").write_text("x")
+    return folder
+
+
+@pytest.mark.parametrize("end", ["refused", "cancelled", "late", "permanent"])
+def test_the_folder_of_a_job_that_ended_early_is_removed(
+    api: KubernetesApi, settings: TrainSettings, tokens: Path, tmp_path: Path, end: str
+) -> None:
+    """Only checkpoints stay, where a retry can resume from them."""
+    (tmp_path / "shared").mkdir()
+    sent = threading.Event()
+    short = dataclasses.replace(settings.cluster, deadline_hours=0.0006)
+
+    def control(job: dict[str, Any]) -> None:
+        assert handover_of(job).read("tokens")
+        leaves_checkpoints(tmp_path)
+        sent.set()
+        if end == "permanent":
+            fails(api, 2)(job)
+        if end == "cancelled":
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    api.on_change(launching.ENGINES[settings.launcher].KIND.name, control)
+    if end == "refused":
+        api.forbid("create", settings.launcher + "s")
+    with pytest.raises((UserError, SystemExit)):
+        launch(
+            dataclasses.replace(settings, cluster=short), {"tokens": tokens, **outputs(tmp_path)}
+        )
+    assert sent.is_set() is (end != "refused")
+    left = sorted(path.name for path in (tmp_path / "shared").glob("*/*"))
+    assert left == ([] if end in ("refused", "permanent") else ["checkpoints"])
+
+
+def test_the_folder_of_an_abandoned_job_is_removed_by_a_later_launch(
+    api: KubernetesApi, settings: TrainSettings, tokens: Path, tmp_path: Path
+) -> None:
+    abandoned, running = (tmp_path / "shared" / f"nudge-{n}-0123abcd" for n in ("a", "b"))
+    for folder in (abandoned, running):
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "checkpoints" / "one").write_text("x")
+        for each in (folder / "checkpoints" / "one", folder / "checkpoints"):
+            os.utime(each, (1, 1))
+    spec = {"runtimeRef": {"name": "r"}}
+    kind = {"apiVersion": trainjob.KIND.api_version, "kind": "TrainJob"}
+    api.add({**kind, "metadata": {"name": running.name}, "spec": spec})
+
+    def control(job: dict[str, Any]) -> None:
+        if job["metadata"]["name"] == NAME:
+            sends_a_model(api, tmp_path / "made")(job)
+
+    api.on_change(launching.ENGINES[settings.launcher].KIND.name, control)
+    launch(settings, {"tokens": tokens, **outputs(tmp_path)})
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == [running.name]

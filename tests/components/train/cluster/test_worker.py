@@ -1,0 +1,112 @@
+"""The command of a job's pod: its exit status and its sentence after a rank failed."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nudge.components.common.core.errors import Transient, UserError
+from nudge.components.train.cluster import worker
+from nudge.components.train.cluster.ray_driver import _cause
+
+ROOT = Path(__file__).parents[4]
+RUNTIME = ROOT / "manifests" / "overlays" / "multi-node" / "training-runtime.yaml"
+
+
+def rank_that(action: str) -> Any:
+    """Instead of torchrun: a process that ends as torchrun and its rank would."""
+    code = (
+        f"import os, pathlib, sys; error = pathlib.Path(os.environ['NUDGE_ERROR_FILE']); {action}"
+    )
+    return lambda folder: [sys.executable, "-c", code]
+
+
+@pytest.mark.parametrize(
+    ("action", "status", "sentence"),
+    [
+        ("error.write_text('no such model\\n' * 2); sys.exit(1)", 2, "error: no such model"),
+        (
+            "error.write_text('no answer'); error.with_suffix('.transient').touch(); sys.exit(1)",
+            75,
+            "error: no answer",
+        ),
+        ("sys.exit(1)", 1, ""),
+        ("os.kill(os.getpid(), 9)", 137, ""),
+    ],
+)
+def test_the_exit_status_says_whether_a_restart_may_help(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    action: str,
+    status: int,
+    sentence: str,
+) -> None:
+    monkeypatch.setattr(worker, "command", rank_that(action))
+    monkeypatch.setattr(worker.Handover, "fetch", lambda self, name, target: None)
+    with pytest.raises(SystemExit) as ended:
+        worker.main.main([str(tmp_path)], standalone_mode=False)
+    assert ended.value.code == status
+    assert capfd.readouterr().err.strip() == sentence
+
+
+def test_a_rank_that_the_kernel_killed_for_memory_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    events = tmp_path / "memory.events"
+    events.write_text("oom 0\noom_kill 0\n")
+    monkeypatch.setattr(worker, "MEMORY_EVENTS", events)
+    action = f"pathlib.Path({str(events)!r}).write_text('oom_kill 1\\n'); sys.exit(1)"
+    monkeypatch.setattr(worker, "command", rank_that(action))
+    with pytest.raises(UserError, match=r"raise\s+train\.cluster\.memory"):
+        worker.run_ranks_here(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [UserError, Transient])
+def test_the_ray_driver_passes_on_the_kind_of_error(kind: type[UserError]) -> None:
+    class Failed(Exception):
+        def __init__(self, failures: dict[int, Exception]) -> None:
+            super().__init__("a worker failed")
+            self.worker_failures = failures
+
+    assert type(_cause(Failed({0: kind("why")}))) is kind
+    assert type(_cause(Failed({0: OSError("killed")}))) is Transient
+
+
+def test_the_runtime_fails_at_once_after_bad_input_and_restarts_otherwise() -> None:
+    documents = yaml.safe_load_all(RUNTIME.read_text(encoding="utf-8"))
+    (runtime,) = [each for each in documents if each["kind"] == "TrainingRuntime"]
+    jobset = runtime["spec"]["template"]["spec"]
+    (replicated,) = jobset["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    pod = job["template"]["spec"]
+    assert (pod["restartPolicy"], job["backoffLimit"]) == ("Never", 0)
+    moved, permanent = job["podFailurePolicy"]["rules"]
+    assert moved["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert permanent["action"] == "FailJob"
+    codes = permanent["onExitCodes"]
+    assert codes["values"] == [worker.BAD_INPUT, 137]
+    assert worker.TRY_AGAIN not in codes["values"]
+    assert codes["containerName"] == pod["containers"][0]["name"]
+    (rule,) = jobset["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert jobset["failurePolicy"]["maxRestarts"] > 0
+
+
+@pytest.mark.long
+def test_a_missing_base_model_ends_the_worker_with_its_sentence(tmp_path: Path) -> None:
+    handover = worker.Handover(str(tmp_path / "shared"))
+    (tmp_path / "recipe").write_text("train: {base_model: /no/such/model}")
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "one").write_text("x")
+    for name in ("recipe", "tokens"):
+        handover.send(name, tmp_path / name)
+    module = "nudge.components.train.cluster.worker"
+    done = subprocess.run(
+        [sys.executable, "-m", module, handover.uri], capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == worker.BAD_INPUT, done.stderr[-2000:]
+    assert done.stderr.splitlines()[-1].startswith("error: ")
