@@ -227,6 +227,7 @@ def ingest(recipe: str, overrides: tuple[str, ...], as_json: bool, into: Path | 
 def show_ingest(recipe: Recipe, as_json: bool, into: Path | None) -> None:
     """Run the step `ingest` of a recipe and print what it read; raises `UserError` if refused."""
     from nudge.components.common.artifacts.corpus import read_corpus
+    from nudge.components.common.artifacts.schema import plain
     from nudge.components.ingest.account import examples
 
     step = STEPS["ingest"]
@@ -236,7 +237,7 @@ def show_ingest(recipe: Recipe, as_json: bool, into: Path | None) -> None:
         made = into or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nudge-")))
         function: Callable[..., dict[str, Any]] = step.plain_function()
         result = function(settings, corpus=made / "corpus", report=made / "report.html")
-        counts = read_corpus(made / "corpus")
+        counts = plain(read_corpus(made / "corpus"))
     values = {
         "recipe": recipe.name,
         "documents": {

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def _run(each: steps.Step, arguments: dict[str, Any]) -> None:
     """Run a step and print its results; raises `UserError` if the step refuses its input."""
     as_json, into = arguments.pop("as_json"), arguments.pop("into", None)
     function = each.plain_function()
-    positional = []
+    positional: list[Any] = []
     if each.settings:
         loaded = load(arguments.pop("recipe_name"), arguments.pop("overrides"))
         positional.append(each.read_settings(loaded.text))
@@ -90,7 +91,7 @@ def _run(each: steps.Step, arguments: dict[str, Any]) -> None:
         arguments |= outputs
     if each.services:
         connections.start()
-    with contextlib.redirect_stdout(click.get_text_stream("stderr")):
+    with contextlib.redirect_stdout(sys.stderr):
         results = function(*positional, **arguments)
     if as_json:
         click.echo(json.dumps(results, indent=2))

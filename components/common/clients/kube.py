@@ -188,7 +188,7 @@ class Cluster:
         """The version of an API group that this cluster prefers: ``kueue.x-k8s.io/v1beta2``. Empty
         if it does not serve the group."""
         kind = ResourceKind(f"{group}/", "APIGroup", "")
-        text = self._text(kind, "GET", f"/apis/{group}", group, missing_is_none=True)
+        text = self.requests.text(kind, "GET", f"/apis/{group}", group, missing_is_none=True)
         return "" if text is None else str(json.loads(text)["preferredVersion"]["groupVersion"])
 
     def schema(self, kind: ResourceKind) -> Object | None:

@@ -97,9 +97,7 @@ def verify_file(path: Path, sha256: str) -> None:
         raise UserError(f"{path} is missing; create the artifact again")
     actual = sha256_file(path)
     if actual != sha256:
-        raise UserError(
-            f"{path} is damaged: sha256 {actual}, but its manifest says {sha256}"
-        )
+        raise UserError(f"{path} is damaged: sha256 {actual}, but its manifest says {sha256}")
 
 
 def _fsync(path: Path) -> None:
