@@ -31,10 +31,15 @@ class KServeSettings:
     """The Kueue LocalQueue that the servers wait in. OpenShift AI 3.0 to 3.3 requires one in a
     namespace that Kueue manages; elsewhere Kueue puts servers without one into ``default``."""
     cpu: str = "4"
+    """CPU cores per replica, as a Kubernetes quantity."""
     memory: str = "16Gi"
+    """Memory per replica, as a Kubernetes quantity."""
     gpus: Annotated[int, Field(ge=0)] = 1
+    """GPUs per replica; 0 serves on the CPU."""
     gpu_type: str = "nvidia.com/gpu"
+    """The resource name of a GPU."""
     node_selector: dict[str, str] = field(default_factory=dict)
+    """Labels of the nodes that replicas may run on."""
     tolerations: list[dict[str, Any]] = field(default_factory=list)
     """As in a pod, such as ``{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}``."""
     replicas: Annotated[int, Field(ge=1)] = 1
@@ -80,6 +85,7 @@ class DeploySettings:
     smoke_prompt: Annotated[str, Field(min_length=1)] = "Once upon a time"
     """Defaults in a recipe to its first probe, or else to its first prompt."""
     smoke_tokens: Annotated[int, Field(ge=1, le=256)] = 8
+    """Tokens that the smoke test generates."""
     smoke_tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """How far a probe's probability may be from the evaluated one, if the server reports it;
     serving in bfloat16 moves it by one or two hundredths."""
@@ -95,6 +101,7 @@ class DeploySettings:
     """Serve versions from ``hf://`` or ``pvc://``, whose files cannot be compared with the
     evaluated ones."""
     kserve: KServeSettings = field(default_factory=KServeSettings)
+    """How KServe serves the model."""
 
 
 @settings

@@ -21,8 +21,11 @@ class Probe:
     """
 
     prompt: Annotated[str, Field(min_length=1)]
+    """The text that the model continues."""
     target: Annotated[str, Field(min_length=1)]
+    """The continuation whose probability counts, with its leading space."""
     expect: Literal["rise", "hold"] = "rise"
+    """Whether the probability should rise, or must hold."""
 
 
 @settings
@@ -34,12 +37,14 @@ class Guard:
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")]
+    """The name of the set in the report."""
     uri: str
     """package://, file:// or a path, the last two with patterns (*), or an s3:// folder. In .jsonl
     (and .jsonl.gz) each line's ``text`` is a document; any other file is one document."""
     limit: Annotated[float, Field(ge=0)] = 0.05
     """Bits per byte by which the candidate may be worse than the model it is compared with."""
     max_documents: Annotated[int, Field(ge=MIN_DOCUMENTS)] = 200
+    """The largest number of documents to score."""
 
 
 @settings
@@ -47,6 +52,7 @@ class Task:
     """A task of lm-evaluation-harness; its first metric is compared with that of the reference."""
 
     name: str
+    """The task's name in lm-evaluation-harness."""
     limit: Annotated[float, Field(ge=0)] | None = None
     """How far the metric may get worse; if unset, it is only reported."""
     examples: Annotated[int, Field(ge=0)] = 0
@@ -62,6 +68,7 @@ def _named(value: Any) -> Any:
 @settings
 class EvaluateSettings:
     base_model: str
+    """The model that training started from, scored beside the candidate."""
     model_name: OptionalRegistryName = ""
     """The registered model whose served version is the incumbent. If empty, it is unknown what is
     served, and nothing is promoted."""
@@ -79,6 +86,7 @@ class EvaluateSettings:
     """Held-out documents to score, the first in the split's (hashed) order. With fewer than 16
     there is no interval, and nothing is promoted (`MIN_DOCUMENTS`)."""
     guards: list[Guard] = field(default_factory=list)
+    """Sets of other text on which the candidate may lose little."""
     probes: list[Probe] = field(default_factory=list)
     """The first one is the running example, which training watches and the report shows."""
     hold_limit: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -86,6 +94,7 @@ class EvaluateSettings:
     prompts: list[str] = field(default_factory=list)
     """Prompts that base and candidate complete greedily; the candidate's are checked."""
     completion_tokens: Annotated[int, Field(ge=1, le=512)] = 24
+    """Tokens per completion of `prompts`."""
     tasks: list[Annotated[Task, BeforeValidator(_named)]] = field(default_factory=list)
     """Names of lm-evaluation-harness tasks (the extra ``tasks``), or `Task` mappings."""
     task_folder: str = ""
@@ -93,7 +102,9 @@ class EvaluateSettings:
     margin: Annotated[float, Field(ge=0)] = 0.0
     """Bits per byte by which the worse end of the interval must be better."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """The confidence level of the bootstrap interval."""
     resamples: Annotated[int, Field(ge=100)] = 10_000
+    """Bootstrap resamples of the documents."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the weights. bfloat16 halves memory; its scores are accurate to about 3 digits."""
     batch_tokens: Annotated[int, Field(ge=0)] = 0
@@ -101,6 +112,7 @@ class EvaluateSettings:
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads; 0 means every core that the process may use."""
     seed: int = 1
+    """Seeds the bootstrap."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> "EvaluateSettings":

@@ -47,7 +47,9 @@ class IngestSettings:
     keep_front_matter: bool = False
     """Whether to keep the YAML front matter of Markdown files in their text."""
     min_characters: Annotated[int, Field(ge=1)] = 20
+    """The shortest document that is kept, in characters."""
     max_characters: Annotated[int, Field(ge=1)] = 10_000_000
+    """The longest document that is kept, in characters."""
     split_characters: Annotated[int, Field(ge=0)] = 0
     """Longer texts become several documents of at most this many characters, cut between
     paragraphs; each piece is trained on or held out by itself. 0: split only if there would
@@ -89,6 +91,7 @@ class IngestSettings:
     """Whether a run ends after this step if the served version of `model_name` was trained on
     exactly this corpus."""
     model_name: OptionalRegistryName = ""
+    """The registered model whose served version `only_new` asks about."""
     registry_url: RegistryUrl = ""
     """The registry that `only_new` asks; empty means NUDGE_REGISTRY_URL."""
 

@@ -12,12 +12,15 @@ from nudge.components.common.core.settings import settings
 @settings
 class RegisterSettings:
     model_name: RegistryName
+    """The name of the registered model."""
     registry_url: RegistryUrl = ""
     """Empty means NUDGE_REGISTRY_URL."""
     registry_name: str = "model-registry"
     """The registry's name on the dashboard, for lineage."""
     author: str = "nudge"
+    """The author of the version, as the registry shows it."""
     description: str = ""
+    """The description of the version; empty: the name, the version and the verdict."""
     keep_versions: Annotated[int, Field(ge=0)] = 0
     """Archive all but this many of the newest versions; 0 archives none. A version that is served,
     or the one before it that a rollback returns to, is never archived. Setting a version to LIVE in

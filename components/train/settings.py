@@ -15,7 +15,9 @@ class WatchedPrompt:
     """A prompt and a target continuation (one token or several) whose probability is logged."""
 
     prompt: Annotated[str, Field(min_length=1)]
+    """The text that the model continues."""
     target: Annotated[str, Field(min_length=1)]
+    """The continuation whose probability is recorded, with its leading space."""
 
 
 @settings
@@ -32,12 +34,17 @@ class LaunchSettings:
     image: str = ""
     """The image of the job's pods; empty: the image of the step `train`."""
     nodes: Annotated[int, Field(ge=1)] = 2
+    """The number of nodes that train together."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 1
     """GPUs per node, with one rank per GPU; 0 trains on CPUs, with one rank per node."""
     gpu_resource: str = "nvidia.com/gpu"
+    """The resource name of a GPU."""
     cpu: Annotated[str, Field(coerce_numbers_to_str=True)] = "8"
+    """CPU cores per node, as a Kubernetes quantity."""
     memory: str = "64Gi"
+    """Memory per node, as a Kubernetes quantity."""
     head_cpu: Annotated[str, Field(coerce_numbers_to_str=True)] = "2"
+    """CPU cores of a RayJob's head, as a Kubernetes quantity."""
     head_memory: str = "8Gi"
     """For `rayjob`, the size of the head, which runs the driver and Ray's own services. Ray's guide
     to large clusters starts at this size."""
@@ -54,6 +61,7 @@ class LaunchSettings:
     volume_claim: str = ""
     """A PersistentVolumeClaim (ReadWriteMany) that the job's pods mount."""
     volume_path: str = "/mnt/nudge"
+    """The folder where the job's pods mount `volume_claim`."""
     tolerations: list[dict[str, Any]] = field(default_factory=list)
     """Tolerations of the job's pods, as in a pod spec. Kueue adds those of the resource flavor to
     which it admits the job."""
@@ -82,6 +90,7 @@ class TrainSettings:
     max_steps: Annotated[int, Field(ge=0)] = 0
     """Maximum number of optimizer steps; 0 means no limit."""
     sequence_length: Annotated[int, Field(ge=8)] = 256
+    """Tokens per sequence; documents are packed into sequences of this length."""
     batch_sequences: Annotated[int, Field(ge=1)] = 8
     """Sequences per optimizer step, over all ranks."""
     micro_batch_sequences: Annotated[int, Field(ge=1)] = 4
@@ -91,19 +100,26 @@ class TrainSettings:
     or, if it does not put one before text by itself, the end-of-document token. The others begin
     bare, as a prompt does, so that the model learns both."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """The peak learning rate of AdamW."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """The learning rate after the warm-up: `cosine` decay, or `wsd` (warm-up-stable-decay), which
     stays at the full rate and then decays linearly."""
     final_learning_rate_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     """The schedule decays toward this fraction of `learning_rate`."""
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps over which the learning rate rises linearly from zero."""
     decay_share: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Fraction of all steps during which `wsd` decays; at most the steps after the warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's weight decay, for tensors of two or more dimensions."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    """The largest norm of all gradients together; larger ones are scaled down."""
     lora_rank: Annotated[int, Field(ge=1)] = 16
+    """The rank of each LoRA adapter."""
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0
+    """LoRA's scale: adapters are multiplied by `lora_alpha / lora_rank`."""
     lora_targets: list[str] = field(
         default_factory=lambda: [
             "q_proj",
@@ -115,6 +131,7 @@ class TrainSettings:
             "down_proj",
         ]
     )
+    """The names of the linear layers that get an adapter."""
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
     """The dtype of matrix products; weights and optimizer state stay float32. `auto` selects
     bfloat16 if the hardware has instructions for it, else float32."""
@@ -133,12 +150,15 @@ class TrainSettings:
     cluster: LaunchSettings = field(default_factory=LaunchSettings)
     """The job that the launchers `trainjob` and `rayjob` create."""
     export_dtype: Literal["float32", "bfloat16"] = "float32"
+    """The dtype of the weights that are written."""
     watch: WatchedPrompt | None = None
     """The running example: its ten most likely next tokens are logged every `watch_every` steps."""
     watch_every: Annotated[int, Field(ge=1)] = 5
+    """Steps between two records of `watch`."""
     validation_every: Annotated[int, Field(ge=0)] = 0
     """Steps between validations; 0 validates only at the start and the end."""
     validation_sequences: Annotated[int, Field(ge=1)] = 8
+    """Sequences per validation loss during training."""
     early_stopping: Annotated[int, Field(ge=0)] = 0
     """Stop after this many validations in a row without a lower loss, and keep the best weights; 0
     disables it."""
@@ -159,6 +179,7 @@ class TrainSettings:
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads; 0 uses every core that the process may use."""
     seed: int = 1
+    """Keys the order of the data, initialization and dropout."""
 
     def __post_init__(self) -> None:
         if self.mode != "scratch" and not self.base_model:
