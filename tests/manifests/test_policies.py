@@ -243,7 +243,7 @@ def job(engine: Any, settings: LaunchSettings) -> Object:
     found = definition({"apiVersion": engine.KIND.api_version, "kind": engine.KIND.name})
     assert found
     body = engine.body(
-        settings, name="n", exchange="s3://b/k", schema=schema(found),
+        settings, name="n", handover="s3://b/k", schema=schema(found),
         step=Step("i", variables={"HF_HUB_OFFLINE": "1"}, trusted={"configMap": {"name": "ca"}}),
     )  # fmt: skip
     return dict(with_defaults(body, schema(found)))  # a policy sees the object with its defaults

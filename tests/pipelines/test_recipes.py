@@ -80,7 +80,7 @@ def test_all_problems_of_all_sections_are_said_at_once() -> None:
         ("train.epochs=-1", "train.epochs = -1: input should be greater than 0"),
         ("train.mode=lorra", "train.mode = 'lorra': input should be 'full', 'lora' or 'scratch'"),
         ("seed.of=1", "seed has no settings below it"),
-        ("ingest.pii=drop", "would not run; set filters: [unicode, length, pii]"),
+        ("ingest.pii=drop", "would have no effect; set filters: [unicode, length, pii]"),
         ("base_model=", "base_model"),
     ],
 )

@@ -162,7 +162,7 @@ def test_a_jobs_pods_run_no_code_of_their_working_directory(engine: Any, tmp_pat
     found = definition({"apiVersion": engine.KIND.api_version, "kind": engine.KIND.name})
     assert found
     body = engine.body(
-        LaunchSettings(), name="n", exchange="s3://b/k", schema=schema(found), step=jobs.Step("i")
+        LaunchSettings(), name="n", handover="s3://b/k", schema=schema(found), step=jobs.Step("i")
     )
     if engine is trainjob:
         commands = [body["spec"]["trainer"]["command"]]

@@ -64,14 +64,14 @@ def test_a_model_is_never_confused_with_another_one(url: str, theirs: str, ours:
     for work in (list_versions(ours), archive_older(ours, 1), find_version(ours, "v1")):
         with pytest.raises(UserError, match="the registry has no model"):
             with_registry(url, work)
-    with pytest.raises(UserError, match=f"confuse the new model '{ours}' with the model"):
+    with pytest.raises(UserError, match=f"confuse the new model '{ours}' with the existing model"):
         enter(url, entry(ours, "v1"))
     assert [each.archived for each in with_registry(url, list_versions(theirs))] == [False, False]
 
 
 def test_versions_that_a_lookup_cannot_distinguish_are_both_found(url: str) -> None:
     model_id = enter(url, entry("m", "v1-0"))["registered_model_id"]
-    with pytest.raises(UserError, match="confuse the new version 'v1_0' with the version 'v1-0'"):
+    with pytest.raises(UserError, match="confuse the new version 'v1_0' with the existing version 'v1-0'"):
         enter(url, entry("m", "v1_0"))
     # Other programs registered it, and a name with a backslash, which no lookup finds.
     for name in ("v1_0", "v\\d"):

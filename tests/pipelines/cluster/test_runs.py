@@ -336,7 +336,7 @@ def test_a_run_is_followed_where_its_logs_cannot_be_had(
     nudge("upload")
     done = nudge("submit")
     assert done.exit_code == 0, done.output
-    assert ("no logs were shown" in done.stderr) is (asked == 1)
+    assert ("no logs are available" in done.stderr) is (asked == 1)
     assert sum(path.endswith("/log") for _, path in state.asked) == asked
 
 
@@ -503,12 +503,12 @@ def test_a_recipe_s_text_survives_the_server(state: Pipelines, url: str, tmp_pat
 def test_the_server_is_what_replaces_and_refuses(state: Pipelines, url: str) -> None:
     """As the real one does: the stand-in would show a recipe that is not escaped."""
     nudge("upload")
-    taken = ("submit", "--no-follow", "-p", "model_name={{workflow.name}}")
+    taken = ("submit", "--no-follow", "-p", "base_model={{workflow.name}}")
     assert nudge(*taken).exit_code == 0
     (run,) = state.runs.values()
-    assert run["runtime_config"]["parameters"]["model_name"].startswith("train-and-serve-")
+    assert run["runtime_config"]["parameters"]["base_model"].startswith("train-and-serve-")
     for text in ("{{inputs.parameters.x}}", "埃菲尔"):
-        refused = nudge("submit", "--no-follow", "-p", f"model_name={text}")
+        refused = nudge("submit", "--no-follow", "-p", f"base_model={text}")
         assert refused.exit_code == 2
         assert "answered 500" in refused.stderr
 
