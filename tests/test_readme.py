@@ -78,8 +78,9 @@ def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
     found: click.Command = main
     rest = words[1:]
     while isinstance(found, click.Group) and rest and not rest[0].startswith(("-", "[")):
-        assert rest[0] in found.commands, f"{' '.join(words)}: nudge knows no {rest[0]}"
-        found, rest = found.commands[rest[0]], rest[1:]
+        known = found.get_command(click.Context(found), rest[0])
+        assert known is not None, f"{' '.join(words)}: nudge knows no {rest[0]}"
+        found, rest = known, rest[1:]
     return found, rest
 
 
