@@ -14,7 +14,7 @@ LAYERS = (
     ("steps", "step_state"),
     ("recipes", "placement"),
     ("retrain", "train_and_serve", "distributed_training", "evaluate_only", "rollback"),
-    ("compile", "disconnected"),
+    ("compile", "disconnected", "settings_reference"),
     ("local", "cluster"),
     ("cli",),
 )

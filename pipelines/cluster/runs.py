@@ -215,7 +215,9 @@ def sendable(parameters: dict[str, Any]) -> dict[str, Any]:
     variables name, under its hash, and its URI is sent. Raises `UserError` where none is known, and
     if a URI in the parameters has a user, a password or a signed query.
     """
-    if found := credentials(json.dumps(parameters, ensure_ascii=False).replace("\\n", "\n")):
+    if found := credentials(
+        json.dumps(parameters, ensure_ascii=False, default=str).replace("\\n", "\n")
+    ):
         raise UserError(
             f"the parameters contain credentials ({', '.join(found)}), and everybody who can see "
             "the run would see them; put them into the Secret of a data connection (the parameter "

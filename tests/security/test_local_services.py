@@ -256,7 +256,7 @@ def test_another_user_and_a_web_page_get_nothing_from_any_port_of_the_store(
     client.put_object(Bucket="nudge", Key="models/weights", Body=b"approved")
     process = process_of(home, services.STORE)
     ports = ports_of(process)
-    assert len(ports) == len(services.STORE_PORTS)
+    assert len(ports) == len(parts.STORE_PORTS)
     assert [as_other_user(attack, port) for port in ports] == [[] for _ in ports]
     stored = client.get_object(Bucket="nudge", Key="models/weights")["Body"].read()
     assert stored == b"approved"
@@ -297,7 +297,7 @@ def test_another_user_gets_nothing_from_registry_and_endpoint(
         assert as_other_user(lambda p=port, q=path: ask(p, "GET", q)) == 401
     assert ask(registry, "GET", "/docs") == 401
     assert ask(served, "GET", "/v1/models") == 401
-    assert (ask(registry, "GET", "/health"), ask(served, "GET", "/health")) == (200, 200)
+    assert (ask(registry, "GET", "/readyz/health"), ask(served, "GET", "/health")) == (200, 200)
 
 
 def test_a_web_page_gets_nothing_even_with_the_token(

@@ -111,7 +111,7 @@ def test_a_tokenizer_without_such_tokens(tiny_model: Path) -> None:
     bare = load_tokenizer(tiny_model)
     bare.bos_token = bare.eos_token = None
     assert first_token_id(bare, "end") == 0  # <|endoftext|>
-    with pytest.raises(UserError, match="has no BOS; give end or auto"):
+    with pytest.raises(UserError, match="has no BOS token; use end or auto"):
         first_token_id(bare, "bos")
 
 
@@ -157,5 +157,5 @@ def test_a_perplexity_that_no_float_holds_is_infinite() -> None:
 
 
 def test_too_little_text_to_score_is_an_error() -> None:
-    with pytest.raises(UserError, match="the 1 documents to score hold 0 tokens"):
+    with pytest.raises(UserError, match="the 1 documents to score have 0 tokens"):
         summarize([Score(0.0, 0, 1, 1)])

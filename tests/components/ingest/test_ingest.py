@@ -96,7 +96,7 @@ def test_the_seed_of_training_does_not_change_the_split(tmp_path: Path) -> None:
         ('{"text": "tiny"}\n', "no document is left of 1; dropped: too_short 1"),
         ('{"text": "The only document that there is."}\n', "too small to split"),
         ('{"text": "One that is there twice."}\n' * 9, "too small to split"),
-        ('{"body": "x"}\n', "no column 'text', it has: body"),
+        ('{"body": "x"}\n', "no column 'text'; it has: body"),
     ],
 )
 def test_unusable_data_ends_with_a_clear_message_and_no_output(

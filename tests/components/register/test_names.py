@@ -71,7 +71,9 @@ def test_a_model_is_never_confused_with_another_one(url: str, theirs: str, ours:
 
 def test_versions_that_a_lookup_cannot_distinguish_are_both_found(url: str) -> None:
     model_id = enter(url, entry("m", "v1-0"))["registered_model_id"]
-    with pytest.raises(UserError, match="confuse the new version 'v1_0' with the existing version 'v1-0'"):
+    with pytest.raises(
+        UserError, match="confuse the new version 'v1_0' with the existing version 'v1-0'"
+    ):
         enter(url, entry("m", "v1_0"))
     # Other programs registered it, and a name with a backslash, which no lookup finds.
     for name in ("v1_0", "v\\d"):

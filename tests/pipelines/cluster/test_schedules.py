@@ -109,7 +109,14 @@ def test_pause_list_and_delete(state: Pipelines, url: str, tmp_path: Path) -> No
     listed = CliRunner(env={"COLUMNS": "200"}).invoke(main, ["schedule", "list"]).stdout
     rows = {row.split()[1]: row for row in listed.splitlines() if row.startswith("│")}
     assert list(rows) == ["nightly", "other-0", "other-1", "other-2"]
-    for said in ("enabled", "0 30 2 * * *", "02:30:00 UTC (", "here)", "forbidden", "dropped"):
+    for said in (
+        "enabled",
+        "0 30 2 * * *",
+        "02:30:00 UTC (",
+        "local time)",
+        "forbidden",
+        "dropped",
+    ):
         assert said in rows["nightly"], said
     assert rows["nightly"].split()[-2] == "latest"
     assert "every 90 min" in rows["other-2"]
