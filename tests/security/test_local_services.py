@@ -27,7 +27,7 @@ from aiohttp import web
 from nudge.components.common.core import guard, processes
 from nudge.components.common.core.environment import REGISTRY_TOKEN_PATH
 from nudge.components.deploy.local import gateway
-from nudge.pipelines.local import object_store, services, serving
+from nudge.pipelines.local import object_store, parts, services, serving
 from tests.local_registry import endpoint_headers
 from tests.web_server import Server
 
