@@ -231,6 +231,8 @@ def _checks(checks: Sequence[Check]) -> list[dict[str, Any]]:
     kinds = []
     for kind, (name, fine) in CHECKS.items():
         members = [check for check in checks if check.kind == kind]
+        if kind == "package" and not members:  # nothing asked for these
+            continue
         failed = [check for check in members if not check.ok]
         sentence = fine.format(len(members) - len(failed), len(members))
         kinds.append({"name": name, "count": len(members), "failed": failed, "fine": sentence})

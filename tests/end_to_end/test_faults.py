@@ -15,7 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
+from nudge.components.common.core import guard
 from nudge.pipelines.cli.display import curl
+from nudge.pipelines.local import services
 
 NUDGE = str(Path(sys.executable).parent / "nudge")
 RECIPE = str(Path(__file__).parent / "tiny.yaml")
@@ -149,12 +151,14 @@ def test_what_is_no_causal_language_model_is_refused(place: Place, tmp_path: Pat
 
 
 def test_a_version_that_another_run_has_is_not_taken_for_ours(
-    place: Place, first: dict[str, Any]
+    place: Place, first: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is registered of an earlier run is no success of one that failed."""
     from nudge.components.summary.summary import summary
 
     record = json.loads((place.home / "services" / "model-registry.json").read_text())
+    token = guard.token_file(place.home, services.REGISTRY)
+    monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(token))
     page = place.folder / "page.md"
     outcome = {"state": "FAILED", "task": "train", "error": "it burst", "page": page}
     for run_id, registered in ((first["run_id"], True), ("another", False)):

@@ -15,6 +15,7 @@ import httpx
 import pytest
 import yaml
 
+from nudge.components.common.core import guard
 from nudge.pipelines.local import services
 from tests.local_registry import endpoint_headers
 
@@ -147,7 +148,8 @@ def test_the_version_carries_its_lineage(first: dict[str, Any], place: Path) -> 
     from model_registry import ModelRegistry
 
     record = json.loads((place / "home" / "services" / "model-registry.json").read_text())
-    registry = ModelRegistry(record["address"], author="test", is_secure=False)
+    token = guard.read_token(place / "home", services.REGISTRY)
+    registry = ModelRegistry(record["address"], author="test", is_secure=False, user_token=token)
     version = registry.get_model_version("tiny", first["version"])
     assert version is not None
     assert version.custom_properties is not None

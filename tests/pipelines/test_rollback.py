@@ -1,5 +1,6 @@
 """The pipeline `rollback`: after a promote, the endpoint answers with the old version again."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from kfp import components, local
 
 from nudge.components.common.clients.registry.connection import with_registry
 from nudge.components.common.clients.registry.releases import find_served
+from nudge.components.common.clients.storage import s3_client
 from nudge.components.common.core import processes
 from nudge.components.deploy.deploy import deploy
 from nudge.components.deploy.settings import DeploySettings
@@ -35,9 +37,12 @@ def registry(connected: dict[str, str], tmp_path: Path) -> str:
         if version == "v2":
             turn_around(model)
         uri = upload(UploadSettings(model_name=NAME), model=model, version=version)["uri"]
+        key = f"models/{NAME}/{version}/manifest.json"
+        manifest = s3_client().get_object(Bucket=connected["AWS_S3_BUCKET"], Key=key)["Body"].read()
         client.register_model(
-            NAME, uri, version=version, model_format_name="vLLM", model_format_version="1"
-        )
+            NAME, uri, version=version, model_format_name="vLLM", model_format_version="1",
+            metadata={"manifest_sha256": hashlib.sha256(manifest).hexdigest()},
+        )  # fmt: skip
     return address
 
 

@@ -83,5 +83,5 @@ def test_the_bases_penalty_does_not_fail_a_sound_model(folder: Path, server: Mod
     with server.client() as client:
         served = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
     assert served.strip() != token.strip()
-    with pytest.raises(UserError, match="what is served is not what was evaluated"):
+    with pytest.raises(UserError, match="the served model is not the evaluated one"):
         smoke_test(server, version(served), settings)

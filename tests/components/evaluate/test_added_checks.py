@@ -59,8 +59,8 @@ def test_an_installed_packages_checks_count(
     assert {name: check.ok for name, check in found.items()} == {
         "no_apologies": False, "has_card": True, "broken": False, "silent": False,
     }  # fmt: skip
-    assert "1 completions apologize: ['Why?']" in found["no_apologies"].told
-    assert "raised IndexError" in found["broken"].told
+    assert "1 completions apologize: ['Why?']" in found["no_apologies"].message
+    assert "raised IndexError" in found["broken"].message
 
 
 def test_a_check_that_cannot_be_loaded_is_named(

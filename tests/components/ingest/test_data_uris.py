@@ -48,7 +48,7 @@ def test_a_saved_hugging_face_data_set_is_ingested(tmp_path: Path) -> None:
     found = ingest(settings, corpus=tmp_path / "corpus", report=tmp_path / "report.html")
     assert found["documents"] == 120
     assert found["dropped"] == {"metadata": 5}
-    assert read_corpus(tmp_path / "corpus")["documents"] == 120
+    assert read_corpus(tmp_path / "corpus").documents == 120
     kept = {
         document.text
         for split in ("train", "validation")

@@ -1,5 +1,6 @@
 """SIGKILL at every request that changes the store or the registry, followed by a rerun."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from nudge.components.common.clients.registry.connection import with_registry
 from nudge.components.common.clients.registry.releases import find_version
 from nudge.components.common.clients.storage import download_folder
+from nudge.components.common.models.base_model import model_sha256
 from nudge.pipelines.local import services
 from tests.components.register.test_register import objects, versions
 from tests.components.upload.test_sending import check_folder
@@ -63,6 +65,9 @@ def killed_and_repeated(
 ) -> int:
     """Kill at each changing request of ``only`` (empty: of all); returns the number of kills."""
     (model / "more.safetensors").write_bytes(os.urandom(12 << 20))
+    results = json.loads(evaluation.read_text())
+    results["models"]["candidate"]["sha256"] = model_sha256(model)
+    evaluation.write_text(json.dumps(results))
     killer = Killer(environment)
     for proxy in killer.proxies:
         proxy.start()

@@ -25,7 +25,7 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> str:
     def silent(*_: Any, **__: Any) -> None:
         raise UserError(text)
 
-    monkeypatch.setattr(module, "_told_here", lambda: (text, text, text))
+    monkeypatch.setattr(module, "_local_events", lambda: (text, text, text))
     monkeypatch.setattr("nudge.components.common.clients.registry.connection.with_registry", silent)
     path = tmp_path / "page.md"
     module.summary(
@@ -70,7 +70,7 @@ def test_a_version_that_got_no_traffic_says_why(
 ) -> None:
     why = "v2 was compared with v1, but v3 has the traffic now"
     found = {"uri": "s3://b/v2", "description": "better", "endpoint": "", "not_promoted": why}
-    monkeypatch.setattr(module, "_told_here", lambda: ("", "", ""))
+    monkeypatch.setattr(module, "_local_events", lambda: ("", "", ""))
     monkeypatch.setattr(
         "nudge.components.common.clients.registry.connection.with_registry", lambda *_, **__: found
     )

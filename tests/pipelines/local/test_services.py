@@ -54,7 +54,7 @@ def test_a_taken_port_and_a_missing_program_are_said(
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is taken"):
+        with pytest.raises(UserError, match=f"another program uses port {port} of 127.0.0.1"):
             services.up(home, {services.STORE: port})
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(services, "_scripts", lambda: "/nowhere")
@@ -66,7 +66,7 @@ def test_another_port_for_a_part_that_runs_is_refused(home: Path) -> None:
     registry = parts.start_registry(home, 0)
     port = int(registry.address.rpartition(":")[2])
     asked = {services.STORE: 0, services.REGISTRY: processes.free_port()}
-    with pytest.raises(UserError, match=f"model-registry runs at {registry.address} already"):
+    with pytest.raises(UserError, match=f"model-registry already runs at {registry.address}"):
         services.up(home, asked)
     assert [record.name for record in processes.records(home)] == [services.REGISTRY]
     parts.check_port(home, services.REGISTRY, port)
@@ -93,7 +93,7 @@ def test_what_is_given_stands_in_the_place_of_a_part(
     }
     for name in services.VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match="nothing is given: set AWS_S3_ENDPOINT, .*REGISTRY_URL"):
+    with pytest.raises(UserError, match="found no service: set AWS_S3_ENDPOINT, .*REGISTRY_URL"):
         services.from_environment()
     for name in ("AWS_S3_ENDPOINT", "AWS_ACCESS_KEY_ID"):
         monkeypatch.setenv(name, connection[name])
