@@ -57,8 +57,8 @@ def test_a_taken_port_and_a_missing_program_are_said(
         with pytest.raises(UserError, match=f"another program uses port {port} of 127.0.0.1"):
             services.up(home, {services.STORE: port})
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(services, "_scripts", lambda: "/nowhere")
-    with pytest.raises(UserError, match="`weed` is not here"):
+    monkeypatch.setattr(parts, "_scripts", lambda: "/nowhere")
+    with pytest.raises(UserError, match="`weed` is not installed"):
         services.up(home)
 
 
@@ -109,9 +109,9 @@ def test_what_is_given_stands_in_the_place_of_a_part(
     embedded = {"NUDGE_HOME": str(home), "NUDGE_EMBEDDED": services.REGISTRY}
     assert environment == {**embedded, **connection}
     # A later command finds the same store, as long as the variables are set.
-    assert services.given_store(home) == connection
+    assert services.env_store(home) == connection
     monkeypatch.setenv("AWS_S3_ENDPOINT", "https://another.example.com")
-    assert services.given_store(home) == {}
+    assert services.env_store(home) == {}
     monkeypatch.setenv("AWS_S3_ENDPOINT", connection["AWS_S3_ENDPOINT"])
     assert services.not_used({**environment, "NUDGE_REGISTRY_URL": registry}) == []
     own = {**dict.fromkeys(connection, "own"), "NUDGE_REGISTRY_URL": registry}
