@@ -161,7 +161,11 @@ def test_a_version_that_does_not_load_reports_why_and_gets_no_traffic(
 
 def test_an_image_that_cannot_be_pulled_ends_the_wait(cluster: ServingCluster, model: str) -> None:
     def pull(service: dict[str, Any]) -> bool:
-        labels = {"serving.kserve.io/inferenceservice": service["metadata"]["name"]}
+        # KServe copies the labels of the InferenceService to its pods.
+        labels = {
+            **service["metadata"]["labels"],
+            "serving.kserve.io/inferenceservice": service["metadata"]["name"],
+        }
         digest = {objects.SETTINGS: service["metadata"]["annotations"][objects.SETTINGS]}
         cluster.api.add(
             {
