@@ -21,6 +21,7 @@ from nudge.pipelines.local import services
 from tests.end_to_end.test_faults import NUDGE, Place, eventually, statuses
 from tests.local_registry import endpoint_headers
 
+SERVER = "nudge.components.deploy.local.model_server"
 BOUNDARIES = [
     ("upload", "step_end"),
     ("register", "step_end"),
@@ -99,7 +100,7 @@ def test_killed_and_run_again(
     programs = [
         each.pid
         for each in psutil.process_iter(["cmdline"])
-        if "serve" in (each.info["cmdline"] or ()) and name in each.info["cmdline"]
+        if SERVER in (each.info["cmdline"] or ()) and name in each.info["cmdline"]
     ]
     assert programs == [each.pid for each in here if each.name.startswith("serving-")]
     assert not list((place.home / "serving" / name).glob(".*"))

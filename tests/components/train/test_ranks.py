@@ -129,12 +129,12 @@ STEP = """
 import sys
 from pathlib import Path
 from nudge.components.common.core.recipe import step_settings
-from nudge.components.common.core.step import clean_end
+from nudge.components.common.core.step import exit_with_user_errors
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
 
 recipe, tokens, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-with clean_end():
+with exit_with_user_errors():
     settings = step_settings(TrainSettings, "train", recipe)
     train(settings, tokens=tokens, **{n: folder / n for n in ("model", "history", "report")})
 """
