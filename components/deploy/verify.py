@@ -29,38 +29,38 @@ def check_version(version: Version, settings: DeploySettings) -> None:
     """Raise `UserError` unless a version's names are sound and its URI is where its uploads are."""
     check_name("the model", version.model)
     check_name("the version", version.name)
-    told, uri = f"{version.model} {version.name}", version.uri
+    title, uri = f"{version.model} {version.name}", version.uri
     scheme = uri.partition("://")[0]
     if scheme == "s3":
-        _check_s3(told, version, settings)
+        _check_s3(title, version, settings)
     elif scheme == "oci":
         from nudge.components.common.clients import image_registry
 
         image = image_registry.parse(uri)
         if not image.digest:
             raise UserError(
-                f"{told} is registered as {uri}, whose content can change; register it as "
+                f"{title} is registered as {uri}, whose content can change; register it as "
                 f"{image.registry}/{image.repository}@sha256:..."
             )
         if not settings.uploads.startswith("oci://"):
             raise UserError(
-                f"{told} is registered as {uri}, and it is not known where its uploads are: give "
+                f"{title} is registered as {uri}, and it is not known where its uploads are: give "
                 "the recipe whose upload.target it was, or set deploy.uploads to that target"
             )
         start = f"{settings.uploads.rstrip('/')}/{version.model}@"
         if not uri.startswith(start):
             raise UserError(
-                f"{told} is registered as {uri}, which is no upload of {version.model}: expected "
+                f"{title} is registered as {uri}, which is no upload of {version.model}: expected "
                 f"{start}sha256:..."
             )
     elif scheme in ("hf", "pvc") and scheme not in settings.unverified:
         raise UserError(
-            f"{told} is registered as {uri}, and nothing there can be compared with what was "
+            f"{title} is registered as {uri}, and nothing there can be compared with what was "
             f"evaluated; to serve it nevertheless, set deploy.unverified: [{scheme}]"
         )
 
 
-def _check_s3(told: str, version: Version, settings: DeploySettings) -> None:
+def _check_s3(title: str, version: Version, settings: DeploySettings) -> None:
     bucket = os.environ.get("AWS_S3_BUCKET", "")
     targets = [settings.uploads] if settings.uploads.startswith("s3://") else []
     targets += [f"s3://{bucket}/models"] if bucket else []
@@ -72,7 +72,7 @@ def _check_s3(told: str, version: Version, settings: DeploySettings) -> None:
     places = [f"{target.rstrip('/')}/{version.model}/{version.name}" for target in targets]
     if version.uri.rstrip("/") not in places:
         raise UserError(
-            f"{told} is registered as {version.uri}, which is not where its upload is: expected "
+            f"{title} is registered as {version.uri}, which is not where its upload is: expected "
             f"{' or '.join(places)}; if it was uploaded elsewhere, set deploy.uploads to that "
             "upload.target"
         )

@@ -55,8 +55,8 @@ class _Loader(yaml.SafeLoader):
             first = known.setdefault((key.tag, key.value), key)
             if first is not key:
                 lines = [each.start_mark.line + 1 for each in (first, key)]
-                told = f"{key.value!r} stands twice, in line {lines[0]} and line {lines[1]}"
-                raise yaml.MarkedYAMLError(problem=f"{told}; keep one")
+                problem = f"{key.value!r} is given twice, in line {lines[0]} and line {lines[1]}"
+                raise yaml.MarkedYAMLError(problem=f"{problem}; keep one")
         return node
 
 
