@@ -26,7 +26,7 @@ def distributed_training(
     """Train and serve, with the training as a TrainJob or what else `train.launcher` names.
 
     Args:
-        recipe: Every setting, as YAML text or the URI of a file; what follows stands above it.
+        recipe: Every setting, as YAML text or a file's URI; the parameters below override it.
         data_uri: Where the text is (s3://, https://, package://, ...); empty: as the recipe says.
         model_name: The name to register and serve under; empty: as the recipe says.
         nodes: Nodes that train together; empty: as the recipe says (train.cluster).

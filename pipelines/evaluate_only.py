@@ -1,4 +1,4 @@
-"""Evaluate a model that was trained before, on the text there is now; nothing is changed by it."""
+"""Evaluate a trained model on the current text, without changing anything."""
 
 from nudge.components.evaluate.component import evaluate
 from nudge.components.fetch.component import fetch
@@ -8,7 +8,7 @@ from nudge.pipelines.placement import StepResources, pipeline
 
 @pipeline(
     "evaluate-only",
-    "Compare a trained model with its base on the text there is now; change nothing.",
+    "Compare a trained model with its base on the current text; change nothing.",
     trains="evaluate",
     large="evaluate",
     sized="ingest and evaluate",
@@ -24,7 +24,7 @@ def evaluate_only(
 
     Args:
         model_uri: The model, as a run uploaded it (s3://...), or incumbent://<model>.
-        recipe: Every setting, as YAML text or the URI of a file; what follows stands above it.
+        recipe: Every setting, as YAML text or a file's URI; the parameters below override it.
         data_uri: Where the text is (s3://, https://, package://, ...); empty: as the recipe says.
         base_model: The model to compare with; empty: as the recipe says.
     """

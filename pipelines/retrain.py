@@ -1,4 +1,4 @@
-"""From text to a served model: what the pipelines that train have in common."""
+"""From text to a served model: the part that all training pipelines share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ RUN_ID = dsl.PIPELINE_JOB_ID_PLACEHOLDER
 
 @dataclass(frozen=True)
 class Named:
-    """The recipe and what a pipeline's parameters put above it; empty means as the recipe says."""
+    """The recipe and the parameters that take precedence; empty means as the recipe says."""
 
     recipe: Any
     data_uri: Any
@@ -32,7 +32,7 @@ class Named:
 def retrain(name: str, resources: StepResources, given: Named, train: Callable[[Any], Any]) -> None:
     """Ingest; if there is new text: tokenize, train, evaluate; if better: upload, register, deploy.
 
-    ``train`` makes the task that trains, in its place, from the artifact of the tokens.
+    ``train`` creates the training task from the tokens artifact.
     """
     recipe, model_name = given.recipe, given.model_name
     small = resources.small
@@ -49,7 +49,7 @@ def retrain(name: str, resources: StepResources, given: Named, train: Callable[[
             version=given.version,
             registers=True,
         )
-        # New text may stand behind the same URI.
+        # The same URI may have new text.
         small.put("ingest", ingested).set_caching_options(False)
         corpus = ingested.outputs["corpus"]
         # kfp.local resolves conditions only on an output that has no name of its own.
@@ -84,6 +84,6 @@ def retrain(name: str, resources: StepResources, given: Named, train: Callable[[
                     version=registered.outputs["version"],
                 )
                 small.put("deploy", deployed)
-                # These change the world; an answer from a cache would claim what did not happen.
+                # These change the world; a cached result would claim something that did not happen.
                 for task in (uploaded, registered, deployed):
                     task.set_caching_options(False)

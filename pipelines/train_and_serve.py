@@ -1,4 +1,4 @@
-"""The pipeline: text in, a model that is shown to be better served, all of it traceable."""
+"""The pipeline: from text to a served model that was shown to be better."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def train_and_serve(
     """Ingest; if there is new text: tokenize, train, evaluate; if better: upload, register, deploy.
 
     Args:
-        recipe: Every setting, as YAML text or the URI of a file; what follows stands above it.
+        recipe: Every setting, as YAML text or a file's URI; the parameters below override it.
         data_uri: Where the text is (s3://, https://, package://, ...); empty: as the recipe says.
         base_model: The model to start from; empty: as the recipe says.
         model_name: The name to register and serve under; empty: as the recipe says.

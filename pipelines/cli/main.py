@@ -80,9 +80,9 @@ class Commands(click.Group):
             click.echo("stopped", err=True)
             ctx.exit(130)
         except ModuleNotFoundError as error:
-            if not (told := _missing(ctx, error)):
+            if not (message := _missing(ctx, error)):
                 raise
-            click.echo(f"error: {told}", err=True)
+            click.echo(f"error: {message}", err=True)
             ctx.exit(2)
 
 

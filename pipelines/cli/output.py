@@ -5,7 +5,7 @@ import io
 import sys
 
 ASCII = {"✓": "+", "✗": "x", "↺": "=", "–": "-", "›": ">", "→": "->", "…": "..."}
-"""What stands for a character where the output's encoding has no such one; ``?`` for all others."""
+"""The replacement for a character that the encoding lacks; ``?`` replaces all others."""
 
 
 def write_anything() -> None:

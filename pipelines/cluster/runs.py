@@ -50,12 +50,12 @@ TYPES: dict[str, tuple[str, tuple[type, ...]]] = {
     "NUMBER_INTEGER": ("a whole number", (int,)),
     "NUMBER_DOUBLE": ("a number", (int, float)),
 }
-"""What a parameter of each type in a pipeline's spec takes, in words and as Python has it."""
+"""The accepted values of each parameter type, in words and as Python types."""
 
 
 @dataclass(frozen=True)
 class Uploaded:
-    """A version of a pipeline on the server; ``fresh`` says that it was not there before."""
+    """A version of a pipeline on the server; ``fresh`` if this upload created it."""
 
     pipeline: str
     pipeline_id: str
@@ -66,7 +66,7 @@ class Uploaded:
 
 @dataclass
 class Following:
-    """A run on the server as it stands; ``steps`` has what `nudge.pipelines.cli.display` shows."""
+    """The current state of a run on the server, as `nudge.pipelines.cli.display` shows it."""
 
     run_id: str
     link: str
@@ -78,7 +78,7 @@ class Following:
     pods: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """The names that the pod of each step's newest attempt may have."""
     lines: list[tuple[str, str]] = field(default_factory=list)
-    """What came in the logs since the last time, each line with its step's name."""
+    """New log lines since the last poll, each with its step's name."""
     silent: str = ""
     """Why no logs are shown; empty if they are."""
     reasonless: str = ""
@@ -91,7 +91,7 @@ class Following:
 
 
 def upload(server: PipelinesServer, file: Path) -> Uploaded:
-    """Upload a compiled pipeline as a version named by its content; one that is there stays."""
+    """Upload a compiled pipeline as a version named by its content, unless the server has it."""
     text = read_text(file)
     name, description = _named(file, text)
     version = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -144,7 +144,7 @@ def known_pipeline(server: PipelinesServer, name: str) -> Any:
     names = {str(entry.display_name): entry for entry in entries}
     if name not in names:
         raise UserError(
-            f"{server.url} has no pipeline {name!r} (`nudge upload` brings one there); "
+            f"{server.url} has no pipeline {name!r} (`nudge upload` uploads one); "
             f"{nearest(name, names)}"
         )
     return names[name]
@@ -163,7 +163,7 @@ def versions(server: PipelinesServer, pipeline_id: str) -> list[Any]:
 
 
 def experiment(server: PipelinesServer, name: str = EXPERIMENT) -> str:
-    """The id of the experiment of this name, made if it is not there."""
+    """The id of the experiment of this name, which is created if it does not exist."""
     import kfp_server_api
 
     api = server.api("ExperimentServiceApi")
@@ -182,15 +182,15 @@ def submit(
 ) -> Following:
     """Start a run of the newest version of a pipeline.
 
-    Raises `UserError` if the pipeline is not there or a parameter is not one of its own, or not of
-    its type.
+    Raises `UserError` if the pipeline does not exist, or if a parameter is unknown or has the wrong
+    type.
     """
     import kfp_server_api
 
     entry = known_pipeline(server, pipeline)
     newest = next(iter(versions(server, entry.pipeline_id)), None)
     if newest is None:
-        raise UserError(f"{pipeline} has no version on {server.url}; `nudge upload` brings one")
+        raise UserError(f"{pipeline} has no version on {server.url}; `nudge upload` uploads one")
     parameters = coerce_parameters(newest, parameters)
     body = kfp_server_api.V2beta1Run(
         display_name=name,
@@ -287,8 +287,8 @@ def coerce_parameters(version: Any, parameters: dict[str, Any]) -> dict[str, Any
         and not parameter.get("isOptional")
     ]
     if lacking:
-        told = ", ".join(f"{name} ({known[name].get('description', '')})" for name in lacking)
-        raise UserError(f"{version.display_name} needs {told}; give -p NAME=VALUE")
+        missing = ", ".join(f"{name} ({known[name].get('description', '')})" for name in lacking)
+        raise UserError(f"{version.display_name} needs {missing}; give -p NAME=VALUE")
     if "size" in known and (size := parameters.get("size", SIZES[0])) not in SIZES:
         raise UserError(f"size = {size!r}: expected {', '.join(SIZES)}")
     made = {

@@ -47,11 +47,11 @@ def main(recipe: Path, artifacts: Path, compiled: Path | None, engine: str) -> N
     if engine == "docker":
         from nudge.pipelines.local import containers
 
-        # The daemon would let the containers of a run that is stopped run on.
+        # Otherwise the containers of a stopped run would keep running.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         atexit.register(containers.end, os.environ["NUDGE_RUN_ID"])
         runner = containers.runner(text, artifacts, recipe.absolute())
-    workspace = artifacts.with_name("workspace")  # kfp removes it, but not where it is killed
+    workspace = artifacts.with_name("workspace")  # kfp removes it, unless it is killed
     workspace.mkdir(parents=True, exist_ok=True)
     folders = {"pipeline_root": str(artifacts), "workspace_root": str(workspace)}
     local.init(runner=runner, **folders, raise_on_error=True)
@@ -70,8 +70,9 @@ def main(recipe: Path, artifacts: Path, compiled: Path | None, engine: str) -> N
 def _name_python(folder: Path) -> None:
     """Let `kfp.local` call this Python by the name that its commands have.
 
-    It replaces every ``python3`` in a step's command by `sys.executable`, in the paths of the
-    artifacts too. Here that changes nothing: the name stays, and is found first on the PATH.
+    It replaces every ``python3`` in a step's command by `sys.executable`, even in the paths of
+    artifacts. Setting that to ``python3`` makes the replacement harmless, and this Python is the
+    first of that name on the PATH.
     """
     program = folder / "python3"
     program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
@@ -96,7 +97,7 @@ class Masked(io.TextIOBase):
         self._stream, self._line = stream, ""
 
     def write(self, text: str) -> int:
-        """Pass on the complete lines; the rest waits for its end."""
+        """Write the complete lines; keep an incomplete one until it ends."""
         lines, newline, self._line = (self._line + text).rpartition("\n")
         if newline:
             self._stream.write(masked(lines) + newline)
@@ -104,10 +105,10 @@ class Masked(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Nothing: a line that is not complete may hold half of a credential."""
+        """Do nothing: an incomplete line may have half of a credential."""
 
     def close(self) -> None:
-        """Pass on what waits; the stream itself stays open."""
+        """Write the incomplete line; the stream itself stays open."""
         if self._line:
             self._stream.write(masked(self._line))
             self._line = ""
@@ -115,10 +116,10 @@ class Masked(io.TextIOBase):
 
 
 def for_local_engine(pipeline: Any, arguments: dict[str, Any]) -> Any:
-    """The pipeline as `kfp.local` can run it: no retries, and images that are names.
+    """The pipeline in a form that `kfp.local` can run: no retries, and literal image names.
 
-    A step that failed here is for the person who looks on; they run it again when it is mended.
-    `kfp.local` takes an image that is a parameter of the pipeline for the name of one.
+    A person is watching a local run, so a failed step is reported instead of retried. `kfp.local`
+    would use the placeholder of an image parameter as the image's name.
     """
     from google.protobuf import json_format
     from kfp import components

@@ -1,8 +1,8 @@
 """Progress of long work: a bar on a terminal, plain lines in a pod, events for `nudge run`.
 
 A step writes ``with progress("train", total=steps, unit="steps") as bar: bar.advance(1, loss=...)``
-and knows nothing of where it is shown. Where the variable NUDGE_EVENTS names a file, each change is
-one JSON line appended to it: ``{"time", "step", "event", "done", "total", "unit", "fields"}`` with
+and does not know where it is shown. If the variable NUDGE_EVENTS names a file, each change is one
+JSON line appended to it: ``{"time", "step", "event", "done", "total", "unit", "fields"}`` with
 ``event`` one of ``start``, ``progress``, ``end``, ``failed``. The step itself adds ``step_start``,
 ``step_end`` (``status`` done or reused, ``seconds``, ``outputs`` with their paths, ``results``) and
 ``step_failed`` (``error``).
@@ -23,14 +23,14 @@ SHOWN = re.compile(r"(\w+): ([\d.e+]+)(?:/([\d.e+]+))? (\S+) ?(.*)")
 """A line of progress in a pod's log, such as ``train: 12/60 steps loss 2.31``."""
 
 RESULTS = ": results "
-"""Stands in a pod's log between a step's name and its small results, as JSON."""
+"""Separates a step's name from its results, as JSON, in a pod's log."""
 
 PLAIN_INTERVAL_S = 10.0
 EVENT_INTERVAL_S = 0.2
 
 
 class Progress:
-    """The progress of one piece of work; made by `progress`, which opens and closes it."""
+    """The progress of one piece of work; `progress` opens and closes it."""
 
     def __init__(self, step: str, total: float | None, unit: str) -> None:
         self.step, self.total, self.unit = step, total, unit
@@ -42,13 +42,13 @@ class Progress:
         self._emit("start")
 
     def advance(self, amount: float = 1, **fields: Any) -> None:
-        """Count ``amount`` more units as done; ``fields`` are figures such as loss=2.31."""
+        """Count ``amount`` more units as done; ``fields`` are metrics such as loss=2.31."""
         self.done += amount
         self.fields.update(fields)
         self._show()
 
     def note(self, **fields: Any) -> None:
-        """Change figures shown without advancing; ``stage="loading model"`` says what goes on."""
+        """Change what is shown without advancing, such as ``stage="loading model"``."""
         self.fields.update(fields)
         self._show(at_once=True)
 

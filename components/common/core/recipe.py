@@ -61,7 +61,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(text: str) -> Any:
-    """The plain values of a YAML text; raises `yaml.YAMLError`, also for a key that is doubled."""
+    """The plain values of a YAML text; raises `yaml.YAMLError`, also for a duplicate key."""
     return yaml.load(text, _Loader)
 
 
@@ -69,7 +69,7 @@ def read_recipe(recipe: str) -> dict[str, Any]:
     """The plain values of a recipe: YAML text, or a ``package://``, ``file://`` or ``s3://`` URI.
 
     Raises `UserError` if the file is missing or cannot be read, if the YAML is not a mapping or
-    holds a number that is not finite, or if the text was typed where `portable` was needed.
+    has a number that is not finite, or if the text should have gone through `portable`.
     """
     if recipe.startswith(URI_SCHEMES):
         text = _file_text(recipe)
@@ -85,7 +85,9 @@ def _parsed(text: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"the recipe is not valid YAML: {error}") from None
     if values is None:
-        raise UserError("the recipe is empty; the shipped ones (`nudge recipes`) are a start")
+        raise UserError(
+            "the recipe is empty; start from a shipped one (`nudge recipes` lists them)"
+        )
     if not isinstance(values, dict):
         raise UserError(f"the recipe is a YAML {type(values).__name__}, expected a mapping")
     if wrong := [f"{key} = {value}: expected a finite number" for key, value in _infinite(values)]:
@@ -96,7 +98,7 @@ def _parsed(text: str) -> dict[str, Any]:
 def portable(recipe: str) -> str:
     """A recipe that can travel as a parameter: ASCII that nothing on the way replaces.
 
-    It has the same values. Text that is safe already, and a URI, are returned unchanged; other text
+    It has the same values. Text that is already safe and URIs are returned unchanged; other text
     loses its comments. Raises `UserError` as `read_recipe` does.
     """
     if recipe.startswith(URI_SCHEMES) or not REPLACED.search(recipe.replace("\n", "")):
@@ -152,20 +154,20 @@ def _file_text(uri: str) -> str:
             return read_text(path)
     path = local_path(uri)
     if not path.is_file():
-        raise UserError(f"the recipe {uri} is not there")
+        raise UserError(f"the recipe {uri} does not exist")
     return read_text(path)
 
 
 def _refuse_replaced(text: str) -> None:
     """Raise `UserError` for text in a pod that the server has altered, or may have.
 
-    Only text that was typed into a dashboard comes here so: `portable` writes none of it.
+    Only text that was typed into a dashboard contains it; `portable` escapes it.
     """
     pod = os.environ.get(POD_NAME, "")
     if not pod:
         return
     workflow = match[1] if (match := WORKFLOW.fullmatch(pod)) else ""
-    # Nobody knows these before the run starts: they stand where Argo or the server put them.
+    # Nobody knows these before the run starts, so Argo or the server must have put them there.
     names = {"{{workflow.name}}": workflow, "[[RunUUID]]": os.environ.get(RUN_ID, "")}
     found = [f"{typed} (now {name})" for typed, name in names.items() if name and name in text]
     found += re.findall(r"\{\{[^{}\n]*\}?\}?", text)
@@ -173,7 +175,7 @@ def _refuse_replaced(text: str) -> None:
         raise UserError(
             f"the recipe was given as text with {', '.join(found)}, and the pipelines server "
             "replaces such text; start the run with `nudge submit`, which escapes it, or write "
-            r'"{\x7b" for "{{" in double quotes ("[\x5b" for "[["), or give the URI of a file'
+            r'"{\x7b" for "{{" in double quotes ("[\x5b" for "[["), or use the URI of a file'
         )
 
 
@@ -189,30 +191,30 @@ def _infinite(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
         yield path, value
 
 
-def step_settings(kind: type[T], section: str, recipe: str, **given: Any) -> T:
+def step_settings(kind: type[T], section: str, recipe: str, **overrides: Any) -> T:
     """The settings ``kind`` of the step ``section``, from the recipe's text.
 
-    ``given`` are values that stand above the recipe, such as pipeline parameters; an empty string
+    ``overrides`` are values that take precedence, such as pipeline parameters; an empty string
     means "as the recipe says". Raises `UserError` as `parse` does.
     """
-    return parse(kind, _values(kind, section, recipe, given), section)
+    return parse(kind, _values(kind, section, recipe, overrides), section)
 
 
-def some_settings(kind: type[T], section: str, recipe: str, **given: Any) -> T:
-    """The same for a step that reads a few keys of another's section: the others are left to it."""
+def some_settings(kind: type[T], section: str, recipe: str, **overrides: Any) -> T:
+    """The same for a step that reads a few keys of another step's section and ignores the rest."""
     known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    values = _values(kind, section, recipe, given)
+    values = _values(kind, section, recipe, overrides)
     return parse(kind, {key: each for key, each in values.items() if key in known}, section)
 
 
-def _values(kind: type, section: str, recipe: str, given: dict[str, Any]) -> dict[str, Any]:
+def _values(kind: type, section: str, recipe: str, overrides: dict[str, Any]) -> dict[str, Any]:
     values = read_recipe(recipe)
     known = {field.name for field in dataclasses.fields(kind)}
     merged = {key: values[key] for key in SHARED if key in values and key in known}
-    given_here = values.get(section) or {}
-    if not isinstance(given_here, dict):
-        kind_name = type(given_here).__name__
+    own = values.get(section) or {}
+    if not isinstance(own, dict):
+        kind_name = type(own).__name__
         raise UserError(f"{section} is a YAML {kind_name}, expected a mapping of settings")
-    merged |= given_here
-    merged |= {key: value for key, value in given.items() if value != ""}
+    merged |= own
+    merged |= {key: value for key, value in overrides.items() if value != ""}
     return merged

@@ -35,8 +35,8 @@ def parse(kind: type[T], values: Mapping[str, Any] | None, where: str) -> T:
     try:
         return kind(**given)
     except pydantic.ValidationError as error:
-        told = [_sentence(kind, where, item) for item in error.errors()]
-        raise UserError("\n".join(told)) from None
+        problems = [_sentence(kind, where, item) for item in error.errors()]
+        raise UserError("\n".join(problems)) from None
 
 
 def _sentence(kind: type, where: str, problem: Any) -> str:

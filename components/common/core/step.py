@@ -1,10 +1,10 @@
-"""What every step's plain function shares: reuse of finished work and a clean end on bad input.
+"""The step decorator: reuse of finished work, events, and a clean exit on bad input.
 
 ``@step("train", outputs=("model", "history"))`` wraps a function whose outputs are the named `Path`
 parameters and whose other parameters are its inputs (settings, plain values and artifact folders).
-Where NUDGE_REUSE names a folder, the outputs of a finished call are kept there under the sha256 of
-the step's name, the code and the *contents* of its inputs, and a later call with the same key takes
-them from there (hard links, no copy). On a cluster the pipeline engine's own cache does this.
+If NUDGE_REUSE names a folder, the outputs of a finished call are kept there under the sha256 of the
+step's name, the code and the *contents* of its inputs, and a later call with the same key links to
+them (hard links, no copy). On a cluster the pipeline engine's own cache does this.
 """
 
 import contextlib
@@ -45,11 +45,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 REFUSAL, FAILURE = "error: ", "failed: "
-"""How a termination message begins after bad input, and after what a retry may do better."""
+"""The prefix of a termination message: after bad input, and after a failure worth a retry."""
 
 RETRY_PATIENCE_S = 5.0
 _status: ContextVar[str] = ContextVar("status")
-"""Of the step that runs: done, or reused."""
+"""The status of the running step: done or reused."""
 
 
 def step(
@@ -67,24 +67,24 @@ def step(
 
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            given = signature.bind(*args, **kwargs)
-            given.apply_defaults()
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
             started = time.monotonic()
             emit_event(name, "step_start")
             _status.set("done")
             try:
                 result = work(*args, **kwargs)
             except BaseException as error:
-                places = [given.arguments[key] for key in outputs]
-                told = _full_disk(name, places) if disk_is_full(error) else error
-                emit_event(name, "step_failed", error=f"{told or type(told).__name__}")
-                if told is error:
+                paths = [bound.arguments[key] for key in outputs]
+                reported = _full_disk(name, paths) if disk_is_full(error) else error
+                emit_event(name, "step_failed", error=f"{reported or type(reported).__name__}")
+                if reported is error:
                     raise
-                raise told from error
+                raise reported from error
             fields = result if isinstance(result, dict) else {}
             seconds = time.monotonic() - started
-            paths = {key: str(given.arguments[key]) for key in outputs}
-            values = {"status": _status.get(), "seconds": seconds, "outputs": paths}
+            written = {key: str(bound.arguments[key]) for key in outputs}
+            values = {"status": _status.get(), "seconds": seconds, "outputs": written}
             emit_event(name, "step_end", **values, results=fields)
             log_results(name, fields)
             return result
@@ -97,7 +97,7 @@ def step(
 def reusable(
     name: str, *, outputs: tuple[str, ...] = ()
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """The reuse of `step` alone: for the part of a step whose inputs are first to be found."""
+    """Only the reuse of `step`, for the part of a step whose inputs must be looked up first."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
@@ -107,16 +107,16 @@ def reusable(
             store = os.environ.get(REUSE)
             if not store:
                 return function(*args, **kwargs)
-            given = signature.bind(*args, **kwargs)
-            given.apply_defaults()
-            inputs = {key: value for key, value in given.arguments.items() if key not in outputs}
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            inputs = {key: value for key, value in bound.arguments.items() if key not in outputs}
             kept = Path(store) / name / reuse_key(name, inputs)
             if not kept.is_dir():
                 result = function(*args, **kwargs)
-                _keep(kept, {output: given.arguments[output] for output in outputs}, result)
+                _keep(kept, {output: bound.arguments[output] for output in outputs}, result)
                 return result
             for output in outputs:
-                _link(kept / output, given.arguments[output])
+                _link(kept / output, bound.arguments[output])
             _status.set("reused")
             return json.loads((kept / "result.json").read_text())
 
@@ -126,30 +126,30 @@ def reusable(
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an error says that a disk or a quota is full; safetensors and Arrow say it in their
-    text alone."""
+    """Whether an error means that a disk or a quota is full; safetensors and Arrow report that only
+    in their text."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return os.strerror(errno.ENOSPC) in str(error)
 
 
 def _full_disk(name: str, outputs: list[Path]) -> Transient:
-    places = " or ".join(sorted({str(path.parent) for path in outputs})) or "this machine"
+    folders = " or ".join(sorted({str(path.parent) for path in outputs})) or "this machine"
     return Transient(
-        f"{name}: no space is left on the disk of {places}; nothing half-written stays there, so "
-        "free some space (or give a larger volume) and run it again"
+        f"{name}: no space is left on the disk of {folders}; nothing half-written stays there, so "
+        "free some space (or use a larger volume) and run it again"
     )
 
 
 def reuse_key(name: str, inputs: dict[str, Any]) -> str:
-    """Hex sha256 of a step's name, code and inputs; paths count by the content they hold."""
+    """Hex sha256 of a step's name, code and inputs; a path counts by its content."""
     plain = {key: _fingerprint(value) for key, value in sorted(inputs.items())}
     text = json.dumps([name, code_fingerprint(), plain], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _keep(kept: Path, outputs: dict[str, Path], result: Any) -> None:
-    """Put finished outputs into the store; of two runs that finish the same, the first does."""
+    """Put finished outputs into the store; if two runs finish the same work, the first one does."""
     kept.parent.mkdir(parents=True, exist_ok=True)
     with (kept.parent / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -184,7 +184,7 @@ def _fingerprint(value: Any) -> Any:
         return sha256_tree(value) if value.is_dir() else sha256_file(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         plain = dataclasses.asdict(value)
-        # What stands behind a path may have changed though the path has not.
+        # The content of a path may have changed while the path has not.
         uri = plain.get("base_model", "")
         if uri.startswith("incumbent://"):
             from nudge.components.common.models.base_model import resolved
@@ -198,11 +198,11 @@ def _fingerprint(value: Any) -> Any:
 
 @contextlib.contextmanager
 def exit_with_user_errors(transient_status: int = 2) -> Any:
-    """End the process with the text of a `UserError` alone; used by the faces' bodies.
+    """Exit with only the text of a `UserError`; used by the bodies of the faces.
 
-    In a pod that text is also the termination message. A retry of the step finds it there, ends
-    with the same text and does none of the work, unless the error was `Transient`. The exit status
-    is 2, or ``transient_status`` after a `Transient`.
+    In a pod that text is also the termination message. A retry of the step finds it there, exits
+    with the same text and does no work, unless the error was `Transient`. The exit status is 2, or
+    ``transient_status`` after a `Transient`.
     """
     sentence = earlier_refusal()
     try:
@@ -220,11 +220,11 @@ def exit_with_user_errors(transient_status: int = 2) -> Any:
 
 
 def earlier_refusal() -> str:
-    """The sentence with which an earlier attempt of this step refused its input; empty if none did.
+    """The message with which an earlier attempt of this step refused its input; empty if none did.
 
-    The engine repeats a step that failed, whatever the cause: KFP cannot say which failures are
-    worth it. So the termination messages of the step's earlier pods are asked for. Where they
-    cannot be had the step does its work again.
+    The engine retries a failed step whatever the cause: KFP cannot express which failures are worth
+    a retry. So this reads the termination messages of the step's earlier pods. If they cannot be
+    read, the step does its work again.
     """
     own = os.environ.get(POD_NAME, "")
     if not own or os.environ.get(RETRY_INDEX, "") == "0":
@@ -232,7 +232,7 @@ def earlier_refusal() -> str:
     from nudge.components.common.clients.kube import POD, connect
 
     try:
-        # Only this once: the work itself asks again where it needs the cluster.
+        # Give up soon: the work itself retries where it needs the cluster.
         cluster = connect(patience_s=RETRY_PATIENCE_S)
         found = [pod["metadata"] for pod in cluster.list(POD, metadata__name=own)]
         workflow = found[0].get("labels", {}).get(WORKFLOW_LABEL, "") if found else ""
@@ -253,6 +253,6 @@ def earlier_refusal() -> str:
 
 
 def _attempt(meta: dict[str, Any]) -> tuple[str, int]:
-    """The name of a pod's node in the workflow, and which attempt it is; 0 is the first."""
+    """The name of a pod's node in the workflow, and the number of the attempt, from 0."""
     match = re.fullmatch(r"(.*)\((\d+)\)", meta.get("annotations", {}).get(NODE_ANNOTATION, ""))
     return (match[1], int(match[2])) if match else ("", 0)

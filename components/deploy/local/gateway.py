@@ -87,8 +87,8 @@ def route(
         switch(home / "gateway" / model, Backends(wanted, shares, served))
     url = _url(wanted)
     if old and old.port != wanted:
-        told = f"{model} moved from port {old.port} to {url}, as deploy.port says"
-        print(told, file=sys.stderr, flush=True)
+        message = f"{model} moved from port {old.port} to {url}, as deploy.port says"
+        print(message, file=sys.stderr, flush=True)
     return url
 
 

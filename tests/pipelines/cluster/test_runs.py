@@ -373,7 +373,7 @@ def test_what_the_pipeline_does_not_know_is_said_before_anything_runs(
 ) -> None:
     missing = nudge("submit")
     assert missing.exit_code == 2
-    assert "(`nudge upload` brings one there); there are none" in missing.stderr
+    assert "(`nudge upload` uploads one); there are none" in missing.stderr
     nudge("upload")
     wrong = nudge("submit", "-p", "gpu_cuont=1")
     assert wrong.exit_code == 2
