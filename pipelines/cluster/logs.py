@@ -1,8 +1,8 @@
-"""The logs of a run's steps as they come, and the progress and results that their lines tell.
+"""The logs of a run's steps as they arrive, and the progress and results in their lines.
 
-The pipelines server hands out the log of a pod at the address below, as plain text and always
-whole. It stands in the server's source (backend/src/apiserver/main.go), not in the API's
-description, and it answers 200 with an error in the body where a log cannot be had.
+The pipelines server returns the complete log of a pod at the address below, as plain text. The
+address is in the server's source (backend/src/apiserver/main.go) and not in the API's description.
+If there is no log, it answers 200 with an error in the body.
 """
 
 import json
@@ -20,20 +20,20 @@ from nudge.pipelines.step_state import StepState
 ADDRESS = "/apis/v1alpha1/runs/{run_id}/nodes/{node_id}/log"
 INTERVAL_S = 5.0
 BYTES_PER_S = 100_000
-"""A log is asked for less often as it grows, so that no more than this is read of it."""
+"""A log is read less often as it grows, so that no more than this is transferred."""
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass
 class _Seen:
-    """How much of a pod's log was given."""
+    """How much of a pod's log was returned already."""
 
     characters: int = 0
     next: float = 0.0
     ended: bool = False
     name: str = ""
-    """Which of the names that the pod may have is its own."""
+    """The pod's name, once one of the possible names was found to be right."""
 
 
 @dataclass

@@ -1,9 +1,9 @@
-"""The nodes of a run's Workflow: which pods ran a step, and how often it was tried.
+"""The nodes of a run's Workflow: which pods ran a step, and how many attempts there were.
 
-Of a task the pipelines server tells the name, the times, the state and the ids of its children. It
-tells neither the task's own id nor a pod. Both follow from the names: Argo makes a node's id of the
-Workflow's name and the 32-bit FNV-1a hash of the node's name, and a pod's name of the Workflow, the
-template and the same hash. A node's name is its path through the pipeline's groups.
+The pipelines server reports a task's name, times, state and the ids of its children, but neither
+the task's own id nor its pod. Both follow from names: Argo builds a node's id from the Workflow's
+name and the 32-bit FNV-1a hash of the node's name, and a pod's name from the Workflow, the template
+and the same hash. A node's name is its path through the pipeline's groups.
 """
 
 import re
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TEMPLATES = ("retry-system-container-impl", "system-container-impl")
-"""The templates that Kubeflow Pipelines runs a step's container in, with retries and without."""
+"""The templates in which Kubeflow Pipelines runs a step's container, with and without retries."""
 
 ROOT = ".root"
 ON_EXIT = ".onExit"
@@ -24,9 +24,9 @@ class Ran:
     """What is known of a step's pods."""
 
     attempts: int = 0
-    """Counted where there is a retry strategy; a cached step has none."""
+    """The number of attempts of a step with a retry strategy; 0 for a cached step."""
     pods: tuple[str, ...] = field(default=())
-    """Names that the newest attempt's pod may have, the likeliest first."""
+    """Possible names of the newest attempt's pod, the likeliest first."""
 
 
 def paths(spec: dict[str, Any]) -> dict[str, list[str]]:

@@ -1,7 +1,7 @@
-"""Schedules: runs of a pipeline by the clock of the server, as a file says.
+"""Schedules: the server starts runs of a pipeline at the times that a file configures.
 
-The API cannot change a schedule, and to delete one ends its runs. So a changed file becomes a new
-schedule, the old one is switched off, and it is deleted only when none of its runs is under way.
+The API cannot change a schedule, and deleting one ends its runs. So a changed file becomes a new
+schedule; the old one is disabled, and deleted only when none of its runs is in progress.
 """
 
 import datetime
@@ -22,29 +22,29 @@ from nudge.pipelines.cluster import runs
 from nudge.pipelines.cluster.connect import PipelinesServer
 
 MARK = "nudge schedule "
-"""Heads the description of a schedule that was made here; the hash of its content follows."""
+"""The start of the description of a schedule that nudge created, before the content's hash."""
 
 
 @settings
 class Schedule:
-    """What a schedule's file says."""
+    """The content of a schedule's file."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,60}[a-z0-9])?$")]
     pipeline: str = "train-and-serve"
     version: str = "latest"
-    """``latest``: each run takes the newest version there is then; or the name of one."""
+    """``latest``, so that each run uses the newest version at that time, or the name of a version."""
     recipe: str = ""
-    """A recipe that ships with nudge, or a file beside the schedule's; its text becomes a
+    """A recipe that ships with nudge, or a file beside the schedule's; its text is sent as a
     parameter."""
     parameters: dict[str, Any] = Field(default_factory=dict)
     cron: str = ""
     """Six fields, seconds first: ``0 0 2 * * *`` is every night at two."""
     interval_minutes: Annotated[int, Field(ge=0)] = 0
-    """In the place of ``cron``: minutes from one start to the next."""
+    """Instead of ``cron``: minutes from one start to the next."""
     overlap: Literal["forbid", "allow"] = "forbid"
-    """Whether a run may begin while the one before is under way."""
+    """Whether a run may start while the previous one is in progress."""
     catch_up: bool = False
-    """Whether starts that were missed (a server that was down) are made up for, each of them."""
+    """Whether the server makes up for every start that it missed while it was down."""
     paused: bool = False
 
 
@@ -60,7 +60,7 @@ def read_schedule(path: Path) -> Schedule:
         raise UserError(f"{path} is a YAML {type(values).__name__}, expected a mapping")
     schedule = parse(Schedule, values, path.name)
     if bool(schedule.cron) == bool(schedule.interval_minutes):
-        raise UserError(f"{path}: give either cron or interval_minutes")
+        raise UserError(f"{path}: set either cron or interval_minutes")
     if schedule.cron:
         next_start(schedule.cron)
     if schedule.recipe:
@@ -72,7 +72,7 @@ def read_schedule(path: Path) -> Schedule:
 
 
 def next_start(cron: str, after: datetime.datetime | None = None) -> datetime.datetime:
-    """When a cron of six fields fires next, in UTC; raises `UserError` if it is none."""
+    """When a cron of six fields fires next, in UTC; raises `UserError` if it is not valid."""
     from croniter import CroniterBadCronError, CroniterBadDateError, croniter
 
     if len(cron.split()) != 6:

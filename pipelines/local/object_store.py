@@ -11,7 +11,7 @@ START_TIMEOUT_S = 60.0
 
 
 def credentials(home: Path) -> dict[str, str]:
-    """The store's keys, made once and kept where only this user can read them."""
+    """The store's keys, generated once in a file that only this user can read."""
     path = home / "services" / "credentials"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -54,7 +54,7 @@ def answers(environment: dict[str, str]) -> bool:
 
 
 def make_bucket(environment: dict[str, str]) -> None:
-    """Make the bucket unless it is there."""
+    """Create the bucket if it does not exist."""
     import botocore.exceptions
     import tenacity
 

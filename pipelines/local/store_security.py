@@ -1,4 +1,4 @@
-"""What closes the ports of the embedded object store to other users: mutual TLS on all but S3.
+"""Close the embedded object store's ports to other users: mutual TLS on all ports but S3.
 
 SeaweedFS' master, volume, filer and admin servers ask for no keys: whoever connects to them reads,
 overwrites and deletes objects. Here each port but S3's (which asks for the keys of the data
@@ -22,7 +22,7 @@ GRPC = ("volume", "master", "filer", "s3", "msg_broker", "msg_agent", "admin", "
 HTTPS = ("volume", "master", "filer", "admin")
 SIGNED = ("signing", "signing.read", "filer_signing", "filer_signing.read")
 VALID = (datetime.datetime(2020, 1, 1), datetime.datetime(2120, 1, 1))
-"""Of the certificates; fixed, so that a clock that is set back or forward closes no store."""
+"""The certificates' validity; fixed, so that a clock change cannot close the store."""
 
 
 def prepare(folder: Path, origin: str) -> Path:

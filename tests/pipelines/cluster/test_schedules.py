@@ -147,8 +147,8 @@ def test_pause_list_and_delete(state: Pipelines, url: str, tmp_path: Path) -> No
     [
         ({"cron": "30 2 * * *"}, "expected six fields, seconds first"),
         ({"cron": "0 99 2 * * *"}, "cron = '0 99 2 * * *'"),
-        ({"cron": ""}, "give either cron or interval_minutes"),
-        ({"interval_minutes": 5}, "give either cron or interval_minutes"),
+        ({"cron": ""}, "set either cron or interval_minutes"),
+        ({"interval_minutes": 5}, "set either cron or interval_minutes"),
         ({"overlap": "maybe"}, "overlap = 'maybe'"),
         ({"crom": "x"}, "did you mean 'cron'"),
         ({"recipe": "eifel"}, "did you mean 'eiffel'"),
