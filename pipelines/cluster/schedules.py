@@ -22,7 +22,7 @@ from nudge.pipelines.cluster import runs
 from nudge.pipelines.cluster.connect import PipelinesServer
 
 MARK = "nudge schedule "
-"""The start of the description of a schedule that nudge created, before the content's hash."""
+"""Starts the description of a schedule that nudge created; the content's hash follows."""
 
 
 @settings
@@ -32,7 +32,7 @@ class Schedule:
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,60}[a-z0-9])?$")]
     pipeline: str = "train-and-serve"
     version: str = "latest"
-    """``latest``, so that each run uses the newest version at that time, or the name of a version."""
+    """The name of a version, or ``latest``: each run uses the newest one at that time."""
     recipe: str = ""
     """A recipe that ships with nudge, or a file beside the schedule's; its text is sent as a
     parameter."""
