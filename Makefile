@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help run test test-long setup lint compile check audit bench wheel images wheels lock clean
 
@@ -42,7 +44,7 @@ $(STAMP): pyproject.toml kernels/pyproject.toml uv.lock
 	$(UV) pip install --quiet --no-deps --editable ./kernels --editable .
 	touch $(STAMP)
 
-lint: setup  ## ruff, mypy and pyright
+lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
