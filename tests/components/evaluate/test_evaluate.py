@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
-import scipy.stats
 import torch
 
 from nudge.components.common.artifacts.corpus import Document, read_corpus, write_corpus
@@ -120,7 +119,7 @@ def served_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[Incumbent], None]:
 def test_the_interval_can_be_recomputed_from_the_scores(
     place: Workspace, served_is: Callable[[Incumbent], None]
 ) -> None:
-    """With only pyarrow, numpy and scipy's bootstrap, against base and incumbent."""
+    """With only pyarrow and numpy, against base and incumbent."""
     served = place.folder / "served"
     shutil.copytree(place.folder / "candidate", served)
     train(served, sentences(7, 3))
@@ -135,23 +134,17 @@ def test_the_interval_can_be_recomputed_from_the_scores(
     assert all(columns["base"][n]["id"].startswith("validation-") for n in range(HELD_OUT))
     for reference in ("base", "incumbent"):
         new, old = columns["candidate"], columns[reference]
-        nats = [new[n]["nats"] - old[n]["nats"] for n in range(HELD_OUT)]
-        size = [old[n]["bytes"] for n in range(HELD_OUT)]
+        nats = np.array([new[n]["nats"] - old[n]["nats"] for n in range(HELD_OUT)])
+        size = np.array([old[n]["bytes"] for n in range(HELD_OUT)])
 
-        def difference(gain: Any, size: Any, axis: int = -1) -> Any:
-            return np.sum(gain, axis=axis) / np.sum(size, axis=axis) / math.log(2)
+        def difference(gain: Any, size: Any) -> Any:
+            return gain.sum(axis=-1) / size.sum(axis=-1) / math.log(2)
 
-        recomputed = scipy.stats.bootstrap(
-            (nats, size),
-            difference,
-            paired=True,
-            n_resamples=20_000,
-            method="percentile",
-            random_state=np.random.default_rng(5),
-        )
+        # The percentile bootstrap (Efron and Tibshirani 1993, 13.3), documents drawn in pairs.
+        drawn = np.random.default_rng(5).integers(len(size), size=(20_000, len(size)))
+        low, high = np.percentile(difference(nats[drawn], size[drawn]), [2.5, 97.5])
         compared = result["verdict"]["comparisons"][reference]
         assert compared["difference_bits_per_byte"] == pytest.approx(difference(nats, size))
-        low, high = recomputed.confidence_interval
         assert compared["interval"] == pytest.approx([low, high], abs=0.05 * (high - low))
     assert result["verdict"]["reference"] == "incumbent"
 
