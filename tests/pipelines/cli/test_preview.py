@@ -40,7 +40,7 @@ def test_json_has_the_rendered_texts_and_what_is_learned(tmp_path: Path, base: P
     chat, text = json.loads(result.stdout)
     assert chat["text"].startswith("<|im_start|>user\nWhere is the Eiffel Tower?<|im_end|>\n")
     learned = [chat["text"][start:end] for start, end in chat["learned"]]
-    assert learned == ["In Paris.<|im_end|>", "Ahoy.<|im_end|>"]
+    assert learned == ["\nIn Paris.<|im_end|>", "\nAhoy.<|im_end|>"]
     assert text == {"text": "A plain text about towers.", "learned": [[0, 26]]}
     [only] = json.loads(preview(tmp_path, base, "--json", "--rows", "1").stdout)
     assert only == chat

@@ -63,7 +63,8 @@ def test_a_template_is_found_wherever_transformers_writes_it(where: str, tmp_pat
 
 
 def test_a_tiny_model_saved_by_transformers(tmp_path: Path) -> None:
-    assert learned(make_tiny_model(tmp_path)) == ["Ahoy.<|im_end|>"]
+    # Jinja drops the newline at the end of its template, so the model has to write it.
+    assert learned(make_tiny_model(tmp_path)) == ["\nAhoy.<|im_end|>"]
 
 
 def test_a_base_without_a_template_gets_chatml(tmp_path: Path) -> None:
