@@ -48,7 +48,7 @@ class Preview:
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
-    help="How many texts to show.",
+    help="How many records to show; a record may give several texts.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list on stdout.")
 def preview(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool) -> None:
@@ -73,22 +73,21 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool) -
 
 
 def previewed(recipe: Recipe, count: int) -> Preview:
-    """The first ``count`` texts of a recipe's data; raises `UserError` if there is none."""
+    """The texts of a recipe's first ``count`` records; raises `UserError` if there are none."""
     settings: IngestSettings = STEPS["ingest"].read_settings(recipe.text)
     found = Preview([])
     template = _TemplateOnce(recipe)
+    shown = 0
     for where, row in itertools.islice(_records(settings, found), MOST_READ):
-        if row.turns is None:
-            found.rows.append((where, Rendered(row.text, ((0, len(row.text)),))))
-        else:
-            try:
-                texts = template.get().render(from_json(row.text), _learn(recipe))
-                found.rows += [(where, text) for text in texts]
-            except Refusal as refusal:
-                found.refuse(refusal.reason, where, refusal.detail)
-        if len(found.rows) >= count:
+        try:
+            texts = template.texts(row)
+        except Refusal as refusal:
+            found.refuse(refusal.reason, where, refusal.detail)
+            continue
+        found.rows += [(where, text) for text in texts]
+        if (shown := shown + 1) >= count:
             break
-    found.rows, found.template = found.rows[:count], template.made
+    found.template = template.made
     if not found.rows:
         reasons = "\n".join(
             f"  {number} {reason} ({found.examples[reason]})"
@@ -122,16 +121,19 @@ def _records(settings: IngestSettings, found: Preview) -> Iterator[tuple[str, An
                         found.refuse(result.reason, f"{source.uri} {record.name}", result.detail)
 
 
-def _learn(recipe: Recipe) -> Learn:
-    return (recipe.values.get("train") or {}).get("learn", "assistant")
-
-
 class _TemplateOnce:
     """The chat template of a recipe, loaded when the first conversation needs it."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
         self.made: ChatTemplate | None = None
+
+    def texts(self, row: Any) -> list[Rendered]:
+        """The texts of a clean document; raises `Refusal` if it teaches nothing."""
+        if row.turns is None:
+            return [Rendered(row.text, ((0, len(row.text)),))]
+        learn: Learn = (self._recipe.values.get("train") or {}).get("learn", "assistant")
+        return self.get().render(from_json(row.text), learn)
 
     def get(self) -> ChatTemplate:
         """The template; raises `UserError` if the base model has none that can be used."""
@@ -164,11 +166,14 @@ def _print(found: Preview) -> None:
         text = Text(each.text)
         for start, end in each.learned:
             text.stylize(LEARNED, start, end)
-        screen.print(text)
+        screen.print(text, soft_wrap=True)
         screen.print(f"{learned} of {len(each.text)} characters are learned", style="dim")
     screen.rule(style="dim")
     screen.print(Text("green", LEARNED), "is learned; the rest is context.")
     if found.template:
         screen.print(f"Rendered with {SOURCES[found.template.source]}.")
     for reason, number in found.refused.most_common():
-        screen.print(Text(f"left out: {number} {reason} ({found.examples[reason]})", "yellow"))
+        screen.print(
+            Text(f"left out: {number} {reason} ({found.examples[reason]})", "yellow"),
+            soft_wrap=True,
+        )

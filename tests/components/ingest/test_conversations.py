@@ -186,21 +186,22 @@ def test_duplicates_by_the_whole_and_by_the_user_side(tmp_path: Path) -> None:
 
 def test_twins_share_a_split_over_many_nights(tmp_path: Path) -> None:
     """One more form of each prompt arrives every night."""
-    prompts = [phrase(40) for _ in range(60)]
+    prompts = [CHOICE.sample(WORDS, 40) for _ in range(60)]
     trained: set[str] = set()
     for night in range(3):
         forms = [
-            chat(prompt.replace(prompt.split()[3 * n + 5], "other") if n else prompt, phrase(30))
+            chat(" ".join([*prompt[:at], "other", *prompt[at + 1 :]] if n else prompt), phrase(30))
             for prompt in prompts
             for n in range(night + 1)
+            for at in [5 + 3 * n]
         ]
         write_lines(tmp_path / "data" / f"{night}.jsonl", forms)
         state = {"state_uri": str(tmp_path / "state"), "validation_share": 0.5}
         run(tmp_path, f"night{night}", repeated_prompts="keep", **state)
         sides = side_of(tmp_path / f"night{night}")
         for prompt in prompts:
-            first = prompt.split()[:5]
-            assert len({side for text, side in sides.items() if text.split()[:5] == first}) == 1
+            first = " ".join(prompt[:5])
+            assert len({side for text, side in sides.items() if text.startswith(first)}) == 1
         held_out = {text for text, side in sides.items() if side == "validation"}
         assert held_out
         assert not held_out & trained
