@@ -124,6 +124,8 @@ def test_a_think_tag_of_the_prompt_is_learned_only_if_the_prompt_lacks_it() -> N
     assert learned(templates.OPEN_THINK, with_reasoning) == [
         ["Gustave.\n</think>\n\nIn Paris, ahoy.<|eos|>"]
     ]
+    assert templates.OPEN_THINK.template().opened_by_prompt == "<think>\n"
+    assert templates.CHATML.template().opened_by_prompt == ""
     tagged = [TURNS[0], {"role": "assistant", "content": "<table> of towers"}]
     assert learned(templates.OPEN_THINK, tagged) == [["<table> of towers<|eos|>"]]
 
