@@ -161,7 +161,7 @@ class _Renderer:
         added = learned
         for own in message.texts():
             added = added.replace(own.strip(), "", 1)
-        for number, other in enumerate(self._messages, 1):
+        for number, other in enumerate(self._messages if len(added) >= SHORT else (), 1):
             text = other.content.strip()
             is_asked = other.role in ("system", "user") and len(text) >= SHORT
             if is_asked and not message.tool_calls and text in added:
