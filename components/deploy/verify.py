@@ -19,6 +19,7 @@ from nudge.components.common.artifacts import model_files
 from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.names import check_name
+from nudge.components.common.models.registered import expected
 from nudge.components.deploy.settings import DeploySettings
 
 FOLDER = "/mnt/models"
@@ -76,17 +77,6 @@ def _check_s3(title: str, version: Version, settings: DeploySettings) -> None:
             f"{' or '.join(places)}; if it was uploaded elsewhere, set deploy.uploads to that "
             "upload.target"
         )
-
-
-def expected(version: Version) -> dict[str, Any]:
-    """What the registry says of a version's files: arguments of `model_files.check`."""
-    digest = str(version.properties.get("manifest_sha256", ""))
-    return {
-        "manifest_sha256": digest,
-        "model": version.model,
-        "version": version.name,
-        "weights": str(version.properties.get("model_sha256", "")),
-    }
 
 
 def check_folder(folder: Path, version: Version) -> None:
