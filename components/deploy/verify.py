@@ -92,7 +92,7 @@ def check_image(version: Version) -> None:
 
     The image's digest binds the content, but only the manifest inside says of which version it is.
     """
-    from nudge.components.common.models.base_model import download_model
+    from nudge.components.common.models.registered import download_model
 
     with tempfile.TemporaryDirectory() as folder:
         download_model(version.uri, Path(folder), (model_files.MANIFEST,))

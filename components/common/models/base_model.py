@@ -24,6 +24,12 @@ from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import published, sha256_file
 from nudge.components.common.core.uris import is_local, local_path
+from nudge.components.common.models.registered import (
+    check_download,
+    download_model,
+    pinned_uri,
+    split_pin,
+)
 
 CONVERSION = 1
 """Increase this when the conversion changes, so that older converted folders are not reused."""
@@ -88,7 +94,6 @@ def resolved(uri: str) -> str:
     from nudge.components.common.clients.registry.connection import registry_url, with_registry
     from nudge.components.common.clients.registry.releases import find_standing
     from nudge.components.common.core.provenance import this_run
-    from nudge.components.common.models.registered import pinned_uri
 
     model, _, otherwise = uri.removeprefix("incumbent://").partition("?else=")
     found = with_registry(registry_url(), find_standing(model, this_run("")))
@@ -110,22 +115,6 @@ def model_sha256(folder: Path) -> str:
 def weights_sha256(files: dict[str, str]) -> str:
     """The same from the sha256 of each file by its name; ignores other files."""
     return model_files.weights_sha256(files)
-
-
-def download_model(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> None:
-    """Download the files of an uploaded model whose names match one of the patterns ``files``, from
-    an object store (``s3://``) or an image (``oci://``).
-
-    Raises `UserError` if there are none.
-    """
-    if urlsplit(uri).scheme == "oci":
-        from nudge.components.common.clients.modelcar import download_image
-
-        download_image(uri, folder, files)
-        return
-    from nudge.components.common.clients.storage import download_folder
-
-    download_folder(uri, folder, files)
 
 
 def cache_folder() -> Path:
@@ -235,8 +224,6 @@ def _from_hub(uri: str, files: tuple[str, ...]) -> Path:
 
 
 def _downloaded(uri: str, files: tuple[str, ...] = ("*",), kind: str = "") -> Path:
-    from nudge.components.common.models.registered import check_download, split_pin
-
     plain, digest = split_pin(uri)
     target = cache_folder() / hashlib.sha256(plain.encode()).hexdigest()[:16]
     target = target.with_name(target.name + kind)

@@ -1,4 +1,4 @@
-"""Served versions as models to read: their files must be the ones that were registered.
+"""Uploaded models that a run reads: their files must be the ones that were registered.
 
 The registry has the digest of the manifest of a version's upload. A *pinned* URI carries it along,
 as ``s3://bucket/models/m/v1#manifest_sha256=...``, so that whoever downloads from it later, on
@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from nudge.components.common.artifacts import model_files
 from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.publish import sha256_file
 
 PIN = "#manifest_sha256="
 CHECKED = ("s3", "oci")
@@ -47,9 +48,6 @@ def pinned_uri(version: Version) -> str:
             f"{title} is registered as {version.uri}, and nothing there can be compared with what "
             "was evaluated; name that URI itself as the base model if you trust it"
         )
-    from nudge.components.common.core.publish import sha256_file
-    from nudge.components.common.models.base_model import download_model
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / model_files.MANIFEST
         download_model(version.uri, path.parent, (f"*{model_files.MANIFEST}",))
@@ -63,6 +61,22 @@ def pinned_uri(version: Version) -> str:
             raise UserError(f"{version.uri} is not what was registered: {error}") from None
         # Of a version without a digest in the registry, this binds what is read from now on.
         return f"{version.uri}{PIN}{sha256_file(path)}"
+
+
+def download_model(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> None:
+    """Download the files of an uploaded model whose names match one of the patterns ``files``, from
+    an object store (``s3://``) or an image (``oci://``).
+
+    Raises `UserError` if there are none.
+    """
+    if urlsplit(uri).scheme == "oci":
+        from nudge.components.common.clients.modelcar import download_image
+
+        download_image(uri, folder, files)
+        return
+    from nudge.components.common.clients.storage import download_folder
+
+    download_folder(uri, folder, files)
 
 
 def check_download(folder: Path, uri: str, digest: str = "", partial: bool = False) -> None:

@@ -15,8 +15,8 @@ import pytest
 from nudge.components.common.artifacts.model import BaseModel, ModelFacts, write_model_facts
 from nudge.components.common.clients import image_registry, modelcar
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.models.base_model import download_model, model_sha256
-from nudge.components.common.models.registered import check_download
+from nudge.components.common.models.base_model import model_sha256
+from nudge.components.common.models.registered import check_download, download_model
 from nudge.components.upload import image
 from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
