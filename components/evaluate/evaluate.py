@@ -41,6 +41,5 @@ def evaluate(
     }
     inputs = {"corpus": corpus, "model": model, "history": history}
     outputs = {"evaluation": evaluation, "report": report, "scores": scores}
-    found = {"incumbent": incumbent, "served": served, "guards": guards}
-    result = judge(plain, **found, **inputs, **outputs)
+    result = judge(plain, incumbent=incumbent, served=served, guards=guards, **inputs, **outputs)
     return {**result, "evaluation_sha256": sha256_file(evaluation)}

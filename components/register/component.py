@@ -47,8 +47,14 @@ def register(
         settings = step_settings(RegisterSettings, "register", recipe, model_name=model_name)
         run = this_run(run_id)
         paths = {"model": Path(model.path), "evaluation": Path(evaluation.path)}
-        named = {"uri": uri, "version": version or run, "run_id": run}
-        result = register(settings, **named, **paths, evaluation_sha256=evaluation_sha256)
+        result = register(
+            settings,
+            **paths,
+            uri=uri,
+            version=version or run,
+            run_id=run,
+            evaluation_sha256=evaluation_sha256,
+        )
         registered.metadata.update(lineage(result))
         Path(registered.path).write_text(uri)
 
