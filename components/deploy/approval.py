@@ -134,7 +134,8 @@ def close(ask: Any, version: Version, approval: Approval) -> None:
     """Record that a version will not be promoted, and archive it."""
     by = f" by {approval.by}" if approval.by else ""
     why = f": {approval.reason}" if approval.reason else ""
-    values = {"promoted": False, NOT_PROMOTED: f"{approval.state}{by} at {approval.at}{why}"}
+    outcome = f"{approval.state}{by} at {approval.at}{why}"
+    values: dict[str, str | bool] = {"promoted": False, NOT_PROMOTED: outcome}
     ask(releases.note_properties(version.id, {**values, **approval_properties(approval)}))
     ask(releases.archive(version.id))
 
