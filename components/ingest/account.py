@@ -12,7 +12,10 @@ DUPLICATES = ("duplicate", "near_duplicate")
 NO_LOSS = ("hidden", "linked_folder", "metadata", "not_text")
 """Reasons for files that are skipped on purpose; they do not count as a loss."""
 EXAMPLES = 4
-HINTS = {"no_text_layer": "add one with ocrmypdf, from pip install 'nudge-lm[ocr]'"}
+HINTS = {
+    "no_text_layer": "add one with ocrmypdf, from pip install 'nudge-lm[ocr]'",
+    "overlaps_evaluation": "it shares 13 words with a guard, a probe or ingest.keep_out",
+}
 """What to do about a reason, where a sentence says it."""
 
 

@@ -32,6 +32,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nudge.components.common.core.scripts import SPACELESS
+
 if TYPE_CHECKING:
     from nudge.components.ingest.cleaning import Row
 
@@ -42,8 +44,8 @@ WORDS_HELD = 1 << 16
 LONG = 1 << 20
 """Characters of a text that are processed together."""
 MARKS = string.punctuation + "“”„‘’‚«»‹›…–—"
-ALONE = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff])")
-"""Letters of scripts without spaces between words (Thai, Khmer, Chinese, ...); each is one word."""
+ALONE = re.compile(f"([{SPACELESS}])")
+"""Letters of scripts without spaces between words; each is one word."""
 
 
 # Odd factors; one hash is the factor times the gram, modulo 2**64.
@@ -74,8 +76,11 @@ class _Words(dict[str, int]):
 _words = _Words()
 
 
-def signature(text: str) -> list[int]:
-    """One 64-bit key per bucket; two texts that share a key are near duplicates."""
+def word_hashes(text: str) -> np.ndarray:
+    """The hashes of a text's words, without case, accents and punctuation; uint64 [words].
+
+    A text without words has one, of all of it.
+    """
     if not text.isascii():
         pieces = (text[start : start + LONG] for start in range(0, len(text), LONG))
         text = "".join(ALONE.sub(r" \1 ", piece) for piece in pieces)
@@ -83,16 +88,24 @@ def signature(text: str) -> list[int]:
     found = text.split() if len(text) < LONG else map(re.Match.group, re.finditer(r"\S+", text))
     words = np.fromiter(map(_words.__getitem__, found), np.uint64)
     words = words[words != 0]
-    if not len(words):
-        words = np.array([_hash(text)], np.uint64)
-    width = min(NGRAM, len(words))
+    return words if len(words) else np.array([_hash(text)], np.uint64)
+
+
+def gram_hashes(words: np.ndarray, width: int) -> np.ndarray:
+    """The hashes of all ``width`` consecutive words; uint64 [words - width + 1]."""
     count = len(words) - width + 1
     grams = np.zeros(count, np.uint64)
     for first in range(width):
         grams = grams * STEP + words[first : first + count]
-    grams = _mixed(grams)
+    return _mixed(grams)
+
+
+def signature(words: np.ndarray) -> list[int]:
+    """One 64-bit key per bucket from a text's `word_hashes`; two texts that share a key are near
+    duplicates."""
+    grams = gram_hashes(words, min(NGRAM, len(words)))
     smallest = np.full(BUCKETS * ROWS, np.iinfo(np.uint64).max)
-    for start in range(0, count, CHUNK):
+    for start in range(0, len(grams), CHUNK):
         hashes = grams[start : start + CHUNK, None] * FACTORS
         np.minimum(smallest, hashes.min(axis=0), out=smallest)
     keys = np.zeros(BUCKETS, np.uint64)

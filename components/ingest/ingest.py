@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nudge.components.common.artifacts.corpus import Document
     from nudge.components.common.core.progress import Progress
     from nudge.components.ingest.duplicates import Documents
+    from nudge.components.ingest.overlap import Overlap
     from nudge.components.ingest.sources import Source
 
 KEPT = "FROM docs JOIN verdicts USING (doc) WHERE reason IS NULL"
@@ -68,21 +69,25 @@ def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, A
     from nudge.components.ingest.filters import make_filters
     from nudge.components.ingest.finding import find_sources
     from nudge.components.ingest.new_text import is_new
+    from nudge.components.ingest.overlap import overlap_of, texts_to_keep_out
     from nudge.components.ingest.report import render_report
     from nudge.components.ingest.state import IngestState
 
     make_filters(settings)  # report what a filter lacks before anything is read
+    keep_out = overlap_of(texts_to_keep_out(settings))
     limits = WebLimits(settings.allow_private_addresses, settings.max_download_bytes)
     sources = find_sources(settings.data_uri, limits)
     corpus.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".ingest-", dir=corpus.parent) as folder:
         documents = Documents(Path(folder))
         state = (
-            IngestState(settings.state_uri, settings, Path(folder)) if settings.state_uri else None
+            IngestState(settings.state_uri, settings, Path(folder), keep_out.sha256)
+            if settings.state_uri
+            else None
         )
         with progress("ingest", total=len(sources), unit="files") as bar:
             old = state.restore(sources, documents) if state else {}
-            read = _read_all(sources, old, settings, documents, bar)
+            read = _read_all(sources, old, settings, documents, keep_out, bar)
             bar.note(stage="looking for duplicates")
             documents.find_duplicates(settings.near_duplicates)
             facts = [copy.deepcopy(read[number]) for number in range(len(sources))]
@@ -134,6 +139,7 @@ def _read_all(
     known: dict[int, dict[str, Any]],
     settings: IngestSettings,
     documents: "Documents",
+    keep_out: "Overlap",
     bar: "Progress",
 ) -> dict[int, dict[str, Any]]:
     """Read each object that is not ``known``; returns the facts of all objects by number."""
@@ -145,8 +151,8 @@ def _read_all(
     if settings.engine == "ray":
         from nudge.components.ingest.on_ray import read_on_ray
 
-        return {**known, **read_on_ray(new, settings, documents, bar)}
-    return {**known, **read_objects(new, settings, documents, bar)}
+        return {**known, **read_on_ray(new, settings, documents, keep_out, bar)}
+    return {**known, **read_objects(new, settings, documents, keep_out, bar)}
 
 
 def _samples(by_object: list[dict[str, list[str]]]) -> dict[str, list[str]]:

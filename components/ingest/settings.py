@@ -1,13 +1,16 @@
 """The settings of the step `ingest`."""
 
+import dataclasses
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from nudge.components.common.clients.registry.connection import RegistryUrl
 from nudge.components.common.clients.registry.names import OptionalRegistryName
+from nudge.components.common.core import default_guard
 from nudge.components.common.core.errors import nearest
+from nudge.components.common.core.recipe import some_settings, step_settings
 from nudge.components.common.core.settings import settings
 
 if TYPE_CHECKING:
@@ -68,6 +71,13 @@ class IngestSettings:
     any."""
     near_duplicates: bool = True
     """Whether to drop near duplicates as well as exact ones."""
+    keep_out: tuple[str, ...] = ()
+    """URIs of texts to keep out of training, such as a test set: a document that shares 13
+    consecutive words with one is held out or left out, and counted. A recipe adds its guards."""
+    keep_out_texts: tuple[str, ...] = ()
+    """More such texts. A recipe adds its probes that should hold."""
+    compare_with_evaluation: bool = True
+    """Whether a recipe adds its guards and probes to `keep_out`."""
     validation_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
     """Fraction of documents held out. Raising it later moves documents that earlier models were
     trained on into validation."""
@@ -126,3 +136,34 @@ class IngestSettings:
                     f"effect; set filters: [{filters}]"
                 )
         return self
+
+
+@settings
+class Evaluated:
+    """The texts of a recipe's section `evaluate`."""
+
+    guards: list[dict[str, Any]] | None = None
+    probes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+def ingest_settings(recipe: str, **overrides: Any) -> IngestSettings:
+    """The settings in a recipe's text; the texts of its evaluation are kept out of training.
+
+    A probe that should rise is not: the text is there to teach it. ``overrides`` and errors are
+    those of `step_settings`.
+    """
+    chosen = step_settings(IngestSettings, "ingest", recipe, **overrides)
+    if not chosen.compare_with_evaluation:
+        return chosen
+    evaluated = some_settings(Evaluated, "evaluate", recipe)
+    if evaluated.guards is None:
+        uris = [default_guard.URI]
+    else:
+        uris = [str(guard.get("uri", "")) for guard in evaluated.guards]
+    held = [probe for probe in evaluated.probes if probe.get("expect") == "hold"]
+    texts = [f"{probe.get('prompt', '')}{probe.get('target', '')}" for probe in held]
+    return dataclasses.replace(
+        chosen,
+        keep_out=tuple(dict.fromkeys((*chosen.keep_out, *filter(None, uris)))),
+        keep_out_texts=(*chosen.keep_out_texts, *texts),
+    )
