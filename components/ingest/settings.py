@@ -1,5 +1,6 @@
 """The settings of the step `ingest`."""
 
+import codecs
 import dataclasses
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -121,12 +122,26 @@ class IngestSettings:
         )
 
     @model_validator(mode="after")
+    def _tables_can_be_read(self) -> "IngestSettings":
+        if not _is_encoding(self.encoding or "utf-8"):
+            raise ValueError(
+                f"encoding = {self.encoding!r} is no encoding of text that Python knows; use one "
+                "such as utf-8, windows-1252 or utf-16"
+            )
+        if self.delimiter in ("\n", "\r", '"', "\0"):
+            raise ValueError(
+                f"delimiter = {self.delimiter!r} cannot separate columns; use a character such as "
+                "a comma, a semicolon or a tab"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _filters_are_named(self) -> "IngestSettings":
         added = {point.name for point in entry_points(group=FILTER_GROUP)}
         for name in self.filters:
             if name not in FILTERS and name not in added:
                 raise ValueError(
-                    f"there is no filter {name!r}; {nearest(name, {*FILTERS, *added})}"
+                    f"filters: there is no filter {name!r}; {nearest(name, {*FILTERS, *added})}"
                 )
         for setting, name in (("pii", "pii"), ("languages", "language")):
             if getattr(self, setting) and name not in self.filters:
@@ -136,6 +151,18 @@ class IngestSettings:
                     f"effect; set filters: [{filters}]"
                 )
         return self
+
+
+def _is_encoding(name: str) -> bool:
+    """Whether Python knows this encoding of text; rot13 and base64 are none."""
+    try:
+        codecs.lookup(name)
+        b"a".decode(name)
+    except UnicodeError:
+        return True
+    except (LookupError, ValueError):
+        return False
+    return True
 
 
 @settings

@@ -22,6 +22,7 @@ from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import published, sha256_file
 from nudge.components.common.core.uris import is_local, local_path
+from nudge.components.common.models.base_checks import check_tokenizer_files, read_config
 
 CONVERSION = 1
 """Increase this when the conversion changes, so that older converted folders are not reused."""
@@ -147,21 +148,43 @@ def _check_causal(folder: Path, uri: str) -> None:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if not (folder / "config.json").is_file():
-        raise UserError(f"base_model {uri}: {folder} has no config.json; name a model folder")
+    read_config(folder, uri)
     try:
         # Set trust_remote_code, because otherwise transformers asks a person at a terminal.
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"base_model {uri}: its config.json cannot be read: {error}") from None
+    except Exception as error:  # noqa: BLE001  a bad value raises anything
+        raise UserError(
+            f"base_model {uri}: its config.json cannot be read: {_first_line(error)}"
+        ) from None
     names = config.architectures or []
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not any(
-        name.endswith(("ForCausalLM", "LMHeadModel")) for name in names
+        str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names
     ):
         raise UserError(
-            f"base_model {uri} is {', '.join(names) or config.model_type}, "
+            f"base_model {uri} is {', '.join(map(str, names)) or config.model_type}, "
             "not a causal language model (such as LlamaForCausalLM); choose one that is"
         )
+
+
+def open_tokenizer(folder: Path, uri: str) -> Any:
+    """The tokenizer of a base model, from known code only.
+
+    Raises `UserError` if it is in a form that this build cannot read, or damaged.
+    """
+    from transformers import AutoTokenizer
+
+    check_tokenizer_files(folder, uri)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001  tokenizers raises a plain Exception
+        raise UserError(
+            f"base_model {uri}: its tokenizer cannot be loaded: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _from_gguf(path: Path) -> Path:

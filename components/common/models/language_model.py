@@ -32,14 +32,32 @@ def set_up_torch(threads: int, seed: int) -> None:
 
 
 def load_model(folder: Path) -> Any:
-    """Load a causal LM in float32, in evaluation mode, from safetensors and without remote code."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    """Load a causal LM in float32, in evaluation mode, from safetensors and without remote code.
+
+    Raises `UserError` if the weights are damaged or do not fit the config.
+    """
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "can't allocate memory" in str(error):
+            raise
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f"the model in {folder} cannot be loaded: {why}") from error
+    # transformers fills them with random numbers, and only warns.
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"the model in {folder} lacks {len(missing)} of the weights that its config.json "
+            f"names, such as {missing[0]}; download it again"
+        )
     return model.eval()
 
 
