@@ -11,9 +11,8 @@ from nudge.components.common.artifacts.corpus import (
     text_sha256,
 )
 from nudge.components.common.artifacts.model import read_model_facts
-from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.sample_size import MIN_DOCUMENTS
-from nudge.components.common.readers.curated import curated_texts
+from nudge.components.common.preflight.texts import guard_texts
 from nudge.components.evaluate.settings import DEFAULT_GUARD, EvaluateSettings, Guard
 
 HELD_OUT = "held-out"
@@ -56,14 +55,7 @@ def guard_documents(guard: Guard) -> list[Document]:
 
     Raises `UserError` if there are too few, or if a file cannot be read as what its name says.
     """
-    where = f"evaluate.guards {guard.name}"
-    texts = curated_texts(guard.uri, where, guard.max_documents)
-    if len(texts) < MIN_DOCUMENTS:
-        raise UserError(
-            f"{where}: {guard.uri} has {len(texts)} documents with text;"
-            f" fewer than {MIN_DOCUMENTS} cannot show that nothing is lost: add more, or remove "
-            "the guard"
-        )
+    texts = guard_texts(guard.name, guard.uri, guard.max_documents)
     return [Document(text_sha256(text)[:16], text, guard.uri) for text in texts]
 
 

@@ -6,7 +6,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.sample_size import MIN_DOCUMENTS, corpus_size
 from nudge.components.common.readers import suffix_of
+from nudge.components.ingest.settings import IngestSettings
 
 DUPLICATES = ("duplicate", "near_duplicate")
 NO_LOSS = ("hidden", "linked_folder", "metadata", "not_text")
@@ -72,6 +74,20 @@ def check_loss(counts: dict[str, Any], most: float) -> None:
         f"{shares[1]:.0%} of their bytes; ingest.max_lost allows {most:.0%}\n"
         f"{_totals(counts)}; dropped:\n{table}\n"
         f"Fix or remove these files, or set ingest.max_lost: {needed:g} to train on the rest"
+    )
+
+
+def check_held_out(held_out: int, settings: IngestSettings) -> None:
+    """Raise `UserError` if too few documents are held out for a verdict, unless that is allowed."""
+    if held_out >= MIN_DOCUMENTS or settings.allow_no_verdict:
+        return
+    need = corpus_size(settings.validation_share)
+    raise UserError(
+        f"{held_out} documents are held out, and with fewer than {MIN_DOCUMENTS} nothing can be "
+        f"shown to be better, so that nothing would be promoted: bring about {need} documents, "
+        f"raise ingest.validation_share (now {settings.validation_share:g}), set "
+        "ingest.split_characters to split long documents, or set ingest.allow_no_verdict: true to "
+        "train without a verdict"
     )
 
 

@@ -62,6 +62,9 @@ class IngestSettings:
     """The largest share of documents, or of their bytes, that may be dropped for any reason other
     than duplication. If more is dropped, the run stops and shows what was lost. Hidden files and
     files without text, such as images, do not count."""
+    allow_no_verdict: bool = False
+    """Whether a run continues although fewer than 16 documents are held out, which are too few to
+    show that a model is better; nothing is promoted then."""
     filters: tuple[str, ...] = ("unicode", "length")
     """The filters that each text passes, in this order: unicode, length, repetition, language, pii,
     and those of installed packages. A drop is counted under the filter's reason."""
