@@ -42,7 +42,7 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
     case. Raises `UserError` if a source is missing, if more is lost than ``settings.max_lost``
     allows, or if too little is left to split.
     """
-    from nudge.components.ingest.pieces import AUTOMATIC
+    from nudge.components.ingest.pieces import AUTOMATIC, piece_size
 
     try:
         return _ingest(settings, corpus, report)
@@ -50,14 +50,15 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
         if settings.split_characters or error.longest <= AUTOMATIC:
             raise
         # One book, or a few: repeat in pieces.
-        in_pieces = dataclasses.replace(settings, split_characters=AUTOMATIC)
-        return _ingest(in_pieces, corpus, report)
+        size = piece_size(error.characters, settings.validation_share)
+        return _ingest(dataclasses.replace(settings, split_characters=size), corpus, report)
 
 
 class _TooFew(UserError):
-    """There are too few documents to hold any out; ``longest`` is the longest one in characters."""
+    """There are too few documents to hold any out; ``longest`` is the longest one, and
+    ``characters`` are those of all of them."""
 
-    longest = 0
+    longest = characters = 0
 
 
 def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, Any]:
@@ -97,8 +98,9 @@ def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, A
             counts = _counts(settings, documents, facts)
             _check(settings, counts, next(filter(None, columns), ""))
             check_loss(counts, settings.max_lost)
-            longest = next(documents.query(f"SELECT coalesce(max(characters), 0) {KEPT}"))[0]
-            _check_split(settings, counts, longest)
+            sizes = "coalesce(max(characters), 0), coalesce(sum(characters), 0)::BIGINT"
+            longest, characters = next(documents.query(f"SELECT {sizes} {KEPT}"))
+            _check_split(settings, counts, longest, characters)
             bar.note(stage="writing")
             with published(corpus) as part:
                 place = Path(folder)
@@ -314,7 +316,9 @@ def _check(settings: IngestSettings, counts: dict[str, Any], columns: str) -> No
             )
 
 
-def _check_split(settings: IngestSettings, counts: dict[str, Any], longest: int) -> None:
+def _check_split(
+    settings: IngestSettings, counts: dict[str, Any], longest: int, characters: int
+) -> None:
     documents_in, count, dropped = (counts[key] for key in ("documents_in", "documents", "dropped"))
     reasons = ", ".join(f"{reason} {number}" for reason, number in dropped.items())
     train, validation = counts["train_documents"], counts["validation_documents"]
@@ -326,5 +330,5 @@ def _check_split(settings: IngestSettings, counts: dict[str, Any], longest: int)
             f"{validation} for validation; bring about {need} documents, raise "
             "ingest.validation_share, or set ingest.split_characters to split long documents"
         )
-        error.longest = longest
+        error.longest, error.characters = longest, characters
         raise error

@@ -57,7 +57,8 @@ class IngestSettings:
     split_characters: Annotated[int, Field(ge=0)] = 0
     """Longer texts become several documents of at most this many characters, cut between
     paragraphs; each piece is trained on or held out by itself. 0: split only if there would
-    otherwise be too few documents to hold any out, as with a single book; then 4000."""
+    otherwise be too few documents to hold any out, as with a single book; then 4000, or less for
+    a short one."""
     max_lost: Annotated[float, Field(ge=0, le=1)] = 0.2
     """The largest share of documents, or of their bytes, that may be dropped for any reason other
     than duplication. If more is dropped, the run stops and shows what was lost. Hidden files and
