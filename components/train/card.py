@@ -17,7 +17,8 @@ tags: [nudge]
 
 Trained from `{{ hub_name or base_model.uri }}` in mode `{{ training.mode }}` for
 {{ training.steps }} steps on {{ training.tokens }} tokens,
-{{ training.trainable_parameters }} of {{ training.parameters }} parameters. It is meant for text like its training data; nothing checks that what it says is true.
+{{ training.trainable_parameters }} of {{ training.parameters }} parameters. It is meant for text
+like its training data; nothing checks that what it says is true.
 
 | fact | value |
 |---|---|
