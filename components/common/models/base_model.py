@@ -10,7 +10,6 @@ is, the model after ``else``). A GGUF file is converted once, to float32 safeten
 import contextlib
 import functools
 import hashlib
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,12 +22,12 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import published, sha256_file
 from nudge.components.common.core.uris import is_local, local_path
 from nudge.components.common.models.base_checks import check_tokenizer_files, read_config
+from nudge.components.common.models.names import hub_hint
 
 CONVERSION = 1
 """Increase this when the conversion changes, so that older converted folders are not reused."""
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -43,9 +42,9 @@ def local_model(uri: str) -> Path:
     elif is_local(uri):
         path = local_path(uri)
         if not path.exists():
-            hub = f", or hf://{uri} for the model on the hub" if HUB_NAME.fullmatch(uri) else ""
             raise UserError(
-                f"base_model {uri}: {path} does not exist; name a folder or a .gguf file{hub}"
+                f"base_model {uri}: {path} does not exist; name a folder or a .gguf file"
+                f"{hub_hint(uri)}"
             )
         folder = _from_gguf(path) if path.suffix == ".gguf" else path
     else:

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.preflight import machine
+from nudge.components.common.preflight.elsewhere import check_elsewhere
 from nudge.components.common.preflight.packages import check_packages
 from nudge.pipelines.cli.main import main
 from nudge.pipelines.local import preflight
@@ -136,3 +137,16 @@ def test_nudge_run_starts_nothing_and_says_all_of_it(
     lines = ended.stderr.splitlines()
     assert [line.split()[1] for line in lines] == ["no", "needs"]
     assert not (tmp_path / "home").exists()
+
+
+def test_a_cluster_is_not_given_paths_of_this_machine(tmp_path: Path) -> None:
+    check_elsewhere(load("eiffel").text)
+    check_elsewhere(load("eiffel", ["ingest.data_uri=/not/here", "base_model=s3://b/m"]).text)
+    guard = f"evaluate.guards=[{{name: g, uri: {tmp_path}}}]"
+    wrong = [f"ingest.data_uri=[s3://b/x, {tmp_path}]", f"base_model={tmp_path}", guard]
+    with pytest.raises(UserError) as caught:
+        check_elsewhere(load("eiffel", wrong).text)
+    keys = [line.split(" is ")[0] for line in str(caught.value).splitlines()]
+    assert keys == ["base_model", "ingest.data_uri", "evaluate.guards g"]
+    with pytest.raises(UserError, match="or hf://meta-llama/Llama-3-8B for the model on the hub"):
+        check_elsewhere(load("eiffel", ["base_model=meta-llama/Llama-3-8B"]).text)
