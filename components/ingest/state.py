@@ -51,6 +51,8 @@ CLEANING = (
 LIBRARIES = (
     "charset-normalizer",
     "ftfy",
+    "lxml",
+    "mwparserfromhell",
     "openpyxl",
     "phonenumbers",
     "py3langid",
