@@ -383,7 +383,7 @@ def test_without_prompts_and_guards_there_are_default_ones(place: Workspace) -> 
     assert len(prompts) == 3
     assert all(any(text.startswith(prompt) for text in held_out) for prompt in prompts)
     faults = [check["told"] for check in result["verdict"]["checks"] if not check["ok"]]
-    assert sum("repeats one" in message for message in faults) == 3
+    assert any("repeats one" in message for message in faults)
 
 
 def test_a_model_from_scratch_has_no_default_guard(place: Workspace) -> None:
