@@ -12,6 +12,7 @@ from nudge.components.common.artifacts.tokens import Tokens
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.provenance import code_version
 from nudge.components.common.models.end_of_document import end_of_document_id
+from nudge.components.common.models.registered import split_pin
 from nudge.components.train.adapt import adapter_state, lora_config, merged_state
 from nudge.components.train.card import model_card
 from nudge.components.train.export import finish_export
@@ -27,7 +28,7 @@ def facts_of(
     named = dict(network.model.named_parameters())
     trained = [p for p in named.values() if p.requires_grad]
     return {
-        "base_model": {"uri": settings.base_model, "sha256": start.sha256},
+        "base_model": {"uri": split_pin(settings.base_model)[0], "sha256": start.sha256},
         "data_fingerprint": manifest.corpus_fingerprint,
         "tokenizer_sha256": manifest.tokenizer_sha256,
         "settings": dataclasses.asdict(settings),
@@ -65,7 +66,7 @@ def write_model(
 
         adapter = folder / "adapter"
         config = lora_config(settings)
-        config.base_model_name_or_path = settings.base_model
+        config.base_model_name_or_path = split_pin(settings.base_model)[0]
         config.save_pretrained(adapter)
         save_file(adapter_state(state), adapter / "adapter_model.safetensors", {"format": "pt"})
     (folder / "README.md").write_text(model_card(facts), encoding="utf-8")

@@ -56,6 +56,7 @@ def _texts(uri: str, where: str, files: list[Path]) -> Iterator[str]:
                     if isinstance(text, Unreadable):
                         row = "" if record.name in ("", path.name) else f", row {record.name}"
                         raise UserError(_unreadable(uri, where, f"{path.name}{row}", text))
+                    assert isinstance(text, str)  # these options read no conversations
                     if text.strip():
                         yield text
         except OSError as error:
