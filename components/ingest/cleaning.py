@@ -119,9 +119,13 @@ def clean(
         excerpt = raw[:SAMPLE_CHARACTERS] if isinstance(raw, str) else text.detail
         return Drop(text.reason, size, f"{name}: {normalize(excerpt)}", text.detail)
     share = share_of(text, settings)
-    words = word_hashes(text) if settings.near_duplicates or keep_out.grams else None
-    if words is not None and share >= settings.validation_share and keep_out.is_in(words):
-        return Drop(EVALUATED, size, f"{name}: {text[:SAMPLE_CHARACTERS]}", "")
+    keys: tuple[int, ...] = (0,) * BUCKETS
+    if settings.near_duplicates or keep_out.grams:
+        words = word_hashes(text)
+        if share >= settings.validation_share and keep_out.is_in(words):
+            return Drop(EVALUATED, size, f"{name}: {text[:SAMPLE_CHARACTERS]}", "")
+        if settings.near_duplicates:
+            keys = tuple(signature(words))
     return Row(
         name,
         text,
@@ -131,7 +135,7 @@ def clean(
         share,
         size,
         len(text.encode()),
-        tuple(signature(words)) if settings.near_duplicates else (0,) * BUCKETS,
+        keys,
     )
 
 

@@ -49,9 +49,9 @@ def plain_wikitext(raw: bytes) -> str | Unreadable:
     import mwparserfromhell
 
     code = mwparserfromhell.parse(raw.decode("utf-8", "replace"))
-    dropped = code.filter_tags(matches=lambda tag: str(tag.tag) in ("ref", "table", "gallery"))
-    dropped += code.filter_wikilinks(matches=lambda link: MEDIA.match(str(link.title)))
-    for node in dropped:
+    tags = code.filter_tags(matches=lambda tag: str(tag.tag) in ("ref", "table", "gallery"))
+    media = code.filter_wikilinks(matches=lambda link: bool(MEDIA.match(str(link.title))))
+    for node in (*tags, *media):
         try:
             code.remove(node)
         except ValueError:  # it is inside of one that was removed
@@ -62,7 +62,7 @@ def plain_wikitext(raw: bytes) -> str | Unreadable:
 
 
 def _article(page: object, file: str) -> Record:
-    values = {}
+    values: dict[str, str] = {}
     for element in page.iter():  # type: ignore[attr-defined]
         if isinstance(element.tag, str):
             values.setdefault(element.tag.rpartition("}")[2], element.text or "")
