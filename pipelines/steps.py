@@ -120,7 +120,8 @@ class Step:
     def describe(self, results: Mapping[str, Any]) -> str:
         """One line about what came out; empty without results."""
         if self.name == "deploy" and results and not results.get("promoted", True):
-            return "registered, not promoted"
+            awaiting = results.get("awaiting_approval")
+            return "registered, awaiting approval" if awaiting else "registered, not promoted"
         for template in self.outcome if results else ():
             try:
                 return template.format(**results)
@@ -285,6 +286,15 @@ STEPS = {
             runs="better",
             outcome=("{smoke_prompt} ->{smoke_answer!r}",),
             about="Serve a registered version and test it.",
+        ),
+        Step(
+            "serve_approved",
+            folder="deploy",
+            function="deploy:serve_approved",
+            face="serve_approved",
+            settings="settings:DeploySettings",
+            resources=Resources(2, *_CALL),
+            outcome=("{version}",),
         ),
         Step(
             "roll_back",
