@@ -15,7 +15,7 @@ run: setup  ## the whole pipeline here, on the default recipe
 	$(BIN)/nudge run eiffel
 
 # One worker per core: tests spend much of their time waiting for the servers that they start.
-PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: setup  ## the tests
 	$(PYTEST)

@@ -28,11 +28,33 @@ for _name in (
 
 TOGETHER = {
     "tests/images/": "the daemon of containers",
+    "tests/end_to_end/test_run.py": "the finished run",
+    "tests/end_to_end/test_faults.py": "the finished run",
     "tests/end_to_end/test_nightly.py": "the nights",
     "tests/security/test_canaries.py": "the nights",
 }
 """In parallel runs, the tests of one file stay together because they share fixtures; so do these
 files, whose shared fixtures take minutes to create."""
+
+LONGEST = (
+    "tests/images/",
+    "tests/end_to_end/",
+    "tests/pipelines/test_rollback.py",
+    "tests/components/train/",
+    "tests/components/deploy/",
+    "tests/components/register/",
+    "tests/security/",
+)
+"""The folders and files whose tests take longest; they start first, so that none of them is left
+running alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        ranks = (n for n, path in enumerate(LONGEST) if item.nodeid.startswith(path))
+        return next(ranks, len(LONGEST))
+
+    items.sort(key=rank)
 
 
 @pytest.hookimpl(optionalhook=True)

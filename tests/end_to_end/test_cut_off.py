@@ -4,7 +4,6 @@ same run goes on, and there is one version, one endpoint and nothing besides."""
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from nudge.components.common.clients.registry.releases import find_served, list_
 from nudge.components.common.clients.storage import list_keys, s3_client
 from nudge.components.common.core import processes
 from nudge.pipelines.local import services
-from tests.end_to_end.test_faults import NUDGE, Place, eventually, statuses
+from tests.end_to_end.workspace import Workspace, eventually, statuses
 from tests.local_registry import endpoint_headers
 
 SERVER = "nudge.components.deploy.local.model_server"
@@ -31,26 +30,27 @@ BOUNDARIES = [
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Place]:
-    place = Place(tmp_path_factory.mktemp("cut-off"), tiny_model)
-    place.run("--set", "evaluate.margin=50")  # what comes before the upload is reused from now on
-    yield place
-    environment = {**os.environ, "NUDGE_HOME": str(place.home)}
-    subprocess.run([NUDGE, "services", "down"], env=environment, check=True, capture_output=True)
+def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Workspace]:
+    workspace = Workspace(tmp_path_factory.mktemp("cut-off"), tiny_model)
+    workspace.run(
+        "--set", "evaluate.margin=50"
+    )  # what comes before the upload is reused from now on
+    yield workspace
+    workspace.nudge("services", "down")
 
 
-def kill_at(place: Place, step: str, event: str, *arguments: str) -> str:
+def kill_at(workspace: Workspace, step: str, event: str, *arguments: str) -> str:
     """Start a run and end the command that it is of at an event; returns the run's id."""
-    before = place.folders()
-    running = place.start(*arguments)
-    (folder,) = eventually(lambda: place.folders() - before)
+    before = workspace.folders()
+    running = workspace.start(*arguments)
+    (folder,) = eventually(lambda: workspace.folders() - before)
     events = folder / "events.jsonl"
     wanted = f'"step": "{step}", "event": "{event}"'
     eventually(lambda: events.exists() and wanted in events.read_text(), timeout_s=300)
     family = psutil.Process(running.pid).children(recursive=True)
     running.send_signal(signal.SIGKILL)
     running.communicate(timeout=60)
-    servers = {record.pid for record in processes.records(place.home)}
+    servers = {record.pid for record in processes.records(workspace.home)}
     steps = [
         each
         for each in family
@@ -72,16 +72,16 @@ def parents(process: psutil.Process) -> list[psutil.Process]:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("step", "event"), BOUNDARIES)
 def test_killed_and_run_again(
-    place: Place, step: str, event: str, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, step: str, event: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"cut-{step}-{event.replace('_', '-')}"
     arguments = ("--set", f"model_name={name}")
-    run_id = kill_at(place, step, event, *arguments)
-    result = place.run(*arguments)
+    run_id = kill_at(workspace, step, event, *arguments)
+    result = workspace.run(*arguments)
     assert result["error"] is None
     assert (result["run_id"], result["version"], result["promoted"]) == (run_id, run_id, True)
 
-    for key, value in services.up(place.home).items():
+    for key, value in services.up(workspace.home).items():
         monkeypatch.setenv(key, value)
     url = os.environ["NUDGE_REGISTRY_URL"]
     assert [each.name for each in with_registry(url, list_versions(name))] == [run_id]
@@ -94,7 +94,7 @@ def test_killed_and_run_again(
     begun = client.list_multipart_uploads(Bucket=services.BUCKET, Prefix=f"models/{name}/")
     assert begun.get("Uploads", []) == []
 
-    here = [each for each in processes.records(place.home) if name in each.name]
+    here = [each for each in processes.records(workspace.home) if name in each.name]
     assert {each.name for each in here} == {f"gateway-{name}", f"serving-{name}@{run_id}"}
     # No server that a killed command began runs on without a record.
     programs = [
@@ -103,25 +103,27 @@ def test_killed_and_run_again(
         if SERVER in (each.info["cmdline"] or ()) and name in each.info["cmdline"]
     ]
     assert programs == [each.pid for each in here if each.name.startswith("serving-")]
-    assert not list((place.home / "serving" / name).glob(".*"))
+    assert not list((workspace.home / "serving" / name).glob(".*"))
     body = {"model": name, "prompt": "The", "max_tokens": 2}
     answer = httpx.post(
         f"{result['endpoint']}/v1/completions",
         json=body,
-        headers=endpoint_headers(place.home),
+        headers=endpoint_headers(workspace.home),
         timeout=60,
     )
     assert answer.json()["choices"][0]["text"]
-    (kept,) = (folder for folder in place.folders() if folder.name == run_id)
+    (kept,) = (folder for folder in workspace.folders() if folder.name == run_id)
     assert json.loads((kept / "result.json").read_text())["version"] == run_id
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_with_new_text_it_is_another_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_new_text_it_is_another_run(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under the old name its model, which is reused from a run before, would be refused at the
     upload."""
-    text = place.folder / "text"
+    text = workspace.folder / "text"
     text.mkdir()
     shipped = Path(nudge.pipelines.recipes.__path__[0]) / "corpora" / "paris"
     lines = [line for path in shipped.glob("*.jsonl") for line in path.read_text().splitlines()]
@@ -130,15 +132,15 @@ def test_with_new_text_it_is_another_run(place: Place, monkeypatch: pytest.Monke
     second.write_text("\n".join(lines[1::2]))
     arguments = ["--set", "model_name=more", "--set", f"ingest.data_uri={text}/*.jsonl"]
     arguments += ["--set", "ingest.validation_share=0.3"]  # of half the text enough is held out
-    place.run(*arguments, "--set", "evaluate.margin=50")
+    workspace.run(*arguments, "--set", "evaluate.margin=50")
     second.unlink()
-    run_id = kill_at(place, "register", "step_end", *arguments)
+    run_id = kill_at(workspace, "register", "step_end", *arguments)
     second.write_text("\n".join(lines[1::2]))
-    result = place.run(*arguments)
+    result = workspace.run(*arguments)
     assert statuses(result)["train"] == "reused"
     assert (result["error"], result["promoted"]) == (None, True)
     assert result["run_id"] == result["version"] != run_id
-    for key, value in services.up(place.home).items():
+    for key, value in services.up(workspace.home).items():
         monkeypatch.setenv(key, value)
     versions = with_registry(os.environ["NUDGE_REGISTRY_URL"], list_versions("more"))
     data = {each.name: each.properties["data_fingerprint"] for each in versions}

@@ -2,95 +2,26 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import yaml
 
 from nudge.components.common.core import guard
 from nudge.pipelines.local import services
+from tests.end_to_end.workspace import Workspace, statuses
 from tests.local_registry import endpoint_headers
 
-NUDGE = str(Path(sys.executable).parent / "nudge")
 COMPILED = Path(__file__).parents[2] / "pipelines" / "compiled" / "train_and_serve.yaml"
-WORDS = ["Paris", "Seine", "tower", "bridge", "museum", "river", "garden", "street", "bread"]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Path]:
-    """A folder with a tiny recipe and text; its services are stopped afterwards."""
-    folder = tmp_path_factory.mktemp("end_to_end")
-    generator = random.Random(1)
-    with (folder / "text.jsonl").open("w") as file:
-        for number in range(120):
-            text = " ".join(generator.choice(WORDS) for _ in range(50)) + "."
-            print(json.dumps({"id": number, "text": text}), file=file)
-    probe = {"prompt": "Paris Seine", "target": " tower"}
-    recipe = {
-        "name": "tiny",
-        "base_model": str(tiny_model),
-        "model_name": "tiny",
-        "seed": 1,
-        "ingest": {"data_uri": str(folder / "text.jsonl"), "validation_share": 0.2},
-        "train": {
-            "max_steps": 60,
-            "sequence_length": 64,
-            "batch_sequences": 4,
-            "learning_rate": 0.01,
-            "watch": probe,
-        },
-        "evaluate": {
-            "window": 64,
-            "stride": 32,
-            "guards": [],  # the tiny model knows no English
-            "probes": [probe],
-            "prompts": ["Paris"],
-        },
-        "deploy": {"smoke_prompt": "Paris"},
-    }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-    yield folder
-    nudge(folder, "services", "down")
-
-
-def nudge(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "NUDGE_HOME": str(folder / "home"), **variables}
-    return subprocess.run(
-        [NUDGE, *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-    )
-
-
-def run(folder: Path, *arguments: str) -> dict[str, Any]:
-    ended = nudge(folder, "run", "tiny.yaml", "--json", *arguments)
-    assert ended.returncode == 0, ended.stderr
-    return dict(json.loads(ended.stdout))
-
-
-@pytest.fixture(scope="module")
-def first(place: Path) -> dict[str, Any]:
-    return run(place)
-
-
-def statuses(result: dict[str, Any]) -> dict[str, str]:
-    return {step["name"]: step["status"] for step in result["steps"]}
 
 
 def test_all_seven_steps_end_in_a_served_model_that_answers(
-    first: dict[str, Any], place: Path
+    first: dict[str, Any], workspace: Workspace
 ) -> None:
     assert set(statuses(first).values()) == {"done"}
     assert first["promoted"]
@@ -102,7 +33,7 @@ def test_all_seven_steps_end_in_a_served_model_that_answers(
     answer = httpx.post(
         f"{first['endpoint']}/v1/completions",
         json=body,
-        headers=endpoint_headers(place / "home"),
+        headers=endpoint_headers(workspace.home),
         timeout=60,
     )
     assert answer.status_code == 200
@@ -111,25 +42,25 @@ def test_all_seven_steps_end_in_a_served_model_that_answers(
 
 @pytest.mark.long
 def test_what_is_given_is_used_only_when_asked_for(
-    first: dict[str, Any], place: Path, tmp_path: Path
+    first: dict[str, Any], workspace: Workspace, tmp_path: Path
 ) -> None:
     given = services.up(tmp_path / "elsewhere")
     try:
-        own = {**given, "NUDGE_HOME": str(place / "home")}
-        again = nudge(place, "run", "tiny.yaml", "--json", **own)
+        own = {**given, "NUDGE_HOME": str(workspace.home)}
+        again = workspace.nudge("run", "tiny.yaml", "--json", **own)
         assert (
             "AWS_SECRET_ACCESS_KEY, NUDGE_REGISTRY_URL are set and not used: this run has"
             in again.stderr
         )
         given["NUDGE_HOME"] = str(tmp_path / "home")
-        asked = nudge(place, "run", "tiny.yaml", "--json", "--use-env-services", **given)
+        asked = workspace.nudge("run", "tiny.yaml", "--json", "--use-env-services", **given)
         assert asked.returncode == 0, asked.stderr
         result = json.loads(asked.stdout)
         assert (result["promoted"], "not used" in asked.stderr) == (True, False)
-        parts = json.loads(nudge(place, "services", "status", "--json", **given).stdout)
+        parts = json.loads(workspace.nudge("services", "status", "--json", **given).stdout)
         names = {part["name"].partition("-")[0] for part in parts}
         assert names == {"gateway", "serving"}
-        rows = json.loads(nudge(place, "models", "--json", **given).stdout)
+        rows = json.loads(workspace.nudge("models", "--json", **given).stdout)
         assert [(row["uri"], row["running"]) for row in rows] == [(result["model_uri"], True)]
     finally:
         services.down(tmp_path / "home")
@@ -150,11 +81,11 @@ def test_the_numbers_can_be_had_from_the_model_folder(first: dict[str, Any]) -> 
     assert p == pytest.approx(probe["p_after"], rel=1e-3)
 
 
-def test_the_version_carries_its_lineage(first: dict[str, Any], place: Path) -> None:
+def test_the_version_carries_its_lineage(first: dict[str, Any], workspace: Workspace) -> None:
     from model_registry import ModelRegistry
 
-    record = json.loads((place / "home" / "services" / "model-registry.json").read_text())
-    token = guard.read_token(place / "home", services.REGISTRY)
+    record = json.loads((workspace.home / "services" / "model-registry.json").read_text())
+    token = guard.read_token(workspace.home, services.REGISTRY)
     registry = ModelRegistry(record["address"], author="test", is_secure=False, user_token=token)
     version = registry.get_model_version("tiny", first["version"])
     assert version is not None
@@ -168,9 +99,9 @@ def test_the_version_carries_its_lineage(first: dict[str, Any], place: Path) -> 
 
 
 def test_the_compiled_yaml_gives_the_same_and_finished_steps_are_reused(
-    first: dict[str, Any], place: Path
+    first: dict[str, Any], workspace: Workspace
 ) -> None:
-    again = run(place, "--compiled", str(COMPILED), "--set", "model_name=again")
+    again = workspace.run("--compiled", str(COMPILED), "--set", "model_name=again")
     reused = {name for name, status in statuses(again).items() if status == "reused"}
     assert reused == {"tokenize", "train", "evaluate"}
     assert again["metrics"] == first["metrics"]
@@ -178,8 +109,8 @@ def test_the_compiled_yaml_gives_the_same_and_finished_steps_are_reused(
     assert again["version"] != first["version"]
 
 
-def test_the_same_seed_gives_the_same_bits(first: dict[str, Any], place: Path) -> None:
-    fresh = run(place, "--fresh")
+def test_the_same_seed_gives_the_same_bits(first: dict[str, Any], workspace: Workspace) -> None:
+    fresh = workspace.run("--fresh")
     # The first one's version is served by now, and this is the same again.
     assert not fresh["promoted"]
     assert "bit for bit" in fresh["reason"]
@@ -188,18 +119,9 @@ def test_the_same_seed_gives_the_same_bits(first: dict[str, Any], place: Path) -
     assert weights[0] == weights[1]
 
 
-def test_a_killed_step_fails_the_run_and_the_next_run_goes_on(place: Path) -> None:
-    environment = {**os.environ, "NUDGE_HOME": str(place / "home")}
-    settings = ["--set", "ingest.split_seed=7", "--set", "train.max_steps=4000"]
-    running = subprocess.Popen(
-        [NUDGE, "run", "tiny.yaml", "--json", *settings],
-        cwd=place,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    pid = _training_pid(place)
+def test_a_killed_step_fails_the_run_and_the_next_run_goes_on(workspace: Workspace) -> None:
+    running = workspace.start("--set", "ingest.split_seed=7", "--set", "train.max_steps=4000")
+    pid = _training_pid(workspace)
     os.kill(pid, signal.SIGKILL)
     output, _ = running.communicate(timeout=120)
     result = json.loads(output)
@@ -207,17 +129,17 @@ def test_a_killed_step_fails_the_run_and_the_next_run_goes_on(place: Path) -> No
     assert "train" in result["error"]
     assert statuses(result)["tokenize"] in ("done", "reused")  # the seed changes no tokens
     assert statuses(result)["upload"] == "skipped"
-    ended = run(place, "--set", "ingest.split_seed=7")
+    ended = workspace.run("--set", "ingest.split_seed=7", "--set", "evaluate.margin=50")
     assert statuses(ended)["tokenize"] == "reused"
     assert statuses(ended)["train"] == "done"
 
 
-def _training_pid(place: Path) -> int:
+def _training_pid(workspace: Workspace) -> int:
     import psutil
 
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        for events in (place / "home" / "runs").glob("*/events.jsonl"):
+        for events in (workspace.home / "runs").glob("*/events.jsonl"):
             text = events.read_text()
             if '"step": "train", "event": "progress"' in text and "step_end" in text:
                 for process in psutil.process_iter(["cmdline"]):
@@ -231,20 +153,20 @@ def _training_pid(place: Path) -> int:
     raise AssertionError("no training process was seen")
 
 
-def test_wrong_arguments_say_what_is_wrong(place: Path) -> None:
+def test_wrong_arguments_say_what_is_wrong(workspace: Workspace) -> None:
     for arguments, message in (
         (["run", "eifel"], "did you mean 'eiffel'"),
         (["run", "tiny.yaml", "--set", "train.epoch=2"], "did you mean 'epochs'"),
         (["run", "tiny.yaml", "--set", "train.epochs=many"], "train.epochs = 'many'"),
     ):
-        ended = nudge(place, *arguments)
+        ended = workspace.nudge(*arguments)
         assert ended.returncode == 2
         assert message in ended.stderr
         assert "Traceback" not in ended.stderr
 
 
-def test_a_missing_base_model_ends_cleanly(place: Path) -> None:
-    ended = nudge(place, "run", "tiny.yaml", "--json", "--set", "base_model=/nowhere")
+def test_a_missing_base_model_ends_cleanly(workspace: Workspace) -> None:
+    ended = workspace.nudge("run", "tiny.yaml", "--json", "--set", "base_model=/nowhere")
     assert ended.returncode == 1
     assert "/nowhere does not exist" in json.loads(ended.stdout)["error"]
 
