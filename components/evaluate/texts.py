@@ -61,7 +61,7 @@ def guard_documents(guard: Guard) -> list[Document]:
             f"evaluate.guards {guard.name}: cannot read {guard.uri}; "
             "use package://, file://, a path or an s3:// folder"
         )
-    from nudge.components.common.clients.storage import download_folder
+    from nudge.components.common.clients.bucket import download_folder
 
     with tempfile.TemporaryDirectory() as folder:
         download_folder(guard.uri, Path(folder))

@@ -6,24 +6,19 @@ nothing else from the run, which may be gone.
 """
 
 import dataclasses
-import io
 import json
 import os
 import shlex
 from typing import Any
 
 from nudge.components.common.clients.registry.connection import registry_url
-from nudge.components.common.clients.storage import (
-    bucket_name,
-    list_keys,
-    s3_client,
-    s3_errors,
-    split_s3_uri,
-)
+from nudge.components.common.clients.storage import bucket_name, split_s3_uri
+from nudge.components.common.clients.store import open_store
 from nudge.components.common.core.environment import EMBEDDED as EMBEDDED_PARTS
 from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError
-from nudge.components.register.register import Registration, enter
+from nudge.components.common.core.store import MANIFEST
+from nudge.components.register.entry import Registration, enter
 
 FORMAT, VERSION = "nudge.registration", 1
 ENDING = ".registration.json"
@@ -45,12 +40,8 @@ def keep(entry: Registration, url: str) -> str:
         "registry": registry,
         "registration": dataclasses.asdict(entry),
     }
-    with s3_errors(f"keep the registration of {entry.uri}"):
-        s3_client().put_object(
-            Bucket=bucket,
-            Key=key,
-            Body=json.dumps(body, indent=2, sort_keys=True).encode(),
-        )
+    text = json.dumps(body, indent=2, sort_keys=True)
+    open_store(f"s3://{bucket}").write(key, text.encode())
     store = os.environ.get("AWS_S3_ENDPOINT") or AWS
     store = EMBEDDED if _is_embedded("object-store") else store
     command = ["nudge", "register", entry.uri, "--registry-url", registry, "--store", store]
@@ -71,17 +62,12 @@ def finish(uri: str, *, any_registry: bool = False) -> dict[str, Any]:
     if not _complete(uri):
         raise UserError(f"{uri} is not a complete version; `nudge models` lists the versions")
     bucket, key = _location(uri)
-    client = s3_client()
-    with s3_errors(f"read the registration of {uri}"):
-        saved = io.BytesIO()
-        listed = client.list_objects_v2(Bucket=bucket, Prefix=key).get("Contents", [])
-        if not any(each["Key"] == key for each in listed):
-            raise UserError(
-                f"no registration is pending for {uri}; `nudge models` shows whether it is "
-                "registered"
-            )
-        client.download_fileobj(bucket, key, saved)
-    values = json.loads(saved.getvalue())
+    saved = open_store(f"s3://{bucket}").read(key)
+    if saved is None:
+        raise UserError(
+            f"no registration is pending for {uri}; `nudge models` shows whether it is registered"
+        )
+    values = json.loads(saved)
     if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
         raise UserError(f"{uri}{ENDING} is not in the format {FORMAT}, version {VERSION}")
     url = registry_url()
@@ -100,8 +86,7 @@ def finish(uri: str, *, any_registry: bool = False) -> dict[str, Any]:
 def forget(uri: str) -> None:
     """Delete the pending registration of a registered version, if there is one."""
     bucket, key = _location(uri)
-    with s3_errors(f"forget the registration of {uri}"):
-        s3_client().delete_object(Bucket=bucket, Key=key)
+    open_store(f"s3://{bucket}").delete([key])
 
 
 def _is_embedded(part: str) -> bool:
@@ -125,6 +110,4 @@ def _complete(uri: str) -> bool:
         from nudge.components.common.clients.modelcar import exists
 
         return exists(uri)
-    bucket, key = split_s3_uri(uri)
-    with s3_errors(f"look for {uri}"):
-        return f"{key}/manifest.json" in list_keys(s3_client(), bucket, key)
+    return open_store(uri).read(MANIFEST) is not None

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from nudge.components.common.clients.registry.preflight import check_parameters
+from nudge.components.common.clients.store import open_store
 from nudge.components.common.core.errors import UserError, nearest
 from nudge.components.common.core.recipe import URI_SCHEMES, portable
 from nudge.components.common.core.sanitize import credentials
@@ -254,14 +255,10 @@ def sent_bytes(parameters: dict[str, Any]) -> int:
 
 def _stored(recipe: str, bucket: str) -> str:
     """Put a recipe into the object store; returns its URI."""
-    from nudge.components.common.clients.storage import s3_client, s3_errors
-
     data = recipe.encode("utf-8")
     key = f"nudge/recipes/{hashlib.sha256(data).hexdigest()}.yaml"
-    uri = f"s3://{bucket}/{key}"
-    with s3_errors(f"store the recipe as {uri}"):
-        s3_client().put_object(Bucket=bucket, Key=key, Body=data)
-    return uri
+    open_store(f"s3://{bucket}").write(key, data)
+    return f"s3://{bucket}/{key}"
 
 
 def coerce_parameters(version: Any, parameters: dict[str, Any]) -> dict[str, Any]:

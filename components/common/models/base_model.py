@@ -100,11 +100,7 @@ def resolved(uri: str) -> str:
 
 def model_sha256(folder: Path) -> str:
     """Hex sha256 of a model's weights: of its safetensors files, sorted by name."""
-    return weights_sha256({path.name: sha256_file(path) for path in folder.glob("*.safetensors")})
-
-
-def weights_sha256(files: dict[str, str]) -> str:
-    """The same from the sha256 of each file by its name; ignores other files."""
+    files = {path.name: sha256_file(path) for path in folder.glob("*.safetensors")}
     return model_files.weights_sha256(files)
 
 
@@ -119,7 +115,7 @@ def download_model(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> N
 
         download_image(uri, folder, files)
         return
-    from nudge.components.common.clients.storage import download_folder
+    from nudge.components.common.clients.bucket import download_folder
 
     download_folder(uri, folder, files)
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from nudge.components.common.readers import records
-from nudge.components.common.readers.records import ReadOptions, Unreadable
+from nudge.components.common.readers.records import ReadOptions
+from nudge.components.common.readers.unreadable import Unreadable
 
 CHUNK_BYTES = 1 << 16
 
