@@ -20,7 +20,7 @@ from nudge.pipelines.local.registry.app import VERSIONS, create_app
     type=click.Choice(["postgresql", "mariadb"]),
     default="postgresql",
     show_default=True,
-    help="The database whose rules for names apply; MariaDB ignores case and accents.",
+    help="Compare names as this database does; MariaDB ignores case and accents.",
 )
 @click.option(
     "--api",
@@ -29,7 +29,7 @@ from nudge.pipelines.local.registry.app import VERSIONS, create_app
     multiple=True,
     default=VERSIONS,
     show_default=True,
-    help="An API version to serve; may be given more than once.",
+    help="An API version to serve. Repeat the option for more.",
 )
 def main(
     database: Path,
@@ -39,7 +39,7 @@ def main(
     collation: Any,
     versions: tuple[str, ...],
 ) -> None:
-    """Serve the Model Registry API over a SQLite file to whoever has the token."""
+    """Serve the Model Registry API over a SQLite file to clients that have the token."""
     app = Guard(create_app(database, collation, versions), token_file.read_text(encoding="utf-8"))
     uvicorn.run(app, host=host, port=port, log_level="warning")
 
