@@ -82,7 +82,8 @@ aws s3 cp --recursive NAME s3://nudge/base/NAME
 
 Steps install nothing at run time, so you need packages only to build the images. `make wheels`
 downloads them into `images/wheels` and checks their hashes; `make images OFFLINE=1` builds from
-that folder without a network. A mirror of the package index works too: `make images PIP_CONF=pip.conf`.
+that folder without a network. A mirror of the package index works too:
+`make images PIP_CONF=pip.conf`.
 
 The packages and their hashes are in `images/requirements/`, exported from `uv.lock`: Python 3.11 to
 3.14 on x86_64 and aarch64.
