@@ -12,6 +12,7 @@ import tenacity
 
 from nudge.components.common.clients import storage
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.retries import BACKOFF
 from nudge.components.ingest.downloads import Client, WebLimits
 
 WEB = ("http://", "https://")
@@ -59,7 +60,7 @@ def with_retries(work: Any, uri: str) -> Any:
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(temporary),
         stop=tenacity.stop_after_attempt(ATTEMPTS),
-        wait=tenacity.wait_exponential_jitter(0.1, 20),
+        wait=BACKOFF,
         reraise=True,
     )
     try:

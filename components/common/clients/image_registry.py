@@ -30,6 +30,7 @@ from nudge.components.common.clients.image_credentials import (
 from nudge.components.common.clients.image_reference import Reference
 from nudge.components.common.clients.tls import tls_context
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.retries import BACKOFF, BUSY
 from nudge.components.common.core.sanitize import visible
 
 INDEX = "application/vnd.oci.image.index.v1+json"
@@ -44,7 +45,6 @@ ACCEPTED = (
 )
 
 ATTEMPTS = 8
-BUSY = (429, 500, 502, 503, 504)
 BLOCK = 1 << 20
 MANIFEST_BYTES = 4 << 20
 """The largest manifest or token that is read; the specification asks registries for as much."""
@@ -360,7 +360,7 @@ def _attempts(what: str) -> Iterator[Any]:
     try:
         yield from tenacity.Retrying(
             stop=tenacity.stop_after_attempt(ATTEMPTS),
-            wait=tenacity.wait_random_exponential(0.2, max=8),
+            wait=BACKOFF,
             retry=tenacity.retry_if_exception_type((Busy, httpx.TransportError)),
             reraise=True,
         )

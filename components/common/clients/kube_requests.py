@@ -17,6 +17,7 @@ from urllib.parse import quote
 import tenacity
 
 from nudge.components.common.core.errors import Transient, UserError
+from nudge.components.common.core.retries import BACKOFF, BUSY
 
 Object = dict[str, Any]
 
@@ -26,7 +27,6 @@ PATIENCE_S = 60.0
 TIMEOUTS_S = (10.0, 60.0)
 """For connecting, and for waiting for an answer."""
 
-BUSY = (429, 500, 502, 503, 504)
 NO_TLS = 0
 """The status that the package reports if a certificate is not trusted."""
 
@@ -215,7 +215,7 @@ def _wait(state: tenacity.RetryCallState) -> float:
     """Exponential with jitter, at least as long as the server asks for."""
     error = state.outcome.exception() if state.outcome else None
     retry_after_s = error.wait_s if isinstance(error, _Busy) else 0.0
-    return max(retry_after_s, tenacity.wait_random_exponential(0.2, max=8)(state))
+    return max(retry_after_s, BACKOFF(state))
 
 
 def _status(text: str) -> Object:
