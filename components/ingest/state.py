@@ -143,7 +143,7 @@ class IngestState:
         self._put(path)
 
     def _fetch(self, name: str) -> Path:
-        path = self._folder / name
+        path = self._folder / Path(name).name
         self._store.get(name, path)
         return path
 

@@ -63,6 +63,9 @@ class CheckpointStore:
         return sorted(match[1] for match in found if match)
 
     def manifest(self, name: str) -> dict[str, Any]:
+        """The manifest of a complete checkpoint; raises `UserError` if there is none."""
+        if self._root is not None:
+            return read_manifest(self._root / name / MANIFEST, FORMAT, VERSION)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name / MANIFEST
             self._store.get(f"{name}/{MANIFEST}", path)

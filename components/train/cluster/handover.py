@@ -62,6 +62,8 @@ class Handover:
         with tempfile.TemporaryDirectory() as folder:
             here = Path(folder) if self._store.folder is None else self._store.folder / name
             for file, listed in manifest["files"].items():
+                if not (here / file).resolve().is_relative_to(here.resolve()):
+                    raise UserError(f"{self.uri}/{name}.json lists {file}, which is not inside it")
                 if self._store.folder is None:
                     self._store.get(f"{name}/{file}", here / file)
                 verify_file(here / file, listed["sha256"])

@@ -46,6 +46,16 @@ def test_a_damaged_bundle_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_listing_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("abc")
+    handover = Handover(str(tmp_path / "shared"))
+    handover.send("recipe", tmp_path / "secret")
+    listing = tmp_path / "shared" / "recipe.json"
+    listing.write_text(listing.read_text().replace('"secret"', '"../../secret"'))
+    with pytest.raises(UserError, match="which is not inside it"):
+        handover.fetch("recipe", tmp_path / "out")
+
+
 def test_an_object_store_that_fails_carries_the_same_bytes(
     tokens: Path,
     tmp_path: Path,
