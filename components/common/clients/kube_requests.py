@@ -89,13 +89,15 @@ class Requests:
         *,
         verb: str = "",
         subresource: str = "",
+        missing_is_none: bool = False,
         patience_s: float | None = None,
         **how: Any,
     ) -> str | None:
         """The text of an answer, or None if the object does not exist.
 
         ``method`` is one of DynamicClient (get, create, patch, server_side_apply, delete), and
-        ``how`` are its arguments. ``verb`` is for messages. Raises `ResourceConflict` for a 409,
+        ``how`` are its arguments. ``verb`` is for messages. With ``missing_is_none``, any 404 means
+        None, not only the API server's own. Raises `ResourceConflict` for a 409,
         `Transient` if the server stays busy or unreachable for ``patience_s``, and `UserError` for
         other refusals.
         """
@@ -111,7 +113,7 @@ class Requests:
             return text
         refusal = _status(text)
         reason, message = refusal.get("reason", ""), refusal.get("message") or text.strip()[:500]
-        if status == 404 and reason == "NotFound":
+        if status == 404 and (missing_is_none or reason == "NotFound"):
             return None
         if status == 404:
             needs = f"; it comes with {kind.needs}" if kind.needs else ""

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import lzma
+import re
 from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import IO, Any
@@ -25,13 +26,32 @@ NOT_TEXT = frozenset((
 """Suffixes of files without text; they are counted, but not as a loss of text."""
 HIDDEN = frozenset(("__pycache__", "__MACOSX", "node_modules"))
 """Folders that tools create; skipped like folders whose names begin with a dot."""
+WITHOUT_SUFFIX = frozenset(
+    (
+        *("authors", "changelog", "changes", "contributors", "copying", "history", "install"),
+        *("license", "licence", "maintainers", "news", "notice", "readme", "thanks", "todo"),
+        *("brewfile", "containerfile", "dockerfile", "gemfile", "jenkinsfile", "justfile"),
+        *("makefile", "procfile", "rakefile", "vagrantfile"),
+    )
+)
+"""Names of text files that have no suffix by custom, in lower case."""
+MAILDIR = re.compile(r":2,[A-Za-z]*$")
+"""How a Maildir's name of a message that was seen ends (https://cr.yp.to/proto/maildir.html)."""
 
 
 def suffix_of(name: str) -> str:
-    """The suffix that names the format, without the compression's suffix."""
+    """The suffix that names the format, without the compression's suffix.
+
+    Files that have none by custom get one: ``LICENSE`` is text, and a message of a Maildir mail.
+    """
     path = PurePosixPath(name)
-    is_compressed = path.suffix.lower() in COMPRESSED
-    return (PurePosixPath(path.stem).suffix if is_compressed else path.suffix).lower()
+    if MAILDIR.search(path.name):
+        return ".eml"
+    if path.suffix.lower() in COMPRESSED:
+        path = PurePosixPath(path.stem)
+    if not path.suffix and path.name.lower() in WITHOUT_SUFFIX:
+        return ".txt"
+    return path.suffix.lower()
 
 
 def hidden_part(path: str) -> str:

@@ -36,6 +36,7 @@ from nudge.components.common.readers.records import (
 from nudge.components.common.readers.source_code import SUFFIXES, read_python, read_source
 from nudge.components.common.readers.unreadable import Unreadable
 from nudge.components.common.readers.web import read_html
+from nudge.components.common.readers.wiki import read_wiki
 
 GROUP = "nudge.readers"
 
@@ -75,6 +76,7 @@ READERS: dict[str, Reader] = {
     ".eml": read_eml,
     ".mbox": read_mbox,
     ".zip": read_archive,
+    ".xml": read_wiki,
     ".py": read_python,
     **dict.fromkeys(SUFFIXES, read_source),
 }
