@@ -306,7 +306,7 @@ def why(error: BaseException) -> str:
     if isinstance(cause, botocore.exceptions.SSLError):
         if "://" not in endpoint:
             return f"{endpoint} does not use TLS; if that is intended, write http:// before it"
-        return f"the certificate of {endpoint} is not trusted; name its CA's file in AWS_CA_BUNDLE"
+        return f"the certificate of {endpoint} is not trusted; set AWS_CA_BUNDLE to its CA's file"
     if isinstance(cause, botocore.exceptions.ProxyConnectionError):
         return f"the proxy to {endpoint} does not answer; check HTTP_PROXY, HTTPS_PROXY, NO_PROXY"
     if isinstance(cause, SILENT):
