@@ -114,6 +114,7 @@ def _prepare(
     Raises `UserError` with everything that is missing.
     """
     from nudge.components.common.clients.registry.preflight import check_registration
+    from nudge.components.common.preflight.serving import check_serving
     from nudge.components.register.preflight import check_registry
     from nudge.pipelines.local import preflight, services, serving
 
@@ -131,6 +132,9 @@ def _prepare(
     else:
         preflight.check(recipe.text, from_env)
     check_registration(recipe.text)
+    deploy = STEPS["deploy"].read_settings(recipe.text)
+    if deploy.target == "kserve":
+        check_serving(deploy.kserve.namespace)
     started = services.up(home, instead=services.from_environment() if from_env else {})
     check_registry(started[REGISTRY_URL], recipe.text)
     if unused := services.not_used(started):
