@@ -17,6 +17,7 @@ NO_LOSS = ("hidden", "linked_folder", "metadata", "not_text", "over_its_share")
 EXAMPLES = 4
 HINTS = {
     "no_text_layer": "add one with ocrmypdf, from pip install 'nudge-lm[ocr]'",
+    "no_column": "name the column with the text in ingest.text_column",
     "overlaps_evaluation": "it shares 13 words with a guard, a probe or ingest.keep_out",
 }
 """What to do about a reason, where a sentence says it."""
