@@ -10,6 +10,8 @@ is, the model after ``else``). A GGUF file is converted once, to float32 safeten
 import contextlib
 import functools
 import hashlib
+import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -22,9 +24,13 @@ from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import published, sha256_file
 from nudge.components.common.core.uris import is_local, local_path
+from nudge.components.common.models.own_copies import link_own_files
 
 CONVERSION = 1
 """Increase this when the conversion changes, so that older converted folders are not reused."""
+
+SIZES = ".sizes"
+"""The file of a converted folder with the size of each other file."""
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -110,7 +116,8 @@ def weights_sha256(files: dict[str, str]) -> str:
 
 def download_model(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> None:
     """Download the files of an uploaded model whose names match one of the patterns ``files``, from
-    an object store (``s3://``) or an image (``oci://``).
+    an object store (``s3://``) or an image (``oci://``). Files that a run of this machine wrote are
+    hard links to the run's, so they take no space.
 
     Raises `UserError` if there are none.
     """
@@ -121,7 +128,7 @@ def download_model(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> N
         return
     from nudge.components.common.clients.storage import download_folder
 
-    download_folder(uri, folder, files)
+    download_folder(uri, folder, files, functools.partial(link_own_files, uri, folder))
 
 
 def verify_upload(folder: Path, uri: str) -> None:
@@ -166,7 +173,7 @@ def _check_causal(folder: Path, uri: str) -> None:
 
 def _from_gguf(path: Path) -> Path:
     target = cache_folder() / f"{path.stem}-{sha256_file(path)[:16]}-{CONVERSION}"
-    if target.is_dir():
+    if _kept(target):
         return target
     import torch
     from transformers import AutoModelForCausalLM
@@ -186,17 +193,56 @@ def _from_gguf(path: Path) -> Path:
     with published(target) as part:
         fresh.float().save_pretrained(part)
         tokenizer.save_pretrained(part)
+        _note_sizes(part)
     return target
 
 
 def _tokenizer_from_gguf(path: Path) -> Path:
     target = cache_folder() / f"{path.stem}-{sha256_file(path)[:16]}-{CONVERSION}-tokenizer"
-    if not target.is_dir():
+    if not _kept(target):
         with _gguf_errors(path):
             tokenizer = _gguf_tokenizer(path)
         with published(target) as part:
             tokenizer.save_pretrained(part)
+            _note_sizes(part)
     return target
+
+
+def _note_sizes(folder: Path) -> None:
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    (folder / SIZES).write_text(json.dumps(sizes))
+
+
+def _kept(folder: Path) -> bool:
+    """Whether a converted model is in the cache and not damaged; a damaged one is made again.
+
+    Sizes and JSON are checked, and the headers of weights, because to hash 500 MB for each step
+    would take longer than a small step does. The folder's time becomes now, for `nudge clean`.
+    """
+    if not folder.is_dir():
+        return False
+    sizes: dict[str, Any] = {}  # older conversions have none
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            sizes = dict(json.loads((folder / SIZES).read_bytes()))
+        except (ValueError, TypeError):
+            return False
+    try:
+        if any((folder / name).stat().st_size != size for name, size in sizes.items()):
+            return False
+        for path in folder.iterdir():
+            if path.suffix == ".json":
+                json.loads(path.read_bytes())
+            if path.suffix == ".safetensors":
+                with path.open("rb") as file:
+                    length = int.from_bytes(file.read(8), "little")
+                    if not 0 < length < 1 << 27:
+                        return False
+                    json.loads(file.read(length))
+    except (OSError, ValueError):
+        return False
+    os.utime(folder)
+    return True
 
 
 def _gguf_tokenizer(path: Path) -> Any:
