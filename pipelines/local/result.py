@@ -6,6 +6,7 @@ from typing import Any
 
 from nudge.components.common.artifacts.evaluation import Evaluation, read_evaluation
 from nudge.components.common.core.publish import write_atomic
+from nudge.pipelines.local import history, run_page
 from nudge.pipelines.local.run import Run
 from nudge.pipelines.steps import NOTHING_NEW, PIPELINE, STEPS
 
@@ -23,8 +24,9 @@ def result(run: Run) -> dict[str, Any]:
     probes: [{prompt, target, p_before, p_after, expect, ok}].
     promoted: whether the candidate is served now; reason: the evaluation's verdict in words, and
     why a better candidate was not promoted.
-    model_path, report: local files; model_uri: in the object store; registered_model, version: in
-    the registry; endpoint, served_model: for OpenAI's API. error: None, or what failed.
+    model_path, report, page: local files; the page links every step's report. model_uri: in the
+    object store; registered_model, version: in the registry; endpoint, served_model: for OpenAI's
+    API. error: None, or what failed.
     """
     evaluation = _evaluation(run)
     results = {name: step.results for name, step in run.steps.items()}
@@ -60,6 +62,7 @@ def result(run: Run) -> dict[str, Any]:
         "endpoint": results["deploy"].get("endpoint") if promoted else None,
         "served_model": results["deploy"].get("served_model"),
         "report": str(run.folder / "report.html") if report else None,
+        "page": str(run.folder / "index.html"),
         "seconds": round(run.seconds, 3),
         "overhead_seconds": round(run.seconds - sum(s.seconds for s in run.steps.values()), 3),
         "error": failed.error if failed else None,
@@ -84,7 +87,8 @@ def result(run: Run) -> dict[str, Any]:
 
 
 def keep_result(run: Run) -> dict[str, Any]:
-    """Write result.json, report.html and summary.md into the run's folder; returns the result."""
+    """Write result.json, report.html, summary.md and the run's page with the other steps' reports
+    into the run's folder; returns the result."""
     for name, (step, output) in {
         "report.html": ("evaluate", "report"),
         "summary.md": ("summary", "page"),
@@ -93,6 +97,7 @@ def keep_result(run: Run) -> dict[str, Any]:
             write_atomic(run.folder / name, Path(path).read_text(encoding="utf-8"))
     values = result(run)
     write_atomic(run.folder / "result.json", json.dumps(values, indent=2) + "\n")
+    run_page.write_page(history.ended(run, values))
     return values
 
 
