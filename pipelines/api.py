@@ -109,8 +109,9 @@ def run(
 ) -> Run:
     """Run the pipeline here with a recipe (a shipped one's name, or a YAML file) and wait for it.
 
-    ``settings`` change the recipe: values by dotted key, or texts as after ``--set``. Raises `UserError` if the input is refused or if
-    a step fails; the message says which, and where the log is.
+    ``settings`` change the recipe: values by dotted key, or texts as after ``--set``. Raises
+    `UserError` if the input is refused or if a step fails; the message says which, and where the
+    log is.
     """
     if isinstance(settings, Mapping):
         settings = [f"{key}={_yaml(value)}" for key, value in settings.items()]

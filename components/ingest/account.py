@@ -9,8 +9,8 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.common.readers import suffix_of
 
 DUPLICATES = ("duplicate", "near_duplicate")
-NO_LOSS = ("hidden", "linked_folder", "metadata", "not_text")
-"""Reasons for files that are skipped on purpose; they do not count as a loss."""
+NO_LOSS = ("forgotten", "hidden", "linked_folder", "metadata", "not_text")
+"""Reasons for what is left out on purpose; they do not count as a loss."""
 EXAMPLES = 4
 HINTS = {"no_text_layer": "add one with ocrmypdf, from pip install 'nudge-lm[ocr]'"}
 """What to do about a reason, where a sentence says it."""

@@ -251,6 +251,41 @@ class Documents:
                 LEFT JOIN kept ON members.cluster = kept.cluster"""
         )
 
+    def forget(self, sha256: Sequence[str], ids: Sequence[str], objects: Sequence[int]) -> int:
+        """Set the verdict ``forgotten`` for documents, by the beginning of their text's sha256, by
+        id or by object, for every copy of them and for each near duplicate; returns how many.
+
+        `find_duplicates` comes first. A document's copies and near duplicates would otherwise be
+        kept in its stead.
+        """
+        run = self._database.execute
+        run(
+            """CREATE TABLE forgotten AS SELECT DISTINCT docs.sha256 FROM docs
+            WHERE object IN (SELECT unnest(?::INTEGER[])) OR id IN (SELECT unnest(?::VARCHAR[]))
+                OR EXISTS (SELECT 1 FROM (SELECT unnest(?::VARCHAR[]) AS begun)
+                    WHERE starts_with(docs.sha256, begun))""",
+            [list(objects), list(ids), list(sha256)],
+        )
+        run(
+            """CREATE TABLE gone AS
+            WITH members AS (
+                SELECT u AS cluster, v AS doc FROM edges UNION SELECT u, u FROM edges
+            ), seeds AS (SELECT doc FROM docs SEMI JOIN forgotten USING (sha256)),
+            near AS (
+                SELECT doc FROM members SEMI JOIN (
+                    SELECT cluster FROM members SEMI JOIN seeds USING (doc)
+                ) AS hit USING (cluster)
+            )
+            SELECT DISTINCT doc FROM docs SEMI JOIN (
+                SELECT sha256 FROM docs SEMI JOIN (
+                    SELECT doc FROM seeds UNION SELECT doc FROM near
+                ) AS each USING (doc)
+            ) AS texts USING (sha256)"""
+        )
+        run("UPDATE verdicts SET reason = 'forgotten' WHERE doc IN (SELECT doc FROM gone)")
+        row = run("SELECT count(*) FROM gone").fetchone()
+        return int(row[0]) if row else 0
+
     def _join_clusters(self) -> None:
         """Turn ``edges`` into stars: each member v with the smallest member u of its cluster."""
         before = None

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -85,6 +86,8 @@ def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, A
             read = _read_all(sources, old, settings, documents, bar)
             bar.note(stage="looking for duplicates")
             documents.find_duplicates(settings.near_duplicates)
+            if settings.forget:
+                _forget(settings, documents, [source.uri for source in sources])
             facts = [copy.deepcopy(read[number]) for number in range(len(sources))]
             columns = [fact.pop("columns") for fact in facts]
             samples = _samples([fact.pop("samples") for fact in facts])
@@ -147,6 +150,30 @@ def _read_all(
 
         return {**known, **read_on_ray(new, settings, documents, bar)}
     return {**known, **read_objects(new, settings, documents, bar)}
+
+
+def _forget(settings: IngestSettings, documents: "Documents", uris: list[str]) -> None:
+    """Drop the documents of `forget`; says on stderr which entries fit none, as a name that was
+    mistyped would."""
+    kinds: dict[str, list[str]] = {"sha256": [], "id": []}
+    objects: list[int] = []
+    unknown = []
+    for entry in settings.forget:
+        kind, colon, value = entry.partition(":")
+        if colon and kind in kinds and value:
+            kinds[kind].append(value)
+            column = "starts_with(sha256, ?)" if kind == "sha256" else "id = ?"
+            fits = next(documents.query(f"SELECT count(*) FROM docs WHERE {column}", [value]))[0]
+        else:
+            end = "/" + entry.rpartition("://")[2].removeprefix("./").lstrip("/")
+            named = [number for number, uri in enumerate(uris) if f"/{uri}".endswith(end)]
+            objects += named
+            fits = len(named)
+        if not fits:
+            unknown.append(entry)
+    documents.forget(kinds["sha256"], kinds["id"], objects)
+    if unknown:
+        print(f"ingest.forget: no document fits {', '.join(unknown)}", file=sys.stderr)
 
 
 def _samples(by_object: list[dict[str, list[str]]]) -> dict[str, list[str]]:

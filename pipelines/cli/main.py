@@ -43,6 +43,7 @@ COMMANDS = {
     "logs": Command("history:logs", "Print the log of a run or a step.", EVERYTHING),
     "recipes": Command("run:recipes", "List the recipes that ship with nudge."),
     "services": Command("services:services", "Start, stop, show embedded services.", EVERYTHING),
+    "trace": Command("trace:trace", "Show what learned a document.", EVERYTHING),
     "clean": Command("clean:clean", "Free disk space by rules.", EVERYTHING),
     "models": Command("models:models", "List registered versions.", ("release", "local")),
     "ask": Command("chat:ask", "Ask a model once.", EVERYTHING),

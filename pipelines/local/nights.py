@@ -14,6 +14,7 @@ from nudge.pipelines.local.run_page import ENVIRONMENT, HEADLINES, STYLE, durati
 
 PAGE, LINES = "nights.html", "nights.jsonl"
 SHOWN = 60
+NONE = "No night yet"
 BAD = ("failed", "refused", "interrupted", "unreadable")
 
 
@@ -41,7 +42,7 @@ def render(home: Path) -> str:
     """The page as HTML."""
     lines = [each for each in read_lines(home / "schedules" / LINES) if "state" in each]
     nights = [_shown(home, each) for each in reversed(lines)][:SHOWN]
-    empty = {"state": "", "name": "no schedule", "began": "no night yet", "reason": ""}
+    empty = {"state": NONE, "name": "no schedule", "began": "no night yet", "reason": ""}
     last = nights[0] if nights else empty
     states = [night["state"] for night in nights]
     counts = ", ".join(f"{states.count(each)} {each}" for each in dict.fromkeys(states))
@@ -55,7 +56,7 @@ def render(home: Path) -> str:
         css=Markup(STYLE.read_text(encoding="utf-8")),
         home=str(home),
         now=f"{datetime.now():%Y-%m-%d %H:%M}",
-        headline=HEADLINES.get(last["state"], last["state"] or "No night yet"),
+        headline=HEADLINES.get(last["state"], last["state"]),
         last=last,
         nights=nights,
         counts=counts,

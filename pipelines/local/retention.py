@@ -8,6 +8,7 @@ once all of its hard links are removed.
 import contextlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,16 +18,19 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field
 
+from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.processes import locked, read_record
 from nudge.components.common.core.recipe import read_yaml
 from nudge.components.common.core.settings import parse, settings
 from nudge.components.common.core.state_file import damaged
 from nudge.components.deploy.local import gateway
 from nudge.components.deploy.local.local_serving import service_name
+from nudge.pipelines.local import tracing
 from nudge.pipelines.local.run import is_locked
 
 FILE = "retention.yaml"
 """The rules of a home, if they differ from the defaults."""
+ARTIFACTS = "artifacts of a run"
 DAY_S = 86400.0
 LEFTOVER_S = DAY_S
 """The age from which an unfinished `.part-` folder belongs to a process that was killed."""
@@ -124,19 +128,31 @@ def plan(home: Path, wanted: Rules, now: float | None = None) -> Plan:
 def apply(home: Path, wanted: Rules) -> Plan:
     """Remove what the rules no longer keep; returns what was removed.
 
-    No run begins and no traffic moves meanwhile. What cannot be removed is left, with its reason in
-    place of the rule's.
+    No run begins and no traffic moves meanwhile. What cannot be removed is left.
     """
     with locked(home, "runs"), locked(home, "up"):
         made = plan(home, wanted)
         done = []
         for each in made.removals:
             gone = each.path.with_name(f".{each.path.name.lstrip('.')}.deleted")
+            if each.kind == ARTIFACTS and not _remembered(each.path.parent):
+                continue
             with contextlib.suppress(OSError):
                 each.path.rename(gone)  # never seen half deleted
                 shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
                 done.append(each)
         return Plan(tuple(done), made.used)
+
+
+def _remembered(folder: Path) -> bool:
+    """Whether what `nudge trace` needs of a run is kept before its artifacts go."""
+    try:
+        tracing.keep_fingerprints(folder)
+        tracing.keep_lineage(folder)
+    except (UserError, OSError) as error:
+        print(f"{folder.name} keeps its artifacts: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def in_use(home: Path) -> set[tuple[str, str]]:
@@ -169,7 +185,7 @@ def _runs(home: Path, wanted: Rules, now: float) -> Iterator[Removal]:
         if age > wanted.history_days:
             yield Removal("run", folder, why)
         elif age > wanted.days and artifacts.is_dir():
-            yield Removal("artifacts of a run", artifacts, why)
+            yield Removal(ARTIFACTS, artifacts, why)
 
 
 def _reuse(home: Path, wanted: Rules, now: float) -> Iterator[Removal]:

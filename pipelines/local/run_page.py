@@ -30,6 +30,7 @@ HEADLINES = {
     "not better": "✗ The new model is not better, so nothing changed",
     "nothing new": "There was no new text, so nothing changed",
     "failed": "✗ The run failed",
+    "refused": "✗ The run was refused before it began",
     "interrupted": "✗ The run was interrupted",
     "unreadable": "✗ The run's result cannot be read",
 }
@@ -99,6 +100,8 @@ def next_commands(run: PastRun) -> dict[str, str]:
         found["go back"] = f"nudge rollback{model}"
     elif run.version:
         found["serve it anyway"] = f"nudge promote {run.version}{model}"
+    if run.state != "promoted" and run.output("train", "model"):
+        found["talk to it"] = f"nudge chat {run.run_id}"
     if run.state in BAD:
         found["read the log"] = f"nudge logs {run.run_id}"
         found["try again"] = f"nudge run {run.recipe_file}"
