@@ -312,3 +312,12 @@ main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_make_clean_stops_the_services_before_it_removes_anything() -> None:
+    root = Path(__file__).parents[3]
+    done = subprocess.run(["make", "-n", "clean"], cwd=root, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    (stops,) = [number for number, line in enumerate(lines) if "services down" in line]
+    (removes,) = [number for number, line in enumerate(lines) if line.startswith("rm -rf")]
+    assert stops < removes
