@@ -14,7 +14,7 @@ from rich.text import Text
 from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.sanitize import visible
-from nudge.pipelines.cli import connections
+from nudge.pipelines.cli import connections, display
 from nudge.pipelines.cli.connections import MODEL
 from nudge.pipelines.cli.screen import Screen
 
@@ -157,7 +157,7 @@ def _models(model: str, versions: tuple[str, ...]) -> "Iterator[list[Served | Lo
 
 def _served(model: str) -> "Served":
     from nudge.components.common.clients.registry.releases import find_served
-    from nudge.pipelines.local import serving, talking
+    from nudge.pipelines.local import services, serving, talking
 
     home = nudge_home()
     with connections.registry() as ask_registry:
@@ -169,7 +169,8 @@ def _served(model: str) -> "Served":
             "with `nudge promote VERSION`"
         )
     if serving.serves(home, name, found.endpoint) is False:
-        connections.start()
+        variables = services.up(home, instead=services.env_store(home))
+        serving.restore(home, variables, display.stage)
     return talking.served(home, name, found.endpoint)
 
 

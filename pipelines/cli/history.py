@@ -273,12 +273,15 @@ def logs(run: str, step: str | None, raw: bool) -> None:
 
     \b
     nudge logs                 the last run
+    nudge logs train           one step of it
     nudge logs ffc6 train      one step of one run
 
     A step that failed is named by `nudge runs show`. Runs on a cluster keep their logs there.
     """
     from nudge.pipelines.local import history
 
+    if step is None and run in PIPELINE:
+        run, step = "last", run
     found = history.find(nudge_home(), run)
     if not found.log.is_file():
         raise UserError(f"{found.run_id} has no log (its file {found.log} is missing)")

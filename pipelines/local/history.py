@@ -95,7 +95,7 @@ class PastRun:
 
 def runs(home: Path) -> list[PastRun]:
     """Every run of a home, newest first."""
-    folders = [path for path in (home / "runs").glob("*") if path.is_dir()]
+    folders = [path for path in (home / "runs").glob("[!.]*") if path.is_dir()]
     return [read_run(path) for path in sorted(folders, reverse=True)]
 
 
@@ -104,7 +104,7 @@ def find(home: Path, begun: str) -> PastRun:
 
     Raises `UserError` if none or several fit.
     """
-    names = sorted(path.name for path in (home / "runs").glob("*") if path.is_dir())
+    names = sorted(path.name for path in (home / "runs").glob("[!.]*") if path.is_dir())
     if not names:
         raise UserError(f"there are no runs in {home}; `nudge run` starts one")
     if begun == "last":

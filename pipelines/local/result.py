@@ -1,6 +1,7 @@
 """The result of a run: one JSON object, and the pages in the run's folder."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,10 @@ def keep_result(run: Run) -> dict[str, Any]:
             write_atomic(run.folder / name, Path(path).read_text(encoding="utf-8"))
     values = result(run)
     write_atomic(run.folder / "result.json", json.dumps(values, indent=2) + "\n")
-    run_page.write_page(history.ended(run, values))
+    try:
+        run_page.write_page(history.ended(run, values))
+    except OSError as error:  # no space, for example: the run itself ended as its result says
+        print(f"the run's page was not written: {error}", file=sys.stderr)
     return values
 
 

@@ -110,15 +110,14 @@ def plan(home: Path, wanted: Rules, now: float | None = None) -> Plan:
     """What the rules remove; changes nothing."""
     now = time.time() if now is None else now
     links = _links(home)
-    found = [
-        *_runs(home, wanted, now),
-        *_reuse(home, wanted, now),
-        *_serving(home, wanted),
-        *_aged(home / "checkpoints", "checkpoints", wanted.checkpoints_days, now),
-        *_aged(home / "base_models", "base model", wanted.days, now),
-        *_aged(home / "torchinductor", "compiled kernel", wanted.days, now),
-        *_leftovers(home, now),
-    ]
+    found = [*_runs(home, wanted, now), *_serving(home, wanted), *_leftovers(home, now)]
+    for base in (home, home / "containers"):  # what steps in containers keep is in the second one
+        found += [
+            *_reuse(base, wanted, now),
+            *_aged(base / "checkpoints", "checkpoints", wanted.checkpoints_days, now),
+            *_aged(base / "base_models", "base model", wanted.days, now),
+            *_aged(base / "torchinductor", "compiled kernel", wanted.days, now),
+        ]
     used = sum(size for size, _ in links.values())
     if wanted.max_gigabytes:
         found += _over(home, wanted, found, used, links)

@@ -124,6 +124,8 @@ def test_delete_asks_first(four: dict[str, Run]) -> None:
 def test_logs_are_those_of_one_step(four: dict[str, Run]) -> None:
     run_id = four["failed"].run_id
     assert nudge("logs", run_id, "train").stdout == "train: it burst\n"
+    nudge("runs", "delete", four["interrupted"].run_id, "--yes")
+    assert nudge("logs", "train").stdout == "train: it burst\n"
     whole = nudge("logs", run_id).stdout
     assert whole == "== ingest\nreading the text\n== train\ntrain: it burst\n"
     assert "executor_input" in nudge("logs", run_id, "train", "--raw").stdout
