@@ -23,7 +23,7 @@ OPEN = ("/health", "/readyz/health")
 WRITES = ("POST", "PUT", "PATCH")
 JSON = ("application/json", "application/merge-patch+json")
 TOKEN_BYTES = 32
-TOKEN = re.compile(r"[\w-]{20,}", re.ASCII)
+TOKEN = re.compile(r"[\w-]{40,}", re.ASCII)
 TOKEN_REMEDY = (
     "delete it, then run `nudge services down` and `nudge services up`, which make a new one"
 )

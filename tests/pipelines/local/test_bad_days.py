@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 from nudge.components.common.core import guard, processes, service_watch
 from nudge.components.common.core.environment import bypass_proxy_here
+from nudge.components.common.core.errors import UserError
 from nudge.components.deploy.local import gateway
 from nudge.pipelines.cli.main import main
 from nudge.pipelines.local import parts, services
@@ -37,7 +38,7 @@ LISTS, MODELS = ("runs", "--json"), ("models", "--json")
 READING: dict[str, tuple[tuple[str, ...], ...]] = {
     "runs": (LISTS, ("runs", "show"), ("runs", "compare", "last", "last"), ("logs",)),
     "services": (("services", "status"), MODELS),
-    "model-registry": (MODELS, ("ask", "hello")),
+    "model-registry": (MODELS, ("runs", "--json")),
     "gateway": (("services", "status"), ("clean", "--dry-run"), MODELS),
     "retention.yaml": (("clean", "--dry-run"),),
 }
@@ -141,9 +142,22 @@ def test_no_damaged_file_ends_in_a_traceback(
                 shutil.rmtree(run)
     for name, said in sentences:
         assert "error: " in said
-        if name in ("registry.sqlite", "retention.yaml", "endpoint.token"):
-            forward = ("delete it", "run `nudge", "nudge services up", "move its folder")
+        if name in ("registry.sqlite", "retention.yaml"):
+            forward = ("delete it", "run `nudge", "move its folder")
             assert any(way in said for way in forward), said
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "NULs", "another version"])
+def test_a_damaged_token_lets_nobody_in_and_says_what_to_do(damage: str, home: Path) -> None:
+    path = guard.token_file(home, "endpoint")
+    path.write_bytes(DAMAGES[damage](path.read_bytes()[:30]) or b"")
+    with pytest.raises(UserError, match="delete it, then run `nudge services down`"):
+        guard.read_token(home, "endpoint")
+    path.unlink()
+    header = guard.header_file(home, "endpoint")
+    header.write_bytes(b"\0")
+    told = guard.header_file(home, "endpoint").read_text()
+    assert told == f"Authorization: Bearer {guard.read_token(home, 'endpoint')}\n"
 
 
 def test_damaged_keys_are_made_anew(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
