@@ -38,6 +38,9 @@ COMMANDS = {
     "settings": Command("settings:settings", "Explain the keys of a recipe."),
     "run": Command("run:run", "Run the pipeline on this machine.", EVERYTHING),
     "ingest": Command("run:ingest", "Show what a recipe reads and drops.", ("data",)),
+    "preview": Command(
+        "preview:preview", "Show what a recipe's data teaches.", ("data", "train")
+    ),
     "step": Command("step:step", "Run one step on existing artifacts.", EVERYTHING),
     "runs": Command("history:runs", "List, show, compare, delete runs.", EVERYTHING),
     "logs": Command("history:logs", "Print the log of a run or a step.", EVERYTHING),

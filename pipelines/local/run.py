@@ -11,6 +11,7 @@ from typing import Any
 from nudge.components.common.core.processes import locked
 from nudge.components.common.core.provenance import code_fingerprint
 from nudge.components.common.core.publish import write_atomic
+from nudge.components.common.core.sanitize import masked
 from nudge.components.common.core.state_file import Damaged, read_lines, read_object
 from nudge.pipelines.local import temporary
 from nudge.pipelines.recipes import Recipe
@@ -19,6 +20,8 @@ from nudge.pipelines.steps import PIPELINE, STEPS
 
 EVENTS, BEFORE = "events.jsonl", "events-before.jsonl"
 """The events of a run's steps; those from before it was resumed are in a file of their own."""
+RECIPE = "recipe.yaml"
+"""The run's recipe, in which the credentials of URIs are masked."""
 PUBLISHING = tuple(name for name in PIPELINE if STEPS[name].publishes)
 """The steps that change what others see; a run that was interrupted in one of them is resumed."""
 
@@ -72,7 +75,7 @@ def begin(recipe: Recipe, home: Path, *, fresh: bool = False) -> Run:
         run_id = f"{_next_time(home)}-{secrets.token_hex(2)}"
         folder = home / "runs" / run_id
         folder.mkdir(parents=True)
-        write_atomic(folder / "recipe.yaml", recipe.text)
+        write_atomic(folder / RECIPE, masked(recipe.text))
         write_atomic(folder / "code", code_fingerprint())
         return _run(recipe, folder)
 
@@ -113,8 +116,10 @@ def _run(recipe: Recipe, folder: Path) -> Run:
 def _interrupted(recipe: Recipe, home: Path) -> Run | None:
     """The last run of a recipe, to be resumed; None if it is active or ended well."""
     for folder in sorted((home / "runs").glob("*"), reverse=True):
-        its_recipe = folder / "recipe.yaml"
-        if not its_recipe.is_file() or its_recipe.read_bytes() != recipe.text.encode():
+        known = folder / RECIPE
+        # An older nudge did not mask credentials there.
+        same_as = (masked(recipe.text).encode(), recipe.text.encode())
+        if not known.is_file() or known.read_bytes() not in same_as:
             continue
         code = folder / "code"
         same = code.is_file() and code.read_bytes() == code_fingerprint().encode()

@@ -26,7 +26,7 @@ def link_own_files(uri: str, folder: Path, names: set[str]) -> set[str]:
         upload = model_files.read_upload((folder / model_files.MANIFEST).read_bytes())
     except (OSError, model_files.Tampered):
         return set()
-    run_id = uri.rstrip("/").rpartition("/")[2]
+    run_id = uri.partition("#")[0].rstrip("/").rpartition("/")[2]
     if not run_id or run_id.startswith("."):
         return set()
     linked: set[str] = set()
