@@ -67,6 +67,7 @@ def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, A
     from nudge.components.ingest.duplicates import Documents
     from nudge.components.ingest.filters import make_filters
     from nudge.components.ingest.finding import sources_of
+    from nudge.components.ingest.forgetting import forget
     from nudge.components.ingest.mix import apply_mix
     from nudge.components.ingest.new_text import is_new
     from nudge.components.ingest.report import render_report

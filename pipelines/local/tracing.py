@@ -145,8 +145,8 @@ def _in_run(run: history.PastRun, looked_for: Wanted) -> Iterator[Found]:
         fingerprint = read_corpus(corpus).fingerprint
         for split in SPLITS:
             for each in read_documents(corpus, split):
-                digest = text_sha256(each.text)
-                if looked_for.fits(digest, each.id, each.source, each.text):
+                digest = text_sha256(each.body)
+                if looked_for.fits(digest, each.id, each.source, each.plain_text):
                     yield Found(digest, each.id, each.source, split, corpus=fingerprint, **facts)
         return
     for row in _fingerprints(run.folder / FINGERPRINTS):
@@ -184,7 +184,7 @@ def keep_fingerprints(folder: Path) -> None:
     lines = (
         json.dumps(
             {
-                "sha256": text_sha256(each.text),
+                "sha256": text_sha256(each.body),
                 "id": each.id,
                 "source": each.source,
                 "split": split,
