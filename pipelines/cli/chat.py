@@ -188,4 +188,4 @@ def _version(stack: contextlib.ExitStack, model: str, begun: str) -> "Loaded":
         full = connections.version_name(ask_registry, name, begun)
         version = ask_registry(find_version(name, full))
     connections.start()
-    return stack.enter_context(talking.fetched(version.name, version.uri))
+    return stack.enter_context(talking.fetched(version))

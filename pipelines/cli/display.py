@@ -75,6 +75,9 @@ class Live:
         if self._bars:
             self._add_bars(run)
         for name, step in run.steps.items():
+            if step.status == "running":  # the first look is what the time left counts from
+                self._passed(step)
+                self._figures(step)
             if self._bars:
                 task = self._tasks[name]
                 if step.status == "running":

@@ -94,7 +94,8 @@ class Plan:
 
 def rules(home: Path, changes: dict[str, Any] | None = None) -> Rules:
     """The rules of a home, with ``changes`` that take precedence; raises `UserError`."""
-    path, values = home / FILE, {}
+    path = home / FILE
+    values: Any = {}
     if path.is_file():
         remedy = "correct it, or delete it to use the defaults (`nudge clean --help` has them)"
         try:
@@ -103,6 +104,10 @@ def rules(home: Path, changes: dict[str, Any] | None = None) -> Rules:
             raise damaged(path, " ".join(str(error).split()), remedy) from None
         if not isinstance(values, dict):
             raise damaged(path, "it is not a mapping of rules", remedy)
+        try:
+            parse(Rules, values, "retention")
+        except UserError as error:
+            raise UserError(f"{path}: {error}\n{remedy}") from None
     return parse(Rules, {**values, **(changes or {})}, "retention")
 
 

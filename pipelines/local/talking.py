@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.core import guard
 from nudge.components.common.core.errors import UserError
 from nudge.components.deploy.local import gateway
@@ -148,11 +149,19 @@ def served(home: Path, model: str, endpoint: str) -> Served:
 
 
 @contextlib.contextmanager
-def fetched(name: str, uri: str) -> Iterator[Loaded]:
-    """A version from the object store, in a temporary folder that goes with the block."""
-    from nudge.components.common.models.base_model import download_model
+def fetched(version: Version) -> Iterator[Loaded]:
+    """A version from the object store, checked against the registry, in a temporary folder that
+    goes with the block."""
+    from nudge.components.common.models.registered import (
+        check_download,
+        download_model,
+        pinned_uri,
+        split_pin,
+    )
 
+    uri, digest = split_pin(pinned_uri(version))
     with tempfile.TemporaryDirectory(prefix="nudge-") as made:
         folder = Path(made) / "model"
         download_model(uri, folder)
-        yield Loaded(name, folder)
+        check_download(folder, uri, digest)
+        yield Loaded(version.name, folder)

@@ -75,7 +75,9 @@ def watch(home: Path) -> None:
             with (home / "services" / LOCK).open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _until_idle(home)
-        except OSError:  # another one watches, or the home is gone
+        except FileNotFoundError:  # the home was deleted before this could look
+            _until_idle(home)
+        except OSError:  # another one watches
             return
         if not any(marked(home)):  # one that was started just now
             return

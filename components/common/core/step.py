@@ -166,7 +166,8 @@ def _full_disk(
     """The error of a step on a full disk: which file or folder, how much is free, and how much the
     step needs at least (its outputs are at least about as large as its largest input)."""
     folders = " or ".join(sorted({str(path.parent) for path in outputs})) or "this machine"
-    file = f" while it wrote {error.filename}" if getattr(error, "filename", None) else ""
+    written = getattr(error, "filename", None)
+    file = f" while it wrote {written}" if written else ""
     inputs = [each for key, each in arguments.items() if isinstance(each, Path)]
     needed = max((_size(each) for each in inputs if each not in outputs), default=0)
     there = next((path for each in outputs for path in each.parents if path.exists()), Path.cwd())

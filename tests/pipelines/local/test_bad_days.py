@@ -299,7 +299,7 @@ def test_a_full_disk_is_a_sentence_with_file_and_space(
     with contextlib.suppress(OSError):
         (home / "more").write_bytes(os.urandom(40 << 10))
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         (home / "runs").mkdir()
         (home / "runs" / "x").write_bytes(b"x" * (1 << 20))
 

@@ -46,7 +46,7 @@ def weights(folder: Path) -> Path:
 
 
 def test_old_artifacts_go_and_the_history_stays(home: Path) -> None:
-    runs = [finished_run(home) for _ in range(3)]
+    runs = sorted((finished_run(home) for _ in range(3)), key=lambda each: each.run_id)
     model = weights(runs[0].folder)
     kept = home / "reuse" / "train" / "0" / "model"
     kept.parent.mkdir(parents=True)
@@ -57,7 +57,7 @@ def test_old_artifacts_go_and_the_history_stays(home: Path) -> None:
     shown = json.loads(nudge(*arguments, "--dry-run").stdout)
     assert model.is_file()
     assert {Path(each["path"]).parent.name for each in shown["removals"]} == {
-        *(run.run_id for run in sorted(runs, key=lambda each: each.run_id)[:2]),
+        *(run.run_id for run in runs[:2]),
     }
     # The reusable result, used today, still has the weights.
     assert shown["frees_bytes"] < WEIGHTS
