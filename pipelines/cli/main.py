@@ -51,6 +51,8 @@ COMMANDS = {
     "models": Command("models:models", "List registered versions.", ("release", "local")),
     "ask": Command("chat:ask", "Ask a model once.", EVERYTHING),
     "chat": Command("chat:chat", "Talk to one version, or to two.", EVERYTHING),
+    "approve": Command("approval:approve", "Approve a version that waits; serve it.", EVERYTHING),
+    "reject": Command("approval:reject", "Reject a version that waits.", ("release", "local")),
     "promote": Command("release:promote", "Give a version all of the traffic.", EVERYTHING),
     "split": Command("release:split", "Divide the traffic between versions.", EVERYTHING),
     "rollback": Command("release:rollback", "Go back to the previous version.", EVERYTHING),

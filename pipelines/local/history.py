@@ -25,8 +25,8 @@ from nudge.pipelines.step_state import StepState
 from nudge.pipelines.steps import NOTHING_NEW, PIPELINE, STEPS
 
 STATES = (
-    *("running", "promoted", "registered", "not better", "nothing new", "failed", "interrupted"),
-    "unreadable",
+    *("running", "promoted", "awaiting approval", "registered", "not better", "nothing new"),
+    *("failed", "interrupted", "unreadable"),
 )
 """How a run stands. ``registered``: better, and not promoted. ``interrupted``: its command ended
 before the run did."""
@@ -168,8 +168,8 @@ def _outcome(result: dict[str, Any]) -> dict[str, Any]:
     reason, error = str(result.get("reason") or ""), result.get("error")
     if error:
         state, reason = "failed", str(error)
-    elif isinstance(result.get("state"), str):
-        state = result["state"]
+    elif result.get("awaiting_approval"):
+        state = "awaiting approval"
     elif result.get("promoted"):
         state = "promoted"
     elif reason == NOTHING_NEW:

@@ -26,6 +26,7 @@ GOOD, BAD = ("promoted",), ("failed", "unreadable", "interrupted")
 HEADLINES = {
     "running": "This run is in progress",
     "promoted": "✓ The new model is served",
+    "awaiting approval": "The new model is better and awaits approval",
     "registered": "The new model is registered, not served",
     "not better": "✗ The new model is not better, so nothing changed",
     "nothing new": "There was no new text, so nothing changed",
@@ -98,6 +99,9 @@ def next_commands(run: PastRun) -> dict[str, str]:
     if run.state == "promoted":
         found["ask it"] = f"nudge ask{model} 'a question'"
         found["go back"] = f"nudge rollback{model}"
+    elif run.state == "awaiting approval":
+        found["serve it"] = f"nudge approve {run.version}{model}"
+        found["refuse it"] = f"nudge reject {run.version}{model} --reason WHY"
     elif run.version:
         found["serve it anyway"] = f"nudge promote {run.version}{model}"
     if run.state != "promoted" and run.output("train", "model"):
