@@ -1,6 +1,8 @@
 """Which weights are trained: all of them, or low-rank adapters beside frozen weights (LoRA)."""
 
+import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,11 +28,12 @@ def adapt(model: Any, settings: TrainSettings, *, sharded: bool = False) -> Any:
 
     # Something may have drawn random numbers already, such as converting an uncached base model.
     torch.manual_seed(settings.seed)
+    meta = any(parameter.is_meta for parameter in model.parameters())
     try:
         with warnings.catch_warnings():
             # peft warns that it sets this for Conv1D by itself.
             warnings.filterwarnings("ignore", message="fan_in_fan_out")
-            inject_adapter_in_model(lora_config(settings), model)
+            inject_adapter_in_model(lora_config(settings), model, low_cpu_mem_usage=meta)
     except ValueError as error:
         raise UserError(f"train.lora_targets = {settings.lora_targets}: {error}") from None
     _check_targets(model, settings)
@@ -41,6 +44,32 @@ def adapt(model: Any, settings: TrainSettings, *, sharded: bool = False) -> Any:
         if settings.precision == "bfloat16" and "lora_" not in name and not sharded:
             parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def initial_adapters(
+    model: Any, settings: TrainSettings
+) -> Callable[[str, torch.Tensor], torch.Tensor | None]:
+    """A function that returns the initial value of an adapter's part on the meta device, by name.
+
+    It must be called in the order of the model's modules; the values are then those that peft draws
+    for a model that is not on the meta device: B is zero, and A the last of three draws.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+
+    def drawn(like: torch.Tensor) -> torch.Tensor:
+        empty = torch.empty(like.shape, dtype=torch.float32)
+        return nn.init.kaiming_uniform_(empty, a=math.sqrt(5), generator=generator)
+
+    def initial(name: str, meta: torch.Tensor) -> torch.Tensor | None:
+        if name.endswith(PART_B):
+            return torch.zeros(meta.shape)
+        if not name.endswith(PART_A):
+            return None
+        drawn(meta)
+        drawn(model.get_parameter(f"{name.removesuffix(PART_A)}{PART_B}"))
+        return drawn(meta)
+
+    return initial
 
 
 def _check_targets(model: Any, settings: TrainSettings) -> None:

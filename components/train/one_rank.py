@@ -5,6 +5,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nudge.components.common.artifacts.model import ModelFacts, write_model_facts
 from nudge.components.common.artifacts.schema import parse_artifact
 from nudge.components.common.artifacts.tokens import read_tokens_manifest, verified_tokenizer
@@ -14,7 +16,7 @@ from nudge.components.common.models import language_model
 from nudge.components.common.models.base_model import model_sha256
 from nudge.components.common.models.end_of_document import document_start_id
 from nudge.components.train import network as networks
-from nudge.components.train.adapt import adapt
+from nudge.components.train.adapt import adapt, initial_adapters
 from nudge.components.train.checkpoints.open_checkpoints import open_checkpoints
 from nudge.components.train.checkpoints.training_state import TrainingState, identity
 from nudge.components.train.data import PackedSplit
@@ -88,12 +90,16 @@ def _load_network(
     start: Start, settings: TrainSettings, ranks: Ranks, vocabulary: int
 ) -> networks.Network:
     """The initial model on these ranks, checked against the tokens and the settings."""
-    base = start.model(settings.seed)
+    base = start.empty(settings.seed)
     check_vocabulary(base, vocabulary, settings)
-    language_model.check_loss(base)
     check_length(base, settings)
     adapted = adapt(base, settings, sharded=ranks.world > 1)
-    network = networks.Network(adapted, settings, ranks)
+
+    def fill(model: Any, device: torch.device) -> None:
+        start.fill(model, device, initial_adapters(model, settings))
+
+    network = networks.Network(adapted, settings, ranks, fill)
+    network.check(language_model.check_loss)
     networks.check_document_masking(network, vocabulary)
     return network
 
