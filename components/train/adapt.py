@@ -10,16 +10,20 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from nudge.components.common.core.errors import UserError
+from nudge.components.train.quantized import quantize_layers
 from nudge.components.train.settings import TrainSettings
 
 PART_A, PART_B = "lora_A.default.weight", "lora_B.default.weight"
 
 
-def adapt(model: Any, settings: TrainSettings, *, sharded: bool = False) -> Any:
+def adapt(model: Any, settings: TrainSettings) -> Any:
     """Prepare ``model`` in place for the mode of the settings, and return it.
 
+    Its frozen weights get the dtype of the setting `base_dtype`; int8 and nf4 need a model on the
+    meta device.
+
     The initial adapters are a pure function of the seed. Raises `UserError` if the model lacks
-    LoRA's target modules, or if `merged_state` cannot merge them.
+    LoRA's target modules, or if `export` cannot merge them.
     """
     model.train()
     if settings.mode != "lora":
@@ -37,12 +41,15 @@ def adapt(model: Any, settings: TrainSettings, *, sharded: bool = False) -> Any:
     except ValueError as error:
         raise UserError(f"train.lora_targets = {settings.lora_targets}: {error}") from None
     _check_targets(model, settings)
+    # With precision bfloat16, frozen weights are only ever read in bfloat16.
+    stored = settings.precision if settings.base_dtype == "auto" else settings.base_dtype
+    half = stored == "bfloat16" or (stored != "float32" and settings.precision == "bfloat16")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
-        # Frozen weights are only ever read in bfloat16, so cast them once instead of every step.
-        # FSDP casts by itself, and needs a single dtype per group.
-        if settings.precision == "bfloat16" and "lora_" not in name and not sharded:
+        if half and "lora_" not in name:
             parameter.data = parameter.data.to(torch.bfloat16)
+    if stored in ("int8", "nf4"):
+        quantize_layers(model, stored)
     return model
 
 
@@ -100,34 +107,3 @@ def lora_config(settings: TrainSettings) -> Any:
         target_modules=list(settings.lora_targets),
         task_type="CAUSAL_LM",
     )
-
-
-def merged_state(
-    state: dict[str, torch.Tensor], settings: TrainSettings, base: Any
-) -> dict[str, torch.Tensor]:
-    """The trained weights as a float32 state dict of the architecture of ``base``.
-
-    LoRA is merged as in Hu et al. (arXiv:2106.09685), W + (alpha / r) B A. The sum is taken in
-    float32 and with the base model's own float32 weights, because the frozen copies may have been
-    cast for speed. Conv1D, GPT-2's linear layer, stores its weight transposed.
-    """
-    if settings.mode != "lora":
-        return {name: tensor.float() for name, tensor in state.items()}
-    merged: dict[str, torch.Tensor] = base.state_dict()
-    scale = settings.lora_alpha / settings.lora_rank
-    for name, down in state.items():
-        if name.endswith(PART_A):
-            stem = name.removesuffix(f".{PART_A}")
-            delta = scale * (state[f"{stem}.{PART_B}"].float() @ down.float())
-            transposed = isinstance(base.get_submodule(stem), Conv1D)
-            merged[f"{stem}.weight"] += delta.T if transposed else delta
-    return merged
-
-
-def adapter_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The adapter alone, under the names that peft uses in its files."""
-    return {
-        f"base_model.model.{name.replace('.default.', '.')}": tensor.float().contiguous()
-        for name, tensor in state.items()
-        if name.endswith((PART_A, PART_B))
-    }

@@ -12,7 +12,7 @@ from torch import nn
 from nudge.components.common.artifacts.tokens import Tokens
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.models.base_model import local_model, model_sha256
-from nudge.components.common.models.language_model import head_weight, hidden_states, load_model
+from nudge.components.common.models.language_model import head_weight, hidden_states
 from nudge.components.common.models.loading import Filler, empty_model
 from nudge.components.train.settings import TrainSettings
 
@@ -37,14 +37,18 @@ class Start:
             self.sha256 = model_sha256(self.folder)
 
     def empty(self, seed: int) -> Any:
-        """The model on the meta device, to be passed to `fill`; a fresh one has its weights.
+        """The model in float32 on the meta device, to be passed to `fill`; a fresh one has its
+        weights, initialized as a pure function of the seed.
 
         Raises `UserError` if the base model's files are damaged or do not fit its config.
         """
-        if self.folder is None:
-            return self.model(seed)
-        model, self._filler = empty_model(self.folder)
-        return model
+        if self.folder is not None:
+            model, self._filler = empty_model(self.folder)
+            return model
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(self._config, dtype=torch.float32)
 
     def fill(
         self,
@@ -56,14 +60,16 @@ class Start:
         if self._filler is not None:
             self._filler.fill(model, device, initial)
 
-    def model(self, seed: int) -> Any:
-        """The model in float32: loaded, or initialized as a pure function of the seed."""
-        if self.folder is not None:
-            return load_model(self.folder)
-        from transformers import AutoModelForCausalLM
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of most weights in the base model's files."""
+        assert self._filler is not None
+        return self._filler.files.dtype
 
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(self._config, dtype=torch.float32)
+    def base_tensor(self, name: str, shape: torch.Size, model: Any) -> torch.Tensor:
+        """A tensor of the base model in float32, by its name there."""
+        assert self._filler is not None
+        return self._filler.whole(name, shape, model)
 
 
 def check_tokenizer(manifest: Tokens, settings: TrainSettings) -> None:

@@ -125,17 +125,6 @@ class Network:
             return contextlib.nullcontext()
         return torch.autocast(self.ranks.device.type, torch.bfloat16)
 
-    def full_state(self) -> dict[str, torch.Tensor]:
-        """The model's full state dict on the CPU of the main rank; every rank must call this."""
-        if not self.sharded:
-            state = self.model.state_dict() if self.ranks.main else {}
-            return {name: tensor.cpu() for name, tensor in state.items()}
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        gathered: dict[str, Any] = get_model_state_dict(self.model, options=options)
-        return gathered
-
     def _layers(self) -> list[nn.Module]:
         kinds = set(self.model._no_split_modules or ())
         return [module for module in self.model.modules() if type(module).__name__ in kinds]

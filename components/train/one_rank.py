@@ -22,6 +22,7 @@ from nudge.components.train.checkpoints.training_state import TrainingState, ide
 from nudge.components.train.data import PackedSplit
 from nudge.components.train.loop import make_optimizer, planned_steps, train_loop
 from nudge.components.train.model import Start, check_length, check_tokenizer, check_vocabulary
+from nudge.components.train.quantization_cost import quantization_cost
 from nudge.components.train.ranks import Ranks
 from nudge.components.train.record import NoBar, NoTrainingLog, open_record
 from nudge.components.train.report import render_report
@@ -62,6 +63,8 @@ def train_one_rank(
         if ranks.main:
             plain = dataclasses.asdict(settings)
             record = stack.enter_context(open_record(history_part, model.name, plain, steps))
+        bar.note(stage="measuring what the quantized base costs")
+        facts["training"] |= quantization_cost(network, start, validation, tokenizer, settings)
         run = identity(settings, training, manifest.tokenizer_sha256, start.sha256, steps)
         checkpoints = outer.enter_context(
             open_checkpoints(settings, run, ranks, lambda stage: bar.note(stage=stage))
@@ -77,10 +80,9 @@ def train_one_rank(
             if state.step > settings.validation_every:  # a single validation selects nothing
                 facts["selected_on"] = validation.documents_of(settings.validation_sequences)
         bar.note(stage="writing the model")
-        weights = network.full_state()
         facts["training"] |= _training_facts(state, settings, ranks)
+        write_model(model_part, start, network, settings, tokenizer, facts)
         if ranks.main:
-            write_model(model_part, start, weights, settings, tokenizer, facts)
             facts["weights_sha256"] = model_sha256(model_part)
             write_model_facts(model_part, parse_artifact(facts, ModelFacts, "the model's facts"))
             write_atomic(report, render_report(facts, record.lines))
@@ -93,7 +95,7 @@ def _load_network(
     base = start.empty(settings.seed)
     check_vocabulary(base, vocabulary, settings)
     check_length(base, settings)
-    adapted = adapt(base, settings, sharded=ranks.world > 1)
+    adapted = adapt(base, settings)
 
     def fill(model: Any, device: torch.device) -> None:
         start.fill(model, device, initial_adapters(model, settings))

@@ -102,6 +102,10 @@ def tensor_sources(model: Any, files: WeightFiles) -> dict[str, Source]:
         found[name] = Source((*earlier.parts, (key, pattern)), earlier.converter)
     _untie(model, files, found)
     sources = _by_target(model, found, list(expected))
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        for one, other in ((target, source), (source, target)):
+            if one in sources:
+                sources.setdefault(other, sources[one])
     _check_complete(model, files, sources, expected)
     return sources
 
@@ -140,13 +144,10 @@ def _check_complete(
 ) -> None:
     optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     buffers = {name for name, _ in model.named_buffers()}
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    there = set(sources) | {s for t, s in tied.items() if t in sources}
     missing = [
         name
         for name in expected
-        if name not in there
-        and tied.get(name) not in there
+        if name not in sources
         and name not in buffers
         and not any(pattern.search(name) for pattern in optional)
     ]
@@ -174,6 +175,7 @@ def base_name(name: str) -> str:
 class Filler:
     """Fills the meta parameters of a model, which may be sharded or have adapters by now.
 
+    A module with ``from_rows`` computes its parameters from rows of the weight that it replaces.
     ``initial`` returns a value for a parameter that is not in the files, such as an adapter's.
     """
 
@@ -195,8 +197,7 @@ class Filler:
                 owners.setdefault(parameter, []).append((name, module, attribute))
         for parameter, places in owners.items():
             if parameter.is_meta:
-                names = [name for name, *_ in places]
-                filled = self._filled(parameter, names, device, initial, model)
+                filled = self._filled(parameter, places, device, initial, model)
                 for _, module, attribute in places:
                     setattr(module, attribute, filled)
         for path, module in model.named_modules():
@@ -208,8 +209,8 @@ class Filler:
         _move(model, device)
 
     def _filled(
-        self, parameter: nn.Parameter, names: list[str], device: torch.device, initial: Any,
-        model: Any,
+        self, parameter: nn.Parameter, places: list[tuple[str, nn.Module, str]],
+        device: torch.device, initial: Any, model: Any,
     ) -> nn.Parameter:  # fmt: skip
         sharded = isinstance(parameter, DTensor)
         shape, first = tuple(parameter.shape), 0
@@ -219,13 +220,19 @@ class Filler:
             )
             first = offset[0] if offset else 0
         local = torch.empty(shape, dtype=parameter.dtype, device=device)
-        name = next((base_name(n) for n in names if base_name(n) in self.sources), None)
+        path, module, attribute = places[0]
+        names = [base_name(each) for each, *_ in places]
+        name = next((each for each in names if each in self.sources), None)
         if name is not None:
             self._read(name, local, first, model)
+        elif hasattr(module, "from_rows"):
+            weight = torch.empty(shape[0], module.in_features, dtype=torch.float32)
+            self._read(f"{names[0].removesuffix(attribute)}weight", weight, first, model)
+            local.copy_(module.from_rows(attribute, weight))
         else:
-            value = initial(names[0], parameter)
+            value = initial(path, parameter)
             if value is None:
-                raise AssertionError(f"no value for {names[0]}")
+                raise AssertionError(f"no value for {path}")
             local.copy_(value[first : first + len(local)] if local.dim() else value)
         filled: torch.Tensor = local
         if sharded:
@@ -234,6 +241,12 @@ class Filler:
                 shape=parameter.shape, stride=parameter.stride(),
             )  # fmt: skip
         return nn.Parameter(filled, requires_grad=parameter.requires_grad)
+
+    def whole(self, name: str, shape: torch.Size, model: Any) -> torch.Tensor:
+        """A complete tensor of the files in float32, by its name in the model."""
+        tensor = torch.empty(shape, dtype=torch.float32)
+        self._read(name, tensor, 0, model)
+        return tensor
 
     @torch.no_grad()
     def _read(self, name: str, into: torch.Tensor, first: int, model: Any) -> None:
@@ -280,8 +293,14 @@ def empty_model(folder: Path) -> tuple[Any, Filler]:
     Raises `UserError` if its files are damaged, or do not fit its config.
     """
     files = WeightFiles(folder)
+    config = model_config(folder)
+    if quantization := getattr(config, "quantization_config", None):
+        method = dict(quantization).get("quant_method", "an unknown method")
+        raise UserError(
+            f"{folder} is already quantized ({method}); use the model that it was made from"
+        )
     with _folder_errors(folder):
-        model = meta_model(model_config(folder))
+        model = meta_model(config)
     _read_generation_config(model, folder)
     return model, Filler(files, tensor_sources(model, files))
 

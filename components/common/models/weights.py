@@ -4,8 +4,11 @@ Files are memory-mapped. A mapping counts toward a process's memory as long as i
 part of `CHUNK_BYTES` is read through a mapping of its own.
 """
 
+import collections
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,14 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHUNK_BYTES = 64 * 2**20
 
 
+@dataclass(frozen=True)
+class _Entry:
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors names it, such as BF16."""
+
+
 class WeightFiles:
     """The tensors of a folder by name, each in one of any number of safetensors files.
 
@@ -28,26 +39,39 @@ class WeightFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, Path] = {}
+        self._entries: dict[str, _Entry] = {}
         listed = _indexed(folder)
         for path in sorted(set(listed.values())) if listed else _unindexed(folder):
-            names = _names(path)
+            entries = _entries(path)
             for name in (name for name, file in listed.items() if file == path):
-                if name not in names:
+                if name not in entries:
                     raise UserError(
                         f"{folder / INDEX} places the tensor {name} in {path.name}, which does not "
                         "contain it: copy or download the model again"
                     )
-            self._files |= dict.fromkeys(names, path)
+            self._entries |= entries
 
     @property
     def names(self) -> list[str]:
         """The names of all tensors, in no particular order."""
-        return list(self._files)
+        return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        with self._open(name) as file:
-            return tuple(file.get_slice(name).get_shape())
+        return self._entries[name].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of most weights: bfloat16 or float16, otherwise float32."""
+        weights: collections.Counter[str] = collections.Counter()
+        for entry in self._entries.values():
+            weights[entry.dtype] += math.prod(entry.shape)
+        most = weights.most_common(1)[0][0] if weights else "F32"
+        return {"BF16": torch.bfloat16, "F16": torch.float16}.get(most, torch.float32)
+
+    @property
+    def bytes(self) -> int:
+        """The size of all files."""
+        return sum(path.stat().st_size for path in {e.path for e in self._entries.values()})
 
     def tensor(self, name: str) -> torch.Tensor:
         """A copy of a tensor in memory, in the dtype of the file."""
@@ -72,7 +96,7 @@ class WeightFiles:
                 part.copy_(file.get_slice(name)[first + start : first + start + len(part)])
 
     def _open(self, name: str) -> Any:
-        return safe_open(self._files[name], framework="pt")
+        return safe_open(self._entries[name].path, framework="pt")
 
 
 def check_weights(folder: Path) -> None:
@@ -111,10 +135,14 @@ def _unindexed(folder: Path) -> Iterator[Path]:
     yield from found
 
 
-def _names(path: Path) -> set[str]:
+def _entries(path: Path) -> dict[str, _Entry]:
     try:
         with safe_open(path, framework="pt") as file:
-            return set(file.keys())
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: _Entry(path, tuple(each.get_shape()), each.get_dtype())
+                for name, each in slices.items()
+            }
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} is truncated or damaged ({error}): copy or download it again"
