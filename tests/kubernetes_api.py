@@ -42,7 +42,7 @@ USER = f"system:serviceaccount:{NAMESPACE}:pipeline-runner-dspa"
 PATH = re.compile(
     r"/(?:api|apis/(?P<group>[^/]+))/(?P<version>v[^/]+)"
     r"(?:/namespaces/(?P<namespace>[^/]+))?/(?P<plural>[a-z]+)"
-    r"(?:/(?P<name>[^/]+))?(?:/(?P<subresource>status|log))?"
+    r"(?:/(?P<name>[^/]+))?(?:/(?P<subresource>status|log|pendingworkloads))?"
 )
 CORE = {
     "v1": ("ConfigMap", "Event", "PersistentVolumeClaim", "Pod", "Secret", "Service"),
@@ -51,6 +51,8 @@ CORE = {
     "coordination.k8s.io/v1": ("Lease",),
     "kueue.x-k8s.io/v1beta2": ("Workload",),
     "kueue.x-k8s.io/v1beta1": ("Workload",),
+    "visibility.kueue.x-k8s.io/v1beta2": ("LocalQueue",),
+    "visibility.kueue.x-k8s.io/v1beta1": ("LocalQueue",),
 }
 
 
@@ -89,7 +91,9 @@ class KubernetesApi(Objects):
     def __init__(self, namespace: str = NAMESPACE, role: str = "") -> None:
         """``role`` is one in manifests/base/access.yaml; clients have its permissions, or all."""
         super().__init__(namespace)
-        self._allowed = rights(role) if role else None
+        self.user, self._allowed = USER, rights(role) if role else None
+        self.admit: Callable[[str, Object], str] = lambda operation, body: ""
+        """Called with CREATE or UPDATE and an object; returns why a policy refuses it."""
         self.token = secrets.token_urlsafe(32)
         self.requests: list[tuple[str, str, str]] = []
         self._forbidden: set[tuple[str, str]] = set()
@@ -101,8 +105,18 @@ class KubernetesApi(Objects):
         }
         for (version, kind), found in schemas.definitions().items():
             self._kinds[found["spec"]["names"]["plural"], version] = (version, kind)
+        self.pending: dict[str, list[str]] = {}
+        """By LocalQueue, the names of the Workloads that wait in it, as Kueue orders them."""
         self.older: dict[str, Callable[[Object], Object]] = {}
         """By kind, a function that turns the newest schema into that of an older release."""
+
+    def act_as(self, user: str, *roles: str) -> None:
+        """From now on requests come from this account, which has these Roles of the manifests."""
+        self.user, self._allowed = user, set().union(*map(rights, roles))
+
+    def may(self, group: str, resource: str, verb: str) -> bool:
+        """Whether the account of the requests has a permission."""
+        return self._allowed is None or (group, resource, verb) in self._allowed
 
     # The server.
 
@@ -201,6 +215,8 @@ class KubernetesApi(Objects):
             raise Refused(401, "Unauthorized")
         if request.url.path.startswith("/openapi/v3/"):
             return self._openapi(request.url.path)
+        if request.url.path == "/apis/authentication.k8s.io/v1/selfsubjectreviews":
+            return JSONResponse({**body, "status": {"userInfo": {"username": self.user}}}, 201)
         if group := re.fullmatch(r"/apis/([^/]+)", request.url.path):
             return self._group(group[1])
         match = PATH.fullmatch(request.url.path)
@@ -246,14 +262,13 @@ class KubernetesApi(Objects):
     def _check_permission(self, verb: str, part: dict[str, Any]) -> None:
         resource = part["plural"] + (f"/{part['subresource']}" if part["subresource"] else "")
         group = part["group"] or ""
-        missing = self._allowed is not None and (group, resource, verb) not in self._allowed
-        if missing or (verb, resource) in self._forbidden:
+        if not self.may(group, resource, verb) or (verb, resource) in self._forbidden:
             name = f' "{part["name"]}"' if part["name"] else ""
+            what = f"{part['plural']}{f'.{group}' if group else ''}{name}"
             raise Refused(
                 403,
-                f'{part["plural"]}{f".{group}" if group else ""}{name} is forbidden: User "{USER}" '
-                f'cannot {verb} resource "{resource}" in API group "{group}" in the namespace '
-                f'"{part["namespace"]}"',
+                f'{what} is forbidden: User "{self.user}" cannot {verb} resource "{resource}" in '
+                f'API group "{group}" in the namespace "{part["namespace"]}"',
             )
 
     def _do(
@@ -264,10 +279,16 @@ class KubernetesApi(Objects):
         manager = query.get("fieldManager") or request.headers.get("user-agent", "unknown")
         if verb == "list":
             return JSONResponse(self._list(kind, part["namespace"], query))
+        if part["subresource"] == "pendingworkloads":
+            return JSONResponse(self._pending(part))
         if part["subresource"] == "log":
             self._existing(key, part)
             return PlainTextResponse(self._log(part["name"], query))
         if verb == "create":
+            if why := self.admit("CREATE", body):
+                raise Refused(422, why)
+            if query.get("dryRun") == "All":
+                return JSONResponse(body, 201)
             return JSONResponse(self._create(body, part["namespace"], manager, kind), 201)
         media = request.headers.get("content-type", "")
         if verb == "patch" and media == "application/apply-patch+yaml":
@@ -285,6 +306,8 @@ class KubernetesApi(Objects):
         if verb == "patch" and media != "application/merge-patch+json":
             raise Refused(400, f"this stand-in takes merge patches and applies, not {media}")
         changed = merge_patch(current, body) if verb == "patch" else copy.deepcopy(body)
+        if why := self.admit("UPDATE", changed):
+            raise Refused(422, why)
         return JSONResponse(self._change(current, changed, part["subresource"] or "", manager))
 
     def _existing(self, key: Key, part: dict[str, Any]) -> Object:
@@ -292,6 +315,23 @@ class KubernetesApi(Objects):
             plural = part["plural"] + (f".{part['group']}" if part["group"] else "")
             raise Refused(404, f'{plural} "{key[2]}" not found', name=key[2], kind=part["plural"])
         return self.objects[key]
+
+    def _pending(self, part: dict[str, Any]) -> Object:
+        """As Kueue's visibility API answers; positions count from 0."""
+        if part["name"] not in self.pending:
+            raise Refused(404, f'localqueue "{part["name"]}" not found')
+        items = [
+            {
+                "metadata": {"name": name, "namespace": part["namespace"]},
+                "priority": 0,
+                "localQueueName": part["name"],
+                "positionInClusterQueue": position,
+                "positionInLocalQueue": position,
+            }
+            for position, name in enumerate(self.pending[part["name"]])
+        ]
+        version = f"{part['group']}/{part['version']}"
+        return {"kind": "PendingWorkloadsSummary", "apiVersion": version, "items": items}
 
     def _group(self, name: str) -> Response:
         """What the server says of an API group; it prefers the newest version."""

@@ -1,268 +1,78 @@
-"""Write the trained weights as safetensors files with an index, one tensor at a time.
+"""Makes a saved model folder one that older releases of transformers read the same way.
 
-Every rank takes part, because sharded tensors are gathered; the main rank writes. Beyond the shard,
-that takes the memory of one tensor, or of one layer for architectures whose files have other
-tensors than the model (such as one per expert).
+transformers 5 writes three things that 4.57, which many servers still have, ignores or rejects:
+``rope_parameters`` instead of ``rope_theta`` and ``rope_scaling``, so that the positions of every
+model whose theta is not 10,000 would be wrong; the tokenizer class ``TokenizersBackend``; and
+special tokens as a list named ``extra_special_tokens``. transformers 5 reads the older names too.
 """
 
 import json
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers.pytorch_utils import Conv1D
-
-from nudge.components.common.models.loading import base_name
-from nudge.components.common.models.weights import INDEX, WEIGHTS
-from nudge.components.train.adapt import PART_A, PART_B
-from nudge.components.train.model import Start
-from nudge.components.train.network import Network
-from nudge.components.train.quantized import QuantizedLinear, dequantized
-from nudge.components.train.settings import TrainSettings
-
-MAX_FILE_BYTES = 5_000_000_000
-"""The size above which weights are split into several files, as on the Hugging Face hub."""
-
-SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+READABLE = 0o644
+"""safetensors makes its files readable by their owner only, and a server runs as another user."""
+OLD_CLASS = "PreTrainedTokenizerFast"
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-@dataclass(frozen=True)
-class Unit:
-    """Tensors of the model that become tensors of the files together; usually one of each."""
+def finish_export(folder: Path, end_of_document: int | None) -> None:
+    """Complete the files of a model folder that transformers 5 saved.
 
-    names: tuple[str, ...]
-    written: dict[str, tuple[int, ...]]
-    """Names and shapes in the files."""
-
-
-def export_dtype(start: Start, settings: TrainSettings) -> torch.dtype:
-    """The dtype of the exported weights: the setting's; for ``auto`` the base model's own, or
-    bfloat16 for a GGUF base, whose conversion to float32 is only temporary."""
-    if settings.export_dtype != "auto":
-        dtype: torch.dtype = getattr(torch, settings.export_dtype)
-        return dtype
-    if start.folder is None:
-        return torch.float32
-    if settings.base_model.lower().endswith(".gguf"):
-        return torch.bfloat16
-    return start.stored_dtype
-
-
-def write_weights(
-    folder: Path, network: Network, start: Start, settings: TrainSettings
-) -> torch.dtype:
-    """Write the trained weights, merged with their adapters, into ``folder`` on the main rank.
-
-    Returns their dtype. Every rank must call this.
+    The generation configuration stays the base's; the token ``end_of_document`` is added to those
+    that end a text, because training taught the model to write it there.
     """
-    dtype, main = export_dtype(start, settings), network.ranks.main
-    model = network.model
-    units = _units(model)
-    files = _files(units, dtype)
-    tensors = _Tensors(network, start, settings)
-    weight_map: dict[str, str] = {}
-    for number, part in enumerate(files, 1):
-        name = WEIGHTS if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        shapes = {key: shape for unit in part for key, shape in unit.written.items()}
-        weight_map |= dict.fromkeys(shapes, name)
-        whole = (tensors.converted(unit, dtype) for unit in part)
-        if main:
-            _write_file(folder / name, shapes, whole, dtype)
-        else:
-            for _ in whole:
-                pass
-    if main and len(files) > 1:
-        total = sum(_bytes(unit, dtype) for unit in units)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return dtype
-
-
-def write_config(folder: Path, model: Any, dtype: torch.dtype) -> None:
-    """Write config.json and generation_config.json."""
-    import copy
-
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    config.dtype = dtype
-    for name in config.sub_configs:
-        if (sub := getattr(config, name, None)) is not None:
-            sub.dtype = dtype
-    config.save_pretrained(folder)
-    if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-
-
-def adapter_tensors(network: Network) -> dict[str, torch.Tensor]:
-    """The adapter alone, in float32 on the CPU, under the names that peft uses in its files.
-
-    Every rank must call this.
-    """
-    return {
-        f"base_model.model.{name.replace('.default.', '.')}": whole(parameter).float().contiguous()
-        for name, parameter in network.model.named_parameters()
-        if name.endswith((PART_A, PART_B))
-    }
-
-
-@torch.no_grad()
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the CPU, gathered from all ranks if it is sharded."""
-    gathered: Any = tensor.detach()
-    if hasattr(gathered, "full_tensor"):
-        gathered = gathered.full_tensor()
-    result: torch.Tensor = gathered.cpu()
-    return result
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor of the base model is in the trained model."""
-
-    shape: torch.Size
-    tensor: torch.Tensor
-    """The tensor, or the codes of a quantized one."""
-    quantized: QuantizedLinear | None
-    adapted: str
-    """The path of the layer whose adapter changes this tensor; empty if none does."""
-
-
-def _places(model: Any) -> dict[str, _Place]:
-    """Every tensor of the base model by its name there, without tied copies."""
-    kept, places = set(model.state_dict()), {}
-    for full_name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        path, _, attribute = full_name.rpartition(".")
-        if "lora_" in full_name or full_name not in kept or attribute == "scales":
-            continue
-        layer = model.get_submodule(path)
-        quantized = layer if attribute == "codes" and isinstance(layer, QuantizedLinear) else None
-        if quantized is not None:
-            attribute = "weight"
-        shape = torch.Size((quantized.out_features, quantized.in_features)) if quantized else None
-        adapted = path.endswith(".base_layer") and attribute == "weight"
-        name = f"{path}.{attribute}" if path else attribute
-        places[base_name(name)] = _Place(
-            shape or tensor.shape, tensor, quantized,
-            path.removesuffix(".base_layer") if adapted else "",
-        )  # fmt: skip
-    return places
-
-
-class _Tensors:
-    """The trained tensors by their names in the base model, gathered one at a time."""
-
-    def __init__(self, network: Network, start: Start, settings: TrainSettings) -> None:
-        self._network, self._start, self._settings = network, start, settings
-        self._places = _places(network.model)
-
-    @torch.no_grad()
-    def converted(self, unit: Unit, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The tensors that the files get for a unit; on other ranks than the main one, nothing."""
-        tensors = {name: self._merged(name) for name in unit.names}
-        if not self._network.ranks.main:
-            return {}
-        if len(unit.names) > 1 or unit.names[0] not in unit.written:
-            from transformers.core_model_loading import revert_weight_conversion
-
-            tensors = revert_weight_conversion(self._network.model, tensors)
-        return {name: tensors[name].to(dtype) for name in unit.written}
-
-    def _merged(self, name: str) -> torch.Tensor:
-        """A trained tensor; after LoRA W + (alpha / r) B A (Hu et al., arXiv:2106.09685).
-
-        The sum is taken in float32. W is the base model's own weight, because the frozen copy may
-        have been cast for speed; a quantized layer's is the dequantized one, with which the adapter
-        was trained. Conv1D, GPT-2's linear layer, stores its weight transposed.
-        """
-        place = self._places[name]
-        if self._settings.mode != "lora":
-            return whole(place.tensor).float()
-        codes = None if place.quantized is None else whole(place.tensor)
-        scales = None if place.quantized is None else whole(place.quantized.scales)
-        low = self._part(place.adapted, PART_A) if place.adapted else None
-        high = self._part(place.adapted, PART_B) if place.adapted else None
-        model = self._network.model
-        if not self._network.ranks.main:
-            return torch.empty(0)
-        if codes is not None and scales is not None and place.quantized is not None:
-            base = dequantized(codes, scales, place.quantized.kind)
-        else:
-            base = self._start.base_tensor(name, place.shape, model)
-        if low is not None and high is not None:
-            delta = self._settings.lora_alpha / self._settings.lora_rank * (high @ low)
-            layer: Any = model.get_submodule(place.adapted)
-            base += delta.T if isinstance(layer.get_base_layer(), Conv1D) else delta
-        return base
-
-    def _part(self, stem: str, part: str) -> torch.Tensor:
-        return whole(self._network.model.get_parameter(f"{stem}.{part}")).float()
-
-
-def _units(model: Any) -> list[Unit]:
-    """The tensors of a model, in order, as they are written."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, revert_weight_conversion
-
-    shapes = {name: place.shape for name, place in _places(model).items()}
-    mapping = get_model_conversion_mapping(model, add_legacy=False)
-    if not [each for each in mapping if not isinstance(each, PrefixChange)]:
-        return [Unit((name,), {name: tuple(shape)}) for name, shape in shapes.items()]
-    groups: dict[str, dict[str, torch.Tensor]] = {}
-    for name, shape in shapes.items():
-        layer = re.match(r"(.*?\.\d+)\.", name)
-        tensor = torch.empty(shape, device="meta")
-        groups.setdefault(layer[1] if layer else name, {})[name] = tensor
-    return [
-        Unit(
-            tuple(group),
-            {k: tuple(v.shape) for k, v in revert_weight_conversion(model, dict(group)).items()},
+    _change(folder / "config.json", _add_rope)
+    _change(folder / "tokenizer_config.json", _rename_tokenizer)
+    if end_of_document is not None:
+        _change(
+            folder / "generation_config.json", lambda values: _add_stop(values, end_of_document)
         )
-        for group in groups.values()
-    ]
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(READABLE)
 
 
-def _bytes(unit: Unit, dtype: torch.dtype) -> int:
-    return sum(torch.Size(shape).numel() for shape in unit.written.values()) * dtype.itemsize
+def _add_rope(values: dict[str, Any]) -> None:
+    for part in (values, values.get("text_config")):
+        rope = part.get("rope_parameters") if isinstance(part, dict) else None
+        if not isinstance(part, dict) or not isinstance(rope, dict):
+            continue
+        if isinstance(rope.get(FULL), dict):  # Gemma 3: one for each kind of layer
+            sliding = rope.get(SLIDING) or {}
+            if "rope_theta" in sliding:
+                part.setdefault("rope_local_base_freq", sliding["rope_theta"])
+            rope = rope[FULL]
+        if "rope_theta" in rope:
+            part.setdefault("rope_theta", rope["rope_theta"])
+        if "partial_rotary_factor" in rope:
+            part.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
+        if rope.get("rope_type", "default") != "default":
+            own = ("rope_theta", "partial_rotary_factor")
+            part.setdefault("rope_scaling", {k: v for k, v in rope.items() if k not in own})
 
 
-def _files(units: list[Unit], dtype: torch.dtype) -> list[list[Unit]]:
-    """The units of each file, in order, so that a file has at most `MAX_FILE_BYTES`."""
-    files: list[list[Unit]] = [[]]
-    size = 0
-    for unit in units:
-        if files[-1] and size + _bytes(unit, dtype) > MAX_FILE_BYTES:
-            files.append([])
-            size = 0
-        files[-1].append(unit)
-        size += _bytes(unit, dtype)
-    return files
+def _rename_tokenizer(values: dict[str, Any]) -> None:
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = OLD_CLASS
+    extra = values.get("extra_special_tokens")
+    if isinstance(extra, list):
+        del values["extra_special_tokens"]
+        values.setdefault("additional_special_tokens", extra)
 
 
-def _write_file(
-    path: Path,
-    shapes: dict[str, tuple[int, ...]],
-    units: Iterator[dict[str, torch.Tensor]],
-    dtype: torch.dtype,
-) -> None:
-    """Write tensors as they come, in the order of ``shapes``.
+def _add_stop(values: dict[str, Any], end_of_document: int) -> None:
+    stops = values.get("eos_token_id")
+    known = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if end_of_document not in known:
+        known = [*known, end_of_document]
+        values["eos_token_id"] = known if len(known) > 1 else known[0]
 
-    The format is a length, a JSON header, and the data (github.com/huggingface/safetensors). Its
-    own package needs all tensors of a file in memory.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        first, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {
-            "dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [first, end],
-        }  # fmt: skip
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensors in units:
-            for tensor in tensors.values():
-                file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+def _change(path: Path, change: Any) -> None:
+    if not path.is_file():
+        return
+    values = json.loads(path.read_text(encoding="utf-8"))
+    change(values)
+    text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(f"{text}\n", encoding="utf-8")

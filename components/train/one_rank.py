@@ -55,7 +55,7 @@ def train_one_rank(
             history_part = stack.enter_context(published(history))
         bar.note(stage="loading the base model")
         start = Start(settings, tokenizer, manifest.vocab_size)
-        network = _load_network(start, settings, ranks, manifest.vocab_size)
+        network = _load_network(start, settings, ranks, manifest.vocab_size, tokenizer)
         optimizer = make_optimizer(network.model, settings)
         facts = facts_of(settings, manifest, start, network)
         facts["tokens"] = {"train": training.tokens, "validation": validation.tokens}
@@ -63,7 +63,8 @@ def train_one_rank(
         if ranks.main:
             plain = dataclasses.asdict(settings)
             record = stack.enter_context(open_record(history_part, model.name, plain, steps))
-        bar.note(stage="measuring what the quantized base costs")
+        if settings.base_dtype in ("int8", "nf4"):
+            bar.note(stage="measuring what the quantized base costs")
         facts["training"] |= quantization_cost(network, start, validation, tokenizer, settings)
         run = identity(settings, training, manifest.tokenizer_sha256, start.sha256, steps)
         checkpoints = outer.enter_context(
@@ -89,7 +90,7 @@ def train_one_rank(
 
 
 def _load_network(
-    start: Start, settings: TrainSettings, ranks: Ranks, vocabulary: int
+    start: Start, settings: TrainSettings, ranks: Ranks, vocabulary: int, tokenizer: Any
 ) -> networks.Network:
     """The initial model on these ranks, checked against the tokens and the settings."""
     base = start.empty(settings.seed)
@@ -101,6 +102,9 @@ def _load_network(
         start.fill(model, device, initial_adapters(model, settings))
 
     network = networks.Network(adapted, settings, ranks, fill)
+    if start.folder is not None:
+        uri = settings.base_model
+        network.check(lambda model: language_model.check_generates(model, tokenizer, uri))
     network.check(language_model.check_loss)
     networks.check_document_masking(network, vocabulary)
     return network

@@ -9,10 +9,14 @@ import torch
 
 from nudge.components.common.artifacts.model import read_model_facts
 from nudge.components.common.artifacts.tokens import Tokens
+from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.provenance import code_version
+from nudge.components.common.models.end_of_document import end_of_document_id
+from nudge.components.common.models.registered import split_pin
 from nudge.components.train.adapt import lora_config
 from nudge.components.train.card import model_card
-from nudge.components.train.export import adapter_tensors, write_config, write_weights
+from nudge.components.train.export import finish_export
+from nudge.components.train.exported_weights import adapter_tensors, write_config, write_weights
 from nudge.components.train.model import Start
 from nudge.components.train.network import Network
 from nudge.components.train.quantized import parameter_count
@@ -25,7 +29,7 @@ def facts_of(
     """The facts known before training: origins, settings and sizes. ``manifest`` is the tokens'."""
     trained = [p for p in network.model.parameters() if p.requires_grad]
     return {
-        "base_model": {"uri": settings.base_model, "sha256": start.sha256},
+        "base_model": {"uri": split_pin(settings.base_model)[0], "sha256": start.sha256},
         "data_fingerprint": manifest.corpus_fingerprint,
         "tokenizer_sha256": manifest.tokenizer_sha256,
         "settings": dataclasses.asdict(settings),
@@ -64,10 +68,11 @@ def write_model(
 
         adapter = folder / "adapter"
         config = lora_config(settings)
-        config.base_model_name_or_path = settings.base_model
+        config.base_model_name_or_path = split_pin(settings.base_model)[0]
         config.save_pretrained(adapter)
         save_file(adapter_state, adapter / "adapter_model.safetensors", {"format": "pt"})
     (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
+    finish_export(folder, _end_of_document(tokenizer))
 
 
 def results(model: Path, history: Path) -> dict[str, Any]:
@@ -84,6 +89,13 @@ def results(model: Path, history: Path) -> dict[str, Any]:
         "validation_loss": validation[-1],
         "tokens_per_s": training.tokens_per_s,
     }
+
+
+def _end_of_document(tokenizer: Any) -> int | None:
+    try:
+        return end_of_document_id(tokenizer)
+    except UserError:  # the tokens have no end either
+        return None
 
 
 def _device(device: torch.device) -> str:

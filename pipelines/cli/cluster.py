@@ -31,7 +31,8 @@ def upload(pipeline: str, url: str) -> None:
     if not file.is_file():
         raise UserError(f"there is no file {file}")
     uploaded = runs.upload(connect.connect(url), file)
-    click.echo(f"{uploaded.version} {'uploaded' if uploaded.fresh else 'exists already'}")
+    state = "uploaded" if uploaded.fresh else "exists already"
+    click.echo(visible(f"{uploaded.version} {state}"))
 
 
 @click.command()
@@ -75,9 +76,11 @@ def submit(
     Exit status: 0 the run succeeded (or was started, with --no-follow), 1 it did not succeed,
     2 the input was refused. Ctrl-C stops following; the run continues.
     """
+    from nudge.components.common.preflight.elsewhere import check_elsewhere
     from nudge.pipelines.cluster import connect, runs
 
     loaded = load(recipe, overrides)
+    check_elsewhere(loaded.text)
     values = runs.sendable({"recipe": loaded.text, **_parameters(parameters)})
     server = connect.connect(url)
     run = runs.submit(server, pipeline, name or loaded.name, values)
@@ -90,7 +93,7 @@ def submit(
                 live.show(current)
                 live.lines(current.lines)
     except KeyboardInterrupt:
-        click.echo(f"stopped following; the run continues: {run.link}", err=True)
+        click.echo(visible(f"stopped following; the run continues: {run.link}"), err=True)
         sys.exit(130)
     except UserError as error:
         raise UserError(f"{error}; stopped following, the run continues: {run.link}") from None

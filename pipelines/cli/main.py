@@ -26,10 +26,15 @@ class Command:
 COMMANDS = {
     "run": Command("run:run", "Run the pipeline on this machine.", EVERYTHING),
     "ingest": Command("run:ingest", "Show what a recipe reads and drops.", ("data",)),
+    "preview": Command(
+        "preview:preview", "Show what a recipe's data teaches.", ("data", "train")
+    ),
     "step": Command("step:step", "Run one step on existing artifacts.", EVERYTHING),
     "recipes": Command("run:recipes", "List the recipes that ship with nudge."),
     "services": Command("services:services", "Start, stop, show embedded services.", EVERYTHING),
     "models": Command("models:models", "List registered versions.", ("release", "local")),
+    "approve": Command("approval:approve", "Approve a version that waits; serve it.", EVERYTHING),
+    "reject": Command("approval:reject", "Reject a version that waits.", ("release", "local")),
     "promote": Command("release:promote", "Give a version all of the traffic.", EVERYTHING),
     "split": Command("release:split", "Divide the traffic between versions.", EVERYTHING),
     "rollback": Command("release:rollback", "Go back to the previous version.", EVERYTHING),

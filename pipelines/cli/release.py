@@ -46,7 +46,7 @@ def promote(
     `nudge models` lists the versions. It is safe to repeat: if a command was killed, the next one
     finishes its work.
     """
-    _shift(_settings(recipe_name, target, port), model, {version: 100})
+    _shift(read_settings(recipe_name, target, port), model, {version: 100})
 
 
 @click.command()
@@ -65,7 +65,7 @@ def split(shares: tuple[str, ...], model: str, recipe_name: str, target: str | N
         if not version or not percent.isdigit():
             raise UserError(f"{share!r}: expected VERSION=PERCENT, such as v2=10")
         wanted[version] = int(percent)
-    _shift(_settings(recipe_name, target), model, wanted)
+    _shift(read_settings(recipe_name, target), model, wanted)
 
 
 @click.command()
@@ -83,7 +83,7 @@ def rollback(version: str, model: str, recipe_name: str, target: str | None) -> 
     from nudge.components.common.clients.registry.releases import find_served
     from nudge.components.deploy.deploy import still_before, version_before
 
-    settings = _settings(recipe_name, target)
+    settings = read_settings(recipe_name, target)
     connections.use_registry_of(settings)
     with connections.registry() as ask:
         name = connections.model_name(ask, model)
@@ -116,7 +116,15 @@ def rollback(version: str, model: str, recipe_name: str, target: str | None) -> 
     type=click.Path(path_type=Path),
     help="The folder of the embedded services; default: NUDGE_HOME, or `.nudge`.",
 )
-def register(uri: str, registry_url: str, store: str, bucket: str, home: Path | None) -> None:
+@click.option(
+    "--sha256",
+    default="",
+    help="The digest of the pending registration, as the run printed it. A registration that"
+    " somebody changed in the bucket is refused.",
+)
+def register(
+    uri: str, registry_url: str, store: str, bucket: str, home: Path | None, sha256: str
+) -> None:
     """Finish a registration that an outage of the model registry interrupted.
 
     URI is the version's folder in the object store. The error of the interrupted run contains the
@@ -129,11 +137,12 @@ def register(uri: str, registry_url: str, store: str, bucket: str, home: Path | 
     if bucket:
         os.environ[S3_BUCKET] = bucket
     connections.connect(registry_url, store)
-    done = finish(uri, any_registry=bool(registry_url))
-    click.echo(
+    done = finish(uri, sha256, any_registry=bool(registry_url))
+    text = (
         f"{done['registered_model']} {done['version']} is registered; serve it with `nudge promote "
         f"{done['version']} --model {done['registered_model']}`"
     )
+    click.echo(visible(text))
 
 
 def _shift(settings: Any, model: str, shares: dict[str, int], check: Any = None) -> None:
@@ -154,7 +163,8 @@ def _shift(settings: Any, model: str, shares: dict[str, int], check: Any = None)
     click.echo(visible(f"{name}: {moved} at {result['endpoint']}"))
 
 
-def _settings(recipe_name: str, target: str | None, port: int | None = None) -> Any:
+def read_settings(recipe_name: str, target: str | None, port: int | None = None) -> Any:
+    """The deploy settings of a recipe (default: none), with what the command line overrides."""
     from nudge.components.deploy.settings import deploy_settings
 
     recipe = load(recipe_name).text if recipe_name else "{}"

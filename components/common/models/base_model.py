@@ -4,13 +4,14 @@ A URI names a base model: ``package://`` (a file in an installed package), ``fil
 ``s3://`` (a folder in the data connection), ``oci://`` (an image that contains a model),
 ``hf://<owner>/<name>[@<revision>]`` (the Hugging Face hub or its local cache),
 ``incumbent://<model>?else=<URI>`` (the version of a registered model that is served now; if none
-is, the model after ``else``). A GGUF file is converted once, to float32 safetensors, into a cache.
+is, the model after ``else``). ``#manifest_sha256=`` and the digest of an upload's manifest may
+follow an ``s3://`` or ``oci://`` URI; other files are then refused. A GGUF file is converted once,
+to float32 safetensors, into a cache.
 """
 
 import contextlib
 import functools
 import hashlib
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,12 +23,19 @@ from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import published, sha256_file
 from nudge.components.common.core.uris import is_local, local_path
+from nudge.components.common.models.base_checks import check_tokenizer_files, read_config
+from nudge.components.common.models.names import hub_hint
+from nudge.components.common.models.registered import (
+    check_download,
+    download_model,
+    pinned_uri,
+    split_pin,
+)
 
 CONVERSION = 1
 """Increase this when the conversion changes, so that older converted folders are not reused."""
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -42,9 +50,9 @@ def local_model(uri: str) -> Path:
     elif is_local(uri):
         path = local_path(uri)
         if not path.exists():
-            hub = f", or hf://{uri} for the model on the hub" if HUB_NAME.fullmatch(uri) else ""
             raise UserError(
-                f"base_model {uri}: {path} does not exist; name a folder or a .gguf file{hub}"
+                f"base_model {uri}: {path} does not exist; name a folder or a .gguf file"
+                f"{hub_hint(uri)}"
             )
         folder = _from_gguf(path) if path.suffix == ".gguf" else path
     else:
@@ -77,10 +85,11 @@ def local_tokenizer(uri: str) -> Path:
 
 
 def resolved(uri: str) -> str:
-    """The URI of the model itself; for an ``incumbent://`` URI, that of the version served now.
+    """The URI of the model itself; for an ``incumbent://`` URI, that of the version served now,
+    pinned to its registered files (see `registered`).
 
-    Raises `UserError` if no version is served and the URI has no ``else``, or if the registry does
-    not answer.
+    Raises `UserError` if no version is served and the URI has no ``else``, if the registry does not
+    answer, or if the upload is not the registered one.
     """
     parts = urlsplit(uri)
     if parts.scheme != "incumbent":
@@ -92,7 +101,7 @@ def resolved(uri: str) -> str:
     model, _, otherwise = uri.removeprefix("incumbent://").partition("?else=")
     found = with_registry(registry_url(), find_standing(model, this_run("")))
     if found and found[1]:
-        return str(found[1].uri)
+        return pinned_uri(found[1])
     if not otherwise:
         raise UserError(
             f"base_model {uri}: no version of {model!r} is served; add the base model of the first "
@@ -111,36 +120,6 @@ def weights_sha256(files: dict[str, str]) -> str:
     return model_files.weights_sha256(files)
 
 
-def download_model(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> None:
-    """Download the files of an uploaded model whose names match one of the patterns ``files``, from
-    an object store (``s3://``) or an image (``oci://``).
-
-    Raises `UserError` if there are none.
-    """
-    if urlsplit(uri).scheme == "oci":
-        from nudge.components.common.clients.modelcar import download_image
-
-        download_image(uri, folder, files)
-        return
-    from nudge.components.common.clients.storage import download_folder
-
-    download_folder(uri, folder, files)
-
-
-def verify_upload(folder: Path, uri: str) -> None:
-    """Compare a folder with the manifest of its upload, if it has one.
-
-    Raises `UserError` if a file is missing, differs or is not listed, or if the manifest or an
-    index of weights names a file outside the folder.
-    """
-    if not (folder / model_files.MANIFEST).is_file():
-        return
-    try:
-        model_files.check(folder)
-    except model_files.Tampered as error:
-        raise UserError(f"{uri}: {error}") from None
-
-
 def cache_folder() -> Path:
     """The folder of converted and downloaded models, in NUDGE_HOME or ``./.nudge``."""
     return nudge_home() / "base_models"
@@ -150,21 +129,43 @@ def _check_causal(folder: Path, uri: str) -> None:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if not (folder / "config.json").is_file():
-        raise UserError(f"base_model {uri}: {folder} has no config.json; name a model folder")
+    read_config(folder, uri)
     try:
         # Set trust_remote_code, because otherwise transformers asks a person at a terminal.
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"base_model {uri}: its config.json cannot be read: {error}") from None
+    except Exception as error:  # noqa: BLE001  a bad value raises anything
+        raise UserError(
+            f"base_model {uri}: its config.json cannot be read: {_first_line(error)}"
+        ) from None
     names = config.architectures or []
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not any(
-        name.endswith(("ForCausalLM", "LMHeadModel")) for name in names
+        str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names
     ):
         raise UserError(
-            f"base_model {uri} is {', '.join(names) or config.model_type}, "
+            f"base_model {uri} is {', '.join(map(str, names)) or config.model_type}, "
             "not a causal language model (such as LlamaForCausalLM); choose one that is"
         )
+
+
+def open_tokenizer(folder: Path, uri: str) -> Any:
+    """The tokenizer of a base model, from known code only.
+
+    Raises `UserError` if it is in a form that this build cannot read, or damaged.
+    """
+    from transformers import AutoTokenizer
+
+    check_tokenizer_files(folder, uri)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001  tokenizers raises a plain Exception
+        raise UserError(
+            f"base_model {uri}: its tokenizer cannot be loaded: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _from_gguf(path: Path) -> Path:
@@ -248,11 +249,11 @@ def _from_hub(uri: str, files: tuple[str, ...]) -> Path:
 
 
 def _downloaded(uri: str, files: tuple[str, ...] = ("*",), kind: str = "") -> Path:
-    target = cache_folder() / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    plain, digest = split_pin(uri)
+    target = cache_folder() / hashlib.sha256(plain.encode()).hexdigest()[:16]
     target = target.with_name(target.name + kind)
     shutil.rmtree(target, ignore_errors=True)  # the content at a URI may have changed
     with published(target) as part:
-        download_model(uri, part, files)
-        if files == ("*",):
-            verify_upload(part, uri)
+        download_model(plain, part, files)
+        check_download(part, plain, digest, partial=files != ("*",))
     return target

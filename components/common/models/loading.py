@@ -153,17 +153,16 @@ def _check_complete(
     ]
     if missing:
         raise UserError(
-            f"{files.folder} lacks {len(missing)} of the {len(expected)} tensors of a "
-            f"{type(model).__name__}, such as {missing[0]}: copy or download the model again, or "
-            "correct its config.json"
+            f"the model in {files.folder} lacks {len(missing)} of the weights that its config.json "
+            f"names, such as {missing[0]}; download it again"
         )
     for name, source in sources.items():
         if source.converter is None:
             shape = files.shape(source.parts[0][0])
             if shape != tuple(expected[name].shape):
                 raise UserError(
-                    f"{files.folder}: the tensor {name} has the shape {list(shape)}, but "
-                    f"config.json makes it {list(expected[name].shape)}"
+                    f"the model in {files.folder} cannot be loaded: {name} has the shape "
+                    f"{list(shape)}, but config.json makes it {list(expected[name].shape)}"
                 )
 
 

@@ -145,5 +145,6 @@ def _entries(path: Path) -> dict[str, _Entry]:
             }
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} is truncated or damaged ({error}): copy or download it again"
+            f"the weights in {path} cannot be loaded: the file is truncated or damaged ({error}); "
+            "copy or download it again"
         ) from None

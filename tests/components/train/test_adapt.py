@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.models.language_model import load_model
 from nudge.components.train.adapt import adapt
-from nudge.components.train.export import write_config, write_weights
+from nudge.components.train.exported_weights import write_config, write_weights
 from nudge.components.train.model import Start
 from nudge.components.train.network import Network
 from nudge.components.train.settings import TrainSettings

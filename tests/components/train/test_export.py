@@ -1,88 +1,108 @@
-"""The exported folder: several files with an index, the base model's dtype, and other layouts."""
+"""An exported folder is read the same by transformers 4.57 and 5, and by other users."""
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoTokenizer
 
 from nudge.components.common.models.language_model import load_model
-from nudge.components.train.export import export_dtype, write_config, write_weights
-from nudge.components.train.model import Start
-from nudge.components.train.network import Network
-from nudge.components.train.settings import TrainSettings
-from nudge.components.train.train import train
-from tests.components.common.models.test_loading import SHAPES
-from tests.components.train.conftest import outputs
+from nudge.components.train.card import model_card
+from nudge.components.train.export import finish_export
 
-Small = Callable[..., TrainSettings]
+ROPES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"rope_theta": 5e5, "rope_type": "default"}, {"rope_theta": 5e5}),
+    (
+        {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+    ),
+    (
+        {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5},
+        {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    ),
+    (
+        {
+            "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+            "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+        },
+        {
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    ),
+]
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
-def test_several_files_have_the_same_weights_as_one(
-    small: Small, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+@pytest.mark.parametrize(("rope", "older"), ROPES)
+def test_older_releases_find_the_positions_where_they_look(
+    rope: dict[str, Any], older: dict[str, Any], tmp_path: Path
 ) -> None:
-    train(small(mode=mode, max_steps=2), tokens=tokens, **outputs(tmp_path / "one"))
-    monkeypatch.setattr("nudge.components.train.export.MAX_FILE_BYTES", 30_000)
-    train(small(mode=mode, max_steps=2), tokens=tokens, **outputs(tmp_path / "many"))
-    folder = tmp_path / "many" / "model"
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
-    assert len(files) > 2
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"].values()) == set(files)
-    expected = load_file(tmp_path / "one" / "model" / "model.safetensors")
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in expected.values())
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"rope_parameters": rope}))
+    finish_export(tmp_path, None)
+    assert json.loads(path.read_text()) == {"rope_parameters": rope, **older}
+    path.write_text(json.dumps({"text_config": {"rope_parameters": rope}}))
+    finish_export(tmp_path, None)
+    assert json.loads(path.read_text())["text_config"] == {"rope_parameters": rope, **older}
 
 
-def test_experts_are_written_as_the_files_of_the_architecture_have_them(tmp_path: Path) -> None:
-    config = AutoConfig.for_model("mixtral", **SHAPES["mixtral"])
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(tmp_path / "expected")
-    settings = TrainSettings(mode="scratch", model_size="1M")
-    start = Start.__new__(Start)
-    start.folder = None
-    (tmp_path / "written").mkdir()
-    write_weights(tmp_path / "written", Network(model, settings), start, settings)
-    write_config(tmp_path / "written", model, torch.float32)
-    there, here = (
-        load_file(tmp_path / name / "model.safetensors") for name in ("expected", "written")
-    )
-    assert there.keys() == here.keys()
-    assert all(torch.equal(there[name], here[name]) for name in there)
-    assert any("experts.3." in name for name in here)
-    loaded = load_model(tmp_path / "written")
-    assert torch.equal(
-        loaded(torch.arange(5)[None]).logits, model.eval()(torch.arange(5)[None]).logits
-    )
+def test_the_finished_folder_is_the_same_model(tmp_path: Path, tiny_model: Path) -> None:
+    folder = tmp_path / "model"
+    model, tokenizer = load_model(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    model.config.rope_parameters = {"rope_theta": 777.0, "rope_type": "default"}
+    model.save_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
+    tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o600)
+    before = AutoConfig.from_pretrained(folder)
+    ids = torch.arange(12)[None]
+    logits = load_model(folder)(ids).logits
+    finish_export(folder, 0)
+    assert (folder / "model.safetensors").stat().st_mode & 0o044 == 0o044
+    values = json.loads((folder / "config.json").read_text())
+    assert values["rope_theta"] == 777.0
+    assert AutoConfig.from_pretrained(folder).rope_parameters == before.rope_parameters
+    assert torch.equal(load_model(folder)(ids).logits, logits)
+    saved = json.loads((folder / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not isinstance(saved.get("extra_special_tokens"), list)
+    other = AutoTokenizer.from_pretrained(folder)
+    text = "The Eiffel<|tool|> Tower<|im_end|>"
+    assert other(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert "<|tool|>" in other.all_special_tokens
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
 
 
-def test_auto_writes_the_dtype_of_the_base_model(
-    small: Small, tokens: Path, tmp_path: Path
-) -> None:
-    settings = small(mode="lora", max_steps=2)
-    base = shutil.copytree(settings.base_model, tmp_path / "base")
-    weights = load_file(base / "model.safetensors")
-    half = {name: tensor.bfloat16() for name, tensor in weights.items()}
-    save_file(half, base / "model.safetensors", {"format": "pt"})
-    train(small(mode="lora", max_steps=2, base_model=str(base)), tokens=tokens, **outputs(tmp_path))
-    written = load_file(tmp_path / "model" / "model.safetensors")
-    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
-    untouched = "model.embed_tokens.weight"
-    assert torch.equal(written[untouched], half[untouched])
+@pytest.mark.parametrize(
+    ("stops", "after"), [(None, 7), (2, [2, 7]), ([2, 3], [2, 3, 7]), (7, 7), ([2, 7], [2, 7])]
+)
+def test_the_end_of_a_document_is_among_the_stops(stops: Any, after: Any, tmp_path: Path) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"repetition_penalty": 1.1, "eos_token_id": stops}))
+    finish_export(tmp_path, 7)
+    assert json.loads(path.read_text()) == {"repetition_penalty": 1.1, "eos_token_id": after}
 
 
-def test_a_gguf_base_is_written_in_bfloat16(small: Small) -> None:
-    start = Start(small(), None, 100)
-    start.empty(1)
-    assert export_dtype(start, small()) == torch.float32
-    assert export_dtype(start, small(base_model="package://a/b.Q4_1.gguf")) == torch.bfloat16
-    assert export_dtype(start, small(export_dtype="float16")) == torch.float16
+@pytest.mark.parametrize(
+    ("uri", "line"),
+    [
+        ("hf://owner/tower@v1", "base_model: owner/tower\n"),
+        ("s3://bucket/models/tower", ""),
+        ("/models/tower", ""),
+    ],
+)
+def test_the_card_names_the_base_by_its_hub_name_only(uri: str, line: str) -> None:
+    facts: dict[str, Any] = {
+        "base_model": {"uri": uri, "sha256": "a"},
+        "training": {
+            **dict.fromkeys(("mode", "steps", "tokens", "trainable_parameters", "parameters"), 1)
+        },
+        "settings": {},
+        **dict.fromkeys(("data_fingerprint", "tokenizer_sha256", "code_version", "seed"), "x"),
+    }
+    header = model_card(facts).split("---\n")[1]
+    assert [each for each in header.splitlines(True) if "base_model" in each] == [line] * bool(line)
+    assert "tags: [nudge]\n" in header

@@ -82,7 +82,9 @@ def test_a_truncated_base_model_ends_before_training(
     base = shutil.copytree(settings.base_model, tmp_path / "base")
     path = base / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"model.safetensors is truncated or damaged"):
+    with pytest.raises(
+        UserError, match=r"model.safetensors cannot be loaded: the file is truncated"
+    ):
         train(
             dataclasses.replace(settings, base_model=str(base)),
             tokens=tokens, **outputs(tmp_path / "out"),

@@ -123,7 +123,7 @@ def test_a_base_that_is_already_quantized_is_refused(
     config["quantization_config"] = {"quant_method": "fp8"}
     (folder / "config.json").write_text(json.dumps(config))
     settings = small(base_model=str(folder), mode="lora", base_dtype="nf4")
-    with pytest.raises(UserError, match=r"already quantized \(fp8\); use the model"):
+    with pytest.raises(UserError, match=r"is quantized \(fp8\), and quantized"):
         train(settings, tokens=tokens, **outputs(tmp_path / "out"))
 
 

@@ -109,7 +109,7 @@ def damage(folder: Path, how: str) -> None:
     ("how", "message"),
     [
         ("missing", r"index.json names model-0000\d-of-\d+.safetensors, which is missing"),
-        ("truncated", r"model-0000\d-of-\d+.safetensors is truncated or damaged"),
+        ("truncated", r"model-0000\d-of-\d+.safetensors cannot be loaded: the file is truncated"),
         ("elsewhere", r"places the tensor lm_head.weight in model-0000\d.*does not contain it"),
         ("outside", "which is outside its folder"),
         ("no json", "cannot be read as an index of weights"),
@@ -129,7 +129,7 @@ def test_files_that_do_not_fit_the_config_are_named(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     deeper, wider = ({**config, **{k: v}} for k, v in (("num_hidden_layers", 3), ("vocab_size", 8)))
     for changed, message in (
-        (deeper, r"lacks 9 of the 30 tensors of a LlamaForCausalLM, such as model.layers.2"),
+        (deeper, r"lacks 9 of the weights that its config.json names, such as model.layers.2"),
         (wider, r"has the shape \[96, 32\], but config.json makes it \[8, 32\]"),
     ):
         other = shutil.copytree(folder, tmp_path / f"{len(message)}")
