@@ -211,15 +211,16 @@ class Filler:
         self, parameter: nn.Parameter, places: list[tuple[str, nn.Module, str]],
         device: torch.device, initial: Any, model: Any,
     ) -> nn.Parameter:  # fmt: skip
-        sharded = isinstance(parameter, DTensor)
+        sharded: Any = parameter if isinstance(parameter, DTensor) else None
         shape, first = tuple(parameter.shape), 0
-        if sharded:
+        if sharded is not None:
             shape, offset = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
+                sharded.shape, sharded.device_mesh, sharded.placements
             )
             first = offset[0] if offset else 0
         local = torch.empty(shape, dtype=parameter.dtype, device=device)
-        path, module, attribute = places[0]
+        path, owner, attribute = places[0]
+        module: Any = owner
         names = [base_name(each) for each, *_ in places]
         name = next((each for each in names if each in self.sources), None)
         if name is not None:
@@ -234,9 +235,9 @@ class Filler:
                 raise AssertionError(f"no value for {path}")
             local.copy_(value[first : first + len(local)] if local.dim() else value)
         filled: torch.Tensor = local
-        if sharded:
+        if sharded is not None:
             filled = DTensor.from_local(
-                local, parameter.device_mesh, parameter.placements, run_check=False,
+                local, sharded.device_mesh, sharded.placements, run_check=False,
                 shape=parameter.shape, stride=parameter.stride(),
             )  # fmt: skip
         return nn.Parameter(filled, requires_grad=parameter.requires_grad)
