@@ -65,6 +65,9 @@ def local_model(uri: str) -> Path:
     _check_causal(folder, uri)
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"base_model {uri}: {folder} has no .safetensors (pickles are refused)")
+    from nudge.components.common.models.weights import check_weights
+
+    check_weights(folder)
     return folder
 
 
