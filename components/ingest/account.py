@@ -80,12 +80,17 @@ def check_loss(counts: dict[str, Any], most: float) -> None:
     )
 
 
-def check_held_out(held_out: int, settings: IngestSettings) -> None:
-    """Raise `UserError` if too few documents are held out for a verdict, unless that is allowed."""
+def check_held_out(result: dict[str, Any], settings: IngestSettings) -> None:
+    """Raise `UserError` if too few documents are held out for a verdict, unless that is allowed.
+
+    ``result`` is that of `ingest`.
+    """
+    held_out = result["validation_documents"]
     if held_out >= MIN_DOCUMENTS or settings.allow_no_verdict:
         return
     need = corpus_size(settings.validation_share)
     raise UserError(
+        f"{result['account']}\n"
         f"{held_out} documents are held out, and with fewer than {MIN_DOCUMENTS} nothing can be "
         f"shown to be better, so that nothing would be promoted: bring about {need} documents, "
         f"raise ingest.validation_share (now {settings.validation_share:g}), set "

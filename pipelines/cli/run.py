@@ -291,7 +291,7 @@ def show_ingest(recipe: Recipe, as_json: bool, into: Path | None) -> None:
         function: Callable[..., dict[str, Any]] = step.plain_function()
         result = function(settings, corpus=made / "corpus", report=made / "report.html")
         counts = plain(read_corpus(made / "corpus"))
-        check_held_out(result["validation_documents"], settings)
+        check_held_out(result, settings)
     values = {
         "recipe": recipe.name,
         "documents": {

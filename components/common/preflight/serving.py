@@ -1,6 +1,7 @@
 """The cluster that will serve the model: it has KServe, and this account may use it."""
 
-from nudge.components.common.clients.kube import PATIENCE_S, connect
+from nudge.components.common.clients.kube import connect
+from nudge.components.common.clients.kube_requests import PATIENCE_S
 from nudge.components.common.core.errors import UserError
 
 KSERVE = "serving.kserve.io"
