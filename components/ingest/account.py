@@ -12,7 +12,7 @@ from nudge.components.common.readers import suffix_of
 from nudge.components.ingest.settings import IngestSettings
 
 DUPLICATES = ("duplicate", "near_duplicate", "repeated_prompt", "near_repeated_prompt")
-NO_LOSS = ("hidden", "linked_folder", "metadata", "not_text", "over_its_share")
+NO_LOSS = ("forgotten", "hidden", "linked_folder", "metadata", "not_text", "over_its_share")
 """Reasons for what is left out on purpose; it does not count as a loss."""
 EXAMPLES = 4
 HINTS = {
