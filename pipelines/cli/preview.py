@@ -173,6 +173,14 @@ def _print(found: Preview) -> None:
     screen.print(Text("green", LEARNED), "is learned; the rest is context.")
     if found.template:
         screen.print(f"Rendered with {SOURCES[found.template.source]}.")
+        if opened := found.template.opened_by_prompt:
+            screen.print(
+                f"Its generation prompt ends with {opened!r}, which a served model sees but an "
+                "answer without reasoning does not teach. Train on answers with reasoning_content, "
+                "or set tokenize.chat_template.",
+                style="yellow",
+                markup=False,
+            )
     for reason, number in found.refused.most_common():
         screen.print(
             Text(f"left out: {number} {reason} ({found.examples[reason]})", "yellow"),

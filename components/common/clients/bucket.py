@@ -3,14 +3,14 @@
 import contextlib
 import fnmatch
 import io
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 
 import botocore.exceptions
 
 from nudge.components.common.clients.storage import code_of, s3_client, s3_errors, split_s3_uri
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.store import Missing, Stored, deletion_order
+from nudge.components.common.core.store import MANIFEST, Missing, Stored, deletion_order
 
 ABSENT = ("404", "NoSuchKey")
 EXISTS = ("ConditionalRequestConflict", "PreconditionFailed")
@@ -102,21 +102,34 @@ class BucketStore:
                     raise
 
 
-def download_folder(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> None:
+def download_folder(
+    uri: str,
+    folder: Path,
+    files: tuple[str, ...] = ("*",),
+    own: Callable[[set[str]], set[str]] = lambda names: set(),
+) -> None:
     """Download the objects under an ``s3://`` URI (the complete bucket, if it names no key) whose
     keys match one of the patterns ``files``.
 
-    Raises `UserError` if there is no object under the URI.
+    ``own`` gets the relative names of what is to be downloaded, once ``manifest.json`` is in the
+    folder, and returns those that it put there itself. Raises `UserError` if there is no object
+    under the URI.
     """
     store = BucketStore(uri)
     # Consoles create a folder as an empty object whose key ends in a slash.
     names = [name for name in store.list() if name and not name.endswith("/")]
     if not names:
         raise UserError(f"{uri}: there is no object under this URI; check the bucket and the key")
-    for name in names:
-        if not any(fnmatch.fnmatch(store.start + name, pattern) for pattern in files):
+    wanted = [
+        name for name in names if any(fnmatch.fnmatch(store.start + name, each) for each in files)
+    ]
+    there: set[str] = set()
+    for name in sorted(wanted, key=lambda name: name != MANIFEST):
+        if name in there:
             continue
         path = (folder / name).resolve()
         if not path.is_relative_to(folder.resolve()):
             raise UserError(f"{uri}: the key {store.start}{name} is a path outside the folder")
         store.get(name, path)
+        if name == MANIFEST:
+            there = own({each for each in wanted if each != MANIFEST})
