@@ -345,8 +345,8 @@ def serve(
     """Shift a model's traffic to ``shares`` (percent by version), unless ``check`` raises.
 
     A shift that a person asks for needs no check; ``canary`` and ``servers`` are those of `shift`.
-    Returns endpoint, served_model, version (the one
-    with the largest share), shares, smoke_prompt and smoke_answer.
+    Returns endpoint, served_model, version (the one with the largest share), shares, smoke_prompt
+    and smoke_answer.
     """
     from nudge.components.common.clients.registry.connection import registry_url, with_registry
     from nudge.components.common.clients.registry.releases import find_served
