@@ -125,7 +125,7 @@ class Step:
         for template in self.outcome if results else ():
             try:
                 return template.format(**results)
-            except KeyError:  # results of another version of nudge
+            except (KeyError, TypeError, ValueError):  # of another version, or not a number
                 continue
         return ""
 
@@ -156,6 +156,7 @@ STEPS = {
             function="ingest:ingest",
             face="ingest",
             settings="settings:IngestSettings",
+            reader="settings:ingest_settings",
             section="ingest",
             resources=Resources(12, *_DATA),
             outputs=("corpus", "report"),

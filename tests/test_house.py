@@ -20,6 +20,7 @@ LAYERS = (
     ("compile", "disconnected", "settings_reference"),
     ("local", "cluster"),
     ("cli",),
+    ("api",),
 )
 """The modules and folders of `pipelines/`, from the lowest layer to the highest: a module imports
 from its own group or from lower layers. `local` and `cluster` do not know each other."""

@@ -77,7 +77,7 @@ def ask(
                 completions=complete(
                     model,
                     tokenizer,
-                    settings.prompts,
+                    settings.prompts or (),
                     settings.completion_tokens,
                     twice=name == "candidate",
                 ),

@@ -1,5 +1,6 @@
 """Compare a candidate with its base model and the incumbent, and write down what was found."""
 
+import dataclasses
 import datetime
 import json
 import os
@@ -42,7 +43,15 @@ from nudge.components.evaluate.probes import compare as compare_probes
 from nudge.components.evaluate.report import render_report
 from nudge.components.evaluate.settings import EvaluateSettings
 from nudge.components.evaluate.tasks import compare_tasks
-from nudge.components.evaluate.texts import HELD_OUT, held_out_documents, texts_sha256
+from nudge.components.evaluate.texts import (
+    HELD_OUT,
+    beginnings,
+    held_out_documents,
+    texts_sha256,
+)
+
+DEFAULT_PROMPTS = 3
+"""Prompts that are made from held-out text if the recipe has none."""
 
 Scores = Mapping[str, Mapping[str, Sequence[Score]]]
 """By set of texts, then by model."""
@@ -95,6 +104,9 @@ def judge(
         **{name: [Document(**each) for each in of_guard] for name, of_guard in guards.items()},
     }
     texts = {name: [document.text for document in each] for name, each in documents.items()}
+    if settings.prompts is None:
+        prompts = beginnings(held_out, DEFAULT_PROMPTS)
+        settings = dataclasses.replace(settings, prompts=prompts)
     models = _models(settings, incumbent, served, model)
     answers = ask(settings, models.folders, texts)
     evidence = _evaluation(settings, models, answers, texts, incumbent, selected)
@@ -157,7 +169,7 @@ def _evaluation(
             *checks.loss_checks(of_sets),
             *checks.probe_checks(probes),
             *checks.guard_checks(guards),
-            *completion_checks(candidate.completions),
+            *completion_checks(candidate.completions, answers[models.reference].completions),
             *checks.task_checks(tasks),
             *added_checks(models.folders["candidate"], candidate.completions),
         ],
@@ -198,7 +210,7 @@ def _by_set(answers: Mapping[str, Answers], texts: Mapping[str, list[str]]) -> S
 
 def _guards(settings: EvaluateSettings, of_sets: Scores, reference: str) -> list[GuardResult]:
     results = []
-    for guard in settings.guards:
+    for guard in settings.guards or ():
         compared = compare(of_sets[guard.name], settings)[reference]
         assert compared.interval is not None  # a guard has at least MIN_DOCUMENTS documents
         results.append(

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from nudge.components.common.core.figures import MISSING, finite, probability
 from nudge.components.common.core.guard import header_file
 from nudge.components.common.core.progress import RESULTS, SHOWN, figures
 from nudge.components.common.core.sanitize import visible
@@ -40,6 +41,7 @@ class Live:
         self._console, self._status = console, dict.fromkeys(run.steps, "waiting")
         self._notes: dict[str, tuple[int, str]] = {}
         self._last_line: dict[str, float] = {}
+        self._began: dict[tuple[str, float], float] = {}
         self._first: dict[str, tuple[float, float]] = {}
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -74,12 +76,15 @@ class Live:
         if self._bars:
             self._add_bars(run)
         for name, step in run.steps.items():
+            if step.status == "running":  # the first look is what the time left counts from
+                self._passed(step)
+                self._figures(step)
             if self._bars:
                 task = self._tasks[name]
                 if step.status == "running":
                     self._bars.start_task(task)
                 ended = step.status not in ("waiting", "running")
-                passed = step.seconds if ended else time.time() - step.started
+                passed = step.seconds if ended else self._passed(step)
                 self._bars.update(
                     task,
                     total=1.0 if ended else step.total,
@@ -111,10 +116,16 @@ class Live:
                 self._line(f"{name}: {waits}{_tries(step)}")
                 self._last_line[name] = now
             elif step.status == "running" and now - self._last_line.get(name, now) >= MINUTE_S:
-                passed = max(time.time() - step.started, 0)
+                passed = self._passed(step)
                 self._line(f"{name}: running {passed:.0f} s  {self._figures(step)}".rstrip())
                 self._last_line[name] = now
         self._notes[name] = current
+
+    def _passed(self, step: StepState) -> float:
+        """Seconds since an attempt of a step began; once it is seen, the clock may be set."""
+        now = time.monotonic()
+        begun = now - max(time.time() - step.started, 0.0)
+        return now - self._began.setdefault((step.name, step.started), begun)
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -125,7 +136,8 @@ class Live:
         parts = []
         if step.unit:
             of = f"/{step.total:g}" if step.total else ""
-            parts += [f"{step.done:g}{of} {step.unit}", figures(step.fields).strip()]
+            share = f" ({step.done / step.total:.0%})" if step.total else ""
+            parts += [f"{step.done:g}{of} {step.unit}{share}", figures(step.fields).strip()]
             begun, done = self._first.setdefault(step.name, (now, step.done))
             if step.done < done:  # a new attempt starts from zero
                 begun, done = self._first[step.name] = (now, step.done)
@@ -216,7 +228,7 @@ def _probes(values: dict[str, Any]) -> Table:
     table.add_column("should")
     for probe in values["probes"]:
         should = f"{probe['expect']}  {'✓' if probe['ok'] else '✗'}"
-        before, after = (_number(probe[key], ".3f") for key in ("p_before", "p_after"))
+        before, after = (probability(probe[key]) for key in ("p_before", "p_after"))
         table.add_row(Text(probe["prompt"]), Text(repr(probe["target"])), before, after, should)
     return table
 
@@ -229,7 +241,9 @@ def _metrics(values: dict[str, Any]) -> Table:
     for name in metrics:
         table.add_column(columns[name], justify="right")
     for key in ("bits_per_byte", "token_perplexity", "word_perplexity"):
-        table.add_row(key.replace("_", " "), *(_number(of[key], ".4g") for of in metrics.values()))
+        values_of_key = [of[key] for of in metrics.values()]
+        if key != "word_perplexity" or any(map(finite, values_of_key)):
+            table.add_row(key.replace("_", " "), *(_number(each) for each in values_of_key))
     return table
 
 
@@ -264,16 +278,40 @@ def parts(rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def _number(value: float | None, form: str) -> str:
+def _number(value: Any) -> str:
     """A figure of an evaluation, which is null where it is not a finite number."""
-    return "not available" if value is None else format(value, form)
+    return format(value, ".4g") if finite(value) else MISSING
 
 
 def _where(values: dict[str, Any]) -> Table:
-    rows = {"verdict": values["reason"], "report": values["report"], "model": values["model_uri"]}
+    rows = {"verdict": values["reason"], "model": values["model_uri"]}
     if values["version"]:
         rows["registered"] = f"{values['registered_model']} {values['version']}"
     return _rows(rows)
+
+
+def ways_on(values: dict[str, Any], run: Followed, home: Path) -> list[str]:
+    """The last lines of a run: its model folder, pages and endpoint, how to ask the model, and how
+    to go back. Each can be copied."""
+    model = f" --model {values['registered_model']}" if values["registered_model"] else ""
+    found: dict[str, str | None] = {
+        "model folder": values["model_path"],
+        "page": values.get("page"),
+        "report": values["report"],
+        "endpoint": values["endpoint"],
+    }
+    if values["endpoint"]:
+        prompt = str(run.steps["deploy"].results.get("smoke_prompt") or "Hello")
+        found["ask it"] = f"nudge ask{model} {shlex.quote(prompt)}"
+        found["or"] = curl(values, prompt, home)
+        found["go back"] = f"nudge rollback{model}"
+    elif values.get("awaiting_approval"):
+        found["serve it"] = f"nudge approve {values['version']}{model}"
+    elif values["version"]:
+        found["serve it"] = f"nudge promote {values['version']}{model}"
+    elif values["model_path"]:
+        found["ask it"] = f"nudge chat {values['run_id']}"
+    return ["", *(f"{name:12} {value}" for name, value in found.items() if value)]
 
 
 def _rows(rows: dict[str, Any]) -> Table:

@@ -3,26 +3,41 @@
 import json
 import os
 import secrets
+import sys
 from pathlib import Path
 from typing import Any
 
+from nudge.components.common.core.environment import S3_ACCESS_KEY, S3_SECRET_KEY
+from nudge.components.common.core.state_file import Damaged, read_object
+
 BUCKET = "nudge"
+KEYS = (S3_ACCESS_KEY, S3_SECRET_KEY)
 START_TIMEOUT_S = 60.0
 
 
 def credentials(home: Path) -> dict[str, str]:
-    """The store's keys, generated once in a file that only this user can read."""
+    """The store's keys, generated once in a file that only this user can read.
+
+    New keys replace a damaged file, because the store takes them at its next start and the data
+    does not depend on them; `services.up` restarts a store that runs with others.
+    """
     path = home / "services" / "credentials"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        keys = {
-            "AWS_ACCESS_KEY_ID": secrets.token_hex(10),
-            "AWS_SECRET_ACCESS_KEY": secrets.token_urlsafe(30),
-        }
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(keys, file)
-    return dict(json.loads(path.read_text()))
+    try:
+        keys = read_object(path, "")
+        if all(isinstance(keys.get(name), str) and keys[name] for name in KEYS):
+            return {name: str(keys[name]) for name in KEYS}
+        path.unlink()
+    except FileNotFoundError:
+        pass
+    except Damaged as error:
+        print(f"{error} new keys are made", file=sys.stderr)
+        path.unlink()
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    made = {KEYS[0]: secrets.token_hex(10), KEYS[1]: secrets.token_urlsafe(30)}
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(made, file)
+    return made
 
 
 def client(environment: dict[str, str]) -> Any:
@@ -51,6 +66,19 @@ def answers(environment: dict[str, str]) -> bool:
     except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError):
         return False
     return True
+
+
+def refuses(environment: dict[str, str]) -> bool:
+    """Whether the store answers and does not know these keys."""
+    import botocore.exceptions
+
+    try:
+        client(environment).list_buckets()
+    except botocore.exceptions.ClientError as error:
+        return bool(error.response["ResponseMetadata"].get("HTTPStatusCode") == 403)
+    except botocore.exceptions.BotoCoreError:
+        return False
+    return False
 
 
 def make_bucket(environment: dict[str, str]) -> None:

@@ -32,7 +32,10 @@ PAGE = 500
 POD = ResourceKind("v1", "Pod", "pods")
 EVENT = ResourceKind("v1", "Event", "events")
 REVIEW = ResourceKind("authentication.k8s.io/v1", "SelfSubjectReview", "selfsubjectreviews")
-"""It belongs to no namespace; every account may create it."""
+ACCESS = ResourceKind(
+    "authorization.k8s.io/v1", "SelfSubjectAccessReview", "selfsubjectaccessreviews"
+)
+"""Both belong to no namespace, and every account may create them."""
 
 
 class NotInTime(Transient):
@@ -210,6 +213,18 @@ class Cluster:
         path = f"/apis/{REVIEW.api_version}/{REVIEW.plural}"
         found = self.requests.json(REVIEW, "POST", path, body=body)
         return str(found["status"]["userInfo"]["username"])
+
+    def may(self, verb: str, group: str, resource: str) -> bool:
+        """Whether the account of these requests has a permission in this namespace."""
+        asked = {"namespace": self.namespace, "group": group, "resource": resource, "verb": verb}
+        body = {
+            "apiVersion": ACCESS.api_version,
+            "kind": ACCESS.name,
+            "spec": {"resourceAttributes": asked},
+        }
+        path = f"/apis/{ACCESS.api_version}/{ACCESS.plural}"
+        found = self.requests.json(ACCESS, "POST", path, body=body)
+        return bool(found["status"]["allowed"])
 
     def preferred_version(self, group: str) -> str:
         """The version of an API group that this cluster prefers: ``kueue.x-k8s.io/v1beta2``. Empty

@@ -13,7 +13,7 @@ import os
 import random
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -321,11 +321,18 @@ def _sizes(client: Any, bucket: str, start: str) -> dict[str, int]:
     return {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
 
 
-def download_folder(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> None:
+def download_folder(
+    uri: str,
+    folder: Path,
+    files: tuple[str, ...] = ("*",),
+    own: Callable[[set[str]], set[str]] = lambda names: set(),
+) -> None:
     """Download the objects under an ``s3://`` URI (the complete bucket, if it names no key) whose
     keys match one of the patterns ``files``.
 
-    Raises `UserError` if there is no object under the URI.
+    ``own`` gets the relative names of what is to be downloaded, once ``manifest.json`` is in the
+    folder, and returns those that it put there itself. Raises `UserError` if there is no object
+    under the URI.
     """
     bucket, prefix = split_s3_uri(uri)
     client = s3_client()
@@ -337,14 +344,20 @@ def download_folder(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> 
             raise UserError(
                 f"{uri}: there is no object under this URI; check the bucket and the key"
             )
-        for key in keys:
-            if not any(fnmatch.fnmatch(key, pattern) for pattern in files):
+        wanted = [key for key in keys if any(fnmatch.fnmatch(key, each) for each in files)]
+        manifest = f"{start}manifest.json"
+        wanted.sort(key=lambda key: key != manifest)
+        there: set[str] = set()
+        for key in wanted:
+            if key.removeprefix(start) in there:
                 continue
             path = (folder / key.removeprefix(start)).resolve()
             if not path.is_relative_to(folder.resolve()):
                 raise UserError(f"{uri}: the key {key} is a path outside the folder")
             path.parent.mkdir(parents=True, exist_ok=True)
             client.download_file(bucket, key, str(path))
+            if key == manifest:
+                there = own({each.removeprefix(start) for each in wanted if each != key})
 
 
 def delete_version(uri: str, model: str, version: str) -> bool:

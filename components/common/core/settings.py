@@ -12,6 +12,7 @@ from typing import Any, TypeVar, dataclass_transform
 import pydantic
 from pydantic.dataclasses import dataclass as validated_dataclass
 
+from nudge.components.common.core.aliases import meant
 from nudge.components.common.core.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -45,7 +46,8 @@ def _sentence(kind: type, where: str, problem: Any) -> str:
         return f"{key} is required and was not given"
     if problem["type"] == "unexpected_keyword_argument":
         *parents, last = problem["loc"]
-        return f"{key} is not a setting; {nearest(str(last), _known(kind, parents))}"
+        known = _known(kind, parents)
+        return f"{key} is not a setting; {nearest(str(last), known, meant(str(last), known))}"
     message = problem["msg"].removeprefix("Value error, ")
     message = f"{message[0].lower()}{message[1:]}"
     # What is wrong between several values has no key and no value of its own.

@@ -12,7 +12,8 @@ to float32 safetensors, into a cache.
 import contextlib
 import functools
 import hashlib
-import re
+import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import published, sha256_file
 from nudge.components.common.core.uris import is_local, local_path
+from nudge.components.common.models.base_checks import check_tokenizer_files, read_config
+from nudge.components.common.models.names import hub_hint
 from nudge.components.common.models.registered import (
     check_download,
     download_model,
@@ -34,8 +37,10 @@ from nudge.components.common.models.registered import (
 CONVERSION = 1
 """Increase this when the conversion changes, so that older converted folders are not reused."""
 
+SIZES = ".sizes"
+"""The file of a converted folder with the size of each other file."""
+
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -50,9 +55,9 @@ def local_model(uri: str) -> Path:
     elif is_local(uri):
         path = local_path(uri)
         if not path.exists():
-            hub = f", or hf://{uri} for the model on the hub" if HUB_NAME.fullmatch(uri) else ""
             raise UserError(
-                f"base_model {uri}: {path} does not exist; name a folder or a .gguf file{hub}"
+                f"base_model {uri}: {path} does not exist; name a folder or a .gguf file"
+                f"{hub_hint(uri)}"
             )
         folder = _from_gguf(path) if path.suffix == ".gguf" else path
     else:
@@ -60,6 +65,9 @@ def local_model(uri: str) -> Path:
     _check_causal(folder, uri)
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"base_model {uri}: {folder} has no .safetensors (pickles are refused)")
+    from nudge.components.common.models.weights import check_weights
+
+    check_weights(folder)
     return folder
 
 
@@ -126,26 +134,48 @@ def _check_causal(folder: Path, uri: str) -> None:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if not (folder / "config.json").is_file():
-        raise UserError(f"base_model {uri}: {folder} has no config.json; name a model folder")
+    read_config(folder, uri)
     try:
         # Set trust_remote_code, because otherwise transformers asks a person at a terminal.
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"base_model {uri}: its config.json cannot be read: {error}") from None
+    except Exception as error:  # noqa: BLE001  a bad value raises anything
+        raise UserError(
+            f"base_model {uri}: its config.json cannot be read: {_first_line(error)}"
+        ) from None
     names = config.architectures or []
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not any(
-        name.endswith(("ForCausalLM", "LMHeadModel")) for name in names
+        str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names
     ):
         raise UserError(
-            f"base_model {uri} is {', '.join(names) or config.model_type}, "
+            f"base_model {uri} is {', '.join(map(str, names)) or config.model_type}, "
             "not a causal language model (such as LlamaForCausalLM); choose one that is"
         )
 
 
+def open_tokenizer(folder: Path, uri: str) -> Any:
+    """The tokenizer of a base model, from known code only.
+
+    Raises `UserError` if it is in a form that this build cannot read, or damaged.
+    """
+    from transformers import AutoTokenizer
+
+    check_tokenizer_files(folder, uri)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001  tokenizers raises a plain Exception
+        raise UserError(
+            f"base_model {uri}: its tokenizer cannot be loaded: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def _from_gguf(path: Path) -> Path:
     target = cache_folder() / f"{path.stem}-{sha256_file(path)[:16]}-{CONVERSION}"
-    if target.is_dir():
+    if _kept(target):
         return target
     import torch
     from transformers import AutoModelForCausalLM
@@ -165,17 +195,56 @@ def _from_gguf(path: Path) -> Path:
     with published(target) as part:
         fresh.float().save_pretrained(part)
         tokenizer.save_pretrained(part)
+        _note_sizes(part)
     return target
 
 
 def _tokenizer_from_gguf(path: Path) -> Path:
     target = cache_folder() / f"{path.stem}-{sha256_file(path)[:16]}-{CONVERSION}-tokenizer"
-    if not target.is_dir():
+    if not _kept(target):
         with _gguf_errors(path):
             tokenizer = _gguf_tokenizer(path)
         with published(target) as part:
             tokenizer.save_pretrained(part)
+            _note_sizes(part)
     return target
+
+
+def _note_sizes(folder: Path) -> None:
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    (folder / SIZES).write_text(json.dumps(sizes))
+
+
+def _kept(folder: Path) -> bool:
+    """Whether a converted model is in the cache and not damaged; a damaged one is made again.
+
+    Sizes and JSON are checked, and the headers of weights, because to hash 500 MB for each step
+    would take longer than a small step does. The folder's time becomes now, for `nudge clean`.
+    """
+    if not folder.is_dir():
+        return False
+    sizes: dict[str, Any] = {}  # older conversions have none
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            sizes = dict(json.loads((folder / SIZES).read_bytes()))
+        except (ValueError, TypeError):
+            return False
+    try:
+        if any((folder / name).stat().st_size != size for name, size in sizes.items()):
+            return False
+        for path in folder.iterdir():
+            if path.suffix == ".json":
+                json.loads(path.read_bytes())
+            if path.suffix == ".safetensors":
+                with path.open("rb") as file:
+                    length = int.from_bytes(file.read(8), "little")
+                    if not 0 < length < 1 << 27:
+                        return False
+                    json.loads(file.read(length))
+    except (OSError, ValueError):
+        return False
+    os.utime(folder)
+    return True
 
 
 def _gguf_tokenizer(path: Path) -> Any:

@@ -9,10 +9,12 @@ from typing import Any, Literal
 import torch
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.processes import usable_cores
+from nudge.components.common.models.end_of_document import document_start_id
+from nudge.components.common.models.loading import empty_model
 from nudge.kernels import fused_linear_cross_entropy
 from nudge.kernels.cpu_products import linear, onednn_is_faster
 
@@ -32,15 +34,32 @@ def set_up_torch(threads: int, seed: int) -> None:
 
 
 def load_model(folder: Path) -> Any:
-    """Load a causal LM in float32, in evaluation mode, from safetensors and without remote code."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    return model.eval()
+    """Load a causal LM in float32, in evaluation mode, from safetensors and without remote code.
+
+    Raises `UserError` if the weights are missing, damaged or do not fit the config.
+    """
+    model, filler = empty_model(folder)
+    filler.fill(model, torch.device("cpu"))
+    return model
+
+
+@torch.no_grad()
+def check_generates(model: Any, tokenizer: Any, uri: str) -> None:
+    """Raise `UserError` unless a base model generates one token, before it is trained for hours."""
+    first = document_start_id(tokenizer)
+    ids = torch.tensor([[0 if first is None else first]], device=model.device)
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=1, pad_token_id=0)
+    own, training = model.generation_config, model.training
+    model.generation_config = greedy
+    try:
+        made = model.eval().generate(ids, attention_mask=torch.ones_like(ids))
+    except Exception as error:
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"base_model {uri} cannot generate a token: {why}") from error
+    finally:
+        model.generation_config = own
+        model.train(training)
+    assert made.shape[1] == 2, made.shape
 
 
 def speed_up_products(model: nn.Module) -> None:
@@ -137,12 +156,13 @@ def check_loss(model: Any) -> None:
     positions = torch.arange(8, device=model.device)[None]
     training = model.training
     model.eval()
-    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+    rounding = 1e-4 if logits.dtype == torch.float32 else 1e-2
+    logits = logits.float()
     targets = logits.argmin(-1)
     own = nn.functional.cross_entropy(logits, targets, reduction="sum").item()
     ours = next_token_loss(model, hidden_states(model, ids, positions)[0], targets, "sum").item()
     model.train(training)
-    rounding = 1e-4 if model.dtype == torch.float32 else 1e-2
     # NaN weights are reported elsewhere.
     if math.isfinite(own) and not math.isclose(own, ours, rel_tol=rounding):
         raise UserError(

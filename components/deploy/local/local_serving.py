@@ -105,7 +105,12 @@ class LocalServing:
                 download_model(version.uri, model)
                 check_folder(model, version)
         elif self._running(version.model, version.name) is None:
-            check_folder(folder / version.model, version)
+            try:
+                check_folder(folder / version.model, version)
+            except UserError as error:  # damaged here; the store has the version
+                print(f"{error}; downloading it anew", file=sys.stderr, flush=True)
+                shutil.rmtree(folder)
+                return self._fetch(version)
         folder.touch()
         return folder
 

@@ -1,5 +1,6 @@
 """``python -m nudge.pipelines.local.registry --database FILE --port PORT --token-file FILE``."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ import click
 import uvicorn
 
 from nudge.components.common.core.guard import Guard
+from nudge.components.common.core.state_file import Damaged
 from nudge.pipelines.local.registry.app import VERSIONS, create_app
+from nudge.pipelines.local.registry.copy import keep_copy
 
 
 @click.command()
@@ -40,8 +43,16 @@ def main(
     versions: tuple[str, ...],
 ) -> None:
     """Serve the Model Registry API over a SQLite file to whoever has the token."""
+    try:
+        keep_copy(database)
+    except Damaged as error:
+        raise click.ClickException(str(error)) from None
     app = Guard(create_app(database, collation, versions), token_file.read_text(encoding="utf-8"))
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    try:
+        uvicorn.run(app, host=host, port=port, log_level="warning")
+    finally:
+        with contextlib.suppress(Damaged):
+            keep_copy(database)
 
 
 if __name__ == "__main__":

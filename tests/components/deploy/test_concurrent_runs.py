@@ -198,7 +198,14 @@ def test_a_rollback_is_refused_if_a_run_deploys_meanwhile(site: Site) -> None:
 
 
 @LOCAL
-@pytest.mark.parametrize("stage", ["move", "note_served", "retire", ""])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "note_served",
+        "",
+        *(pytest.param(each, marks=pytest.mark.long) for each in ("move", "retire")),
+    ],
+)
 def test_a_rollback_that_is_retried_goes_back_once(
     site: Site, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
