@@ -7,6 +7,7 @@ The local serving of this machine for steps that run in containers: each request
 
 import os
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -65,9 +66,15 @@ def create_app(home: Path, token: str) -> Guard:
     def retire(model: Model, keep: list[str], settings: DeploySettings) -> None:
         LocalServing(home, settings).retire(model, set(keep))
 
+    def counts(
+        model: Model, version: Annotated[str, Body()], settings: DeploySettings
+    ) -> dict[str, int] | None:
+        counted = LocalServing(home, settings).counts(model, version)
+        return asdict(counted) if counted else None
+
     app = FastAPI(title="nudge serving", openapi_url=None)
     app.add_api_route("/health", lambda: {"status": "ok"})
-    for handler in (exclusive, live, bring_up, move, retire):
+    for handler in (exclusive, live, bring_up, move, retire, counts):
         app.add_api_route(
             f"/{handler.__name__}",
             handler,

@@ -11,6 +11,7 @@ from typing import Any
 
 from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.core.errors import UserError
+from nudge.components.deploy.measure import Counts
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import ModelServer
 
@@ -63,6 +64,11 @@ class HostServing:
     def retire(self, model: str, keep: set[str]) -> None:
         """Have the host stop the servers of other versions."""
         self._ask("retire", model=model, keep=sorted(keep))
+
+    def counts(self, model: str, version: str) -> Counts | None:
+        """What the host's gateway counted."""
+        counted = self._ask("counts", model=model, version=version)
+        return Counts(**counted) if counted else None
 
     def _ask(self, what: str, **values: Any) -> Any:
         with self._asked(what, **values) as answer:
