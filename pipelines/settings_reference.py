@@ -18,6 +18,7 @@ from nudge.components.deploy.settings import DeploySettings
 from nudge.components.evaluate.settings import EvaluateSettings
 from nudge.components.ingest.settings import IngestSettings
 from nudge.components.register.settings import RegisterSettings
+from nudge.components.summary.settings import NotifySettings
 from nudge.components.tokenize.settings import TokenizeSettings
 from nudge.components.train.settings import TrainSettings
 from nudge.components.upload.settings import UploadSettings
@@ -30,6 +31,7 @@ SETTINGS: dict[str, type] = {
     "upload": UploadSettings,
     "register": RegisterSettings,
     "deploy": DeploySettings,
+    "notify": NotifySettings,
 }
 
 Schema = dict[str, Any]

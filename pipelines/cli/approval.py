@@ -47,12 +47,12 @@ def approve(
             f"or `nudge approve {version} --model {name}`"
         )
         return
-    from nudge.components.deploy.deploy import approved, serve
+    from nudge.components.deploy.deploy import approved, serve_candidate
 
     connections.start()
     note = functools.partial(display.stage, name)
     with approved(settings, name, version) as check:
-        result = serve(settings, name, {version: 100}, note, check)
+        result = serve_candidate(settings, name, version, check, note)
     click.echo(visible(f"{name}: {version} 100 % at {result['endpoint']}"))
 
 

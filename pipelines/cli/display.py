@@ -181,6 +181,7 @@ def outcome(run: Followed, link: str) -> Table:
         "verdict": NOTHING_NEW if nothing_new else results.get("evaluate", {}).get("reason"),
         "model": results.get("upload", {}).get("uri"),
         "registered": version if registered else None,
+        "not served": deployed.get("reason"),
         "endpoint": deployed.get("endpoint"),
         "report": f"{link} (evaluate, report)" if results.get("evaluate") else None,
     }

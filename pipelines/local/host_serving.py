@@ -7,6 +7,7 @@ Lets steps in containers use the serving of this machine. Each request calls one
 
 import os
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -66,9 +67,15 @@ def create_app(home: Path, token: str) -> Guard:
     def retire(model: Model, keep: list[str], settings: DeploySettings) -> None:
         LocalServing(home, settings).retire(model, set(keep))
 
+    def counts(
+        model: Model, version: Annotated[str, Body()], settings: DeploySettings
+    ) -> dict[str, int] | None:
+        counted = LocalServing(home, settings).counts(model, version)
+        return asdict(counted) if counted else None
+
     app = FastAPI(title="nudge serving", openapi_url=None)
     app.add_api_route("/health", lambda: {"status": "ok"})
-    for handler in (exclusive, live, bring_up, move, retire):
+    for handler in (exclusive, live, bring_up, move, retire, counts):
         app.add_api_route(
             f"/{handler.__name__}",
             handler,

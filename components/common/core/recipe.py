@@ -29,7 +29,7 @@ T = TypeVar("T")
 SHARED = ("base_model", "model_name", "seed")
 """Top-level values that every step whose settings declare them receives."""
 
-SECTIONS = ("ingest", "tokenize", "train", "evaluate", "upload", "register", "deploy")
+SECTIONS = ("ingest", "tokenize", "train", "evaluate", "upload", "register", "deploy", "notify")
 
 URI_SCHEMES = ("package://", "file://", "s3://")
 """A recipe that begins with one of these names a file; any other is YAML text."""

@@ -9,6 +9,7 @@ link. Below ``<home>/gateway/<model>/``::
     now -> 7        the generation in use
     7/route.json    the `Route`
     7/0 ... 7/99    host:port
+    requests.log    the server and the status of each request, one JSON object a line
     admin.sock      Caddy's admin API, for this user alone
 
 Whoever reaches Caddy's admin API can read and write files as its user, so it never has a port. The
@@ -33,9 +34,11 @@ from nudge.components.common.core import guard, processes
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.state_file import Damaged, damaged, read_object
+from nudge.components.deploy.measure import Counts
 
 CONFIGURATION = "caddy.json"
 ADMIN = "admin.sock"
+REQUESTS = "requests.log"
 TOKEN = "endpoint"
 """The name of the token, in `guard.token_file`, of every model served below a home."""
 SLOTS = 100
@@ -278,23 +281,74 @@ def _configuration(port: int, model: str, token: str) -> dict[str, Any]:
     return {
         # Relative to the folder that Caddy runs in, since a socket's path is short.
         "admin": {"listen": f"unix/{ADMIN}|0600", "config": {"persist": False}},
+        "logging": {
+            "logs": {
+                "default": {"exclude": ["http.log.access"]},
+                "requests": {
+                    "include": ["http.log.access"],
+                    "writer": {
+                        "output": "file",
+                        "filename": REQUESTS,
+                        "roll_size_mb": 20,
+                        "roll_keep": 1,
+                    },
+                    # Neither who asked nor what: only which server answered, and how.
+                    "encoder": {
+                        "format": "filter",
+                        "wrap": {"format": "json"},
+                        "fields": {
+                            name: {"filter": "delete"}
+                            for name in ("request", "resp_headers", "user_id")
+                        },
+                    },
+                },
+            }
+        },
         "apps": {
             "http": {
                 "servers": {
                     "model": {
+                        "logs": {},
                         "listen": [f"127.0.0.1:{port}"],
                         "automatic_https": {"disable": True},
                         "protocols": ["h1"],
                         "routes": [
                             *_refusals(token),
                             *_listed(model),
-                            {"handle": [by_share("now")]},
+                            {"handle": [LOGGED, by_share("now")]},
                         ],
                     }
                 }
             }
         },
     }
+
+
+LOGGED = {
+    "handler": "log_append",
+    "key": "server",
+    "value": "{http.reverse_proxy.upstream.hostport}",
+}
+"""Caddy's handler that adds to the log which server a request went to."""
+
+
+def counts(home: Path, model: str, address: str) -> Counts | None:
+    """The requests in the log that went to a server (``host:port``); None without a log.
+
+    A gateway that an older nudge started writes none. A log that was rolled over begins again.
+    """
+    path = home / "gateway" / model / REQUESTS
+    if not path.is_file():
+        return None
+    requests = errors = 0
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError):  # the last line may be incomplete
+                entry = json.loads(line)
+                if entry.get("server") == address:
+                    requests += 1
+                    errors += entry.get("status", 0) >= 500
+    return Counts(requests, errors)
 
 
 def _refusals(token: str) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.core.errors import UserError
+from nudge.components.deploy.measure import Counts
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import ModelServer
 
@@ -64,6 +65,11 @@ class HostServing:
     def retire(self, model: str, keep: set[str]) -> None:
         """Have the host stop the servers of other versions."""
         self._call("retire", model=model, keep=sorted(keep))
+
+    def counts(self, model: str, version: str) -> Counts | None:
+        """What the host's gateway counted."""
+        counted = self._call("counts", model=model, version=version)
+        return Counts(**counted) if counted else None
 
     def _call(self, method: str, **values: Any) -> Any:
         with self._request(method, **values) as answer:
