@@ -1,5 +1,6 @@
 """Compare a candidate with its base model and the incumbent, and write down what was found."""
 
+import dataclasses
 import datetime
 import json
 import os
@@ -28,13 +29,17 @@ from nudge.components.common.artifacts.evaluation import (
 from nudge.components.common.artifacts.model import ModelFacts, Watch, read_model_facts
 from nudge.components.common.artifacts.model_files import files_sha256, model_files
 from nudge.components.common.artifacts.scores import Score, write_scores
+from nudge.components.common.chat import Conversation, template_of_folder
 from nudge.components.common.core.publish import sha256_file, write_atomic
 from nudge.components.common.core.step import reusable
 from nudge.components.common.models.base_model import local_model, model_sha256, resolved
+from nudge.components.common.models.language_model import load_tokenizer
 from nudge.components.evaluate import checks
 from nudge.components.evaluate.added_checks import added_checks
-from nudge.components.evaluate.answers import Answers, ask
+from nudge.components.evaluate.answers import Answers, Asked, ask, plainly
+from nudge.components.evaluate.chats import Scorer, learned_samples, questions, scorable, unit_of
 from nudge.components.evaluate.completions import completion_checks
+from nudge.components.evaluate.expected import answer_checks, turn_checks
 from nudge.components.evaluate.gate import compare, verdict
 from nudge.components.evaluate.perplexity import summarize
 from nudge.components.evaluate.probes import compare as compare_probes
@@ -93,12 +98,18 @@ def judge(
         HELD_OUT: held_out,
         **{name: [Document(**each) for each in of_guard] for name, of_guard in guards.items()},
     }
-    texts = {name: [document.text for document in each] for name, each in documents.items()}
     models = _models(settings, incumbent, served, model)
-    answers = ask(settings, models.folders, texts)
-    evidence = _evaluation(settings, models, answers, texts, incumbent, selected)
+    asked, refused = _asked(settings, models, facts, documents)
+    texts = {
+        name: [document.conversation or document.text for document in each]
+        for name, each in documents.items()
+    }
+    answers = ask(settings, models.folders, texts, asked)
+    scored = _scored(asked, documents[HELD_OUT], refused)
+    evidence = _evaluation(settings, models, answers, texts, incumbent, selected, asked, scored)
     found = Evaluation(
         **evidence,
+        learned=learned_samples(documents[HELD_OUT], asked.templates["candidate"]) or None,
         run_id=os.environ.get("NUDGE_RUN_ID", ""),
         recipe=os.environ.get("NUDGE_RECIPE", ""),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -137,16 +148,21 @@ def _evaluation(
     settings: EvaluateSettings,
     models: Models,
     answers: Mapping[str, Answers],
-    texts: Mapping[str, list[str]],
+    texts: Mapping[str, list[str | Conversation]],
     incumbent: Incumbent,
     selected: bool,
+    asked: Asked,
+    scored: dict[str, Any],
 ) -> dict[str, Any]:
     """The fields of an `Evaluation` that follow from the answers: the verdict and its evidence."""
     candidate = answers["candidate"]
     of_sets = _by_set(answers, texts)
     of_probes = {name: answer.probes for name, answer in answers.items()}
     of_tasks = {name: answer.tasks for name, answer in answers.items()}
-    probes = compare_probes(candidate.tokenizer, settings, of_probes, models.reference)
+    probes = compare_probes(
+        candidate.tokenizer, settings, of_probes, models.reference, asked.probes, candidate.template
+    )
+    answered = [*candidate.completions, *candidate.expected]
     guards = _guards(settings, of_sets, models.reference)
     tasks = compare_tasks(settings, of_tasks, models.reference)
     decision = verdict(
@@ -156,6 +172,8 @@ def _evaluation(
             *checks.probe_checks(probes),
             *checks.guard_checks(guards),
             *completion_checks(candidate.completions),
+            *answer_checks(settings.answers, candidate.expected),
+            *(turn_checks(answered, settings) if asked.chat else []),
             *checks.task_checks(tasks),
             *added_checks(models.folders["candidate"], candidate.completions),
         ],
@@ -163,6 +181,7 @@ def _evaluation(
         incumbent,
         same=models.sha256.get("incumbent") == models.sha256["candidate"],
         selected=selected,
+        unit=scored["unit"],
     )
     completions = zip(answers["base"].completions, candidate.completions, strict=True)
     return {
@@ -182,13 +201,53 @@ def _evaluation(
             first_token=settings.first_token,
             resamples=settings.resamples,
             seed=settings.seed,
-            texts_sha256={name: texts_sha256(each) for name, each in texts.items()},
+            texts_sha256={name: texts_sha256(_bodies(each)) for name, each in texts.items()},
+            **scored,
             **candidate.ran,
         ),
     }
 
 
-def _by_set(answers: Mapping[str, Answers], texts: Mapping[str, list[str]]) -> Scores:
+def _asked(
+    settings: EvaluateSettings,
+    models: Models,
+    facts: ModelFacts,
+    documents: dict[str, list[Document]],
+) -> tuple[Asked, dict[str, int]]:
+    """What the models are asked, and how. Held-out conversations that one of them cannot render are
+    removed from ``documents``, and counted by reason."""
+    held_out = documents[HELD_OUT]
+    has_chats = any(each.conversation is not None for each in held_out)
+    chat = settings.chat == "always" or (settings.chat == "auto" and facts.chat is not None)
+    plain = plainly(settings, chat)
+    if not chat and not has_chats:
+        return plain, {}
+    templates = {name: template_of_folder(folder) for name, folder in models.folders.items()}
+    scorers = {
+        name: Scorer(folder, load_tokenizer(folder), templates[name])
+        for name, folder in models.folders.items()
+    }
+    documents[HELD_OUT], refused = scorable(held_out, scorers)
+    prompts = questions(settings, documents[HELD_OUT], chat)
+    return dataclasses.replace(plain, templates=dict(templates), prompts=prompts), refused
+
+
+def _scored(asked: Asked, held_out: list[Document], refused: dict[str, int]) -> dict[str, Any]:
+    """What was scored of the held-out documents: fields of `Method`."""
+    unit = unit_of(held_out)
+    texts = {template.text for template in asked.templates.values() if template is not None}
+    return {
+        "unit": unit,
+        "same_template": None if unit == "held-out text" else len(texts) == 1,
+        "refused": refused or None,
+    }
+
+
+def _bodies(texts: Sequence[str | Conversation]) -> list[str]:
+    return [text if isinstance(text, str) else text.to_json() for text in texts]
+
+
+def _by_set(answers: Mapping[str, Answers], texts: Mapping[str, Sequence[Any]]) -> Scores:
     return {
         name: {model: answer.scores[name] for model, answer in answers.items()} for name in texts
     }

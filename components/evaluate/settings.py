@@ -1,5 +1,6 @@
 """The settings of the step `evaluate`."""
 
+import re
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -61,6 +62,30 @@ class Task:
     """Worked examples in the prompt; if unset, the task decides."""
 
 
+@settings
+class ExpectedAnswer:
+    """A question to a chat model (or a text to continue) and the answer that it must give."""
+
+    prompt: Annotated[str, Field(min_length=1)]
+    """The user turn."""
+    answer: Annotated[str, Field(min_length=1)]
+    """The expected answer, a part of it, or a regular expression, as `match` says."""
+    match: Literal["contains", "exact", "regex"] = "contains"
+    """How the answer is compared, without regard to case. `exact` ignores space around it; `regex`
+    searches, as Python's `re` does."""
+
+    @model_validator(mode="after")
+    def _compiles(self) -> "ExpectedAnswer":
+        if self.match == "regex":
+            try:
+                re.compile(self.answer)
+            except re.error as error:
+                raise ValueError(
+                    f"answer {self.answer!r} is not a regular expression: {error}"
+                ) from None
+        return self
+
+
 def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
@@ -95,6 +120,19 @@ class EvaluateSettings:
     """Prompts that base and candidate complete greedily; the candidate's are checked."""
     completion_tokens: Annotated[int, Field(ge=1, le=512)] = 24
     """Tokens per completion of `prompts`."""
+    chat: Literal["auto", "always", "never"] = "auto"
+    """Whether prompts and probes are user turns, rendered with the chat template; `auto`: if the
+    model was trained on conversations. Without `prompts`, it is asked the beginnings of held-out
+    conversations."""
+    system: str = ""
+    """The system turn before every prompt and probe of a chat model."""
+    answers: list[ExpectedAnswer] = field(default_factory=list)
+    """Questions that the candidate must answer as expected; a wrong answer stops the promotion."""
+    answer_tokens: Annotated[int, Field(ge=1, le=4096)] = 96
+    """The most tokens of a chat model's answer."""
+    ends_turn_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """The smallest share of a chat model's answers that must end with its end-of-turn token within
+    `answer_tokens`. A model that learned no end of turn never stops."""
     tasks: list[Annotated[Task, BeforeValidator(_named)]] = field(default_factory=list)
     """Names of lm-evaluation-harness tasks (the extra ``tasks``), or `Task` mappings."""
     task_folder: str = ""

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from nudge.components.common.artifacts.model import read_model_facts
-from nudge.components.common.artifacts.tokens import Tokens
+from nudge.components.common.artifacts.tokens import ChatFacts, Tokens
 from nudge.components.common.core.provenance import code_version
 from nudge.components.train.adapt import adapter_state, lora_config, merged_state
 from nudge.components.train.card import model_card
+from nudge.components.train.chat_model import check_folder, end_turns
 from nudge.components.train.model import Start
 from nudge.components.train.network import Network
 from nudge.components.train.settings import TrainSettings
@@ -27,6 +28,7 @@ def facts_of(
         "base_model": {"uri": settings.base_model, "sha256": start.sha256},
         "data_fingerprint": manifest.corpus_fingerprint,
         "tokenizer_sha256": manifest.tokenizer_sha256,
+        "chat": dataclasses.asdict(manifest.chat) if manifest.chat else None,
         "settings": dataclasses.asdict(settings),
         "seed": settings.seed,
         "code_version": code_version(),
@@ -55,8 +57,13 @@ def write_model(
     model = start.model(settings.seed)
     weights = merged_state(state, settings, model)
     model.load_state_dict(weights)
+    chat = parse_chat(facts)
+    if chat is not None:
+        end_turns(model, chat)
     model.to(getattr(torch, settings.export_dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if chat is not None:
+        check_folder(folder, chat)
     if settings.mode == "lora":
         from safetensors.torch import save_file
 
@@ -66,6 +73,11 @@ def write_model(
         config.save_pretrained(adapter)
         save_file(adapter_state(state), adapter / "adapter_model.safetensors", {"format": "pt"})
     (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
+
+
+def parse_chat(facts: dict[str, Any]) -> ChatFacts | None:
+    """How conversations became text, from the facts of `facts_of`."""
+    return ChatFacts(**facts["chat"]) if facts.get("chat") else None
 
 
 def results(model: Path, history: Path) -> dict[str, Any]:
