@@ -2,7 +2,9 @@
 
 ``manifest.json`` (nudge.corpus, version 1) has the fingerprint, the counts and each shard's sha256.
 A shard is ``<split>-00000.jsonl.zst`` with one document per line: ``{"id", "text", "source"}``, and
-``"license"`` and ``"origin"`` where the data has them.
+``"license"`` and ``"origin"`` where the data has them. A conversation has ``"messages"``, and
+``"tools"`` if it has any, instead of ``"text"`` (`nudge.components.common.chat.conversation`). Text
+and conversations can be mixed; the manifest counts the ``conversations``.
 """
 
 import hashlib
@@ -20,6 +22,7 @@ from nudge.components.common.artifacts.schema import (
     read_artifact,
     write_artifact,
 )
+from nudge.components.common.chat.conversation import Conversation, from_plain
 from nudge.components.common.core.publish import sha256_file, verify_file
 
 if sys.version_info >= (3, 14):
@@ -34,32 +37,56 @@ SHARD_DOCUMENTS, SHARD_BYTES = 100_000, 256 << 20
 
 @dataclass(frozen=True)
 class Document:
-    """One document. ``source`` is the URI it was read from; ``origin`` is what its data names."""
+    """One document: a text, or a conversation with an empty ``text``. ``source`` is the URI it was
+    read from; ``origin`` is what its data names."""
 
     id: str
     text: str
     source: str
     license: str = ""
     origin: str = ""
+    conversation: Conversation | None = None
+
+    @property
+    def body(self) -> str:
+        """What its hash is computed from: the text, or the JSON of the conversation."""
+        return self.conversation.to_json() if self.conversation else self.text
+
+    @property
+    def plain_text(self) -> str:
+        """The text, or the text of every turn; for statistics, never for training."""
+        return self.conversation.transcript() if self.conversation else self.text
 
 
-DOCUMENT_KEYS = frozenset(Document.__dataclass_fields__)
+TEXT_KEYS = frozenset(("id", "text", "source", "license", "origin"))
+
+
+def document_of(values: dict[str, Any]) -> Document:
+    """The document of one line of a shard; keys that a later release added are ignored."""
+    conversation = from_plain(values) if "messages" in values else None
+    kept = {key: value for key, value in values.items() if key in TEXT_KEYS}
+    return Document(**{"text": "", **kept}, conversation=conversation)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One file of a split; ``bytes`` is the size of its texts in UTF-8."""
+    """One file of a split; ``bytes`` is the size of its texts, and of the JSON of its
+    conversations, in UTF-8."""
 
     file: str
     sha256: str
     documents: int
     bytes: int
+    conversations: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
+    """The documents of a split; ``conversations`` counts those that are conversations."""
+
     documents: int = 0
     bytes: int = 0
+    conversations: int = 0
     shards: tuple[Shard, ...] = ()
 
 
@@ -104,6 +131,8 @@ class Corpus:
     splits: dict[str, Split]
     documents_in: int = 0
     documents: int = 0
+    conversations: int = 0
+    """Documents that are conversations; the others are texts."""
     bytes: int = 0
     text_bytes_in: int = 0
     text_bytes_kept: int = 0
@@ -133,10 +162,7 @@ def read_documents(corpus: Path, split: str) -> Iterator[Document]:
         verify_file(path, shard.sha256)
         with zstd.open(path, "rt", encoding="utf-8") as lines:
             for line in lines:
-                values = json.loads(line)
-                if not values.keys() <= DOCUMENT_KEYS:
-                    values = {key: values[key] for key in DOCUMENT_KEYS & values.keys()}
-                yield Document(**values)
+                yield document_of(json.loads(line))
 
 
 def read_lines(shard: BinaryIO, block_bytes: int) -> Iterator[bytes]:
@@ -151,7 +177,7 @@ def write_corpus(
 ) -> str:
     """Write shards and manifest into ``folder``; returns the fingerprint.
 
-    The documents of each split must come in the order of their text's sha256, so that neither the
+    The documents of each split must come in the order of their body's sha256, so that neither the
     order of the sources nor timing changes a byte. ``facts`` are further fields of `Corpus`.
     """
     splits: dict[str, Split] = {}
@@ -165,6 +191,7 @@ def write_corpus(
         splits[split] = Split(
             documents=sum(shard.documents for shard in shards),
             bytes=sum(shard.bytes for shard in shards),
+            conversations=sum(shard.conversations for shard in shards),
             shards=tuple(shards),
         )
     body = {**facts, "fingerprint": digest.hexdigest(), "splits": splits}
@@ -180,13 +207,28 @@ def text_sha256(text: str) -> str:
 
 def _write_shard(path: Path, documents: Iterator[Document], split: str, digest: Any) -> Shard:
     """Write documents until the shard is full; the rest remain in the iterator."""
-    count = size = 0
+    count = size = conversations = 0
     with zstd.open(path, "wt", level=6, encoding="utf-8", newline="\n") as lines:
         for document in documents:
-            digest.update(f"{split} {text_sha256(document.text)}\n".encode())
-            values = {k: v for k, v in vars(document).items() if v or k in ("id", "text", "source")}
-            lines.write(json.dumps(values, ensure_ascii=False) + "\n")
-            count, size = count + 1, size + len(document.text.encode())
+            body = document.body
+            digest.update(f"{split} {text_sha256(body)}\n".encode())
+            lines.write(json.dumps(_line(document), ensure_ascii=False) + "\n")
+            count, size = count + 1, size + len(body.encode())
+            conversations += document.conversation is not None
             if count >= SHARD_DOCUMENTS or size >= SHARD_BYTES:
                 break
-    return Shard(file=path.name, sha256=sha256_file(path), documents=count, bytes=size)
+    return Shard(
+        file=path.name,
+        sha256=sha256_file(path),
+        documents=count,
+        bytes=size,
+        conversations=conversations,
+    )
+
+
+def _line(document: Document) -> dict[str, Any]:
+    """The JSON values of a document, without empty ones."""
+    body = document.conversation.plain() if document.conversation else {"text": document.text}
+    values = {"id": document.id, **body, "source": document.source}
+    named = {"license": document.license, "origin": document.origin}
+    return values | {key: value for key, value in named.items() if value}
