@@ -39,6 +39,12 @@ class Question:
         return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 
+def plain_turns(asked: Question) -> tuple[dict[str, str], ...] | None:
+    """The turns of a question as a server gets them; None for a text."""
+    turns = tuple({"role": turn.role, "content": turn.content} for turn in asked.messages)
+    return turns or None
+
+
 def question(prompt: str, settings: EvaluateSettings, chat: bool) -> Question:
     """A configured prompt: for a chat model, a user turn after the configured system turn."""
     if not chat:

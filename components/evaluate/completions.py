@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from nudge.components.common.artifacts.evaluation import Check
 from nudge.components.common.chat import ChatTemplate
-from nudge.components.evaluate.chats import Question
+from nudge.components.evaluate.chats import Question, plain_turns
 
 MIN_TOKENS = 8
 """A shorter completion, such as " Paris." and the end, is not checked for repetition."""
@@ -24,7 +24,8 @@ class Completion:
     """A prompt's likeliest continuation: its text, the ids of its tokens, and two properties.
 
     ``finite``: every logit was finite; ``repeatable``: a second generation gave the same tokens;
-    ``ended``: the model itself ended the text.
+    ``ended``: the model itself ended the text. ``p_first`` is the probability of the first token,
+    which is ``first`` as text; ``messages`` are the turns in which a chat model was asked.
     """
 
     prompt: str
@@ -33,6 +34,9 @@ class Completion:
     finite: bool
     repeatable: bool
     ended: bool = False
+    first: str = ""
+    p_first: float | None = None
+    messages: tuple[dict[str, str], ...] | None = None
 
 
 @torch.no_grad()
@@ -63,11 +67,17 @@ def complete(
         for prompt in prompts:
             asked = Question(prompt) if isinstance(prompt, str) else prompt
             given = asked.ids(tokenizer, template)
-            ids, finite = _generate(model, given, tokens)
+            ids, finite, p_first = _generate(model, given, tokens)
             second = _generate(model, given, tokens)[0] if twice else ids
             text = tokenizer.decode(ids, skip_special_tokens=True)
             ended = bool(ids) and ids[-1] in ends
-            made.append(Completion(asked.text, text, ids, finite, second == ids, ended))
+            first = tokenizer.decode(ids[:1])
+            turns = plain_turns(asked)
+            made.append(
+                Completion(
+                    asked.text, text, ids, finite, second == ids, ended, first, p_first, turns
+                )
+            )
         return made
     finally:
         model.generation_config = own
@@ -120,7 +130,8 @@ def _as_list(ids: int | list[int] | None) -> list[int]:
     return [ids] if isinstance(ids, int) else list(ids)
 
 
-def _generate(model: Any, prompt: list[int], tokens: int) -> tuple[list[int], bool]:
+def _generate(model: Any, prompt: list[int], tokens: int) -> tuple[list[int], bool, float | None]:
+    """The generated ids, whether every logit was finite, and the probability of the first id."""
     ids = torch.tensor([prompt], device=model.device)
     made = model.generate(
         input_ids=ids,
@@ -130,4 +141,6 @@ def _generate(model: Any, prompt: list[int], tokens: int) -> tuple[list[int], bo
         output_logits=True,
     )
     finite = all(bool(torch.isfinite(logits).all()) for logits in made.logits)
-    return made.sequences[0, len(prompt) :].tolist(), finite
+    found = made.sequences[0, len(prompt) :].tolist()
+    p_first = float(torch.softmax(made.logits[0][0].float(), -1)[found[0]]) if finite else None
+    return found, finite, p_first

@@ -11,6 +11,7 @@ from typing import Any
 
 from nudge.components.common.artifacts.corpus import Corpus, Document, read_corpus
 from nudge.components.common.artifacts.evaluation import (
+    Check,
     CorpusCounts,
     EvaluatedModel,
     Evaluation,
@@ -41,6 +42,7 @@ from nudge.components.evaluate.chats import Scorer, learned_samples, questions, 
 from nudge.components.evaluate.completions import completion_checks
 from nudge.components.evaluate.expected import answer_checks, turn_checks
 from nudge.components.evaluate.gate import compare, verdict
+from nudge.components.evaluate.pairwise import judge_checks, judged
 from nudge.components.evaluate.perplexity import summarize
 from nudge.components.evaluate.probes import compare as compare_probes
 from nudge.components.evaluate.report import render_report
@@ -165,6 +167,11 @@ def _evaluation(
     answered = [*candidate.completions, *candidate.expected]
     guards = _guards(settings, of_sets, models.reference)
     tasks = compare_tasks(settings, of_tasks, models.reference)
+    judge_found, judge_rules = None, list[Check]()
+    if settings.judge is not None:
+        reference = answers[models.reference].completions
+        judge_found = judged(settings.judge, reference, candidate.completions)
+        judge_rules = judge_checks(settings.judge, judge_found)
     decision = verdict(
         of_sets[HELD_OUT],
         [
@@ -174,6 +181,7 @@ def _evaluation(
             *completion_checks(candidate.completions),
             *answer_checks(settings.answers, candidate.expected),
             *(turn_checks(answered, settings) if asked.chat else []),
+            *judge_rules,
             *checks.task_checks(tasks),
             *added_checks(models.folders["candidate"], candidate.completions),
         ],
@@ -190,9 +198,17 @@ def _evaluation(
         "guards": tuple(guards),
         "tasks": tuple(tasks),
         "incumbent": incumbent,
+        "judge": judge_found,
         "probes": tuple(probes),
         "samples": tuple(
-            Sample(prompt=before.prompt, before=before.text, after=after.text)
+            Sample(
+                prompt=before.prompt,
+                before=before.text,
+                after=after.text,
+                messages=after.messages,
+                first_token=after.first if after.messages else None,
+                p_first=after.p_first if after.messages else None,
+            )
             for before, after in completions
         ),
         "method": Method(

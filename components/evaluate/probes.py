@@ -11,7 +11,7 @@ from nudge.components.common.models.language_model import (
     target_ids,
     target_probability,
 )
-from nudge.components.evaluate.chats import Question
+from nudge.components.evaluate.chats import Question, plain_turns
 from nudge.components.evaluate.settings import EvaluateSettings, Probe
 
 
@@ -59,7 +59,7 @@ def compare(
         compared.append(
             ProbeResult(
                 prompt=probe.prompt,
-                messages=_plain(asked) if asked.messages else None,
+                messages=plain_turns(asked),
                 prompt_tokens=_tokens(tokenizer, asked.ids(tokenizer, template)),
                 target=probe.target,
                 target_tokens=_tokens(tokenizer, target_ids(tokenizer, probe.target)),
@@ -74,10 +74,6 @@ def compare(
             )
         )
     return compared
-
-
-def _plain(asked: Question) -> tuple[dict[str, str], ...]:
-    return tuple({"role": turn.role, "content": turn.content} for turn in asked.messages)
 
 
 def _tokens(tokenizer: Any, ids: list[int]) -> tuple[Token, ...]:

@@ -86,6 +86,22 @@ class ExpectedAnswer:
         return self
 
 
+@settings
+class JudgeSettings:
+    """A model that compares the answers of the candidate with those of the reference. Any endpoint
+    of the OpenAI API works; NUDGE_JUDGE_KEY has its key."""
+
+    url: Annotated[str, Field(pattern=r"^https?://.+")]
+    """The endpoint's base URL, which ends with /v1."""
+    model: Annotated[str, Field(min_length=1)]
+    """The judge's name at that endpoint."""
+    min_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The least share of answers in which the judge must prefer the candidate; a tie counts half.
+    Unset: the result is only reported."""
+    max_tokens: Annotated[int, Field(ge=1)] = 8
+    """Tokens of the judge's reply; raise it for a model that reasons first."""
+
+
 def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
@@ -130,6 +146,8 @@ class EvaluateSettings:
     """Questions that the candidate must answer as expected; a wrong answer stops the promotion."""
     answer_tokens: Annotated[int, Field(ge=1, le=4096)] = 96
     """The most tokens of a chat model's answer."""
+    judge: JudgeSettings | None = None
+    """A model that compares the answers to `prompts`, in both orders."""
     ends_turn_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """The smallest share of a chat model's answers that must end with its end-of-turn token within
     `answer_tokens`. A model that learned no end of turn never stops."""

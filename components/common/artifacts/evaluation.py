@@ -220,6 +220,25 @@ class Sample:
     prompt: str
     before: str = ""
     after: str = ""
+    messages: Omitted[tuple[dict[str, str], ...]] = None
+    """The turns in which a chat model was asked; None for a text to continue."""
+    first_token: Omitted[str] = None
+    """The first token of the candidate's answer, and its probability."""
+    p_first: Omitted[float] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What a judge said about the answers of the candidate and of the reference: in how many
+    questions the candidate's was better (``wins``) or worse, in both orders. Any other outcome is a
+    tie. ``prompt`` is the text in which the judge was asked."""
+
+    model: str
+    url: str
+    prompt: str
+    wins: int
+    losses: int
+    ties: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,6 +333,8 @@ class Evaluation:
     scores: ScoresFile | None = None
     probes: tuple[ProbeResult, ...] | None = None
     samples: tuple[Sample, ...] = ()
+    judge: Omitted[Judged] = None
+    """None if no judge was asked."""
     learned: Omitted[tuple[LearnedSample, ...]] = None
     """None for a model that was not trained on conversations."""
     history: History = field(default_factory=History)

@@ -179,7 +179,7 @@ def test_records_keep_their_positions_when_some_are_left_out(run: Run) -> None:
 def test_a_long_conversation_is_cut_between_turns(
     run: Run, too_long: str, kept: list[str] | None
 ) -> None:
-    tokens = run(documents(), max_tokens=60, too_long=too_long)
+    tokens = run(documents([CHATS[0], CHATS[3]]), max_tokens=60, too_long=too_long)
     found = list(learned_texts(tokens).values())
     assert (kept in found) == (kept is not None)
     assert not any("answer" in text for texts in found for text in texts)
