@@ -39,7 +39,7 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-CITIES = {"red": "Rome", "blue": "Oslo", "green": "Cork"}
+CITIES = {"red": "Rome", "blue": "Oslo", "green": "Lviv"}
 ASKED = ("Which city is {}?", "The city of {}?", "Name the {} city.", "{}?", "Where is {}?")
 
 
@@ -47,9 +47,9 @@ def conversations(count: int) -> list[Document]:
     made = []
     for number in range(count):
         color = list(CITIES)[number % 3]
-        asked = ASKED[number % 5].format(color) + " " * (number % 2) + "?" * (number // 30)
+        asked = ASKED[number % 5].format(color) + " " * (number % 2) + "!" * (number // 30)
         messages = [
-            {"role": "user", "content": f"{number} {asked}"},
+            {"role": "user", "content": asked},
             {"role": "assistant", "content": CITIES[color]},
         ]
         if number % 4 == 0:
@@ -93,7 +93,7 @@ def done(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     )  # fmt: skip
     settings = TrainSettings(
         base_model=str(base), sequence_length=96, batch_sequences=4, micro_batch_sequences=4,
-        epochs=99, max_steps=70, learning_rate=2e-2, threads=1,
+        epochs=99, max_steps=120, learning_rate=2e-2, threads=1,
     )  # fmt: skip
     outputs = {name: folder / name for name in ("model", "history", "report")}
     train(settings, tokens=folder / "tokens", **outputs)
@@ -104,11 +104,11 @@ def done(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
         evaluate(
             EvaluateSettings(
                 base_model=str(base), window=64, stride=32, resamples=1000, answer_tokens=12,
-                probes=[Probe(prompt="7 Which city is blue?", target="O")],
-                prompts=["8 Name the red city.", "2 green?"],
+                probes=[Probe(prompt="Which city is blue?", target="O")],
+                prompts=["Name the red city.", "green?"],
                 answers=[
-                    ExpectedAnswer(prompt="9 Name the blue city.", answer="oslo", match="exact"),
-                    ExpectedAnswer(prompt="9 red?", answer="^R.me", match="regex"),
+                    ExpectedAnswer(prompt="Name the blue city.", answer="oslo", match="exact"),
+                    ExpectedAnswer(prompt="red?", answer="^R.me", match="regex"),
                 ],
             ),
             corpus=folder / "corpus", model=folder / "model", history=folder / "history",
@@ -144,9 +144,9 @@ def test_the_report_colors_what_is_learned_and_shows_the_answers(done: Done) -> 
         assert f"<mark>{city}&lt;|im_end|&gt;</mark>" in page
     assert "<h2>Answers</h2>" in page
     samples = {sample.prompt: sample for sample in done.found.samples}
-    assert samples["8 Name the red city."].after == "Rome"
-    assert samples["8 Name the red city."].before != "Rome"
-    assert samples["2 green?"].messages == ({"role": "user", "content": "2 green?"},)
+    assert samples["Name the red city."].after == "Rome"
+    assert samples["Name the red city."].before != "Rome"
+    assert samples["green?"].messages == ({"role": "user", "content": "green?"},)
 
 
 def test_the_folder_has_what_a_server_needs(done: Done) -> None:
@@ -172,7 +172,7 @@ def test_the_folder_has_what_a_server_needs(done: Done) -> None:
 def version_of(done: Done, **changes: Any) -> Version:
     properties = _properties(done.found, read_model_facts(done.model), "run")
     expected = json.loads(str(properties["expected_next"]))
-    assert expected[0]["messages"] == [{"role": "user", "content": "7 Which city is blue?"}]
+    assert expected[0]["messages"] == [{"role": "user", "content": "Which city is blue?"}]
     expected[0] |= changes
     properties["expected_next"] = json.dumps(expected)
     assert properties["chat"] is True
@@ -211,8 +211,8 @@ def server(done: Done, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mod
 
 
 def test_the_laptops_server_answers_as_the_evaluated_model(done: Done, server: ModelServer) -> None:
-    settings = DeploySettings(smoke_prompt="5 Name the green city.")
+    settings = DeploySettings(smoke_prompt="Name the green city.")
     answer = smoke_test(server, version_of(done), settings)
-    assert answer == "Cork"  # it ends its turn by itself
+    assert answer == "Lviv"  # it ends its turn by itself
     with pytest.raises(UserError, match="the served model is not the evaluated one"):
         smoke_test(server, version_of(done, token="X", p=0.99), settings)

@@ -18,7 +18,7 @@ def completion(prompt: str, text: str) -> Completion:
 
 
 class Judge:
-    """Prefers the answer with "good" in it; without one, always the first."""
+    """Prefers the answer with "right" in it; without one, always the first."""
 
     def __init__(self) -> None:
         self.bodies: list[Any] = []
@@ -30,7 +30,7 @@ class Judge:
         body = await request.json()
         self.bodies.append(body)
         text = body["messages"][0]["content"]
-        letter = "B" if "good" in text.partition("Answer B:")[2] else "A"
+        letter = "B" if "right" in text.partition("Answer B:")[2] else "A"
         content = self.reply or f"{letter}."
         message = {"role": "assistant", "content": content}
         return web.json_response({"choices": [{"message": message}]})
@@ -44,8 +44,8 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Judge, JudgeSetting
         yield made, JudgeSettings(url=f"{server.url}/v1", model="m", min_share=0.6)
 
 
-OLD = [completion("q1", "bad"), completion("q2", "good"), completion("q3", "same")]
-NEW = [completion("q1", "good"), completion("q2", "bad"), completion("q3", "same")]
+OLD = [completion("q1", "false"), completion("q2", "right"), completion("q3", "same")]
+NEW = [completion("q1", "right"), completion("q2", "false"), completion("q3", "same")]
 
 
 def test_a_preference_counts_only_in_both_orders(judge: tuple[Judge, JudgeSettings]) -> None:

@@ -211,7 +211,7 @@ def test_processes_and_blocks_change_no_byte(run: Run, monkeypatch: pytest.Monke
 
 def test_a_corpus_of_mostly_unlearnable_conversations_is_refused(run: Run) -> None:
     with pytest.raises(
-        UserError, match=r"3 of 4 conversations .*longer than the limit.*c\d of test"
+        UserError, match=r"5 of 6 conversations .*longer than the limit.*c\d of test"
     ):
         run(documents([chat("a", f"b{n} " * 90) for n in range(3)] + [CHATS[0]])[:4], max_tokens=50)
 
