@@ -15,7 +15,7 @@ from nudge.components.common.chat.masks import Encoder, Masked, Plain, hidden
 from nudge.components.common.chat.template import Origin
 from nudge.components.tokenize.ids import ids_of
 
-TooLong = Literal["keep_end", "keep_start", "drop"]
+TooLong = Literal["keep_last", "keep_first", "drop"]
 EXAMPLES = 5
 """Refused conversations that a report describes, per block of a shard."""
 
@@ -31,7 +31,7 @@ class Chat:
     date: datetime.date
     learn: Learn = "assistant"
     max_tokens: int = 0
-    too_long: TooLong = "keep_end"
+    too_long: TooLong = "keep_last"
     spelled_out: Literal["text", "refuse"] = "text"
 
     @classmethod
@@ -138,7 +138,7 @@ def _parts(conversation: Conversation, keep: TooLong) -> Iterable[Conversation]:
     with the system turn."""
     messages = conversation.messages
     first = 1 if messages[0].role == "system" else 0
-    if keep == "keep_end":
+    if keep == "keep_last":
         for start in range(first + 1, len(messages)):
             if messages[start].role == "user":
                 yield conversation.with_messages((*messages[:first], *messages[start:]))

@@ -39,7 +39,7 @@ class TokenizeSettings:
     max_tokens: Annotated[int, Field(ge=0)] = 0
     """For conversations: the most tokens of one; 0 means no limit. Defaults in a recipe to
     `train.sequence_length`, because a conversation is never cut by the end of a sequence."""
-    too_long: Literal["keep_end", "keep_start", "drop"] = "keep_end"
+    too_long: Literal["keep_last", "keep_first", "drop"] = "keep_last"
     """What becomes of a conversation that is longer: it loses its first turns (but not the system
     turn) or its last ones until it fits, or it is dropped. A single exchange that is too long is
     always dropped. The report counts all of them."""

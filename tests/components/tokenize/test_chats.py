@@ -174,7 +174,7 @@ def test_records_keep_their_positions_when_some_are_left_out(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("too_long", "kept"),
-    [("keep_end", ["yes<|im_end|>"]), ("keep_start", None), ("drop", None)],
+    [("keep_last", ["yes<|im_end|>"]), ("keep_first", None), ("drop", None)],
 )
 def test_a_long_conversation_is_cut_between_turns(
     run: Run, too_long: str, kept: list[str] | None
