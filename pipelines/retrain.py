@@ -76,6 +76,8 @@ def retrain(name: str, resources: StepResources, given: Named, train: Callable[[
                     uri=uploaded.output,
                     model=model,
                     evaluation=evaluated.outputs["evaluation"],
+                    # Artifacts pass through a bucket, and parameters do not.
+                    evaluation_sha256=evaluated.outputs["evaluation_sha256"],
                 )
                 small.put("register", registered)
                 deployed = deploy(

@@ -210,6 +210,7 @@ STEPS = {
             function="evaluate:evaluate",
             face="evaluate",
             settings="settings:EvaluateSettings",
+            reader="settings:evaluate_settings",
             section="evaluate",
             resources=Resources(12, *_MODEL, gpu=True, shm="8Gi", images=True),
             inputs={

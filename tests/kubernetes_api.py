@@ -42,7 +42,7 @@ USER = f"system:serviceaccount:{NAMESPACE}:pipeline-runner-dspa"
 PATH = re.compile(
     r"/(?:api|apis/(?P<group>[^/]+))/(?P<version>v[^/]+)"
     r"(?:/namespaces/(?P<namespace>[^/]+))?/(?P<plural>[a-z]+)"
-    r"(?:/(?P<name>[^/]+))?(?:/(?P<subresource>status|log))?"
+    r"(?:/(?P<name>[^/]+))?(?:/(?P<subresource>status|log|pendingworkloads))?"
 )
 CORE = {
     "v1": ("ConfigMap", "Event", "PersistentVolumeClaim", "Pod", "Secret", "Service"),
@@ -51,6 +51,8 @@ CORE = {
     "coordination.k8s.io/v1": ("Lease",),
     "kueue.x-k8s.io/v1beta2": ("Workload",),
     "kueue.x-k8s.io/v1beta1": ("Workload",),
+    "visibility.kueue.x-k8s.io/v1beta2": ("LocalQueue",),
+    "visibility.kueue.x-k8s.io/v1beta1": ("LocalQueue",),
 }
 
 
@@ -101,6 +103,8 @@ class KubernetesApi(Objects):
         }
         for (version, kind), found in schemas.definitions().items():
             self._kinds[found["spec"]["names"]["plural"], version] = (version, kind)
+        self.pending: dict[str, list[str]] = {}
+        """By LocalQueue, the names of the Workloads that wait in it, as Kueue orders them."""
         self.older: dict[str, Callable[[Object], Object]] = {}
         """By kind, a function that turns the newest schema into that of an older release."""
 
@@ -264,6 +268,8 @@ class KubernetesApi(Objects):
         manager = query.get("fieldManager") or request.headers.get("user-agent", "unknown")
         if verb == "list":
             return JSONResponse(self._list(kind, part["namespace"], query))
+        if part["subresource"] == "pendingworkloads":
+            return JSONResponse(self._pending(part))
         if part["subresource"] == "log":
             self._existing(key, part)
             return PlainTextResponse(self._log(part["name"], query))
@@ -292,6 +298,23 @@ class KubernetesApi(Objects):
             plural = part["plural"] + (f".{part['group']}" if part["group"] else "")
             raise Refused(404, f'{plural} "{key[2]}" not found', name=key[2], kind=part["plural"])
         return self.objects[key]
+
+    def _pending(self, part: dict[str, Any]) -> Object:
+        """As Kueue's visibility API answers; positions count from 0."""
+        if part["name"] not in self.pending:
+            raise Refused(404, f'localqueue "{part["name"]}" not found')
+        items = [
+            {
+                "metadata": {"name": name, "namespace": part["namespace"]},
+                "priority": 0,
+                "localQueueName": part["name"],
+                "positionInClusterQueue": position,
+                "positionInLocalQueue": position,
+            }
+            for position, name in enumerate(self.pending[part["name"]])
+        ]
+        version = f"{part['group']}/{part['version']}"
+        return {"kind": "PendingWorkloadsSummary", "apiVersion": version, "items": items}
 
     def _group(self, name: str) -> Response:
         """What the server says of an API group; it prefers the newest version."""

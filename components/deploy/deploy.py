@@ -46,27 +46,46 @@ def rollback(
 ) -> dict[str, Any]:
     """Return all traffic to the version that had it before, or to ``version``.
 
-    Raises `UserError` if there is no version to return to.
+    A run that repeats the step returns to the same version again. Raises `UserError` if there is no
+    version to return to.
     """
     from nudge.components.common.clients.registry.connection import registry_url, with_registry
-    from nudge.components.common.clients.registry.releases import find_served
+    from nudge.components.common.clients.registry.releases import (
+        Rollback,
+        find_rollback,
+        find_served,
+        note_rollback,
+    )
+    from nudge.components.common.core.provenance import this_run
 
     if version:
         return _serve_in_step(settings, registered_model, version)
-    served = with_registry(registry_url(settings.registry_url), find_served(registered_model))
+    url, run_id = registry_url(settings.registry_url), this_run("")
+    decided = with_registry(url, find_rollback(registered_model, run_id)) if run_id else None
+    if decided is not None:
+        check = unmoved(decided.shares, {decided.version: 100})
+        return _serve_in_step(settings, registered_model, decided.version, check)
+    served = with_registry(url, find_served(registered_model))
     version = version_before(settings, registered_model, served)
-    return _serve_in_step(settings, registered_model, version, still_before(version))
+
+    def check_and_note(before: Served | None, live: dict[str, int]) -> None:
+        still_before(version)(before, live)
+        if run_id:
+            # Once the traffic has moved, the way back leads one version further.
+            with_registry(url, note_rollback(registered_model, Rollback(run_id, version, live)))
+
+    return _serve_in_step(settings, registered_model, version, check_and_note)
 
 
 class Moved(UserError):
     """The traffic has changed since this shift was decided."""
 
 
-def unmoved(shares: dict[str, int]) -> Check:
-    """A check for `shift`: raises `Moved` unless the traffic is still split as ``shares``."""
+def unmoved(*shares: dict[str, int]) -> Check:
+    """A check for `shift`: raises `Moved` unless the traffic is still split as one of these."""
 
     def check(before: Served | None, live: dict[str, int]) -> None:
-        if live != shares:
+        if live not in shares:
             raise Moved("another run or command has moved the traffic meanwhile")
 
     return check

@@ -19,6 +19,7 @@ from nudge.components.common.artifacts import model_files
 from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.names import check_name
+from nudge.components.common.models.registered import expected
 from nudge.components.deploy.settings import DeploySettings
 
 FOLDER = "/mnt/models"
@@ -78,17 +79,6 @@ def _check_s3(title: str, version: Version, settings: DeploySettings) -> None:
         )
 
 
-def expected(version: Version) -> dict[str, Any]:
-    """What the registry says of a version's files: arguments of `model_files.check`."""
-    digest = str(version.properties.get("manifest_sha256", ""))
-    return {
-        "manifest_sha256": digest,
-        "model": version.model,
-        "version": version.name,
-        "weights": str(version.properties.get("model_sha256", "")),
-    }
-
-
 def check_folder(folder: Path, version: Version) -> None:
     """Raise `UserError` unless a folder holds exactly what was evaluated and registered."""
     try:
@@ -102,7 +92,7 @@ def check_image(version: Version) -> None:
 
     The image's digest binds the content, but only the manifest inside says of which version it is.
     """
-    from nudge.components.common.models.base_model import download_model
+    from nudge.components.common.models.registered import download_model
 
     with tempfile.TemporaryDirectory() as folder:
         download_model(version.uri, Path(folder), (model_files.MANIFEST,))

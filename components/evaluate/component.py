@@ -15,6 +15,7 @@ def evaluate(
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
     scores: dsl.Output[dsl.Dataset],
+    evaluation_sha256: dsl.OutputPath(str),  # type: ignore[valid-type]
 ) -> int:
     """Score base, served version and candidate on held-out text, and decide whether to promote.
 
@@ -29,6 +30,7 @@ def evaluate(
         metrics: The metrics that the dashboard shows.
         report: One HTML page: is the candidate better, and can that be trusted?
         scores: Every document's score under every model, as Parquet.
+        evaluation_sha256: The sha256 of the evaluation, so that `register` notices a change.
 
     Returns:
         1 if the candidate is shown to be better and every check passes, else 0.
@@ -36,18 +38,18 @@ def evaluate(
     import math
     from pathlib import Path
 
-    from nudge.components.common.core.recipe import step_settings
     from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.evaluate.evaluate import evaluate
-    from nudge.components.evaluate.settings import EvaluateSettings
+    from nudge.components.evaluate.settings import evaluate_settings
 
     with exit_with_user_errors():
         named = {"base_model": base_model, "model_name": model_name}
-        settings = step_settings(EvaluateSettings, "evaluate", recipe, **named)
+        settings = evaluate_settings(recipe, **named)
         inputs = {"corpus": corpus, "model": model, "history": history}
         outputs = {"evaluation": evaluation, "report": report, "scores": scores}
         paths = {name: Path(artifact.path) for name, artifact in {**inputs, **outputs}.items()}
         result = evaluate(settings, **paths)
+        Path(evaluation_sha256).write_text(result["evaluation_sha256"])
         for name in ("promote", "base_bits_per_byte", "candidate_bits_per_byte"):
             if math.isfinite(result[name]):
                 metrics.log_metric(name, result[name])

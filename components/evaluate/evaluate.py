@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from nudge.components.common.core.publish import sha256_file
 from nudge.components.common.core.step import step
 from nudge.components.evaluate.settings import EvaluateSettings
 
@@ -19,7 +20,10 @@ def evaluate(
     report: Path,
     scores: Path,
 ) -> dict[str, Any]:
-    """Find the version that is served now and the guards' texts, then `judge` the candidate."""
+    """Find the version that is served now and the guards' texts, then `judge` the candidate.
+
+    Returns the results of `judge`, and ``evaluation_sha256``.
+    """
     # These load torch and transformers, which the pipeline's face must not need.
     from nudge.components.evaluate.incumbent import bring, find_incumbent
     from nudge.components.evaluate.judge import judge
@@ -27,13 +31,15 @@ def evaluate(
     from nudge.components.evaluate.texts import guard_documents
 
     check_tasks(settings)
-    incumbent, served = bring(find_incumbent(settings.model_name, settings.registry_url))
+    found = find_incumbent(settings.model_name, settings.registry_url)
+    incumbent, served = bring(found, settings.model_name, settings.unverified)
     # The incumbent is an input of `judge`, so that the result can be reused for the same one.
-    plain = dataclasses.replace(settings, model_name="", registry_url="")
+    plain = dataclasses.replace(settings, model_name="", registry_url="", unverified=[])
     guards = {
         guard.name: [dataclasses.asdict(document) for document in guard_documents(guard)]
         for guard in settings.guards
     }
     inputs = {"corpus": corpus, "model": model, "history": history}
     outputs = {"evaluation": evaluation, "report": report, "scores": scores}
-    return judge(plain, incumbent=incumbent, served=served, guards=guards, **inputs, **outputs)
+    result = judge(plain, incumbent=incumbent, served=served, guards=guards, **inputs, **outputs)
+    return {**result, "evaluation_sha256": sha256_file(evaluation)}

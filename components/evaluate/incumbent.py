@@ -1,11 +1,14 @@
 """Find the version that users get now, which can be found, none or unknown."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
+from nudge.components.common.artifacts import model_files
 from nudge.components.common.artifacts.evaluation import Incumbent
 from nudge.components.common.clients.tls import tls_context
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.models.registered import CHECKED, expected
 
 TIMEOUT_S = 10.0
 ATTEMPTS = 4
@@ -40,33 +43,55 @@ def find_incumbent(model_name: str, registry_url: str = "") -> Incumbent:
         )
     if version is None:
         return Incumbent("none")
-    sha256 = str(version.properties.get("model_sha256", ""))
+    registered = expected(version)
     # A run that resumes after its promotion: the version it was compared with had all the traffic.
     shares = served.shares if version.name == served.main else {version.name: 100}
     return Incumbent(
-        "found", version=version.name, uri=version.uri, sha256=sha256, shares=dict(shares)
+        "found",
+        version=version.name,
+        uri=version.uri,
+        sha256=registered["weights"],
+        manifest_sha256=registered["manifest_sha256"],
+        shares=dict(shares),
     )
 
 
-def bring(incumbent: Incumbent) -> tuple[Incumbent, Path | None]:
+def bring(
+    incumbent: Incumbent, model_name: str = "", unverified: Sequence[str] = ()
+) -> tuple[Incumbent, Path | None]:
     """The incumbent and its local folder; if it cannot be read completely, ``unknown`` and None.
 
-    An uploaded folder is checked against its manifest, and its weights against the hash in the
-    registry, because a model that was changed since is not the one that users get.
+    A model that was changed or exchanged since its registration is not the one that users get, and
+    a worse one would let a worse candidate pass. So the folder is checked against its manifest, the
+    manifest against the digest, model and version in the registry, and the weights against theirs.
+    A URI without such a manifest is refused unless its scheme is in ``unverified``.
     """
     from nudge.components.common.models.base_model import local_model, model_sha256
 
     if incumbent.state != "found":
         return incumbent, None
     try:
+        scheme = incumbent.uri.partition("://")[0]
+        if scheme not in (*CHECKED, *unverified):
+            raise UserError(
+                f"it is registered as {incumbent.uri}, and nothing there can be compared with what "
+                "was evaluated; expected s3:// or oci://, or the scheme in deploy.unverified"
+            )
         folder = local_model(incumbent.uri)
+        if scheme in CHECKED:
+            model_files.check(
+                folder,
+                manifest_sha256=incumbent.manifest_sha256,
+                model=model_name,
+                version=incumbent.version,
+            )
         actual = model_sha256(folder)
         if incumbent.sha256 not in ("", actual):
             raise UserError(
                 f"the weights at {incumbent.uri} have the sha256 {actual}, but the registry "
                 f"says {incumbent.sha256}: they were changed after registration"
             )
-    except UserError as error:
+    except (UserError, model_files.Tampered) as error:
         why = f"the candidate cannot be compared with {incumbent.version}: {error}"
         return dataclasses.replace(incumbent, state="unknown", why=why), None
     return incumbent, folder

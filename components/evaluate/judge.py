@@ -35,6 +35,7 @@ from nudge.components.common.core.publish import sha256_file, write_atomic
 from nudge.components.common.core.step import reusable
 from nudge.components.common.models.base_model import local_model, model_sha256, resolved
 from nudge.components.common.models.language_model import load_tokenizer
+from nudge.components.common.models.registered import split_pin
 from nudge.components.evaluate import checks
 from nudge.components.evaluate.added_checks import added_checks
 from nudge.components.evaluate.answers import Answers, Asked, ask, plainly
@@ -137,9 +138,10 @@ def judge(
 def _models(
     settings: EvaluateSettings, incumbent: Incumbent, served: Path | None, candidate: Path
 ) -> Models:
-    uris = {"base": resolved(settings.base_model)}
+    base = resolved(settings.base_model)
+    uris = {"base": split_pin(base)[0]}
     same = served is not None and uris["base"] == incumbent.uri
-    folders = {"base": served if served and same else local_model(uris["base"])}
+    folders = {"base": served if served and same else local_model(base)}
     if served is not None:
         folders["incumbent"], uris["incumbent"] = served, incumbent.uri
     folders["candidate"] = candidate

@@ -1,13 +1,14 @@
 """The settings of the step `evaluate`."""
 
 import re
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from nudge.components.common.clients.registry.connection import RegistryUrl
 from nudge.components.common.clients.registry.names import OptionalRegistryName
+from nudge.components.common.core.recipe import some_settings, step_settings
 from nudge.components.common.core.sample_size import MIN_DOCUMENTS
 from nudge.components.common.core.settings import settings
 
@@ -115,6 +116,9 @@ class EvaluateSettings:
     served, and nothing is promoted."""
     registry_url: RegistryUrl = ""
     """Empty means NUDGE_REGISTRY_URL."""
+    unverified: list[Literal["hf", "pvc"]] = field(default_factory=list)
+    """Compare with a served version at ``hf://`` or ``pvc://``, whose files cannot be checked
+    against the registry. Empty in a recipe means its deploy.unverified."""
     window: Annotated[int, Field(ge=8)] = 512
     """Tokens of context in one forward pass."""
     stride: Annotated[int, Field(ge=1)] = 256
@@ -176,3 +180,18 @@ class EvaluateSettings:
         if doubled := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two guards are named {', '.join(sorted(doubled))}; rename one")
         return self
+
+
+@settings
+class Unverified:
+    """The schemes that a recipe's section `deploy` trusts."""
+
+    unverified: list[Literal["hf", "pvc"]] = field(default_factory=list)
+
+
+def evaluate_settings(recipe: str, **overrides: Any) -> EvaluateSettings:
+    """The settings in a recipe's text; `overrides` and errors are those of `step_settings`."""
+    chosen = step_settings(EvaluateSettings, "evaluate", recipe, **overrides)
+    if chosen.unverified:
+        return chosen
+    return replace(chosen, unverified=some_settings(Unverified, "deploy", recipe).unverified)

@@ -113,6 +113,7 @@ def _texts(guard: Guard, path: Path) -> Iterator[str]:
                 text = record.text.text() if isinstance(record.text, Page) else record.text
                 if isinstance(text, Unreadable):
                     raise UserError(_unreadable(guard, path, record.name, text))
+                assert isinstance(text, str)  # these options read no conversations
                 yield text
     except OSError as error:
         why = error.strerror or str(error)

@@ -5,12 +5,13 @@ from collections import Counter
 from pathlib import PurePosixPath
 from typing import Any
 
+from nudge.components.common.chat.refusals import REASONS
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.readers import suffix_of
 
-DUPLICATES = ("duplicate", "near_duplicate")
-NO_LOSS = ("hidden", "linked_folder", "metadata", "not_text")
-"""Reasons for files that are skipped on purpose; they do not count as a loss."""
+DUPLICATES = ("duplicate", "near_duplicate", "repeated_prompt", "near_repeated_prompt")
+NO_LOSS = ("hidden", "linked_folder", "metadata", "not_text", "over_its_share")
+"""Reasons for what is left out on purpose; it does not count as a loss."""
 EXAMPLES = 4
 HINTS = {"no_text_layer": "add one with ocrmypdf, from pip install 'nudge-lm[ocr]'"}
 """What to do about a reason, where a sentence says it."""
@@ -19,7 +20,8 @@ HINTS = {"no_text_layer": "add one with ocrmypdf, from pip install 'nudge-lm[ocr
 def account(counts: dict[str, Any]) -> str:
     """One line: ``read 340, kept 120, held out 12; dropped: 100 unknown_kind (.docx .xlsx)``."""
     dropped = ", ".join(reasons(counts))
-    return f"{_totals(counts)}; dropped: {dropped or 'nothing'}{_encodings(counts)}"
+    found = f"{_totals(counts)}; dropped: {dropped or 'nothing'}{_encodings(counts)}"
+    return f"{found}{_mix(counts)}"
 
 
 def reasons(counts: dict[str, Any]) -> list[str]:
@@ -72,11 +74,43 @@ def check_loss(counts: dict[str, Any], most: float) -> None:
     )
 
 
+def check_conversations(counts: dict[str, Any], found: int) -> None:
+    """Raise `UserError` if fewer than half of the conversations can be learned from; ``found`` is
+    the number of those that were read and pass every check."""
+    refused = {reason: n for reason, n in counts["dropped"].items() if reason in REASONS}
+    lost = sum(refused.values())
+    if lost <= found:
+        return
+    table = "\n".join(
+        f"  {phrase}: {REASONS[phrase.split()[1]]}"
+        for phrase in reasons({**counts, "dropped": refused})
+    )
+    raise UserError(
+        f"only {found} of {found + lost} conversations can be learned from, and at least half must "
+        f"be; refused:\n{table}\n"
+        "Correct these records (the report names file, row and reason of some), or set "
+        "ingest.format: text if they are no conversations"
+    )
+
+
 def _totals(counts: dict[str, Any]) -> str:
+    chats = counts.get("conversations", 0)
     return (
-        f"read {counts['documents_in']}, kept {counts['documents']}, "
+        f"read {counts['documents_in']}, kept {counts['documents']}"
+        f"{f' ({chats} conversations)' if chats else ''}, "
         f"held out {counts['validation_documents']}"
     )
+
+
+def _mix(counts: dict[str, Any]) -> str:
+    parts = counts.get("mix", [])
+    total = sum(part["train_documents"] for part in parts)
+    shown = ", ".join(
+        f"{part['name']} {part['train_documents']} ({part['train_documents'] / total:.1%})"
+        for part in parts
+        if total
+    )
+    return f"; mix of training documents: {shown}" if shown else ""
 
 
 def _encodings(counts: dict[str, Any]) -> str:

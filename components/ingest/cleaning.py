@@ -16,11 +16,14 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from nudge.components.common.artifacts.corpus import text_sha256
+from nudge.components.common.chat.conversation import Conversation
 from nudge.components.common.core import workers
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.processes import usable_cores
 from nudge.components.common.readers import Page, Record, Unreadable
-from nudge.components.ingest.duplicates import BUCKETS, Documents, signature
+from nudge.components.common.readers.records import characters
+from nudge.components.ingest import conversations
+from nudge.components.ingest.duplicates import BUCKETS, Documents, signature, word_hashes
 from nudge.components.ingest.filters import Filter, make_filters, normalize
 from nudge.components.ingest.pieces import pieces
 from nudge.components.ingest.settings import IngestSettings
@@ -48,6 +51,9 @@ class Row(NamedTuple):
     raw_bytes: int
     bytes: int
     keys: tuple[int, ...]
+    turns: tuple[int, ...] | None = None
+    """For a conversation, whose JSON is the text: hashes of its user side and of its first user
+    turn, and the latter's `signature`."""
 
 
 class Drop(NamedTuple):
@@ -87,11 +93,14 @@ def clean_all(record: Record, filters: list[Filter], settings: IngestSettings) -
 
 def clean(record: Record, filters: list[Filter], settings: IngestSettings) -> Row | Drop:
     """The result for one record."""
+    if isinstance(record.text, Conversation):
+        return _conversation(record, record.text, settings)
     raw = record.text.text() if isinstance(record.text, Page) else record.text
     text: str | Unreadable = raw
     size = raw.bytes if isinstance(raw, Unreadable) else len(raw.encode("utf-8", "replace"))
     if isinstance(raw, str):
-        text = normalize(raw)
+        is_text = settings.format != "chat"
+        text = normalize(raw) if is_text else Unreadable("not_a_conversation", "a text")
     for apply in filters:
         if not isinstance(text, str):
             break
@@ -111,7 +120,28 @@ def clean(record: Record, filters: list[Filter], settings: IngestSettings) -> Ro
         share_of(text, settings),
         size,
         len(text.encode()),
-        tuple(signature(text)) if settings.near_duplicates else (0,) * BUCKETS,
+        tuple(signature(word_hashes(text))) if settings.near_duplicates else (0,) * BUCKETS,
+    )
+
+
+def _conversation(record: Record, raw: Conversation, settings: IngestSettings) -> Row | Drop:
+    size = len(raw.to_json().encode("utf-8", "replace"))
+    found, name = conversations.cleaned(raw, settings), normalize(record.name)
+    if isinstance(found, Unreadable):
+        excerpt = found.detail or raw.transcript()[:SAMPLE_CHARACTERS]
+        return Drop(found.reason, size, f"{name}: {normalize(excerpt)}", found.detail)
+    body, turns = found.to_json(), conversations.turns_of(found, settings)
+    return Row(
+        name,
+        body,
+        normalize(record.license),
+        normalize(record.origin),
+        text_sha256(body),
+        turns.share,
+        size,
+        len(body.encode()),
+        conversations.whole_keys(found, settings),
+        (turns.user_side, turns.first, *turns.keys),
     )
 
 
@@ -196,8 +226,8 @@ class Cleaner:
             tally.encodings[record.encoding] += 1
         if isinstance(record.text, Page):
             self._batched += PAGE_WORK * len(record.text.raw)
-        elif isinstance(record.text, str):
-            self._batched += len(record.text)
+        else:
+            self._batched += characters(record.text)
         if self._batched >= BATCH_BYTES or len(self._batch) >= BATCH_RECORDS:
             self._send()
 

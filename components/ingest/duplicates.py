@@ -32,6 +32,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nudge.components.common.chat.conversation import from_json
+
 if TYPE_CHECKING:
     from nudge.components.ingest.cleaning import Row
 
@@ -74,8 +76,11 @@ class _Words(dict[str, int]):
 _words = _Words()
 
 
-def signature(text: str) -> list[int]:
-    """One 64-bit key per bucket; two texts that share a key are near duplicates."""
+def word_hashes(text: str) -> np.ndarray:
+    """The hashes of a text's words, without case, accents and punctuation; uint64 [words].
+
+    A text without words has one, of all of it.
+    """
     if not text.isascii():
         pieces = (text[start : start + LONG] for start in range(0, len(text), LONG))
         text = "".join(ALONE.sub(r" \1 ", piece) for piece in pieces)
@@ -83,22 +88,41 @@ def signature(text: str) -> list[int]:
     found = text.split() if len(text) < LONG else map(re.Match.group, re.finditer(r"\S+", text))
     words = np.fromiter(map(_words.__getitem__, found), np.uint64)
     words = words[words != 0]
-    if not len(words):
-        words = np.array([_hash(text)], np.uint64)
-    width = min(NGRAM, len(words))
+    return words if len(words) else np.array([_hash(text)], np.uint64)
+
+
+def gram_hashes(words: np.ndarray, width: int) -> np.ndarray:
+    """The hashes of all ``width`` consecutive words; uint64 [words - width + 1]."""
     count = len(words) - width + 1
     grams = np.zeros(count, np.uint64)
     for first in range(width):
         grams = grams * STEP + words[first : first + count]
-    grams = _mixed(grams)
+    return _mixed(grams)
+
+
+def signature(words: np.ndarray, rows: int = ROWS) -> list[int]:
+    """One 64-bit key per bucket from a text's `word_hashes`; two texts that share a key are near
+    duplicates. Buckets of fewer ``rows`` find more pairs, which are less similar."""
+    grams = gram_hashes(words, min(NGRAM, len(words)))
     smallest = np.full(BUCKETS * ROWS, np.iinfo(np.uint64).max)
-    for start in range(0, count, CHUNK):
+    for start in range(0, len(grams), CHUNK):
         hashes = grams[start : start + CHUNK, None] * FACTORS
         np.minimum(smallest, hashes.min(axis=0), out=smallest)
-    keys = np.zeros(BUCKETS, np.uint64)
-    for row in smallest.reshape(BUCKETS, ROWS).T:
+    keys = np.zeros(len(smallest) // rows, np.uint64)
+    for row in smallest.reshape(-1, rows).T:
         keys = _mixed((keys ^ row) * STEP)
     return list(keys.tolist())
+
+
+def grams_of(text: str) -> np.ndarray:
+    """The distinct hashes of the word 5-grams of a text, in order; uint64 [grams]."""
+    words = word_hashes(text)
+    return np.unique(gram_hashes(words, min(NGRAM, len(words))))
+
+
+def hash_of(words: np.ndarray) -> int:
+    """One 64-bit hash of all `word_hashes` of a text."""
+    return int.from_bytes(hashlib.blake2b(words.tobytes(), digest_size=8).digest())
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
@@ -120,10 +144,11 @@ ROW = {
     "raw_bytes": "BIGINT",
     "bytes": "BIGINT",
     **dict.fromkeys(KEYS, "UBIGINT"),
+    "turns": "UBIGINT[]",
 }
 """A document as `Documents.save` writes it; the tables have ``text_at`` and ``characters`` instead
-of the text."""
-TYPES = {
+of the text. ``turns`` is NULL unless the text is the JSON of a conversation (`twins`)."""
+TYPES: dict[str, Any] = {
     "BIGINT": "int64",
     "INTEGER": "int32",
     "VARCHAR": "string",
@@ -162,8 +187,8 @@ class Documents:
 
     def add(self, number: int, place: int, row: "Row") -> None:
         """Add document number ``place`` of object ``number``; objects arrive in order."""
-        *values, keys = row
-        self._rows.append((_doc(number, place), number, *values, *keys))
+        *values, keys, turns = row
+        self._rows.append((_doc(number, place), number, *values, *keys, turns))
         self._unwritten_bytes += row.bytes
         if self._unwritten_bytes >= BATCH_BYTES or len(self._rows) >= BATCH_ROWS:
             self.flush()
@@ -180,7 +205,7 @@ class Documents:
         import pyarrow.parquet
 
         self.flush()
-        schema = pyarrow.schema([(name, TYPES[kind]) for name, kind in ROW.items()])
+        schema = pyarrow.schema([(name, _arrow_type(kind)) for name, kind in ROW.items()])
         rows = self.query(
             f"SELECT text_at, bytes, {', '.join(REST)} FROM docs "
             "SEMI JOIN (SELECT unnest(?::INTEGER[]) AS object) USING (object)",
@@ -204,7 +229,10 @@ class Documents:
                 here = [numbers[number] for number in table["object"].to_pylist()]
                 places = [doc & ((1 << PLACES) - 1) for doc in table["doc"].to_pylist()]
                 docs = list(map(_doc, here, places))
-                columns = {**{name: table[name] for name in REST}, "doc": docs, "object": here}
+                columns = {name: table[name] for name in REST}
+                # pyarrow cannot convert an array of lists with nulls to itself.
+                turns = table["turns"].to_pylist()
+                columns |= {"doc": docs, "object": here, "turns": turns}
                 self._insert(columns, table["text"].to_pylist())
 
     def close(self) -> None:
@@ -215,6 +243,20 @@ class Documents:
         """The text of a document, located by its columns ``text_at`` and ``bytes``."""
         return os.pread(self._texts.fileno(), size, at).decode()
 
+    def plain_text(self, is_conversation: bool, at: int, size: int) -> str:
+        """The text of a document, or of all turns of a conversation."""
+        text = self.text(at, size)
+        return from_json(text).transcript() if is_conversation else text
+
+    @property
+    def conversations(self) -> int:
+        """How many documents are conversations, duplicates included."""
+        return int(next(self.query("SELECT count(*) FROM docs WHERE turns IS NOT NULL"))[0])
+
+    def run(self, sql: str, values: Sequence[Any] = ()) -> None:
+        """Run a statement that returns no rows."""
+        self._database.execute(sql, list(values))
+
     def query(self, sql: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
         """The rows of a query, fetched in batches."""
         cursor = self._database.cursor().execute(sql, list(values))
@@ -222,7 +264,8 @@ class Documents:
             yield from rows
 
     def find_duplicates(self, near: bool) -> None:
-        """Create the table ``verdicts``: each doc with its reason, NULL if it is kept."""
+        """Create the table ``verdicts``: each doc with its reason, NULL if it is kept, and its
+        ``side``, the number in [0, 1) that decides its split."""
         self.flush()
         run = self._database.execute
         run("CREATE TABLE firsts AS SELECT sha256, min(doc) AS doc FROM docs GROUP BY sha256")
@@ -234,7 +277,7 @@ class Documents:
                     shared AS (SELECT k, min(doc) AS u FROM keys GROUP BY k HAVING count(*) > 1)
                 SELECT u, doc FROM keys JOIN shared USING (k) WHERE doc <> u"""
             )
-        self._join_clusters()
+        self.join_clusters()
         run(
             """CREATE TABLE verdicts AS
             WITH members AS (
@@ -245,13 +288,14 @@ class Documents:
             )
             SELECT docs.doc AS doc,
                 CASE WHEN firsts.doc IS NULL THEN 'duplicate'
-                    WHEN kept.best <> docs.doc THEN 'near_duplicate' END AS reason
+                    WHEN kept.best <> docs.doc THEN 'near_duplicate' END AS reason,
+                docs.share AS side
             FROM docs LEFT JOIN firsts ON docs.doc = firsts.doc
                 LEFT JOIN members ON docs.doc = members.doc
                 LEFT JOIN kept ON members.cluster = kept.cluster"""
         )
 
-    def _join_clusters(self) -> None:
+    def join_clusters(self) -> None:
         """Turn ``edges`` into stars: each member v with the smallest member u of its cluster."""
         before = None
         while before != (now := self._stars()):
@@ -301,13 +345,19 @@ class Documents:
         self._texts.writelines(raw)
         self._texts.flush()
         rows = {
-            **{name: pyarrow.array(columns[name], TYPES[ROW[name]]) for name in REST},
+            **{name: pyarrow.array(columns[name], _arrow_type(ROW[name])) for name in REST},
             "text_at": list(ends)[:-1],
             "characters": list(map(len, texts)),
         }
         self._database.register("batch", pyarrow.table(rows))
         self._database.execute("INSERT INTO docs BY NAME SELECT * FROM batch")
         self._database.unregister("batch")
+
+
+def _arrow_type(kind: str) -> Any:
+    import pyarrow
+
+    return pyarrow.list_(pyarrow.uint64()) if kind.endswith("[]") else TYPES[kind]
 
 
 def _doc(number: int, place: int) -> int:

@@ -10,7 +10,7 @@ import ipaddress
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -32,14 +32,23 @@ IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"
 
 def normalize(text: str) -> str:
     """The text in Unicode NFC with plain newlines, without NUL, lone surrogates, outer blanks."""
+    return tidy(text).strip()
+
+
+def tidy(text: str) -> str:
+    """The same with outer blanks."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
     if not text.isascii():
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return unicodedata.normalize("NFC", text).strip()
+    return unicodedata.normalize("NFC", text)
 
 
-def make_filters(settings: IngestSettings) -> list[Filter]:
-    """The recipe's filters in their order; raises `UserError` if a filter lacks what it needs."""
+def make_filters(settings: IngestSettings, names: Sequence[str] | None = None) -> list[Filter]:
+    """The recipe's filters in their order, or those of ``names``.
+
+    Raises `UserError` if a filter lacks what it needs.
+    """
+    names = settings.filters if names is None else names
     made: dict[str, Callable[[IngestSettings], Filter]] = {
         "unicode": _unicode,
         "length": _length,
@@ -48,14 +57,14 @@ def make_filters(settings: IngestSettings) -> list[Filter]:
         "pii": _pii,
     }
     for point in entry_points(group=FILTER_GROUP):
-        if point.name in settings.filters:
+        if point.name in names:
             try:
                 made[point.name] = point.load()
             except (ImportError, AttributeError) as error:
                 raise UserError(
                     f"ingest.filters: {point.name} ({point.value}) cannot be loaded: {error}"
                 ) from None
-    return [made[name](settings) for name in settings.filters]
+    return [made[name](settings) for name in names]
 
 
 def _unicode(_: IngestSettings) -> Filter:

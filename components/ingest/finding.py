@@ -17,6 +17,7 @@ from nudge.components.common.core.uris import is_local, package_path
 from nudge.components.common.readers import accepted, hidden_part, reason_unread
 from nudge.components.ingest.downloads import WebLimits
 from nudge.components.ingest.listing import MAGIC, local_files, local_name, named_uris
+from nudge.components.ingest.settings import IngestSettings
 from nudge.components.ingest.sources import Source, listed_version, version_of
 from nudge.components.ingest.stores import WEB, Vanished, file_system_of, why, with_retries
 
@@ -53,6 +54,23 @@ def find_sources(data_uri: str | Sequence[str], limits: WebLimits | None = None)
         for number, other in enumerate(others, 2):
             numbered.append(dataclasses.replace(other, uri=f"{other.uri} ({number})", listed=""))
     return numbered
+
+
+def sources_of(settings: IngestSettings, limits: WebLimits) -> list[Source]:
+    """The sources of a recipe, also those of a mix; raises `UserError` as `find_sources` does, and
+    if two parts of a mix share a file."""
+    if not settings.mix:
+        return find_sources(settings.data_uri, limits)
+    found: dict[str, Source] = {}
+    for part in settings.mix:
+        for source in find_sources(part.data_uri, limits):
+            other = found.setdefault(source.uri, dataclasses.replace(source, part=part.name))
+            if other.part != part.name:
+                raise UserError(
+                    f"ingest.mix: {source.uri} is in {other.part} and in {part.name}; a file can "
+                    "have only one share"
+                )
+    return [found[uri] for uri in sorted(found)]
 
 
 def _check_scheme(uri: str) -> None:

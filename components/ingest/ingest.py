@@ -62,18 +62,20 @@ class _TooFew(UserError):
 def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, Any]:
     from nudge.components.common.artifacts.corpus import SPLITS, write_corpus
     from nudge.components.common.core.progress import progress
-    from nudge.components.ingest.account import account, check_loss
+    from nudge.components.ingest.account import account, check_conversations, check_loss
     from nudge.components.ingest.downloads import WebLimits
     from nudge.components.ingest.duplicates import Documents
     from nudge.components.ingest.filters import make_filters
-    from nudge.components.ingest.finding import find_sources
+    from nudge.components.ingest.finding import sources_of
+    from nudge.components.ingest.mix import apply_mix
     from nudge.components.ingest.new_text import is_new
     from nudge.components.ingest.report import render_report
     from nudge.components.ingest.state import IngestState
+    from nudge.components.ingest.twins import judge
 
     make_filters(settings)  # report what a filter lacks before anything is read
     limits = WebLimits(settings.allow_private_addresses, settings.max_download_bytes)
-    sources = find_sources(settings.data_uri, limits)
+    sources = sources_of(settings, limits)
     corpus.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".ingest-", dir=corpus.parent) as folder:
         documents = Documents(Path(folder))
@@ -85,14 +87,18 @@ def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, A
             read = _read_all(sources, old, settings, documents, bar)
             bar.note(stage="looking for duplicates")
             documents.find_duplicates(settings.near_duplicates)
+            judge(documents, settings.repeated_prompts)
+            apply_mix(documents, sources, settings)
             facts = [copy.deepcopy(read[number]) for number in range(len(sources))]
             columns = [fact.pop("columns") for fact in facts]
             samples = _samples([fact.pop("samples") for fact in facts])
             samples |= _count_duplicates(documents, sources, facts)
             counts = _counts(settings, documents, facts)
             _check(settings, counts, next(filter(None, columns), ""))
+            check_conversations(counts, documents.conversations)
             check_loss(counts, settings.max_lost)
-            longest = next(documents.query(f"SELECT coalesce(max(characters), 0) {KEPT}"))[0]
+            texts = f"SELECT coalesce(max(characters), 0) {KEPT} AND turns IS NULL"
+            longest = next(documents.query(texts))[0]
             _check_split(settings, counts, longest)
             bar.note(stage="writing")
             with published(corpus) as part:
@@ -107,10 +113,10 @@ def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, A
             "GROUP BY low ORDER BY low"
         )
         held_out = documents.query(
-            f"SELECT text_at, bytes {KEPT} AND share < ? ORDER BY sha256 LIMIT 3",
+            f"SELECT turns IS NOT NULL, text_at, bytes {KEPT} AND side < ? ORDER BY sha256 LIMIT 3",
             [settings.validation_share],
         )
-        shown = [documents.text(*place)[:600] for place in held_out]
+        shown = [documents.plain_text(*place)[:600] for place in held_out]
         page = render_report(counts, fingerprint, dict(lengths), samples, shown)
         documents.close()
     write_atomic(report, page)
@@ -119,6 +125,7 @@ def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, A
         "read": counts["documents_in"],
         "dropped": counts["dropped"],
         "documents": counts["documents"],
+        "conversations": counts["conversations"],
         "train_documents": counts["train_documents"],
         "validation_documents": counts["validation_documents"],
         "bytes": counts["bytes"],
@@ -166,6 +173,7 @@ def _count_duplicates(
 ) -> dict[str, list[str]]:
     """Add the results of `find_duplicates` to each source's facts; returns samples of the dropped
     documents."""
+    from nudge.components.ingest.account import DUPLICATES
     from nudge.components.ingest.cleaning import SAMPLE_CHARACTERS, SAMPLES
 
     for fact in facts:
@@ -185,14 +193,14 @@ def _count_duplicates(
         for key in ("dropped", "dropped_bytes"):
             fact[key] = dict(sorted(fact[key].items()))
     samples = {}
-    for reason in ("duplicate", "near_duplicate"):
+    for reason in DUPLICATES:
         rows = documents.query(
-            "SELECT object, id, text_at, bytes FROM docs JOIN verdicts USING (doc) "
-            f"WHERE reason = ? ORDER BY doc LIMIT {SAMPLES}",
+            "SELECT object, id, turns IS NOT NULL, text_at, bytes "
+            f"FROM docs JOIN verdicts USING (doc) WHERE reason = ? ORDER BY doc LIMIT {SAMPLES}",
             [reason],
         )
         shown = [
-            f"{sources[number].uri} {name}: {documents.text(*place)[:SAMPLE_CHARACTERS]}"
+            f"{sources[number].uri} {name}: {documents.plain_text(*place)[:SAMPLE_CHARACTERS]}"
             for number, name, *place in rows
         ]
         if shown:
@@ -212,12 +220,13 @@ def _counts(
         dropped.update(fact["dropped"])
         dropped_bytes.update(fact["dropped_bytes"])
     held_out = next(
-        documents.query(f"SELECT count(*) {KEPT} AND share < ?", [settings.validation_share])
+        documents.query(f"SELECT count(*) {KEPT} AND side < ?", [settings.validation_share])
     )[0]
     kept = sum(fact["documents"] for fact in facts)
     counts: dict[str, Any] = {
         "documents_in": sum(fact["documents_in"] for fact in facts),
         "documents": kept,
+        "conversations": next(documents.query(f"SELECT count(*) {KEPT} AND turns IS NOT NULL"))[0],
         "bytes": sum(fact["kept_bytes"] for fact in facts),
         "text_bytes_in": sum(fact["text_bytes_in"] for fact in facts),
         "text_bytes_kept": sum(fact["text_bytes_kept"] for fact in facts),
@@ -233,6 +242,10 @@ def _counts(
         assert fact["documents_in"] == fact["documents"] + sum(fact["dropped"].values()), fact
         lost_bytes = sum(fact["dropped_bytes"].values())
         assert fact["text_bytes_in"] == fact["text_bytes_kept"] + lost_bytes, fact
+    if settings.mix:
+        from nudge.components.ingest.mix import mix_of
+
+        counts["mix"] = mix_of(documents, settings)
     if settings.license_column:
         counts["licenses"] = _groups(documents, "license", kept)
     if settings.source_column:
@@ -260,8 +273,10 @@ def _languages(documents: "Documents") -> dict[str, int]:
     """The languages of a sample of kept documents, drawn by hash; most frequent first."""
     import py3langid
 
-    rows = documents.query(f"SELECT text_at, bytes {KEPT} ORDER BY sha256 LIMIT {LANGUAGE_SAMPLE}")
-    texts = (documents.text(*place)[:LANGUAGE_CHARACTERS] for place in rows)
+    rows = documents.query(
+        f"SELECT turns IS NOT NULL, text_at, bytes {KEPT} ORDER BY sha256 LIMIT {LANGUAGE_SAMPLE}"
+    )
+    texts = (documents.plain_text(*place)[:LANGUAGE_CHARACTERS] for place in rows)
     found = Counter(py3langid.classify(text)[0] for text in texts)
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
@@ -274,28 +289,32 @@ def _kept(
     folder: Path,
 ) -> "Iterator[Document]":
     from nudge.components.common.artifacts.corpus import Document
+    from nudge.components.common.chat.conversation import from_json
     from nudge.components.ingest.ordering import in_hash_order
 
-    kept = f"{KEPT} AND share {'<' if split == 'validation' else '>='} ?"
+    kept = f"{KEPT} AND side {'<' if split == 'validation' else '>='} ?"
     edge = [settings.validation_share]
     size = next(documents.query(f"SELECT coalesce(sum(bytes), 0)::BIGINT {kept}", edge))[0]
     found = documents.query(
-        f"SELECT sha256, text_at, bytes, id, object, license, origin {kept}", edge
+        "SELECT sha256, text_at, bytes, id, object, license, origin, turns IS NOT NULL " + kept,
+        edge,
     )
     rows = ((sha256, documents.text(at, n), *rest) for sha256, at, n, *rest in found)
-    for _, text, name, number, license, origin in in_hash_order(rows, size, folder):
-        yield Document(name, text, sources[number].uri, license, origin)
+    for _, body, name, number, license, origin, is_chat in in_hash_order(rows, size, folder):
+        text, conversation = ("", from_json(body)) if is_chat else (body, None)
+        yield Document(name, text, sources[number].uri, license, origin, conversation)
 
 
 def _check(settings: IngestSettings, counts: dict[str, Any], columns: str) -> None:
     documents_in, count, dropped = (counts[key] for key in ("documents_in", "documents", "dropped"))
     if documents_in == 0:
-        raise UserError(f"the corpus is empty: {settings.data_uri} has no documents")
+        raise UserError(f"the corpus is empty: {settings.where} has no documents")
     reasons = ", ".join(f"{reason} {number}" for reason, number in dropped.items())
     if count == 0 and columns:
         raise UserError(
-            f"{settings.data_uri} has no column {settings.text_column!r}; it has: {columns}; "
-            "set ingest.text_column to the one with the text"
+            f"{settings.where} has no column {settings.text_column!r}; it has: {columns}; "
+            "set ingest.text_column to the one with the text, or rename the columns of a "
+            "conversation (messages, or prompt and completion, or question and answer)"
         )
     if count == 0:
         raise UserError(f"no document is left of {documents_in}; dropped: {reasons}")
@@ -303,7 +322,7 @@ def _check(settings: IngestSettings, counts: dict[str, Any], columns: str) -> No
         if not any(group["value"] for group in counts.get(key, [{"value": True}])):
             raise UserError(
                 f"ingest.{setting} is {getattr(settings, setting)!r}, but no document of "
-                f"{settings.data_uri} has a value in that column; correct the name, or remove the "
+                f"{settings.where} has a value in that column; correct the name, or remove the "
                 "setting"
             )
 

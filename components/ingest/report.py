@@ -39,7 +39,8 @@ blockquote { margin: .5rem 0; padding-left: .8rem; border-left: 3px solid var(--
   white-space: pre-wrap; }
 </style></head><body>
 <h1>Corpus</h1>
-<p><strong>{{ counts.documents }}</strong> of {{ counts.documents_in }} documents kept,
+<p><strong>{{ counts.documents }}</strong> of {{ counts.documents_in }} documents kept
+{{- " (" ~ counts.conversations ~ " conversations)" if counts.conversations else "" }},
 {{ counts.bytes }} bytes of text: {{ counts.train_documents }} to train on,
 {{ counts.validation_documents }} held out.{% if counts.encodings %}
 Encodings other than UTF-8:
@@ -76,6 +77,15 @@ size.</p>
 {% endfor %}</table>
 {% if counts.sources | length > sources_shown %}
 <p>{{ counts.sources | length - sources_shown }} more sources are in the corpus's manifest.</p>
+{% endif %}
+{% if counts.mix %}
+<h2>Mix</h2>
+<table><tr><th>source</th><th class="n">weight</th><th class="n">to train on</th>
+<th class="n">held out</th></tr>
+{% for part in counts.mix %}
+<tr><td>{{ part.name }}</td><td class="n">{{ part.weight }}</td>
+<td class="n">{{ part.train_documents }}</td><td class="n">{{ part.validation_documents }}</td></tr>
+{% endfor %}</table>
 {% endif %}
 {% for title, groups in (("Licenses", counts.licenses), ("Origins", counts.origins)) if groups %}
 <h2>{{ title }}</h2>
@@ -129,7 +139,7 @@ def render_report(
     most = max(lengths.values())
     bars = [(low, n, round(100 * n / most)) for low, n in lengths.items()]
     return PAGE.render(
-        counts={"licenses": [], "origins": [], **counts},
+        counts={"licenses": [], "origins": [], "mix": [], "conversations": 0, **counts},
         fingerprint=fingerprint,
         held_out=held_out,
         samples=samples,

@@ -20,15 +20,33 @@ that returns a function of a text, which returns a text or an `Unreadable` with 
 
 
 @settings
-class IngestSettings:
+class MixedSource:
+    name: str
+    """A name for reports."""
     data_uri: str | tuple[str, ...]
+    """Where its documents are, as in `ingest.data_uri`."""
+    weight: Annotated[float, Field(gt=0)]
+    """Its share of the documents, relative to the other weights."""
+
+
+@settings
+class IngestSettings:
+    data_uri: str | tuple[str, ...] = ""
     """The text's location: a path, URI or glob, or a list of them. In a string, lines or blanks
     separate several; a name with blanks is one if it exists or is in quotation marks."""
+    mix: tuple[MixedSource, ...] = ()
+    """Several sources and the share of the documents that each gets, in training and in validation,
+    instead of `data_uri`. No document is repeated: those that are too many are left out."""
     max_download_bytes: Annotated[int, Field(ge=1)] = 16 << 30
     """The largest file that is downloaded from an http:// or https:// address."""
     allow_private_addresses: bool = False
     """Whether a download may be redirected to this machine or to a private network. The host that
     `data_uri` names may be private either way."""
+    format: Literal["auto", "text", "chat"] = "auto"
+    """What a row of csv, json, jsonl and parquet is: a text (`text`), a conversation (`chat`), or
+    the text if its text column has one, else a conversation (`auto`). A conversation is in
+    `messages`, in ShareGPT's `conversations`, or in `prompt` and `completion`, `instruction`,
+    `input` and `output`, or `question` and `answer`."""
     text_column: str = "text"
     """The column or key that holds the text, in csv, jsonl and parquet."""
     id_column: str = "id"
@@ -68,6 +86,16 @@ class IngestSettings:
     any."""
     near_duplicates: bool = True
     """Whether to drop near duplicates as well as exact ones."""
+    repeated_prompts: Literal["keep", "drop_equal", "drop"] = "drop"
+    """Whether one of several conversations with the same user side and different answers is kept:
+    `drop` also compares near duplicates, `drop_equal` ignores only case and punctuation. Set `keep`
+    if several answers to one prompt are meant, or if prompts share a long template."""
+    max_conversation_characters: Annotated[int, Field(ge=0)] = 0
+    """The longest conversation in characters; 0: `max_characters`. The step `tokenize` has its own
+    limit in tokens."""
+    too_long: Literal["drop", "keep_first", "keep_last"] = "drop"
+    """What happens to a longer conversation: it is dropped and counted, or turns are cut from its
+    end (`keep_first`) or its beginning (`keep_last`). The system turn stays, and no turn is cut."""
     validation_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
     """Fraction of documents held out. Raising it later moves documents that earlier models were
     trained on into validation."""
@@ -96,6 +124,12 @@ class IngestSettings:
     """The registry that `only_new` asks; empty means NUDGE_REGISTRY_URL."""
 
     @property
+    def where(self) -> str:
+        """The locations of the text, for messages."""
+        uris = [part.data_uri for part in self.mix] or [self.data_uri]
+        return ", ".join(uri if isinstance(uri, str) else " ".join(uri) for uri in uris)
+
+    @property
     def reading(self) -> "ReadOptions":
         """How files are read."""
         from nudge.components.common.readers import ReadOptions
@@ -108,7 +142,18 @@ class IngestSettings:
             encoding=self.encoding,
             delimiter=self.delimiter,
             keep_front_matter=self.keep_front_matter,
+            format=self.format,
         )
+
+    @model_validator(mode="after")
+    def _sources_are_named(self) -> "IngestSettings":
+        if bool(self.data_uri) == bool(self.mix):
+            both = "both are set" if self.mix else "neither is set"
+            raise ValueError(f"set either data_uri or mix; {both}")
+        names = [part.name for part in self.mix]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"mix has the name {twice[0]!r} twice; give each source its own")
+        return self
 
     @model_validator(mode="after")
     def _filters_are_named(self) -> "IngestSettings":

@@ -39,6 +39,8 @@ class Source:
     listed: str = ""
     bytes: int | None = None
     limits: WebLimits = NO_SETTINGS
+    part: str = ""
+    """The name of its source in `ingest.mix`."""
     skipped: str = ""
     """Why it is not read, such as ``hidden``; empty if only its kind decides."""
 

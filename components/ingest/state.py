@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common import readers
+from nudge.components.common import chat, readers
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import read_manifest, sha256_file, write_manifest
 from nudge.components.common.core.uris import is_local, local_path
@@ -32,6 +32,7 @@ MANIFEST = "manifest.json"
 FILES = 16
 """If there are more, all are rewritten as one."""
 CLEANING = (
+    "format",
     "text_column",
     "id_column",
     "license_column",
@@ -46,6 +47,8 @@ CLEANING = (
     "languages",
     "pii",
     "near_duplicates",
+    "max_conversation_characters",
+    "too_long",
     "split_seed",
 )
 LIBRARIES = (
@@ -173,7 +176,7 @@ class IngestState:
 def _cleaning(settings: IngestSettings) -> str:
     """The sha256 of everything that decides the result for a record."""
     versions = {name: metadata.version(name) for name in LIBRARIES}
-    folders = (Path(__file__).parent, Path(readers.__file__).parent)
+    folders = [Path(file).parent for file in (__file__, readers.__file__, chat.__file__)]
     code = [sha256_file(path) for folder in folders for path in sorted(folder.glob("*.py"))]
     values = {name: getattr(settings, name) for name in CLEANING}
     return hashlib.sha256(json.dumps([values, code, versions]).encode()).hexdigest()

@@ -15,6 +15,7 @@ def register(
     model: dsl.Input[dsl.Model],
     evaluation: dsl.Input[dsl.Artifact],
     registered: dsl.Output[dsl.Model],
+    evaluation_sha256: str = "",
 ) -> NamedTuple("Outputs", [("registered_model", str), ("version", str)]):  # type: ignore[valid-type]
     """Register the uploaded model with its metrics, hyperparameters and lineage.
 
@@ -27,6 +28,7 @@ def register(
         model: The model that `train` trained.
         evaluation: The evaluation that `evaluate` wrote.
         registered: The model, with a link to its version in the registry.
+        evaluation_sha256: The digest that `evaluate` returned; empty compares nothing.
 
     Returns:
         registered_model: The name in the registry.
@@ -45,7 +47,14 @@ def register(
         settings = step_settings(RegisterSettings, "register", recipe, model_name=model_name)
         run = this_run(run_id)
         paths = {"model": Path(model.path), "evaluation": Path(evaluation.path)}
-        result = register(settings, uri=uri, version=version or run, run_id=run, **paths)
+        result = register(
+            settings,
+            **paths,
+            uri=uri,
+            version=version or run,
+            run_id=run,
+            evaluation_sha256=evaluation_sha256,
+        )
         registered.metadata.update(lineage(result))
         Path(registered.path).write_text(uri)
 

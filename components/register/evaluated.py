@@ -15,7 +15,7 @@ def evaluated_manifest(uri: str, model_name: str, version: str, candidate: Evalu
     evaluated ``candidate``. An evaluation by an older release only has a digest of the weights.
     """
     from nudge.components.common.core.publish import sha256_file
-    from nudge.components.common.models.base_model import download_model
+    from nudge.components.common.models.registered import download_model
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / model_files.MANIFEST

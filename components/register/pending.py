@@ -3,9 +3,13 @@
 ``<uri>.registration.json`` (nudge.registration, version 1) is next to the version's folder; for an
 image it is below ``registrations/`` in the data connection's bucket. Finishing a registration needs
 nothing else from the run, which may be gone.
+
+Whoever can write to the bucket can change this file too. So the command that the run prints has the
+file's sha256, and another file is refused.
 """
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -34,7 +38,8 @@ EMBEDDED, AWS = "embedded", "aws"
 def keep(entry: Registration, url: str) -> str:
     """Save a registration; returns the command that finishes it with the registry ``url``.
 
-    The command names the registry and the store, so it works in any shell.
+    The command names the registry and the store, so it works in any shell, and it has the sha256 of
+    what was saved.
     """
     bucket, key = _location(entry.uri)
     own = _is_embedded("model-registry") and url == registry_url()
@@ -45,12 +50,9 @@ def keep(entry: Registration, url: str) -> str:
         "registry": registry,
         "registration": dataclasses.asdict(entry),
     }
+    saved = json.dumps(body, indent=2, sort_keys=True).encode()
     with s3_errors(f"keep the registration of {entry.uri}"):
-        s3_client().put_object(
-            Bucket=bucket,
-            Key=key,
-            Body=json.dumps(body, indent=2, sort_keys=True).encode(),
-        )
+        s3_client().put_object(Bucket=bucket, Key=key, Body=saved)
     store = os.environ.get("AWS_S3_ENDPOINT") or AWS
     store = EMBEDDED if _is_embedded("object-store") else store
     command = ["nudge", "register", entry.uri, "--registry-url", registry, "--store", store]
@@ -58,15 +60,15 @@ def keep(entry: Registration, url: str) -> str:
         command += ["--bucket", bucket]
     if EMBEDDED in (registry, store):
         command += ["--home", str(nudge_home())]
-    return shlex.join(command)
+    return shlex.join([*command, "--sha256", hashlib.sha256(saved).hexdigest()])
 
 
-def finish(uri: str, *, any_registry: bool = False) -> dict[str, Any]:
+def finish(uri: str, sha256: str, *, any_registry: bool = False) -> dict[str, Any]:
     """Finish the pending registration of the version at ``uri``; returns the result of `enter`.
 
-    Unless ``any_registry``, the registry must be the one that the run used. Raises `UserError` if
-    it is another one, if no registration is pending, if the version is incomplete, or as
-    `register`.
+    ``sha256`` is that of the pending registration, which the run printed. Unless ``any_registry``,
+    the registry must be the one that the run used. Raises `UserError` if either is another one, if
+    no registration is pending, if the version is incomplete, or as `register`.
     """
     if not _complete(uri):
         raise UserError(f"{uri} is not a complete version; `nudge models` lists the versions")
@@ -81,6 +83,7 @@ def finish(uri: str, *, any_registry: bool = False) -> dict[str, Any]:
                 "registered"
             )
         client.download_fileobj(bucket, key, saved)
+    _check_unchanged(uri, saved.getvalue(), sha256)
     values = json.loads(saved.getvalue())
     if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
         raise UserError(f"{uri}{ENDING} is not in the format {FORMAT}, version {VERSION}")
@@ -92,9 +95,29 @@ def finish(uri: str, *, any_registry: bool = False) -> dict[str, Any]:
             f"the run used the registry {intended} for {uri}, but this command would use {here}; "
             f"pass --registry-url {intended} (or --registry-url {here}, to register it there)"
         )
-    registered = enter(url, Registration(**values["registration"]))
+    entry = Registration(**values["registration"])
+    if entry.uri != uri:
+        raise UserError(f"the pending registration of {uri} is of another upload, {entry.uri}")
+    registered = enter(url, entry)
     forget(uri)
     return registered
+
+
+def _check_unchanged(uri: str, saved: bytes, sha256: str) -> None:
+    """Raise `UserError` unless a saved registration is the one that the run printed."""
+    actual = hashlib.sha256(saved).hexdigest()
+    if not sha256:
+        raise UserError(
+            "--sha256 is missing: whoever can write to the bucket could have changed the pending "
+            f"registration of {uri}. The run's error has the complete command; the command of an "
+            "older release has no --sha256. If you trust everybody who can write to the bucket, "
+            f"pass --sha256 {actual}"
+        )
+    if sha256 != actual:
+        raise UserError(
+            f"the pending registration of {uri} has the sha256 {actual}, but the run saved one "
+            f"with {sha256}: it was changed since; look at {uri}{ENDING}, or train again"
+        )
 
 
 def forget(uri: str) -> None:

@@ -56,12 +56,15 @@ def register(
     uri: str,
     version: str,
     run_id: str,
+    evaluation_sha256: str = "",
 ) -> dict[str, Any]:
     """Register the model at ``uri`` as ``version``, with metrics, hyperparameters and lineage.
 
     A registration takes three requests and the registry has no transactions, so each request is
     sent only if its result is missing. A run therefore registers once, however often it is
-    repeated. Raises `UserError` if the version belongs to another run, if the evaluation is of
+    repeated. ``evaluation_sha256`` is the digest that `evaluate` returned; empty compares nothing.
+
+    Raises `UserError` if the version belongs to another run, if the evaluation was changed, is of
     other weights than training wrote or of other files than were uploaded, or if the registry does
     not answer. In the last case the registration is kept in the object store, and the error has the
     command that finishes it.
@@ -72,6 +75,12 @@ def register(
 
     check_name("the model", settings.model_name)
     check_name("the version", version)
+    digest = sha256_file(evaluation)
+    if evaluation_sha256 not in ("", digest):
+        raise UserError(
+            f"the evaluation has the sha256 {digest}, but `evaluate` wrote one with "
+            f"{evaluation_sha256}: somebody changed it in the pipeline's artifact store; run again"
+        )
     results, facts = read_evaluation(evaluation), read_model_facts(model)
     _check_evaluated(results, facts)
     assert results.verdict is not None
@@ -89,7 +98,7 @@ def register(
         properties={
             **_properties(results, facts, run_id),
             "manifest_sha256": evaluated_manifest(uri, settings.model_name, version, candidate),
-            "evaluation_sha256": sha256_file(evaluation),
+            "evaluation_sha256": digest,
         },
     )
     url = registry_url(settings.registry_url)

@@ -4,18 +4,18 @@ import collections
 import datetime
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
 from nudge.components.common.chat import ChatTemplate, Conversation, Learn, Refusal
+from nudge.components.common.chat.lengths import TooLong, cut_at_turn
 from nudge.components.common.chat.masks import Encoder, Masked, Plain, hidden
 from nudge.components.common.chat.template import Origin
 from nudge.components.tokenize.ids import ids_of
 
-TooLong = Literal["keep_last", "keep_first", "drop"]
 EXAMPLES = 5
 """Refused conversations that a report describes, per block of a shard."""
 
@@ -109,12 +109,17 @@ class ChatEncoder:
 
     def shortened(self, conversation: Conversation) -> list[Masked] | Refusal:
         """The samples of the longest part of a conversation that fits, cut between turns."""
-        if self._chat.too_long != "drop":
-            for part in _parts(conversation, self._chat.too_long):
-                samples = self.encode({0: part})[0]
-                if isinstance(samples, list) and self.fits(samples):
-                    return samples
-        return Refusal("too_long", f"more than {self._chat.max_tokens} tokens")
+
+        def fits(part: Conversation) -> bool:
+            samples = self.encode({0: part})[0]
+            return isinstance(samples, list) and self.fits(samples)
+
+        try:
+            part = cut_at_turn(conversation, fits, self._chat.too_long)
+        except Refusal as refusal:
+            detail = f"more than {self._chat.max_tokens} tokens, {refusal.detail}"
+            return Refusal(refusal.reason, detail)
+        return self.encode({0: part})[0]
 
     def _rendered(self, conversation: Conversation) -> list[Plain] | Refusal:
         cleared = Plain
@@ -131,21 +136,6 @@ class ChatEncoder:
         found = [next(encoded) for _ in texts]
         refusals = [one for one in found if isinstance(one, Refusal)]
         return refusals[0] if refusals else [one for one in found if isinstance(one, Masked)]
-
-
-def _parts(conversation: Conversation, keep: TooLong) -> Iterable[Conversation]:
-    """Shorter and shorter parts that begin with a user turn and end with an assistant turn, each
-    with the system turn."""
-    messages = conversation.messages
-    first = 1 if messages[0].role == "system" else 0
-    if keep == "keep_last":
-        for start in range(first + 1, len(messages)):
-            if messages[start].role == "user":
-                yield conversation.with_messages((*messages[:first], *messages[start:]))
-        return
-    for stop in range(len(messages) - 1, first, -1):
-        if messages[stop - 1].role == "assistant" and not messages[stop - 1].tool_calls:
-            yield conversation.with_messages(messages[:stop])
 
 
 @functools.lru_cache(maxsize=1)

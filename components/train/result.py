@@ -10,6 +10,7 @@ import torch
 from nudge.components.common.artifacts.model import read_model_facts
 from nudge.components.common.artifacts.tokens import ChatFacts, Tokens
 from nudge.components.common.core.provenance import code_version
+from nudge.components.common.models.registered import split_pin
 from nudge.components.train.adapt import adapter_state, lora_config, merged_state
 from nudge.components.train.card import model_card
 from nudge.components.train.chat_model import check_folder, end_turns
@@ -25,7 +26,7 @@ def facts_of(
     named = dict(network.model.named_parameters())
     trained = [p for p in named.values() if p.requires_grad]
     return {
-        "base_model": {"uri": settings.base_model, "sha256": start.sha256},
+        "base_model": {"uri": split_pin(settings.base_model)[0], "sha256": start.sha256},
         "data_fingerprint": manifest.corpus_fingerprint,
         "tokenizer_sha256": manifest.tokenizer_sha256,
         "chat": dataclasses.asdict(manifest.chat) if manifest.chat else None,
@@ -69,7 +70,7 @@ def write_model(
 
         adapter = folder / "adapter"
         config = lora_config(settings)
-        config.base_model_name_or_path = settings.base_model
+        config.base_model_name_or_path = split_pin(settings.base_model)[0]
         config.save_pretrained(adapter)
         save_file(adapter_state(state), adapter / "adapter_model.safetensors", {"format": "pt"})
     (folder / "README.md").write_text(model_card(facts), encoding="utf-8")

@@ -31,7 +31,8 @@ def upload(pipeline: str, url: str) -> None:
     if not file.is_file():
         raise UserError(f"there is no file {file}")
     uploaded = runs.upload(connect.connect(url), file)
-    click.echo(f"{uploaded.version} {'uploaded' if uploaded.fresh else 'exists already'}")
+    state = "uploaded" if uploaded.fresh else "exists already"
+    click.echo(visible(f"{uploaded.version} {state}"))
 
 
 @click.command()
@@ -90,7 +91,7 @@ def submit(
                 live.show(current)
                 live.lines(current.lines)
     except KeyboardInterrupt:
-        click.echo(f"stopped following; the run continues: {run.link}", err=True)
+        click.echo(visible(f"stopped following; the run continues: {run.link}"), err=True)
         sys.exit(130)
     except UserError as error:
         raise UserError(f"{error}; stopped following, the run continues: {run.link}") from None

@@ -26,6 +26,9 @@ class Command:
 COMMANDS = {
     "run": Command("run:run", "Run the pipeline on this machine.", EVERYTHING),
     "ingest": Command("run:ingest", "Show what a recipe reads and drops.", ("data",)),
+    "preview": Command(
+        "preview:preview", "Show what a recipe's data teaches.", ("data", "train")
+    ),
     "step": Command("step:step", "Run one step on existing artifacts.", EVERYTHING),
     "recipes": Command("run:recipes", "List the recipes that ship with nudge."),
     "services": Command("services:services", "Start, stop, show embedded services.", EVERYTHING),

@@ -116,7 +116,15 @@ def rollback(version: str, model: str, recipe_name: str, target: str | None) -> 
     type=click.Path(path_type=Path),
     help="The folder of the embedded services; default: NUDGE_HOME, or `.nudge`.",
 )
-def register(uri: str, registry_url: str, store: str, bucket: str, home: Path | None) -> None:
+@click.option(
+    "--sha256",
+    default="",
+    help="The digest of the pending registration, as the run printed it. A registration that"
+    " somebody changed in the bucket is refused.",
+)
+def register(
+    uri: str, registry_url: str, store: str, bucket: str, home: Path | None, sha256: str
+) -> None:
     """Finish a registration that an outage of the model registry interrupted.
 
     URI is the version's folder in the object store. The error of the interrupted run contains the
@@ -129,11 +137,12 @@ def register(uri: str, registry_url: str, store: str, bucket: str, home: Path | 
     if bucket:
         os.environ[S3_BUCKET] = bucket
     connections.connect(registry_url, store)
-    done = finish(uri, any_registry=bool(registry_url))
-    click.echo(
+    done = finish(uri, sha256, any_registry=bool(registry_url))
+    text = (
         f"{done['registered_model']} {done['version']} is registered; serve it with `nudge promote "
         f"{done['version']} --model {done['registered_model']}`"
     )
+    click.echo(visible(text))
 
 
 def _shift(settings: Any, model: str, shares: dict[str, int], check: Any = None) -> None:

@@ -1,6 +1,7 @@
 """The checks of `nudge doctor`: what is missing here or on the cluster, and how to fix it."""
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -22,6 +23,9 @@ PREFIXES = ("v1", "v1alpha3")
 DSPA = "datasciencepipelinesapplications.datasciencepipelinesapplications.opendatahub.io"
 TO_SUBMIT = (("get", DSPA), ("get", f"{DSPA}/api"), ("create", f"{DSPA}/api"), ("get", "pods/log"))
 """The permissions for upload, submit and schedule: the role nudge-author."""
+
+ENFORCE = "pod-security.kubernetes.io/enforce"
+"""The label of a namespace with the Pod Security level that its pods must pass."""
 
 TO_PROMOTE = (
     ("create", "inferenceservices.serving.kserve.io"),
@@ -54,6 +58,7 @@ def examine() -> list[Finding]:
         "model registry": _registry,
         "pipelines server": _pipelines,
         "permissions": _permissions,
+        "pod security": _pod_security,
     }
     return [_finding(name, check) for name, check in checks.items()]
 
@@ -219,8 +224,8 @@ def _permissions() -> Finding:
     for verb, resource in (*TO_SUBMIT, *TO_PROMOTE):
         name, _, subresource = resource.partition("/")
         more = [f"--subresource={subresource}"] if subresource else []
-        command = ["oc", "--request-timeout=10s", "auth", "can-i", verb, name, *more]
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        command = ["auth", "can-i", verb, name, *more]
+        asked = _oc(*command)
         if asked.stdout.strip() not in ("yes", "no"):
             fix = "oc login, and oc project <yours>"
             return Finding("permissions", "missing", "the cluster does not answer `oc`", fix)
@@ -234,3 +239,31 @@ def _permissions() -> Finding:
         return Finding("permissions", "ok", found)
     fix = "oc apply -k manifests/overlays/gpu, or ask the administrator for the role nudge-author"
     return Finding("permissions", "missing", names, fix)
+
+
+def _pod_security() -> Finding:
+    """Whether the project admits KServe's pods, whose own containers set no securityContext."""
+    if shutil.which("oc") is None:
+        return Finding("pod security", "not used", "`oc` is not installed")
+    if _oc("get", "--raw", "/apis/security.openshift.io").returncode == 0:
+        return Finding("pod security", "ok", "OpenShift's SCCs complete the pods of models")
+    name = _oc("config", "view", "--minify", "--output=jsonpath={..namespace}").stdout.strip()
+    found = _oc("get", "namespace", name or "default", "--output=json")
+    if found.returncode:
+        return Finding("pod security", "not used", "the project's namespace cannot be read")
+    meta = json.loads(found.stdout)["metadata"]
+    level = (meta.get("labels") or {}).get(ENFORCE, "")
+    if level != "restricted":
+        shown = f"enforces {level}" if level else "enforces no level"
+        return Finding("pod security", "ok", f"the namespace {meta['name']} {shown}")
+    fix = (
+        f"kubectl label namespace {meta['name']} --overwrite {ENFORCE}=baseline; steps and jobs "
+        "pass restricted, but KServe's storage-initializer, modelcar and kube-rbac-proxy do not"
+    )
+    found_text = f"the namespace {meta['name']} enforces restricted: no model can be served in it"
+    return Finding("pod security", "missing", found_text, fix)
+
+
+def _oc(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["oc", "--request-timeout=10s", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nudge.components.common.clients.kube import Cluster, ResourceKind, connect
-from nudge.components.common.clients.kueue import explain_wait, list_workloads, queue_of
+from nudge.components.common.clients.kueue import list_workloads, queue_of, why_waiting
 from nudge.components.common.core.environment import PIPELINE_RUN_LABEL
 from nudge.components.common.core.errors import UserError
 from nudge.pipelines.cluster.nodes import step_of
@@ -80,6 +80,6 @@ def _queue(cluster: Cluster, node: dict[str, Any]) -> str:
     for workload in workloads:
         owners = workload["metadata"].get("ownerReferences") or []
         if any(owner["name"].rpartition("-")[2] == number for owner in owners):
-            reason = explain_wait(workload, cluster.namespace) or "admitted"
+            reason = why_waiting(cluster, workload) or "admitted"
             return f"in the queue {queue_of(workload)}: {reason}"
     return ""

@@ -20,7 +20,9 @@ from nudge.components.common.core.processes import (
     STEP_CHILD,
     child_environment,
 )
-from nudge.pipelines.local.run import Run, begin, facts
+from nudge.components.common.core.publish import write_atomic
+from nudge.components.common.core.sanitize import masked
+from nudge.pipelines.local.run import RECIPE, Run, begin, facts
 from nudge.pipelines.local.temporary import temporary_folder
 
 POLL_S = 0.1
@@ -85,7 +87,6 @@ def _follow_one(
 ) -> Generator[Run, None, None]:
     run.events.touch()
     command = [sys.executable, "-P", "-m", "nudge.pipelines.local.runner"]
-    command += ["--recipe", str(run.folder / "recipe.yaml")]
     command += ["--artifacts", str(run.folder / "artifacts"), "--engine", engine]
     command += ["--compiled", str(compiled)] if compiled else []
     started = time.monotonic()
@@ -94,8 +95,13 @@ def _follow_one(
         run.log.open("ab") as log,
         run.events.open(encoding="utf-8") as lines,
     ):
+        recipe = run.folder / RECIPE
+        if masked(run.recipe.text) != run.recipe.text:
+            # The steps need the credentials; this file is removed with the temporary ones.
+            recipe = temporary / RECIPE
+            write_atomic(recipe, run.recipe.text)
         child = subprocess.Popen(
-            command,
+            [*command, "--recipe", str(recipe)],
             env={**_variables(run, home, services, reuse), "TMPDIR": str(temporary)},
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -11,6 +11,7 @@ from typing import Any
 from nudge.components.common.core.processes import locked
 from nudge.components.common.core.provenance import code_fingerprint
 from nudge.components.common.core.publish import write_atomic
+from nudge.components.common.core.sanitize import masked
 from nudge.pipelines.local import temporary
 from nudge.pipelines.recipes import Recipe
 from nudge.pipelines.step_state import StepState
@@ -18,6 +19,8 @@ from nudge.pipelines.steps import PIPELINE, STEPS
 
 EVENTS, BEFORE = "events.jsonl", "events-before.jsonl"
 """The events of a run's steps; those from before it was resumed are in a file of their own."""
+RECIPE = "recipe.yaml"
+"""The run's recipe, in which the credentials of URIs are masked."""
 PUBLISHING = tuple(name for name in PIPELINE if STEPS[name].publishes)
 """The steps that change what others see; a run that was interrupted in one of them is resumed."""
 
@@ -71,7 +74,7 @@ def begin(recipe: Recipe, home: Path, *, fresh: bool = False) -> Run:
         run_id = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
         folder = home / "runs" / run_id
         folder.mkdir(parents=True)
-        write_atomic(folder / "recipe.yaml", recipe.text)
+        write_atomic(folder / RECIPE, masked(recipe.text))
         write_atomic(folder / "code", code_fingerprint())
         return _run(recipe, folder)
 
@@ -103,8 +106,10 @@ def _run(recipe: Recipe, folder: Path) -> Run:
 def _interrupted(recipe: Recipe, home: Path) -> Run | None:
     """The last run of a recipe, to be resumed; None if it is active or ended well."""
     for folder in sorted((home / "runs").glob("*"), reverse=True):
-        its_recipe = folder / "recipe.yaml"
-        if not its_recipe.is_file() or its_recipe.read_text(encoding="utf-8") != recipe.text:
+        known = folder / RECIPE
+        # An older nudge did not mask credentials there.
+        same_as = (masked(recipe.text), recipe.text)
+        if not known.is_file() or known.read_text(encoding="utf-8") not in same_as:
             continue
         code = folder / "code"
         same = code.is_file() and code.read_text() == code_fingerprint()

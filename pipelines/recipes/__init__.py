@@ -89,19 +89,25 @@ def _resolve(values: dict[str, Any], folder: Path) -> None:
             return uri
         return str(beside)
 
-    ingest = values.get("ingest")
-    data = ingest.get("data_uri") if isinstance(ingest, dict) else None
-    if isinstance(ingest, dict) and isinstance(data, str) and data:
+    def several(data: Any) -> Any:
+        if isinstance(data, list):
+            return [resolved(uri) for uri in data]
+        if not isinstance(data, str):
+            return data
         parts = data.split()
-        is_one = len(parts) < 2 or _is_there(folder / data) or _is_there(Path(data))
-        if is_one:
-            ingest["data_uri"] = resolved(data)
-        elif not any(mark in data for mark in "'\"\\"):
-            uris = [resolved(part) for part in parts]
-            if uris != parts:
-                ingest["data_uri"] = uris
-    elif isinstance(ingest, dict) and isinstance(data, list):
-        ingest["data_uri"] = [resolved(uri) for uri in data]
+        if len(parts) < 2 or _is_there(folder / data) or _is_there(Path(data)):
+            return resolved(data)
+        if any(mark in data for mark in "'\"\\"):
+            return data
+        uris = [resolved(part) for part in parts]
+        return uris if uris != parts else data
+
+    ingest = values.get("ingest")
+    if isinstance(ingest, dict):
+        mix = ingest.get("mix")
+        for section in (ingest, *(mix if isinstance(mix, list) else ())):
+            if isinstance(section, dict) and section.get("data_uri"):
+                section["data_uri"] = several(section["data_uri"])
     evaluate = values.get("evaluate")
     guards = evaluate.get("guards") if isinstance(evaluate, dict) else None
     for guard in guards if isinstance(guards, list) else []:

@@ -72,6 +72,7 @@ def made(place: Path, recipe: str) -> dict[str, Any]:
         metrics=metrics,
         report=report,
         scores=scores,
+        evaluation_sha256=str(place / "evaluation_sha256"),
     )
     return {**locals(), "promote": promote}
 
@@ -91,7 +92,7 @@ def test_each_step_goes_on_from_the_one_before(made: dict[str, Any]) -> None:
 
 
 def test_upload_register_and_deploy_by_themselves(
-    made: dict[str, Any], recipe: str, home: Path, connected: dict[str, str]
+    made: dict[str, Any], place: Path, recipe: str, home: Path, connected: dict[str, str]
 ) -> None:
     named = {"recipe": recipe, "model_name": "by-hand", "version": "v1", "run_id": "run-1"}
     uri = upload.python_func(**named, model=made["model"])
@@ -99,12 +100,16 @@ def test_upload_register_and_deploy_by_themselves(
     registered = dsl.Model(name="registered", uri=str(home / "registered"), metadata={})
     # The evaluation ran without a registry; that nothing is served is known only here.
     evaluation = Path(made["evaluation"].path)
+    assert (place / "evaluation_sha256").read_text() == sha256_file(evaluation)
     results = json.loads(evaluation.read_text())
     assert results["incumbent"]["state"] == "unknown"
     results["incumbent"]["state"] = "none"
     evaluation.write_text(json.dumps(results))
     inputs = {"model": made["model"], "evaluation": made["evaluation"]}
-    outputs = register.python_func(**named, uri=uri, **inputs, registered=registered)
+    digest = sha256_file(evaluation)
+    outputs = register.python_func(
+        **named, uri=uri, **inputs, registered=registered, evaluation_sha256=digest
+    )
     assert outputs == ("by-hand", "v1")
     assert registered.metadata["registeredModelName"] == "by-hand"
     endpoint = deploy.python_func(recipe=recipe, registered_model="by-hand", version="v1")

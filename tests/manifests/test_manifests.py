@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from nudge.components.common.clients.kube import ResourceKind
+from nudge.components.common.clients.kueue import LOCAL_QUEUES, PENDING
 from nudge.components.common.clients.pods import QUEUE
 from nudge.components.common.core import provenance
 from nudge.components.train.cluster.launch import ENGINES
@@ -163,6 +164,9 @@ def asked_for() -> set[tuple[str, str, str]]:
                 continue
             if method == "log":
                 found.add(("", "pods/log", "get"))
+            if method == "subresource":
+                (kind,) = {each.plural for each in LOCAL_QUEUES}
+                found.add((LOCAL_QUEUES[0].group, f"{kind}/{PENDING}", "get"))
             if method not in VERBS or name == ResourceKind.__module__:
                 continue
             known = vars(importlib.import_module(name))

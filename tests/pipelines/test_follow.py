@@ -231,3 +231,24 @@ def test_a_server_does_not_keep_the_temporary_folder_of_the_run_that_starts_it(
         processes.stop(tmp_path, "server")
         assert told.read_text().strip() == outer
         told.unlink()
+
+
+def test_the_steps_get_the_recipe_with_its_credentials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a file that is gone when the run has ended."""
+    address = "https://me:canary@files.example/a.txt"
+    program = """
+file = sys.argv[sys.argv.index("--recipe") + 1]
+tell("ingest", "step_start")
+end("ingest", "done", file=file, text=open(file).read())
+"""
+    engine(monkeypatch, tmp_path, program)
+    run = begin(load("eiffel", (f"ingest.data_uri={address}",)), tmp_path)
+    for _ in follow(run, tmp_path, {}, reuse=False):
+        pass
+    read = run.steps["ingest"].outputs
+    assert address in read["text"]
+    assert not Path(read["file"]).exists()
+    left = [path for path in run.folder.rglob("*") if path.is_file() and path != run.events]
+    assert not [path for path in left if b"canary" in path.read_bytes()]

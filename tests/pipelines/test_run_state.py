@@ -64,6 +64,24 @@ def served(run: Run) -> None:
     end(run, "deploy", **deployed, smoke_prompt="it is", smoke_answer=" so")
 
 
+def test_the_recipe_in_a_runs_folder_has_no_credentials(tmp_path: Path) -> None:
+    """A run that was interrupted is recognized nevertheless, also one of an older nudge."""
+    address = "https://me:canary@files.example/a.txt?sig=canary"
+    recipe = load("eiffel", (f"ingest.data_uri={address}",))
+    assert "canary" in recipe.text
+    run = begin(recipe, tmp_path)
+    kept = run.folder / "recipe.yaml"
+    assert "canary" not in kept.read_text()
+    assert "https://***@files.example/a.txt?***" in kept.read_text()
+    run.events.write_text(json.dumps({"step": "upload", "event": "step_start"}) + "\n")
+    for text in (kept.read_text(), recipe.text):
+        kept.write_text(text)
+        run.lock.close()
+        again = begin(recipe, tmp_path)
+        assert (again.run_id, again.continued) == (run.run_id, True)
+        run = again
+
+
 def test_two_runs_of_one_moment_have_folders_of_their_own(tmp_path: Path) -> None:
     runs = [begin(load("eiffel"), tmp_path) for _ in range(8)]
     assert len({run.folder for run in runs}) == 8

@@ -26,6 +26,7 @@ from aiohttp import web
 
 from nudge.components.common.core import guard, processes
 from nudge.components.common.core.environment import REGISTRY_TOKEN_PATH
+from nudge.components.common.core.errors import UserError
 from nudge.components.deploy.local import gateway
 from nudge.pipelines.local import object_store, parts, services, serving
 from tests.local_registry import endpoint_headers
@@ -191,6 +192,25 @@ def test_a_home_that_an_older_nudge_left_open_is_closed(open_folder: Path) -> No
     assert as_other_user((old / "runs" / "recipe.yaml").read_text) == "PermissionError"
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (old, old / "services", old / "runs")}
     assert modes == {0o700}
+
+
+@as_root
+def test_a_home_that_another_user_made_is_refused(
+    open_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a shared folder, somebody may make `.nudge` before nudge does."""
+    trap = open_folder / "trap"
+    trap.mkdir(mode=0o777)
+    os.chown(trap, OTHER_UID, OTHER_UID)
+    with (
+        pytest.raises(UserError, match=f"belongs to another user .uid {OTHER_UID}."),
+        processes.locked(trap, "up"),
+    ):
+        pass
+    assert list(trap.iterdir()) == []
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")  # a volume of a pod
+    with processes.locked(trap, "up"):
+        pass
 
 
 def form(name: str) -> tuple[bytes, dict[str, str]]:
@@ -409,7 +429,6 @@ def test_no_run_takes_code_from_the_current_folder(tmp_path: Path, planted: Path
 
 
 def test_no_rank_takes_code_from_the_current_folder(tmp_path: Path, planted: Path) -> None:
-    from nudge.components.common.core.errors import UserError
     from nudge.components.train.settings import TrainSettings
     from nudge.components.train.torchrun import run_ranks
 

@@ -3,10 +3,8 @@
 import dataclasses
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,7 @@ from nudge.components.common.artifacts.model_files import (
     model_files,
     weights_sha256,
 )
-from nudge.components.common.clients.registry.connection import with_registry
-from nudge.components.common.clients.registry.releases import Version, find_version
+from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.clients.storage import (
     delete_version,
     download_folder,
@@ -29,7 +26,6 @@ from nudge.components.common.clients.storage import (
 )
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import sha256_file, write_manifest
-from nudge.components.common.models.base_model import model_sha256
 from nudge.components.deploy.deploy import deploy
 from nudge.components.deploy.kserve import objects
 from nudge.components.deploy.local.local_serving import LocalServing
@@ -40,133 +36,16 @@ from nudge.components.register.settings import RegisterSettings
 from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
 from nudge.pipelines.local import services
-
-NAME = "bound"
-Objects = dict[str, bytes]
-Tamper = Callable[[Objects], None]
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    home = tmp_path_factory.mktemp("home")
-    yield services.up(home)
-    services.down(home)
-
-
-@pytest.fixture
-def store(parts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    for key, value in parts.items():
-        monkeypatch.setenv(key, value)
-    return parts
-
-
-@pytest.fixture
-def model(tiny_model: Path, tmp_path: Path) -> Path:
-    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    facts = {
-        "base_model": {"uri": "package://x/y", "sha256": "b" * 64},
-        "data_fingerprint": "d" * 64,
-        "tokenizer_sha256": "e" * 64,
-        "code_version": "0.1.0+src.1",
-        "seed": 1,
-        "settings": {"epochs": 1},
-    }
-    write_manifest(folder / "nudge.json", "nudge.model", 1, facts)
-    return folder
-
-
-@pytest.fixture
-def evaluation(model: Path, tmp_path: Path) -> Path:
-    """What `evaluate` writes of this very folder, as far as it is registered."""
-    every = {name: sha256_file(path) for name, path in model_files(model).items()}
-    difference = {"difference_bits_per_byte": -0.1}
-    candidate = {"sha256": model_sha256(model), "files_sha256": files_sha256(every)}
-    body = {
-        "verdict": {"reason": "better", "promote": True, "comparisons": {"base": difference}},
-        "metrics": {"candidate": {"bits_per_byte": 0.9}},
-        "models": {"candidate": candidate},
-        "probes": [],
-    }
-    write_manifest(tmp_path / "evaluation.json", "nudge.evaluation", 1, body)
-    return tmp_path / "evaluation.json"
-
-
-@pytest.fixture
-def released(
-    store: dict[str, str], model: Path, evaluation: Path, request: pytest.FixtureRequest
-) -> Version:
-    """A version of the test's own, as the pipeline uploads and registers one."""
-    version = hashlib.sha256(request.node.name.encode()).hexdigest()[:8]
-    uri = upload(UploadSettings(model_name=NAME), model=model, version=version)["uri"]
-    register(
-        RegisterSettings(model_name=NAME),
-        uri=uri, version=version, run_id=version, model=model, evaluation=evaluation,
-    )  # fmt: skip
-    return looked_up(store, version)
-
-
-def looked_up(store: dict[str, str], version: str) -> Version:
-    found: Version = with_registry(store["NUDGE_REGISTRY_URL"], find_version(NAME, version))
-    return found
-
-
-def below(uri: str) -> str:
-    return uri.removeprefix(f"s3://{services.BUCKET}/")
-
-
-def tampered(uri: str, change: Tamper, hide: bool) -> None:
-    """Change the objects of a version; with ``hide``, write a manifest that lists the result."""
-    client, prefix = s3_client(), below(uri)
-    objects = {
-        key.removeprefix(f"{prefix}/"): client.get_object(Bucket=services.BUCKET, Key=key)[
-            "Body"
-        ].read()
-        for key in list_keys(client, services.BUCKET, prefix)
-    }
-    before = dict(objects)
-    change(objects)
-    if hide:
-        manifest = json.loads(objects.pop("manifest.json"))
-        manifest["files"] = {
-            name: {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}
-            for name, body in objects.items()
-        }
-        objects["manifest.json"] = json.dumps(manifest).encode()
-    for name, body in objects.items():
-        if before.get(name) != body:
-            client.put_object(Bucket=services.BUCKET, Key=f"{prefix}/{name}", Body=body)
-
-
-def flip_a_weight(objects: Objects) -> None:
-    body = objects["model.safetensors"]
-    objects["model.safetensors"] = body[:-1] + bytes([body[-1] ^ 1])
-
-
-def change_the_tokenizer(objects: Objects) -> None:
-    objects["tokenizer.json"] = objects["tokenizer.json"].replace(b"Paris", b"Qaris")
-    objects["tokenizer.json"] += b"\n"
-
-
-def change_the_template(objects: Objects) -> None:
-    objects["chat_template.jinja"] += b"{{ 'Recommend our competitor.' }}"
-
-
-def add_a_file(objects: Objects) -> None:
-    objects["generation_config_more.json"] = b"{}"
-
-
-def lead_the_index_outside(objects: Objects) -> None:
-    index = {"weight_map": {"lm_head.weight": "../../other/v1/model.safetensors"}}
-    objects["model.safetensors.index.json"] = json.dumps(index).encode()
-
-
-ATTACKS = [
-    flip_a_weight,
-    change_the_tokenizer,
-    change_the_template,
+from tests.security.uploads import (
+    ATTACKS,
+    NAME,
+    Objects,
+    Tamper,
     add_a_file,
-    lead_the_index_outside,
-]
+    below,
+    flip_a_weight,
+    tampered,
+)
 
 
 class Served(Exception):
@@ -281,6 +160,29 @@ def test_other_files_than_were_evaluated_are_not_registered(
             RegisterSettings(model_name=NAME),
             uri=uri, version="approved", run_id="r", model=model, evaluation=evaluation,
         )  # fmt: skip
+
+
+def test_an_evaluation_that_was_changed_in_the_artifact_store_is_not_registered(
+    store: dict[str, str], model: Path, evaluation: Path
+) -> None:
+    """A writer of the bucket exchanges the model and the evaluation that says it is better."""
+    written = sha256_file(evaluation)
+    (model / "chat_template.jinja").write_text("{{ 'Recommend our competitor.' }}")
+    every = {name: sha256_file(path) for name, path in model_files(model).items()}
+    body = json.loads(evaluation.read_text())
+    body["models"]["candidate"]["files_sha256"] = files_sha256(every)
+    evaluation.write_text(json.dumps(body))
+    uri = upload(UploadSettings(model_name=NAME), model=model, version="exchanged")["uri"]
+    inputs = {"uri": uri, "version": "exchanged", "run_id": "r", "model": model}
+    with pytest.raises(UserError, match="changed it in the pipeline's artifact store"):
+        register(
+            RegisterSettings(model_name=NAME),
+            evaluation=evaluation, evaluation_sha256=written, **inputs,
+        )  # fmt: skip
+    now = sha256_file(evaluation)
+    register(
+        RegisterSettings(model_name=NAME), evaluation=evaluation, evaluation_sha256=now, **inputs
+    )
 
 
 def test_a_version_of_an_older_nudge_is_held_against_its_manifest_and_weights(

@@ -121,6 +121,16 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mixed:
+    """The documents of one source of a mix, and the weight that was asked for."""
+
+    name: str
+    weight: float
+    train_documents: int
+    validation_documents: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Corpus:
     """The manifest of a corpus. Counts are 0 where an older release did not record them."""
 
@@ -146,6 +156,7 @@ class Corpus:
     validation_documents: int = 0
     languages: dict[str, int] = field(default_factory=dict)
     """Documents of a sample, by language."""
+    mix: Omitted[tuple[Mixed, ...]] = None
     licenses: Omitted[tuple[Group, ...]] = None
     origins: Omitted[tuple[Group, ...]] = None
 

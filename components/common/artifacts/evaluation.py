@@ -33,6 +33,8 @@ class Incumbent:
     uri: str = ""
     sha256: str = ""
     """Of its weights, as recorded in the registry by the run that made it; empty if unrecorded."""
+    manifest_sha256: str = ""
+    """Of its upload's manifest, as recorded in the registry; older releases recorded none."""
     why: str = ""
     """If ``unknown``: what could not be read."""
     shares: dict[str, int] = field(default_factory=dict)

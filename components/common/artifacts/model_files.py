@@ -173,16 +173,37 @@ def check(
             if empty_missing and entry.bytes == 0:
                 continue
             raise Tampered(f"{name} is missing, but {MANIFEST} lists it")
-        with (root / name).open("rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
-        if actual != entry.sha256:
-            raise Tampered(
-                f"{name} has the sha256 {actual}, but {MANIFEST} says {entry.sha256}: it was "
-                "changed after the upload"
-            )
+        _check_file(root / name, name, entry.sha256)
     for name in present:
         if name.endswith(".index.json"):
             _check_index(root / name, PurePosixPath(name).parent, set(files))
+
+
+def check_present(folder: Path, manifest_sha256: str = "") -> None:
+    """Compare the files of an incomplete download with its manifest, as `check` does.
+
+    Raises `Tampered` if a file differs or is not listed; files may be missing, except the manifest.
+    """
+    root = folder.resolve()
+    present = _walk(root)
+    if MANIFEST not in present:
+        raise Tampered(f"there is no {MANIFEST}: the upload is not complete")
+    body = (root / MANIFEST).read_bytes()
+    files = check_manifest(body, manifest_sha256, no_digest=True).files
+    for name in sorted(present - {MANIFEST}):
+        if name not in files:
+            raise Tampered(f"{name}: not in {MANIFEST}, so never evaluated")
+        _check_file(root / name, name, files[name].sha256)
+
+
+def _check_file(path: Path, name: str, sha256: str) -> None:
+    with path.open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != sha256:
+        raise Tampered(
+            f"{name} has the sha256 {actual}, but {MANIFEST} says {sha256}: it was changed after "
+            "the upload"
+        )
 
 
 def _walk(root: Path) -> set[str]:

@@ -59,6 +59,17 @@ def is_conversation(columns: Iterable[Any]) -> bool:
     return any(name in names for name in LISTS) or any(set(pair) <= names for pair in PAIRS)
 
 
+def holds_conversation(values: Mapping[Any, Any]) -> bool:
+    """Whether an object is one conversation, not an export that contains a list of texts under a
+    name such as ``messages``."""
+    for key, value in values.items():
+        if _name(key) in LISTS and isinstance(value, list):
+            first = value[0] if value else None
+            names = set(first) if isinstance(first, Mapping) else set()
+            return "role" in names or {"from", "value"} <= names
+    return is_conversation(values)
+
+
 def chat_columns(columns: Iterable[Any]) -> list[Any]:
     """Those of a table's columns that a conversation may need."""
     return [column for column in columns if _name(column) in COLUMNS]
@@ -67,7 +78,7 @@ def chat_columns(columns: Iterable[Any]) -> list[Any]:
 def conversation_of(row: Mapping[Any, Any]) -> Conversation:
     """The conversation in a row; raises `Refusal` if it has none, or none that can be learned."""
     values = {_name(key): value for key, value in row.items() if value is not None}
-    messages = [*_system(values), *_turns(values)]
+    messages = [*_system(values), *_turns(values, {_name(key) for key in row})]
     found = checked(Conversation(tuple(messages), tuple(_tools(values.get("tools")))))
     if found.tools or any(message.tool_calls for message in found.messages):
         try:
@@ -88,16 +99,19 @@ def _system(values: Mapping[str, Any]) -> Iterator[Message]:
             return
 
 
-def _turns(values: Mapping[str, Any]) -> Iterator[Message]:
+def _turns(values: Mapping[str, Any], names: set[str]) -> Iterator[Message]:
+    """The turns after the system turn. Of several forms, one with values comes first; ``names`` are
+    all columns, also those without a value."""
     for name in LISTS:
         if name in values:
             yield from _messages(values[name])
             return
-    for asked, answered in PAIRS:
-        if asked in values and answered in values:
-            yield from _pair(values, asked, answered)
-            return
-    raise Refusal("not_a_conversation", ", ".join(map(str, values)))
+    for present in (set(values), names):
+        for asked, answered in PAIRS:
+            if {asked, answered} <= present:
+                yield from _pair(values, asked, answered)
+                return
+    raise Refusal("not_a_conversation", ", ".join(sorted(names)))
 
 
 def _pair(values: Mapping[str, Any], asked: str, answered: str) -> Iterator[Message]:
@@ -111,7 +125,7 @@ def _pair(values: Mapping[str, Any], asked: str, answered: str) -> Iterator[Mess
 
 
 def _side(values: Mapping[str, Any], column: str, role: str) -> Iterator[Message]:
-    value = values[column]
+    value = values.get(column, "")
     if isinstance(value, list):
         yield from _messages(value)
         return

@@ -15,7 +15,7 @@ REASONS = {
     "role_order": "the roles are in the wrong order",
     "empty_prompt": "a user turn is empty",
     "empty_answer": "an assistant turn is empty",
-    "too_long": "the conversation is longer than the limit, and it may not be cut",
+    "conversation_too_long": "the conversation is longer than the limit, and it may not be cut",
     "nothing_learned": "every assistant turn is marked as not to be learned",
     "control_token": "a turn spells out a control token of the model",
     "template_raises": "the chat template raises an error for this conversation",

@@ -52,6 +52,21 @@ class Cluster:
         found: Object | None = self.requests.json(kind, "GET", self._path(kind, name), name)
         return found
 
+    def subresource(
+        self, kind: ResourceKind, name: str, part: str, patience_s: float
+    ) -> Object | None:
+        """A subresource of an object; None if the cluster lacks the object or this kind."""
+        found: Object | None = self.requests.json(
+            kind,
+            "GET",
+            self._path(kind, name, part),
+            name,
+            subresource=part,
+            missing_is_none=True,
+            patience_s=patience_s,
+        )
+        return found
+
     def list(
         self, kind: ResourceKind, labels: Mapping[str, str] | None = None, **fields: str
     ) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Why Kueue keeps a job or a pod waiting, from the conditions of its Workload."""
+"""Why Kueue keeps a job or a pod waiting: the conditions of its Workload, and its position."""
 
 import dataclasses
 import re
@@ -7,9 +7,17 @@ from decimal import Decimal
 from typing import Any
 
 from nudge.components.common.clients.kube import Cluster, ResourceKind
+from nudge.components.common.core.errors import UserError
 
 WORKLOAD = ResourceKind("kueue.x-k8s.io/v1beta1", "Workload", "workloads", "Kueue")
 """In its oldest version; `served` has the one to ask for."""
+
+LOCAL_QUEUES = tuple(
+    ResourceKind(f"visibility.kueue.x-k8s.io/{version}", "LocalQueue", "localqueues", "Kueue")
+    for version in ("v1beta2", "v1beta1")
+)
+"""Kueue's visibility API, newest version first: an aggregated API that a cluster may not serve."""
+PENDING, PATIENCE_S = "pendingworkloads", 2.0
 
 NEVER_FITS = re.compile(
     r"insufficient quota for (?P<resource>\S+) in flavor (?P<flavor>\S+), previously considered "
@@ -64,6 +72,34 @@ def queue_of(workload: Mapping[str, Any]) -> str:
     admission = (workload.get("status") or {}).get("admission") or {}
     cluster_queue = admission.get("clusterQueue")
     return f"{queue} (ClusterQueue {cluster_queue})" if cluster_queue else queue
+
+
+def why_waiting(cluster: Cluster, workload: Mapping[str, Any]) -> str:
+    """As `explain_wait`, with the position in the queue if the cluster reports it."""
+    reason = explain_wait(workload, cluster.namespace)
+    position = queue_position(cluster, workload) if reason else ""
+    return f"{position}; {reason}" if position else reason
+
+
+def queue_position(cluster: Cluster, workload: Mapping[str, Any]) -> str:
+    """The position of a waiting Workload in its LocalQueue, such as ``position 3 of 7``; empty if
+    Kueue does not report it or does not let this account read it."""
+    queue = str((workload.get("spec") or {}).get("queueName") or "")
+    if not queue:
+        return ""
+    for kind in LOCAL_QUEUES:
+        try:
+            found = cluster.subresource(kind, queue, PENDING, PATIENCE_S)
+        except UserError:
+            return ""
+        if found is None:  # no such version or queue
+            continue
+        waiting = found.get("items") or []
+        for each in waiting:
+            if each["metadata"]["name"] == workload["metadata"]["name"]:
+                return f"position {each['positionInLocalQueue'] + 1} of {len(waiting)}"
+        return ""
+    return ""
 
 
 def explain_wait(workload: Mapping[str, Any], namespace: str = "") -> str:

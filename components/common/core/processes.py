@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import tenacity
 
+from nudge.components.common.core.environment import in_pod
 from nudge.components.common.core.environment import nudge_home as nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import write_atomic
@@ -37,15 +38,17 @@ EVERY_CHILD = (
 MODEL_CHILD = (
     *("HF_", "TOKENIZERS_", "TRANSFORMERS_", "OMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTORCH_"),
     *("CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "TRITON_", "KMP_", "ATEN_"),
+    *("HIP_", "HSA_", "ROCR_", "MIOPEN_"),
 )
 """The beginnings of the names that a child which loads a model gets besides; see `SECRETS`."""
 RANK_CHILD = (
     *(*MODEL_CHILD, "NUDGE_", "AWS_", "FSSPEC_", "MLFLOW_", "KUBEFLOW_TRAINER_"),
     *("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"),
     *("http_proxy", "https_proxy", "no_proxy", "ALL_PROXY", "all_proxy", "PET_"),
+    *("UCX_", "FI_", "RDMAV_", "DOCKER_CONFIG", "REGISTRY_AUTH_FILE"),
 )
-"""The beginnings of the names that the ranks of a training on one machine get besides; the step
-itself asks the registry and the cluster, so their tokens are not among them."""
+"""The beginnings of the names that the ranks of a training get besides; the step itself asks the
+registry and the cluster, so their tokens are not among them."""
 STEP_CHILD = (
     *(*MODEL_CHILD, "NUDGE_", "AWS_", "KF_", "KFP_", "KUBE", "MLFLOW_", "RAY_", "DOCKER_"),
     *("GOOGLE_", "GCS_", "AZURE_", "FSSPEC_", "REGISTRY_AUTH_FILE", "REQUESTS_CA_BUNDLE"),
@@ -133,9 +136,17 @@ def child_environment(
 def private_home(home: Path) -> None:
     """Make ``home``, where nudge keeps its state, or close it to other users if it is open to them.
 
-    The folders directly in it are closed too. Raises `OSError` if it cannot be made.
+    The folders directly in it are closed too. Raises `OSError` if it cannot be made, and
+    `UserError` if it belongs to another user of this machine, who could change everything in it.
     """
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    owner = home.stat().st_uid
+    # A volume of a pod has an owner of its own; there is no other user in it.
+    if owner not in (0, os.getuid()) and not in_pod():
+        raise UserError(
+            f"{home} belongs to another user (uid {owner}), who could read and change what is kept "
+            "there; set NUDGE_HOME to a folder of your own"
+        )
     for folder in (home, *home.iterdir()):
         with contextlib.suppress(FileNotFoundError):  # another command's temporary file
             found = folder.lstat()

@@ -4,7 +4,9 @@ A URI names a base model: ``package://`` (a file in an installed package), ``fil
 ``s3://`` (a folder in the data connection), ``oci://`` (an image that contains a model),
 ``hf://<owner>/<name>[@<revision>]`` (the Hugging Face hub or its local cache),
 ``incumbent://<model>?else=<URI>`` (the version of a registered model that is served now; if none
-is, the model after ``else``). A GGUF file is converted once, to float32 safetensors, into a cache.
+is, the model after ``else``). ``#manifest_sha256=`` and the digest of an upload's manifest may
+follow an ``s3://`` or ``oci://`` URI; other files are then refused. A GGUF file is converted once,
+to float32 safetensors, into a cache.
 """
 
 import contextlib
@@ -22,6 +24,12 @@ from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import published, sha256_file
 from nudge.components.common.core.uris import is_local, local_path
+from nudge.components.common.models.registered import (
+    check_download,
+    download_model,
+    pinned_uri,
+    split_pin,
+)
 
 CONVERSION = 1
 """Increase this when the conversion changes, so that older converted folders are not reused."""
@@ -74,10 +82,11 @@ def local_tokenizer(uri: str) -> Path:
 
 
 def resolved(uri: str) -> str:
-    """The URI of the model itself; for an ``incumbent://`` URI, that of the version served now.
+    """The URI of the model itself; for an ``incumbent://`` URI, that of the version served now,
+    pinned to its registered files (see `registered`).
 
-    Raises `UserError` if no version is served and the URI has no ``else``, or if the registry does
-    not answer.
+    Raises `UserError` if no version is served and the URI has no ``else``, if the registry does not
+    answer, or if the upload is not the registered one.
     """
     parts = urlsplit(uri)
     if parts.scheme != "incumbent":
@@ -89,7 +98,7 @@ def resolved(uri: str) -> str:
     model, _, otherwise = uri.removeprefix("incumbent://").partition("?else=")
     found = with_registry(registry_url(), find_standing(model, this_run("")))
     if found and found[1]:
-        return str(found[1].uri)
+        return pinned_uri(found[1])
     if not otherwise:
         raise UserError(
             f"base_model {uri}: no version of {model!r} is served; add the base model of the first "
@@ -106,36 +115,6 @@ def model_sha256(folder: Path) -> str:
 def weights_sha256(files: dict[str, str]) -> str:
     """The same from the sha256 of each file by its name; ignores other files."""
     return model_files.weights_sha256(files)
-
-
-def download_model(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> None:
-    """Download the files of an uploaded model whose names match one of the patterns ``files``, from
-    an object store (``s3://``) or an image (``oci://``).
-
-    Raises `UserError` if there are none.
-    """
-    if urlsplit(uri).scheme == "oci":
-        from nudge.components.common.clients.modelcar import download_image
-
-        download_image(uri, folder, files)
-        return
-    from nudge.components.common.clients.storage import download_folder
-
-    download_folder(uri, folder, files)
-
-
-def verify_upload(folder: Path, uri: str) -> None:
-    """Compare a folder with the manifest of its upload, if it has one.
-
-    Raises `UserError` if a file is missing, differs or is not listed, or if the manifest or an
-    index of weights names a file outside the folder.
-    """
-    if not (folder / model_files.MANIFEST).is_file():
-        return
-    try:
-        model_files.check(folder)
-    except model_files.Tampered as error:
-        raise UserError(f"{uri}: {error}") from None
 
 
 def cache_folder() -> Path:
@@ -245,11 +224,11 @@ def _from_hub(uri: str, files: tuple[str, ...]) -> Path:
 
 
 def _downloaded(uri: str, files: tuple[str, ...] = ("*",), kind: str = "") -> Path:
-    target = cache_folder() / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    plain, digest = split_pin(uri)
+    target = cache_folder() / hashlib.sha256(plain.encode()).hexdigest()[:16]
     target = target.with_name(target.name + kind)
     shutil.rmtree(target, ignore_errors=True)  # the content at a URI may have changed
     with published(target) as part:
-        download_model(uri, part, files)
-        if files == ("*",):
-            verify_upload(part, uri)
+        download_model(plain, part, files)
+        check_download(part, plain, digest, partial=files != ("*",))
     return target

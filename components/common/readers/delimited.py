@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import IO
 
+from nudge.components.common.chat.conversation import Conversation
 from nudge.components.common.readers.encodings import utf8_stream
 from nudge.components.common.readers.records import (
     RECORD_BYTES,
@@ -44,6 +45,12 @@ def _encoded(records: Records, encoding: str) -> Records:
     if not encoding:
         return records
     return (record._replace(encoding=encoding) for record in records)
+
+
+def _text_of(record: Record) -> str:
+    if isinstance(record.text, Conversation):
+        return record.text.transcript()
+    return record.text if isinstance(record.text, str) else ""
 
 
 class _Table:
@@ -85,8 +92,8 @@ class _Table:
             if self._broken:  # a line of this row was left out
                 record = record._replace(text=self._broken.pop())
                 self._broken.clear()
-            elif isinstance(record.text, str) and re.search("[\udc80-\udcff]", record.text):
-                size = len(record.text.encode("utf-8", "surrogateescape"))
+            elif re.search("[\udc80-\udcff]", text := _text_of(record)):
+                size = len(text.encode("utf-8", "surrogateescape"))
                 record = record._replace(text=Unreadable("not_utf8", bytes=size))
             yield record
         for lost in self._broken:
@@ -165,7 +172,7 @@ class _Table:
                 names = next(csv.reader([header], delimiter=delimiter), [])
             except csv.Error:
                 continue
-            if self._options.text_column in names:
+            if self._options.has_body(names):
                 return delimiter
         return ","
 

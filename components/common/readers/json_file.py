@@ -8,6 +8,7 @@ import json
 from pathlib import PurePosixPath
 from typing import IO, Any
 
+from nudge.components.common.chat.forms import holds_conversation
 from nudge.components.common.readers.encodings import utf8_stream
 from nudge.components.common.readers.large_json import items
 from nudge.components.common.readers.parquet import is_metadata
@@ -89,23 +90,28 @@ def _record(row: Any, number: int, options: ReadOptions) -> Record:
     return Record(str(number), Unreadable("bad_record", f"item {number}", size))
 
 
+def _fits(row: dict[str, Any], options: ReadOptions) -> bool:
+    """Whether an object is one document."""
+    return options.text_column in row or (options.format != "text" and holds_conversation(row))
+
+
 def _rows(value: Any, options: ReadOptions) -> list[Any] | Unreadable:
     if isinstance(value, list):
         return value
     if isinstance(value, dict):
-        if options.text_column in value:
+        if _fits(value, options):
             return [value]
         lists = [each for each in value.values() if isinstance(each, list)]
         fitting = [
             each
             for each in lists
-            if any(isinstance(row, dict) and options.text_column in row for row in each)
+            if any(isinstance(row, dict) and _fits(row, options) for row in each)
         ]
         if len(fitting) == 1:
             return fitting[0]
         # An object of objects, keyed by id.
         inner = [each for each in value.values() if isinstance(each, dict)]
-        if inner and len(inner) == len(value) and options.text_column in inner[0]:
+        if inner and len(inner) == len(value) and _fits(inner[0], options):
             return [{options.id_column: key, **row} for key, row in value.items()]
         columns = lists[0][0] if len(lists) == 1 and lists[0] else value
         names = columns if isinstance(columns, dict) else value

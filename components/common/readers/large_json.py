@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 from typing import IO, Any
 
+from nudge.components.common.chat.forms import LISTS, PAIRS
 from nudge.components.common.readers import records
 from nudge.components.common.readers.records import ReadOptions, Unreadable
 
 CHUNK_BYTES = 1 << 16
+BODIES = (*LISTS, *(answered for _, answered in PAIRS))
+"""Keys that an object with a conversation has."""
 
 
 class _TooLong(Exception):
@@ -61,6 +64,7 @@ def _path_of_array(stream: _Metered, options: ReadOptions) -> str | None:
             return "item"
         stream.since_item = 0
         is_below_a_key = prefix.endswith(".item") and prefix.count(".") == 1
-        if is_below_a_key and event == "map_key" and value == options.text_column:
+        names = (options.text_column, *(BODIES if options.format != "text" else ()))
+        if is_below_a_key and event == "map_key" and value in names:
             return prefix
     return None

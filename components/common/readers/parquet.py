@@ -18,6 +18,7 @@ from nudge.components.common.readers.records import (
     Record,
     Records,
     Unreadable,
+    characters,
     record_of,
     seekable,
 )
@@ -25,7 +26,8 @@ from nudge.components.common.readers.records import (
 NO_VALUE = (ValueError, OverflowError, KeyError)
 """What pyarrow raises for values that Python cannot represent: nanoseconds, the year 12000, an
 unknown time zone, bytes that are not UTF-8."""
-BATCH_ROWS = 1024
+BATCH_ROWS, NESTED_ROWS = 1024, 64
+"""Rows that are decoded at once; fewer of nested columns, whose texts pyarrow repeats in memory."""
 
 
 def read_parquet(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
@@ -38,7 +40,7 @@ def read_parquet(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
         try:
             table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
             schema = table.schema_arrow
-            texts = [column for column in options.columns if _is_text(schema, column)]
+            texts = [name for name in options.columns_of(schema.names) if _is_text(schema, name)]
             # Reopened, because only now is it known which columns are texts.
             table = pyarrow.parquet.ParquetFile(
                 file, pre_buffer=False, buffer_size=1 << 20, read_dictionary=texts
@@ -47,12 +49,14 @@ def read_parquet(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
             yield Record(name, Unreadable("damaged", str(error)))
             return
         names = schema.names
-        columns = [column for column in options.columns if column in names]
+        columns = options.columns_of(names)
+        nested = any(pyarrow.types.is_nested(schema.field(name).type) for name in columns)
+        rows = NESTED_ROWS if nested else BATCH_ROWS
         number = expanded = 0
         for group in range(table.num_row_groups):
             facts = table.metadata.row_group(group)
             left = facts.num_rows
-            if options.text_column not in names:
+            if not _is_readable(options, names):
                 for absent in range(number + 1, number + left + 1):
                     yield Record(str(absent), Unreadable("no_column", ", ".join(names)))
                 number += left
@@ -60,12 +64,12 @@ def read_parquet(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
             if _stored_bytes(facts, columns) > max(BOMB_BYTES, BOMB_RATIO * size):
                 raise Bomb
             try:
-                batches = table.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns)
+                batches = table.iter_batches(rows, row_groups=[group], columns=columns)
                 for batch in batches:
                     for row in _rows(batch):
                         number, left = number + 1, left - 1
                         record = record_of(row, number, options)
-                        expanded += len(record.text) if isinstance(record.text, str) else 0
+                        expanded += characters(record.text)
                         if expanded > BOMB_BYTES and expanded > BOMB_RATIO * size:
                             raise Bomb
                         yield record
@@ -92,10 +96,10 @@ def read_arrow(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
                 else iter(opened)
             )
             number = expanded = 0
-            columns = [column for column in options.columns if column in opened.schema.names]
+            columns = options.columns_of(opened.schema.names)
             for batch in batches:
                 batch.validate(full=True)  # damaged offsets would crash this process
-                if options.text_column not in columns:
+                if not _is_readable(options, columns):
                     for _ in range(batch.num_rows):
                         number += 1
                         names = ", ".join(opened.schema.names)
@@ -105,7 +109,7 @@ def read_arrow(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
                     for row in _rows(batch.select(columns).slice(start, BATCH_ROWS)):
                         number += 1
                         record = record_of(row, number, options)
-                        expanded += len(record.text) if isinstance(record.text, str) else 0
+                        expanded += characters(record.text)
                         if expanded > BOMB_BYTES and expanded > BOMB_RATIO * size:
                             raise Bomb
                         yield record
@@ -113,6 +117,10 @@ def read_arrow(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
             raise
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             yield Record(name, Unreadable("damaged", str(error)))
+
+
+def _is_readable(options: ReadOptions, names: list[str]) -> bool:
+    return options.format == "chat" or options.has_body(names)
 
 
 def is_metadata(name: str) -> bool:
@@ -140,7 +148,11 @@ def _is_text(schema: Any, column: str) -> bool:
 def _stored_bytes(group: Any, columns: list[str]) -> int:
     """The decompressed size of a row group's columns in bytes, as the file states it."""
     parts = (group.column(number) for number in range(group.num_columns))
-    return sum(part.total_uncompressed_size for part in parts if part.path_in_schema in columns)
+    return sum(
+        part.total_uncompressed_size
+        for part in parts
+        if part.path_in_schema.partition(".")[0] in columns
+    )
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any]]:
@@ -157,10 +169,19 @@ def _values(column: Any) -> Iterator[Any]:
         used = column.indices.unique().drop_null()
         values = dict(zip(used.to_pylist(), _values(column.dictionary.take(used)), strict=True))
         return (None if n is None else values[n] for n in column.indices.to_pylist())
+    if pyarrow.types.is_nested(column.type):
+        # A struct has every key of the column; where a row lacks one, its value is null.
+        return (_without_nulls(value) for value in column.to_pylist())
     if "[ns" not in str(column.type):
         with contextlib.suppress(*NO_VALUE):
             return iter(column.to_pylist())
     return map(_value, column)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _value(scalar: Any) -> Any:

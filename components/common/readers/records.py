@@ -6,17 +6,22 @@ than one record of `RECORD_BYTES` in memory, and none trusts a size that a file 
 """
 
 import io
+import json
 import lzma
 import shutil
 import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from nudge.components.common.artifacts.corpus import zstd
+from nudge.components.common.chat import lengths
+from nudge.components.common.chat.conversation import Conversation
+from nudge.components.common.chat.forms import chat_columns, conversation_of, is_conversation
+from nudge.components.common.chat.refusals import Refusal
 
 RECORD_BYTES = 64 << 20
 """A longer line or file is counted as too_long and never loaded completely."""
@@ -62,7 +67,7 @@ class Record(NamedTuple):
     """
 
     name: str
-    text: str | Unreadable | Page
+    text: str | Unreadable | Page | Conversation
     license: str = ""
     origin: str = ""
     encoding: str = ""
@@ -86,12 +91,25 @@ class ReadOptions:
     """The delimiter of .csv files; empty: detected from the header."""
     keep_front_matter: bool = False
     """Whether YAML front matter stays in Markdown texts."""
+    format: Literal["auto", "text", "chat"] = "text"
+    """Whether a row is a text, a conversation, or the text if it has one, else a conversation."""
 
-    @property
-    def columns(self) -> list[str]:
-        """The columns to read from a table."""
-        named = (self.text_column, self.id_column, self.license_column, self.source_column)
-        return [name for name in named if name]
+    def columns_of(self, names: Iterable[str]) -> list[str]:
+        """Those of a table's columns that are read."""
+        names = list(names)
+        wanted = {self.text_column, self.id_column, self.license_column, self.source_column}
+        if self.may_be_chat(names):
+            wanted |= set(chat_columns(names))
+        return [name for name in names if name in wanted]
+
+    def may_be_chat(self, names: Iterable[Any]) -> bool:
+        """Whether a row with these columns may be a conversation."""
+        return self.format != "text" and is_conversation(names)
+
+    def has_body(self, names: Iterable[Any]) -> bool:
+        """Whether a row with these columns is a text or a conversation."""
+        names = list(names)
+        return self.text_column in names or self.may_be_chat(names)
 
 
 Records = Iterator[Record]
@@ -141,23 +159,41 @@ def copied(stream: IO[bytes], start: bytes = b"") -> IO[bytes]:
 def record_of(row: dict[Any, Any], number: int, options: ReadOptions) -> Record:
     """The record of one row of a table, named by its id or else by its ``number``."""
     text = row.get(options.text_column)
-    if options.text_column not in row:
+    if options.format == "chat" or (not text and options.may_be_chat(row)):
+        text = _conversation(row)
+    elif options.text_column not in row:
         text = Unreadable("no_column", ", ".join(map(str, row)))
     elif isinstance(text, bytes):  # a Parquet column of type binary
         try:
             text = text.decode()
         except UnicodeDecodeError:
             text = Unreadable("not_utf8", bytes=len(text))
-    elif not isinstance(text, str | Unreadable):
+    elif not isinstance(text, str | Unreadable | Conversation):
         text = Unreadable("no_text")
-    if isinstance(text, str) and len(text) > RECORD_BYTES:
-        text = Unreadable("too_long", bytes=len(text))
+    size = characters(text)
+    if size > RECORD_BYTES:
+        text = Unreadable("too_long", bytes=size)
     return Record(
         _plain_value(row, options.id_column) or str(number),
         text,
         _plain_value(row, options.license_column),
         _plain_value(row, options.source_column),
     )
+
+
+def _conversation(row: dict[Any, Any]) -> Conversation | Unreadable:
+    try:
+        return conversation_of(row)
+    except Refusal as refusal:
+        size = len(json.dumps(row, default=str, ensure_ascii=False).encode("utf-8", "replace"))
+        return Unreadable(refusal.reason, refusal.detail, size)
+
+
+def characters(text: Any) -> int:
+    """The length of a text or conversation; 0 for what is not read yet."""
+    if isinstance(text, Conversation):
+        return lengths.characters(text)
+    return len(text) if isinstance(text, str) else 0
 
 
 def _plain_value(row: dict[Any, Any], column: str) -> str:

@@ -14,7 +14,7 @@ from nudge.components.common.core import guard, processes
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.names import check_name
 from nudge.components.common.core.publish import published
-from nudge.components.common.models.base_model import download_model
+from nudge.components.common.models.registered import download_model
 from nudge.components.deploy.local import gateway
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import ModelServer

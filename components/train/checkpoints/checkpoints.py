@@ -9,6 +9,7 @@ file, which is verified before the file is read.
 import contextlib
 import dataclasses
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -345,19 +346,21 @@ class CheckpointFailed(RuntimeError):
 @contextlib.contextmanager
 def _fetched(store: CheckpointStore, name: str, ranks: Ranks) -> Iterator[Path]:
     """A local folder with the checkpoint's files, which one rank per machine fetches."""
-    if folder := store.on_disk(name):
-        yield folder
+    if on_disk := store.on_disk(name):
+        yield on_disk
         return
-    token = int(ranks.sum(os.getpid() if ranks.main else 0)[0])
-    into = Path(tempfile.gettempdir()) / f"nudge-fetched-{token}-{name}"
+    token = int(ranks.sum(secrets.randbelow(1 << 50) if ranks.main else 0)[0])
+    # Not a name that another user of this machine could have made before.
+    folder = Path(tempfile.gettempdir()) / f"nudge-fetched-{token}"
     try:
         if ranks.local_rank == 0:
-            store.fetch(name, into)
+            folder.mkdir(mode=0o700)
+            store.fetch(name, folder / name)
         ranks.wait()
-        yield into
+        yield folder / name
     finally:
         if ranks.local_rank == 0:
-            shutil.rmtree(into, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _name(step: int) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -83,9 +84,12 @@ def _locked(store: CheckpointStore, ranks: Ranks, note: Callable[[str], None]) -
 
 @contextlib.contextmanager
 def _shared_temporary(ranks: Ranks) -> Iterator[Path]:
-    token = int(ranks.sum(os.getpid() if ranks.main else 0)[0])
+    # Not a name that another user of this machine could have made before.
+    token = int(ranks.sum(secrets.randbelow(1 << 50) if ranks.main else 0)[0])
     folder = Path(tempfile.gettempdir()) / f"nudge-best-{token}"
-    folder.mkdir(exist_ok=True)
+    if ranks.main:
+        folder.mkdir(mode=0o700)
+    ranks.wait()
     try:
         yield folder
     finally:

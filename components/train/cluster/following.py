@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nudge.components.common.clients.kube import POD, Cluster
-from nudge.components.common.clients.kueue import explain_wait, queue_of, workload_of
+from nudge.components.common.clients.kueue import queue_of, why_waiting, workload_of
 from nudge.components.common.clients.pods import (
     QUEUE,
     RESTARTED,
@@ -193,7 +193,7 @@ class Follower:
         if workload is None:
             return self._no_workload() if waited_s >= UNSEEN_S else ""
         self._workload = workload["metadata"]["name"]
-        reason = explain_wait(workload, self._cluster.namespace)
+        reason = why_waiting(self._cluster, workload)
         queue = queue_of(workload)
         return reason if queue in ("", self._queue()) else f"{queue}: {reason}"
 

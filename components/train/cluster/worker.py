@@ -5,7 +5,6 @@ torchrun, which finds its position among the nodes in the variables PET_* that K
 sets. The node of the first rank sends back the model, the history and the report.
 """
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,9 @@ from pathlib import Path
 
 import click
 
+from nudge.components.common.core.environment import KUBERNETES
 from nudge.components.common.core.errors import Transient, UserError
+from nudge.components.common.core.processes import RANK_CHILD, child_environment
 from nudge.components.common.core.step import exit_with_user_errors
 from nudge.components.train.cluster.handover import Handover
 from nudge.components.train.torchrun import ERROR_VARIABLE, TRANSIENT
@@ -62,8 +63,8 @@ def run_ranks_here(folder: Path) -> None:
     with torchrun's status where no rank left one.
     """
     error, killed_before = folder / "error", _killed_for_memory()
-    variables = {ERROR_VARIABLE: str(error), "PYTHONSAFEPATH": "1"}
-    ranks = subprocess.Popen(command(folder), env={**os.environ, **variables})
+    variables = child_environment((*RANK_CHILD, KUBERNETES), {ERROR_VARIABLE: str(error)})
+    ranks = subprocess.Popen(command(folder), env=variables)
     signal.signal(signal.SIGTERM, lambda number, _: ranks.send_signal(number))
     status = ranks.wait()
     if not status:

@@ -197,6 +197,8 @@ class ServingCluster:
         """Called with a new InferenceService; returns True if the test sets its status itself."""
         self.one_gpu = False
         """Whether a version waits for its GPU until no other version runs."""
+        self.notices_after_s = 0.0
+        """How long the controllers take to notice a change; until then the old pods run."""
         self.new_pods = "ready"
         """The fate of pods created from now on (see `kserve_pods.pod_status`)."""
         self.refused = ""
@@ -242,6 +244,7 @@ class ServingCluster:
     def _service(self, service: dict[str, Any]) -> None:
         if self.on_service(service):
             return
+        time.sleep(self.notices_after_s)
         name = service["metadata"]["name"]
         if self.one_gpu and name not in self.models:
             self._wait_for_the_gpu(service)

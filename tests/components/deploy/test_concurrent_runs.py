@@ -246,15 +246,8 @@ def test_a_deploy_can_be_repeated(site: Site) -> None:
     assert site.weights() == {"v1": 100}
 
 
-@LOCAL
-@pytest.mark.parametrize("at", ["bring_up", "move", "note_served", "retire"])
-def test_a_killed_deploy_can_be_repeated_and_other_runs_are_refused(
-    site: Site, at: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed before ``at``. After the move, the registry has no record of it yet."""
-    site.run("v1")
-    site.evaluate("killed")
-    site.evaluate("other")
+def kill_at(site: Site, at: str, patch: pytest.MonkeyPatch) -> None:
+    """From now on, the process that does this dies before it."""
 
     def kill(*_: Any, **__: Any) -> Any:
         raise Killed
@@ -264,8 +257,20 @@ def test_a_killed_deploy_can_be_repeated_and_other_runs_are_refused(
         from nudge.components.deploy.kserve.kserve import KServe
 
         where = traffic if at == "note_served" else KServe
+    patch.setattr(where, at, kill)
+
+
+@LOCAL
+@pytest.mark.parametrize("at", ["bring_up", "move", "note_served", "retire"])
+def test_a_killed_deploy_can_be_repeated_and_other_runs_are_refused(
+    site: Site, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before ``at``. After the move, the registry has no record of it yet."""
+    site.run("v1")
+    site.evaluate("killed")
+    site.evaluate("other")
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
-        patch.setattr(where, at, kill)
+        kill_at(site, at, patch)
         site.deploy("killed")
         raise AssertionError("it was not killed")
     if at in ("note_served", "retire"):
@@ -299,3 +304,41 @@ def test_a_rollback_is_refused_if_a_run_deploys_meanwhile(site: Site) -> None:
     with pytest.raises(Moved):
         serve(site.settings, site.model, {"v2": 100}, check=unmoved({"v2": 100}))
     assert site.weights() == {"v3": 100}
+
+
+@LOCAL
+@pytest.mark.parametrize("stage", ["move", "note_served", "retire", ""])
+def test_a_rollback_that_is_retried_goes_back_once(
+    site: Site, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step ends before or after the traffic moved, or its pod is lost when all is done."""
+    for version in ("v1", "v2", "v3"):
+        site.run(version)
+    monkeypatch.setenv("NUDGE_RUN_ID", "the-rollback")
+    with monkeypatch.context() as patch:
+        if stage:
+            kill_at(site, stage, patch)
+            with pytest.raises(Killed):
+                site.rollback()
+        else:
+            site.rollback()
+    site.rollback()
+    assert site.weights() == {"v2": 100}
+    assert site.served().main == "v2"
+    monkeypatch.setenv("NUDGE_RUN_ID", "another-rollback")
+    site.rollback()
+    assert site.weights() == {"v1": 100}
+
+
+@LOCAL
+def test_a_retried_rollback_is_refused_if_others_moved_the_traffic(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in ("v1", "v2", "v3"):
+        site.run(version)
+    monkeypatch.setenv("NUDGE_RUN_ID", "the-rollback")
+    site.rollback()
+    site.serve(v1=50, v3=50)
+    with pytest.raises(Moved):
+        site.rollback()
+    assert site.weights() == {"v1": 50, "v3": 50}

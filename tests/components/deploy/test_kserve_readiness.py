@@ -92,7 +92,9 @@ def test_a_changed_label_is_waited_for(cluster: ServingCluster) -> None:
 
 
 def test_a_changed_number_of_replicas_is_waited_for(cluster: ServingCluster) -> None:
+    """Also before the controllers notice it, when the pods that run are Ready and current."""
     bring_up()
+    cluster.notices_after_s = 0.7
     three = settings(replicas=3)
     assert digest(three) == digest(settings())  # serving pods are not replaced for it
     bring_up(three)

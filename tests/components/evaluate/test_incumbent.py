@@ -1,5 +1,6 @@
 """Finding the served version through a faulty registry and endpoint: never mistaken for none."""
 
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,10 @@ from nudge.components.common.clients.registry import connection
 from nudge.components.common.clients.registry.connection import with_registry
 from nudge.components.common.clients.registry.releases import Served, find_version, note_served
 from nudge.components.common.core.publish import sha256_file, write_manifest
+from nudge.components.common.models import base_model
 from nudge.components.evaluate import incumbent
 from nudge.components.evaluate.incumbent import bring, find_incumbent
+from nudge.components.evaluate.settings import evaluate_settings
 from tests.faulty_proxy import FAULTS, Fault, FaultyProxy
 from tests.local_registry import running_registry
 from tests.web_server import Server
@@ -159,9 +162,14 @@ def test_changed_weights_are_rejected(tiny_model: Path, tmp_path: Path) -> None:
             lambda uri, folder, *_: shutil.copytree(remote, folder, dirs_exist_ok=True),
         )
         served = Incumbent("found", version="v1", uri="s3://bucket/v1")
+        other = dataclasses.replace(served, manifest_sha256="0" * 64)
+        assert "is not the one that was registered" in bring(other)[0].why
         found, folder = bring(served)
         assert found == served
         assert folder is not None
+        found, folder = bring(dataclasses.replace(served, sha256="of-another"))
+        assert (found.state, folder) == ("unknown", None)
+        assert "the registry says of-another" in found.why
         with (remote / "model.safetensors").open("r+b") as file:
             file.seek(-1, 2)
             file.write(b"\x01")
@@ -171,10 +179,22 @@ def test_changed_weights_are_rejected(tiny_model: Path, tmp_path: Path) -> None:
         assert "was changed after the upload" in found.why
         (remote / "model.safetensors").unlink()
         assert "model.safetensors is missing" in bring(served)[0].why
-    local = Incumbent("found", version="v1", uri=str(tiny_model), sha256="of-another")
-    found, folder = bring(local)
+
+
+@pytest.mark.parametrize("uri", ["hf://owner/name", "/tmp/model", "file:///tmp/model", "pvc://a/b"])
+def test_a_served_version_that_cannot_be_compared_gives_unknown(uri: str) -> None:
+    found, folder = bring(Incumbent("found", version="v1", uri=uri), "m")
     assert (found.state, folder) == ("unknown", None)
-    assert "the registry says of-another" in found.why
-    gone = bring(Incumbent("found", version="v1", uri=str(tmp_path / "gone")))[0]
-    assert gone.state == "unknown"
-    assert "does not exist" in gone.why
+    assert "nothing there can be compared" in found.why
+
+
+def test_a_recipe_that_deploys_unverified_versions_compares_with_them_too(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = "base_model: m\ndeploy: {unverified: [hf]}"
+    settings = evaluate_settings(recipe)
+    assert settings.unverified == ["hf"]
+    assert evaluate_settings("base_model: m").unverified == []
+    monkeypatch.setattr(base_model, "_from_hub", lambda *_: tiny_model)
+    hub = Incumbent("found", version="v1", uri="hf://owner/name")
+    assert bring(hub, "m", settings.unverified) == (hub, tiny_model)

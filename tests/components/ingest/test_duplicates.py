@@ -10,9 +10,13 @@ import pytest
 from nudge.components.common.artifacts.corpus import read_documents
 from nudge.components.ingest import duplicates, ordering
 from nudge.components.ingest.cleaning import Row, split_of
-from nudge.components.ingest.duplicates import BUCKETS, NGRAM, ROWS, Documents, signature
+from nudge.components.ingest.duplicates import BUCKETS, NGRAM, ROWS, Documents, word_hashes
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
+
+
+def signature(text: str) -> list[int]:
+    return duplicates.signature(word_hashes(text))
 
 
 def words(count: int, choice: random.Random) -> list[str]:

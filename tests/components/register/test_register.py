@@ -140,16 +140,18 @@ def test_the_command_in_the_error_finishes_a_registration_after_an_outage(
     assert f"safe at {uri}" in str(error.value)
     command = shlex.split(str(error.value).splitlines()[-1])
     named = ["--registry-url", "embedded", "--store", "embedded", "--home", str(home)]
-    assert command == ["nudge", "register", uri, *named]
+    assert command[:-2] == ["nudge", "register", uri, *named]
+    assert command[-2] == "--sha256"
 
     monkeypatch.setattr(connection, "ATTEMPTS_S", 60.0)
     # Another registry and folder in this shell change nothing and keep the pending registration.
     monkeypatch.setenv("NUDGE_EMBEDDED", "")
     monkeypatch.setenv("NUDGE_REGISTRY_URL", "http://127.0.0.1:9")
-    other = CliRunner().invoke(main, command[1:3])
+    other = CliRunner().invoke(main, [*command[1:3], *command[-2:]])
     assert other.exit_code == 2
     assert "the run used the registry" in other.output
     monkeypatch.setenv("NUDGE_HOME", str(home.parent / "elsewhere"))
+    _refuse_a_forged_registration(command, uri)
     done = CliRunner().invoke(main, command[1:], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "later v1 is registered" in done.output
@@ -165,6 +167,23 @@ def test_the_command_in_the_error_finishes_a_registration_after_an_outage(
     none = CliRunner().invoke(main, ["register", f"{uri}0"])
     assert none.exit_code == 2
     assert "is not a complete version" in none.output
+
+
+def _refuse_a_forged_registration(command: list[str], uri: str) -> None:
+    """A writer of the bucket changes what is registered; nothing is, until it is as it was."""
+    bucket, key = services.BUCKET, uri.removeprefix(f"s3://{services.BUCKET}/")
+    key = f"{key}.registration.json"
+    saved = s3_client().get_object(Bucket=bucket, Key=key)["Body"].read()
+    forged = saved.replace(b'"run_id": "run-1"', b'"run_id": "evil"')
+    assert forged != saved
+    s3_client().put_object(Bucket=bucket, Key=key, Body=forged)
+    refused = CliRunner().invoke(main, command[1:])
+    assert refused.exit_code == 2
+    assert "it was changed since" in refused.output
+    unsigned = CliRunner().invoke(main, command[1:-2])
+    assert unsigned.exit_code == 2
+    assert "--sha256 is missing" in unsigned.output
+    s3_client().put_object(Bucket=bucket, Key=key, Body=saved)
 
 
 @pytest.mark.long

@@ -169,7 +169,7 @@ def test_records_keep_their_positions_when_some_are_left_out(run: Run) -> None:
     positions = [reader.record(n) for n in range(reader.documents)]
     kept = [n for n, each in enumerate(ordered) if each.conversation is not bad]
     assert positions == kept
-    assert read_tokens_manifest(tokens).splits["train"].dropped == {"too_long": 1}
+    assert read_tokens_manifest(tokens).splits["train"].dropped == {"conversation_too_long": 1}
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_long_conversation_is_cut_between_turns(
     assert (kept in found) == (kept is not None)
     assert not any("answer" in text for texts in found for text in texts)
     dropped = read_tokens_manifest(tokens).splits["train"].dropped or {}
-    assert dropped.get("too_long", 0) == (kept is None)
+    assert dropped.get("conversation_too_long", 0) == (kept is None)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import pytest
 from nudge.components.common.artifacts.model import BaseModel, ModelFacts, write_model_facts
 from nudge.components.common.clients import image_registry, modelcar
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.models.base_model import download_model, model_sha256, verify_upload
+from nudge.components.common.models.base_model import model_sha256
+from nudge.components.common.models.registered import check_download, download_model
 from nudge.components.upload import image
 from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
@@ -73,7 +74,7 @@ def check_image(registry: ImageRegistry, uri: str, folder: Path, into: Path) -> 
     """It exists under its digest, and the model's bytes equal those of the folder."""
     digest = uri.rpartition("@")[2]
     download_model(f"oci://{registry.host}/team/sent@{digest}", into)
-    verify_upload(into, uri)
+    check_download(into, uri)
     check_folder(folder, into)
 
 

@@ -1,5 +1,6 @@
 """`nudge doctor` finds what is missing and says what mends it, and has a good word for the rest."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,7 +45,15 @@ def test_a_laptop_lacks_nothing_and_is_told_what_is_not_used() -> None:
     found = states()
     for name in ("python", "packages", "object store", "disk"):
         assert found[name].state == "ok", found[name]
-    for name in ("data connection", "model registry", "pipelines server", "permissions"):
+    for name in (
+        "data connection",
+        "model registry",
+        "pipelines server",
+        "permissions",
+        "pod security",
+    ):
+        assert found[name].state == "not used"
+    for name in ("permissions", "pod security"):
         assert found[name].state == "not used"
 
 
@@ -101,6 +110,35 @@ def test_the_rights_of_an_author_and_of_a_run_are_told_apart(
     assert found.state == state
     assert says in found.found
     assert bool(found.fix) is (state == "missing")
+
+
+@pytest.mark.parametrize(
+    ("labels", "sccs", "state", "says"),
+    [
+        ({doctor.ENFORCE: "restricted"}, "exit 1", "missing", "no model can be served in it"),
+        ({doctor.ENFORCE: "baseline"}, "exit 1", "ok", "the namespace team enforces baseline"),
+        ({}, "exit 1", "ok", "the namespace team enforces no level"),
+        ({doctor.ENFORCE: "restricted"}, "echo {}", "ok", "SCCs complete the pods"),
+    ],
+)
+def test_a_namespace_that_admits_no_predictor_is_found(
+    tmp_path: Path, labels: dict[str, str], sccs: str, state: str, says: str
+) -> None:
+    namespace = json.dumps({"metadata": {"name": "team", "labels": labels}})
+    program(
+        tmp_path, "oc",
+        f"""case "$*" in
+        *security.openshift.io*) {sccs};;
+        *"config view"*) echo team;;
+        *"get namespace team"*) echo '{namespace}';;
+        *) echo no;;
+        esac""",
+    )  # fmt: skip
+    found = states()["pod security"]
+    assert (found.state, says in found.found) == (state, True), found
+    if state == "missing":
+        assert "kubectl label namespace team --overwrite" in found.fix
+        assert f"{doctor.ENFORCE}=baseline" in found.fix
 
 
 def test_a_pipelines_server_is_asked(server: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:

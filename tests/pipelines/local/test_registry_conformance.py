@@ -1,6 +1,7 @@
-"""The registry against its API's own description, by schemathesis, over real HTTP.
+"""The registry against its API's own descriptions, by schemathesis, over real HTTP.
 
-model-registry.yaml is the Kubeflow Model Registry's (Apache 2.0), unchanged.
+model-registry.yaml (v1alpha3) and model-registry-v1.yaml are the Kubeflow Model Registry's (Apache
+2.0), unchanged.
 """
 
 import re
@@ -37,13 +38,13 @@ NOT_SERVED = re.compile(
 PREFIX = "/api/model_registry/v1alpha3"
 
 
-def described() -> dict[str, Any]:
+def described(name: str) -> dict[str, Any]:
     """The API's description, with two things said that it means but does not say.
 
     Its artifacts are told apart by a discriminator, which JSON Schema's oneOf knows nothing of; and
     its lists take a page size, a filter and a page token as any string but document no 400.
     """
-    text = (Path(__file__).parent / "model-registry.yaml").read_text()
+    text = (Path(__file__).parent / name).read_text()
     found: dict[str, Any] = yaml.safe_load(text)
     found["paths"] = {
         path: described for path, described in found["paths"].items() if not NOT_SERVED.search(path)
@@ -78,11 +79,14 @@ def _add_what_the_server_does(responses: dict[str, Any]) -> None:
         responses.setdefault("201", responses["200"])
 
 
-schema = schemathesis.openapi.from_dict(described())
-schema.config.generation.update(modes=[GenerationMode.POSITIVE])
+schema = schemathesis.openapi.from_dict(described("model-registry.yaml"))
+schema_v1 = schemathesis.openapi.from_dict(described("model-registry-v1.yaml"))
+for each in (schema, schema_v1):
+    each.config.generation.update(modes=[GenerationMode.POSITIVE])
 
 
 @schema.hook
+@schema_v1.hook
 def map_path_parameters(
     context: schemathesis.HookContext, path_parameters: dict[str, str] | None
 ) -> dict[str, str] | None:
@@ -117,4 +121,10 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @schema.parametrize()
 @hypothesis.settings(max_examples=15, derandomize=True, deadline=None, database=None)
 def test_every_operation_answers_as_described(case: schemathesis.Case, address: str) -> None:
+    case.call_and_validate(base_url=address, checks=CHECKS, headers=registry_headers())
+
+
+@schema_v1.parametrize()
+@hypothesis.settings(max_examples=4, derandomize=True, deadline=None, database=None)
+def test_every_operation_of_v1_answers_as_described(case: schemathesis.Case, address: str) -> None:
     case.call_and_validate(base_url=address, checks=CHECKS, headers=registry_headers())

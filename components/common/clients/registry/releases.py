@@ -7,8 +7,9 @@ versions that had all of it before, which is what a rollback needs.
 
 import json
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from nudge.components.common.clients.registry.lookup import (
     find_environment,
@@ -19,13 +20,16 @@ from nudge.components.common.clients.registry.lookup import (
     pages,
     together,
 )
-from nudge.components.common.clients.registry.values import read_properties
+from nudge.components.common.clients.registry.values import properties_of, read_properties
 from nudge.components.common.core.errors import UserError, nearest
 
 KEPT_HISTORY = 20
 """How many versions that had all the traffic are remembered."""
 NOT_PROMOTED = "not_promoted"
 """The custom property with the reason why a version got no traffic; empty if it got some."""
+
+ROLLBACK = "rollback"
+"""The custom property of the served model's entity with the last `Rollback` that a run decided."""
 
 Work = Callable[[Any], Awaitable[Any]]
 
@@ -72,6 +76,15 @@ class Served:
         return {*self.shares, *([self.before] if self.before else [])}
 
 
+@dataclass(frozen=True)
+class Rollback:
+    """A rollback that a run decided: the version it returns to, and the traffic before it."""
+
+    run_id: str
+    version: str
+    shares: dict[str, int]
+
+
 def find_version(model: str, version: str) -> Callable[[Any], Awaitable[Version]]:
     """Work that returns a `Version`; raises `UserError` that suggests existing ones."""
 
@@ -95,8 +108,8 @@ def list_versions(model: str) -> Callable[[Any], Awaitable[list[Version]]]:
 
     async def work(client: Any) -> list[Version]:
         entry = await _model(client, model)
-        found = await list_model_versions(client, entry.id)
-        versions = await together(_version(client, model, entry, version) for version in found)
+        found = await client.list_json(f"/registered_models/{entry.id}/versions")
+        versions = await together(_listed(client, model, entry, version) for version in found)
         return [version for version in versions if version]
 
     return work
@@ -219,6 +232,43 @@ def note_served(version: Version, served: Served, environment: str, runtime: str
     return work
 
 
+def find_rollback(model: str, run_id: str) -> Callable[[Any], Awaitable[Rollback | None]]:
+    """Work that returns the model's last `Rollback` if this run decided it, or else None."""
+
+    async def work(client: Any) -> Rollback | None:
+        entry = await find_model(client, model)
+        service = entry and await _service(client, model, str(entry.id))
+        if not service or ROLLBACK not in service.custom_properties:
+            return None
+        text = service.custom_properties[ROLLBACK].actual_instance.string_value
+        found = Rollback(**json.loads(text))
+        return found if found.run_id == run_id else None
+
+    return work
+
+
+def note_rollback(model: str, rollback: Rollback) -> Work:
+    """Work that records a rollback before it moves the traffic, so that a retry finds it."""
+
+    async def work(client: Any) -> None:
+        import mr_openapi
+
+        entry = await _model(client, model)
+        service = await _service(client, model, str(entry.id))
+        if service is None:
+            raise UserError(f"no version of {model} is served, so there is nothing to roll back")
+        # An update replaces all properties, so keep the others.
+        text = json.dumps(asdict(rollback))
+        properties = {**(service.custom_properties or {}), ROLLBACK: _text(text)}
+        change = mr_openapi.InferenceServiceUpdate(
+            desiredState="DEPLOYED", customProperties=properties
+        )
+        async with client.get_client() as api:
+            await api.update_inference_service(service.id, change)
+
+    return work
+
+
 def note_promotion(version: Version, reason: str) -> Work:
     """Work that records why a version was not promoted; an empty ``reason`` means that it was."""
 
@@ -294,6 +344,27 @@ async def _version(client: Any, model: str, entry: Any, found: Any) -> Version |
         archived=found.state is not None and found.state.value == "ARCHIVED",
         created_ms=int(found.create_time_since_epoch or 0),
         properties=read_properties(found.custom_properties),
+    )
+
+
+async def _listed(client: Any, model: str, entry: Any, found: dict[str, Any]) -> Version | None:
+    """As `_version`, from the registry's JSON."""
+    path = f"/model_versions/{quote(str(found['id']), safe='')}/artifacts"
+    artifacts = await client.list_json(path)
+    models = [each for each in artifacts if each.get("artifactType") == "model-artifact"]
+    named = [each for each in models if each.get("name") == model]
+    chosen = named or (models if len(models) == 1 else [])
+    if not chosen:
+        return None
+    return Version(
+        model=model,
+        name=str(found["name"]),
+        model_id=str(entry.id),
+        id=str(found["id"]),
+        uri=str(chosen[0].get("uri")),
+        archived=found.get("state") == "ARCHIVED",
+        created_ms=int(found.get("createTimeSinceEpoch") or 0),
+        properties=properties_of(found),
     )
 
 

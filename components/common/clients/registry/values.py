@@ -34,6 +34,9 @@ TYPES = {
     "MetadataProtoValue": ("proto_value", str),
 }
 
+SUPPORTED = tuple(TYPES)[:4]
+"""What the registry's client reads: no structs and protocol buffers."""
+
 
 def storable(properties: Mapping[str, Value]) -> dict[str, Value]:
     """Properties as the registry can store them; `read_properties` is the inverse."""
@@ -55,6 +58,20 @@ def read_properties(stored: Mapping[str, Any] | None) -> dict[str, Any]:
         if isinstance(text, str):
             properties[name] = int(text) if re.fullmatch(r"-?\d+", text) else float(text)
     return properties
+
+
+def properties_of(item: Mapping[str, Any]) -> dict[str, Any]:
+    """The original properties of an entity in the registry's JSON; unreadable ones are left out."""
+    stored = _readable_properties(item.get("customProperties") or {})
+    values = {
+        name: each[TYPES[each["metadataType"]][0]]
+        for name, each in stored.items()
+        if each["metadataType"] in SUPPORTED
+    }
+    integers = {n for n, each in stored.items() if each["metadataType"] == "MetadataIntValue"}
+    return read_properties(
+        {name: int(value) if name in integers else value for name, value in values.items()}
+    )
 
 
 def check_sendable(body: Any, where: str = "") -> None:

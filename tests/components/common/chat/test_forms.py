@@ -146,7 +146,7 @@ def test_a_conversation_that_cannot_be_learned_has_a_reason(reason: str) -> None
         ({"messages": {"role": "user"}}, "bad_messages"),
         ({"messages": "[" * 5000}, "bad_messages"),
         ({"prompt": 7, "completion": ANSWER}, "content_not_text"),
-        ({"question": QUESTION, "answer": None}, "not_a_conversation"),
+        ({"question": QUESTION, "answer": None}, "empty_answer"),
         ({"messages": None}, "not_a_conversation"),
     ],
 )

@@ -134,6 +134,38 @@ def test_the_reason_is_shown_when_it_changes(
     assert "100m more needed" in shown[1]
 
 
+@pytest.mark.parametrize("served", ["v1beta2", "v1beta1", "none", "forbidden"])
+def test_the_position_in_the_queue_is_shown_where_kueue_reports_it(
+    api: KubernetesApi, tmp_path: Path, served: str
+) -> None:
+    for version in {"v1beta1", "v1beta2"} - {served}:
+        if served != "forbidden":
+            api.forget_version(f"visibility.kueue.x-k8s.io/{version}")
+    if served == "forbidden":
+        api.forbid("get", "localqueues/pendingworkloads")
+    job = waits(api)
+    status = recorded("trainjob-nudge-d1-8b53639f-7fc18", "WaitingForQuota")
+    workload = add_workload(api, job, status, queue="gpus")
+    name = workload["metadata"]["name"]
+    api.pending["gpus"] = ["other", name, "third"]
+
+    def change() -> None:
+        time.sleep(0.6)
+        api.pending["gpus"] = [name, "third"]
+
+    threading.Thread(target=change, daemon=True).start()
+    completes(api, job, 1.5)
+    follow(job, settings=WAITS)
+    shown = [each for each in stages(tmp_path) if each.startswith("waiting in the queue gpus: ")]
+    assert "100m more needed" in shown[0]
+    positions = [each for each in shown if "position" in each]
+    if served in ("none", "forbidden"):
+        assert positions == []
+    else:
+        assert "position 2 of 3; " in positions[0]
+        assert "position 1 of 2; " in positions[-1]
+
+
 def test_the_queue_that_kueue_assigned_is_shown(api: KubernetesApi, tmp_path: Path) -> None:
     """Kueue labels a job that names no queue with `default`."""
     job = waits(api, LaunchSettings())

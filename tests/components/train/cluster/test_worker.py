@@ -1,5 +1,6 @@
 """The command of a job's pod: its exit status and its sentence after a rank failed."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,29 @@ def test_a_rank_that_the_kernel_killed_for_memory_is_named(
     monkeypatch.setattr(worker, "command", rank_that(action))
     with pytest.raises(UserError, match=r"raise\s+train\.cluster\.memory"):
         worker.run_ranks_here(tmp_path)
+
+
+def test_a_rank_gets_only_the_variables_that_it_needs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A job's pod may have more: variables of a Secret, and the token of its own account."""
+    needed = {
+        "PET_NNODES": "2",
+        "AWS_ACCESS_KEY_ID": "id",
+        "NCCL_DEBUG": "INFO",
+        "FI_PROVIDER": "x",
+    }
+    others = {"DATABASE_PASSWORD": "canary", "KF_PIPELINES_SA_TOKEN_PATH": "canary"}
+    for name, value in {**needed, **others, "KUBERNETES_SERVICE_HOST": "10.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    seen = tmp_path / "seen"
+    action = f"pathlib.Path({str(seen)!r}).write_text(repr(dict(os.environ)))"
+    monkeypatch.setattr(worker, "command", rank_that(action))
+    worker.run_ranks_here(tmp_path)
+    got = ast.literal_eval(seen.read_text())
+    assert needed.items() <= got.items()
+    assert {"PYTHONSAFEPATH", "NUDGE_ERROR_FILE", "KUBERNETES_SERVICE_HOST", "PATH"} <= got.keys()
+    assert not others.keys() & got.keys()
 
 
 @pytest.mark.parametrize("kind", [UserError, Transient])
