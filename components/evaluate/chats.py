@@ -101,7 +101,8 @@ def scorable(
 
     Raises `UserError` if fewer than half are left.
     """
-    kept, refused = [], dict[str, int]()
+    kept: list[Document] = []
+    refused: dict[str, int] = {}
     for document in documents:
         try:
             if document.conversation is not None:

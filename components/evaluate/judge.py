@@ -18,6 +18,7 @@ from nudge.components.common.artifacts.evaluation import (
     GuardResult,
     History,
     Incumbent,
+    Judged,
     Lineage,
     Method,
     Sample,
@@ -169,7 +170,8 @@ def _evaluation(
     answered = [*candidate.completions, *candidate.expected]
     guards = _guards(settings, of_sets, models.reference)
     tasks = compare_tasks(settings, of_tasks, models.reference)
-    judge_found, judge_rules = None, list[Check]()
+    judge_found: Judged | None = None
+    judge_rules: list[Check] = []
     if settings.judge is not None:
         reference = answers[models.reference].completions
         judge_found = judged(settings.judge, reference, candidate.completions)

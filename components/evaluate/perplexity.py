@@ -90,7 +90,8 @@ def score(
     check_loss(model)
     most = batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"])
     before = [] if first_token is None else [first_token]
-    tokenized, owners = [], []
+    tokenized: list[tuple[list[int], np.ndarray]] = []
+    owners: list[int] = []
     for index, text in enumerate(texts):
         for sample in _samples(text, tokenizer, before, scorer):
             tokenized.append(sample)

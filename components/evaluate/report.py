@@ -267,7 +267,7 @@ def _colored(samples: Sequence[LearnedSample]) -> list[list[tuple[str, bool]]]:
     """Each sample as runs of text, with whether the model learns them."""
     colored = []
     for sample in samples:
-        at, runs = 0, []
+        at, runs = 0, list[tuple[str, bool]]()
         for first, last in sample.learned:
             runs += [(sample.text[at:first], False), (sample.text[first:last], True)]
             at = last

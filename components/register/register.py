@@ -295,7 +295,7 @@ MAX_PROMPT = 300
 def _expected_next(results: Evaluation) -> list[dict[str, Any]]:
     """The evaluated model's likeliest token after each probe, which the served model must match; of
     a chat model without probes, the first token of each short question's answer."""
-    expected = [
+    expected: list[dict[str, Any]] = [
         {"prompt": probe.prompt, "messages": probe.messages, "token": rival.token, "p": rival.p}
         for probe in results.probes or ()
         for rival in probe.rivals_after[:1]

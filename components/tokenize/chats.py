@@ -4,13 +4,13 @@ import collections
 import datetime
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from nudge.components.common.chat import ChatTemplate, Conversation, Learn, Refusal
+from nudge.components.common.chat import ChatTemplate, Conversation, Learn, Refusal, Rendered
 from nudge.components.common.chat.lengths import TooLong, cut_at_turn
 from nudge.components.common.chat.masks import Encoder, Masked, Plain, hidden
 from nudge.components.common.chat.template import Origin
@@ -122,10 +122,10 @@ class ChatEncoder:
         return self.encode({0: part})[0]
 
     def _rendered(self, conversation: Conversation) -> list[Plain] | Refusal:
-        cleared = Plain
+        cleared: Callable[[Rendered], Plain] = Plain
         try:
             if self._chat.spelled_out == "text":
-                conversation, cleared = hidden(conversation, self._control)  # type: ignore[assignment]
+                conversation, cleared = hidden(conversation, self._control)
             return [cleared(each) for each in self._template.render(conversation, self._chat.learn)]
         except Refusal as refusal:
             return refusal
