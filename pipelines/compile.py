@@ -46,7 +46,13 @@ README = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
 )
 
 
-PIPELINES = ("train_and_serve", "distributed_training", "evaluate_only", "rollback")
+PIPELINES = (
+    "train_and_serve",
+    "distributed_training",
+    "evaluate_only",
+    "deploy_approved",
+    "rollback",
+)
 """The pipelines, each in the module of its name."""
 
 PINNED = re.compile(r"[^@\s]+@sha256:[0-9a-f]{64}")

@@ -120,11 +120,12 @@ class Step:
     def describe(self, results: Mapping[str, Any]) -> str:
         """One line about what came out; empty without results."""
         if self.name == "deploy" and results and not results.get("promoted", True):
-            return "registered, not promoted"
+            awaiting = results.get("awaiting_approval")
+            return "registered, awaiting approval" if awaiting else "registered, not promoted"
         for template in self.outcome if results else ():
             try:
                 return template.format(**results)
-            except KeyError:  # results of another version of nudge
+            except (KeyError, TypeError, ValueError):  # of another version, or not a number
                 continue
         return ""
 
@@ -155,6 +156,7 @@ STEPS = {
             function="ingest:ingest",
             face="ingest",
             settings="settings:IngestSettings",
+            reader="settings:ingest_settings",
             section="ingest",
             resources=Resources(12, *_DATA),
             outputs=("corpus", "report"),
@@ -285,6 +287,15 @@ STEPS = {
             runs="better",
             outcome=("{smoke_prompt} ->{smoke_answer!r}",),
             about="Serve a registered version and test it.",
+        ),
+        Step(
+            "serve_approved",
+            folder="deploy",
+            function="deploy:serve_approved",
+            face="serve_approved",
+            settings="settings:DeploySettings",
+            resources=Resources(2, *_CALL),
+            outcome=("{version}",),
         ),
         Step(
             "roll_back",

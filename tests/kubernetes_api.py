@@ -91,7 +91,9 @@ class KubernetesApi(Objects):
     def __init__(self, namespace: str = NAMESPACE, role: str = "") -> None:
         """``role`` is one in manifests/base/access.yaml; clients have its permissions, or all."""
         super().__init__(namespace)
-        self._allowed = rights(role) if role else None
+        self.user, self._allowed = USER, rights(role) if role else None
+        self.admit: Callable[[str, Object], str] = lambda operation, body: ""
+        """Called with CREATE or UPDATE and an object; returns why a policy refuses it."""
         self.token = secrets.token_urlsafe(32)
         self.requests: list[tuple[str, str, str]] = []
         self._forbidden: set[tuple[str, str]] = set()
@@ -107,6 +109,14 @@ class KubernetesApi(Objects):
         """By LocalQueue, the names of the Workloads that wait in it, as Kueue orders them."""
         self.older: dict[str, Callable[[Object], Object]] = {}
         """By kind, a function that turns the newest schema into that of an older release."""
+
+    def act_as(self, user: str, *roles: str) -> None:
+        """From now on requests come from this account, which has these Roles of the manifests."""
+        self.user, self._allowed = user, set().union(*map(rights, roles))
+
+    def may(self, group: str, resource: str, verb: str) -> bool:
+        """Whether the account of the requests has a permission."""
+        return self._allowed is None or (group, resource, verb) in self._allowed
 
     # The server.
 
@@ -205,6 +215,8 @@ class KubernetesApi(Objects):
             raise Refused(401, "Unauthorized")
         if request.url.path.startswith("/openapi/v3/"):
             return self._openapi(request.url.path)
+        if request.url.path == "/apis/authentication.k8s.io/v1/selfsubjectreviews":
+            return JSONResponse({**body, "status": {"userInfo": {"username": self.user}}}, 201)
         if group := re.fullmatch(r"/apis/([^/]+)", request.url.path):
             return self._group(group[1])
         match = PATH.fullmatch(request.url.path)
@@ -250,14 +262,13 @@ class KubernetesApi(Objects):
     def _check_permission(self, verb: str, part: dict[str, Any]) -> None:
         resource = part["plural"] + (f"/{part['subresource']}" if part["subresource"] else "")
         group = part["group"] or ""
-        missing = self._allowed is not None and (group, resource, verb) not in self._allowed
-        if missing or (verb, resource) in self._forbidden:
+        if not self.may(group, resource, verb) or (verb, resource) in self._forbidden:
             name = f' "{part["name"]}"' if part["name"] else ""
+            what = f"{part['plural']}{f'.{group}' if group else ''}{name}"
             raise Refused(
                 403,
-                f'{part["plural"]}{f".{group}" if group else ""}{name} is forbidden: User "{USER}" '
-                f'cannot {verb} resource "{resource}" in API group "{group}" in the namespace '
-                f'"{part["namespace"]}"',
+                f'{what} is forbidden: User "{self.user}" cannot {verb} resource "{resource}" in '
+                f'API group "{group}" in the namespace "{part["namespace"]}"',
             )
 
     def _do(
@@ -274,6 +285,10 @@ class KubernetesApi(Objects):
             self._existing(key, part)
             return PlainTextResponse(self._log(part["name"], query))
         if verb == "create":
+            if why := self.admit("CREATE", body):
+                raise Refused(422, why)
+            if query.get("dryRun") == "All":
+                return JSONResponse(body, 201)
             return JSONResponse(self._create(body, part["namespace"], manager, kind), 201)
         media = request.headers.get("content-type", "")
         if verb == "patch" and media == "application/apply-patch+yaml":
@@ -291,6 +306,8 @@ class KubernetesApi(Objects):
         if verb == "patch" and media != "application/merge-patch+json":
             raise Refused(400, f"this stand-in takes merge patches and applies, not {media}")
         changed = merge_patch(current, body) if verb == "patch" else copy.deepcopy(body)
+        if why := self.admit("UPDATE", changed):
+            raise Refused(422, why)
         return JSONResponse(self._change(current, changed, part["subresource"] or "", manager))
 
     def _existing(self, key: Key, part: dict[str, Any]) -> Object:

@@ -66,7 +66,13 @@ class Nights:
                 "batch_sequences": 4,
                 "learning_rate": 0.01,
             },
-            "evaluate": {"window": 64, "stride": 32, "probes": [probe]},
+            "evaluate": {
+                "window": 64,
+                "stride": 32,
+                "guards": [],
+                "probes": [probe],
+                "prompts": [],
+            },
             "register": {"keep_versions": 1},
             "deploy": {"smoke_prompt": "Paris"},
         }

@@ -13,7 +13,10 @@ FOLDERS = ("components", "pipelines", "kernels")
 LAYERS = (
     ("steps", "step_state"),
     ("recipes", "placement"),
-    ("retrain", "train_and_serve", "distributed_training", "evaluate_only", "rollback"),
+    (
+        *("retrain", "train_and_serve", "distributed_training", "evaluate_only"),
+        *("deploy_approved", "rollback"),
+    ),
     ("compile", "disconnected", "settings_reference"),
     ("local", "cluster"),
     ("cli",),

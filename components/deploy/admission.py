@@ -13,12 +13,15 @@ from nudge.components.common.clients.registry.releases import Served, Version
 class NotPromoted(Exception):
     """The candidate stays registered and gets no traffic; the text gives the reason.
 
-    ``before`` and ``live`` describe the current traffic, as in `why_not`.
+    ``before`` and ``live`` describe the current traffic, as in `why_not`; ``awaiting`` says that
+    only a person's approval is missing.
     """
 
-    def __init__(self, reason: str, before: Served | None, live: dict[str, int]) -> None:
+    def __init__(
+        self, reason: str, before: Served | None, live: dict[str, int], awaiting: bool = False
+    ) -> None:
         super().__init__(reason)
-        self.before, self.live = before, live
+        self.before, self.live, self.awaiting = before, live, awaiting
 
 
 def why_not(version: Version, before: Served | None, live: Mapping[str, int]) -> str:

@@ -28,6 +28,28 @@ def deploy(recipe: str, registered_model: str, version: str) -> str:
 
 
 @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
+def serve_approved(recipe: str, model_name: str, version: str) -> str:
+    """Serve a version that a person approved, after the same checks as in `deploy`.
+
+    Args:
+        recipe: The recipe, as YAML text or a URI; its section `deploy` says where to serve.
+        model_name: The name in the registry.
+        version: The version that a person approved with `nudge approve`.
+
+    Returns:
+        The URL of the model's endpoint.
+    """
+    from nudge.components.common.core.step import exit_with_user_errors
+    from nudge.components.deploy.deploy import serve_approved
+    from nudge.components.deploy.settings import deploy_settings
+
+    with exit_with_user_errors():
+        settings = deploy_settings(recipe)
+        result = serve_approved(settings, registered_model=model_name, version=version)
+    return str(result["endpoint"])
+
+
+@dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
 def roll_back(recipe: str, model_name: str, to_version: str) -> str:
     """Return all of a model's traffic to a version that had it before.
 

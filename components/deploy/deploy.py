@@ -1,13 +1,22 @@
 """The step `deploy`: serve and test a registered version, and roll back to an earlier one."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
-from nudge.components.common.clients.registry.releases import Served
+from nudge.components.common.artifacts.approval import (
+    Approval,
+    State,
+    approval_properties,
+    read_approval,
+)
+from nudge.components.common.clients.registry.releases import NOT_PROMOTED, Served
 from nudge.components.common.core.environment import in_pipeline_step, nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.step import step
+from nudge.components.deploy import approval
 from nudge.components.deploy.admission import NotPromoted, why_not
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.traffic import Check, Target, shift, unchecked
@@ -25,19 +34,144 @@ def deploy(settings: DeploySettings, *, registered_model: str, version: str) -> 
     nothing changes: the result has ``promoted: False`` and the reason, and the registry stores both
     as custom properties of the version.
     """
+    check = admitted(settings, registered_model, version)
+    result = _serve_in_step(settings, registered_model, version, check)
+    if settings.approval == "required":
+        _archive_expired(settings, registered_model, version)
+    return result
+
+
+@step("deploy", reuse=False)
+def serve_approved(
+    settings: DeploySettings, *, registered_model: str, version: str
+) -> dict[str, Any]:
+    """Deploy a version that a person approved; raises `UserError` if it must not get the traffic.
+
+    The checks are those of `deploy`: an approval does not replace them.
+    """
+    with approved(settings, registered_model, version) as check:
+        return _serve_in_step(settings, registered_model, version, check)
+
+
+@contextlib.contextmanager
+def approved(settings: DeploySettings, model: str, version: str) -> Iterator[Check]:
+    """The check of `admitted` for a version that must be approved, for the block that deploys it.
+
+    In the block a refusal is a `UserError`. After it, candidates that can no longer be approved are
+    archived.
+    """
+    check = admitted(replace(settings, approval="required"), model, version)
+
+    def strict(before: Served | None, live: dict[str, int]) -> None:
+        try:
+            check(before, live)
+        except NotPromoted as refused:
+            raise UserError(f"{model} {version} is not served: {refused}") from None
+
+    yield strict
+    _archive_expired(settings, model, version)
+
+
+def admitted(settings: DeploySettings, model: str, version: str) -> Check:
+    """The check for a candidate's deploy: raises `NotPromoted`, and the registry has the reason.
+
+    A candidate needs the version that it was compared with in traffic and, with
+    ``approval: required``, a person's approval of exactly this evaluation.
+    """
     from nudge.components.common.clients.registry.connection import registry_url, with_registry
-    from nudge.components.common.clients.registry.releases import find_version, note_promotion
+    from nudge.components.common.clients.registry.releases import (
+        find_version,
+        note_promotion,
+        note_properties,
+    )
 
     url = registry_url(settings.registry_url)
-    candidate = with_registry(url, find_version(registered_model, version))
+    candidate = with_registry(url, find_version(model, version))
 
+    # What it records, it records under the lease: a person's promote is either before or after it.
     def check(before: Served | None, live: dict[str, int]) -> None:
         if reason := why_not(candidate, before, live):
-            # Recorded under the lease, so a person's promote is either before or after it.
             with_registry(url, note_promotion(candidate, reason))
             raise NotPromoted(reason, before, live)
+        if settings.approval == "none" or set(live) == {version}:
+            return
+        current = with_registry(url, find_version(model, version))
+        decision = _approvals(settings, before).find(current)
+        if reason := approval.waits_because(current, decision):
+            awaiting = decision is None
+            note = approval.ask_for(current, reason) if awaiting else {NOT_PROMOTED: reason}
+            with_registry(url, note_properties(current.id, note))
+            raise NotPromoted(reason, before, live, awaiting)
+        if decision:
+            with_registry(url, note_properties(current.id, approval_properties(decision)))
 
-    return _serve_in_step(settings, registered_model, version, check)
+    return check
+
+
+def decide(
+    settings: DeploySettings, model: str, version: str, state: State, reason: str = ""
+) -> Approval:
+    """Record this person's decision about a version that awaits approval; "rejected" archives it.
+
+    Repeating a decision is harmless. Raises `UserError` if the version does not wait, if somebody
+    decided otherwise, or if it waited for too long.
+    """
+    from nudge.components.common.clients.registry import releases
+    from nudge.components.common.clients.registry.connection import registry_url, with_registry
+
+    url = registry_url(settings.registry_url)
+
+    def ask(work: Any) -> Any:
+        return with_registry(url, work)
+
+    served = ask(releases.find_served(model))
+    on_cluster = _target_name(settings, served) == "kserve"
+    # On a cluster the API server accepts one decision, and deploy asks for it under the lease.
+    lease = contextlib.nullcontext() if on_cluster else _target(settings, served).exclusive(model)
+    with lease:
+        found = ask(releases.find_version(model, version))
+        if read_approval(found.properties) is None:
+            raise UserError(
+                f"{model} {version} does not await approval; `nudge promote {version} --model "
+                f"{model}` gives it the traffic"
+            )
+        if why := approval.expired(found, served, settings.approval_days):
+            evidence = approval.evidence_of(found)
+            approval.close(ask, found, Approval("expired", "", approval.now(), evidence, why))
+            raise UserError(f"{model} {version} is archived now: {why}; run again")
+        approvals = _approvals(settings, served)
+        decision = approvals.find(found)
+        if decision is None or decision.state != state:
+            decision = approvals.decide(found, state, reason)
+        if state == "rejected":
+            approval.close(ask, found, decision)
+        else:
+            ask(releases.note_properties(found.id, approval_properties(decision)))
+    return decision
+
+
+def _archive_expired(settings: DeploySettings, model: str, version: str) -> None:
+    from nudge.components.common.clients.registry.connection import registry_url, with_registry
+
+    url = registry_url(settings.registry_url)
+    try:
+        old = approval.archive_expired(
+            lambda work: with_registry(url, work), model, settings.approval_days, keep=version
+        )
+    except UserError as error:  # this deploy is complete, and the next one archives them
+        print(f"candidates that can no longer be approved were not archived: {error}", flush=True)
+    else:
+        for each in old:
+            print(f"archived {each}, which can no longer be approved", flush=True)
+
+
+def _approvals(settings: DeploySettings, served: Served | None) -> approval.Approvals:
+    if _target_name(settings, served) != "kserve":
+        return approval.RegistryApprovals()
+    from nudge.components.common.clients.kube import connect
+    from nudge.components.deploy.kserve.approvals import ClusterApprovals
+
+    return ClusterApprovals(connect(settings.kserve.namespace))
 
 
 @step("rollback", reuse=False)
@@ -137,10 +271,13 @@ def _serve_in_step(
         try:
             result = serve(settings, model, {version: 100}, note, check)
         except NotPromoted as refused:
-            print(f"registered, not promoted: {refused}", flush=True)
+            reason = str(refused)
+            outcome = reason if refused.awaiting else f"not promoted: {reason}"
+            print(f"registered, {outcome}", flush=True)
             return {
                 "promoted": False,
-                "reason": str(refused),
+                "awaiting_approval": refused.awaiting,
+                "reason": reason,
                 "endpoint": refused.before.endpoint if refused.before else "",
                 "served_model": model,
                 "version": version,

@@ -97,6 +97,11 @@ class DeploySettings:
     """Where this model's versions were uploaded, in addition to ``models`` in the data connection's
     bucket (AWS_S3_BUCKET). Empty in a recipe means its upload.target. A version that is registered
     with any other location is not served."""
+    approval: Literal["none", "required"] = "none"
+    """"required" ends a run whose candidate passed the gate as "registered, awaiting approval".
+    `nudge approve VERSION` serves it, `nudge reject VERSION` archives it."""
+    approval_days: Annotated[float, Field(ge=0)] = 14.0
+    """How long a candidate may wait for approval before it is archived; 0 means any time."""
     unverified: list[Literal["hf", "pvc"]] = field(default_factory=list)
     """Serve versions from ``hf://`` or ``pvc://``, whose files cannot be compared with the
     evaluated ones."""

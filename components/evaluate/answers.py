@@ -67,7 +67,7 @@ def plainly(settings: EvaluateSettings, chat: bool = False) -> Asked:
     return Asked(
         chat,
         collections.defaultdict(lambda: None),
-        made(settings.prompts),
+        made(settings.prompts or []),
         made([probe.prompt for probe in settings.probes]),
         made([each.prompt for each in settings.answers]),
     )

@@ -18,9 +18,12 @@ from nudge.components.common.chat import ChatTemplate, Conversation, Message, Re
 from nudge.components.common.chat.masks import Encoder, Masked, Plain
 from nudge.components.common.core.errors import UserError
 from nudge.components.evaluate.settings import EvaluateSettings
+from nudge.components.evaluate.texts import beginnings
 
-SHOWN = 4
+SHOWN = 3
 """Held-out conversations that a report shows, and whose first turn is asked without `prompts`."""
+DEFAULT_PROMPTS = 3
+"""Held-out texts whose beginnings are completed without `prompts`."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,12 @@ def question(prompt: str, settings: EvaluateSettings, chat: bool) -> Question:
 def questions(
     settings: EvaluateSettings, documents: Sequence[Document], chat: bool
 ) -> list[Question]:
-    """The prompts that every model completes: those of the settings or, for a chat model without
-    any, the beginnings of held-out conversations."""
-    if settings.prompts or not chat:
+    """The prompts that every model completes: those of the settings, or else the beginnings of
+    held-out texts or conversations."""
+    if settings.prompts is not None:
         return [question(prompt, settings, chat) for prompt in settings.prompts]
+    if not chat:
+        return [Question(prompt) for prompt in beginnings(documents, DEFAULT_PROMPTS)]
     found = [each.conversation for each in documents if each.conversation is not None]
     return [_opening(conversation) for conversation in found[:SHOWN]]
 

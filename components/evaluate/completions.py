@@ -17,6 +17,9 @@ MIN_TOKENS = 8
 MAX_SHARE = 0.8
 """The largest share of a completion that a single token may make up. A table or an indented program
 is below it; the output of a collapsed model ("the the the") is all one token."""
+LONGEST_LOOP = 4
+"""Tokens of the longest phrase whose repetition counts as a loop. Small models that work repeat
+longer phrases when they decode greedily."""
 
 
 @dataclass(frozen=True)
@@ -83,33 +86,69 @@ def complete(
         model.generation_config = own
 
 
-def completion_checks(completions: Sequence[Completion]) -> list[Check]:
-    """One check per completion: not empty, not one repeated token, finite, repeatable."""
-    return [
-        Check(
-            "completion",
-            one.prompt,
-            not (fault := _fault(one)),
-            fault or f"completed {one.prompt!r}",
+def completion_checks(
+    completions: Sequence[Completion], reference: Sequence[Completion] = ()
+) -> list[Check]:
+    """One check per completion: not empty, not collapsed, in no new loop, finite, repeatable.
+
+    ``reference`` are those of the model to compare with, for the same prompts. If it loops as well,
+    as in the middle of a table, the loop is not the candidate's fault.
+    """
+    fluent = {other.prompt for other in reference if not _loop(other.tokens)}
+    checks = []
+    for one in completions:
+        fault = _fault(one) or (_loop_fault(one) if one.prompt in fluent else "")
+        checks.append(
+            Check("completion", one.prompt, not fault, fault or f"completed {one.prompt!r}")
         )
-        for one in completions
-    ]
+    return checks
 
 
 def _fault(one: Completion) -> str:
+    """What is wrong with a completion by itself; empty if nothing is."""
     if not one.finite:
         return f"completing {one.prompt!r} gave logits that are not finite"
     if not one.repeatable:
         return f"completing {one.prompt!r} greedily twice gave different texts"
     if not one.text.strip():
         return f"the completion of {one.prompt!r} is empty"
-    count = max(collections.Counter(one.tokens).values())
-    if len(one.tokens) >= MIN_TOKENS and count > MAX_SHARE * len(one.tokens):
+    if len(one.tokens) < MIN_TOKENS:
+        return ""
+    if (count := _most(one.tokens)) > MAX_SHARE * len(one.tokens):
         return (
             f"the completion of {one.prompt!r} repeats one token in {count} of "
             f"{len(one.tokens)} positions: {one.text[:60]!r}"
         )
+    characters = "".join(one.text.split())
+    # Tokens such as "ee" and "eee" differ, and are the same collapse.
+    if characters and (count := _most(characters)) > MAX_SHARE * len(characters):
+        return (
+            f"the completion of {one.prompt!r} repeats one character in {count} of "
+            f"{len(characters)} positions: {one.text[:60]!r}"
+        )
     return ""
+
+
+def _loop_fault(one: Completion) -> str:
+    length = _loop(one.tokens)
+    if not length:
+        return ""
+    return f"the completion of {one.prompt!r} repeats {length} tokens to its end: {one.text[:60]!r}"
+
+
+def _most(items: Sequence[int] | str) -> int:
+    return max(collections.Counter(items).values())
+
+
+def _loop(tokens: Sequence[int]) -> int:
+    """The length of the phrase that most of a completion repeats, at most `LONGEST_LOOP`, or 0."""
+    if len(tokens) < 2 * MIN_TOKENS:
+        return 0
+    for period in range(1, LONGEST_LOOP + 1):
+        same = sum(a == b for a, b in zip(tokens, tokens[period:], strict=False))
+        if same > MAX_SHARE * (len(tokens) - period):
+            return period
+    return 0
 
 
 def _greedy(own: Any, tokenizer: Any, template: ChatTemplate | None) -> GenerationConfig:

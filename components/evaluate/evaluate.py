@@ -28,16 +28,19 @@ def evaluate(
     from nudge.components.evaluate.incumbent import bring, find_incumbent
     from nudge.components.evaluate.judge import judge
     from nudge.components.evaluate.tasks import check_tasks
-    from nudge.components.evaluate.texts import guard_documents
+    from nudge.components.evaluate.texts import guard_documents, guards_of
 
     check_tasks(settings)
     found = find_incumbent(settings.model_name, settings.registry_url)
     incumbent, served = bring(found, settings.model_name, settings.unverified)
-    # The incumbent is an input of `judge`, so that the result can be reused for the same one.
-    plain = dataclasses.replace(settings, model_name="", registry_url="", unverified=[])
+    # The incumbent is an input of `judge`, so that the result can be reused for the same one. So
+    # are the guards' texts, and their limits are among its settings.
+    plain = dataclasses.replace(
+        settings, model_name="", registry_url="", unverified=[], guards=guards_of(settings, model)
+    )
     guards = {
         guard.name: [dataclasses.asdict(document) for document in guard_documents(guard)]
-        for guard in settings.guards
+        for guard in plain.guards or ()
     }
     inputs = {"corpus": corpus, "model": model, "history": history}
     outputs = {"evaluation": evaluation, "report": report, "scores": scores}

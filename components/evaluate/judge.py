@@ -50,7 +50,11 @@ from nudge.components.evaluate.probes import compare as compare_probes
 from nudge.components.evaluate.report import render_report
 from nudge.components.evaluate.settings import EvaluateSettings
 from nudge.components.evaluate.tasks import compare_tasks
-from nudge.components.evaluate.texts import HELD_OUT, held_out_documents, texts_sha256
+from nudge.components.evaluate.texts import (
+    HELD_OUT,
+    held_out_documents,
+    texts_sha256,
+)
 
 Scores = Mapping[str, Mapping[str, Sequence[Score]]]
 """By set of texts, then by model."""
@@ -182,7 +186,7 @@ def _evaluation(
             *checks.loss_checks(of_sets),
             *checks.probe_checks(probes),
             *checks.guard_checks(guards),
-            *completion_checks(candidate.completions),
+            *completion_checks(candidate.completions, answers[models.reference].completions),
             *answer_checks(settings.answers, candidate.expected),
             *(turn_checks(answered, settings) if asked.chat else []),
             *judge_rules,
@@ -241,7 +245,7 @@ def _asked(
     chat = settings.chat == "always" or (settings.chat == "auto" and facts.chat is not None)
     plain = plainly(settings, chat)
     if not chat and not has_chats:
-        return plain, {}
+        return dataclasses.replace(plain, prompts=questions(settings, held_out, chat)), {}
     templates = {name: template_of_folder(folder) for name, folder in models.folders.items()}
     scorers = {
         name: Scorer(folder, load_tokenizer(folder), templates[name])
@@ -275,7 +279,7 @@ def _by_set(answers: Mapping[str, Answers], texts: Mapping[str, Sequence[Any]]) 
 
 def _guards(settings: EvaluateSettings, of_sets: Scores, reference: str) -> list[GuardResult]:
     results = []
-    for guard in settings.guards:
+    for guard in settings.guards or ():
         compared = compare(of_sets[guard.name], settings)[reference]
         assert compared.interval is not None  # a guard has at least MIN_DOCUMENTS documents
         results.append(

@@ -18,6 +18,7 @@ from nudge.components.common.artifacts.scores import Score
 from nudge.components.common.chat import Conversation
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.progress import Progress
+from nudge.components.common.core.scripts import separates_words
 from nudge.components.common.models.end_of_document import document_start_id, end_of_document_id
 from nudge.components.common.models.language_model import check_loss, hidden_states, next_token_loss
 from nudge.components.evaluate.chats import Scorer, assistant_text
@@ -129,7 +130,7 @@ def score(
         tokens[owner] += int(scored.sum())
     plain = [text if isinstance(text, str) else assistant_text(text) for text in texts]
     return [
-        Score(nat, count, len(text.encode()), len(text.split()))
+        Score(nat, count, len(text.encode()), _words(text))
         for nat, count, text in zip(nats, tokens, plain, strict=True)
     ]
 
@@ -154,27 +155,33 @@ def _samples(
 def summarize(scores: Sequence[Score]) -> Metrics:
     """Nats per token, token perplexity, bits per byte, word perplexity: ratios of sums.
 
-    A perplexity that no float holds is infinite, such as that of words in text without spaces.
+    A perplexity that no float holds is infinite. Without words, as in scripts that put no spaces
+    between them, there is no word perplexity.
     """
     nats = math.fsum(score.nats for score in scores)
     tokens = sum(score.tokens for score in scores)
     count = sum(score.bytes for score in scores)
-    words = sum(score.words for score in scores)
-    if not tokens or not words:
+    words = sum(score.words for score in scores) if all(score.words for score in scores) else None
+    if not tokens:
         raise UserError(
-            f"the {len(scores)} documents to score have {tokens} tokens and {words} words that can "
-            "be scored; add more or longer texts"
+            f"the {len(scores)} documents to score have 0 tokens that can be scored; add more or "
+            "longer texts"
         )
     return Metrics(
         nats_per_token=nats / tokens,
         token_perplexity=_exp(nats / tokens),
         bits_per_byte=nats / count / math.log(2),
-        word_perplexity=_exp(nats / words),
+        word_perplexity=_exp(nats / words) if words else None,
         tokens=tokens,
         bytes=count,
         words=words,
         documents=len(scores),
     )
+
+
+def _words(text: str) -> int:
+    """The number of words, or 0 if nothing separates them."""
+    return len(text.split()) if separates_words(text) else 0
 
 
 def _exp(nats: float) -> float:

@@ -24,9 +24,9 @@ from nudge.components.common.artifacts.evaluation import (
     ProbeResult,
     Verdict,
 )
+from nudge.components.common.core.figures import MISSING, finite, fixed, probability, signed
 from nudge.components.common.core.sanitize import CSP, visible
 
-MISSING = "not available"
 CHOSEN_STEPS = 7
 """Training steps whose likeliest tokens the page can show."""
 DRAWN_POINTS = 300
@@ -66,33 +66,6 @@ def axis(values: Sequence[float], *, ticks: int = 5, snug: bool = False) -> Axis
         low, high = first * step, last * step
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     return Axis(low, high, [n * step for n in range(first, last + 1)], digits)
-
-
-def finite(value: Any) -> bool:
-    """Whether ``value`` is a number that can be shown or plotted."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)
-
-
-def fixed(value: Any, digits: int = 0) -> str:
-    """``1,234.50``, with a real minus sign."""
-    return f"{value:,.{digits}f}".replace("-", "−") if finite(value) else MISSING
-
-
-def signed(value: Any, digits: int = 0) -> str:
-    """``+1.50`` or ``−1.50``."""
-    return f"{value:+,.{digits}f}".replace("-", "−") if finite(value) else MISSING
-
-
-def probability(value: Any) -> str:
-    """Three decimals; more for small values, and never 1 or 0 for a value that is neither."""
-    if not finite(value):
-        return MISSING
-    if 0.9995 <= value < 1:
-        return f"{value:.6f}" if value < 0.9999995 else "> 0.999999"
-    if value >= 0.01 or value == 0:
-        return f"{value:.3f}"
-    return f"{value:.5f}" if value >= 1e-4 else f"{value:.1e}".replace("-", "−")
 
 
 def surprise(p: Any) -> float | None:

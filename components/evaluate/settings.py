@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from nudge.components.common.clients.registry.connection import RegistryUrl
 from nudge.components.common.clients.registry.names import OptionalRegistryName
+from nudge.components.common.core import default_guard
 from nudge.components.common.core.recipe import some_settings, step_settings
 from nudge.components.common.core.sample_size import MIN_DOCUMENTS
 from nudge.components.common.core.settings import settings
@@ -47,6 +48,10 @@ class Guard:
     """Bits per byte by which the candidate may be worse than the model it is compared with."""
     max_documents: Annotated[int, Field(ge=MIN_DOCUMENTS)] = 200
     """The largest number of documents to score."""
+
+
+DEFAULT_GUARD = Guard(name=default_guard.NAME, uri=default_guard.URI, limit=0.2)
+"""The guard of a recipe that names none. Its limit is wide, because nobody chose it."""
 
 
 @settings
@@ -130,20 +135,22 @@ class EvaluateSettings:
     max_documents: Annotated[int, Field(ge=MIN_DOCUMENTS)] = 1000
     """Held-out documents to score, the first in the split's (hashed) order. With fewer than 16
     there is no interval, and nothing is promoted (`MIN_DOCUMENTS`)."""
-    guards: list[Guard] = field(default_factory=list)
-    """Sets of other text on which the candidate may lose little."""
+    guards: list[Guard] | None = None
+    """Sets of other text on which the candidate may lose little. Unset: `DEFAULT_GUARD`, a few
+    pages of plain English with a limit that only serious forgetting exceeds, unless the model is
+    trained from scratch. An empty list: none."""
     probes: list[Probe] = field(default_factory=list)
     """The first one is the running example, which training watches and the report shows."""
     hold_limit: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """How far the probability of a ``hold`` probe may move, as a fraction of its earlier value."""
-    prompts: list[str] = field(default_factory=list)
-    """Prompts that base and candidate complete greedily; the candidate's are checked."""
+    prompts: list[str] | None = None
+    """Prompts that base and candidate complete greedily; the candidate's answers must not be empty
+    or repeat themselves. Unset: the beginnings of three held-out documents. An empty list: none."""
     completion_tokens: Annotated[int, Field(ge=1, le=512)] = 24
     """Tokens per completion of `prompts`."""
     chat: Literal["auto", "always", "never"] = "auto"
     """Whether prompts and probes are user turns, rendered with the chat template; `auto`: if the
-    model was trained on conversations. Without `prompts`, it is asked the beginnings of held-out
-    conversations."""
+    model was trained on conversations."""
     system: str = ""
     """The system turn before every prompt and probe of a chat model."""
     answers: list[ExpectedAnswer] = field(default_factory=list)
@@ -176,7 +183,7 @@ class EvaluateSettings:
 
     @model_validator(mode="after")
     def _names_differ(self) -> "EvaluateSettings":
-        names = [guard.name for guard in self.guards]
+        names = [guard.name for guard in self.guards or ()]
         if doubled := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two guards are named {', '.join(sorted(doubled))}; rename one")
         return self

@@ -1,7 +1,6 @@
 """Optional tasks of EleutherAI's lm-evaluation-harness, in addition to the perplexity."""
 
 import dataclasses
-import importlib.util
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from nudge.components.common.artifacts.evaluation import TaskResult, TaskScore
 from nudge.components.common.core.errors import UserError, nearest
 from nudge.components.common.core.uris import is_local, local_path
+from nudge.components.common.preflight.packages import check_harness
 from nudge.components.evaluate.settings import EvaluateSettings, Task
 
 
@@ -24,18 +24,9 @@ class Measured:
     examples: int
 
 
-def check_harness(settings: EvaluateSettings) -> None:
-    """Raise `UserError` if tasks are configured and the harness is missing; nothing is imported."""
-    if settings.tasks and importlib.util.find_spec("lm_eval") is None:
-        raise UserError(
-            "evaluate.tasks needs lm-evaluation-harness, which is not installed here; install the "
-            "extra: pip install 'nudge-lm[tasks]'"
-        )
-
-
 def check_tasks(settings: EvaluateSettings) -> None:
     """Raise `UserError` unless the harness is installed and knows every task."""
-    check_harness(settings)
+    check_harness(settings.tasks)
     if settings.tasks:
         known = _manager(settings).all_tasks
         for task in settings.tasks:

@@ -1,10 +1,8 @@
 """The texts to score: the held-out split, and those of each guard."""
 
 import itertools
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from nudge.components.common.artifacts.corpus import (
     Document,
@@ -12,22 +10,15 @@ from nudge.components.common.artifacts.corpus import (
     read_documents,
     text_sha256,
 )
-from nudge.components.common.core.errors import UserError
+from nudge.components.common.artifacts.model import read_model_facts
 from nudge.components.common.core.sample_size import MIN_DOCUMENTS
-from nudge.components.common.core.uris import is_local, local_path
-from nudge.components.common.readers import (
-    Page,
-    ReadOptions,
-    Unreadable,
-    hidden_part,
-    read_stream,
-    reason_unread,
-)
-from nudge.components.common.readers.parquet import is_metadata
-from nudge.components.evaluate.settings import Guard
+from nudge.components.common.preflight.texts import guard_texts
+from nudge.components.evaluate.settings import DEFAULT_GUARD, EvaluateSettings, Guard
 
 HELD_OUT = "held-out"
 """The name of the set that decides the verdict; the other sets have the names of guards."""
+PROMPT_CHARACTERS, SHORTEST_PROMPT = 80, 12
+"""The length of a prompt that is made from held-out text, in characters."""
 
 
 def held_out_documents(
@@ -49,88 +40,46 @@ def held_out_documents(
     return list(itertools.islice(kept, most)), bool(selected_on) and not enough
 
 
+def guards_of(settings: EvaluateSettings, model: Path) -> list[Guard]:
+    """The guards of the settings, or else the default one.
+
+    A model that was trained from scratch has none by default: it knows only its own text.
+    """
+    if settings.guards is not None:
+        return settings.guards
+    return [] if read_model_facts(model).training.mode == "scratch" else [DEFAULT_GUARD]
+
+
 def guard_documents(guard: Guard) -> list[Document]:
     """The documents of a guard's files, sorted by file name.
 
     Raises `UserError` if there are too few, or if a file cannot be read as what its name says.
     """
-    if is_local(guard.uri):
-        return _documents(guard, _files(local_path(guard.uri)))
-    if urlsplit(guard.uri).scheme != "s3":
-        raise UserError(
-            f"evaluate.guards {guard.name}: cannot read {guard.uri}; "
-            "use package://, file://, a path or an s3:// folder"
-        )
-    from nudge.components.common.clients.storage import download_folder
+    texts = guard_texts(guard.name, guard.uri, guard.max_documents)
+    return [Document(text_sha256(text)[:16], text, guard.uri) for text in texts]
 
-    with tempfile.TemporaryDirectory() as folder:
-        download_folder(guard.uri, Path(folder))
-        return _documents(guard, _files(Path(folder)))
+
+def beginnings(documents: Sequence[Document], count: int) -> list[str]:
+    """Prompts that are the beginnings of the first ``count`` documents long enough for one.
+
+    A prompt is at most `PROMPT_CHARACTERS` long and at most half of its document. It ends within a
+    sentence, so that there is something left to say.
+    """
+    found: dict[str, None] = {}
+    for document in documents:
+        text = document.text.strip()
+        start = text[: min(PROMPT_CHARACTERS, len(text) // 2) + 1]
+        # Scripts without spaces have nowhere to cut, and may be cut anywhere.
+        prompt = start.rsplit(maxsplit=1)[0] if len(start.split()) > 1 else start[:-1]
+        while prompt and not prompt[-1].isalnum():
+            prompt = prompt[:-1].rstrip()
+        if len(prompt) >= SHORTEST_PROMPT:
+            found[prompt] = None
+        if len(found) == count:
+            break
+    return list(found)
 
 
 def texts_sha256(texts: list[str]) -> str:
     """Hex sha256 of a list of texts, over the sha256 of each text, one per line."""
     return text_sha256("".join(f"{text_sha256(text)}\n" for text in texts))
-
-
-def _files(path: Path) -> list[Path]:
-    """The files of a guard, without hidden files and, in a folder, files that are not text."""
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file())
-        visible = (p for p in found if not hidden_part(p.relative_to(path).as_posix()))
-        return [
-            p for p in visible if reason_unread(p.name) != "not_text" and not is_metadata(p.name)
-        ]
-    if path.is_file():  # an existing name wins over a pattern
-        return [path]
-    return sorted(p for p in path.parent.glob(path.name) if p.is_file())
-
-
-def _documents(guard: Guard, files: list[Path]) -> list[Document]:
-    read = (
-        Document(text_sha256(text)[:16], text, guard.uri)
-        for path in files
-        for text in _texts(guard, path)
-        if text.strip()
-    )
-    documents = list(itertools.islice(read, guard.max_documents))
-    if len(documents) < MIN_DOCUMENTS:
-        raise UserError(
-            f"evaluate.guards {guard.name}: {guard.uri} has {len(documents)} documents with text;"
-            f" fewer than {MIN_DOCUMENTS} cannot show that nothing is lost: add more, or remove "
-            "the guard"
-        )
-    return documents
-
-
-def _texts(guard: Guard, path: Path) -> Iterator[str]:
-    """The texts of one file. A guard is small and curated, so an unreadable part is an error."""
-    # A file of unknown kind counts as text.
-    name = f"{path.name}.txt" if reason_unread(path.name) else path.name
-    try:
-        with path.open("rb") as stream:
-            for record in read_stream(stream, name, ReadOptions()):
-                text = record.text.text() if isinstance(record.text, Page) else record.text
-                if isinstance(text, Unreadable):
-                    raise UserError(_unreadable(guard, path, record.name, text))
-                assert isinstance(text, str)  # these options read no conversations
-                yield text
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise UserError(
-            f"evaluate.guards {guard.name}: {path.name} of {guard.uri} cannot be read: {why}"
-        ) from None
-    except ImportError as error:
-        raise UserError(
-            f"evaluate.guards {guard.name}: {path.name} needs the Python package {error.name}; "
-            "install the extra: pip install 'nudge-lm[data]'"
-        ) from None
-
-
-def _unreadable(guard: Guard, path: Path, record: str, why: Unreadable) -> str:
-    where = path.name if record in ("", path.name) else f"{path.name}, row {record}"
-    detail = f" ({why.detail})" if why.detail else ""
-    return (
-        f"evaluate.guards {guard.name}: {where} of {guard.uri} cannot be read: {why.reason}{detail}"
-        '; use UTF-8 text, JSON lines of {"text": ...}, or another format that ingest reads'
-    )

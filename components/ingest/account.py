@@ -7,13 +7,18 @@ from typing import Any
 
 from nudge.components.common.chat.refusals import REASONS
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.sample_size import MIN_DOCUMENTS, corpus_size
 from nudge.components.common.readers import suffix_of
+from nudge.components.ingest.settings import IngestSettings
 
 DUPLICATES = ("duplicate", "near_duplicate", "repeated_prompt", "near_repeated_prompt")
 NO_LOSS = ("hidden", "linked_folder", "metadata", "not_text", "over_its_share")
 """Reasons for what is left out on purpose; it does not count as a loss."""
 EXAMPLES = 4
-HINTS = {"no_text_layer": "add one with ocrmypdf, from pip install 'nudge-lm[ocr]'"}
+HINTS = {
+    "no_text_layer": "add one with ocrmypdf, from pip install 'nudge-lm[ocr]'",
+    "overlaps_evaluation": "it shares 13 words with a guard, a probe or ingest.keep_out",
+}
 """What to do about a reason, where a sentence says it."""
 
 
@@ -71,6 +76,20 @@ def check_loss(counts: dict[str, Any], most: float) -> None:
         f"{shares[1]:.0%} of their bytes; ingest.max_lost allows {most:.0%}\n"
         f"{_totals(counts)}; dropped:\n{table}\n"
         f"Fix or remove these files, or set ingest.max_lost: {needed:g} to train on the rest"
+    )
+
+
+def check_held_out(held_out: int, settings: IngestSettings) -> None:
+    """Raise `UserError` if too few documents are held out for a verdict, unless that is allowed."""
+    if held_out >= MIN_DOCUMENTS or settings.allow_no_verdict:
+        return
+    need = corpus_size(settings.validation_share)
+    raise UserError(
+        f"{held_out} documents are held out, and with fewer than {MIN_DOCUMENTS} nothing can be "
+        f"shown to be better, so that nothing would be promoted: bring about {need} documents, "
+        f"raise ingest.validation_share (now {settings.validation_share:g}), set "
+        "ingest.split_characters to split long documents, or set ingest.allow_no_verdict: true to "
+        "train without a verdict"
     )
 
 

@@ -25,10 +25,13 @@ from nudge.components.common.readers.records import characters
 from nudge.components.ingest import conversations
 from nudge.components.ingest.duplicates import BUCKETS, Documents, signature, word_hashes
 from nudge.components.ingest.filters import Filter, make_filters, normalize
+from nudge.components.ingest.overlap import Overlap
 from nudge.components.ingest.pieces import pieces
 from nudge.components.ingest.settings import IngestSettings
 
 SAMPLES, SAMPLE_CHARACTERS = 5, 120
+EVALUATED = "overlaps_evaluation"
+"""The reason to drop a training document that shares text with a guard or a test."""
 BATCH_BYTES, BATCH_RECORDS = 1 << 20, 1000
 ALONE_BYTES = 8 << 20
 """This much text is cleaned in this process before others are started; starting them takes a
@@ -77,24 +80,28 @@ def split_of(text: str, settings: IngestSettings) -> str:
     return "validation" if share_of(text, settings) < settings.validation_share else "train"
 
 
-def clean_all(record: Record, filters: list[Filter], settings: IngestSettings) -> list[Row | Drop]:
+def clean_all(
+    record: Record, filters: list[Filter], settings: IngestSettings, keep_out: Overlap
+) -> list[Row | Drop]:
     """The results for one record; settings may split a long text into several documents."""
     most = settings.split_characters
     if not most:
-        return [clean(record, filters, settings)]
+        return [clean(record, filters, settings, keep_out)]
     if isinstance(record.text, Page):
         record = record._replace(text=record.text.text())
     if not isinstance(record.text, str) or len(record.text) <= most:
-        return [clean(record, filters, settings)]
+        return [clean(record, filters, settings, keep_out)]
     parts = pieces(normalize(record.text), most)
     named = (record._replace(name=f"{record.name}:{n}", text=t) for n, t in enumerate(parts, 1))
-    return [clean(each, filters, settings) for each in named]
+    return [clean(each, filters, settings, keep_out) for each in named]
 
 
-def clean(record: Record, filters: list[Filter], settings: IngestSettings) -> Row | Drop:
-    """The result for one record."""
+def clean(
+    record: Record, filters: list[Filter], settings: IngestSettings, keep_out: Overlap
+) -> Row | Drop:
+    """The result for one record; a training document with text to ``keep_out`` is dropped."""
     if isinstance(record.text, Conversation):
-        return _conversation(record, record.text, settings)
+        return _conversation(record, record.text, settings, keep_out)
     raw = record.text.text() if isinstance(record.text, Page) else record.text
     text: str | Unreadable = raw
     size = raw.bytes if isinstance(raw, Unreadable) else len(raw.encode("utf-8", "replace"))
@@ -111,25 +118,38 @@ def clean(record: Record, filters: list[Filter], settings: IngestSettings) -> Ro
     if not isinstance(text, str):
         excerpt = raw[:SAMPLE_CHARACTERS] if isinstance(raw, str) else text.detail
         return Drop(text.reason, size, f"{name}: {normalize(excerpt)}", text.detail)
+    share = share_of(text, settings)
+    keys: tuple[int, ...] = (0,) * BUCKETS
+    if settings.near_duplicates or keep_out.grams:
+        words = word_hashes(text)
+        if share >= settings.validation_share and keep_out.is_in(words):
+            return Drop(EVALUATED, size, f"{name}: {text[:SAMPLE_CHARACTERS]}", "")
+        if settings.near_duplicates:
+            keys = tuple(signature(words))
     return Row(
         name,
         text,
         normalize(record.license),
         normalize(record.origin),
         text_sha256(text),
-        share_of(text, settings),
+        share,
         size,
         len(text.encode()),
-        tuple(signature(word_hashes(text))) if settings.near_duplicates else (0,) * BUCKETS,
+        keys,
     )
 
 
-def _conversation(record: Record, raw: Conversation, settings: IngestSettings) -> Row | Drop:
+def _conversation(
+    record: Record, raw: Conversation, settings: IngestSettings, keep_out: Overlap
+) -> Row | Drop:
     size = len(raw.to_json().encode("utf-8", "replace"))
     found, name = conversations.cleaned(raw, settings), normalize(record.name)
     if isinstance(found, Unreadable):
         excerpt = found.detail or raw.transcript()[:SAMPLE_CHARACTERS]
         return Drop(found.reason, size, f"{name}: {normalize(excerpt)}", found.detail)
+    # A conversation like this one may move it from held out to trained on, so its split is unknown.
+    if keep_out.grams and keep_out.is_in(word_hashes(found.transcript())):
+        return Drop(EVALUATED, size, f"{name}: {found.transcript()[:SAMPLE_CHARACTERS]}", "")
     body, turns = found.to_json(), conversations.turns_of(found, settings)
     return Row(
         name,
@@ -198,8 +218,8 @@ Batch = tuple[list[Tally], int, Future[list[list[Row | Drop]]]]
 class Cleaner:
     """Cleans records in order and adds the rows that are kept to ``documents``."""
 
-    def __init__(self, settings: IngestSettings, documents: Documents) -> None:
-        self._settings, self._documents = settings, documents
+    def __init__(self, settings: IngestSettings, documents: Documents, keep_out: Overlap) -> None:
+        self._settings, self._documents, self._keep_out = settings, documents, keep_out
         self._filters = make_filters(settings)
         self._workers = settings.workers or usable_cores()
         self._pool: ProcessPoolExecutor | None = None
@@ -249,10 +269,10 @@ class Cleaner:
         if self._workers == 1 or self._alone < ALONE_BYTES:
             self._alone += size
             for tally, record in batch:
-                self._take(tally, clean_all(record, self._filters, self._settings))
+                self._take(tally, clean_all(record, self._filters, self._settings, self._keep_out))
             return
         if self._pool is None:
-            self._pool = workers.spawned(self._workers, _begin, self._settings)
+            self._pool = workers.spawned(self._workers, _begin, self._settings, self._keep_out)
         with self._killed_reported():
             future = self._pool.submit(_clean_batch, records)
         self._pending.append((tallies, size, future))
@@ -291,9 +311,9 @@ class Cleaner:
 _worker: dict[str, Any] = {}
 
 
-def _begin(settings: IngestSettings) -> None:
-    _worker.update(settings=settings, filters=make_filters(settings))
+def _begin(settings: IngestSettings, keep_out: Overlap) -> None:
+    _worker.update(filters=make_filters(settings), settings=settings, keep_out=keep_out)
 
 
 def _clean_batch(records: list[Record]) -> list[list[Row | Drop]]:
-    return [clean_all(record, _worker["filters"], _worker["settings"]) for record in records]
+    return [clean_all(record, **_worker) for record in records]

@@ -32,17 +32,20 @@ def ingest(
     from pathlib import Path
 
     from nudge.components.common.clients.registry.preflight import check_registration
-    from nudge.components.common.core.recipe import step_settings
     from nudge.components.common.core.step import exit_with_user_errors
+    from nudge.components.common.preflight.texts import check_texts
+    from nudge.components.ingest.account import check_held_out
     from nudge.components.ingest.ingest import ingest
-    from nudge.components.ingest.settings import IngestSettings
+    from nudge.components.ingest.settings import ingest_settings
 
     with exit_with_user_errors():
+        check_texts(recipe)
         if registers:
             check_registration(recipe, version, model_name=model_name)
         overrides = {"data_uri": data_uri, "model_name": model_name}
-        settings = step_settings(IngestSettings, "ingest", recipe, **overrides)
+        settings = ingest_settings(recipe, **overrides)
         result = ingest(settings, corpus=Path(corpus.path), report=Path(report.path))
+        check_held_out(result["validation_documents"], settings)
         dropped = result.pop("dropped")
         corpus.metadata.update(result)
         for name in ("read", "documents", "validation_documents"):

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nudge.components.common.chat.conversation import from_json
+from nudge.components.common.core.scripts import SPACELESS
 
 if TYPE_CHECKING:
     from nudge.components.ingest.cleaning import Row
@@ -44,8 +45,8 @@ WORDS_HELD = 1 << 16
 LONG = 1 << 20
 """Characters of a text that are processed together."""
 MARKS = string.punctuation + "“”„‘’‚«»‹›…–—"
-ALONE = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff])")
-"""Letters of scripts without spaces between words (Thai, Khmer, Chinese, ...); each is one word."""
+ALONE = re.compile(f"([{SPACELESS}])")
+"""Letters of scripts without spaces between words; each is one word."""
 
 
 # Odd factors; one hash is the factor times the gram, modulo 2**64.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nudge.components.common.artifacts.corpus import Document
     from nudge.components.common.core.progress import Progress
     from nudge.components.ingest.duplicates import Documents
+    from nudge.components.ingest.overlap import Overlap
     from nudge.components.ingest.sources import Source
 
 KEPT = "FROM docs JOIN verdicts USING (doc) WHERE reason IS NULL"
@@ -41,7 +42,7 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
     case. Raises `UserError` if a source is missing, if more is lost than ``settings.max_lost``
     allows, or if too little is left to split.
     """
-    from nudge.components.ingest.pieces import AUTOMATIC
+    from nudge.components.ingest.pieces import AUTOMATIC, piece_size
 
     try:
         return _ingest(settings, corpus, report)
@@ -49,14 +50,15 @@ def ingest(settings: IngestSettings, *, corpus: Path, report: Path) -> dict[str,
         if settings.split_characters or error.longest <= AUTOMATIC:
             raise
         # One book, or a few: repeat in pieces.
-        in_pieces = dataclasses.replace(settings, split_characters=AUTOMATIC)
-        return _ingest(in_pieces, corpus, report)
+        size = piece_size(error.characters, settings.validation_share)
+        return _ingest(dataclasses.replace(settings, split_characters=size), corpus, report)
 
 
 class _TooFew(UserError):
-    """There are too few documents to hold any out; ``longest`` is the longest one in characters."""
+    """There are too few documents to hold any out; ``longest`` is the longest one, and
+    ``characters`` are those of all of them."""
 
-    longest = 0
+    longest = characters = 0
 
 
 def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, Any]:
@@ -69,22 +71,26 @@ def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, A
     from nudge.components.ingest.finding import sources_of
     from nudge.components.ingest.mix import apply_mix
     from nudge.components.ingest.new_text import is_new
+    from nudge.components.ingest.overlap import overlap_of, texts_to_keep_out
     from nudge.components.ingest.report import render_report
     from nudge.components.ingest.state import IngestState
     from nudge.components.ingest.twins import judge
 
     make_filters(settings)  # report what a filter lacks before anything is read
+    keep_out = overlap_of(texts_to_keep_out(settings))
     limits = WebLimits(settings.allow_private_addresses, settings.max_download_bytes)
     sources = sources_of(settings, limits)
     corpus.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".ingest-", dir=corpus.parent) as folder:
         documents = Documents(Path(folder))
         state = (
-            IngestState(settings.state_uri, settings, Path(folder)) if settings.state_uri else None
+            IngestState(settings.state_uri, settings, Path(folder), keep_out.sha256)
+            if settings.state_uri
+            else None
         )
         with progress("ingest", total=len(sources), unit="files") as bar:
             old = state.restore(sources, documents) if state else {}
-            read = _read_all(sources, old, settings, documents, bar)
+            read = _read_all(sources, old, settings, documents, keep_out, bar)
             bar.note(stage="looking for duplicates")
             documents.find_duplicates(settings.near_duplicates)
             judge(documents, settings.repeated_prompts)
@@ -97,9 +103,9 @@ def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, A
             _check(settings, counts, next(filter(None, columns), ""))
             check_conversations(counts, documents.conversations)
             check_loss(counts, settings.max_lost)
-            texts = f"SELECT coalesce(max(characters), 0) {KEPT} AND turns IS NULL"
-            longest = next(documents.query(texts))[0]
-            _check_split(settings, counts, longest)
+            sizes = "coalesce(max(characters), 0), coalesce(sum(characters), 0)::BIGINT"
+            longest, characters = next(documents.query(f"SELECT {sizes} {KEPT} AND turns IS NULL"))
+            _check_split(settings, counts, longest, characters)
             bar.note(stage="writing")
             with published(corpus) as part:
                 place = Path(folder)
@@ -141,6 +147,7 @@ def _read_all(
     known: dict[int, dict[str, Any]],
     settings: IngestSettings,
     documents: "Documents",
+    keep_out: "Overlap",
     bar: "Progress",
 ) -> dict[int, dict[str, Any]]:
     """Read each object that is not ``known``; returns the facts of all objects by number."""
@@ -152,8 +159,8 @@ def _read_all(
     if settings.engine == "ray":
         from nudge.components.ingest.on_ray import read_on_ray
 
-        return {**known, **read_on_ray(new, settings, documents, bar)}
-    return {**known, **read_objects(new, settings, documents, bar)}
+        return {**known, **read_on_ray(new, settings, documents, keep_out, bar)}
+    return {**known, **read_objects(new, settings, documents, keep_out, bar)}
 
 
 def _samples(by_object: list[dict[str, list[str]]]) -> dict[str, list[str]]:
@@ -327,7 +334,9 @@ def _check(settings: IngestSettings, counts: dict[str, Any], columns: str) -> No
             )
 
 
-def _check_split(settings: IngestSettings, counts: dict[str, Any], longest: int) -> None:
+def _check_split(
+    settings: IngestSettings, counts: dict[str, Any], longest: int, characters: int
+) -> None:
     documents_in, count, dropped = (counts[key] for key in ("documents_in", "documents", "dropped"))
     reasons = ", ".join(f"{reason} {number}" for reason, number in dropped.items())
     train, validation = counts["train_documents"], counts["validation_documents"]
@@ -339,5 +348,5 @@ def _check_split(settings: IngestSettings, counts: dict[str, Any], longest: int)
             f"{validation} for validation; bring about {need} documents, raise "
             "ingest.validation_share, or set ingest.split_characters to split long documents"
         )
-        error.longest = longest
+        error.longest, error.characters = longest, characters
         raise error

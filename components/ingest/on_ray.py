@@ -19,6 +19,7 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.processes import usable_cores
 from nudge.components.common.core.progress import Progress
 from nudge.components.ingest.duplicates import Documents
+from nudge.components.ingest.overlap import Overlap
 from nudge.components.ingest.reading import read_objects
 from nudge.components.ingest.settings import IngestSettings
 from nudge.components.ingest.sources import Source
@@ -29,7 +30,11 @@ PIECE_BYTES = 32 << 20
 
 
 def read_on_ray(
-    chosen: Mapping[int, Source], settings: IngestSettings, documents: Documents, bar: Progress
+    chosen: Mapping[int, Source],
+    settings: IngestSettings,
+    documents: Documents,
+    keep_out: Overlap,
+    bar: Progress,
 ) -> dict[int, dict[str, Any]]:
     """Do what `read_objects` does, with the same result.
 
@@ -46,7 +51,7 @@ def read_on_ray(
         arriving = Arriving(Path(folder), documents)
         rows = [{"group": pickle.dumps(group)} for group in groups(chosen)]
         tasks = [ray.put(pyarrow.Table.from_pylist([row])) for row in rows]
-        how = {"settings": settings, "piece_bytes": PIECE_BYTES}
+        how = {"settings": settings, "keep_out": keep_out, "piece_bytes": PIECE_BYTES}
         made = ray.data.from_arrow_refs(tasks).flat_map(_read_group, fn_kwargs=how, num_cpus=1)
         for piece in made.iter_rows() if tasks else ():
             if piece["error"]:
@@ -56,7 +61,7 @@ def read_on_ray(
                 bar.advance(finished, documents=count)
         facts = arriving.facts
     left = {number: source for number, source in chosen.items() if number not in facts}
-    return {**facts, **read_objects(left, settings, documents, bar)}
+    return {**facts, **read_objects(left, settings, documents, keep_out, bar)}
 
 
 def groups(chosen: Mapping[int, Source]) -> Iterator[dict[int, Source]]:
@@ -106,7 +111,7 @@ class Arriving:
 
 
 def _read_group(
-    row: dict[str, Any], settings: IngestSettings, piece_bytes: int
+    row: dict[str, Any], settings: IngestSettings, keep_out: Overlap, piece_bytes: int
 ) -> Iterator[dict[str, Any]]:
     group: dict[int, Source] = pickle.loads(row["group"])
     empty = {"name": "", "size": 0, "offset": 0, "data": b"", "facts": "", "error": ""}
@@ -115,7 +120,7 @@ def _read_group(
         documents = Documents(folder)
         try:
             alone = dataclasses.replace(settings, workers=1)  # a task has one core
-            facts = read_objects(group, alone, documents)
+            facts = read_objects(group, alone, documents, keep_out)
         except UserError as error:
             yield {**empty, "error": str(error)}
             return

@@ -4,10 +4,23 @@ import re
 import zlib
 from collections.abc import Iterator
 
-AUTOMATIC = 4000
-"""Characters per piece if nothing is set and the corpus would be too small to split."""
+from nudge.components.common.core.sample_size import corpus_size
+
+AUTOMATIC, SMALLEST = 4000, 500
+"""Characters per piece if nothing is set and the corpus would be too small to split: the first, or
+a half, a quarter or an eighth of it, so that a short book too has enough pieces for a verdict."""
+FILLED = 0.7
+"""How full pieces are on average."""
 CUT_EVERY = 4
 """A piece that has reached half its maximum length ends after this many paragraphs on average."""
+
+
+def piece_size(characters: int, validation_share: float) -> int:
+    """The characters per piece of a text that is split automatically."""
+    size = AUTOMATIC
+    while size > SMALLEST and characters < FILLED * size * corpus_size(validation_share):
+        size //= 2
+    return size
 
 
 def pieces(text: str, most: int) -> list[str]:

@@ -16,6 +16,7 @@ from nudge.components.common.readers import Record, Unreadable, read_stream
 from nudge.components.ingest import sources
 from nudge.components.ingest.cleaning import Cleaner, Tally
 from nudge.components.ingest.duplicates import Documents
+from nudge.components.ingest.overlap import Overlap
 from nudge.components.ingest.settings import IngestSettings
 from nudge.components.ingest.sources import CHANGES, Changed, Source, fetched, opened
 from nudge.components.ingest.stores import Vanished
@@ -30,11 +31,15 @@ def read_objects(
     chosen: Mapping[int, Source],
     settings: IngestSettings,
     documents: Documents,
+    keep_out: Overlap,
     bar: Progress | None = None,
 ) -> dict[int, dict[str, Any]]:
-    """Read and clean objects into ``documents``; returns the facts of each object by its number."""
+    """Read and clean objects into ``documents``; returns the facts of each object by its number.
+
+    ``keep_out`` is the text that training documents may not share.
+    """
     tallies = []
-    with Cleaner(settings, documents) as cleaner, ahead(chosen) as objects:
+    with Cleaner(settings, documents, keep_out) as cleaner, ahead(chosen) as objects:
         for number, source, data in objects:
             tallies.append(_read(source, number, data, settings, cleaner))
             if bar:

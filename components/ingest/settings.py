@@ -1,13 +1,17 @@
 """The settings of the step `ingest`."""
 
+import codecs
+import dataclasses
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from nudge.components.common.clients.registry.connection import RegistryUrl
 from nudge.components.common.clients.registry.names import OptionalRegistryName
+from nudge.components.common.core import default_guard
 from nudge.components.common.core.errors import nearest
+from nudge.components.common.core.recipe import some_settings, step_settings
 from nudge.components.common.core.settings import settings
 
 if TYPE_CHECKING:
@@ -71,11 +75,15 @@ class IngestSettings:
     split_characters: Annotated[int, Field(ge=0)] = 0
     """Longer texts become several documents of at most this many characters, cut between
     paragraphs; each piece is trained on or held out by itself. 0: split only if there would
-    otherwise be too few documents to hold any out, as with a single book; then 4000."""
+    otherwise be too few documents to hold any out, as with a single book; then 4000, or less for
+    a short one."""
     max_lost: Annotated[float, Field(ge=0, le=1)] = 0.2
     """The largest share of documents, or of their bytes, that may be dropped for any reason other
     than duplication. If more is dropped, the run stops and shows what was lost. Hidden files and
     files without text, such as images, do not count."""
+    allow_no_verdict: bool = False
+    """Whether a run continues although fewer than 16 documents are held out, which are too few to
+    show that a model is better; nothing is promoted then."""
     filters: tuple[str, ...] = ("unicode", "length")
     """The filters that each text passes, in this order: unicode, length, repetition, language, pii,
     and those of installed packages. A drop is counted under the filter's reason."""
@@ -86,6 +94,13 @@ class IngestSettings:
     any."""
     near_duplicates: bool = True
     """Whether to drop near duplicates as well as exact ones."""
+    keep_out: tuple[str, ...] = ()
+    """URIs of texts to keep out of training, such as a test set: a document that shares 13
+    consecutive words with one is held out or left out, and counted. A recipe adds its guards."""
+    keep_out_texts: tuple[str, ...] = ()
+    """More such texts. A recipe adds its probes that should hold."""
+    compare_with_evaluation: bool = True
+    """Whether a recipe adds its guards and probes to `keep_out`."""
     repeated_prompts: Literal["keep", "drop_equal", "drop"] = "drop"
     """Whether one of several conversations with the same user side and different answers is kept:
     `drop` also compares near duplicates, `drop_equal` ignores only case and punctuation. Set `keep`
@@ -146,6 +161,20 @@ class IngestSettings:
         )
 
     @model_validator(mode="after")
+    def _tables_can_be_read(self) -> "IngestSettings":
+        if not _is_encoding(self.encoding or "utf-8"):
+            raise ValueError(
+                f"encoding = {self.encoding!r} is no encoding of text that Python knows; use one "
+                "such as utf-8, windows-1252 or utf-16"
+            )
+        if self.delimiter in ("\n", "\r", '"', "\0"):
+            raise ValueError(
+                f"delimiter = {self.delimiter!r} cannot separate columns; use a character such as "
+                "a comma, a semicolon or a tab"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sources_are_named(self) -> "IngestSettings":
         if bool(self.data_uri) == bool(self.mix):
             both = "both are set" if self.mix else "neither is set"
@@ -161,7 +190,7 @@ class IngestSettings:
         for name in self.filters:
             if name not in FILTERS and name not in added:
                 raise ValueError(
-                    f"there is no filter {name!r}; {nearest(name, {*FILTERS, *added})}"
+                    f"filters: there is no filter {name!r}; {nearest(name, {*FILTERS, *added})}"
                 )
         for setting, name in (("pii", "pii"), ("languages", "language")):
             if getattr(self, setting) and name not in self.filters:
@@ -171,3 +200,46 @@ class IngestSettings:
                     f"effect; set filters: [{filters}]"
                 )
         return self
+
+
+def _is_encoding(name: str) -> bool:
+    """Whether Python knows this encoding of text; rot13 and base64 are none."""
+    try:
+        codecs.lookup(name)
+        b"a".decode(name)
+    except UnicodeError:
+        return True
+    except (LookupError, ValueError):
+        return False
+    return True
+
+
+@settings
+class Evaluated:
+    """The texts of a recipe's section `evaluate`."""
+
+    guards: list[dict[str, Any]] | None = None
+    probes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+def ingest_settings(recipe: str, **overrides: Any) -> IngestSettings:
+    """The settings in a recipe's text; the texts of its evaluation are kept out of training.
+
+    A probe that should rise is not: the text is there to teach it. ``overrides`` and errors are
+    those of `step_settings`.
+    """
+    chosen = step_settings(IngestSettings, "ingest", recipe, **overrides)
+    if not chosen.compare_with_evaluation:
+        return chosen
+    evaluated = some_settings(Evaluated, "evaluate", recipe)
+    if evaluated.guards is None:
+        uris = [default_guard.URI]
+    else:
+        uris = [str(guard.get("uri", "")) for guard in evaluated.guards]
+    held = [probe for probe in evaluated.probes if probe.get("expect") == "hold"]
+    texts = [f"{probe.get('prompt', '')}{probe.get('target', '')}" for probe in held]
+    return dataclasses.replace(
+        chosen,
+        keep_out=tuple(dict.fromkeys((*chosen.keep_out, *filter(None, uris)))),
+        keep_out_texts=(*chosen.keep_out_texts, *texts),
+    )

@@ -54,6 +54,8 @@ CLEANING = (
 LIBRARIES = (
     "charset-normalizer",
     "ftfy",
+    "lxml",
+    "mwparserfromhell",
     "openpyxl",
     "phonenumbers",
     "py3langid",
@@ -67,16 +69,19 @@ LIBRARIES = (
 
 
 class IngestState:
-    """The state at a URI; ``folder`` is a local folder for its files.
+    """The state at a URI; ``folder`` is a local folder for its files, and ``keep_out`` the sha256
+    of the text that is kept out of training.
 
     Raises `UserError` if the URI contains something else.
     """
 
-    def __init__(self, uri: str, settings: IngestSettings, folder: Path) -> None:
+    def __init__(
+        self, uri: str, settings: IngestSettings, folder: Path, keep_out: str = ""
+    ) -> None:
         self._uri, self._folder = uri, folder
         resolved = str(local_path(uri).resolve()) if is_local(uri) else uri
         self._file_system, self._root = file_system_of(resolved, "ingest.state_uri")
-        self._cleaning = _cleaning(settings)
+        self._cleaning = _cleaning(settings, keep_out)
         self._before: dict[str, Any] = {"objects": {}, "files": {}}
         with contextlib.suppress(Vanished):
             manifest = read_manifest(self._fetch(MANIFEST), FORMAT, VERSION)
@@ -173,10 +178,12 @@ class IngestState:
             raise UserError(f"ingest.state_uri {self._uri} cannot be {action}: {error}") from None
 
 
-def _cleaning(settings: IngestSettings) -> str:
+def _cleaning(settings: IngestSettings, keep_out: str) -> str:
     """The sha256 of everything that decides the result for a record."""
     versions = {name: metadata.version(name) for name in LIBRARIES}
     folders = [Path(file).parent for file in (__file__, readers.__file__, chat.__file__)]
     code = [sha256_file(path) for folder in folders for path in sorted(folder.glob("*.py"))]
     values = {name: getattr(settings, name) for name in CLEANING}
-    return hashlib.sha256(json.dumps([values, code, versions]).encode()).hexdigest()
+    if keep_out:  # only training documents are compared
+        values["validation_share"] = settings.validation_share
+    return hashlib.sha256(json.dumps([values, keep_out, code, versions]).encode()).hexdigest()

@@ -9,6 +9,7 @@ from held out to trained on.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,8 +62,13 @@ def judge(documents: Documents, prompts: str) -> None:
     run(ASKED)
     run("CREATE TABLE whole AS SELECT u, v FROM edges")
     run("CREATE TABLE twins (u BIGINT, v BIGINT, is_side BOOLEAN)")
-    for pair in _verified(documents):
-        run("INSERT INTO twins VALUES (?, ?, ?)", pair)
+    pairs = _verified(documents)
+    while some := list(itertools.islice(pairs, READ_AHEAD)):
+        run(
+            "INSERT INTO twins SELECT unnest(?::BIGINT[]), unnest(?::BIGINT[]), "
+            "unnest(?::BOOLEAN[])",
+            [list(column) for column in zip(*some, strict=True)],
+        )
     _repeated(documents, prompts)
     _clustered(
         documents,

@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 
+from nudge.components.common.artifacts.approval import read_approval
 from nudge.components.common.clients.registry.lookup import (
     find_model,
     find_model_artifact,
@@ -41,7 +42,7 @@ It failed{% if task %} in `{{ task }}`{% endif %}: {{ error }}
 {% endif %}
 {% if found %}
 **{{ model_name }} {{ version }}** is registered
-{{- ", not promoted" if found.not_promoted else "" }}.
+{{- ", awaiting approval" if found.awaiting else ", not promoted" if found.not_promoted else "" }}.
 
 | | |
 |---|---|
@@ -120,12 +121,15 @@ def _lookup(name: str, version: str, run_id: str) -> Any:
         # Another run may have registered a version of this name.
         if not found or (found.custom_properties or {}).get("run_id") != run_id:
             return None
+        properties = found.custom_properties or {}
+        approval = read_approval(properties)
         artifact = await find_model_artifact(client, found.id, name)
         served = await find_served(name)(client)
         return {
             "uri": artifact.uri if artifact else "unknown",
             "description": found.description,
-            "not_promoted": (found.custom_properties or {}).get(NOT_PROMOTED, ""),
+            "not_promoted": properties.get(NOT_PROMOTED, ""),
+            "awaiting": bool(approval and approval.state == "awaiting"),
             "endpoint": served.endpoint if served and version in served.shares else "",
         }
 

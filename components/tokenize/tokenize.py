@@ -121,13 +121,14 @@ def _tokenizer(settings: TokenizeSettings, corpus: Path, folder: Path, bar: Any)
         bar.note(stage="training the tokenizer")
         texts = (document.plain_text for document in read_documents(corpus, "train"))
         return train_tokenizer(texts, settings, folder)
-    from transformers import AutoTokenizer
-
-    from nudge.components.common.models.base_model import local_tokenizer
+    from nudge.components.common.models.base_checks import check_vocabulary
+    from nudge.components.common.models.base_model import local_tokenizer, open_tokenizer
 
     bar.note(stage="loading the tokenizer")
     found = local_tokenizer(settings.base_model)
-    tokenizer = AutoTokenizer.from_pretrained(found, local_files_only=True, trust_remote_code=False)
+    tokenizer = open_tokenizer(found, settings.base_model)
+    if (found / "config.json").is_file():  # a GGUF file is complete in itself
+        check_vocabulary(found, settings.base_model, len(tokenizer))
     tokenizer.save_pretrained(folder)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(

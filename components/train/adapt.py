@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.models.base_checks import check_lora_targets
 from nudge.components.train.settings import TrainSettings
 
 PART_A, PART_B = "lora_A.default.weight", "lora_B.default.weight"
@@ -16,14 +17,18 @@ PART_A, PART_B = "lora_A.default.weight", "lora_B.default.weight"
 def adapt(model: Any, settings: TrainSettings, *, sharded: bool = False) -> Any:
     """Prepare ``model`` in place for the mode of the settings, and return it.
 
-    The initial adapters are a pure function of the seed. Raises `UserError` if the model lacks
-    LoRA's target modules, or if `merged_state` cannot merge them.
+    The initial adapters are a pure function of the seed. Raises `UserError` if the model or one of
+    its blocks lacks LoRA's target modules, or if `merged_state` cannot merge them.
     """
     model.train()
     if settings.mode != "lora":
         return model
     from peft import inject_adapter_in_model
 
+    linear = [name for name, module in model.named_modules() if _is_linear(module)]
+    others = [name for name in settings.lora_targets if _is_elsewhere(model, name)]
+    if not others:  # these have messages of their own below
+        check_lora_targets(linear, settings.lora_targets)
     # Something may have drawn random numbers already, such as converting an uncached base model.
     torch.manual_seed(settings.seed)
     try:
@@ -43,6 +48,20 @@ def adapt(model: Any, settings: TrainSettings, *, sharded: bool = False) -> Any:
     return model
 
 
+def _is_linear(module: Any) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _is_elsewhere(model: Any, target: str) -> bool:
+    """Whether a target names only modules that are no linear layers of the blocks."""
+    found = [
+        module
+        for name, module in model.named_modules()
+        if name == target or name.endswith(f".{target}")
+    ]
+    return bool(found) and not any(map(_is_linear, found))
+
+
 def _check_targets(model: Any, settings: TrainSettings) -> None:
     from peft.tuners.lora import LoraLayer
 
@@ -51,7 +70,7 @@ def _check_targets(model: Any, settings: TrainSettings) -> None:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             layer: Any = module.get_base_layer()
-            linear = isinstance(layer, nn.Linear | Conv1D)
+            linear = _is_linear(layer)
             if not linear or layer.weight is head:
                 raise UserError(
                     f"train.lora_targets = {settings.lora_targets}: {name} is "

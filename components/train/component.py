@@ -28,10 +28,12 @@ def train(
 
     from nudge.components.common.core.recipe import step_settings
     from nudge.components.common.core.step import exit_with_user_errors
+    from nudge.components.common.preflight.packages import check_packages
     from nudge.components.train.settings import TrainSettings
     from nudge.components.train.train import train
 
     with exit_with_user_errors():
+        check_packages(recipe)  # evaluate runs in the same image, hours later
         settings = step_settings(TrainSettings, "train", recipe, base_model=base_model)
         paths = {
             "model": Path(model.path),

@@ -63,9 +63,11 @@ def check_vocabulary(model: Any, vocabulary: int, settings: TrainSettings) -> No
     rows = head_weight(model).shape[0]
     if vocabulary > rows:
         raise UserError(
-            f"the tokens have a vocabulary of {vocabulary}, the model "
-            f"{settings.base_model or 'of train.model_config'} has {rows}: rerun tokenize with "
-            "this base model's tokenizer"
+            f"the tokens have a vocabulary of {vocabulary}, but the model "
+            f"{settings.base_model or 'of train.model_config'} has embeddings for {rows}: if the "
+            "tokens were made with another tokenizer, rerun tokenize with this base model's; if "
+            "they were made with this one, it has added tokens without embeddings, so resize "
+            "those (resize_token_embeddings in transformers), save the model and use that"
         )
 
 

@@ -53,7 +53,7 @@ def train_one_rank(
             history_part = stack.enter_context(published(history))
         bar.note(stage="loading the base model")
         start = Start(settings, tokenizer, manifest.vocab_size)
-        network = _load_network(start, settings, ranks, manifest.vocab_size)
+        network = _load_network(start, settings, ranks, manifest.vocab_size, tokenizer)
         optimizer = make_optimizer(network.model, settings)
         facts = facts_of(settings, manifest, start, network)
         facts["tokens"] = {"train": training.tokens, "validation": validation.tokens}
@@ -86,11 +86,13 @@ def train_one_rank(
 
 
 def _load_network(
-    start: Start, settings: TrainSettings, ranks: Ranks, vocabulary: int
+    start: Start, settings: TrainSettings, ranks: Ranks, vocabulary: int, tokenizer: Any
 ) -> networks.Network:
     """The initial model on these ranks, checked against the tokens and the settings."""
     base = start.model(settings.seed)
     check_vocabulary(base, vocabulary, settings)
+    if start.folder is not None:
+        language_model.check_generates(base, tokenizer, settings.base_model)
     language_model.check_loss(base)
     check_length(base, settings)
     adapted = adapt(base, settings, sharded=ranks.world > 1)

@@ -9,11 +9,14 @@ import torch
 
 from nudge.components.common.artifacts.model import read_model_facts
 from nudge.components.common.artifacts.tokens import ChatFacts, Tokens
+from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.provenance import code_version
+from nudge.components.common.models.end_of_document import end_of_document_id
 from nudge.components.common.models.registered import split_pin
 from nudge.components.train.adapt import adapter_state, lora_config, merged_state
 from nudge.components.train.card import model_card
 from nudge.components.train.chat_model import check_folder, end_turns
+from nudge.components.train.export import finish_export
 from nudge.components.train.model import Start
 from nudge.components.train.network import Network
 from nudge.components.train.settings import TrainSettings
@@ -63,8 +66,6 @@ def write_model(
         end_turns(model, chat)
     model.to(getattr(torch, settings.export_dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if chat is not None:
-        check_folder(folder, chat)
     if settings.mode == "lora":
         from safetensors.torch import save_file
 
@@ -74,6 +75,9 @@ def write_model(
         config.save_pretrained(adapter)
         save_file(adapter_state(state), adapter / "adapter_model.safetensors", {"format": "pt"})
     (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
+    finish_export(folder, _end_of_document(tokenizer))
+    if chat is not None:
+        check_folder(folder, chat)
 
 
 def parse_chat(facts: dict[str, Any]) -> ChatFacts | None:
@@ -95,6 +99,13 @@ def results(model: Path, history: Path) -> dict[str, Any]:
         "validation_loss": validation[-1],
         "tokens_per_s": training.tokens_per_s,
     }
+
+
+def _end_of_document(tokenizer: Any) -> int | None:
+    try:
+        return end_of_document_id(tokenizer)
+    except UserError:  # the tokens have no end either
+        return None
 
 
 def _device(device: torch.device) -> str:

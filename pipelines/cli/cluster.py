@@ -76,9 +76,11 @@ def submit(
     Exit status: 0 the run succeeded (or was started, with --no-follow), 1 it did not succeed,
     2 the input was refused. Ctrl-C stops following; the run continues.
     """
+    from nudge.components.common.preflight.elsewhere import check_elsewhere
     from nudge.pipelines.cluster import connect, runs
 
     loaded = load(recipe, overrides)
+    check_elsewhere(loaded.text)
     values = runs.sendable({"recipe": loaded.text, **_parameters(parameters)})
     server = connect.connect(url)
     run = runs.submit(server, pipeline, name or loaded.name, values)

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from nudge.components.common.core.figures import MISSING, finite, probability
 from nudge.components.common.core.guard import header_file
 from nudge.components.common.core.progress import RESULTS, SHOWN, figures
 from nudge.components.common.core.sanitize import visible
@@ -215,7 +216,7 @@ def _probes(values: dict[str, Any]) -> Table:
     table.add_column("should")
     for probe in values["probes"]:
         should = f"{probe['expect']}  {'✓' if probe['ok'] else '✗'}"
-        before, after = (_number(probe[key], ".3f") for key in ("p_before", "p_after"))
+        before, after = (probability(probe[key]) for key in ("p_before", "p_after"))
         table.add_row(Text(probe["prompt"]), Text(repr(probe["target"])), before, after, should)
     return table
 
@@ -228,7 +229,9 @@ def _metrics(values: dict[str, Any]) -> Table:
     for name in metrics:
         table.add_column(columns[name], justify="right")
     for key in ("bits_per_byte", "token_perplexity", "word_perplexity"):
-        table.add_row(key.replace("_", " "), *(_number(of[key], ".4g") for of in metrics.values()))
+        values_of_key = [of[key] for of in metrics.values()]
+        if key != "word_perplexity" or any(map(finite, values_of_key)):
+            table.add_row(key.replace("_", " "), *(_number(each) for each in values_of_key))
     return table
 
 
@@ -263,9 +266,9 @@ def parts(rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def _number(value: float | None, form: str) -> str:
+def _number(value: Any) -> str:
     """A figure of an evaluation, which is null where it is not a finite number."""
-    return "not available" if value is None else format(value, form)
+    return format(value, ".4g") if finite(value) else MISSING
 
 
 def _where(values: dict[str, Any]) -> Table:

@@ -33,6 +33,8 @@ COMMANDS = {
     "recipes": Command("run:recipes", "List the recipes that ship with nudge."),
     "services": Command("services:services", "Start, stop, show embedded services.", EVERYTHING),
     "models": Command("models:models", "List registered versions.", ("release", "local")),
+    "approve": Command("approval:approve", "Approve a version that waits; serve it.", EVERYTHING),
+    "reject": Command("approval:reject", "Reject a version that waits.", ("release", "local")),
     "promote": Command("release:promote", "Give a version all of the traffic.", EVERYTHING),
     "split": Command("release:split", "Divide the traffic between versions.", EVERYTHING),
     "rollback": Command("release:rollback", "Go back to the previous version.", EVERYTHING),

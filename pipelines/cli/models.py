@@ -47,13 +47,21 @@ def models(model: str, as_json: bool) -> None:
             table.add_column(column, justify="right")
         for row in of_model:
             table.add_row(
-                row["version"] + (" (archived)" if row["state"] == "ARCHIVED" else ""),
+                row["version"] + _state(row),
                 row["made"],
                 "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}",
                 "" if row["difference"] is None else f"{row['difference']:+.4f}",
                 f"{row['share']} %" if row["share"] else "",
             )
         Screen().print(table)
+
+
+def _state(row: dict[str, Any]) -> str:
+    """What a reader must know about a version besides its figures, in brackets."""
+    words = [row["approval"]] if row["approval"] not in (None, "approved") else []
+    words += ["archived"] if row["state"] == "ARCHIVED" else []
+    words = ["awaiting approval" if word == "awaiting" else word for word in words]
+    return f" ({', '.join(words)})" if words else ""
 
 
 def model_rows(model: str) -> list[dict[str, Any]]:
@@ -64,6 +72,7 @@ def model_rows(model: str) -> list[dict[str, Any]]:
 
 
 def _rows_of(ask: connections.Ask, name: str) -> Iterator[dict[str, Any]]:
+    from nudge.components.common.artifacts.approval import read_approval
     from nudge.components.common.clients.registry.releases import find_served, list_versions
     from nudge.pipelines.local import serving
 
@@ -72,6 +81,7 @@ def _rows_of(ask: connections.Ask, name: str) -> Iterator[dict[str, Any]]:
     for version in ask(list_versions(name)):
         made = datetime.datetime.fromtimestamp(version.created_ms / 1000)
         scored = version.properties
+        approval = read_approval(scored)
         share = served.shares.get(version.name, 0) if served else 0
         yield {
             "model": name,
@@ -79,6 +89,7 @@ def _rows_of(ask: connections.Ask, name: str) -> Iterator[dict[str, Any]]:
             "made": made.isoformat(" ", "minutes"),
             "bits_per_byte": scored.get("candidate.bits_per_byte"),
             "difference": scored.get("difference_bits_per_byte"),
+            "approval": approval.state if approval else None,
             "state": "ARCHIVED" if version.archived else "LIVE",
             "share": share,
             "endpoint": served.endpoint if served and share else None,

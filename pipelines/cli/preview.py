@@ -103,10 +103,11 @@ def _records(settings: IngestSettings, found: Preview) -> Iterator[tuple[str, An
     from nudge.components.ingest.downloads import WebLimits
     from nudge.components.ingest.filters import make_filters
     from nudge.components.ingest.finding import sources_of
+    from nudge.components.ingest.overlap import overlap_of, texts_to_keep_out
     from nudge.components.ingest.sources import Changed, opened
     from nudge.components.ingest.stores import Vanished
 
-    filters = make_filters(settings)
+    filters, keep_out = make_filters(settings), overlap_of(texts_to_keep_out(settings))
     limits = WebLimits(settings.allow_private_addresses, settings.max_download_bytes)
     for source in sources_of(settings, limits):
         if not source.is_readable:
@@ -114,7 +115,7 @@ def _records(settings: IngestSettings, found: Preview) -> Iterator[tuple[str, An
             continue
         with contextlib.suppress(Changed, Vanished), opened(source, settings) as (records, _):
             for record in records:
-                for result in clean_all(record, filters, settings):
+                for result in clean_all(record, filters, settings, keep_out):
                     if isinstance(result, Row):
                         yield f"{source.uri} {result.id}", result
                     else:
@@ -172,6 +173,14 @@ def _print(found: Preview) -> None:
     screen.print(Text("green", LEARNED), "is learned; the rest is context.")
     if found.template:
         screen.print(f"Rendered with {SOURCES[found.template.source]}.")
+        if opened := found.template.opened_by_prompt:
+            screen.print(
+                f"Its generation prompt ends with {opened!r}, which a served model sees but an "
+                "answer without reasoning does not teach. Train on answers with reasoning_content, "
+                "or set tokenize.chat_template.",
+                style="yellow",
+                markup=False,
+            )
     for reason, number in found.refused.most_common():
         screen.print(
             Text(f"left out: {number} {reason} ({found.examples[reason]})", "yellow"),

@@ -46,7 +46,7 @@ def promote(
     `nudge models` lists the versions. It is safe to repeat: if a command was killed, the next one
     finishes its work.
     """
-    _shift(_settings(recipe_name, target, port), model, {version: 100})
+    _shift(read_settings(recipe_name, target, port), model, {version: 100})
 
 
 @click.command()
@@ -65,7 +65,7 @@ def split(shares: tuple[str, ...], model: str, recipe_name: str, target: str | N
         if not version or not percent.isdigit():
             raise UserError(f"{share!r}: expected VERSION=PERCENT, such as v2=10")
         wanted[version] = int(percent)
-    _shift(_settings(recipe_name, target), model, wanted)
+    _shift(read_settings(recipe_name, target), model, wanted)
 
 
 @click.command()
@@ -83,7 +83,7 @@ def rollback(version: str, model: str, recipe_name: str, target: str | None) -> 
     from nudge.components.common.clients.registry.releases import find_served
     from nudge.components.deploy.deploy import still_before, version_before
 
-    settings = _settings(recipe_name, target)
+    settings = read_settings(recipe_name, target)
     connections.use_registry_of(settings)
     with connections.registry() as ask:
         name = connections.model_name(ask, model)
@@ -163,7 +163,8 @@ def _shift(settings: Any, model: str, shares: dict[str, int], check: Any = None)
     click.echo(visible(f"{name}: {moved} at {result['endpoint']}"))
 
 
-def _settings(recipe_name: str, target: str | None, port: int | None = None) -> Any:
+def read_settings(recipe_name: str, target: str | None, port: int | None = None) -> Any:
+    """The deploy settings of a recipe (default: none), with what the command line overrides."""
     from nudge.components.deploy.settings import deploy_settings
 
     recipe = load(recipe_name).text if recipe_name else "{}"

@@ -228,7 +228,7 @@ def show_ingest(recipe: Recipe, as_json: bool, into: Path | None) -> None:
     """Run the step `ingest` of a recipe and print what it read; raises `UserError` if refused."""
     from nudge.components.common.artifacts.corpus import read_corpus
     from nudge.components.common.artifacts.schema import plain
-    from nudge.components.ingest.account import examples
+    from nudge.components.ingest.account import check_held_out, examples
 
     step = STEPS["ingest"]
     # The registry and the state of earlier runs are not this command's to ask or to change.
@@ -238,6 +238,7 @@ def show_ingest(recipe: Recipe, as_json: bool, into: Path | None) -> None:
         function: Callable[..., dict[str, Any]] = step.plain_function()
         result = function(settings, corpus=made / "corpus", report=made / "report.html")
         counts = plain(read_corpus(made / "corpus"))
+        check_held_out(result["validation_documents"], settings)
     values = {
         "recipe": recipe.name,
         "documents": {

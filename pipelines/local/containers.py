@@ -124,7 +124,9 @@ def user_of(home: Path) -> int:
 def named_paths(recipe: str) -> list[Path]:
     """The local files and folders that a recipe names, absolute; globs are resolved."""
     values = read_recipe(recipe)
-    data = named_uris((values.get("ingest") or {}).get("data_uri", ""))
+    ingest = values.get("ingest") or {}
+    parts = [ingest, *(ingest.get("mix") or [])]
+    data = [uri for part in parts for uri in named_uris(part.get("data_uri", ""))]
     uris = [local_name(uri) if is_local(uri) and "package:" not in uri else uri for uri in data]
     for section in (values, values.get("train") or {}):
         uris.append(str(section.get("base_model", "")).rpartition("?else=")[2])

@@ -4,17 +4,20 @@ Each check is the one that the step itself makes later, with the same message.
 """
 
 import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 
 from nudge.components.common.clients.kube import connect
 from nudge.components.common.clients.ray_cluster import check_ray
-from nudge.components.common.core.environment import S3_ENDPOINT
+from nudge.components.common.core.environment import S3_ENDPOINT, nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.recipe import step_settings
+from nudge.components.common.preflight.base import check_base
+from nudge.components.common.preflight.machine import check_machine
+from nudge.components.common.preflight.packages import check_packages
+from nudge.components.common.preflight.texts import check_texts
 from nudge.components.deploy.settings import DeploySettings
-from nudge.components.evaluate.settings import EvaluateSettings
-from nudge.components.evaluate.tasks import check_harness
 from nudge.components.ingest.settings import IngestSettings
 from nudge.components.tokenize.settings import TokenizeSettings
 from nudge.components.train.settings import TrainSettings
@@ -23,8 +26,9 @@ from nudge.components.upload.settings import UploadSettings
 
 def check(recipe: str, use_env_services: bool = False) -> None:
     """Raise `UserError` with one line for each thing that a recipe's steps would not find here:
-    the packages of an extra, a cluster (which must be known, and is not contacted), and with
-    ``use_env_services`` an object store that accepts an upload's writes."""
+    the packages of an extra, texts of the evaluation, a base model that can be trained, disk and
+    memory, a cluster (which must be known, and is not contacted), and with ``use_env_services`` an
+    object store that accepts an upload's writes."""
     train = step_settings(TrainSettings, "train", recipe)
     deploy = step_settings(DeploySettings, "deploy", recipe)
     engines = {
@@ -36,7 +40,9 @@ def check(recipe: str, use_env_services: bool = False) -> None:
     ]
     if train.launcher != "local":
         checks.append(partial(connect, train.cluster.namespace))
-    checks.append(partial(check_harness, step_settings(EvaluateSettings, "evaluate", recipe)))
+    checks.append(partial(check_packages, recipe))
+    checks.append(partial(check_texts, recipe, only_local=True))
+    checks.append(partial(_check_model, train))
     if deploy.target == "kserve":
         checks.append(partial(connect, deploy.kserve.namespace))
     upload = step_settings(UploadSettings, "upload", recipe)
@@ -50,6 +56,15 @@ def check(recipe: str, use_env_services: bool = False) -> None:
             problems[str(error)] = None
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _check_model(train: TrainSettings) -> None:
+    if train.mode == "scratch":
+        return
+    targets = train.lora_targets if train.mode == "lora" else []
+    parameters = check_base(train.base_model, targets)
+    if train.launcher == "local":
+        check_machine(parameters, train.mode, nudge_home(), shutil.which("nvidia-smi") is None)
 
 
 def _check_store(target: str) -> None:

@@ -22,7 +22,8 @@ def result(run: Run) -> dict[str, Any]:
     empty if not evaluated.
     probes: [{prompt, target, p_before, p_after, expect, ok}].
     promoted: whether the candidate is served now; reason: the evaluation's verdict in words, and
-    why a better candidate was not promoted.
+    why a better candidate was not promoted. awaiting_approval: whether only a person's approval is
+    missing (deploy.approval).
     model_path, report: local files; model_uri: in the object store; registered_model, version: in
     the registry; endpoint, served_model: for OpenAI's API. error: None, or what failed.
     """
@@ -36,7 +37,10 @@ def result(run: Run) -> dict[str, Any]:
     promoted = run.steps["deploy"].status == "done" and results["deploy"].get("promoted", True)
     reason = NOTHING_NEW if nothing_new else evaluation.verdict and evaluation.verdict.reason
     if refused := results["deploy"].get("reason"):
-        reason = f"registered, not promoted: {refused} (the evaluation: {reason})"
+        outcome = (
+            refused if results["deploy"].get("awaiting_approval") else (f"not promoted: {refused}")
+        )
+        reason = f"registered, {outcome} (the evaluation: {reason})"
     values = {
         "recipe": run.recipe.name,
         "run_id": run.run_id,
@@ -52,6 +56,7 @@ def result(run: Run) -> dict[str, Any]:
             {key: getattr(probe, key) for key in PROBE_KEYS} for probe in evaluation.probes or ()
         ],
         "promoted": promoted,
+        "awaiting_approval": bool(results["deploy"].get("awaiting_approval")),
         "reason": reason,
         "model_path": run.steps["train"].outputs.get("model"),
         "model_uri": results["upload"].get("uri"),

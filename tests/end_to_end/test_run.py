@@ -47,7 +47,13 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
             "learning_rate": 0.01,
             "watch": probe,
         },
-        "evaluate": {"window": 64, "stride": 32, "probes": [probe], "prompts": ["Paris"]},
+        "evaluate": {
+            "window": 64,
+            "stride": 32,
+            "guards": [],  # the tiny model knows no English
+            "probes": [probe],
+            "prompts": ["Paris"],
+        },
         "deploy": {"smoke_prompt": "Paris"},
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))

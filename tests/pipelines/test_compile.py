@@ -47,7 +47,7 @@ def test_a_dashboard_takes_it(documents: list[dict[str, Any]]) -> None:
     assert 1 <= len(parameters) <= 15
     for name, parameter in parameters.items():
         assert 0 < len(parameter.get("description", "")) <= 255, name
-        assert "defaultValue" in parameter or name in ("model_uri", "model_name")
+        assert "defaultValue" in parameter or name in ("model_uri", "model_name", "version")
 
 
 def test_nothing_is_installed_when_it_runs(documents: list[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ the other model on the same ``document``, divide by the sum of ``bytes``, and by
 | nats | float64 | minus ln P of its scored tokens, summed |
 | tokens | int64 | tokens scored |
 | bytes | int64 | of the text, in UTF-8 |
-| words | int64 | runs of characters that are not white space |
+| words | int64 | runs of characters that are not white space; 0 in scripts without spaces |
 
 The schema's metadata has ``nudge.format`` and ``nudge.version``. The evaluation's JSON has the
 file's sha256 and number of rows.

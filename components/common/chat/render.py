@@ -108,7 +108,7 @@ class _Renderer:
         if start is None:
             return None
         alone = text if turn + 1 == count else self._text(turn + 1)
-        same = len(alone) if text.startswith(alone) else _common(alone, text)
+        same = len(alone) if text.startswith(alone) else common_length(alone, text)
         end = self._end(alone, turn, start)
         if end > same:
             return None
@@ -128,8 +128,10 @@ class _Renderer:
         other = dataclasses.replace(
             message, content=MARK, reasoning_content=MARK if message.reasoning_content else ""
         )
-        start = _common(prompt, self._render([*self._values[:turn], other.for_template()], False))
-        inside = start >= _common(prompt, bare) and _is_prompt(prompt, bare)
+        start = common_length(
+            prompt, self._render([*self._values[:turn], other.for_template()], False)
+        )
+        inside = start >= common_length(prompt, bare) and _is_prompt(prompt, bare)
         return start if inside and text[:start] == prompt[:start] else None
 
     def _end(self, alone: str, turn: int, start: int) -> int:
@@ -153,13 +155,13 @@ class _Renderer:
         answer = "" if message.tool_calls else message.content.rpartition("</think>")[2].strip()
         names = [call["function"]["name"] for call in message.tool_calls]
         if missing := next((each for each in (answer, *names) if each not in learned), ""):
-            at = _common(missing, learned)
+            at = common_length(missing, learned)
             shown = f"turn {turn + 1}: {missing[at:][:SHOWN]!r} became {learned[at:][:SHOWN]!r}"
             raise Refusal("answer_rewritten", shown)
         added = learned
         for own in message.texts():
             added = added.replace(own.strip(), "", 1)
-        for number, other in enumerate(self._messages, 1):
+        for number, other in enumerate(self._messages if len(added) >= SHORT else (), 1):
             text = other.content.strip()
             is_asked = other.role in ("system", "user") and len(text) >= SHORT
             if is_asked and not message.tool_calls and text in added:
@@ -167,7 +169,7 @@ class _Renderer:
 
     def _difference(self, text: str, turn: int) -> Refusal:
         prompt = self._text(turn, prompt=True)
-        at = _common(prompt, text)
+        at = common_length(prompt, text)
         before, after = prompt[at : at + SHOWN], text[at : at + SHOWN]
         return Refusal(
             "prompt_changes",
@@ -182,7 +184,7 @@ class _Renderer:
         return self._template.rendered(values, self._tools, prompt)
 
 
-def _common(first: str, second: str) -> int:
+def common_length(first: str, second: str) -> int:
     """The number of characters at the beginning that two texts share."""
     low, high = 0, min(len(first), len(second))
     while low < high:
@@ -196,7 +198,7 @@ def _common(first: str, second: str) -> int:
 
 def _is_prompt(prompt: str, bare: str) -> bool:
     """Whether a text with a generation prompt continues the one without."""
-    return len(prompt) > _common(prompt, bare)
+    return len(prompt) > common_length(prompt, bare)
 
 
 def learned_characters(texts: Sequence[Rendered]) -> int:

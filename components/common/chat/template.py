@@ -13,7 +13,7 @@ import jinja2
 
 from nudge.components.common.chat.conversation import Conversation, Message
 from nudge.components.common.chat.refusals import Refusal
-from nudge.components.common.chat.render import MARK, Learn, Rendered, render
+from nudge.components.common.chat.render import MARK, Learn, Rendered, common_length, render
 from nudge.components.common.chat.sandbox import FAULTS, compiled
 from nudge.components.common.core.errors import UserError
 
@@ -51,14 +51,7 @@ class ChatTemplate:
     @functools.cached_property
     def end_of_turn(self) -> str:
         """The control token that a template writes after an answer, as text."""
-        asked = [Message("user", "Hello?"), Message("assistant", MARK)]
-        try:
-            text = self.whole(asked)
-        except Refusal:
-            try:  # it may require a system turn
-                text = self.whole([Message("system", "Be brief."), *asked])
-            except Refusal as refusal:
-                raise UserError(f"{self._name} cannot render a conversation: {refusal}") from None
+        text = self.whole(self._tried)
         _, found, tail = text.rpartition(MARK)
         if not found:
             raise UserError(
@@ -74,6 +67,27 @@ class ChatTemplate:
                 "tokenize.chat_template to a template that ends an answer with one of them"
             )
         return match.group()
+
+    @functools.cached_property
+    def opened_by_prompt(self) -> str:
+        """The end of the generation prompt that an answer without reasoning lacks, such as
+        ``<think>``: a served model sees it, but answers without reasoning do not teach it."""
+        prompt, text = self.generation_prompt(self._tried[:-1]), self.whole(self._tried)
+        return prompt[common_length(prompt, text) :]
+
+    @functools.cached_property
+    def _tried(self) -> list[Message]:
+        """The shortest conversation that the template renders; its answer is `MARK`."""
+        asked = [Message("user", "Hello?"), Message("assistant", MARK)]
+        try:
+            self.whole(asked)
+        except Refusal:
+            asked.insert(0, Message("system", "Be brief."))  # it may require a system turn
+            try:
+                self.whole(asked)
+            except Refusal as refusal:
+                raise UserError(f"{self._name} cannot render a conversation: {refusal}") from None
+        return asked
 
     @functools.cached_property
     def _control(self) -> re.Pattern[str]:

@@ -31,6 +31,8 @@ PAGE = 500
 
 POD = ResourceKind("v1", "Pod", "pods")
 EVENT = ResourceKind("v1", "Event", "events")
+REVIEW = ResourceKind("authentication.k8s.io/v1", "SelfSubjectReview", "selfsubjectreviews")
+"""It belongs to no namespace; every account may create it."""
 
 
 class NotInTime(Transient):
@@ -86,13 +88,16 @@ class Cluster:
                 return items
             query["continue"] = token
 
-    def create(self, kind: ResourceKind, body: Object) -> Object:
+    def create(self, kind: ResourceKind, body: Object, *, dry_run: bool = False) -> Object:
         """Create an object; raises `ResourceConflict` if its name is taken.
 
         The answer may be lost after the object was created, so a caller that repeats this must
-        expect to find its own object.
+        expect to find its own object. With ``dry_run`` the server decides whether it would accept
+        the object, and stores nothing.
         """
-        created = self.requests.json(kind, "POST", self._path(kind), _name(body), body=body)
+        query = {"dryRun": "All"} if dry_run else None
+        path, name = self._path(kind), _name(body)
+        created = self.requests.json(kind, "POST", path, name, query=query, body=body)
         return _in_namespace(created, kind, self.namespace)
 
     def apply(self, kind: ResourceKind, body: Object, *, force: bool = False) -> Object:
@@ -198,6 +203,13 @@ class Cluster:
     def token(self) -> str:
         """The bearer token that requests carry; empty without one (client certificates)."""
         return self.requests.token()
+
+    def user(self) -> str:
+        """The name under which the API server knows the account of these requests."""
+        body = {"apiVersion": REVIEW.api_version, "kind": REVIEW.name}
+        path = f"/apis/{REVIEW.api_version}/{REVIEW.plural}"
+        found = self.requests.json(REVIEW, "POST", path, body=body)
+        return str(found["status"]["userInfo"]["username"])
 
     def preferred_version(self, group: str) -> str:
         """The version of an API group that this cluster prefers: ``kueue.x-k8s.io/v1beta2``. Empty

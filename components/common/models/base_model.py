@@ -12,7 +12,6 @@ to float32 safetensors, into a cache.
 import contextlib
 import functools
 import hashlib
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,8 @@ from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import published, sha256_file
 from nudge.components.common.core.uris import is_local, local_path
+from nudge.components.common.models.base_checks import check_tokenizer_files, read_config
+from nudge.components.common.models.names import hub_hint
 from nudge.components.common.models.registered import (
     check_download,
     download_model,
@@ -35,7 +36,6 @@ CONVERSION = 1
 """Increase this when the conversion changes, so that older converted folders are not reused."""
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -50,9 +50,9 @@ def local_model(uri: str) -> Path:
     elif is_local(uri):
         path = local_path(uri)
         if not path.exists():
-            hub = f", or hf://{uri} for the model on the hub" if HUB_NAME.fullmatch(uri) else ""
             raise UserError(
-                f"base_model {uri}: {path} does not exist; name a folder or a .gguf file{hub}"
+                f"base_model {uri}: {path} does not exist; name a folder or a .gguf file"
+                f"{hub_hint(uri)}"
             )
         folder = _from_gguf(path) if path.suffix == ".gguf" else path
     else:
@@ -126,21 +126,43 @@ def _check_causal(folder: Path, uri: str) -> None:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if not (folder / "config.json").is_file():
-        raise UserError(f"base_model {uri}: {folder} has no config.json; name a model folder")
+    read_config(folder, uri)
     try:
         # Set trust_remote_code, because otherwise transformers asks a person at a terminal.
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"base_model {uri}: its config.json cannot be read: {error}") from None
+    except Exception as error:  # noqa: BLE001  a bad value raises anything
+        raise UserError(
+            f"base_model {uri}: its config.json cannot be read: {_first_line(error)}"
+        ) from None
     names = config.architectures or []
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not any(
-        name.endswith(("ForCausalLM", "LMHeadModel")) for name in names
+        str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names
     ):
         raise UserError(
-            f"base_model {uri} is {', '.join(names) or config.model_type}, "
+            f"base_model {uri} is {', '.join(map(str, names)) or config.model_type}, "
             "not a causal language model (such as LlamaForCausalLM); choose one that is"
         )
+
+
+def open_tokenizer(folder: Path, uri: str) -> Any:
+    """The tokenizer of a base model, from known code only.
+
+    Raises `UserError` if it is in a form that this build cannot read, or damaged.
+    """
+    from transformers import AutoTokenizer
+
+    check_tokenizer_files(folder, uri)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001  tokenizers raises a plain Exception
+        raise UserError(
+            f"base_model {uri}: its tokenizer cannot be loaded: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _from_gguf(path: Path) -> Path:

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.processes import usable_cores
+from nudge.components.common.models.end_of_document import document_start_id
 from nudge.kernels import fused_linear_cross_entropy
 from nudge.kernels.cpu_products import linear, onednn_is_faster
 
@@ -32,15 +33,52 @@ def set_up_torch(threads: int, seed: int) -> None:
 
 
 def load_model(folder: Path) -> Any:
-    """Load a causal LM in float32, in evaluation mode, from safetensors and without remote code."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    """Load a causal LM in float32, in evaluation mode, from safetensors and without remote code.
+
+    Raises `UserError` if the weights are damaged or do not fit the config.
+    """
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "can't allocate memory" in str(error):
+            raise
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f"the model in {folder} cannot be loaded: {why}") from error
+    # transformers fills them with random numbers, and only warns.
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"the model in {folder} lacks {len(missing)} of the weights that its config.json "
+            f"names, such as {missing[0]}; download it again"
+        )
     return model.eval()
+
+
+@torch.no_grad()
+def check_generates(model: Any, tokenizer: Any, uri: str) -> None:
+    """Raise `UserError` unless a base model generates one token, before it is trained for hours."""
+    first = document_start_id(tokenizer)
+    ids = torch.tensor([[0 if first is None else first]], device=model.device)
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=1, pad_token_id=0)
+    own, training = model.generation_config, model.training
+    model.generation_config = greedy
+    try:
+        made = model.eval().generate(ids, attention_mask=torch.ones_like(ids))
+    except Exception as error:
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"base_model {uri} cannot generate a token: {why}") from error
+    finally:
+        model.generation_config = own
+        model.train(training)
+    assert made.shape[1] == 2, made.shape
 
 
 def speed_up_products(model: nn.Module) -> None:

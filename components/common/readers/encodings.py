@@ -62,6 +62,8 @@ def utf8_stream(
         encoding = detected(sample[: sample.rfind(b"\n") + 1] or sample)
     if not encoding or _named(encoding) == "":
         return buffered, ""
+    if _named(encoding) in ("utf-16", "utf-32") and not _marked(sample):
+        encoding = f"{_named(encoding)}-le"  # what Windows writes; the decoder demands a BOM
     return io.BufferedReader(_Recoded(buffered, encoding), SAMPLE_BYTES), _named(encoding)
 
 
@@ -151,7 +153,10 @@ class _Recoded(_Raw):
         while not self._ended:
             data = self._inner.read(size)
             self._ended = not data
-            text = self._decoder.decode(data, self._ended)
+            try:
+                text = self._decoder.decode(data, self._ended)
+            except UnicodeError as error:  # a codec that does not ask what to do about errors
+                raise OSError(str(error)) from None
             if text:
                 return text.encode("utf-8", "surrogateescape")
         return b""

@@ -99,12 +99,10 @@ def xlsx_records(raw: bytes, options: ReadOptions) -> list[Record]:
     for sheet in book.worksheets:
         rows = (row for row in sheet.iter_rows(values_only=True) if any(v is not None for v in row))
         header = [str(value) for value in next(rows, ())]
-        if options.text_column in header:
+        if options.has_body(header):
             for number, row in enumerate(rows, 2):
-                values = dict(zip(header, row, strict=False))
-                text = values.get(options.text_column)
-                if text is not None and not isinstance(text, str):
-                    values[options.text_column] = str(text)
+                cells = zip(header, row, strict=False)
+                values = {name: cell if cell is None else str(cell) for name, cell in cells}
                 record = record_of(values, number, options)
                 found.append(record._replace(name=f"{sheet.title}:{record.name}"))
         elif header:

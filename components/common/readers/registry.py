@@ -10,6 +10,7 @@ import functools
 import gzip
 import io
 import lzma
+import re
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import PurePosixPath
@@ -40,6 +41,7 @@ from nudge.components.common.readers.records import (
 )
 from nudge.components.common.readers.source_code import SUFFIXES, read_python, read_source
 from nudge.components.common.readers.web import read_html
+from nudge.components.common.readers.wiki import read_wiki
 
 GROUP = "nudge.readers"
 READERS: dict[str, Reader] = {
@@ -72,6 +74,7 @@ READERS: dict[str, Reader] = {
     ".eml": read_eml,
     ".mbox": read_mbox,
     ".zip": read_zip,
+    ".xml": read_wiki,
     ".py": read_python,
     **dict.fromkeys(SUFFIXES, read_source),
 }
@@ -143,6 +146,19 @@ HIDDEN = frozenset(("__pycache__", "__MACOSX", "node_modules"))
 """Folders that tools create; skipped like folders whose names begin with a dot."""
 
 
+WITHOUT_SUFFIX = frozenset(
+    (
+        *("authors", "changelog", "changes", "contributors", "copying", "history", "install"),
+        *("license", "licence", "maintainers", "news", "notice", "readme", "thanks", "todo"),
+        *("brewfile", "containerfile", "dockerfile", "gemfile", "jenkinsfile", "justfile"),
+        *("makefile", "procfile", "rakefile", "vagrantfile"),
+    )
+)
+"""Names of text files that have no suffix by custom, in lower case."""
+MAILDIR = re.compile(r":2,[A-Za-z]*$")
+"""How a Maildir's name of a message that was seen ends (https://cr.yp.to/proto/maildir.html)."""
+
+
 @functools.cache
 def readers() -> dict[str, Reader]:
     """Every reader by its suffix, including those of installed packages.
@@ -170,10 +186,18 @@ def accepted() -> str:
 
 
 def suffix_of(name: str) -> str:
-    """The suffix that names the format, without the compression's suffix."""
+    """The suffix that names the format, without the compression's suffix.
+
+    Files that have none by custom get one: ``LICENSE`` is text, and a message of a Maildir mail.
+    """
     path = PurePosixPath(name)
-    is_compressed = path.suffix.lower() in COMPRESSED
-    return (PurePosixPath(path.stem).suffix if is_compressed else path.suffix).lower()
+    if MAILDIR.search(path.name):
+        return ".eml"
+    if path.suffix.lower() in COMPRESSED:
+        path = PurePosixPath(path.stem)
+    if not path.suffix and path.name.lower() in WITHOUT_SUFFIX:
+        return ".txt"
+    return path.suffix.lower()
 
 
 def reason_unread(name: str) -> str:

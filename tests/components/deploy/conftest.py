@@ -6,7 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.components.deploy.kserve_cluster import EXPECTED, QUICK, VERSIONS, ServingCluster
+from nudge.components.deploy.local import gateway
+from nudge.components.deploy.local.local_serving import LocalServing
+from nudge.components.deploy.settings import DeploySettings
+from nudge.pipelines.local import services
+from tests.components.deploy.kserve_cluster import (
+    EXPECTED,
+    PROMPT,
+    QUICK,
+    SETTINGS,
+    VERSIONS,
+    ServingCluster,
+)
+from tests.components.deploy.local_promote import quick_server
+from tests.components.deploy.site import Site
 from tests.local_registry import running_registry
 
 
@@ -50,3 +63,29 @@ def model(registry: str, request: pytest.FixtureRequest) -> str:
             metadata={"expected_next": json.dumps(EXPECTED)},
         )  # fmt: skip
     return name
+
+
+@pytest.fixture
+def site(
+    request: pytest.FixtureRequest,
+    home: Path,
+    registry: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Site]:
+    model = request.node.name.replace("_", "-").replace("[", "-").replace("]", "")[5:]
+    monkeypatch.setenv("NUDGE_REGISTRY_URL", registry)
+    monkeypatch.setenv("AWS_S3_BUCKET", "bucket")
+    if request.param == "kserve":
+        cluster = request.getfixturevalue("cluster")
+        yield Site(model, registry, SETTINGS, EXPECTED, cluster.weights)
+        return
+    monkeypatch.setattr(LocalServing, "_fetch", lambda self, version: tmp_path)
+    monkeypatch.setattr(LocalServing, "_serve", quick_server)
+
+    def weights() -> dict[str, int]:
+        route = gateway.routes(home).get(model)
+        return route.shares if route else {}
+
+    yield Site(model, registry, DeploySettings(smoke_prompt=PROMPT), [], weights)
+    services.down(home)

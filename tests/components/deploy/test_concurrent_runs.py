@@ -1,105 +1,22 @@
 """Traffic that moves between a run's evaluation and its deploy, on this machine and on KServe."""
 
 import contextlib
-import dataclasses
 import json
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from nudge.components.common.artifacts.comparison import comparison_properties
-from nudge.components.common.clients.registry.connection import with_registry
-from nudge.components.common.clients.registry.releases import (
-    Served,
-    Version,
-    find_served,
-    find_version,
-)
 from nudge.components.common.core.errors import UserError
 from nudge.components.deploy import traffic
-from nudge.components.deploy.deploy import Moved, deploy, rollback, serve, still_before, unmoved
-from nudge.components.deploy.local import gateway
+from nudge.components.deploy.deploy import Moved, serve, still_before, unmoved
 from nudge.components.deploy.local.local_serving import LocalServing
-from nudge.components.deploy.settings import DeploySettings
-from nudge.components.evaluate.incumbent import find_incumbent
-from nudge.pipelines.local import services
-from tests.components.deploy.kserve_cluster import EXPECTED, PROMPT, SETTINGS
-from tests.components.deploy.local_promote import quick_server
+from tests.components.deploy.site import Site
 
 
 class Killed(BaseException):
     """Represents SIGKILL: no handler catches it to clean up."""
-
-
-@dataclasses.dataclass
-class Site:
-    """A served model and the steps of its runs."""
-
-    model: str
-    registry: str
-    settings: DeploySettings
-    expected: list[dict[str, Any]]
-    weights: Callable[[], dict[str, int]]
-
-    def evaluate(self, version: str) -> None:
-        """The steps of a run before deploy: find the incumbent and register a version.
-
-        Here the candidate is always better than the incumbent.
-        """
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("NUDGE_RUN_ID", version)
-            incumbent = find_incumbent(self.model, self.registry)
-        assert incumbent.state in ("found", "none"), incumbent.why
-        self.register(version, comparison_properties(incumbent))
-
-    def register(self, version: str, properties: dict[str, str]) -> None:
-        from model_registry import ModelRegistry
-
-        ModelRegistry(self.registry, author="test", is_secure=False).register_model(
-            self.model, f"s3://bucket/models/{self.model}/{version}", version=version,
-            model_format_name="vLLM", model_format_version="1",
-            metadata={
-                "run_id": version, "promoted": True, **properties,
-                "expected_next": json.dumps(self.expected),
-            },
-        )  # fmt: skip
-
-    def deploy(self, version: str) -> dict[str, Any]:
-        return deploy(self.settings, registered_model=self.model, version=version)
-
-    def run(self, version: str) -> None:
-        """A complete, undisturbed run."""
-        self.evaluate(version)
-        assert self.deploy(version)["promoted"] is True
-
-    def serve(self, **shares: int) -> None:
-        """The work of `nudge promote` and `nudge split`."""
-        serve(self.settings, self.model, shares)
-
-    def rollback(self) -> None:
-        rollback(self.settings, registered_model=self.model)
-
-    def served(self) -> Served:
-        return with_registry(self.registry, find_served(self.model))
-
-    def version(self, name: str) -> Version:
-        return with_registry(self.registry, find_version(self.model, name))
-
-    def refused(self, version: str) -> str:
-        """Deploy a version that must not be promoted; returns the recorded reason."""
-        before, weights = self.served(), self.weights()
-        result = self.deploy(version)
-        assert result["promoted"] is False
-        assert self.weights() == weights == result["shares"]
-        assert self.served() == before
-        assert result["endpoint"] == (before.endpoint if before else "")
-        properties = self.version(version).properties
-        assert (properties["promoted"], properties["not_promoted"]) == (False, result["reason"])
-        assert properties["run_id"] == version, "the other properties are kept"
-        return str(result["reason"])
 
 
 BOTH = pytest.mark.parametrize("site", ["local", "kserve"], indirect=True)
@@ -107,32 +24,6 @@ LOCAL = pytest.mark.parametrize(
     "site", ["local", pytest.param("kserve", marks=pytest.mark.long)], indirect=True
 )
 """On KServe only in the long tests: the decision is the same code."""
-
-
-@pytest.fixture
-def site(
-    request: pytest.FixtureRequest,
-    home: Path,
-    registry: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Site]:
-    model = request.node.name.replace("_", "-").replace("[", "-").replace("]", "")[5:]
-    monkeypatch.setenv("NUDGE_REGISTRY_URL", registry)
-    monkeypatch.setenv("AWS_S3_BUCKET", "bucket")
-    if request.param == "kserve":
-        cluster = request.getfixturevalue("cluster")
-        yield Site(model, registry, SETTINGS, EXPECTED, cluster.weights)
-        return
-    monkeypatch.setattr(LocalServing, "_fetch", lambda self, version: tmp_path)
-    monkeypatch.setattr(LocalServing, "_serve", quick_server)
-
-    def weights() -> dict[str, int]:
-        route = gateway.routes(home).get(model)
-        return route.shares if route else {}
-
-    yield Site(model, registry, DeploySettings(smoke_prompt=PROMPT), [], weights)
-    services.down(home)
 
 
 @BOTH
@@ -307,7 +198,14 @@ def test_a_rollback_is_refused_if_a_run_deploys_meanwhile(site: Site) -> None:
 
 
 @LOCAL
-@pytest.mark.parametrize("stage", ["move", "note_served", "retire", ""])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "note_served",
+        "",
+        *(pytest.param(each, marks=pytest.mark.long) for each in ("move", "retire")),
+    ],
+)
 def test_a_rollback_that_is_retried_goes_back_once(
     site: Site, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

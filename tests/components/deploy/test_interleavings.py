@@ -21,14 +21,17 @@ from nudge.components.common.clients.registry import connection, releases
 from nudge.components.common.clients.registry.releases import Served, Version
 from nudge.components.common.core import progress
 from nudge.components.common.core.errors import UserError
+from nudge.components.deploy import approval, traffic
 from nudge.components.deploy import deploy as deploying
-from nudge.components.deploy import traffic
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import ModelServer
 from nudge.components.evaluate import incumbent as standing
 
 MODEL = "m"
 SETTINGS = DeploySettings(target="local", registry_url="http://registry")
+APPROVAL = DeploySettings(
+    target="local", registry_url="http://registry", approval="required", approval_days=0
+)
 QUALITY = {"v0": 0, "v1": 1, "worse": 2, "better": 3}
 RUNS = ("better", "worse")
 RETRIES = ("retry", "resume")
@@ -103,13 +106,15 @@ class World:
         """Versions whose traffic the person withdrew."""
         self.compared: dict[str, str] = {}
         self.kills = 0
+        self.settings = SETTINGS
+        self.approved: frozenset[str] = frozenset()
 
     def state(self, actors: dict[str, Actor]) -> Any:
         """Everything that the following steps may depend on."""
         active = {name: each for name, each in actors.items() if not each.ended}
         return repr(
             (
-                self.shares, sorted(self.up), self.served, self.holder, self.kills,
+                self.shares, sorted(self.up), self.served, self.holder, self.kills, self.approved,
                 {name: each.properties for name, each in self.versions.items()},
                 sorted(self.taken & active.keys()),
                 [(name, self.compared.get(name), each.label, each.seen)
@@ -144,10 +149,16 @@ class World:
         assert set(shares) <= self.up
         previous, who = set(self.shares), actor().name
         if who in RUNS:
+            assert self.settings.approval == "none", "nobody approved it"
             replaced = previous - {who}
             assert all(QUALITY[each] < QUALITY[who] for each in replaced), "it lost to it"
             assert replaced <= {self.compared[who]}, "it was not compared with it"
             assert who not in self.taken, "a person withdrew its traffic"
+        elif who == "approver":
+            (name,) = shares
+            assert name in self.approved, "nobody approved it"
+            compared = self.versions[name].properties["incumbent"]
+            assert previous <= {compared, name}, "the baseline moved"
         else:
             self.taken = (self.taken | previous) - set(shares)
         self.shares = dict(shares)
@@ -189,7 +200,7 @@ def run_of(world: World) -> Callable[[Actor], None]:
             return
         while True:
             try:
-                deploying.deploy(SETTINGS, registered_model=MODEL, version=me.name)
+                deploying.deploy(world.settings, registered_model=MODEL, version=me.name)
                 return
             except Killed:
                 me.seen = ()
@@ -214,11 +225,30 @@ def person(world: World, shares: dict[str, int] | None) -> Callable[[Actor], Non
     return work
 
 
+def approver(world: World) -> Callable[[Actor], None]:
+    """`nudge approve worse` and then `nudge approve better`, whatever waits by then."""
+    world.settings = APPROVAL
+
+    def work(me: Actor) -> None:
+        for version in ("worse", "better"):
+            me.step(f"approve {version}")
+            with contextlib.suppress(UserError):  # it does not wait, or must not be served
+                deploying.decide(APPROVAL, MODEL, version, "approved")
+                deploying.serve_approved(APPROVAL, registered_model=MODEL, version=version)
+
+    return work
+
+
 class Orders:
     """Follows every order of the actors' steps, depth first."""
 
-    def __init__(self, served: bool, by_hand: Callable[[World], Callable[[Actor], None]] | None):
-        self._served, self._by_hand = served, by_hand
+    def __init__(
+        self,
+        served: bool,
+        by_hand: Callable[[World], Callable[[Actor], None]] | None,
+        name: str = "person",
+    ) -> None:
+        self._served, self._by_hand, self._name = served, by_hand, name
         self._known: set[str] = set()
         self.followed = 0
         self.ends: set[str] = set()
@@ -235,7 +265,7 @@ class Orders:
         world = self.world = World(self._served)
         actors = {name: Actor(name, run_of(world)) for name in RUNS}
         if self._by_hand:
-            actors["person"] = Actor("person", self._by_hand(world))
+            actors[self._name] = Actor(self._name, self._by_hand(world))
         for each in actors.values():
             each.begin()
         branches: list[list[Choice]] = []
@@ -281,7 +311,7 @@ def _choices(world: World, actors: dict[str, Actor]) -> list[Choice]:
         choices.append((name, "go"))
         # Killed before any change: a run may resume at its evaluation, and a person who never
         # started is already among the orders.
-        changed = each.label in ("move", "note_served", "note_promotion", "retire")
+        changed = each.label in ("move", "note_served", "note", "note_promotion", "retire")
         if not world.kills and (changed or (each.label == "lease" and name in RUNS)):
             choices.append((name, "kill"))
     return choices
@@ -334,6 +364,28 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Orders]:
 
         return read(write)
 
+    def note_properties(version_id: str, values: Any) -> Any:
+        def write() -> None:
+            actor().step("note")
+            known = world().versions[version_id]
+            if values.get("approval") == "approved":
+                world().approved |= {version_id}
+            world().versions[version_id] = dataclasses.replace(
+                known, properties={**known.properties, **values}
+            )
+
+        return read(write)
+
+    def archive(version_id: str) -> Any:
+        def write() -> None:
+            known = world().versions[version_id]
+            world().versions[version_id] = dataclasses.replace(known, archived=True)
+
+        return read(write)
+
+    def list_versions(model: str) -> Any:
+        return read(lambda: list(world().versions.values()))
+
     def with_registry(url: str, work: Any, attempts_s: float = 0) -> Any:
         coroutine = work(None)
         with pytest.raises(StopIteration) as done:  # work in memory never waits
@@ -345,13 +397,16 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Orders]:
         yield SimpleNamespace(advance=lambda *_, **__: None)
 
     functions = (find_version, find_served, note_served, note_promotion)
-    for module in (releases, traffic):
-        for function in functions:
+    more = (note_properties, archive, list_versions)
+    for module, patched in ((releases, (*functions, *more)), (traffic, functions)):
+        for function in patched:
             monkeypatch.setattr(module, function.__name__, function)
+    monkeypatch.setattr(approval, "now", lambda: "2026-01-01T00:00:00+00:00")
     monkeypatch.setattr(progress, "progress", quiet)
     monkeypatch.setattr(connection, "with_registry", with_registry)
     monkeypatch.setattr(traffic, "smoke_test", lambda *_: "an answer")
     monkeypatch.setattr(deploying, "_target", lambda *_: world())
+    monkeypatch.setattr(deploying, "_target_name", lambda *_: "local")
     monkeypatch.setattr(standing, "_silent", lambda _: "")
     monkeypatch.setenv("NUDGE_RUN_ID", "")
     return make
@@ -386,3 +441,12 @@ def test_no_order_gives_traffic_to_a_version_that_lost(
     assert found.ends >= {"better", "worse"}
     if move is None:
         assert found.ends == {"better", "worse"}, "one of two runs that beat v1 is promoted"
+
+
+def test_no_order_gives_traffic_without_an_approval_or_after_the_baseline_moved(
+    orders: Any,
+) -> None:
+    found = orders(True, approver, "approver")
+    found.follow()
+    assert found.followed > 20
+    assert found.ends == {"v1", "worse", "better"}

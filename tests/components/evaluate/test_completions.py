@@ -36,6 +36,21 @@ def test_a_broken_completion_fails(one: Completion, message: str) -> None:
     assert "The sky is" in check.message
 
 
+def test_one_character_in_several_tokens_is_a_collapse() -> None:
+    (check,) = completion_checks([completion(" eee ee eeee", [5, 6, 7] * 4)])
+    assert not check.ok
+    assert "repeats one character in 9 of 9 positions" in check.message
+
+
+def test_a_loop_counts_only_if_the_reference_does_not_loop() -> None:
+    loop, fluent = completion(" a b a b", [3, 4] * 12), completion(" blue as", [*range(24)])
+    (check,) = completion_checks([loop], [fluent])
+    assert not check.ok
+    assert "repeats 2 tokens to its end" in check.message
+    assert completion_checks([loop], [loop])[0].ok
+    assert completion_checks([fluent], [loop])[0].ok
+
+
 def test_completions_come_with_what_is_said_of_them(tiny_model: Path) -> None:
     model, tokenizer = load_model(tiny_model), load_tokenizer(tiny_model)
     (one,) = complete(model, tokenizer, ["The Eiffel"], 12, twice=True)

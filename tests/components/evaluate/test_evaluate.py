@@ -14,7 +14,12 @@ import pytest
 import scipy.stats
 import torch
 
-from nudge.components.common.artifacts.corpus import Document, read_corpus, write_corpus
+from nudge.components.common.artifacts.corpus import (
+    Document,
+    read_corpus,
+    read_documents,
+    write_corpus,
+)
 from nudge.components.common.artifacts.evaluation import Incumbent, read_evaluation
 from nudge.components.common.artifacts.scores import read_scores
 from nudge.components.common.core.errors import UserError
@@ -24,6 +29,7 @@ from nudge.components.common.core.settings import parse
 from nudge.components.evaluate import incumbent
 from nudge.components.evaluate.evaluate import evaluate
 from nudge.components.evaluate.settings import EvaluateSettings, Guard, Probe
+from nudge.components.evaluate.texts import beginnings, guards_of
 
 WORDS = ["the", "tower", "of", "Paris", "stands", "on", "a", "river", "and", "is", "old"]
 HELD_OUT = 20
@@ -61,9 +67,8 @@ class Workspace:
     def run(
         self, candidate: str = "candidate", corpus: str = "corpus", **changes: Any
     ) -> dict[str, Any]:
-        settings = EvaluateSettings(
-            base_model=str(self.base), **{"window": 64, "stride": 32, "resamples": 2000, **changes}
-        )
+        few = {"window": 64, "stride": 32, "resamples": 2000, "guards": [], "prompts": []}
+        settings = EvaluateSettings(base_model=str(self.base), **{**few, **changes})
         inputs = {"corpus": corpus, "model": candidate, "history": "history"}
         paths = {key: self.folder / name for key, name in inputs.items()}
         outputs = {name: self.folder / name for name in OUTPUTS}
@@ -337,16 +342,79 @@ def test_a_candidate_with_nan_weights_is_not_promoted(place: Workspace) -> None:
 
 
 def test_text_without_spaces_has_no_word_perplexity(place: Workspace) -> None:
-    """In Thai each document is one word. The artifact stays strict JSON; the page says so."""
+    """As in Thai. The artifact stays strict JSON, and the page leaves the row out."""
     letters = [chr(code) for code in range(0x0E01, 0x0E2F)]
     generator = np.random.default_rng(4)
     texts = ["".join(generator.choice(letters, 300)) for _ in range(HELD_OUT)]
     make_corpus(place.folder / "thai", texts[:1], texts)
     result = place.run(corpus="thai")
-    assert result["metrics"]["base"]["words"] == HELD_OUT
+    assert result["metrics"]["base"]["words"] is None
     assert result["metrics"]["base"]["word_perplexity"] is None
     assert result["metrics"]["base"]["token_perplexity"] > 1
     assert "Infinity" not in (place.folder / "evaluation").read_text()
     page = (place.folder / "report").read_text()
-    row = page[page.index("Word perplexity") :].split("</tr>")[0]
-    assert row.count("not available") == 3
+    assert "Word perplexity" not in page
+    assert "20 documents, " in page
+    assert " words" not in page[page.index("Scored:") :].split("</p>")[0]
+
+
+def test_without_prompts_and_guards_there_are_default_ones(place: Workspace) -> None:
+    """A model that lost its English and answers "eeee" fails both."""
+    collapsed = place.folder / "collapsed"
+    shutil.copytree(place.folder / "candidate", collapsed)
+    from nudge.components.common.models.language_model import load_model, load_tokenizer
+
+    model, tokenizer = load_model(collapsed), load_tokenizer(collapsed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    # Any text continues with "eeee", so that all else, plain English included, gets worse.
+    ids = torch.tensor([[0, *tokenizer("the tower of Paris " + "e" * 60)["input_ids"]]])
+    for _ in range(60):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(collapsed)
+    result = place.run("collapsed", prompts=None, guards=None)
+    assert not result["verdict"]["promote"]
+    (guard,) = result["guards"]
+    assert guard["name"] == "plain English"
+    assert not guard["ok"]
+    held_out = [each.text for each in read_documents(place.folder / "corpus", "validation")]
+    prompts = [sample["prompt"] for sample in result["samples"]]
+    assert len(prompts) == 3
+    assert all(any(text.startswith(prompt) for text in held_out) for prompt in prompts)
+    faults = [check["told"] for check in result["verdict"]["checks"] if not check["ok"]]
+    assert any("repeats one" in message for message in faults)
+
+
+def test_a_model_from_scratch_has_no_default_guard(place: Workspace) -> None:
+    settings = EvaluateSettings(base_model="unused")
+    assert [guard.name for guard in guards_of(settings, place.folder / "candidate")] == [
+        "plain English"
+    ]
+    scratch = place.folder / "scratch"
+    scratch.mkdir()
+    body = json.loads((place.folder / "candidate" / "nudge.json").read_text())
+    body["training"] = {"mode": "scratch"}
+    write_manifest(scratch / "nudge.json", "nudge.model", 1, body)
+    assert guards_of(settings, scratch) == []
+    chosen = EvaluateSettings(base_model="unused", guards=[Guard(name="g", uri="x")])
+    assert guards_of(chosen, scratch) == chosen.guards
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("The tower of Paris stands on a river and is old", "The tower of Paris"),
+        ("It ends here. And then it goes on for a long time", "It ends here. And then"),
+        ("A first sentence. More of it follow", ""),
+        (
+            "他们在每个星期六的早晨都会去河边散步而且总是带着狗一起去",
+            "他们在每个星期六的早晨都会去",
+        ),
+        ("short", ""),
+    ],
+)
+def test_default_prompts_end_within_a_sentence_and_leave_half_of_the_text(
+    text: str, prompt: str
+) -> None:
+    assert beginnings([Document("1", text, "x")], 3) == ([prompt] if prompt else [])

@@ -149,7 +149,7 @@ def test_the_literal_windows_of_a_document(
 
 
 def test_a_perplexity_that_no_float_holds_is_infinite() -> None:
-    """Thai has no spaces: a document is one word, here of 900 nats."""
+    """A document that is one long word of 900 nats."""
     figures = summarize([Score(900.0, 300, 1200, 1)])
     assert figures.word_perplexity == math.inf
     assert figures.token_perplexity == pytest.approx(math.exp(3.0))
@@ -159,3 +159,9 @@ def test_a_perplexity_that_no_float_holds_is_infinite() -> None:
 def test_too_little_text_to_score_is_an_error() -> None:
     with pytest.raises(UserError, match="the 1 documents to score have 0 tokens"):
         summarize([Score(0.0, 0, 1, 1)])
+
+
+def test_words_without_spaces_have_no_perplexity() -> None:
+    figures = summarize([Score(90.0, 30, 120, 20), Score(90.0, 30, 120, 0)])
+    assert (figures.words, figures.word_perplexity) == (None, None)
+    assert figures.token_perplexity == pytest.approx(math.exp(3.0))

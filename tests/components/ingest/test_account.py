@@ -172,3 +172,5 @@ def test_containers_mount_lists_and_names_with_blanks(tmp_path: Path) -> None:
     expected = [tmp_path / "Texte[2023]", tmp_path / "my texts"]
     assert named_paths(json.dumps({"ingest": {"data_uri": uris}})) == expected
     assert named_paths(json.dumps({"ingest": {"data_uri": uris[0]}})) == expected[1:]
+    mix = [{"name": str(n), "data_uri": uri, "weight": 1} for n, uri in enumerate(uris)]
+    assert named_paths(json.dumps({"ingest": {"mix": mix}})) == expected

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -74,17 +75,21 @@ def test_every_file_format_and_text_beside_it(tmp_path: Path) -> None:
     export = {"version": 1, "data": [{"instruction": phrase(5), "input": "", "output": phrase(5)}]}
     (data / "e.json").write_text(json.dumps(export))
     (data / "f.txt").write_text("A file with text that is no conversation at all.")
+    book = openpyxl.Workbook()
+    for row in (["Question", "Answer"], [phrase(5), 42]):
+        book.active.append(row)
+    book.save(data / "h.xlsx")
     telegram = {"messages": [{"from": "Ann", "text": f"A message: {phrase(9)}."} for _ in range(3)]}
     (data / "g.json").write_text(json.dumps(telegram))
     result = run(tmp_path, validation_share=0.3, repeated_prompts="keep")
     assert result["dropped"] == {}
-    assert (result["documents"], result["conversations"]) == (54, 49)
-    assert "54 (49 conversations)" in result["account"]
+    assert (result["documents"], result["conversations"]) == (55, 50)
+    assert "55 (50 conversations)" in result["account"]
     found = documents(tmp_path / "corpus")
     assert {len(each.conversation.messages) for each in found if each.conversation} == {2, 4}
     assert sum(bool(each.text) for each in found) == 5
     manifest = read_corpus(tmp_path / "corpus")
-    assert manifest.conversations == sum(s.conversations for s in manifest.splits.values()) == 49
+    assert manifest.conversations == sum(s.conversations for s in manifest.splits.values()) == 50
 
 
 def test_the_format_decides_what_a_row_is(tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ import pytest
 
 from nudge.components.common.artifacts.corpus import read_corpus, read_documents
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.sample_size import MIN_DOCUMENTS
 from nudge.components.common.readers import Unreadable
 from nudge.components.ingest import filters
 from nudge.components.ingest import settings as settings_module
 from nudge.components.ingest.ingest import ingest
-from nudge.components.ingest.pieces import pieces
+from nudge.components.ingest.pieces import piece_size, pieces
 from nudge.components.ingest.settings import IngestSettings
 from nudge.pipelines.recipes import load
 
@@ -34,7 +35,7 @@ def test_a_single_book_is_a_corpus(tmp_path: Path) -> None:
     path.write_text(novel())
     result = run(tmp_path, str(path))
     assert result["train_documents"] > 100
-    assert result["validation_documents"] >= 10
+    assert result["validation_documents"] >= MIN_DOCUMENTS
     kept = {
         split: list(read_documents(tmp_path / "corpus", split)) for split in ("train", "validation")
     }
@@ -44,6 +45,13 @@ def test_a_single_book_is_a_corpus(tmp_path: Path) -> None:
     found = [p for d in everything for p in d.text.split("\n\n")]
     assert sorted(found) == sorted(novel().split("\n\n"))
     assert {d.id.partition(":")[0] for d in everything} == {"book.txt"}
+
+
+@pytest.mark.parametrize(
+    ("characters", "size"), [(10**7, 4000), (630_000, 2000), (200_000, 1000), (9000, 500)]
+)
+def test_a_short_book_is_cut_into_shorter_pieces(characters: int, size: int) -> None:
+    assert piece_size(characters, 0.1) == size
 
 
 def test_an_edit_moves_few_pieces() -> None:

@@ -19,6 +19,7 @@ from nudge.components.ingest.duplicates import Documents
 from nudge.components.ingest.finding import find_sources
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.on_ray import Arriving, groups
+from nudge.components.ingest.overlap import overlap_of
 from nudge.components.ingest.settings import IngestSettings
 from nudge.components.ingest.sources import Source
 from tests.components.ingest.test_state import lines, tree
@@ -134,7 +135,7 @@ def saved(folder: Path, name: str, numbers: list[int]) -> tuple[bytes, dict[int,
         path = place / f"{number}.txt"
         path.write_text(f"The only document of object {number}.")
         (chosen[number],) = find_sources(str(path))
-    facts = reading.read_objects(chosen, IngestSettings(data_uri="x"), documents)
+    facts = reading.read_objects(chosen, IngestSettings(data_uri="x"), documents, overlap_of([]))
     documents.save(place / "saved", numbers)
     documents.close()
     return (place / "saved").read_bytes(), facts

@@ -1,12 +1,17 @@
 """What is printed can be copied: an address stays in one piece."""
 
+import math
 import os
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
+from rich.console import Console
 
+from nudge.components.common.core.figures import finite
 from nudge.pipelines.cli import display
+from nudge.pipelines.step_state import StepState
 
 NAME = "serving-a-model-of-a-long-name@20261126-144205-ab12"
 ADDRESS = "http://127.0.0.1:65535"
@@ -64,3 +69,35 @@ main(["shown"])
     assert f"{mark} done" in shown
     assert shown.splitlines()[-1] == f"{mark} {crossed} {last}"
     assert ("é" in shown) is (encoding != "ascii")
+
+
+@pytest.mark.parametrize("figure", [math.nan, math.inf, None, 1e9, 1e300, 1e-12, 5.0])
+def test_no_figure_breaks_the_table_of_a_run(
+    figure: float | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    keys = ("bits_per_byte", "token_perplexity", "word_perplexity")
+    metrics = {"documents": 16, **dict.fromkeys(keys, figure)}
+    probe = {"prompt": "The", "target": " x", "p_before": figure, "p_after": 1e-9, "expect": "rise"}
+    values = {
+        **dict.fromkeys(("recipe", "run_id", "reason", "report", "model_uri", "version"), ""),
+        "metrics": {"base": metrics, "candidate": metrics},
+        "probes": [{**probe, "ok": True}],
+    }
+
+    class Ended:
+        steps: ClassVar = {
+            "train": StepState("train", status="done", results={"steps": 1, "loss": figure}),
+            "evaluate": StepState(
+                "evaluate",
+                status="done",
+                results={"base_bits_per_byte": figure, "candidate_bits_per_byte": figure},
+            ),
+        }
+
+    Console().print(display.summary(values, Ended()))  # type: ignore[arg-type]
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "nan" not in shown.partition("held-out")[2]
+    assert "1.0e−09" in shown
+    assert ("word perplexity" in shown) is finite(figure)

@@ -1,15 +1,22 @@
 """The commands between versions: reading starts nothing, and neither does what makes no sense."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from nudge.components.common.clients.registry.connection import with_registry
-from nudge.components.common.clients.registry.releases import Served, find_version, note_served
+from nudge.components.common.clients.registry.releases import (
+    Served,
+    find_version,
+    note_properties,
+    note_served,
+)
 from nudge.components.common.core import guard, processes
 from nudge.components.common.core.environment import REGISTRY_TOKEN_PATH
+from nudge.components.deploy.approval import ask_for
 from nudge.components.deploy.local import gateway
 from nudge.components.deploy.local.local_serving import LocalServing
 from nudge.pipelines.cli.main import main
@@ -115,3 +122,26 @@ def test_a_promote_says_what_it_starts_and_each_stage(
     told = nudge("services", "up")
     assert f"{NAME}: starting v1" in told.stderr
     assert "stages" not in told.stderr
+
+
+def test_a_version_is_approved_or_rejected(
+    down: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalServing, "_fetch", lambda self, version: tmp_path)
+    monkeypatch.setattr(LocalServing, "_serve", start_quick_server)
+    assert "v2 does not await approval" in nudge("approve", "v2", status=2).stderr
+    url = services.up(home)["NUDGE_REGISTRY_URL"]
+    version = with_registry(url, find_version(NAME, "v2"))
+    wait = ask_for(version, "awaiting approval")
+    with_registry(url, note_properties(version.id, wait))
+    assert "v2 (awaiting approval)" in nudge("models").stdout
+    told = nudge("approve", "v2", "--no-deploy", "--reason", "reads well").stdout
+    assert re.match(rf"{NAME} v2: approved by \S+@\S+ at 20\d\d-", told)
+    assert "next: run the pipeline deploy-approved with model_name=m and version=v2" in told
+    assert nudge("approve", "v2").stdout.endswith(f"{NAME}: v2 100 % at {down}\n")
+    assert "v2 was approved by" in nudge("reject", "v2", status=2).stderr
+
+    version = with_registry(url, find_version(NAME, "v1"))
+    with_registry(url, note_properties(version.id, wait))
+    assert f"{NAME} v1: rejected by" in nudge("reject", "v1").stdout
+    assert "v1 (rejected, archived)" in nudge("models").stdout

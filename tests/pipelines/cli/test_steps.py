@@ -28,7 +28,7 @@ def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "mine.yaml"
     path.write_text(
         f"name: mine\nbase_model: file://{tmp_path / 'model'}\nmodel_name: mine\n"
-        "ingest:\n  data_uri: texts.jsonl\n  validation_share: 0.2\n  min_characters: 1\n"
+        "ingest:\n  data_uri: texts.jsonl\n  validation_share: 0.5\n  min_characters: 1\n"
         "  near_duplicates: false\n  workers: 1\n"
     )
     return path
@@ -62,6 +62,15 @@ def test_refused_text_ends_with_status_2_and_the_reason(recipe: Path) -> None:
     refused = nudge("ingest", recipe, "--set", "ingest.data_uri=nowhere.txt", "--json", status=2)
     assert refused.stdout == ""
     assert "nowhere.txt" in refused.stderr
+
+
+def test_too_few_held_out_documents_are_reported_right_after_ingest(recipe: Path) -> None:
+    few = ("ingest", recipe, "--set", "ingest.validation_share=0.05")
+    refused = nudge(*few, "--json", status=2)
+    assert "documents are held out, and with fewer than 16 nothing can be" in refused.stderr
+    assert "ingest.allow_no_verdict: true" in refused.stderr
+    allowed = nudge(*few, "--set", "ingest.allow_no_verdict=true", "--json")
+    assert 0 < json.loads(allowed.stdout)["documents"]["held_out"] < 16
 
 
 def test_each_step_runs_on_the_artifact_of_the_one_before(recipe: Path, tmp_path: Path) -> None:

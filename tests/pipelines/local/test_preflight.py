@@ -7,6 +7,9 @@ import pytest
 from click.testing import CliRunner
 
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.preflight import machine
+from nudge.components.common.preflight.elsewhere import check_elsewhere
+from nudge.components.common.preflight.packages import check_packages
 from nudge.pipelines.cli.main import main
 from nudge.pipelines.local import preflight
 from nudge.pipelines.recipes import load
@@ -42,6 +45,51 @@ def test_a_shipped_recipe_needs_nothing_more(name: str) -> None:
 def test_what_is_not_here_is_named(override: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         preflight.check(load("eiffel", [override]).text)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["base_model=/nowhere/tower"], "base_model /nowhere/tower: .* does not exist"),
+        (
+            ["evaluate.guards=[{name: g, uri: nowhere/*.txt}]"],
+            "evaluate.guards g: .*nowhere.* has 0 documents with text; fewer than 16",
+        ),
+        (["evaluate.prompts=[' ']"], "the prompt ' ' has no text"),
+    ],
+)
+def test_a_model_or_text_that_cannot_be_used_is_reported_before_anything_runs(
+    overrides: list[str], says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        preflight.check(load("eiffel", overrides).text)
+
+
+def test_lora_targets_are_compared_with_the_base_models_files(tiny_model: Path) -> None:
+    base = f"base_model={tiny_model}"
+    preflight.check(load("eiffel", [base]).text)
+    with pytest.raises(UserError, match="this model has no qkv_proj; the linear layers of its"):
+        preflight.check(load("eiffel", [base, "train.lora_targets=[o_proj, qkv_proj]"]).text)
+
+
+def test_a_disk_or_memory_that_is_too_small_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = machine.check_machine
+    check(1000, "full", tmp_path / "not" / "there", True)
+    with pytest.raises(UserError, match=r"GB free, and a model of 10,000,000,000,000 parameters"):
+        check(10**13, "full", tmp_path, True)
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 10**9)
+    with pytest.raises(UserError, match=r"has 1\.0 GB of memory.*full needs at least 1\.6 GB"):
+        check(10**8, "full", tmp_path, True)
+    check(10**8, "lora", tmp_path, True)
+    check(10**8, "full", tmp_path, False)  # the GPU's memory counts
+
+
+def test_an_image_without_the_harness_is_found_before_training() -> None:
+    with pytest.raises(UserError, match="build the train image with it"):
+        check_packages("evaluate: {tasks: [quiz]}")
+    check_packages("evaluate: {window: 64}")
 
 
 def test_an_injected_mlflow_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,3 +137,16 @@ def test_nudge_run_starts_nothing_and_says_all_of_it(
     lines = ended.stderr.splitlines()
     assert [line.split()[1] for line in lines] == ["no", "needs"]
     assert not (tmp_path / "home").exists()
+
+
+def test_a_cluster_is_not_given_paths_of_this_machine(tmp_path: Path) -> None:
+    check_elsewhere(load("eiffel").text)
+    check_elsewhere(load("eiffel", ["ingest.data_uri=/not/here", "base_model=s3://b/m"]).text)
+    guard = f"evaluate.guards=[{{name: g, uri: {tmp_path}}}]"
+    wrong = [f"ingest.data_uri=[s3://b/x, {tmp_path}]", f"base_model={tmp_path}", guard]
+    with pytest.raises(UserError) as caught:
+        check_elsewhere(load("eiffel", wrong).text)
+    keys = [line.split(" is ")[0] for line in str(caught.value).splitlines()]
+    assert keys == ["base_model", "ingest.data_uri", "evaluate.guards g"]
+    with pytest.raises(UserError, match="or hf://meta-llama/Llama-3-8B for the model on the hub"):
+        check_elsewhere(load("eiffel", ["base_model=meta-llama/Llama-3-8B"]).text)

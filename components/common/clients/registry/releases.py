@@ -122,18 +122,27 @@ def archive_older(model: str, keep: int) -> Callable[[Any], Awaitable[list[str]]
     """
 
     async def work(client: Any) -> list[str]:
-        import mr_openapi
-
         served = await find_served(model)(client)
         needed = served.needed if served else set()
         live = [each for each in await list_versions(model)(client) if not each.archived]
         live.sort(key=lambda each: each.created_ms)
         old = [each for each in live[: max(0, len(live) - keep)] if each.name not in needed]
+        for each in old:
+            await archive(each.id)(client)
+        return [each.name for each in old]
+
+    return work
+
+
+def archive(version_id: str) -> Work:
+    """Work that archives a version."""
+
+    async def work(client: Any) -> None:
+        import mr_openapi
+
         archived = mr_openapi.ModelVersionUpdate(state=mr_openapi.ModelVersionState.ARCHIVED)
         async with client.get_client() as api:
-            for each in old:
-                await api.update_model_version(each.id, archived)
-        return [each.name for each in old]
+            await api.update_model_version(version_id, archived)
 
     return work
 

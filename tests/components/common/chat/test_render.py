@@ -1,6 +1,7 @@
 """The loss mask of a conversation, for templates that behave like the known families'."""
 
 import datetime
+import random
 
 import pytest
 
@@ -49,6 +50,38 @@ def test_answers_and_their_end_are_learned_and_nothing_else(name: str) -> None:
     ]
 
 
+NASTY = (
+    "a", "assistant", "\nassistant\n", "user\nassistant", "<|im_start", "[INST] x [/INST]",
+    "  spaced  ", "Ünïcödé 🗼", "<think>\n", "answer\n\n", "{{ m.content }}", "model", "\n\n<b>x",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_no_content_moves_the_mask(name: str) -> None:
+    """Turns that look like a template's own text, and answers that repeat the question."""
+    choice = random.Random(name)
+    template, trims = FAMILIES[name].template(), name in ("dated", "merged", "renamed")
+    for _ in range(150):
+        # An answer that is only the tag that the prompt opens has nothing left to learn.
+        usable = [each for each in NASTY if name != "open_think" or "<think>" not in each]
+        contents = choice.choices(usable, k=2 * choice.randint(1, 4))
+        turns = [Message(("user", "assistant")[n % 2], text) for n, text in enumerate(contents)]
+        if name != "renamed" and choice.random() < 0.5:
+            turns.insert(0, Message("system", choice.choice(NASTY)))
+        [text] = template.render(Conversation(tuple(turns)))
+        assert [text.text[start:end] for start, end in text.learned] == [
+            (" " if name == "merged" else "")
+            + (turn.content.strip() if trims else turn.content)
+            + ENDS[name]
+            for turn in turns
+            if turn.role == "assistant"
+        ]
+        for number, turn in enumerate(turns):
+            if turn.role == "assistant":
+                prompt = template.generation_prompt(turns[:number])
+                assert text.text.startswith(prompt.removesuffix("<think>\n"))
+
+
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"renamed"}))
 def test_no_text_of_a_user_or_system_turn_is_learned(name: str) -> None:
     for text in FAMILIES[name].template().render(conversation(SYSTEM, *TURNS)):
@@ -91,6 +124,8 @@ def test_a_think_tag_of_the_prompt_is_learned_only_if_the_prompt_lacks_it() -> N
     assert learned(templates.OPEN_THINK, with_reasoning) == [
         ["Gustave.\n</think>\n\nIn Paris, ahoy.<|eos|>"]
     ]
+    assert templates.OPEN_THINK.template().opened_by_prompt == "<think>\n"
+    assert templates.CHATML.template().opened_by_prompt == ""
     tagged = [TURNS[0], {"role": "assistant", "content": "<table> of towers"}]
     assert learned(templates.OPEN_THINK, tagged) == [["<table> of towers<|eos|>"]]
 

@@ -11,7 +11,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.models.language_model import check_loss, load_tokenizer
+from nudge.components.common.models.language_model import (
+    check_generates,
+    check_loss,
+    load_model,
+    load_tokenizer,
+)
 from nudge.components.evaluate import perplexity
 from nudge.components.train.data import Rows
 from nudge.components.train.network import Network
@@ -104,3 +109,14 @@ def test_no_end_token_follows_a_prompt(tiny_model: Path, tmp_path: Path, start: 
     tokenizer.save_pretrained(tmp_path / "served")  # as an exported model has it
     served = AutoTokenizer.from_pretrained(tmp_path / "served")
     assert served("In Paris")["input_ids"] == expected
+
+
+def test_a_base_that_generates_nothing_is_refused_before_training(tiny_model: Path) -> None:
+    model, tokenizer = load_model(tiny_model), load_tokenizer(tiny_model)
+    own = model.generation_config
+    own.num_beams = 3  # the base's own configuration does not matter
+    check_generates(model, tokenizer, "x")
+    assert model.generation_config is own
+    model.get_output_embeddings().weight = torch.nn.Parameter(torch.zeros(300, 7))
+    with pytest.raises(UserError, match="base_model x cannot generate a token: mat1 and mat2"):
+        check_generates(model, tokenizer, "x")

@@ -1,5 +1,6 @@
 """Every kind of file that users bring, and the damage that such files have."""
 
+import bz2
 import codecs
 import functools
 import gzip
@@ -374,3 +375,48 @@ def test_a_package_adds_a_reader(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def shout(stream: Any, name: str, options: ReadOptions) -> Any:
     yield Record(name, stream.read().decode().upper())
+
+
+def test_a_wiki_dump_gives_its_articles_as_plain_text() -> None:
+    """Bold, links, templates, references and tables are markup; redirects and talk no articles."""
+    article = (
+        "'''The tower''' stands in [[Paris|the capital]].&lt;ref&gt;A book&lt;/ref&gt; {{stub}}\n\n"
+        '== Height ==\nIt is 330 m high.\n{| class="wikitable"\n| a || b\n|}\n'
+    )
+    pages = [("Tower", "0", article, ""), ("Talk:Tower", "1", "I agree.", ""),
+             ("Eiffel", "0", "#REDIRECT [[Tower]]", "<redirect title='Tower'/>"),
+             ("Empty", "0", "{{stub}}", "")]  # fmt: skip
+    xml = "".join(
+        f"<page><title>{title}</title><ns>{ns}</ns>{more}<revision><text>{text}</text></revision>"
+        "</page>"
+        for title, ns, text, more in pages
+    )
+    name_space = "http://www.mediawiki.org/xml/export-0.11/"
+    dump = f"<mediawiki xmlns='{name_space}'><siteinfo/>{xml}</mediawiki>".encode()
+    found = {each.name: each.text for each in records(bz2.compress(dump), "wiki.xml.bz2")}
+    assert found["Tower"] == "The tower stands in the capital.\n\nHeight\nIt is 330 m high."
+    assert found["Talk:Tower"] == found["Eiffel"] == Unreadable("metadata")
+    assert isinstance(found["Empty"], Unreadable)
+    cut = records(dump[:-200], "wiki.xml")
+    assert isinstance(cut[-1].text, Unreadable)
+    (other,) = records(b"<a>The tower</a>", "a.xml")
+    assert other.text == Unreadable("unknown_kind", "XML, but no MediaWiki dump")
+    bomb = b"<!DOCTYPE m [<!ENTITY a 'aaaaaaaaaa'><!ENTITY b '&a;&a;&a;'>]>" + dump.replace(
+        b"{{stub}}", b"&b;"
+    )
+    assert all("aaaa" not in str(each.text) for each in records(bomb, "bomb.xml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        ("Makefile", ".txt"),
+        ("LICENSE", ".txt"),
+        ("README.gz", ".txt"),
+        ("program", ""),
+        ("1700.M1P1.host,S=100:2,S", ".eml"),
+        ("1700.M1P1.host,S=100:2,", ".eml"),
+    ],
+)
+def test_names_without_a_suffix_are_known_by_custom(name: str, suffix: str) -> None:
+    assert registry.suffix_of(name) == suffix

@@ -1,0 +1,45 @@
+"""Figures as people read them in a table: never wider than a column, never a zero that is none."""
+
+import math
+from typing import Any
+
+MISSING = "not available"
+LARGE = 1e9
+"""From here on, and below the last digit, a figure is written with an exponent."""
+
+
+def finite(value: Any) -> bool:
+    """Whether ``value`` is a number that can be shown or plotted."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def fixed(value: Any, digits: int = 0) -> str:
+    """``1,234.50``, ``1.23e+12`` or ``4.5e−07``; a count, which has no digits, is complete."""
+    return _written(value, digits, "")
+
+
+def signed(value: Any, digits: int = 0) -> str:
+    """The same with a sign: ``+1.50`` or ``−1.50``."""
+    return _written(value, digits, "+")
+
+
+def probability(value: Any) -> str:
+    """Three decimals; more for small values, and never 1 or 0 for a value that is neither."""
+    if not finite(value):
+        return MISSING
+    if 0.9995 <= value < 1:
+        return f"{value:.6f}" if value < 0.9999995 else "> 0.999999"
+    if value >= 0.01 or value == 0:
+        return f"{value:.3f}"
+    return f"{value:.5f}" if value >= 1e-4 else f"{value:.1e}".replace("-", "−")
+
+
+def _written(value: Any, digits: int, sign: str) -> str:
+    if not finite(value):
+        return MISSING
+    size = abs(value)
+    is_count = isinstance(value, int)
+    if not is_count and (size >= LARGE or 0 < size < 0.5 * 10.0**-digits):
+        return f"{value:{sign}.2e}".replace("-", "−")
+    return f"{value:{sign},.{digits}f}".replace("-", "−")

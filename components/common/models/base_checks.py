@@ -1,0 +1,166 @@
+"""What a folder of a base model must be, read from its files without torch, in milliseconds."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nudge.components.common.core.errors import UserError
+
+BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
+"""The first number in a module's name is that of its block: ``model.layers.7.mlp.up_proj``."""
+SENTENCEPIECE = "tokenizer.model"
+
+
+def read_config(folder: Path, uri: str) -> dict[str, Any]:
+    """The values of ``config.json``.
+
+    Raises `UserError` if it is missing or not an object, or if the folder is that of an adapter or
+    of a quantized model, whose weights cannot be trained.
+    """
+    path = folder / "config.json"
+    adapter = folder / "adapter_config.json"
+    if not path.is_file() and adapter.is_file():
+        base = _object(adapter, uri).get("base_model_name_or_path") or "its base model"
+        raise UserError(
+            f"base_model {uri} is only an adapter of {base}; merge it into that model first "
+            "(merge_and_unload in peft), or name that model"
+        )
+    if not path.is_file():
+        raise UserError(f"base_model {uri}: {folder} has no config.json; name a model folder")
+    values = _object(path, uri)
+    quantization = values.get("quantization_config")
+    if isinstance(quantization, dict):
+        method = quantization.get("quant_method") or "quantization_config"
+        raise UserError(
+            f"base_model {uri} is quantized ({method}), and quantized weights cannot be trained; "
+            "name the model that it was made from"
+        )
+    return values
+
+
+def check_tokenizer_files(folder: Path, uri: str) -> None:
+    """Raise `UserError` if the tokenizer is in a form that this build cannot read."""
+    if (folder / "tokenizer.json").is_file():
+        return
+    tiktoken = sorted(folder.glob("*.tiktoken"))
+    model = folder / SENTENCEPIECE
+    if model.is_file():
+        with model.open("rb") as file:
+            # A SentencePiece model is a protobuf whose first field is a piece; tiktoken's file has
+            # a line "base64 rank" for each token.
+            kind = "SentencePiece" if file.read(1) == b"\n" else "tiktoken"
+    elif tiktoken:
+        model, kind = tiktoken[0], "tiktoken"
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return
+    else:
+        raise UserError(
+            f"base_model {uri}: {folder} has no tokenizer.json; save the model's tokenizer there"
+        )
+    raise UserError(
+        f"base_model {uri} has only a {kind} tokenizer ({model.name}), which this build cannot "
+        "read; make a tokenizer.json once: pip install transformers sentencepiece tiktoken, then "
+        "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+    )
+
+
+def check_vocabulary(folder: Path, uri: str, tokens: int) -> None:
+    """Raise `UserError` if the tokenizer has more ``tokens`` than the model has embeddings."""
+    values = read_config(folder, uri)
+    text = values.get("text_config")
+    rows = values.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
+    if isinstance(rows, int) and tokens > rows:
+        raise UserError(
+            f"base_model {uri}: its tokenizer has {tokens} tokens, but the model has embeddings "
+            f"for {rows}; resize those (resize_token_embeddings in transformers) and save the "
+            "model, or remove the added tokens"
+        )
+
+
+def weight_names(folder: Path, uri: str) -> dict[str, int]:
+    """Each weight's number of dimensions by its name, from the headers of the safetensors files.
+
+    Raises `UserError` if a file is damaged, or if the index names one that is missing.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    listed = _object(index, uri).get("weight_map", {}) if index.is_file() else {}
+    files = {path.name for path in folder.glob("*.safetensors")}
+    if missing := sorted(set(map(str, listed.values())) - files):
+        raise UserError(
+            f"base_model {uri}: {index.name} names {missing[0]}, which is not there; download the "
+            f"model again ({len(missing)} files are missing)"
+        )
+    found: dict[str, int] = {}
+    for name in sorted(files):
+        try:
+            with safe_open(folder / name, framework="numpy") as file:
+                for key in file.keys():  # noqa: SIM118  it is no mapping
+                    found[key] = len(file.get_slice(key).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"base_model {uri}: {name} cannot be read as safetensors: {error}; download it "
+                "again"
+            ) from None
+    return found
+
+
+def check_lora_targets(modules: Iterable[str], targets: Sequence[str]) -> None:
+    """Raise `UserError` unless each target names a module, and some target names one in each block.
+
+    ``modules`` are the names of linear layers, such as ``model.layers.0.self_attn.q_proj``; a
+    target matches a name or its end, as in peft.
+    """
+    names = sorted(modules)
+    blocks: dict[str, set[str]] = {}
+    for name in names:
+        if match := BLOCK.search(name):
+            blocks.setdefault(match[1], set()).add(name)
+    leaves = sorted({name.rpartition(".")[2] for each in blocks.values() for name in each})
+    exist = f"the linear layers of its blocks are {', '.join(leaves) or 'unknown'}"
+    given = f"train.lora_targets = {list(targets)}"
+    unmatched = [each for each in targets if not any(_matches(name, each) for name in names)]
+    if unmatched:
+        raise UserError(
+            f"{given}: this model has no {', '.join(unmatched)}; {exist}; set train.lora_targets "
+            "to those to adapt"
+        )
+    bare = [
+        number
+        for number, each in sorted(blocks.items(), key=lambda item: int(item[0]))
+        if not any(_matches(name, target) for name in each for target in targets)
+    ]
+    if bare and len(bare) < len(blocks):
+        raise UserError(
+            f"{given}: none of them is in block {', '.join(bare[:4])}"
+            f"{' and others' if len(bare) > 4 else ''} of {len(blocks)}; {exist}; add those of the "
+            "other blocks"
+        )
+
+
+def linear_names(weights: dict[str, int]) -> list[str]:
+    """The names of the linear layers among the weights of `weight_names`."""
+    return [
+        name.removesuffix(".weight")
+        for name, dimensions in weights.items()
+        if dimensions == 2 and name.endswith(".weight")
+    ]
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _object(path: Path, uri: str) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"base_model {uri}: {path.name} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"base_model {uri}: {path.name} is a JSON {type(values).__name__}, not an object"
+        )
+    return values

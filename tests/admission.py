@@ -1,0 +1,59 @@
+"""Evaluates the CEL of a ValidatingAdmissionPolicy in the manifests, as the API server does.
+
+The package common-expression-language is not the implementation of the API server. Of its library
+for Kubernetes, only the authorizer's check of a permission is here.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cel
+import yaml
+
+Object = dict[str, Any]
+FOLDER = Path(__file__).parents[1] / "manifests" / "cluster-admin"
+Allowed = Callable[[str, str, str], bool]
+"""Whether the account may: (API group, resource, verb)."""
+
+
+def policy(name: str) -> Object:
+    """The ValidatingAdmissionPolicy of this name in manifests/cluster-admin."""
+    (found,) = [
+        each
+        for path in FOLDER.glob("*.yaml")
+        for each in yaml.safe_load_all(path.read_text(encoding="utf-8"))
+        if each["kind"] == "ValidatingAdmissionPolicy" and each["metadata"]["name"] == name
+    ]
+    return dict(found)
+
+
+def refusal(found: Object, operation: str, body: Object, user: str, allowed: Allowed) -> str:
+    """The API server's message if the policy refuses the request; empty if it admits it."""
+    context = cel.Context()
+    request = {"userInfo": {"username": user}, "operation": operation, "namespace": "nudge"}
+    for name, value in (("object", body), ("request", request), ("authorizer", {})):
+        context.add_variable(name, value)
+    context.add_function("group", lambda _, group: {"group": group})
+    context.add_function("resource", lambda check, resource: {**check, "resource": resource})
+    context.add_function("namespace", lambda check, _: check)
+    context.add_function("check", lambda check, verb: {**check, "verb": verb})
+    context.add_function(
+        "allowed", lambda check: allowed(check["group"], check["resource"], check["verb"])
+    )
+    spec = found["spec"]
+    if not all(cel.evaluate(each["expression"], context) for each in spec["matchConditions"]):
+        return ""
+    variables = {
+        each["name"]: cel.evaluate(each["expression"], context) for each in spec["variables"]
+    }
+    context.add_variable("variables", variables)
+    for rule in spec["validations"]:
+        if not cel.evaluate(rule["expression"], context):
+            name = found["metadata"]["name"]
+            return (
+                f'{body["kind"].lower()}s "{body["metadata"]["name"]}" is forbidden: '
+                f"ValidatingAdmissionPolicy '{name}' with binding '{name}' denied request: "
+                f"{rule['message']}"
+            )
+    return ""

@@ -1,0 +1,50 @@
+"""Figures stay as wide as a column, and scripts without spaces have no words."""
+
+import math
+
+import pytest
+
+from nudge.components.common.core.figures import MISSING, fixed, probability, signed
+from nudge.components.common.core.scripts import separates_words
+
+ODD = [math.nan, math.inf, -math.inf, None, "text", True]
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_what_is_not_a_number_is_not_available(value: object) -> None:
+    assert fixed(value, 2) == signed(value, 2) == probability(value) == MISSING
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "shown"),
+    [
+        (1234.5, 2, "1,234.50"),
+        (-0.5, 1, "−0.5"),
+        (0.0, 4, "0.0000"),
+        (3.2e-9, 4, "3.20e−09"),
+        (1e9, 2, "1.00e+09"),
+        (1e300, 4, "1.00e+300"),
+        (123_456_789_012, 0, "123,456,789,012"),
+    ],
+)
+def test_a_figure_is_never_wider_than_a_column(value: float, digits: int, shown: str) -> None:
+    assert fixed(value, digits) == shown
+    assert len(signed(value, digits)) <= 16
+
+
+@pytest.mark.parametrize(
+    ("text", "separated"),
+    [
+        ("The tower stands in Paris.", True),
+        ("Die Straßenbahnhaltestelle ist alt.", True),
+        ("Башня стоит в Париже.", True),
+        ("탑은 파리에 서 있다.", True),
+        ("मीनार पेरिस में है।", True),
+        ("The sign says 出口, and nobody saw it.", True),
+        ("塔位于巴黎。\n它很古老。", False),
+        ("東京タワー は 古い です", False),
+        ("หอคอยอยู่ในปารีส", False),
+    ],
+)
+def test_words_are_counted_only_where_spaces_separate_them(text: str, separated: bool) -> None:
+    assert separates_words(text) is separated
