@@ -226,8 +226,7 @@ def _evaluation(
             resamples=settings.resamples,
             seed=settings.seed,
             texts_sha256={name: texts_sha256(_bodies(each)) for name, each in texts.items()},
-            **scored,
-            **candidate.ran,
+            **{**scored, **candidate.ran},
         ),
     }
 

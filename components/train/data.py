@@ -128,13 +128,16 @@ class PackedSplit:
     def batch(self, epoch: int, first: int, rows: int) -> Rows:
         """``rows`` rows starting at row ``first``, continuing into the next epoch if needed."""
         if rows == 0:
-            return Rows(*(torch.empty(0, self._length, dtype=torch.int64) for _ in range(3)))
+            empty = torch.empty(0, self._length, dtype=torch.int64)
+            return Rows(empty, empty, empty)
         triples = [
             self._row(epoch + index // self.rows, index % self.rows)
             for index in range(first, first + rows)
         ]
-        stacked = (torch.from_numpy(np.stack(part)) for part in zip(*triples, strict=True))
-        return Rows(*stacked)
+        inputs, targets, positions = (
+            torch.from_numpy(np.stack(part)) for part in zip(*triples, strict=True)
+        )
+        return Rows(inputs, targets, positions)
 
     def step_batch(self, step: int, batch_rows: int, rank: int = 0, ranks: int = 1) -> Rows:
         """The slice of the batch of ``step`` (counted from 0) that rank ``rank`` trains on.

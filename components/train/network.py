@@ -153,8 +153,10 @@ def precision_on(device: torch.device, setting: Literal["float32", "bfloat16", "
 def _on(rows: Rows, device: torch.device) -> Rows:
     """The rows on a device; the learned targets are counted here, where that does not wait."""
     learned = int((rows.targets != IGNORED).sum())
-    moved = (part.to(device) for part in (rows.inputs, rows.targets, rows.positions))
-    return Rows(*moved, learned=learned)
+    inputs, targets, positions = (
+        part.to(device) for part in (rows.inputs, rows.targets, rows.positions)
+    )
+    return Rows(inputs, targets, positions, learned)
 
 
 @torch.no_grad()

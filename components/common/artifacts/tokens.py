@@ -121,7 +121,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-NO_SPANS = np.empty((0, 2), np.uint32)
+NO_SPANS: np.ndarray = np.empty((0, 2), np.uint32)
 
 
 class ShardWriter:
