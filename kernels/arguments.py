@@ -29,6 +29,7 @@ class Options:
     accum_dtype: torch.dtype | None = None
     compute_dtype: torch.dtype | None = None
     chunk_rows: int | None = None
+    valid_rows: int | None = None
 
 
 class Wanted(NamedTuple):

@@ -59,7 +59,7 @@ def result_dtype(hidden: Tensor) -> torch.dtype:
 
 def default_chunk_rows(hidden: Tensor, vocabulary: int, element_bytes: int) -> int:
     """The default number of rows per chunk."""
-    rows = len(hidden)
+    rows = max(len(hidden), 1)
     if hidden.is_cuda:
         return rows_on_cuda(rows, vocabulary * element_bytes)
     return max(min(rows // 14, CPU_ROWS[1]) // 16 * 16, CPU_ROWS[0])
@@ -95,13 +95,23 @@ def chunked(
     With ``mean``, float16 logits store N times their gradient. Most of it would otherwise underflow
     float16, because a gradient scaler's factor arrives only in backward.
     """
-    hidden, targets = inputs.hidden, inputs.targets
-    with torch.autocast(hidden.device.type, enabled=False):
-        if hidden.device.type == "cpu":
-            valid = (targets != options.ignore_index).nonzero()[:, 0]
-            if len(valid) < len(hidden):
-                return _without_ignored(inputs, row_scale, options, wanted, combine, mean, valid)
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        valid = _valid_rows(inputs.targets, options)
+        if valid is not None and len(valid) < len(inputs.hidden):
+            return _without_ignored(inputs, row_scale, options, wanted, combine, mean, valid)
         return _chunks(inputs, row_scale, options, wanted, combine, mean)
+
+
+def _valid_rows(targets: Tensor, options: Options) -> Tensor | None:
+    """The indices of the rows with a target, in order; None if a GPU cannot know how many there are
+    without a synchronization."""
+    ignored = targets == options.ignore_index
+    if targets.device.type == "cpu":
+        return (~ignored).nonzero()[:, 0]
+    if options.valid_rows is None:
+        return None
+    # A stable sort moves them to the front, and its result has a size that the host knows.
+    return ignored.to(torch.uint8).argsort(stable=True)[: options.valid_rows]
 
 
 def _without_ignored(
@@ -120,6 +130,9 @@ def _without_ignored(
     fewer = replace(inputs, hidden=hidden[valid], targets=inputs.targets[valid])
     part = _chunks(fewer, row_scale, options, wanted, combine, mean)
     losses = part.losses.new_zeros(len(hidden)).index_copy_(0, valid, part.losses)
+    if options.valid_rows is not None:  # a wrong number must not pass unnoticed
+        actual = (inputs.targets != options.ignore_index).sum()
+        losses.masked_fill_(actual != options.valid_rows, torch.nan)
     lse = part.lse.new_zeros(len(hidden)).index_copy_(0, valid, part.lse)
     d_hidden = None
     if part.hidden is not None:

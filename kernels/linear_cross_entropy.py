@@ -36,6 +36,7 @@ def fused_linear_cross_entropy(
     class_weight: Tensor | None = ...,
     accum_dtype: torch.dtype | None = ...,
     chunk_rows: int | None = ...,
+    valid_rows: int | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -53,6 +54,7 @@ def fused_linear_cross_entropy(
     class_weight: Tensor | None = ...,
     accum_dtype: torch.dtype | None = ...,
     chunk_rows: int | None = ...,
+    valid_rows: int | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def fused_linear_cross_entropy(
@@ -69,6 +71,7 @@ def fused_linear_cross_entropy(
     class_weight: Tensor | None = None,
     accum_dtype: torch.dtype | None = None,
     chunk_rows: int | None = None,
+    valid_rows: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of ``hidden @ weight.T + bias`` against ``targets``, without the logits [N, V].
@@ -86,6 +89,10 @@ def fused_linear_cross_entropy(
     gradient is summed over chunks: by default the weight's, but float32 for 16-bit weights and more
     than 4 chunks. chunk_rows is the number of rows per chunk.
 
+    Ignored rows cost nothing on a CPU. On a GPU, counting them would synchronize, so they cost as
+    much as the others unless the caller says in valid_rows how many rows have a target. A wrong
+    number raises on a CPU and makes the loss NaN on a GPU.
+
     A mean over no valid target, or over targets whose class weights sum to 0, is NaN with zero
     gradients; a sum is 0. A target outside [0, V) raises on a CPU; on CUDA, where checking would
     synchronize, its row's loss and gradient are NaN. Forward computes the gradients; with
@@ -102,8 +109,9 @@ def fused_linear_cross_entropy(
     if isinstance(hidden, Tensor) and hidden.dtype == torch.float64:
         compute = None  # autocast itself does not cast float64 either
     options = Options(
-        ignore_index, label_smoothing, z_loss, logit_softcap, accum_dtype, compute, chunk_rows
-    )
+        ignore_index, label_smoothing, z_loss, logit_softcap, accum_dtype, compute, chunk_rows,
+        valid_rows,
+    )  # fmt: skip
     check_input(hidden, weight, targets, bias, class_weight, reduction, options)
     grad = torch.is_grad_enabled()
     wants = [
@@ -115,7 +123,7 @@ def fused_linear_cross_entropy(
     constant = None if class_weight is None else class_weight.detach()
     rest = (
         ignore_index, label_smoothing, z_loss, logit_softcap, accum_dtype, compute, chunk_rows,
-        wants,
+        valid_rows, wants,
     )  # fmt: skip
     if reduction == "none":
         loss, lse = linear_cross_entropy_rows(hidden, weight, bias, targets, constant, *rest)
@@ -218,6 +226,8 @@ def check_input(
         raise ValueError(f"logit_softcap {options.logit_softcap}: expected 0 or more, and finite")
     if options.chunk_rows is not None and options.chunk_rows < 1:
         raise ValueError(f"chunk_rows {options.chunk_rows}: expected at least 1")
+    if options.valid_rows is not None and not 0 <= options.valid_rows <= len(targets):
+        raise ValueError(f"valid_rows {options.valid_rows}: expected 0 to {len(targets)}")
     if options.accum_dtype is not None and options.accum_dtype not in DTYPES:
         raise ValueError(f"accum_dtype {options.accum_dtype}: expected one of {DTYPES}")
     if vocabulary is not None:

@@ -18,7 +18,7 @@ from nudge.kernels.chunked import chunked, result_dtype
 TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? class_weight"
 REST = (
     "int ignore_index, float smoothing, float z_loss, float softcap, ScalarType? accum, "
-    "ScalarType? compute, int? chunk_rows, bool[] wants"
+    "ScalarType? compute, int? chunk_rows, int? valid_rows, bool[] wants"
 )
 """The fields of `Options` in order, then those of `Wanted`."""
 GRADIENTS = "Tensor d_hidden, Tensor d_weight, Tensor d_bias"
@@ -29,9 +29,15 @@ def _split(rest: tuple[Any, ...]) -> tuple[Options, Wanted]:
     return Options(*rest[:-1]), Wanted(*rest[-1])
 
 
-def check_targets(targets: Tensor, ignore_index: int, vocabulary: int) -> None:
-    """Raise `ValueError` for a target out of range, on a CPU; a GPU would have to synchronize."""
+def check_targets(
+    targets: Tensor, ignore_index: int, vocabulary: int, valid_rows: int | None = None
+) -> None:
+    """Raise `ValueError` for a target out of range or a wrong number of valid ones, on a CPU; a GPU
+    would have to synchronize."""
     if targets.device.type == "cpu":
+        valid = int((targets != ignore_index).sum())
+        if valid_rows not in (None, valid):
+            raise ValueError(f"valid_rows {valid_rows}: expected {valid}, the rows with a target")
         outside = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
         if outside.any():
             row = int(outside.nonzero()[0])
@@ -84,7 +90,7 @@ def _linear_cross_entropy(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     options, wanted = _split(rest)
-    check_targets(targets, options.ignore_index, len(weight))
+    check_targets(targets, options.ignore_index, len(weight), options.valid_rows)
     inputs = Inputs(hidden, weight, bias, targets, class_weight)
     done = chunked(inputs, None, options, wanted, mean=mean)
     gradients = _gradients((done.hidden, done.weight, done.bias), (hidden, weight, bias))
@@ -142,7 +148,7 @@ def _scale_gradients(ctx: Any, *outer: Tensor | None) -> tuple[Any, ...]:
                 scale_unless_one_(saved, factor)
                 gradients[at] = saved
     d_hidden, d_weight, d_bias = gradients
-    return d_hidden, d_weight, d_bias, *([None] * 11)
+    return d_hidden, d_weight, d_bias, *([None] * 12)
 
 
 linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
@@ -186,7 +192,7 @@ def _linear_cross_entropy_rows(
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     options, _ = _split(rest)
-    check_targets(targets, options.ignore_index, len(weight))
+    check_targets(targets, options.ignore_index, len(weight), options.valid_rows)
     inputs = Inputs(hidden, weight, bias, targets, class_weight)
     done = chunked(inputs, None, options, Wanted(False, False, False))
     return done.losses, done.lse
@@ -220,7 +226,7 @@ def _recompute(ctx: Any, *outer: Tensor | None) -> tuple[Any, ...]:
         _refuse_second_derivatives((row_scale.detach(),))
         computed = linear_cross_entropy_grad(row_scale, *ctx.saved_tensors, *ctx.rest)
         gradients = tuple(g if w else None for g, w in zip(computed, ctx.rest[-1], strict=True))
-    return *gradients, *([None] * 10)
+    return *gradients, *([None] * 11)
 
 
 linear_cross_entropy_rows.register_autograd(_recompute, setup_context=_keep_inputs)

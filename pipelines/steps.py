@@ -175,6 +175,7 @@ STEPS = {
             function="tokenize:tokenize",
             face="tokenize",
             settings="settings:TokenizeSettings",
+            reader="settings:tokenize_settings",
             section="tokenize",
             resources=Resources(12, *_DATA, images=True),
             inputs=_CORPUS,

@@ -58,6 +58,9 @@ class ModelServer:
 def smoke_test(server: ModelServer, version: Version, settings: DeploySettings) -> str:
     """Ask the server for completions; returns the answer to the smoke prompt.
 
+    A model that was trained on conversations is asked through ``/v1/chat/completions``, so that the
+    server renders the prompt with the template that it was given.
+
     Registration recorded the likeliest next token of each probe. Comparing them with the served
     model detects one that is not the evaluated one: by the tokens' probabilities if the server
     reports them (vLLM), otherwise by the token itself wherever the evaluation was sure of it.
@@ -66,7 +69,9 @@ def smoke_test(server: ModelServer, version: Version, settings: DeploySettings) 
     prompt = settings.smoke_prompt
     with server.client() as client:
         _wait(client, server)
-        answer = _complete(client, version.model, prompt, settings.smoke_tokens)["text"]
+        chat = bool(version.properties.get("chat"))
+        asked = [{"role": "user", "content": prompt}] if chat else prompt
+        answer = _complete(client, version.model, asked, settings.smoke_tokens)["text"]
         if not answer.strip():
             raise UserError(
                 f"the smoke test of {version.model} failed: an empty answer to {prompt!r}"
@@ -99,7 +104,8 @@ def _wait(client: Any, server: ModelServer) -> None:
 def _compare(client: Any, version: Version, expected: dict[str, Any], tolerance: float) -> None:
     """Raise unless the served model predicts a probe's next token as the evaluated one did."""
     token, p = expected["token"], expected["p"]
-    choice = _complete(client, version.model, expected["prompt"], 1, probabilities=True)
+    asked = expected.get("messages") or expected["prompt"]
+    choice = _complete(client, version.model, asked, 1, probabilities=True)
     likeliest = _likeliest(choice)
     if likeliest is None:
         got = choice["text"]
@@ -120,28 +126,44 @@ def _compare(client: Any, version: Version, expected: dict[str, Any], tolerance:
 
 def _likeliest(choice: dict[str, Any]) -> dict[str, float] | None:
     """The likeliest first tokens with their probabilities, or None if the server reports none."""
-    listed = ((choice.get("logprobs") or {}).get("top_logprobs") or [None])[0]
+    reported = choice.get("logprobs") or {}
+    if first := (reported.get("content") or [None])[0]:  # of a chat completion
+        listed = {each["token"]: each["logprob"] for each in first["top_logprobs"]}
+    else:
+        listed = (reported.get("top_logprobs") or [None])[0]
     return {token: math.exp(value) for token, value in listed.items()} if listed else None
 
 
 def _complete(
-    client: Any, model: str, prompt: str, tokens: int, probabilities: bool = False
+    client: Any,
+    model: str,
+    asked: str | list[dict[str, str]],
+    tokens: int,
+    probabilities: bool = False,
 ) -> dict[str, Any]:
-    """The first choice of a greedy completion, with probabilities if the server knows them.
+    """The first choice of a greedy completion of a text, or of the answer to chat messages; its
+    ``text``, and ``logprobs`` if the server knows them.
 
     A server takes what a request leaves open from the base's generation configuration, and a
     penalty for repetition changes even the likeliest token: the evaluation had none.
     """
     import httpx
 
-    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0.0, "n": 1}
+    chat = not isinstance(asked, str)
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    body: dict[str, Any] = {"model": model, "max_tokens": tokens, "temperature": 0.0, "n": 1}
+    body["messages" if chat else "prompt"] = asked
+    wanted: dict[str, Any] = {"logprobs": True, "top_logprobs": TOP} if chat else {"logprobs": TOP}
     vllm, *others = NEUTRAL
     try:
-        for fields in ({**vllm, **({"logprobs": TOP} if probabilities else {})}, *others):
-            answer = client.post("/v1/completions", json={**body, **fields})
+        for fields in ({**vllm, **(wanted if probabilities else {})}, *others):
+            answer = client.post(path, json={**body, **fields})
             if answer.status_code not in (400, 422):  # these refuse an unknown field
                 break
         answer.raise_for_status()
-        return dict(answer.json()["choices"][0])
+        choice = dict(answer.json()["choices"][0])
+        if chat:
+            choice["text"] = choice["message"]["content"] or ""
+        return choice
     except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:
         raise UserError(f"the smoke test of {model} at {client.base_url} failed: {error}") from None

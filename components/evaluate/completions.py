@@ -9,6 +9,8 @@ import torch
 from transformers import GenerationConfig
 
 from nudge.components.common.artifacts.evaluation import Check
+from nudge.components.common.chat import ChatTemplate
+from nudge.components.evaluate.chats import Question, plain_turns
 
 MIN_TOKENS = 8
 """A shorter completion, such as " Paris." and the end, is not checked for repetition."""
@@ -24,7 +26,9 @@ longer phrases when they decode greedily."""
 class Completion:
     """A prompt's likeliest continuation: its text, the ids of its tokens, and two properties.
 
-    ``finite``: every logit was finite; ``repeatable``: a second generation gave the same tokens.
+    ``finite``: every logit was finite; ``repeatable``: a second generation gave the same tokens;
+    ``ended``: the model itself ended the text. ``p_first`` is the probability of the first token,
+    which is ``first`` as text; ``messages`` are the turns in which a chat model was asked.
     """
 
     prompt: str
@@ -32,13 +36,26 @@ class Completion:
     tokens: list[int]
     finite: bool
     repeatable: bool
+    ended: bool = False
+    first: str = ""
+    p_first: float | None = None
+    messages: tuple[dict[str, str], ...] | None = None
 
 
 @torch.no_grad()
 def complete(
-    model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, *, twice: bool = False
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str | Question],
+    tokens: int,
+    *,
+    twice: bool = False,
+    template: ChatTemplate | None = None,
 ) -> list[Completion]:
     """Greedy completions of at most ``tokens`` tokens, without their prompts.
+
+    With a chat ``template``, the turns of a question are rendered with it, and its end-of-turn
+    token ends an answer, even if the model's configuration does not say so.
 
     ``twice`` makes each one a second time, for ``repeatable``. The model's own generation
     configuration counts only for its end tokens.
@@ -46,14 +63,24 @@ def complete(
     own = model.generation_config
     # transformers fills every value that a call leaves open from the model's own configuration,
     # and a value of None is one left open: only another configuration turns its stop strings off.
-    model.generation_config = _greedy(own, tokenizer)
+    model.generation_config = _greedy(own, tokenizer, template)
+    ends = _as_list(model.generation_config.eos_token_id)
     try:
         made = []
         for prompt in prompts:
-            ids, finite = _generate(model, tokenizer, prompt, tokens)
-            second = _generate(model, tokenizer, prompt, tokens)[0] if twice else ids
+            asked = Question(prompt) if isinstance(prompt, str) else prompt
+            given = asked.ids(tokenizer, template)
+            ids, finite, p_first = _generate(model, given, tokens)
+            second = _generate(model, given, tokens)[0] if twice else ids
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            made.append(Completion(prompt, text, ids, finite, second == ids))
+            ended = bool(ids) and ids[-1] in ends
+            first = tokenizer.decode(ids[:1])
+            turns = plain_turns(asked)
+            made.append(
+                Completion(
+                    asked.text, text, ids, finite, second == ids, ended, first, p_first, turns
+                )
+            )
         return made
     finally:
         model.generation_config = own
@@ -124,22 +151,35 @@ def _loop(tokens: Sequence[int]) -> int:
     return 0
 
 
-def _greedy(own: Any, tokenizer: Any) -> GenerationConfig:
+def _greedy(own: Any, tokenizer: Any, template: ChatTemplate | None) -> GenerationConfig:
     """Greedy decoding of one sequence, with no penalty and no stop string."""
     end = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
+    if template is not None:
+        end_of_turn = int(tokenizer.convert_tokens_to_ids(template.end_of_turn))
+        end = list(dict.fromkeys([*_as_list(end), end_of_turn]))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return GenerationConfig(
         do_sample=False, bos_token_id=own.bos_token_id, eos_token_id=end, pad_token_id=pad
     )
 
 
-def _generate(model: Any, tokenizer: Any, prompt: str, tokens: int) -> tuple[list[int], bool]:
-    encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+def _generate(model: Any, prompt: list[int], tokens: int) -> tuple[list[int], bool, float | None]:
+    """The generated ids, whether every logit was finite, and the probability of the first id."""
+    ids = torch.tensor([prompt], device=model.device)
     made = model.generate(
-        **encoded,
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
         max_new_tokens=tokens,
         return_dict_in_generate=True,
         output_logits=True,
     )
     finite = all(bool(torch.isfinite(logits).all()) for logits in made.logits)
-    return made.sequences[0, encoded["input_ids"].shape[1] :].tolist(), finite
+    found = made.sequences[0, len(prompt) :].tolist()
+    p_first = float(torch.softmax(made.logits[0][0].float(), -1)[found[0]]) if finite else None
+    return found, finite, p_first

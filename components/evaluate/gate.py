@@ -75,6 +75,7 @@ def verdict(
     incumbent: Incumbent,
     same: bool = False,
     selected: bool = False,
+    unit: str = "held-out text",
 ) -> Verdict:
     """Promote only if the entire interval is better by the margin and every check passes.
 
@@ -82,7 +83,8 @@ def verdict(
     compared with the incumbent if there is one, else with the base model. Nothing is promoted if it
     is unknown whether there is an incumbent, or if the documents are too few for an interval.
     ``same``: the candidate is the incumbent, bit for bit. ``selected``: the scored documents
-    include those that chose the candidate's checkpoint, which the reason then says.
+    include those that chose the candidate's checkpoint, which the reason then says. ``unit`` names
+    what was scored of the documents.
     """
     comparisons = compare(scores, settings)
     reference = "incumbent" if "incumbent" in comparisons else "base"
@@ -96,7 +98,7 @@ def verdict(
     )
     return Verdict(
         promote=better and not failed and not same and incumbent.state != "unknown",
-        reason=obstacle or _gain(settings, incumbent, decisive, failed) + caveat,
+        reason=obstacle or _gain(settings, incumbent, decisive, failed, unit) + caveat,
         reference=reference,
         difference_bits_per_byte=decisive.difference_bits_per_byte,
         interval=decisive.interval,
@@ -139,16 +141,20 @@ def _obstacle(
 
 
 def _gain(
-    settings: EvaluateSettings, incumbent: Incumbent, decisive: Comparison, failed: Sequence[Check]
+    settings: EvaluateSettings,
+    incumbent: Incumbent,
+    decisive: Comparison,
+    failed: Sequence[Check],
+    unit: str,
 ) -> str:
     """The gain of a candidate that is better, and the checks that failed."""
     low, high = decisive.interval or (math.nan, math.nan)
     if failed:
         messages = "; ".join(check.message for check in failed)
-        return f"better than {_reference(incumbent)} on held-out text, but {messages}"
+        return f"better than {_reference(incumbent)} on {unit}, but {messages}"
     return (
         f"better than {_reference(incumbent)} by {-(decisive.difference_bits_per_byte or 0.0):.4f} "
-        f"bits per byte on held-out text ({settings.confidence:.0%} interval {-high:.4f} to "
+        f"bits per byte on {unit} ({settings.confidence:.0%} interval {-high:.4f} to "
         f"{-low:.4f})"
     )
 

@@ -11,12 +11,14 @@ from typing import Any
 
 from nudge.components.common.artifacts.corpus import Corpus, Document, read_corpus
 from nudge.components.common.artifacts.evaluation import (
+    Check,
     CorpusCounts,
     EvaluatedModel,
     Evaluation,
     GuardResult,
     History,
     Incumbent,
+    Judged,
     Lineage,
     Method,
     Sample,
@@ -29,15 +31,20 @@ from nudge.components.common.artifacts.evaluation import (
 from nudge.components.common.artifacts.model import ModelFacts, Watch, read_model_facts
 from nudge.components.common.artifacts.model_files import files_sha256, model_files
 from nudge.components.common.artifacts.scores import Score, write_scores
+from nudge.components.common.chat import Conversation, template_of_folder
 from nudge.components.common.core.publish import sha256_file, write_atomic
 from nudge.components.common.core.step import reusable
 from nudge.components.common.models.base_model import local_model, model_sha256, resolved
+from nudge.components.common.models.language_model import load_tokenizer
 from nudge.components.common.models.registered import split_pin
 from nudge.components.evaluate import checks
 from nudge.components.evaluate.added_checks import added_checks
-from nudge.components.evaluate.answers import Answers, ask
+from nudge.components.evaluate.answers import Answers, Asked, ask, plainly
+from nudge.components.evaluate.chats import Scorer, learned_samples, questions, scorable, unit_of
 from nudge.components.evaluate.completions import completion_checks
+from nudge.components.evaluate.expected import answer_checks, turn_checks
 from nudge.components.evaluate.gate import compare, verdict
+from nudge.components.evaluate.pairwise import judge_checks, judged
 from nudge.components.evaluate.perplexity import summarize
 from nudge.components.evaluate.probes import compare as compare_probes
 from nudge.components.evaluate.report import render_report
@@ -45,13 +52,9 @@ from nudge.components.evaluate.settings import EvaluateSettings
 from nudge.components.evaluate.tasks import compare_tasks
 from nudge.components.evaluate.texts import (
     HELD_OUT,
-    beginnings,
     held_out_documents,
     texts_sha256,
 )
-
-DEFAULT_PROMPTS = 3
-"""Prompts that are made from held-out text if the recipe has none."""
 
 Scores = Mapping[str, Mapping[str, Sequence[Score]]]
 """By set of texts, then by model."""
@@ -103,15 +106,18 @@ def judge(
         HELD_OUT: held_out,
         **{name: [Document(**each) for each in of_guard] for name, of_guard in guards.items()},
     }
-    texts = {name: [document.text for document in each] for name, each in documents.items()}
-    if settings.prompts is None:
-        prompts = beginnings(held_out, DEFAULT_PROMPTS)
-        settings = dataclasses.replace(settings, prompts=prompts)
     models = _models(settings, incumbent, served, model)
-    answers = ask(settings, models.folders, texts)
-    evidence = _evaluation(settings, models, answers, texts, incumbent, selected)
+    asked, refused = _asked(settings, models, facts, documents)
+    texts = {
+        name: [document.conversation or document.text for document in each]
+        for name, each in documents.items()
+    }
+    answers = ask(settings, models.folders, texts, asked)
+    scored = _scored(asked, documents[HELD_OUT], refused)
+    evidence = _evaluation(settings, models, answers, texts, incumbent, selected, asked, scored)
     found = Evaluation(
         **evidence,
+        learned=learned_samples(documents[HELD_OUT], asked.templates["candidate"]) or None,
         run_id=os.environ.get("NUDGE_RUN_ID", ""),
         recipe=os.environ.get("NUDGE_RECIPE", ""),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -151,18 +157,29 @@ def _evaluation(
     settings: EvaluateSettings,
     models: Models,
     answers: Mapping[str, Answers],
-    texts: Mapping[str, list[str]],
+    texts: Mapping[str, list[str | Conversation]],
     incumbent: Incumbent,
     selected: bool,
+    asked: Asked,
+    scored: dict[str, Any],
 ) -> dict[str, Any]:
     """The fields of an `Evaluation` that follow from the answers: the verdict and its evidence."""
     candidate = answers["candidate"]
     of_sets = _by_set(answers, texts)
     of_probes = {name: answer.probes for name, answer in answers.items()}
     of_tasks = {name: answer.tasks for name, answer in answers.items()}
-    probes = compare_probes(candidate.tokenizer, settings, of_probes, models.reference)
+    probes = compare_probes(
+        candidate.tokenizer, settings, of_probes, models.reference, asked.probes, candidate.template
+    )
+    answered = [*candidate.completions, *candidate.expected]
     guards = _guards(settings, of_sets, models.reference)
     tasks = compare_tasks(settings, of_tasks, models.reference)
+    judge_found: Judged | None = None
+    judge_rules: list[Check] = []
+    if settings.judge is not None:
+        reference = answers[models.reference].completions
+        judge_found = judged(settings.judge, reference, candidate.completions)
+        judge_rules = judge_checks(settings.judge, judge_found)
     decision = verdict(
         of_sets[HELD_OUT],
         [
@@ -170,6 +187,9 @@ def _evaluation(
             *checks.probe_checks(probes),
             *checks.guard_checks(guards),
             *completion_checks(candidate.completions, answers[models.reference].completions),
+            *answer_checks(settings.answers, candidate.expected),
+            *(turn_checks(answered, settings) if asked.chat else []),
+            *judge_rules,
             *checks.task_checks(tasks),
             *added_checks(models.folders["candidate"], candidate.completions),
         ],
@@ -177,6 +197,7 @@ def _evaluation(
         incumbent,
         same=models.sha256.get("incumbent") == models.sha256["candidate"],
         selected=selected,
+        unit=scored["unit"],
     )
     completions = zip(answers["base"].completions, candidate.completions, strict=True)
     return {
@@ -185,9 +206,17 @@ def _evaluation(
         "guards": tuple(guards),
         "tasks": tuple(tasks),
         "incumbent": incumbent,
+        "judge": judge_found,
         "probes": tuple(probes),
         "samples": tuple(
-            Sample(prompt=before.prompt, before=before.text, after=after.text)
+            Sample(
+                prompt=before.prompt,
+                before=before.text,
+                after=after.text,
+                messages=after.messages,
+                first_token=after.first if after.messages else None,
+                p_first=after.p_first if after.messages else None,
+            )
             for before, after in completions
         ),
         "method": Method(
@@ -196,13 +225,52 @@ def _evaluation(
             first_token=settings.first_token,
             resamples=settings.resamples,
             seed=settings.seed,
-            texts_sha256={name: texts_sha256(each) for name, each in texts.items()},
-            **candidate.ran,
+            texts_sha256={name: texts_sha256(_bodies(each)) for name, each in texts.items()},
+            **{**scored, **candidate.ran},
         ),
     }
 
 
-def _by_set(answers: Mapping[str, Answers], texts: Mapping[str, list[str]]) -> Scores:
+def _asked(
+    settings: EvaluateSettings,
+    models: Models,
+    facts: ModelFacts,
+    documents: dict[str, list[Document]],
+) -> tuple[Asked, dict[str, int]]:
+    """What the models are asked, and how. Held-out conversations that one of them cannot render are
+    removed from ``documents``, and counted by reason."""
+    held_out = documents[HELD_OUT]
+    has_chats = any(each.conversation is not None for each in held_out)
+    chat = settings.chat == "always" or (settings.chat == "auto" and facts.chat is not None)
+    plain = plainly(settings, chat)
+    if not chat and not has_chats:
+        return dataclasses.replace(plain, prompts=questions(settings, held_out, chat)), {}
+    templates = {name: template_of_folder(folder) for name, folder in models.folders.items()}
+    scorers = {
+        name: Scorer(folder, load_tokenizer(folder), templates[name])
+        for name, folder in models.folders.items()
+    }
+    documents[HELD_OUT], refused = scorable(held_out, scorers)
+    prompts = questions(settings, documents[HELD_OUT], chat)
+    return dataclasses.replace(plain, templates=dict(templates), prompts=prompts), refused
+
+
+def _scored(asked: Asked, held_out: list[Document], refused: dict[str, int]) -> dict[str, Any]:
+    """What was scored of the held-out documents: fields of `Method`."""
+    unit = unit_of(held_out)
+    texts = {template.text for template in asked.templates.values() if template is not None}
+    return {
+        "unit": unit,
+        "same_template": None if unit == "held-out text" else len(texts) == 1,
+        "refused": refused or None,
+    }
+
+
+def _bodies(texts: Sequence[str | Conversation]) -> list[str]:
+    return [text if isinstance(text, str) else text.to_json() for text in texts]
+
+
+def _by_set(answers: Mapping[str, Answers], texts: Mapping[str, Sequence[Any]]) -> Scores:
     return {
         name: {model: answer.scores[name] for model, answer in answers.items()} for name in texts
     }

@@ -10,15 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from nudge.components.common.artifacts.evaluation import Metrics
 from nudge.components.common.artifacts.scores import Score
+from nudge.components.common.chat import Conversation
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.progress import Progress
 from nudge.components.common.core.scripts import separates_words
 from nudge.components.common.models.end_of_document import document_start_id, end_of_document_id
 from nudge.components.common.models.language_model import check_loss, hidden_states, next_token_loss
+from nudge.components.evaluate.chats import Scorer, assistant_text
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of one forward pass; windows of similar length are scored together."""
@@ -67,15 +70,19 @@ def first_token_id(tokenizer: Any, setting: str) -> int | None:
 def score(
     model: Any,
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Sequence[str | Conversation],
     *,
     first_token: int | None,
     window: int,
     stride: int,
     bar: Progress,
     batch_tokens: int = 0,
+    scorer: Scorer | None = None,
 ) -> list[Score]:
     """Score every text; ``first_token`` is the id of the token before a document's first token.
+
+    Of a conversation, which ``scorer`` encodes, only the learned tokens are scored, and the bytes
+    and words are those of its assistant turns.
 
     If it is None, a document's first token is only context: it adds no nats and does not count as a
     token, but its bytes count. ``batch_tokens`` 0 means `BATCH_TOKENS` of the model's device.
@@ -84,14 +91,17 @@ def score(
     check_loss(model)
     most = batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"])
     before = [] if first_token is None else [first_token]
-    tokenized = [
-        before + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        for text in texts
-    ]
+    tokenized: list[tuple[list[int], np.ndarray]] = []
+    owners: list[int] = []
+    for index, text in enumerate(texts):
+        for sample in _samples(text, tokenizer, before, scorer):
+            tokenized.append(sample)
+            owners.append(index)
     jobs = [
         (index, part)
-        for index, ids in enumerate(tokenized)
+        for index, (ids, scored) in enumerate(tokenized)
         for part in windows(max(0, len(ids) - 1), window, min(stride, window))
+        if scored[part.scored_from : part.end].any()
     ]
     jobs.sort(key=lambda job: job[1].end - job[1].begin)
     nats = [0.0] * len(texts)
@@ -102,21 +112,44 @@ def score(
         targets = torch.zeros((len(batch), length), dtype=torch.int64)
         counted = torch.zeros((len(batch), length), dtype=torch.bool)
         for row, (index, part) in enumerate(batch):
-            ids = torch.tensor(tokenized[index][part.begin : part.end + 1])
+            of_document, scored = tokenized[index]
+            ids = torch.tensor(of_document[part.begin : part.end + 1])
             size = part.end - part.begin
             inputs[row, :size] = ids[:-1]
             targets[row, :size] = ids[1:]
-            counted[row, part.scored_from - part.begin : size] = True
+            chosen = torch.from_numpy(scored[part.scored_from : part.end])
+            counted[row, part.scored_from - part.begin : size] = chosen
         losses = _losses(model, inputs, targets, counted).cpu().double()
         for (index, part), of_window in zip(
             batch, losses.split(counted.sum(1).tolist()), strict=True
         ):
-            nats[index] += float(of_window.sum())
+            nats[owners[index]] += float(of_window.sum())
             bar.advance(part.end - part.scored_from)
+    tokens = [0] * len(texts)
+    for owner, (_, scored) in zip(owners, tokenized, strict=True):
+        tokens[owner] += int(scored.sum())
+    plain = [text if isinstance(text, str) else assistant_text(text) for text in texts]
     return [
-        Score(nat, max(0, len(ids) - 1), len(text.encode()), _words(text))
-        for nat, ids, text in zip(nats, tokenized, texts, strict=True)
+        Score(nat, count, len(text.encode()), _words(text))
+        for nat, count, text in zip(nats, tokens, plain, strict=True)
     ]
+
+
+def _samples(
+    text: str | Conversation, tokenizer: Any, before: list[int], scorer: Scorer | None
+) -> list[tuple[list[int], np.ndarray]]:
+    """The ids to score, and for each token after the first whether it is; bool [ids - 1]."""
+    if isinstance(text, str):
+        ids = before + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return [(ids, np.ones(max(0, len(ids) - 1), np.bool_))]
+    assert scorer is not None
+    found = []
+    for masked in scorer.samples(text):
+        scored = np.zeros(len(masked.ids) - 1, np.bool_)
+        for first, last in masked.learned.tolist():
+            scored[first - 1 : last - 1] = True
+        found.append((masked.ids.tolist(), scored))
+    return found
 
 
 def summarize(scores: Sequence[Score]) -> Metrics:

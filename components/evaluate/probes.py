@@ -4,21 +4,33 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nudge.components.common.artifacts.evaluation import ProbeResult, Rival, Token
+from nudge.components.common.chat import ChatTemplate
 from nudge.components.common.models.language_model import (
     likeliest,
     probabilities_along,
     target_ids,
     target_probability,
 )
+from nudge.components.evaluate.chats import Question, plain_turns
 from nudge.components.evaluate.settings import EvaluateSettings, Probe
 
 
-def answer(model: Any, tokenizer: Any, probes: Sequence[Probe]) -> list[dict[str, Any]]:
-    """For each probe, P(target) and the ten likeliest next tokens: ``[{"p", "rivals"}]``."""
+def answer(
+    model: Any,
+    tokenizer: Any,
+    probes: Sequence[Probe],
+    questions: Sequence[Question] = (),
+    template: ChatTemplate | None = None,
+) -> list[dict[str, Any]]:
+    """For each probe, P(target) and the ten likeliest next tokens: ``[{"p", "rivals"}]``.
+
+    ``questions`` are the prompts of the probes as a chat model is asked them, through its template.
+    """
     answers = []
-    for probe in probes:
+    for number, probe in enumerate(probes):
         target = target_ids(tokenizer, probe.target)
-        along = probabilities_along(model, tokenizer(probe.prompt)["input_ids"], target)
+        asked = questions[number] if questions else Question(probe.prompt)
+        along = probabilities_along(model, asked.ids(tokenizer, template), target)
         p = target_probability(along, target)
         answers.append({"p": p, "rivals": likeliest(along[0], tokenizer)})
     return answers
@@ -29,21 +41,26 @@ def compare(
     settings: EvaluateSettings,
     answers: Mapping[str, list[dict[str, Any]]],
     reference: str,
+    questions: Sequence[Question] = (),
+    template: ChatTemplate | None = None,
 ) -> list[ProbeResult]:
     """Each probe before and after; ``ok`` says whether it did what it should.
 
     ``answers`` are by model. A probe that should rise is compared with the base model, which the
     corpus is meant to teach; one that should hold is compared with ``reference``, which users have.
+    ``questions`` and ``template`` are those of the candidate, whose tokenizer it is.
     """
     compared = []
     for number, probe in enumerate(settings.probes):
         before = reference if probe.expect == "hold" else "base"
         old, new = answers[before][number], answers["candidate"][number]
+        asked = questions[number] if questions else Question(probe.prompt)
         unmoved = abs(new["p"] - old["p"]) <= settings.hold_limit * old["p"]
         compared.append(
             ProbeResult(
                 prompt=probe.prompt,
-                prompt_tokens=_tokens(tokenizer, tokenizer(probe.prompt)["input_ids"]),
+                messages=plain_turns(asked),
+                prompt_tokens=_tokens(tokenizer, asked.ids(tokenizer, template)),
                 target=probe.target,
                 target_tokens=_tokens(tokenizer, target_ids(tokenizer, probe.target)),
                 expect=probe.expect,

@@ -20,6 +20,7 @@ from nudge.components.common.artifacts.evaluation import (
     CorpusCounts,
     Evaluation,
     History,
+    LearnedSample,
     ProbeResult,
     Verdict,
 )
@@ -193,10 +194,15 @@ CHECKS = {
     "probe": ("Probes that should hold", "{} of {} did."),
     "guard": ("Guard sets of other text", "{} of {} stayed within their limits."),
     "completion": ("Smoke completions", "{} of {} are normal."),
+    "answer": ("Expected answers", "{} of {} are as expected."),
+    "turn": ("End of turn", "enough answers end with the end-of-turn token."),
+    "judge": ("Pairwise judge", "the candidate is preferred often enough."),
     "task": ("Tasks with a limit", "{} of {} stayed within their limits."),
     "package": ("Checks of installed packages", "{} of {} passed."),
 }
 """The title of each kind of check, and the sentence for a kind whose checks all pass."""
+OPTIONAL = ("package", "answer", "turn", "judge")
+"""Kinds that a report mentions only if there are such checks."""
 
 
 def _checks(checks: Sequence[Check]) -> list[dict[str, Any]]:
@@ -204,7 +210,7 @@ def _checks(checks: Sequence[Check]) -> list[dict[str, Any]]:
     kinds = []
     for kind, (name, fine) in CHECKS.items():
         members = [check for check in checks if check.kind == kind]
-        if kind == "package" and not members:  # nothing asked for these
+        if kind in OPTIONAL and not members:  # nothing asked for these
             continue
         failed = [check for check in members if not check.ok]
         sentence = fine.format(len(members) - len(failed), len(members))
@@ -228,6 +234,19 @@ def _reconcile(corpus: CorpusCounts | None) -> dict[str, int] | None:
         "split": kept - split[0] - split[1],
         "bytes": size - split[2] - split[3],
     }
+
+
+def _colored(samples: Sequence[LearnedSample]) -> list[list[tuple[str, bool]]]:
+    """Each sample as runs of text, with whether the model learns them."""
+    colored = []
+    for sample in samples:
+        at, runs = 0, list[tuple[str, bool]]()
+        for first, last in sample.learned:
+            runs += [(sample.text[at:first], False), (sample.text[first:last], True)]
+            at = last
+        runs.append((sample.text[at:], False))
+        colored.append([run for run in runs if run[0]])
+    return colored
 
 
 def _finalize(value: Any) -> Any:
@@ -267,5 +286,7 @@ def render_report(evaluation: Evaluation) -> str:
         checks=_checks(verdict.checks),
         losses=_losses(evaluation.history),
         unexplained=_reconcile(evaluation.corpus),
+        colored=_colored(evaluation.learned or ()),
+        unit=(evaluation.method.unit if evaluation.method else None) or "held-out text",
         settings=json.dumps(settings, indent=2, ensure_ascii=False),
     )

@@ -1,5 +1,6 @@
 """The settings of the step `evaluate`."""
 
+import re
 from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
@@ -67,6 +68,46 @@ class Task:
     """Worked examples in the prompt; if unset, the task decides."""
 
 
+@settings
+class ExpectedAnswer:
+    """A question to a chat model (or a text to continue) and the answer that it must give."""
+
+    prompt: Annotated[str, Field(min_length=1)]
+    """The user turn."""
+    answer: Annotated[str, Field(min_length=1)]
+    """The expected answer, a part of it, or a regular expression, as `match` says."""
+    match: Literal["contains", "exact", "regex"] = "contains"
+    """How the answer is compared, without regard to case. `exact` ignores space around it; `regex`
+    searches, as Python's `re` does."""
+
+    @model_validator(mode="after")
+    def _compiles(self) -> "ExpectedAnswer":
+        if self.match == "regex":
+            try:
+                re.compile(self.answer)
+            except re.error as error:
+                raise ValueError(
+                    f"answer {self.answer!r} is not a regular expression: {error}"
+                ) from None
+        return self
+
+
+@settings
+class JudgeSettings:
+    """A model that compares the answers of the candidate with those of the reference. Any endpoint
+    of the OpenAI API works; NUDGE_JUDGE_KEY has its key."""
+
+    url: Annotated[str, Field(pattern=r"^https?://.+")]
+    """The endpoint's base URL, which ends with /v1."""
+    model: Annotated[str, Field(min_length=1)]
+    """The judge's name at that endpoint."""
+    min_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The least share of answers in which the judge must prefer the candidate; a tie counts half.
+    Unset: the result is only reported."""
+    max_tokens: Annotated[int, Field(ge=1)] = 8
+    """Tokens of the judge's reply; raise it for a model that reasons first."""
+
+
 def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
@@ -107,6 +148,20 @@ class EvaluateSettings:
     or repeat themselves. Unset: the beginnings of three held-out documents. An empty list: none."""
     completion_tokens: Annotated[int, Field(ge=1, le=512)] = 24
     """Tokens per completion of `prompts`."""
+    chat: Literal["auto", "always", "never"] = "auto"
+    """Whether prompts and probes are user turns, rendered with the chat template; `auto`: if the
+    model was trained on conversations."""
+    system: str = ""
+    """The system turn before every prompt and probe of a chat model."""
+    answers: list[ExpectedAnswer] = field(default_factory=list)
+    """Questions that the candidate must answer as expected; a wrong answer stops the promotion."""
+    answer_tokens: Annotated[int, Field(ge=1, le=4096)] = 96
+    """The most tokens of a chat model's answer."""
+    judge: JudgeSettings | None = None
+    """A model that compares the answers to `prompts`, in both orders."""
+    ends_turn_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """The smallest share of a chat model's answers that must end with its end-of-turn token within
+    `answer_tokens`. A model that learned no end of turn never stops."""
     tasks: list[Annotated[Task, BeforeValidator(_named)]] = field(default_factory=list)
     """Names of lm-evaluation-harness tasks (the extra ``tasks``), or `Task` mappings."""
     task_folder: str = ""

@@ -2,12 +2,11 @@
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nudge.components.common.artifacts.comparison import comparison_properties
-from nudge.components.common.artifacts.evaluation import Evaluation, ProbeResult, read_evaluation
+from nudge.components.common.artifacts.evaluation import Evaluation, read_evaluation
 from nudge.components.common.artifacts.model import ModelFacts, read_model_facts
 from nudge.components.common.artifacts.schema import plain
 from nudge.components.common.clients.registry.connection import Unreachable
@@ -137,7 +136,8 @@ def _properties(
         "seed": facts.seed,
         "promoted": verdict.promote,
         "difference_bits_per_byte": verdict.comparisons["base"].difference_bits_per_byte,
-        "expected_next": json.dumps(_expected_next(results.probes or ())),
+        "expected_next": json.dumps(_expected_next(results)),
+        "chat": True if facts.chat else None,
         **comparison_properties(results.incumbent),
     }
     for name, metrics in results.metrics.items():
@@ -148,13 +148,29 @@ def _properties(
     return {key: value for key, value in flat.items() if value is not None}
 
 
-def _expected_next(probes: Sequence[ProbeResult]) -> list[dict[str, Any]]:
-    """The evaluated model's likeliest token after each probe, which the served model must match."""
-    likeliest = [(probe.prompt, probe.rivals_after[0]) for probe in probes]
+MAX_PROMPT = 300
+"""Characters of a question that the registry stores."""
+
+
+def _expected_next(results: Evaluation) -> list[dict[str, Any]]:
+    """The evaluated model's likeliest token after each probe, which the served model must match; of
+    a chat model without probes, the first token of each short question's answer."""
+    expected: list[dict[str, Any]] = [
+        {"prompt": probe.prompt, "messages": probe.messages, "token": rival.token, "p": rival.p}
+        for probe in results.probes or ()
+        for rival in probe.rivals_after[:1]
+    ]
+    if not expected:
+        expected = [
+            {"prompt": s.prompt, "messages": s.messages, "token": s.first_token, "p": s.p_first}
+            for s in results.samples
+            if s.messages and len(s.prompt) <= MAX_PROMPT
+        ]
     return [
-        {"prompt": prompt, "token": rival.token, "p": round(rival.p, 4)}
-        for prompt, rival in likeliest
-        if rival.p is not None
+        {key: value for key, value in each.items() if value is not None}
+        | {"p": round(each["p"], 4)}
+        for each in expected
+        if each["p"] is not None
     ]
 
 

@@ -18,13 +18,12 @@ def tokenize(
     """
     from pathlib import Path
 
-    from nudge.components.common.core.recipe import step_settings
     from nudge.components.common.core.step import exit_with_user_errors
-    from nudge.components.tokenize.settings import TokenizeSettings
+    from nudge.components.tokenize.settings import tokenize_settings
     from nudge.components.tokenize.tokenize import tokenize
 
     with exit_with_user_errors():
-        settings = step_settings(TokenizeSettings, "tokenize", recipe, base_model=base_model)
+        settings = tokenize_settings(recipe, base_model=base_model)
         tokens.metadata.update(
             tokenize(settings, corpus=Path(corpus.path), tokens=Path(tokens.path))
         )

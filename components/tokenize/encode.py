@@ -2,19 +2,25 @@
 transformers."""
 
 import collections
+import dataclasses
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
+from nudge.components.common.artifacts.corpus import Document, document_of
+from nudge.components.common.artifacts.tokens import NO_SPANS, ShardWriter
+from nudge.components.common.chat import Refusal
+from nudge.components.common.chat.masks import Masked
 from nudge.components.common.core import workers
 from nudge.components.common.core.errors import UserError
+from nudge.components.tokenize.chats import Account, Chat, encoder_of, stacked
 from nudge.components.tokenize.ids import exact, ids_of
 
 T = TypeVar("T")
@@ -28,35 +34,110 @@ WAITING = 3
 @dataclass(frozen=True)
 class Encoding:
     """How text becomes ids: the text of a ``tokenizer.json``, the end-of-document id, the ids'
-    dtype, and whether to use fastokens (`nudge.components.tokenize.ids`)."""
+    dtype, whether to use fastokens (`nudge.components.tokenize.ids`), and for a corpus with
+    conversations how they become text."""
 
     tokenizer: str
     end: int
     dtype: str
     fast: bool = False
+    chat: Chat | None = None
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Consecutive documents: their ids as bytes of the dtype, and the number of ids of each."""
+    """Consecutive documents: their ids as bytes of the dtype, and the number of ids of each.
+
+    ``counts``, ``spans``, ``origins`` and ``records`` are those of `ShardWriter.append`;
+    ``account`` counts the conversations that were left out or shortened.
+    """
 
     ids: bytes
     lengths: np.ndarray
+    counts: np.ndarray
+    spans: np.ndarray
+    origins: np.ndarray
+    records: int
+    account: Account = field(default_factory=Account)
+
+    def append_to(self, writer: ShardWriter) -> None:
+        """Write the documents."""
+        writer.append(self.ids, self.lengths, self.counts, self.spans, self.origins, self.records)
 
 
 def encode(lines: bytes, encoding: Encoding) -> Encoded:
-    """The ids of documents (one per JSON line), each followed by the end-of-document id.
+    """The ids of documents, one per JSON line: of a text followed by the end-of-document id, of a
+    conversation with its learned spans.
 
     Raises `OverflowError` for an id that does not fit the dtype.
     """
+    if encoding.chat is not None:
+        return _encode_mixed(lines, encoding)
     texts = [json.loads(line)["text"] for line in lines.splitlines()]
+    documents = _texts(texts, encoding)
+    none = np.zeros(len(texts), np.int64)
+    return Encoded(*_joined(documents, encoding), none, NO_SPANS, np.arange(len(texts)), len(texts))
+
+
+def _encode_mixed(lines: bytes, encoding: Encoding) -> Encoded:
+    """`encode` for a corpus in which some documents are conversations."""
+    assert encoding.chat is not None
+    records = [document_of(json.loads(line)) for line in lines.splitlines()]
+    texts = {n: r.text for n, r in enumerate(records) if r.conversation is None}
+    plain = dict(zip(texts, _texts(list(texts.values()), encoding), strict=True))
+    account = Account()
+    chats = _chats(records, encoding, account)
+    documents: list[np.ndarray] = []
+    learned: list[Masked] = []
+    origins: list[int] = []
+    for number in range(len(records)):
+        samples = chats.get(number, [])
+        if number in plain:
+            samples = [Masked(plain[number], np.empty((0, 2), np.int64))]
+        for sample in samples:
+            documents.append(sample.ids)
+            learned.append(sample)
+            origins.append(number)
+    counts, spans = stacked(learned)
+    joined = _joined(documents, encoding)
+    return Encoded(*joined, counts, spans, np.array(origins, np.int64), len(records), account)
+
+
+def _chats(
+    records: list[Document], encoding: Encoding, account: Account
+) -> dict[int, list[Masked]]:
+    """The samples of each conversation that can be learned from, by its number."""
+    assert encoding.chat is not None
+    encoder = encoder_of(encoding.tokenizer, encoding.chat, encoding.fast)
+    wanted = {n: r.conversation for n, r in enumerate(records) if r.conversation is not None}
+    made: dict[int, list[Masked]] = {}
+    for number, found in encoder.encode(wanted).items():
+        samples = found
+        if isinstance(samples, list) and not encoder.fits(samples):
+            samples = encoder.shortened(wanted[number])
+            account.shortened += isinstance(samples, list)
+        if isinstance(samples, Refusal):
+            account.refuse(records[number].id, records[number].source, samples)
+        else:
+            made[number] = samples
+    return made
+
+
+def _texts(texts: list[str], encoding: Encoding) -> list[np.ndarray]:
+    """The ids of each text, with the end-of-document id."""
+    end = np.array([encoding.end], np.uint32)
     found = ids_of(texts, encoding.tokenizer, encoding.fast)
-    end, dtype = np.array([encoding.end], np.uint32), np.dtype(encoding.dtype)
-    ids = np.concatenate([part for document in found for part in (document, end)])
-    if ids.max() > np.iinfo(dtype).max:
+    return [np.concatenate((ids, end)) for ids in found]
+
+
+def _joined(documents: list[np.ndarray], encoding: Encoding) -> tuple[bytes, np.ndarray]:
+    """The ids of all documents as bytes of the dtype, and the number of ids of each."""
+    dtype = np.dtype(encoding.dtype)
+    ids = np.concatenate(documents) if documents else np.empty(0, np.uint32)
+    if len(ids) and ids.max() > np.iinfo(dtype).max:
         raise OverflowError(f"the id {ids.max()} does not fit into {dtype.name}")
-    lengths = np.array([len(document) + 1 for document in found], np.int64)
-    return Encoded(ids.astype(dtype).tobytes(), lengths)
+    lengths = np.array([len(document) for document in documents], np.int64)
+    return ids.astype(dtype).tobytes(), lengths
 
 
 def encode_all(
@@ -76,7 +157,8 @@ def encode_all(
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         file.write(encoding.tokenizer.encode())
         file.flush()
-        pool = workers.spawned(processes, _begin, file.name, encoding.end, encoding.dtype)
+        plain = dataclasses.replace(encoding, tokenizer="")
+        pool = workers.spawned(processes, _begin, file.name, plain)
         try:
             for mark, lines in blocks:
                 waiting.append((mark, pool.submit(_encode_here, lines)))
@@ -97,9 +179,9 @@ def encode_all(
 _encoding: Encoding
 
 
-def _begin(tokenizer: str, end: int, dtype: str) -> None:
+def _begin(tokenizer: str, plain: Encoding) -> None:
     global _encoding
-    _encoding = Encoding(Path(tokenizer).read_text(encoding="utf-8"), end, dtype)
+    _encoding = dataclasses.replace(plain, tokenizer=Path(tokenizer).read_text(encoding="utf-8"))
     exact(_encoding.tokenizer)
 
 

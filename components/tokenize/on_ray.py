@@ -5,6 +5,7 @@ So the nodes need no shared disk; their image only has to contain nudge.
 """
 
 import io
+import pickle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from nudge.components.common.artifacts.corpus import read_lines
 from nudge.components.common.artifacts.tokens import ShardWriter
 from nudge.components.common.clients.ray_cluster import joined_ray
 from nudge.components.common.core.publish import verify_file
+from nudge.components.tokenize.chats import Account
 from nudge.components.tokenize.encode import BLOCK_BYTES, Encoding, encode
 
 if TYPE_CHECKING:
@@ -38,21 +40,25 @@ def write_on_ray(
         made = dataset.map(_encode_shard, fn_kwargs={"encoding": encoding}, num_cpus=1)
         done = 0
         for row in made.iter_rows():
-            shards[row["number"]].tokens.write_bytes(row["shard"])
+            shard = shards[row["number"]]
+            shard.tokens.write_bytes(row["shard"])
+            shard.account.add(pickle.loads(row["account"]))
             done += row["tokens"]
-            bar.advance(row["documents"], tokens=done)
+            bar.advance(row["records"], tokens=done)
 
 
 def _encode_shard(row: dict[str, Any], encoding: Encoding) -> dict[str, Any]:
     made = io.BytesIO()
-    writer = ShardWriter(made, np.dtype(encoding.dtype))
+    writer, account = ShardWriter(made, np.dtype(encoding.dtype)), Account()
     for lines in read_lines(io.BytesIO(row["corpus"]), BLOCK_BYTES):
         part = encode(lines, encoding)
-        writer.append(part.ids, part.lengths)
-    documents, tokens = writer.finish()
+        part.append_to(writer)
+        account.add(part.account)
+    _, tokens = writer.finish()
     return {
         "number": row["number"],
         "shard": made.getvalue(),
-        "documents": documents,
+        "records": writer.records,
+        "account": pickle.dumps(account),
         "tokens": tokens,
     }

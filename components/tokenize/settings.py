@@ -1,14 +1,18 @@
 """The settings of the step `tokenize`."""
 
-from typing import Annotated, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from nudge.components.common.core.recipe import read_recipe, some_settings, step_settings
 from nudge.components.common.core.settings import settings
 from nudge.components.common.models.end_of_document import END_OF_DOCUMENT
 
 BYTES = 256
 """The smallest vocabulary of a byte-level tokenizer: every byte is a token."""
+DEFAULT_SEQUENCE_LENGTH = 256
+"""That of `train.sequence_length`; a step cannot import another one."""
 
 
 @settings
@@ -27,6 +31,21 @@ class TokenizeSettings:
     sample_megabytes: Annotated[int, Field(ge=1)] = 500
     """For `train`: maximum amount of text to learn from. Documents are in the order of their hash,
     so the first ones are a fair sample."""
+    chat_template: str = ""
+    """For conversations: a Jinja template instead of the base model's own. A base model without one
+    gets ChatML."""
+    learn: Literal["assistant", "last", "all"] = "assistant"
+    """For conversations; defaults in a recipe to `train.learn`, which explains it."""
+    max_tokens: Annotated[int, Field(ge=0)] = 0
+    """For conversations: the most tokens of one; 0 means no limit. Defaults in a recipe to
+    `train.sequence_length`, because a conversation is never cut by the end of a sequence."""
+    too_long: Literal["keep_last", "keep_first", "drop"] = "keep_last"
+    """What becomes of a conversation that is longer: it loses its first turns (but not the system
+    turn) or its last ones until it fits, or it is dropped. A single exchange that is too long is
+    always dropped. The report counts all of them."""
+    control_tokens: Literal["text", "refuse"] = "text"
+    """A control token that a turn spells out, such as <|im_end|>: `text` encodes its characters as
+    text, and `refuse` drops the conversation."""
     processes: Annotated[int, Field(ge=0)] = 0
     """Cores that tokenize; 0 means all. The number never changes the result."""
     engine: Literal["local", "ray"] = "local"
@@ -50,3 +69,26 @@ class TokenizeSettings:
     def all_special_tokens(self) -> list[str]:
         """The special tokens of `train` in the order of their ids, each once."""
         return list(dict.fromkeys([END_OF_DOCUMENT, *self.special_tokens]))
+
+
+@settings
+class Trained:
+    """What a recipe's section `train` says about conversations."""
+
+    learn: Literal["assistant", "last", "all"] = "assistant"
+    sequence_length: int = 0
+
+
+def tokenize_settings(recipe: str, **overrides: Any) -> TokenizeSettings:
+    """The settings in a recipe's text; those of conversations default to what `train` needs.
+
+    ``overrides`` and errors are those of `step_settings`.
+    """
+    chosen = step_settings(TokenizeSettings, "tokenize", recipe, **overrides)
+    own = read_recipe(recipe).get("tokenize") or {}
+    trained = some_settings(Trained, "train", recipe)
+    defaults: dict[str, Any] = {
+        "learn": trained.learn,
+        "max_tokens": trained.sequence_length or DEFAULT_SEQUENCE_LENGTH,
+    }
+    return replace(chosen, **{key: each for key, each in defaults.items() if key not in own})

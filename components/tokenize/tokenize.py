@@ -4,7 +4,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +16,24 @@ from nudge.components.common.core.publish import (
     verify_file,
 )
 from nudge.components.common.core.step import step
+from nudge.components.tokenize.chats import Account
 from nudge.components.tokenize.settings import TokenizeSettings
 
 if TYPE_CHECKING:
-    from nudge.components.common.artifacts.tokens import TokenShard
+    from nudge.components.common.artifacts.corpus import Corpus
+    from nudge.components.common.artifacts.tokens import ChatFacts, TokenShard, TokenSplit
+    from nudge.components.tokenize.chats import Chat
     from nudge.components.tokenize.encode import Encoding
+
+LEARNABLE = 0.5
+"""With a smaller share of conversations that can be learned from, something is wrong with them or
+with the template, and training on the rest would hide it."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of the corpus, and the token shard that is made from it alone."""
+    """A shard of the corpus, the token shard that is made from it alone, and what became of its
+    conversations."""
 
     split: str
     corpus: Path
@@ -33,6 +41,7 @@ class Shard:
     documents: int
     bytes: int
     tokens: Path
+    account: Account = field(default_factory=Account)
 
 
 @step("tokenize", outputs=("tokens",))
@@ -41,17 +50,15 @@ def tokenize(settings: TokenizeSettings, *, corpus: Path, tokens: Path) -> dict[
 
     ``tokens`` becomes a tokens artifact (`nudge.components.common.artifacts.tokens`): one token
     shard per corpus shard, and the tokenizer's folder. A shard has each document's ids and one
-    end-of-document id, as uint16 or uint32 depending on the size of the vocabulary. The number of
-    processes and the engine do not change a byte, and memory does not grow with the corpus. Raises
-    `UserError` if the corpus or the tokenizer cannot be read.
+    end-of-document id, as uint16 or uint32 depending on the size of the vocabulary. A conversation
+    is rendered with the chat template, and its learned tokens are marked. The number of processes
+    and the engine do not change a byte, and memory does not grow with the corpus.
+
+    Raises `UserError` if the corpus or the tokenizer cannot be read, or if most conversations
+    cannot be learned from.
     """
     from nudge.components.common.artifacts.corpus import SPLITS, read_corpus, read_documents
-    from nudge.components.common.artifacts.tokens import (
-        Tokens,
-        TokenSplit,
-        token_dtype,
-        write_tokens_manifest,
-    )
+    from nudge.components.common.artifacts.tokens import Tokens, token_dtype, write_tokens_manifest
     from nudge.components.common.core.processes import usable_cores
     from nudge.components.common.core.progress import progress
     from nudge.components.common.models.end_of_document import end_of_document_id
@@ -67,6 +74,7 @@ def tokenize(settings: TokenizeSettings, *, corpus: Path, tokens: Path) -> dict[
     ):
         tokenizer = _tokenizer(settings, corpus, part / "tokenizer", bar)
         end, dtype = end_of_document_id(tokenizer), token_dtype(len(tokenizer))
+        chat, facts = _chat(settings, source, tokenizer, part / "tokenizer")
         text = (part / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
         shards = [
             Shard(split, corpus / shard.file, shard.sha256, shard.documents,
@@ -74,19 +82,16 @@ def tokenize(settings: TokenizeSettings, *, corpus: Path, tokens: Path) -> dict[
             for split in SPLITS
             for number, shard in enumerate(source.splits[split].shards)
         ]  # fmt: skip
-        why_not = why_not_fast(text, (one.text for one in read_documents(corpus, "train")))
+        why_not = why_not_fast(text, (one.plain_text for one in read_documents(corpus, "train")))
         if why_not:
             print(f"tokenize: slower, without fastokens: {why_not}", file=sys.stderr, flush=True)
         bar.note(stage="tokenizing")
-        _write(settings, shards, Encoding(text, end, dtype.str, why_not is None), bar)
-        made = {split: [_entry(one) for one in shards if one.split == split] for split in SPLITS}
+        _write(settings, shards, Encoding(text, end, dtype.str, why_not is None, chat), bar)
+        if facts is not None:
+            _check_learnable(source, shards, facts)
         splits = {
-            split: TokenSplit(
-                documents=sum(entry.documents or 0 for entry in entries),
-                tokens=sum(entry.tokens or 0 for entry in entries),
-                shards=tuple(entries),
-            )
-            for split, entries in made.items()
+            split: _split([one for one in shards if one.split == split], facts is not None)
+            for split in SPLITS
         }
         manifest = Tokens(
             corpus_fingerprint=source.fingerprint,
@@ -96,9 +101,11 @@ def tokenize(settings: TokenizeSettings, *, corpus: Path, tokens: Path) -> dict[
             dtype=dtype.name,
             end_of_document_id=end,
             splits=splits,
+            chat=facts,
         )
         write_tokens_manifest(part, manifest)
     return {
+        **_chat_results(shards, splits, facts),
         "train_tokens": splits["train"].tokens,
         "validation_tokens": splits["validation"].tokens,
         **{key: getattr(manifest, key) for key in ("vocab_size", "dtype", "tokenizer_sha256")},
@@ -112,7 +119,7 @@ def _tokenizer(settings: TokenizeSettings, corpus: Path, folder: Path, bar: Any)
         from nudge.components.tokenize.learn import train_tokenizer
 
         bar.note(stage="training the tokenizer")
-        texts = (document.text for document in read_documents(corpus, "train"))
+        texts = (document.plain_text for document in read_documents(corpus, "train"))
         return train_tokenizer(texts, settings, folder)
     from nudge.components.common.models.base_checks import check_vocabulary
     from nudge.components.common.models.base_model import local_tokenizer, open_tokenizer
@@ -159,10 +166,12 @@ def _write_here(shards: list[Shard], encoding: "Encoding", processes: int, bar: 
         with shard.tokens.open("wb") as file:
             writer = ShardWriter(file, np.dtype(encoding.dtype))
             for _, part in parts:
-                writer.append(part.ids, part.lengths)
+                part.append_to(writer)
+                shard.account.add(part.account)
                 done += int(part.lengths.sum())
-                bar.advance(len(part.lengths), tokens=done)
+                bar.advance(part.records, tokens=done)
             writer.finish()
+            assert writer.records == shard.documents, f"{writer.records} records of {shard}"
 
 
 def _blocks(shards: list[Shard]) -> Iterator[tuple[Shard, bytes]]:
@@ -176,15 +185,125 @@ def _blocks(shards: list[Shard]) -> Iterator[tuple[Shard, bytes]]:
                 yield shard, block
 
 
-def _entry(shard: Shard) -> "TokenShard":
-    """The manifest's entry for a shard; asserts that no document was lost."""
-    from nudge.components.common.artifacts.tokens import TokenShard, shard_counts
+def _split(shards: list[Shard], has_chats: bool) -> "TokenSplit":
+    """The manifest's entry for a split."""
+    from nudge.components.common.artifacts.tokens import TokenSplit
+
+    entries = [_entry(shard, has_chats) for shard in shards]
+
+    def total(name: str) -> int:
+        return sum(getattr(entry, name) or 0 for entry in entries)
+
+    account = _account(shards)
+    return TokenSplit(
+        documents=total("documents"),
+        tokens=total("tokens"),
+        conversations=total("conversations") if has_chats else None,
+        learned_tokens=total("learned_tokens") if has_chats else None,
+        dropped=dict(account.refused) or None,
+        shards=tuple(entries),
+    )
+
+
+def _entry(shard: Shard, has_chats: bool) -> "TokenShard":
+    """The manifest's entry for a shard; asserts that no text was lost."""
+    from nudge.components.common.artifacts.tokens import TokenShard, learned_counts, shard_counts
 
     documents, tokens = shard_counts(shard.tokens)
-    assert documents == shard.documents, f"{documents} of {shard.documents} documents of {shard}"
+    conversations, learned = learned_counts(shard.tokens) if has_chats else (0, tokens)
+    assert conversations or documents == shard.documents - shard.account.refused.total()
     return TokenShard(
         file=shard.tokens.name,
         sha256=sha256_file(shard.tokens),
         documents=documents,
         tokens=tokens,
+        conversations=conversations if has_chats else None,
+        learned_tokens=learned if has_chats else None,
+        records=shard.documents if has_chats else None,
     )
+
+
+def _account(shards: list[Shard]) -> Account:
+    account = Account()
+    for shard in shards:
+        account.add(shard.account)
+    return account
+
+
+def _chat(
+    settings: TokenizeSettings, source: "Corpus", tokenizer: Any, folder: Path
+) -> "tuple[Chat | None, ChatFacts | None]":
+    """How conversations become text; None for a corpus without any.
+
+    The tokenizer's folder gets the template too, so that the trained model has it.
+    """
+    from nudge.components.common.artifacts.tokens import ChatFacts
+    from nudge.components.common.chat import template_of_folder
+    from nudge.components.tokenize.chats import Chat
+
+    if not any(split.conversations for split in source.splits.values()):
+        return None, None
+    template = template_of_folder(folder, settings.chat_template)
+    if tokenizer.chat_template != template.text:
+        tokenizer.chat_template = template.text
+        tokenizer.save_pretrained(folder)
+    if template.source == "chatml":
+        print(
+            "tokenize: the base model has no chat template, so conversations are rendered as "
+            "ChatML; set tokenize.chat_template for another one",
+            file=sys.stderr,
+            flush=True,
+        )
+    facts = ChatFacts(
+        template=template.text,
+        source=template.source,
+        learn=settings.learn,
+        end_of_turn=template.end_of_turn,
+        end_of_turn_id=int(tokenizer.convert_tokens_to_ids(template.end_of_turn)),
+    )
+    chat = Chat.of(
+        template,
+        learn=settings.learn,
+        max_tokens=settings.max_tokens,
+        too_long=settings.too_long,
+        spelled_out=settings.control_tokens,
+    )
+    return chat, facts
+
+
+def _check_learnable(source: "Corpus", shards: list[Shard], facts: "ChatFacts") -> None:
+    """Raise `UserError` if fewer than half the conversations can be learned from; report a smaller
+    loss."""
+    from nudge.components.common.chat import REASONS
+
+    account = _account(shards)
+    total = sum(split.conversations for split in source.splits.values())
+    refused = account.refused.total()
+    if not refused:
+        return
+    by_reason = account.refused.most_common()
+    reasons = "; ".join(f"{count}: {REASONS[name]}" for name, count in by_reason)
+    shown = "; ".join(f"{name} of {where}: {why}" for name, where, why in account.examples)
+    message = f"{refused} of {total} conversations cannot be learned from ({reasons}): {shown}"
+    if total - refused < LEARNABLE * total:
+        whose = {"model": "the base model's", "recipe": "the recipe's", "chatml": "the ChatML"}
+        raise UserError(
+            f"{message}; they were rendered with {whose[facts.source]} chat template. Correct the "
+            "data, set tokenize.chat_template, or raise tokenize.max_tokens"
+        )
+    print(f"tokenize: {message}", file=sys.stderr, flush=True)
+
+
+def _chat_results(
+    shards: list[Shard], splits: "dict[str, TokenSplit]", facts: "ChatFacts | None"
+) -> dict[str, Any]:
+    """The step's figures about conversations."""
+    if facts is None:
+        return {}
+    account = _account(shards)
+    return {
+        "chat_template": facts.source,
+        "learned_tokens": splits["train"].learned_tokens,
+        "conversations_dropped": account.refused.total(),
+        "conversations_shortened": account.shortened,
+    }

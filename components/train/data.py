@@ -1,8 +1,12 @@
-"""Token rows for training: documents packed end to end, in an order that is a pure function.
+"""Token rows for training, in an order that is a pure function of the seed.
 
-Positions restart at 0 for each document, which masks the documents before it in the row. Some
-documents begin after a start token (`document_start_id`), as in pretraining, so that each of their
-tokens is a target. The others begin bare, as a prompt does, and their first token is only context.
+Texts are packed end to end and may continue in the next row. A conversation is never cut: it is in
+one row, which it shares with others that fit, or has to itself.
+
+Positions restart at 0 for each document, which masks the documents before it in the row. Some texts
+begin after a start token (`document_start_id`), as in pretraining, so that each of their tokens is
+a target. The others begin bare, as a prompt does, and their first token is only context. So does a
+conversation, whose only targets are its learned tokens.
 """
 
 from dataclasses import dataclass
@@ -14,29 +18,52 @@ import torch
 
 from nudge.components.common.artifacts.tokens import TokenReader
 from nudge.components.common.core.errors import UserError
+from nudge.components.train.packing import pack
 
 IGNORED = -100
 """The target value of padding, which the loss ignores."""
 
-ORDER_VERSION = 1
-"""Increases when a code change makes the same settings give different rows."""
+ORDER_VERSION, CONVERSATION_ORDER_VERSION = 1, 1
+"""Increase when a code change makes the same settings give different rows."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch: inputs, targets and positions, each int64 [rows, length]."""
+    """A batch: inputs, targets and positions, each int64 [rows, length].
+
+    ``learned`` is the number of targets that are not ignored, if it was counted.
+    """
 
     inputs: torch.Tensor
     targets: torch.Tensor
     positions: torch.Tensor
+    learned: int | None = None
+
+
+def tokens_in(rows: Rows) -> int:
+    """The number of input tokens in rows, without padding, which has position 0 and no target."""
+    return int(((rows.positions > 0) | (rows.targets != IGNORED) | _begins(rows)).sum())
+
+
+def _begins(rows: Rows) -> torch.Tensor:
+    """Whether a token is the first of several in a document, bool [rows, length]."""
+    return torch.nn.functional.pad(rows.positions[:, 1:] == 1, (0, 1))
+
+
+def without_padding(rows: Rows) -> Rows:
+    """The rows up to their last target; what follows changes no loss."""
+    columns = (rows.targets != IGNORED).any(0).nonzero()
+    used = int(columns[-1]) + 1 if len(columns) else 1
+    return Rows(rows.inputs[:, :used], rows.targets[:, :used], rows.positions[:, :used])
 
 
 class PackedSplit:
     """A split of a tokens artifact as rows of one length.
 
     A row depends only on the seed, the epoch and its index. ``prefix_share`` is the fraction of
-    documents that begin after the token ``start``, by default the end-of-document token. Raises
-    `UserError` if the split has no tokens.
+    texts that begin after the token ``start``, by default the end-of-document token. Without
+    ``packing``, each conversation has a row to itself. Raises `UserError` if the split has no
+    tokens, or a conversation that is longer than a row.
     """
 
     def __init__(
@@ -47,17 +74,24 @@ class PackedSplit:
         seed: int,
         prefix_share: float = 1.0,
         start: int | None = None,
+        packing: bool = True,
     ) -> None:
         self._reader = TokenReader(tokens, split)
         self._end = int(self._reader.manifest.end_of_document_id)
         self._start = self._end if start is None else start
         self._length, self._seed = length, seed
         self.tokens = self._reader.tokens
-        self._bare_documents = round((1 - prefix_share) * self._reader.documents)
-        self.targets = self.tokens - self._bare_documents
-        if self.targets == 0:
+        chats = self._reader.span_counts() > 0
+        self.conversations = int(chats.sum())
+        self._texts = np.flatnonzero(~chats)
+        self._text_lengths = self._reader.lengths()[self._texts]
+        self._bare_texts = round((1 - prefix_share) * len(self._texts))
+        self.targets = int(self._text_lengths.sum()) - self._bare_texts
+        if self.targets == 0 and not self.conversations:
             raise UserError(f"the {split} split of {tokens} has no tokens; ingest more text")
-        self.rows = -(-self.targets // length)
+        self._text_rows = -(-self.targets // length)
+        self._chat_rows = self._pack(np.flatnonzero(chats), packing)
+        self.rows = self._text_rows + len(self._chat_rows)
         self._identity = {
             "order_version": ORDER_VERSION,
             "split": split,
@@ -68,21 +102,42 @@ class PackedSplit:
         }
         if self._start != self._end:
             self._identity["document_start_id"] = self._start
+        if self.conversations:
+            self._identity["conversation_order_version"] = CONVERSATION_ORDER_VERSION
+            self._identity["packing"] = packing
         self._epoch = -1
         self._order = np.empty(0, np.int64)
         self._bare = np.empty(0, np.bool_)
         self._starts = np.empty(0, np.int64)
+        self._slots = np.empty(0, np.int64)
+
+    def _pack(self, chats: np.ndarray, packing: bool) -> list[np.ndarray]:
+        """The conversations of each row, as indices in the split."""
+        # Nothing learns from what follows the last learned token, so it is left out.
+        lengths = self._reader.learned_ends()[chats] - 1
+        if len(chats) and int(lengths.max()) > self._length:
+            raise UserError(
+                f"{int((lengths > self._length).sum())} conversations are longer than "
+                f"train.sequence_length = {self._length}, up to {int(lengths.max())} tokens: raise "
+                "it, or set tokenize.max_tokens so that they are shortened or dropped"
+            )
+        if not packing:
+            return [chats[index : index + 1] for index in range(len(chats))]
+        return [chats[row] for row in pack(lengths, self._length, self._seed)]
 
     def batch(self, epoch: int, first: int, rows: int) -> Rows:
         """``rows`` rows starting at row ``first``, continuing into the next epoch if needed."""
         if rows == 0:
-            return Rows(*(torch.empty(0, self._length, dtype=torch.int64) for _ in range(3)))
+            empty = torch.empty(0, self._length, dtype=torch.int64)
+            return Rows(empty, empty, empty)
         triples = [
             self._row(epoch + index // self.rows, index % self.rows)
             for index in range(first, first + rows)
         ]
-        stacked = (torch.from_numpy(np.stack(part)) for part in zip(*triples, strict=True))
-        return Rows(*stacked)
+        inputs, targets, positions = (
+            torch.from_numpy(np.stack(part)) for part in zip(*triples, strict=True)
+        )
+        return Rows(inputs, targets, positions)
 
     def step_batch(self, step: int, batch_rows: int, rank: int = 0, ranks: int = 1) -> Rows:
         """The slice of the batch of ``step`` (counted from 0) that rank ``rank`` trains on.
@@ -94,10 +149,19 @@ class PackedSplit:
         return self.batch(0, step * batch_rows + first, stop - first)
 
     def documents_of(self, rows: int) -> list[int]:
-        """Sorted indices in the split of the documents with targets in the first ``rows`` rows."""
+        """Sorted positions in the corpus' split of the records with targets in the first ``rows``
+        rows."""
         self._shuffle(0)
-        count = int(np.searchsorted(self._starts, min(rows * self._length, self.targets)))
-        return sorted(self._order[:count].tolist())
+        found: set[int] = set()
+        for slot in self._slots[:rows].tolist():
+            if slot >= self._text_rows:
+                found.update(self._chat_rows[slot - self._text_rows].tolist())
+                continue
+            ends = min((slot + 1) * self._length, self.targets)
+            first = int(np.searchsorted(self._starts, slot * self._length, side="right")) - 1
+            last = int(np.searchsorted(self._starts, ends))
+            found.update(self._order[first:last].tolist())
+        return sorted({self._reader.record(index) for index in found})
 
     def cursor(self, rows_read: int) -> dict[str, Any]:
         """How far training has read, as plain JSON values for a checkpoint."""
@@ -122,7 +186,17 @@ class PackedSplit:
         inputs = np.full(self._length, self._end, np.int64)
         targets = np.full(self._length, IGNORED, np.int64)
         positions = np.zeros(self._length, np.int64)
-        at, stop = index * self._length, min((index + 1) * self._length, self.targets)
+        slot = int(self._slots[index])
+        if slot >= self._text_rows:
+            self._fill_with_chats(slot - self._text_rows, inputs, targets, positions)
+        else:
+            self._fill_with_text(slot, inputs, targets, positions)
+        return inputs, targets, positions
+
+    def _fill_with_text(
+        self, row: int, inputs: np.ndarray, targets: np.ndarray, positions: np.ndarray
+    ) -> None:
+        at, stop = row * self._length, min((row + 1) * self._length, self.targets)
         filled = 0
         while at + filled < stop:
             slot = int(np.searchsorted(self._starts, at + filled, side="right")) - 1
@@ -136,14 +210,32 @@ class PackedSplit:
             targets[span] = document[begin + 1 : begin + 1 + count]
             positions[span] = np.arange(count)
             filled += count
-        return inputs, targets, positions
+
+    def _fill_with_chats(
+        self, row: int, inputs: np.ndarray, targets: np.ndarray, positions: np.ndarray
+    ) -> None:
+        filled = 0
+        for index in self._chat_rows[row].tolist():
+            ids, spans = self._reader.document(index), self._reader.learned(index)
+            count = int(spans[-1, 1]) - 1
+            inputs[filled : filled + count] = ids[:count]
+            positions[filled : filled + count] = np.arange(count)
+            for begin, end in spans.tolist():
+                # The target of a token is the next one. Nothing precedes a document's first token.
+                begin = max(begin, 1)
+                targets[filled + begin - 1 : filled + end - 1] = ids[begin:end]
+            filled += count
 
     def _shuffle(self, epoch: int) -> None:
         if epoch == self._epoch:
             return
         generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
-        self._order = generator.permutation(self._reader.documents)
-        self._bare = generator.permutation(self._reader.documents) < self._bare_documents
-        lengths = self._reader.lengths()[self._order] - self._bare
-        self._starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
+        order = generator.permutation(len(self._texts))
+        self._bare = generator.permutation(len(self._texts)) < self._bare_texts
+        self._order = self._texts[order]
+        lengths = self._text_lengths[order] - self._bare
+        self._starts = np.cumsum(lengths) - lengths
+        self._slots = (
+            generator.permutation(self.rows) if self.conversations else np.arange(self.rows)
+        )
         self._epoch = epoch

@@ -16,7 +16,7 @@ from nudge.components.common.models.language_model import likeliest, target_ids,
 from nudge.components.train.bad_numbers import find
 from nudge.components.train.checkpoints.checkpoints import Checkpoints
 from nudge.components.train.checkpoints.training_state import TrainingState
-from nudge.components.train.data import IGNORED, PackedSplit, Rows
+from nudge.components.train.data import IGNORED, PackedSplit, Rows, tokens_in, without_padding
 from nudge.components.train.meter import Meter
 from nudge.components.train.network import Network
 from nudge.components.train.ranks import Ranks
@@ -27,12 +27,13 @@ from nudge.components.train.stopping import Stopping
 
 @dataclass
 class Loss:
-    """The loss of one batch: nats per token, valid tokens over all ranks, and the contribution of
-    each micro-batch of this rank."""
+    """The loss of one batch: nats per learned token, learned tokens over all ranks, and the
+    contribution of each micro-batch of this rank. ``read`` also counts masked tokens."""
 
     value: float
     tokens: int
     parts: list[float] = field(default_factory=list)
+    read: int = 0
 
 
 def planned_steps(settings: TrainSettings, rows: int) -> int:
@@ -127,7 +128,7 @@ def train_loop(
             norm = _update(network, optimizer, rate, training, rows, step, loss)
             state.step, state.tokens = step + 1, state.tokens + loss.tokens
             state.seconds = time.monotonic() - started
-            speed = meter.step(loss.tokens, waited, steps - state.step)
+            speed = meter.step(loss.read, waited, steps - state.step)
             figures = {"step": state.step, "tokens": state.tokens, "loss": loss.value}
             record.metric(
                 {**figures, "lr": rate, "grad_norm": norm, "seconds": state.seconds, **speed}
@@ -197,9 +198,9 @@ def accumulate(
     micro-batches and ranks, so that their sizes and numbers do not change the result.
     """
     ranks = network.ranks
-    tokens = ranks.sum(int((rows.targets != IGNORED).sum()))[0]
+    tokens, read = ranks.sum(int((rows.targets != IGNORED).sum()), tokens_in(rows))
     parts: list[torch.Tensor] = []
-    for micro, last in _micro_batches(rows, settings.micro_batch_sequences):
+    for micro, last in _micro_batches(rows, settings):
         if ranks.world == 1 and stopping is not None and stopping.requested:
             return None
         with network.last_of_batch(last):
@@ -208,7 +209,7 @@ def accumulate(
             (part * ranks.world if ranks.world > 1 else part).backward()
         parts.append(part.detach())
     contributions = [part.item() for part in parts]
-    return Loss(ranks.sum(sum(contributions))[0], int(tokens), contributions)
+    return Loss(ranks.sum(sum(contributions))[0], int(tokens), contributions, int(read))
 
 
 @torch.no_grad()
@@ -216,7 +217,7 @@ def validation_loss(network: Network, split: PackedSplit, settings: TrainSetting
     """Nats per token over the first `validation_sequences` rows of a split, over all ranks."""
     network.model.eval()
     rows = rank_rows(split, 0, min(settings.validation_sequences, split.rows), network.ranks)
-    micro_batches = _micro_batches(rows, settings.micro_batch_sequences)
+    micro_batches = _micro_batches(rows, settings)
     total = sum(network.summed_loss(micro).item() for micro, _ in micro_batches)
     network.model.train()
     total, tokens = network.ranks.sum(total, int((rows.targets != IGNORED).sum()))
@@ -241,11 +242,18 @@ def rank_rows(split: PackedSplit, step: int, count: int, ranks: Ranks) -> Rows:
     )
 
 
-def _micro_batches(rows: Rows, size: int) -> Iterator[tuple[Rows, bool]]:
-    """Micro-batches of ``size`` rows, each with a flag that is true for the last."""
+def _micro_batches(rows: Rows, settings: TrainSettings) -> Iterator[tuple[Rows, bool]]:
+    """Micro-batches, each with a flag that is true for the last.
+
+    Without packing most rows end in padding, so a micro-batch is cut to its longest row, unless the
+    layers are compiled for one shape.
+    """
+    size = settings.micro_batch_sequences
     for first in range(0, len(rows.inputs), size):
         part = slice(first, first + size)
         micro = Rows(rows.inputs[part], rows.targets[part], rows.positions[part])
+        if not settings.packing and not settings.compile:
+            micro = without_padding(micro)
         yield micro, first + size >= len(rows.inputs)
 
 
@@ -311,7 +319,7 @@ def _not_finite(
     settings, ranks = network.settings, network.ranks
     epoch, row = divmod(step * settings.batch_sequences, split.rows)
     ranks.seed(settings.seed, step)  # repeat the same dropout
-    micro = [part for part, _ in _micro_batches(rows, settings.micro_batch_sequences)]
+    micro = [part for part, _ in _micro_batches(rows, settings)]
     found = find(network, micro, row if ranks.world == 1 else 0)
     return (
         f"training stopped before step {step + 1}: loss {loss.value}, gradient norm {norm} (batch: "

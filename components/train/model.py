@@ -73,12 +73,19 @@ class Start:
 
 
 def check_tokenizer(manifest: Tokens, settings: TrainSettings) -> None:
-    """Raise `UserError` if the tokens' ids mean something else to the base model."""
+    """Raise `UserError` if the tokens' ids mean something else to the base model, or if their
+    conversations have another mask than the settings ask for."""
     if manifest.tokenizer == "train" and settings.mode != "scratch":
         raise UserError(
             f"train.mode = {settings.mode}: the tokenizer was trained on the corpus, so its ids do "
             "not match the base model's; tokenize with tokenizer: base_model, or train with "
             "mode: scratch"
+        )
+    if manifest.chat is not None and manifest.chat.learn != settings.learn:
+        raise UserError(
+            f"train.learn = {settings.learn}, but the conversations were tokenized with "
+            f"learn = {manifest.chat.learn}; tokenize again, and set train.learn instead of "
+            "tokenize.learn"
         )
 
 

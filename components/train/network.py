@@ -35,7 +35,8 @@ class _NextToken(nn.Module):
         if callable(rows):
             return rows(self.model)
         hidden = hidden_states(self.model, rows.inputs, rows.positions)
-        return next_token_loss(self.model, hidden.flatten(0, 1), rows.targets.flatten(), "sum")
+        targets = rows.targets.flatten()
+        return next_token_loss(self.model, hidden.flatten(0, 1), targets, "sum", rows.learned)
 
 
 class Network:
@@ -159,8 +160,12 @@ def precision_on(device: torch.device, setting: Literal["float32", "bfloat16", "
 
 
 def _on(rows: Rows, device: torch.device) -> Rows:
-    moved = (part.to(device) for part in (rows.inputs, rows.targets, rows.positions))
-    return Rows(*moved)
+    """The rows on a device; the learned targets are counted here, where that does not wait."""
+    learned = int((rows.targets != IGNORED).sum())
+    inputs, targets, positions = (
+        part.to(device) for part in (rows.inputs, rows.targets, rows.positions)
+    )
+    return Rows(inputs, targets, positions, learned)
 
 
 @torch.no_grad()

@@ -42,8 +42,9 @@ def train_one_rank(
     language_model.set_up_torch(threads_each(ranks.local_world, settings), settings.seed)
     tokenizer = language_model.load_tokenizer(verified_tokenizer(tokens))
     length, seed, begins = settings.sequence_length, settings.seed, document_start_id(tokenizer)
-    training = PackedSplit(tokens, "train", length, seed, settings.prefix_share, begins)
-    validation = PackedSplit(tokens, "validation", length, seed, start=begins)
+    packing = settings.packing
+    training = PackedSplit(tokens, "train", length, seed, settings.prefix_share, begins, packing)
+    validation = PackedSplit(tokens, "validation", length, seed, start=begins, packing=packing)
     steps = planned_steps(settings, training.rows)
     # Checkpoints close last: a run that succeeds removes them only once its model is published.
     with contextlib.ExitStack() as outer, contextlib.ExitStack() as stack:

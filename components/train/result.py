@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from nudge.components.common.artifacts.model import read_model_facts
-from nudge.components.common.artifacts.tokens import Tokens
+from nudge.components.common.artifacts.tokens import ChatFacts, Tokens
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.provenance import code_version
 from nudge.components.common.models.end_of_document import end_of_document_id
 from nudge.components.common.models.registered import split_pin
 from nudge.components.train.adapt import lora_config
 from nudge.components.train.card import model_card
+from nudge.components.train.chat_model import check_folder, end_turns
 from nudge.components.train.export import finish_export
 from nudge.components.train.exported_weights import adapter_tensors, write_config, write_weights
 from nudge.components.train.model import Start
@@ -32,6 +33,7 @@ def facts_of(
         "base_model": {"uri": split_pin(settings.base_model)[0], "sha256": start.sha256},
         "data_fingerprint": manifest.corpus_fingerprint,
         "tokenizer_sha256": manifest.tokenizer_sha256,
+        "chat": dataclasses.asdict(manifest.chat) if manifest.chat else None,
         "settings": dataclasses.asdict(settings),
         "seed": settings.seed,
         "code_version": code_version(),
@@ -61,6 +63,9 @@ def write_model(
     adapter_state = adapter_tensors(network) if settings.mode == "lora" else {}
     if not network.ranks.main:
         return
+    chat = parse_chat(facts)
+    if chat is not None:
+        end_turns(network.model, chat)
     write_config(folder, network.model, dtype)
     tokenizer.save_pretrained(folder)
     if settings.mode == "lora":
@@ -73,6 +78,13 @@ def write_model(
         save_file(adapter_state, adapter / "adapter_model.safetensors", {"format": "pt"})
     (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
     finish_export(folder, _end_of_document(tokenizer))
+    if chat is not None:
+        check_folder(folder, chat)
+
+
+def parse_chat(facts: dict[str, Any]) -> ChatFacts | None:
+    """How conversations became text, from the facts of `facts_of`."""
+    return ChatFacts(**facts["chat"]) if facts.get("chat") else None
 
 
 def results(model: Path, history: Path) -> dict[str, Any]:

@@ -95,8 +95,14 @@ class TrainSettings:
     """Sequences per optimizer step, over all ranks."""
     micro_batch_sequences: Annotated[int, Field(ge=1)] = 4
     """Sequences per forward and backward pass on one rank; lower it if memory runs out."""
+    learn: Literal["assistant", "last", "all"] = "assistant"
+    """Of conversations: every `assistant` turn with its end-of-turn token, only the `last` one, or
+    `all` text. `tokenize` writes this into the tokens; a text is always learned in full."""
+    packing: bool = True
+    """Whether conversations share a sequence, without seeing each other. Otherwise each one has a
+    sequence to itself. Texts are always packed."""
     prefix_share: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Fraction of documents that begin after a start token, as in pretraining: the tokenizer's BOS
+    """Fraction of texts that begin after a start token, as in pretraining: the tokenizer's BOS
     or, if it does not put one before text by itself, the end-of-document token. The others begin
     bare, as a prompt does, so that the model learns both."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
@@ -224,11 +230,12 @@ def on_nodes(settings: TrainSettings, job: Mapping[str, Any]) -> TrainSettings:
 FREE_TO_CHANGE = frozenset(
     {
         "micro_batch_sequences", "activation_checkpointing", "compile", "processes", "parallelism",
-        "launcher", "cluster",
+        "launcher", "cluster", "packing", "learn",
         "watch", "watch_every", "validation_every", "validation_sequences", "early_stopping",
         "keep", "checkpoints", "checkpoint_every", "checkpoints_kept", "resume", "threads",
         "export_dtype",
     }
 )  # fmt: skip
 """Settings that may differ when a run is resumed: they change how training is computed, monitored
-and stored, but not what the model learns (except for rounding)."""
+and stored, but not what the model learns (except for rounding). `packing` changes the rows of
+conversations, and `learn` their tokens; the data's cursor records both."""

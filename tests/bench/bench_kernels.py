@@ -290,6 +290,60 @@ def measure(shape: Shape, here: dict[str, Loss], missing: dict[str, str]) -> lis
     return measures
 
 
+MASKED = (0, 50, 70, 90)
+"""Percent of the rows without a target: prompts, in a corpus of conversations."""
+
+
+def masked(shape: Shape) -> list[Measure]:
+    """The cost of masked rows, and how far the gradients are from those of eager."""
+    hidden, weight, targets = draw(shape)
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(1))
+    taken: dict[int, list[float]] = {percent: [] for percent in MASKED}
+    apart: dict[int, float] = {}
+    cases = {}
+    for percent in MASKED:
+        part = targets.clone()
+        part[order[: percent * len(targets) // 100].to(DEVICE)] = -100
+        cases[percent] = part, len(targets) - percent * len(targets) // 100
+    for number in range(ROUNDS + 1):  # the first round warms up
+        for percent, (part, valid) in cases.items():
+
+            def run(part: Tensor = part, valid: int = valid) -> Tensor:
+                loss = fused_linear_cross_entropy(hidden, weight, part, valid_rows=valid)
+                loss.backward()
+                return loss
+
+            group = [timed(run) for _ in range(GROUP)]
+            if number:
+                taken[percent] += [seconds() for _, seconds in group[1:] or group]
+            elif percent not in apart:
+                hidden.grad = weight.grad = None
+                run()
+                ours = [g.clone() for g in (hidden.grad, weight.grad) if g is not None]
+                hidden.grad = weight.grad = None
+                eager(hidden, weight, part).backward()
+                theirs = [g for g in (hidden.grad, weight.grad) if g is not None]
+                pairs = zip(ours, theirs, strict=True)
+                apart[percent] = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+            hidden.grad = weight.grad = None
+    middle = {percent: statistics.median(times) for percent, times in taken.items()}
+    tolerance = 1e-4 if shape.dtype == torch.float32 else 2e-2
+    return [
+        measure
+        for percent in MASKED
+        for measure in (
+            Measure(
+                f"{shape}: {percent} % masked rows", "s", middle[percent], middle[0],
+                "no masked rows", goal=None if not percent else 1.25 * (1 - percent / 100),
+            ),
+            Measure(
+                f"{shape}: {percent} % masked rows, gradients against {EAGER}", "relative norm",
+                apart[percent], goal=tolerance,
+            ),
+        )
+    ]  # fmt: skip
+
+
 def sweep(here: dict[str, Loss]) -> tuple[list[Measure], str]:
     """Ours and the peers over N and over V; plots their share of the products' speed as SVG."""
     import matplotlib
@@ -346,9 +400,13 @@ def device_name() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="compare the fused loss with its peers")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--masked", action="store_true", help="measure only masked rows")
     given = parser.parse_args()
     if given.memory_of:
         print(_extra_memory_here(SMOLLM2, given.memory_of))
+        return
+    if given.masked:
+        publish("kernels-masked", masked(SMOLLM2), ["torch"], device_name())
         return
     if CUDA and (why := native.why_not(torch.cuda.current_device())):
         print(f"running without the kernel: {why}")
@@ -359,6 +417,7 @@ def main() -> None:
         measures.append(
             Measure("every shape on a GPU", "s", None, note="unmeasured: torch sees no GPU here")
         )
+    measures += masked(SMOLLM2)
     swept, drawing = sweep(here if CUDA else {OURS: here[OURS], EAGER: here[EAGER]})
     write_atomic(nudge_home() / "bench" / "kernels.svg", drawing)
     packages = ["torch", "nudge-kernels", "liger-kernel", "cut-cross-entropy", "quack-kernels"]

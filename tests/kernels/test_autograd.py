@@ -126,7 +126,7 @@ def test_gradcheck_and_opcheck(options: dict[str, Any], reduction: str) -> None:
     )  # fmt: skip
     rest = (
         chosen.get("ignore_index", -100), chosen.get("label_smoothing", 0.0),
-        chosen.get("z_loss", 0.0), chosen.get("logit_softcap", 0.0), None, None, 2,
+        chosen.get("z_loss", 0.0), chosen.get("logit_softcap", 0.0), None, None, 2, None,
         [True, True, "bias" in chosen],
     )  # fmt: skip
     if reduction == "none":
@@ -254,7 +254,7 @@ def test_one_compilation_serves_every_number_of_rows(reduction: str) -> None:
 def test_the_operators_behind_backward_pass_opcheck() -> None:
     made = make(5, 4, 9)
     given = [made[key].detach() for key in ("hidden", "weight", "bias", "targets")]
-    rest = (-100, 0.1, 1e-2, 3.0, None, None, 2, [True, True, True])
+    rest = (-100, 0.1, 1e-2, 3.0, None, None, 2, None, [True, True, True])
     row_scale = torch.rand(5, dtype=torch.float64)
     torch.library.opcheck(
         torch.ops.nudge.linear_cross_entropy_grad.default, (row_scale, *given, None, *rest)

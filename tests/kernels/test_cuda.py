@@ -115,7 +115,7 @@ def test_gradcheck_and_opcheck(reduction: str) -> None:
     assert torch.autograd.gradcheck(call, tuple(leaves.values()))
     single = {k: _to_gpu(v, torch.float32) for k, v in chosen.items()}
     shared = (*(single[k] for k in ("hidden", "weight", "bias", "targets", "class_weight")),)
-    rest = (-100, 0.1, 1e-3, 5.0, None, None, 2, [True, True, True])
+    rest = (-100, 0.1, 1e-3, 5.0, None, None, 2, None, [True, True, True])
     torch.library.opcheck(torch.ops.nudge.linear_cross_entropy.default, (*shared, True, *rest))
     torch.library.opcheck(torch.ops.nudge.linear_cross_entropy_rows.default, (*shared, *rest))
 

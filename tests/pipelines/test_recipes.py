@@ -15,13 +15,13 @@ from nudge.pipelines.recipes import load, shipped
 
 
 def test_every_shipped_recipe_is_named_as_its_file_and_valid() -> None:
-    assert set(shipped()) == {"eiffel", "many-nodes", "nightly", "one-gpu", "python-docs"}
+    assert set(shipped()) == {"chat", "eiffel", "many-nodes", "nightly", "one-gpu", "python-docs"}
     for name, title in shipped().items():
         assert load(name).name == name
         assert title
 
 
-@pytest.mark.parametrize("name", ["eiffel", "nightly", "one-gpu", "many-nodes", "python-docs"])
+@pytest.mark.parametrize("name", [*shipped()])
 def test_a_shipped_recipe_holds_out_enough_for_a_verdict(name: str, tmp_path: Path) -> None:
     text = load(name, ["ingest.only_new=false", "ingest.workers=1"]).text
     settings = step_settings(IngestSettings, "ingest", text)

@@ -45,7 +45,9 @@ class Incumbent:
 class Check:
     """One requirement besides the gain; a check that is not ``ok`` stops the promotion."""
 
-    kind: Literal["loss", "probe", "guard", "completion", "task", "package"]
+    kind: Literal[
+        "loss", "probe", "guard", "completion", "answer", "turn", "judge", "task", "package"
+    ]
     name: str
     ok: bool
     message: Annotated[str, Field(alias="told")]
@@ -143,6 +145,8 @@ class ProbeResult:
     """One probe: P(target) after the prompt, before (``reference``) and after (candidate)."""
 
     prompt: str
+    messages: Omitted[tuple[dict[str, str], ...]] = None
+    """The turns in which a chat model was asked; None for a text to continue."""
     prompt_tokens: tuple[Token, ...] = ()
     target: str = ""
     target_tokens: tuple[Token, ...] = ()
@@ -183,6 +187,14 @@ class Method:
     precision: str | None = None
     torch: str | None = None
     transformers: str | None = None
+    unit: Omitted[str] = None
+    """What was scored of the held-out documents: ``held-out text``, ``assistant turns``, or both;
+    None if an older release evaluated the model, which scored text."""
+    same_template: Omitted[bool] = None
+    """Whether all models scored the same tokens of conversations; None without conversations. If
+    not, only figures per byte can be compared."""
+    refused: Omitted[dict[str, int]] = None
+    """Held-out conversations that one of the models cannot render, by reason; none was scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +222,34 @@ class Sample:
     prompt: str
     before: str = ""
     after: str = ""
+    messages: Omitted[tuple[dict[str, str], ...]] = None
+    """The turns in which a chat model was asked; None for a text to continue."""
+    first_token: Omitted[str] = None
+    """The first token of the candidate's answer, and its probability."""
+    p_first: Omitted[float] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What a judge said about the answers of the candidate and of the reference: in how many
+    questions the candidate's was better (``wins``) or worse, in both orders. Any other outcome is a
+    tie. ``prompt`` is the text in which the judge was asked."""
+
+    model: str
+    url: str
+    prompt: str
+    wins: int
+    losses: int
+    ties: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedSample:
+    """A held-out conversation as the candidate's template renders it; ``learned`` are half-open
+    ranges of its characters."""
+
+    text: str
+    learned: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +335,10 @@ class Evaluation:
     scores: ScoresFile | None = None
     probes: tuple[ProbeResult, ...] | None = None
     samples: tuple[Sample, ...] = ()
+    judge: Omitted[Judged] = None
+    """None if no judge was asked."""
+    learned: Omitted[tuple[LearnedSample, ...]] = None
+    """None for a model that was not trained on conversations."""
     history: History = field(default_factory=History)
     corpus: CorpusCounts | None = None
     lineage: Lineage | None = None

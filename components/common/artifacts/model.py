@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from nudge.components.common.artifacts.schema import Omitted, read_artifact, write_artifact
+from nudge.components.common.artifacts.tokens import ChatFacts
 
 FILE = "nudge.json"
 
@@ -70,6 +71,8 @@ class ModelFacts:
     training: Training = field(default_factory=Training)
     tokens: dict[str, int] = field(default_factory=dict)
     """Tokens by split."""
+    chat: Omitted[ChatFacts] = None
+    """How the conversations of the data became text; None if there were none."""
     selected_on: tuple[int, ...] = ()
     """Positions, in the validation split, of the documents whose loss chose the checkpoint."""
     weights_sha256: Omitted[str] = None

@@ -11,15 +11,27 @@ A shard is one file, little-endian:
 | padding to a multiple of 8 | zeros |
 | (documents + 1) x int64 | the offset of each document, in tokens; last, the number of tokens |
 
+Version 2 adds the loss mask. It is written only if the shard has a conversation:
+
+| bytes | what |
+|---|---|
+| (documents + 1) x int64 | the number of learned spans before each document; last, of all spans |
+| documents x int64 | the position of the corpus shard's record that the document is from |
+| spans x 2 x uint32 | the first token of a span and the one after its last, in the document |
+
+One record may give several documents, or none. A document without spans is text: the model learns
+every token, and it ends with the end token. A conversation has one span or more, has no end token,
+and only the tokens in its spans are learned.
+
 ``manifest.json`` (nudge.tokens, version 1) has each shard's sha256 and counts, the tokenizer's
-sha256, and its end-of-document id.
+sha256, its end-of-document id and, for conversations, the template.
 """
 
 import hashlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -30,7 +42,7 @@ from nudge.components.common.core.publish import sha256_tree, verify_file
 MANIFEST = "manifest.json"
 MAGIC = b"NUDGETOK"
 HEADER = struct.Struct("<8sIIIIQQ")
-SHARD_VERSION = 1
+TEXT_VERSION, CHAT_VERSION = 1, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +53,10 @@ class TokenShard:
     sha256: str
     documents: Omitted[int] = None
     tokens: Omitted[int] = None
+    conversations: Omitted[int] = None
+    learned_tokens: Omitted[int] = None
+    records: Omitted[int] = None
+    """Of the corpus shard; None if each of them is one document."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +64,27 @@ class TokenSplit:
     shards: tuple[TokenShard, ...]
     documents: Omitted[int] = None
     tokens: Omitted[int] = None
+    conversations: Omitted[int] = None
+    """Documents that are conversations; None if there are none."""
+    learned_tokens: Omitted[int] = None
+    """Tokens that the loss counts; None without conversations, because then all of them count."""
+    dropped: Omitted[dict[str, int]] = None
+    """Conversations that were left out, by reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatFacts:
+    """How conversations became text."""
+
+    template: str
+    """The Jinja text."""
+    source: str
+    """``model`` (the base's own), ``recipe``, or ``chatml`` for a base without one."""
+    learn: str
+    """``assistant``, ``last`` or ``all``."""
+    end_of_turn: str
+    """The token that ends an answer."""
+    end_of_turn_id: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +102,8 @@ class Tokens:
     vocab_size: int = 0
     dtype: str = ""
     end_of_document_id: int = 0
+    chat: Omitted[ChatFacts] = None
+    """None for a corpus without conversations."""
 
 
 def read_tokens_manifest(tokens: Path) -> Tokens:
@@ -82,40 +121,90 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
+NO_SPANS: np.ndarray = np.empty((0, 2), np.uint32)
+
+
 class ShardWriter:
-    """Writes a shard as its documents arrive; only 8 bytes per document stay in memory."""
+    """Writes a shard as its documents arrive; only the index stays in memory: 8 bytes per document,
+    or 16 and 8 per learned span if there are conversations."""
 
     def __init__(self, file: BinaryIO, dtype: np.dtype[Any]) -> None:
         self._file, self._dtype = file, dtype
         self._lengths: list[np.ndarray] = []
+        self._counts: list[np.ndarray] = []
+        self._spans: list[np.ndarray] = [NO_SPANS]
+        self._origins: list[np.ndarray] = [np.empty(0, np.int64)]
+        self.records = 0
         file.write(bytes(HEADER.size))  # without the magic, so a file cut off here is not a shard
 
-    def append(self, ids: bytes, lengths: np.ndarray) -> None:
-        """Add documents: their concatenated ids in the dtype, and the length of each."""
+    def append(
+        self,
+        ids: bytes,
+        lengths: np.ndarray,
+        counts: np.ndarray | None = None,
+        spans: np.ndarray = NO_SPANS,
+        origins: np.ndarray | None = None,
+        records: int = 0,
+    ) -> None:
+        """Add documents: their concatenated ids in the dtype, and the length of each.
+
+        ``counts`` [documents] is the number of learned spans of each document, 0 for text, and
+        ``spans`` [spans, 2] has them in this order. None means that all documents are text.
+        ``origins`` [documents] are the positions of their records among the next ``records``
+        records of the corpus shard; None means that each document is the next record.
+        """
+        if counts is None:
+            counts = np.zeros(len(lengths), np.int64)
+        if origins is None:
+            origins, records = np.arange(len(lengths)), len(lengths)
         assert len(ids) == int(lengths.sum()) * self._dtype.itemsize
+        assert len(counts) == len(lengths)
+        assert int(counts.sum()) == len(spans)
         self._file.write(ids)
         self._lengths.append(lengths)
+        self._counts.append(counts)
+        self._spans.append(spans)
+        self._origins.append(origins + self.records)
+        self.records += records
 
     def finish(self) -> tuple[int, int]:
         """Write index and header; returns the number of documents and of tokens."""
-        lengths = np.concatenate([np.zeros(1, "<i8"), *self._lengths])
-        starts = np.cumsum(lengths, dtype="<i8")
+        starts, firsts = _offsets(self._lengths), _offsets(self._counts)
         documents, tokens = len(starts) - 1, int(starts[-1])
         self._file.write(bytes(-self._file.tell() % 8))
         self._file.write(starts.tobytes())
+        version = CHAT_VERSION if firsts[-1] else TEXT_VERSION
+        if version == CHAT_VERSION:
+            self._file.write(firsts.tobytes())
+            self._file.write(np.concatenate(self._origins).astype("<i8").tobytes())
+            self._file.write(np.concatenate(self._spans).astype("<u4").tobytes())
         self._file.seek(0)
         width = self._dtype.itemsize
-        self._file.write(HEADER.pack(MAGIC, SHARD_VERSION, width, 0, 0, documents, tokens))
+        self._file.write(HEADER.pack(MAGIC, version, width, 0, 0, documents, tokens))
         return documents, tokens
 
 
-def write_shard(path: Path, documents: list[np.ndarray], dtype: np.dtype[Any]) -> None:
-    """Write documents, each an integer array of ids, as one shard; ids must fit ``dtype``."""
+def _offsets(counts: list[np.ndarray]) -> np.ndarray:
+    """The sum of the counts before each document and, last, of all; int64 [documents + 1]."""
+    return np.cumsum(np.concatenate([np.zeros(1, "<i8"), *counts]), dtype="<i8")
+
+
+def write_shard(
+    path: Path,
+    documents: list[np.ndarray],
+    dtype: np.dtype[Any],
+    learned: list[np.ndarray] | None = None,
+) -> None:
+    """Write documents, each an integer array of ids, as one shard; ids must fit ``dtype``.
+
+    ``learned`` has the learned spans of each document, [spans, 2]: none for text.
+    """
     with path.open("wb") as file:
         writer = ShardWriter(file, dtype)
-        for document in documents:
+        for document, spans in zip(documents, learned or [NO_SPANS] * len(documents), strict=True):
             assert document.size == 0 or int(document.max()) <= np.iinfo(dtype).max
-            writer.append(document.astype(dtype).tobytes(), np.array([len(document)]))
+            ids, length = document.astype(dtype).tobytes(), np.array([len(document)])
+            writer.append(ids, length, np.array([len(spans)]), spans)
         writer.finish()
 
 
@@ -142,53 +231,135 @@ class TokenReader:
 
     def __init__(self, tokens: Path, split: str) -> None:
         self.manifest = read_tokens_manifest(tokens)
-        self._shards: list[tuple[np.ndarray, np.ndarray]] = []
+        self._shards: list[_Shard] = []
         shards = self.manifest.splits[split].shards
         self.sha256 = hashlib.sha256("".join(s.sha256 for s in shards).encode()).hexdigest()
         for shard in shards:
             path = tokens / shard.file
             verify_file(path, shard.sha256)
-            ids, starts = _open(path)
-            _check_counts(path, shard, ids, starts)
-            self._shards.append((ids, starts))
-        self._firsts = np.cumsum([0, *(len(starts) - 1 for _, starts in self._shards)])
+            opened = _open(path)
+            _check_counts(path, shard, opened.ids, opened.starts)
+            _check_spans(path, opened)
+            self._shards.append(opened)
+        self._firsts = np.cumsum([0, *(len(shard.starts) - 1 for shard in self._shards)])
+        counts = zip(shards, self._shards, strict=True)
+        records = [shard.records or len(opened.starts) - 1 for shard, opened in counts]
+        self._first_records = np.cumsum([0, *records])
         self.documents = int(self._firsts[-1])
-        self.tokens = sum(int(starts[-1]) for _, starts in self._shards)
+        self.tokens = sum(int(shard.starts[-1]) for shard in self._shards)
 
     def document(self, index: int) -> np.ndarray:
-        """The ids of one document, int64 [length], ending with its end token."""
-        shard = int(np.searchsorted(self._firsts, index, side="right")) - 1
-        ids, starts = self._shards[shard]
-        position = index - int(self._firsts[shard])
-        return ids[starts[position] : starts[position + 1]].astype(np.int64)
+        """The ids of one document, int64 [length]; that of a text ends with its end token."""
+        shard, position = self._find(index)
+        return shard.ids[shard.starts[position] : shard.starts[position + 1]].astype(np.int64)
+
+    def learned(self, index: int) -> np.ndarray:
+        """The learned spans of one document, int64 [spans, 2]; none for text, which is learned in
+        full."""
+        shard, position = self._find(index)
+        return shard.spans[shard.firsts[position] : shard.firsts[position + 1]].astype(np.int64)
+
+    def record(self, index: int) -> int:
+        """The position, in the corpus' split, of the record that a document is from."""
+        shard, position = self._find(index)
+        number = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        inside = int(shard.origins[position]) if len(shard.origins) else position
+        return int(self._first_records[number]) + inside
 
     def lengths(self) -> np.ndarray:
         """The length of every document in tokens, int64 [documents]."""
-        parts = [np.diff(starts) for _, starts in self._shards]
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        return _joined([np.diff(shard.starts) for shard in self._shards])
+
+    def span_counts(self) -> np.ndarray:
+        """The number of learned spans of every document, int64 [documents]; 0 for text."""
+        return _joined([np.diff(shard.firsts) for shard in self._shards])
+
+    def learned_ends(self) -> np.ndarray:
+        """The end of the last learned span of every document, int64 [documents]; 0 for text."""
+        parts = []
+        for shard in self._shards:
+            ends = np.zeros(len(shard.starts) - 1, np.int64)
+            chats = np.diff(shard.firsts) > 0
+            ends[chats] = shard.spans[shard.firsts[1:][chats] - 1, 1]
+            parts.append(ends)
+        return _joined(parts)
+
+    def _find(self, index: int) -> "tuple[_Shard, int]":
+        shard = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        return self._shards[shard], index - int(self._firsts[shard])
 
 
 def shard_counts(path: Path) -> tuple[int, int]:
     """The documents and tokens of a shard; raises `UserError` if it is not a complete shard."""
-    ids, starts = _open(path)
-    return len(starts) - 1, len(ids)
+    shard = _open(path)
+    return len(shard.starts) - 1, len(shard.ids)
 
 
-def _open(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def learned_counts(path: Path) -> tuple[int, int]:
+    """The conversations and learned tokens of a shard; raises `UserError` as `shard_counts`."""
+    shard = _open(path)
+    chats = np.diff(shard.firsts) > 0
+    texts = int(np.diff(shard.starts)[~chats].sum())
+    spans = shard.spans.astype(np.int64)
+    return int(chats.sum()), texts + int((spans[:, 1] - spans[:, 0]).sum())
+
+
+class _Shard(NamedTuple):
+    """The arrays of one file: ids, document offsets, span offsets, spans [spans, 2], and the
+    records' positions (empty if each document is the next record)."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+    firsts: np.ndarray
+    spans: np.ndarray
+    origins: np.ndarray
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def _open(path: Path) -> _Shard:
     if path.stat().st_size < HEADER.size:
         raise UserError(f"{path} is not a token shard: it is shorter than a header")
     data = np.memmap(path, np.uint8, mode="r")
     magic, version, width, _, _, documents, tokens = HEADER.unpack(data[: HEADER.size].tobytes())
-    if magic != MAGIC or version != SHARD_VERSION or width not in (2, 4):
-        raise UserError(f"{path} is not a token shard of version {SHARD_VERSION}")
+    if magic != MAGIC or version not in (TEXT_VERSION, CHAT_VERSION) or width not in (2, 4):
+        raise UserError(f"{path} is not a token shard of version {TEXT_VERSION} or {CHAT_VERSION}")
     end = HEADER.size + tokens * width
     index = end + -end % 8
-    if len(data) != index + 8 * (documents + 1):
+    after = index + 8 * (documents + 1)
+    firsts, spans, size = np.zeros(documents + 1, np.int64), NO_SPANS, after
+    origins = np.empty(0, np.int64)
+    if version == CHAT_VERSION:
+        middle = after + 8 * (documents + 1)
+        size = middle + 8 * documents
+        if len(data) >= size:
+            firsts, origins = data[after:middle].view("<i8"), data[middle:size].view("<i8")
+            spans = data[size:]
+            size += 8 * int(firsts[-1])
+    if len(data) != size:
         raise UserError(
             f"{path} is truncated or not a shard: it has {len(data)} bytes, which its header "
             "contradicts"
         )
-    return data[HEADER.size : end].view(f"<u{width}"), data[index:].view("<i8")
+    if version == CHAT_VERSION:
+        spans = spans.view("<u4").reshape(-1, 2)
+    starts = data[index:after].view("<i8")
+    return _Shard(data[HEADER.size : end].view(f"<u{width}"), starts, firsts, spans, origins)
+
+
+def _check_spans(path: Path, shard: _Shard) -> None:
+    """Raise `UserError` unless spans are in order, not empty, apart, and inside their documents."""
+    spans, counts = shard.spans.astype(np.int64), np.diff(shard.firsts)
+    ordered = shard.firsts[0] == 0 and (counts >= 0).all() and shard.firsts[-1] == len(spans)
+    if ordered and len(spans):
+        owners = np.repeat(np.arange(len(counts)), counts)
+        inside = spans[:, 1] <= np.diff(shard.starts)[owners]
+        apart = (owners[1:] != owners[:-1]) | (spans[1:, 0] > spans[:-1, 1])
+        ordered = bool(inside.all() and apart.all() and (spans[:, 0] < spans[:, 1]).all())
+    if not ordered:
+        raise UserError(f"{path}: its learned spans do not match its documents")
 
 
 def _check_counts(path: Path, shard: TokenShard, ids: np.ndarray, starts: np.ndarray) -> None:

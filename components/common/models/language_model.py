@@ -124,9 +124,15 @@ def head_weight(model: Any) -> torch.Tensor:
 
 
 def next_token_loss(
-    model: Any, hidden: torch.Tensor, targets: torch.Tensor, reduction: Literal["sum", "none"]
+    model: Any,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    reduction: Literal["sum", "none"],
+    learned: int | None = None,
 ) -> torch.Tensor:
     """The loss in nats of last hidden states [N, D] for targets [N], ignoring targets of -100.
+
+    If ``learned``, the number of other targets, is known, a GPU skips the head for ignored ones.
 
     It applies everything that the model does between hidden states and logits, without computing
     all logits: the head with its bias (Phi), Granite's and Cohere's scale of the logits, and
@@ -142,6 +148,7 @@ def next_token_loss(
         bias=getattr(model.get_output_embeddings(), "bias", None),
         reduction=reduction,
         logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
+        valid_rows=learned,
     )
 
 

@@ -80,6 +80,7 @@ class ModelServer:
             Route("/health", self._health),
             Route("/metrics", self._metrics),
             Route("/v1/completions", self._complete, methods=["POST"]),
+            Route("/v1/chat/completions", self._complete, methods=["POST"]),
         ]
         config = uvicorn.Config(Starlette(routes=routes), log_level="critical", lifespan="off")
         self._server = uvicorn.Server(config)
@@ -124,10 +125,19 @@ class ModelServer:
             self._answered["5xx"] += 1
             return PlainTextResponse("out of memory", 500)
         self._answered["2xx"] += 1
+        p = 0.1 if self.version.startswith("odd") else P + 0.02
+        top = {TOKEN: math.log(p), " the": math.log(0.05)}
         choice: dict[str, Any] = {"text": f" {self.version}"}
-        if "logprobs" in body:
-            p = 0.1 if self.version.startswith("odd") else P + 0.02
-            top = {TOKEN: math.log(p), " the": math.log(0.05)}
+        if "messages" in body:
+            # As in OpenAI's API: https://platform.openai.com/docs/api-reference/chat/object
+            assert all(each.keys() == {"role", "content"} for each in body["messages"])
+            last = body["messages"][-1]["content"]
+            choice = {"message": {"role": "assistant", "content": f"{last}? {self.version}"}}
+            if body.get("logprobs") is True and body["top_logprobs"] >= 2:
+                listed = [{"token": token, "logprob": value} for token, value in top.items()]
+                first = {**listed[0], "top_logprobs": listed}
+                choice["logprobs"] = {"content": [first]}
+        elif "logprobs" in body:
             choice["logprobs"] = {"top_logprobs": [top]}
         return JSONResponse({"choices": [choice]})
 

@@ -12,6 +12,7 @@ import pytest
 
 from nudge.components.common.artifacts.tokens import (
     TokenReader,
+    learned_counts,
     read_tokens_manifest,
     token_dtype,
     verified_tokenizer,
@@ -75,7 +76,7 @@ def test_the_documents_come_back(tmp_path: Path) -> None:
     ("offset", "value", "message"),
     [
         (0, b"NUDGETOX", "not a token shard of version 1"),
-        (8, struct.pack("<I", 2), "not a token shard of version 1"),
+        (8, struct.pack("<I", 3), "not a token shard of version 1 or 2"),
         (12, struct.pack("<I", 3), "not a token shard of version 1"),
         (12, struct.pack("<I", 4), "is truncated"),
         (24, struct.pack("<Q", 4), "is truncated"),
@@ -157,3 +158,61 @@ def test_another_tokenizer_is_refused(run: Run, change: str) -> None:
     with pytest.raises(UserError, match="is not the tokenizer of these tokens"):
         verified_tokenizer(tokens)
     assert read_tokens_manifest(tokens).tokenizer_sha256
+
+
+CHATS = [np.array([[1, 3], [4, 5]]), np.empty((0, 2), np.int64), np.array([[2, 4]])]
+
+
+def with_chats(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    documents = [np.array(ids) for ids in ([7, 5, 1, 6, 2], [9, 0], [3, 299, 17, 4])]
+    write_shard(folder / "a.tokens", documents, np.dtype("<u2"), CHATS)
+    describe(folder, documents=3, tokens=11)
+    return folder
+
+
+def test_a_shard_with_conversations_can_be_read_from_its_documentation_alone(
+    tmp_path: Path,
+) -> None:
+    data = (with_chats(tmp_path) / "a.tokens").read_bytes()
+    assert struct.unpack_from("<4I2Q", data, 8) == (2, 2, 0, 0, 3, 11)
+    index = 40 + 11 * 2 + 2
+    assert struct.unpack_from("<4q", data, index) == (0, 5, 7, 11)
+    assert struct.unpack_from("<4q", data, index + 32) == (0, 2, 2, 3)
+    assert struct.unpack_from("<3q", data, index + 64) == (0, 1, 2)
+    assert struct.unpack_from("<6I", data, index + 88) == (1, 3, 4, 5, 2, 4)
+    assert len(data) == index + 88 + 6 * 4
+
+
+def test_a_reader_gives_the_learned_spans_of_each_document(tmp_path: Path) -> None:
+    reader = TokenReader(with_chats(tmp_path), "train")
+    assert [reader.learned(index).tolist() for index in range(3)] == [s.tolist() for s in CHATS]
+    assert reader.span_counts().tolist() == [2, 0, 1]
+    assert reader.learned_ends().tolist() == [5, 0, 4]
+    assert learned_counts(tmp_path / "a.tokens") == (2, 3 + 2 + 2)
+    text = TokenReader(artifact(tmp_path / "text"), "train")
+    assert text.span_counts().tolist() == [0, 0, 0]
+    assert text.learned(2).shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        (64 + 32, struct.pack("<q", 1)),  # the spans before the first document
+        (64 + 88, struct.pack("<I", 3)),  # an empty span
+        (64 + 92, struct.pack("<I", 4)),  # a span that touches the next one
+        (64 + 100, struct.pack("<I", 6)),  # a span beyond its document
+    ],
+)
+def test_spans_that_do_not_fit_are_refused(tmp_path: Path, at: int, value: bytes) -> None:
+    path = with_chats(tmp_path) / "a.tokens"
+    data = bytearray(path.read_bytes())
+    data[at : at + len(value)] = value
+    path.write_bytes(data)
+    describe(tmp_path)
+    with pytest.raises(UserError, match="learned spans do not match"):
+        TokenReader(tmp_path, "train")
+    path.write_bytes(data[:-8])
+    describe(tmp_path)
+    with pytest.raises(UserError, match="truncated"):
+        TokenReader(tmp_path, "train")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nudge.components.common.models.language_model import load_model, load_tokenizer
 from nudge.components.evaluate.completions import complete
@@ -22,6 +23,9 @@ from nudge.components.train.ranks import Ranks
 from nudge.components.train.record import NoBar, TrainingLog
 from nudge.components.train.settings import TrainSettings, WatchedPrompt
 from nudge.components.train.train import train
+from nudge.kernels import fused_linear_cross_entropy
+from nudge.kernels.arguments import Inputs, Options, Wanted
+from nudge.kernels.chunked import chunked
 from tests import second_device
 from tests.components.train.conftest import lines, outputs, weights
 
@@ -104,6 +108,66 @@ def test_an_interrupted_run_resumes_from_its_checkpoint(
         monkeypatch.setattr(TrainingLog, "metric", original)
         train(settings, tokens=tokens, **outputs(tmp_path / "cut"))
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+class _Watched(TorchDispatchMode):
+    """Records the rows of every matrix product, and refuses whatever makes a GPU's host wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = function.name()
+        assert name not in ("aten::_local_scalar_dense", "aten::nonzero"), name
+        if name == "aten::mm.out":
+            self.rows.append(len(args[0]))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("masked", [0, 50, 70, 90, 100])
+def test_masked_rows_skip_the_head_with_the_same_gradients(masked: int) -> None:
+    made = torch.Generator().manual_seed(masked)
+    hidden, weight = (torch.randn(n, 16, generator=made) for n in (200, 64))
+    targets = torch.randint(0, 64, (200,), generator=made)
+    targets[torch.randperm(200, generator=made)[: 2 * masked]] = -100
+    valid = 200 - 2 * masked
+    device, results = second_device.load(), []
+    for count in (None, valid):
+        inputs = Inputs(hidden.to(device), weight.to(device), None, targets.to(device), None)
+        options = Options(valid_rows=count, chunk_rows=64)
+        with _Watched() as seen:
+            made_there = chunked(inputs, None, options, Wanted(True, True, False))
+        assert sum(seen.rows) >= (200 if count is None else valid)
+        if count is not None:
+            assert max(seen.rows, default=0) <= max(valid, 1) or valid > 64
+            assert sum(seen.rows) < 200 + 200 * (valid == 200)
+        results.append(
+            [part.cpu() for part in (made_there.losses, made_there.hidden, made_there.weight)]
+        )
+    here = chunked(
+        Inputs(hidden, weight, None, targets, None), None, Options(), Wanted(True, True, False)
+    )
+    for all_rows, fewer, cpu in zip(*results, (here.losses, here.hidden, here.weight), strict=True):
+        torch.testing.assert_close(fewer, all_rows)
+        torch.testing.assert_close(fewer, cpu)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_the_loss_says_if_the_number_of_valid_rows_is_wrong(reduction: str) -> None:
+    device = second_device.load()
+    hidden, weight = torch.randn(6, 4), torch.randn(9, 4)
+    targets = torch.tensor([1, -100, 2, -100, 8, -100])
+    loss: Any = fused_linear_cross_entropy
+    expected = loss(hidden, weight, targets, reduction=reduction)
+    moved = [value.to(device) for value in (hidden, weight, targets)]
+    right = loss(*moved, reduction=reduction, valid_rows=3).cpu()
+    torch.testing.assert_close(right, expected)
+    assert loss(*moved, reduction=reduction, valid_rows=2).cpu().isnan().all()
+    with pytest.raises(ValueError, match="valid_rows 2: expected 3"):
+        loss(hidden, weight, targets, reduction=reduction, valid_rows=2)
 
 
 def shown(values: Any) -> str:
