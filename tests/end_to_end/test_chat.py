@@ -104,6 +104,7 @@ def done(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
         evaluate(
             EvaluateSettings(
                 base_model=str(base), window=64, stride=32, resamples=1000, answer_tokens=12,
+                guards=[],
                 probes=[Probe(prompt="Which city is blue?", target="O")],
                 prompts=["Name the red city.", "green?"],
                 answers=[
