@@ -119,7 +119,9 @@ def test_two_runs_at_once_keep_to_their_own_folders(workspace: Workspace) -> Non
         assert f"run {result['run_id']}: succeeded" in workspace.page(result).lower()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGKILL, marks=pytest.mark.long), signal.SIGINT]
+)
 def test_ending_the_command_ends_its_steps_and_the_next_run_goes_on(
     workspace: Workspace, number: signal.Signals
 ) -> None:

@@ -109,6 +109,7 @@ def test_the_compiled_yaml_gives_the_same_and_finished_steps_are_reused(
     assert again["version"] != first["version"]
 
 
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_bits(first: dict[str, Any], workspace: Workspace) -> None:
     fresh = workspace.run("--fresh")
     # The first one's version is served by now, and this is the same again.
@@ -119,6 +120,7 @@ def test_the_same_seed_gives_the_same_bits(first: dict[str, Any], workspace: Wor
     assert weights[0] == weights[1]
 
 
+@pytest.mark.long
 def test_a_killed_step_fails_the_run_and_the_next_run_goes_on(workspace: Workspace) -> None:
     running = workspace.start("--set", "ingest.split_seed=7", "--set", "train.max_steps=4000")
     pid = _training_pid(workspace)

@@ -54,6 +54,7 @@ def ask(endpoint: str, home: Path) -> str:
     return str(answer.json()["choices"][0]["text"])
 
 
+@pytest.mark.long
 def test_the_old_version_answers_again(registry: str, home: Path, tmp_path: Path) -> None:
     settings = DeploySettings(smoke_prompt=PROMPT)
     endpoint = deploy(settings, registered_model=NAME, version="v1")["endpoint"]

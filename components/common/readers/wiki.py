@@ -10,8 +10,8 @@ from nudge.components.common.readers.records import (
     ReadOptions,
     Record,
     Records,
-    Unreadable,
 )
+from nudge.components.common.readers.unreadable import Unreadable
 
 MEDIA = re.compile(r"\s*(file|image|category)\s*:", re.IGNORECASE)
 BLANK = re.compile(r"\n{3,}")

@@ -89,6 +89,7 @@ def promote_and_kill(
     cluster.api._do = answer  # type: ignore[method-assign]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("boundary", "retry"), CASES)
 def test_a_killed_promote_can_be_finished_or_undone(
     cluster: ServingCluster, model: str, registry: str, boundary: tuple[str, str, str], retry: str

@@ -71,6 +71,7 @@ def version(token: str) -> Version:
     return Version(NAME, "1", "1", "1", "file:///", False, 0, {"expected_next": expected})
 
 
+@pytest.mark.long
 def test_the_bases_penalty_does_not_fail_a_sound_model(folder: Path, server: ModelServer) -> None:
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     ids = tokenizer(PROMPT)["input_ids"]

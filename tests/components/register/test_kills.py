@@ -96,6 +96,7 @@ def killed_and_repeated(
     return kills
 
 
+@pytest.mark.long
 def test_a_kill_between_upload_and_register(
     environment: dict[str, str], model: Path, evaluation: Path, tmp_path: Path
 ) -> None:

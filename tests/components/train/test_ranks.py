@@ -78,6 +78,7 @@ def watched(folder: Path) -> list[float]:
     return [json.loads(line)["p"] for line in history]
 
 
+@pytest.mark.long
 def test_a_run_resumes_with_another_number_of_ranks(
     small: Small, tokens: Path, alone: Path, tmp_path: Path
 ) -> None:

@@ -54,6 +54,7 @@ def test_characters_that_act_on_a_terminal_are_made_visible() -> None:
     assert not any(char in output.getvalue() for char in ACTING)
 
 
+@pytest.mark.long
 def test_a_run_shows_no_credential_of_its_data_uri(tmp_path: Path) -> None:
     """Not on the terminal, and not in the log, the events, the result or the pages of a run."""
     uris = [

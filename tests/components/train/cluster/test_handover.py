@@ -56,6 +56,7 @@ def test_a_listing_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> Non
         handover.fetch("recipe", tmp_path / "out")
 
 
+@pytest.mark.long
 def test_an_object_store_that_fails_carries_the_same_bytes(
     tokens: Path,
     tmp_path: Path,

@@ -27,6 +27,7 @@ PARAMETERS = {
 }
 
 
+@pytest.mark.long
 def test_parameters_define_the_job_and_its_model_comes_back(
     api: KubernetesApi, tiny_model: Path, tokens: Path, tmp_path: Path
 ) -> None:
