@@ -173,8 +173,8 @@ def _full_disk(
     there = next((path for each in outputs for path in each.parents if path.exists()), Path.cwd())
     free = shutil.disk_usage(there).free
     return Transient(
-        f"{name}: no space is left on the disk of {folders}{file}: {free / 1e6:.0f} MB are free"
-        + (f" and this step needs at least {needed / 1e6:.0f} MB" if needed > free else "")
+        f"{name}: no space is left on the disk of {folders}{file}: {free / 1e6:.1f} MB are free"
+        + (f" and this step needs at least {needed / 1e6:.1f} MB" if needed > free else "")
         + "; nothing half-written stays there and nothing served changed, so free some space "
         "(`nudge clean` shows what can go) or use a larger volume, and run it again"
     )

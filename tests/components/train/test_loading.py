@@ -52,7 +52,7 @@ def test_the_length_is_checked_without_weights(small: Small) -> None:
 def test_two_ranks_each_load_little_more_than_their_share(
     tmp_path: Path, values: dict[str, str]
 ) -> None:
-    """Measured on a CPU: 57 MB above a share of 191 MB, and 0.2 GB above 3.1 GB with 1.5B."""
+    """Measured on a CPU with two ranks: 57 MB above a share of 191 MB (0.1B parameters)."""
     folder = write_random_model(tmp_path / "model", "0.1B")
     done = subprocess.run(
         [
