@@ -162,11 +162,7 @@ class Live:
 
 def followed(run: Followed) -> Table:
     """The table of a run on a cluster: its steps and their results."""
-    table = Table()
-    table.add_column("step")
-    table.add_column("seconds", justify="right")
-    table.add_column("status")
-    table.add_column("result", overflow="fold")
+    table = _step_table()
     for name, step in run.steps.items():
         plain = {key: each for key, each in step.results.items() if isinstance(each, PLAIN)}
         seconds = f"{step.seconds:.1f}" if step.seconds else ""
@@ -192,6 +188,15 @@ def outcome(run: Followed, link: str) -> Table:
     return _rows(rows)
 
 
+def _step_table(title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("step")
+    table.add_column("seconds", justify="right")
+    table.add_column("status")
+    table.add_column("result", overflow="fold")
+    return table
+
+
 def _tries(step: StepState) -> str:
     return f" ({step.attempts} attempts)" if step.attempts > 1 else ""
 
@@ -208,11 +213,7 @@ def summary(values: dict[str, Any], run: Followed) -> Group:
 
 
 def _steps(values: dict[str, Any], run: Followed) -> Table:
-    table = Table(title=f"{values['recipe']}  {values['run_id']}", title_justify="left")
-    table.add_column("step")
-    table.add_column("seconds", justify="right")
-    table.add_column("status")
-    table.add_column("result", overflow="fold")
+    table = _step_table(f"{values['recipe']}  {values['run_id']}")
     for name, step in run.steps.items():
         status = f"{MARKS[step.status]} {step.status}"
         table.add_row(name, f"{step.seconds:.1f}", status, Text(described(name, step.results)))

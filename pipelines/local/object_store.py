@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,63 +41,54 @@ def credentials(home: Path) -> dict[str, str]:
     return made
 
 
-def client(environment: dict[str, str]) -> Any:
-    """A boto3 client with the variables of `services.up`."""
-    import boto3
-    import botocore.config
+def client(variables: Mapping[str, str]) -> Any:
+    """A boto3 client with the variables of `services.up`; it gives up soon."""
+    from nudge.components.common.clients.storage import s3_client
 
-    return boto3.client(
-        "s3",
-        endpoint_url=environment["AWS_S3_ENDPOINT"],
-        region_name="us-east-1",
-        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
-        config=botocore.config.Config(
-            connect_timeout=2, read_timeout=10, retries={"total_max_attempts": 1}
-        ),
-    )
+    return s3_client(variables, attempts=1, connect_timeout_s=2, read_timeout_s=10)
 
 
-def answers(environment: dict[str, str]) -> bool:
+def answers(variables: Mapping[str, str]) -> bool:
     """Whether the store answers with these keys."""
-    import botocore.exceptions
+    from nudge.components.common.clients.storage import S3_ERRORS
 
     try:
-        client(environment).list_buckets()
-    except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError):
+        client(variables).list_buckets()
+    except S3_ERRORS:
         return False
     return True
 
 
-def refuses(environment: dict[str, str]) -> bool:
+def refuses(variables: Mapping[str, str]) -> bool:
     """Whether the store answers and does not know these keys."""
     import botocore.exceptions
 
+    from nudge.components.common.clients.storage import S3_ERRORS
+
     try:
-        client(environment).list_buckets()
+        client(variables).list_buckets()
     except botocore.exceptions.ClientError as error:
         return bool(error.response["ResponseMetadata"].get("HTTPStatusCode") == 403)
-    except botocore.exceptions.BotoCoreError:
+    except S3_ERRORS:
         return False
     return False
 
 
-def make_bucket(environment: dict[str, str]) -> None:
+def make_bucket(variables: Mapping[str, str]) -> None:
     """Create the bucket if it does not exist."""
-    import botocore.exceptions
     import tenacity
+
+    from nudge.components.common.clients.storage import S3_ERRORS
 
     # The store lists buckets a moment before it can make one.
     for attempt in tenacity.Retrying(
         stop=tenacity.stop_after_delay(START_TIMEOUT_S),
         wait=tenacity.wait_fixed(0.2),
-        retry=tenacity.retry_if_exception_type(
-            (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError)
-        ),
+        retry=tenacity.retry_if_exception_type(S3_ERRORS),
         reraise=True,
     ):
         with attempt:
-            s3 = client(environment)
+            s3 = client(variables)
             names = [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]]
             if BUCKET not in names:
                 s3.create_bucket(Bucket=BUCKET)

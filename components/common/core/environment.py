@@ -39,7 +39,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KUBERNETES = "KUBERNETES_SERVICE_HOST"
 """Kubernetes sets it in every container."""
 
-POD_NAME, POD_UID, RETRY_INDEX = "KFP_POD_NAME", "KFP_POD_UID", "KFP_RETRY_INDEX"
+POD_NAME, RETRY_INDEX = "KFP_POD_NAME", "KFP_RETRY_INDEX"
 """Kubeflow Pipelines sets these in a step's container; servers before 2026 omit the last one."""
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")

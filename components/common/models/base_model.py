@@ -117,11 +117,7 @@ def resolved(uri: str) -> str:
 
 def model_sha256(folder: Path) -> str:
     """Hex sha256 of a model's weights: of its safetensors files, sorted by name."""
-    return weights_sha256({path.name: sha256_file(path) for path in folder.glob("*.safetensors")})
-
-
-def weights_sha256(files: dict[str, str]) -> str:
-    """The same from the sha256 of each file by its name; ignores other files."""
+    files = {path.name: sha256_file(path) for path in folder.glob("*.safetensors")}
     return model_files.weights_sha256(files)
 
 

@@ -77,7 +77,7 @@ def download_model(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> N
 
         download_image(uri, folder, files)
         return
-    from nudge.components.common.clients.storage import download_folder
+    from nudge.components.common.clients.bucket import download_folder
 
     download_folder(uri, folder, files, functools.partial(link_own_files, uri, folder))
 

@@ -23,7 +23,7 @@ from nudge.pipelines.local.registry.copy import keep_copy
     type=click.Choice(["postgresql", "mariadb"]),
     default="postgresql",
     show_default=True,
-    help="The database whose rules for names apply; MariaDB ignores case and accents.",
+    help="Compare names as this database does; MariaDB ignores case and accents.",
 )
 @click.option(
     "--api",
@@ -32,7 +32,7 @@ from nudge.pipelines.local.registry.copy import keep_copy
     multiple=True,
     default=VERSIONS,
     show_default=True,
-    help="An API version to serve; may be given more than once.",
+    help="An API version to serve. Repeat the option for more.",
 )
 def main(
     database: Path,
@@ -42,7 +42,7 @@ def main(
     collation: Any,
     versions: tuple[str, ...],
 ) -> None:
-    """Serve the Model Registry API over a SQLite file to whoever has the token."""
+    """Serve the Model Registry API over a SQLite file to clients that have the token."""
     try:
         keep_copy(database)
     except Damaged as error:
