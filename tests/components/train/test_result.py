@@ -256,7 +256,7 @@ def test_a_wrong_hash_or_vocabulary_is_rejected(
     tokens = write_tokens(tmp_path / "tokens", tiny_model)
     manifest = json.loads((tokens / "manifest.json").read_text())
     (tokens / "manifest.json").write_text(json.dumps({**manifest, "vocab_size": 301}))
-    with pytest.raises(UserError, match="vocabulary of 301, the model .* has 288: rerun tokenize"):
+    with pytest.raises(UserError, match="vocabulary of 301, .* for 288: .* rerun tokenize"):
         train(small(), tokens=tokens, **outputs(tmp_path / "a"))
     shard = tokens / "train.bin"
     shard.write_bytes(shard.read_bytes()[:-8] + bytes(8))
