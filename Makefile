@@ -104,5 +104,6 @@ lock: setup  ## uv.lock, and the images' hashed requirement files from it
 	$(UV) lock
 	$(BIN)/python images/requirements.py
 
-clean:
+clean:  ## remove the virtual environment, builds and .nudge, after its services are stopped
+	-if [ -x $(BIN)/nudge ]; then $(BIN)/nudge services down; fi
 	rm -rf $(VENV) .nudge build dist *.egg-info kernels/build kernels/*.egg-info

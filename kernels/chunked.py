@@ -182,13 +182,7 @@ def _chunks(
     exact = result_dtype(hidden)
     targets = inputs.targets.contiguous()
     bias = None if inputs.bias is None else inputs.bias.to(exact).contiguous()
-    class_weight = inputs.class_weight
-    if class_weight is not None:
-        class_weight = class_weight.to(exact).contiguous()
-    if mean:
-        row_scale, class_weight = scale_of_mean(targets, options.ignore_index, class_weight)
-    elif row_scale is None:
-        row_scale = hidden.new_ones((), dtype=exact)
+    row_scale, class_weight = _row_scale(inputs, targets, row_scale, options, mean)
     unit = n if mean and compute == torch.float16 and n else 1
     scale = row_scale.to(exact)
     if mean and class_weight is not None:
@@ -222,6 +216,20 @@ def _chunks(
     if d_weight is not None:
         d_weight = d_weight.to(weight.dtype)
     return Result(losses, lse, row_scale, d_hidden, d_weight, d_bias)
+
+
+def _row_scale(
+    inputs: Inputs, targets: Tensor, row_scale: Tensor | None, options: Options, mean: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The factor of each row's loss, and the weight of each class (None: all are equal)."""
+    exact, class_weight = result_dtype(inputs.hidden), inputs.class_weight
+    if class_weight is not None:
+        class_weight = class_weight.to(exact).contiguous()
+    if mean:
+        return scale_of_mean(targets, options.ignore_index, class_weight)
+    if row_scale is None:
+        row_scale = inputs.hidden.new_ones((), dtype=exact)
+    return row_scale, class_weight
 
 
 def _dense(matrix: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The generated files: compiled pipelines, the steps' READMEs, and what to mirror."""
+"""The generated files: compiled pipelines, the steps' READMEs, and the list of images to mirror."""
 
 import hashlib
 import importlib
@@ -59,9 +59,9 @@ PINNED = re.compile(r"[^@\s]+@sha256:[0-9a-f]{64}")
 
 
 def write(files: dict[Path, str] | None = None) -> list[Path]:
-    """Write every file that is not current (of ``made()`` unless given); returns those."""
+    """Write the files that are out of date, of ``files`` or else of all; returns their paths."""
     changed = []
-    for path, text in (made() if files is None else files).items():
+    for path, text in (generated() if files is None else files).items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             write_atomic(path, text)
             changed.append(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
@@ -69,16 +69,16 @@ def write(files: dict[Path, str] | None = None) -> list[Path]:
 
 
 def stale() -> list[Path]:
-    """The files that are missing or differ from what the code makes."""
+    """The paths of generated files that are missing or out of date."""
     return [
         path.relative_to(ROOT)
-        for path, text in made().items()
+        for path, text in generated().items()
         if not path.is_file() or path.read_text(encoding="utf-8") != text
     ]
 
 
-def made() -> dict[Path, str]:
-    """Every made file with its text."""
+def generated() -> dict[Path, str]:
+    """Every generated file with its text."""
     files = compiled(COMPILED, RESOURCES)
     pages: dict[str, list[str]] = {}
     for step in STEPS.values():
@@ -91,24 +91,25 @@ def made() -> dict[Path, str]:
 
 
 def compiled(folder: Path, resources: Path, digests: Path | None = None) -> dict[Path, str]:
-    """The YAML of every pipeline: for the import box below ``folder``, as resources of Kubernetes
-    below ``resources``; images pinned as the file ``digests`` says. Raises `UserError`."""
+    """The YAML of every pipeline by path: in ``folder`` for a dashboard's import dialog, and in
+    ``resources`` as Kubernetes resources. The file ``digests`` may pin the images; raises
+    `UserError` if it is invalid."""
     pinned = read_digests(digests) if digests else {}
     files = {}
     for name in PIPELINES:
         pipeline = getattr(importlib.import_module(f"nudge.pipelines.{name}"), name)
         text = _pinned(compiled_text(pipeline), pinned)
         files[folder / f"{name}.yaml"] = text
-        # A version's spec cannot be changed, so each content is a version of its own.
+        # A version's spec is immutable, so each content is a version of its own.
         version = f"{pipeline.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         files[resources / f"{name}.yaml"] = _pinned(compiled_text(pipeline, version), pinned)
     return files
 
 
 def compiled_text(pipeline: Any, version: str = "") -> str:
-    """The IR YAML of a pipeline; given a ``version``, its Pipeline and PipelineVersion resources.
+    """The IR YAML of a pipeline or, with a ``version``, its Pipeline and PipelineVersion resources.
 
-    Raises AssertionError if a dashboard or a cluster would not take it.
+    Raises AssertionError if a dashboard or a cluster would refuse it.
     """
     import tempfile
 
@@ -125,26 +126,27 @@ def compiled_text(pipeline: Any, version: str = "") -> str:
         path = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(pipeline, str(path), **(as_resources if version else {}))
         text = path.read_text(encoding="utf-8")
-    assert text.isascii(), "the import box takes ASCII only"
-    assert len(text) < 256 * 1024, "a workflow may hold 256 KB"
+    assert text.isascii(), "the import dialog accepts only ASCII"
+    assert len(text) < 256 * 1024, "a workflow has at most 256 KB"
     return text
 
 
 def read_digests(path: Path) -> dict[str, str]:
-    """Image to pinned image, from a YAML or JSON file of ``data`` and ``train``."""
+    """The pinned image of each image, from a YAML or JSON file with the keys ``data`` and
+    ``train``."""
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        digests = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    wanted = {"data": DATA_IMAGE, "train": TRAIN_IMAGE}
-    for name in wanted:
-        value = given.get(name) if isinstance(given, dict) else None
+    images = {"data": DATA_IMAGE, "train": TRAIN_IMAGE}
+    for name in images:
+        value = digests.get(name) if isinstance(digests, dict) else None
         if not isinstance(value, str) or not PINNED.fullmatch(value):
             raise UserError(
                 f"{path}: {name} = {value!r}; expected an image by digest, such as "
                 "registry/name@sha256:<64 hex digits>"
             )
-    return {image: given[name] for name, image in wanted.items()}
+    return {image: digests[name] for name, image in images.items()}
 
 
 def _pinned(text: str, pinned: dict[str, str]) -> str:
@@ -156,7 +158,7 @@ def _pinned(text: str, pinned: dict[str, str]) -> str:
 def readme(step: Any) -> str:
     """A step's README: its docstring, inputs and outputs."""
     spec = step.component_spec
-    doc = inspect.getdoc(step.python_func) or ""  # Python 3.13 indents it no longer
+    doc = inspect.getdoc(step.python_func) or ""  # Python 3.13 no longer indents it
     what = dict(re.findall(r"^ {4}(\w+): (.*)$", doc, flags=re.MULTILINE))
     returned = re.search(r"Returns:\n {4}(.*)$", doc, flags=re.MULTILINE)
 

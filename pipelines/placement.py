@@ -24,6 +24,9 @@ SETTINGS = "nudge-settings"
 REGISTRY = "nudge-image-registry"
 """A pull secret (kubernetes.io/dockerconfigjson) for models that are images; it may be missing."""
 
+NOTIFICATIONS = "nudge-notifications"
+"""A Secret with the addresses that a run notifies; it may be missing."""
+
 SIZE = "pipelinechannel--size"
 """The parameter ``size`` as KFP's compiler names it among the inputs of a task."""
 
@@ -31,6 +34,10 @@ REQUIRED_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_ENDPOINT"
 # The dashboard omits these from a connection's Secret if nobody filled them in; a key that is
 # required and missing would keep the pod from starting.
 OPTIONAL_KEYS = ("AWS_S3_BUCKET", "AWS_DEFAULT_REGION", "AWS_SESSION_TOKEN", "HF_TOKEN")
+NOTIFY_KEYS = (
+    *("NUDGE_NOTIFY_WEBHOOK", "NUDGE_NOTIFY_SLACK"),
+    *("NUDGE_NOTIFY_TEAMS", "NUDGE_NOTIFY_SMTP"),
+)
 SETTINGS_KEYS = ("NUDGE_REGISTRY_URL", "NUDGE_REGISTRY_CA", "HF_ENDPOINT", "HF_HUB_OFFLINE")
 
 
@@ -85,6 +92,9 @@ class PodResources:
             for names, optional in ((REQUIRED_KEYS, name == "summary"), (OPTIONAL_KEYS, True)):
                 keys = dict(zip(names, names, strict=True))
                 kubernetes.use_secret_as_env(task, self.connection, keys, optional=optional)
+        if name == "summary":
+            keys = dict(zip(NOTIFY_KEYS, NOTIFY_KEYS, strict=True))
+            kubernetes.use_secret_as_env(task, NOTIFICATIONS, keys, optional=True)
         if need.images:
             folder = str(POD_CREDENTIALS.parent)
             kubernetes.use_secret_as_volume(task, REGISTRY, folder, optional=True)

@@ -18,6 +18,7 @@ from nudge.components.deploy.settings import DeploySettings
 from nudge.components.evaluate.settings import EvaluateSettings
 from nudge.components.ingest.settings import IngestSettings
 from nudge.components.register.settings import RegisterSettings
+from nudge.components.summary.settings import NotifySettings
 from nudge.components.tokenize.settings import TokenizeSettings
 from nudge.components.train.settings import TrainSettings
 from nudge.components.upload.settings import UploadSettings
@@ -30,6 +31,7 @@ SETTINGS: dict[str, type] = {
     "upload": UploadSettings,
     "register": RegisterSettings,
     "deploy": DeploySettings,
+    "notify": NotifySettings,
 }
 
 Schema = dict[str, Any]
@@ -44,6 +46,26 @@ LIMITS = {
     "minItems": "at least {} items",
     "maxItems": "at most {} items",
 }
+
+UNITS = {
+    "s": "seconds",
+    "hours": "hours",
+    "minutes": "minutes",
+    "bytes": "bytes",
+    "megabytes": "megabytes",
+    "characters": "characters",
+    "documents": "documents",
+    "tokens": "tokens",
+    "sequences": "sequences",
+    "steps": "optimizer steps",
+    "every": "optimizer steps",
+    "epochs": "passes over the training tokens",
+    "share": "fraction from 0 to 1",
+    "length": "tokens",
+    "window": "tokens",
+    "stride": "tokens",
+}
+"""The unit that a word of a setting's name says."""
 
 PAGE = jinja2.Environment(
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -85,10 +107,23 @@ class Row:
     default: str
     meaning: str
 
+    @property
+    def unit(self) -> str:
+        """The unit of a number, from the key's name; empty if it has none."""
+        if not self.type.startswith(("number", "integer")):
+            return ""
+        words = self.key.rpartition(".")[2].split("_")
+        return next((unit for word, unit in UNITS.items() if word in words), "")
+
+
+def reference() -> dict[str, list[Row]]:
+    """Every setting, nested ones included, by section."""
+    return {name: list(_rows(_schema(kind), name)) for name, kind in SETTINGS.items()}
+
 
 def pages(root: Path) -> dict[Path, str]:
     """The reference and the schema, by their paths below ``root``, a checkout."""
-    sections = {name: list(_rows(_schema(kind), name)) for name, kind in SETTINGS.items()}
+    sections = reference()
     shared = ", ".join(f"`{key}`" for key in SHARED)
     schema = json.dumps(recipe_schema(), indent=1) + "\n"
     return {

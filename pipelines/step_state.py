@@ -36,4 +36,4 @@ class StepState:
             self.outputs, self.results = event["outputs"], event["results"]
         elif kind == "step_failed":
             self.status, self.error = "failed", event["error"]
-            self.seconds = event["time"] - self.started
+            self.seconds = max(event["time"] - self.started, 0.0)  # the clock may have been set

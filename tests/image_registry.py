@@ -29,6 +29,7 @@ import pytest
 import yaml
 
 from nudge.components.common.clients import image_registry
+from nudge.components.common.clients.image_reference import parse_reference
 from nudge.components.common.core import processes
 
 USER, PASSWORD = "tester", "the-pass:word"
@@ -209,7 +210,7 @@ class TokenServer:
 
 def make_base_image(uri: str, machines: tuple[str, ...] = ("amd64", "arm64")) -> None:
     """Push a base image as small as can be, for these machines; a packed layer, as they have."""
-    reference = image_registry.parse(uri)
+    reference = parse_reference(uri)
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as packed:
         entry = tarfile.TarInfo("bin/sh")

@@ -217,6 +217,10 @@ class KubernetesApi(Objects):
             return self._openapi(request.url.path)
         if request.url.path == "/apis/authentication.k8s.io/v1/selfsubjectreviews":
             return JSONResponse({**body, "status": {"userInfo": {"username": self.user}}}, 201)
+        if request.url.path == "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews":
+            asked = body["spec"]["resourceAttributes"]
+            allowed = self.may(asked["group"], asked["resource"], asked["verb"])
+            return JSONResponse({**body, "status": {"allowed": allowed}}, 201)
         if group := re.fullmatch(r"/apis/([^/]+)", request.url.path):
             return self._group(group[1])
         match = PATH.fullmatch(request.url.path)

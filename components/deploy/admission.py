@@ -4,6 +4,7 @@ Between an evaluation and its deploy, another run may deploy, or a person may pr
 split. The verdict "better than the incumbent" is then about a version that is no longer served.
 """
 
+import json
 from collections.abc import Mapping
 
 from nudge.components.common.artifacts.comparison import Compared, compared_with
@@ -42,6 +43,8 @@ def why_not(version: Version, before: Served | None, live: Mapping[str, int]) ->
     by_hand = f"`nudge promote {version.name} --model {version.model}` gives it the traffic anyway"
     if before and _was_withdrawn(version.name, before, live):
         return f"{version.name} had traffic before, and it was withdrawn; {by_hand}"
+    if _in_canary(version, before, live, compared):
+        return ""
     expected = {compared.version} if compared.state == "found" else set()
     if compared.state in ("found", "none") and set(traffic) == expected:
         return ""
@@ -59,6 +62,22 @@ def _was_withdrawn(name: str, before: Served, live: Mapping[str, int]) -> bool:
     # A move that was interrupted before it was recorded counts too.
     unrecorded = bool(live) and name in before.shares and name not in live
     return name in before.withdrawn or unrecorded
+
+
+def _in_canary(
+    version: Version, before: Served | None, live: Mapping[str, int], compared: Compared
+) -> bool:
+    """Whether the traffic is what this version's own canary, which was interrupted, left behind."""
+    plan = json.loads(str(version.properties.get("canary_plan") or "{}"))
+    share = live.get(version.name, 0)
+    ours = plan.get("incumbent") == compared.version and share in plan.get("shares", [])
+    if not ours or live != {compared.version: 100 - share, version.name: share}:
+        return False
+    if before is None:
+        return False
+    # The last recorded move is the canary's, or its first move was not recorded.
+    first = before.shares == {compared.version: 100} and live != before.shares
+    return before.canary == version.name or first
 
 
 def _then(compared: Compared) -> str:

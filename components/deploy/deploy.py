@@ -16,9 +16,10 @@ from nudge.components.common.clients.registry.releases import NOT_PROMOTED, Serv
 from nudge.components.common.core.environment import in_pipeline_step, nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.step import step
-from nudge.components.deploy import approval
+from nudge.components.deploy import approval, canary
 from nudge.components.deploy.admission import NotPromoted, why_not
 from nudge.components.deploy.settings import DeploySettings
+from nudge.components.deploy.smoke import ModelServer
 from nudge.components.deploy.traffic import Check, Target, shift, unchecked
 
 
@@ -35,7 +36,7 @@ def deploy(settings: DeploySettings, *, registered_model: str, version: str) -> 
     as custom properties of the version.
     """
     check = admitted(settings, registered_model, version)
-    result = _serve_in_step(settings, registered_model, version, check)
+    result = _serve_in_step(settings, registered_model, version, check, candidate=True)
     if settings.approval == "required":
         _archive_expired(settings, registered_model, version)
     return result
@@ -50,7 +51,10 @@ def serve_approved(
     The checks are those of `deploy`: an approval does not replace them.
     """
     with approved(settings, registered_model, version) as check:
-        return _serve_in_step(settings, registered_model, version, check)
+        result = _serve_in_step(settings, registered_model, version, check, candidate=True)
+        if not result["promoted"]:
+            raise NotPromoted(result["reason"], None, result["shares"])
+    return result
 
 
 @contextlib.contextmanager
@@ -60,15 +64,10 @@ def approved(settings: DeploySettings, model: str, version: str) -> Iterator[Che
     In the block a refusal is a `UserError`. After it, candidates that can no longer be approved are
     archived.
     """
-    check = admitted(replace(settings, approval="required"), model, version)
-
-    def strict(before: Served | None, live: dict[str, int]) -> None:
-        try:
-            check(before, live)
-        except NotPromoted as refused:
-            raise UserError(f"{model} {version} is not served: {refused}") from None
-
-    yield strict
+    try:
+        yield admitted(replace(settings, approval="required"), model, version)
+    except NotPromoted as refused:
+        raise UserError(f"{model} {version} is not served: {refused}") from None
     _archive_expired(settings, model, version)
 
 
@@ -259,17 +258,25 @@ def _way_back(served: Served, live: set[str]) -> str | None:
 
 
 def _serve_in_step(
-    settings: DeploySettings, model: str, version: str, check: Check = unchecked
+    settings: DeploySettings,
+    model: str,
+    version: str,
+    check: Check = unchecked,
+    candidate: bool = False,
 ) -> dict[str, Any]:
     from nudge.components.common.core.progress import progress
 
-    with progress("deploy", total=4, unit="stages") as bar:
+    total = None if candidate and settings.canary else 4
+    with progress("deploy", total=total, unit="stages") as bar:
 
         def note(stage: str) -> None:
             bar.advance(1, stage=stage)
 
         try:
-            result = serve(settings, model, {version: 100}, note, check)
+            if candidate:
+                result = serve_candidate(settings, model, version, check, note)
+            else:
+                result = serve(settings, model, {version: 100}, note, check)
         except NotPromoted as refused:
             reason = str(refused)
             outcome = reason if refused.awaiting else f"not promoted: {reason}"
@@ -286,17 +293,60 @@ def _serve_in_step(
     return {"promoted": True, **result}
 
 
+def serve_candidate(
+    settings: DeploySettings,
+    model: str,
+    version: str,
+    check: Check,
+    note: Callable[[str], None] = lambda stage: None,
+) -> dict[str, Any]:
+    """Give a candidate all of the traffic unless ``check`` raises, with a canary if the settings
+    ask for one.
+
+    Returns what `serve` does, and ``canary``: what was measured at each share. Raises `NotPromoted`
+    if the canary goes back.
+    """
+    from nudge.components.common.clients.registry.connection import registry_url, with_registry
+    from nudge.components.common.clients.registry.releases import (
+        find_served,
+        find_version,
+        note_properties,
+    )
+
+    if not settings.canary:
+        return serve(settings, model, {version: 100}, note, check)
+    url = registry_url(settings.registry_url)
+    target = _target(settings, with_registry(url, find_served(model)))
+    version_id = with_registry(url, find_version(model, version)).id
+
+    def move(shares: dict[str, int], check: Check, servers: dict[str, Any]) -> dict[str, Any]:
+        return serve(settings, model, shares, note, check, canary=version, servers=servers)
+
+    world = canary.World(
+        live=lambda: target.live(model),
+        counts=lambda name: target.counts(model, name),
+        move=move,
+        version=lambda name: with_registry(url, find_version(model, name)),
+        record=lambda values: with_registry(url, note_properties(version_id, values)),
+        note=note,
+    )
+    return canary.run(settings, version, check, world)
+
+
 def serve(
     settings: DeploySettings,
     model: str,
     shares: dict[str, int],
     note: Callable[[str], None] = lambda stage: None,
     check: Check = unchecked,
+    canary: str = "",
+    servers: dict[str, ModelServer] | None = None,
 ) -> dict[str, Any]:
     """Shift a model's traffic to ``shares`` (percent by version), unless ``check`` raises.
 
-    A shift that a person asks for needs no check. Returns endpoint, served_model, version (the one
-    with the largest share), shares, smoke_prompt and smoke_answer.
+    A shift that a person asks for needs no check; ``canary`` and ``servers`` are those of `shift`.
+    Returns endpoint, served_model, version (the one with the largest share), shares, smoke_prompt
+    and smoke_answer.
     """
     from nudge.components.common.clients.registry.connection import registry_url, with_registry
     from nudge.components.common.clients.registry.releases import find_served
@@ -304,7 +354,15 @@ def serve(
     url = registry_url(settings.registry_url)
     target = _target(settings, with_registry(url, find_served(model)))
     served, answers = shift(
-        target, lambda work: with_registry(url, work), settings, model, shares, note, check
+        target,
+        lambda work: with_registry(url, work),
+        settings,
+        model,
+        shares,
+        note,
+        check,
+        canary,
+        servers,
     )
     return {
         "endpoint": served.endpoint,

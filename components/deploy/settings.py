@@ -74,6 +74,24 @@ class KServeSettings:
 
 
 @settings
+class CanaryLimits:
+    """How much worse than the incumbent a candidate may serve over the same period."""
+
+    error_rate: Annotated[float, Field(ge=0, le=1)] = 0.02
+    """How much larger the fraction of failed requests may be."""
+    first_token: Annotated[float, Field(ge=0)] = 0.5
+    """How much longer the time to the first token may be (median), as a fraction."""
+    tokens_per_s: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """How much lower the tokens per second may be (median), as a fraction."""
+    answers: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How much smaller the fraction of probe answers that are as evaluated may be."""
+
+
+LONGEST_CANARY_S = 5400
+"""The step `deploy` may run for two hours, and it also starts the version."""
+
+
+@settings
 class DeploySettings:
     target: Literal["auto", "local", "kserve"] = "auto"
     """This machine, or the cluster (KServe, as on OpenShift AI). "auto" means the cluster for a
@@ -102,11 +120,39 @@ class DeploySettings:
     `nudge approve VERSION` serves it, `nudge reject VERSION` archives it."""
     approval_days: Annotated[float, Field(ge=0)] = 14.0
     """How long a candidate may wait for approval before it is archived; 0 means any time."""
+    canary: list[Annotated[int, Field(ge=1, le=100)]] = field(default_factory=list)
+    """Shares of the traffic that a candidate gets one after the other, such as [5, 25, 100]. At
+    each one below 100 it is compared with the incumbent. If it serves worse than ``canary_limits``,
+    the incumbent gets all of the traffic again. Empty means all of the traffic at once."""
+    canary_duration_s: Annotated[float, Field(gt=0)] = 600.0
+    """How long the candidate is observed at each share below 100, in seconds."""
+    canary_limits: CanaryLimits = field(default_factory=CanaryLimits)
+    """How much worse the candidate may serve."""
     unverified: list[Literal["hf", "pvc"]] = field(default_factory=list)
     """Serve versions from ``hf://`` or ``pvc://``, whose files cannot be compared with the
     evaluated ones."""
     kserve: KServeSettings = field(default_factory=KServeSettings)
     """How KServe serves the model."""
+
+    @model_validator(mode="after")
+    def _canary_is_possible(self) -> "DeploySettings":
+        if self.canary != sorted(set(self.canary)) or (self.canary and self.canary[-1] != 100):
+            raise ValueError(
+                f"canary = {self.canary}: expected rising shares that end with 100, such as "
+                "[5, 25, 100]"
+            )
+        lasts_s = self.canary_duration_s * max(len(self.canary) - 1, 0)
+        if lasts_s > LONGEST_CANARY_S:
+            raise ValueError(
+                f"the canary would take {lasts_s:g} s and may take {LONGEST_CANARY_S} s; give "
+                "fewer shares or a shorter canary_duration_s"
+            )
+        if self.canary and self.kserve.stop_old_first:
+            raise ValueError(
+                "a canary needs both versions at once; set kserve.stop_old_first: false, or remove "
+                "canary"
+            )
+        return self
 
 
 @settings

@@ -24,6 +24,13 @@ GREEDY = {
 }
 """Greedy decoding for `transformers serve`: every value of the base's that would change it."""
 
+NEUTRAL: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.0},  # vLLM
+    {"generation_config": json.dumps(GREEDY)},  # transformers serve
+    {"frequency_penalty": 0.0},  # any other server of the OpenAI API
+]
+"""Fields of a request that ask for plain greedy decoding, by server; each refuses the others'."""
+
 
 @dataclass(frozen=True)
 class ModelServer:
@@ -147,13 +154,9 @@ def _complete(
     body: dict[str, Any] = {"model": model, "max_tokens": tokens, "temperature": 0.0, "n": 1}
     body["messages" if chat else "prompt"] = asked
     wanted: dict[str, Any] = {"logprobs": True, "top_logprobs": TOP} if chat else {"logprobs": TOP}
-    neutral: list[dict[str, Any]] = [
-        {"repetition_penalty": 1.0, **(wanted if probabilities else {})},  # vLLM
-        {"generation_config": json.dumps(GREEDY)},  # transformers serve
-        {"frequency_penalty": 0.0},  # any other server of the OpenAI API
-    ]
+    vllm, *others = NEUTRAL
     try:
-        for fields in neutral:
+        for fields in ({**vllm, **(wanted if probabilities else {})}, *others):
             answer = client.post(path, json={**body, **fields})
             if answer.status_code not in (400, 422):  # these refuse an unknown field
                 break

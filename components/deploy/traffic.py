@@ -20,6 +20,7 @@ from nudge.components.common.clients.registry.releases import (
     note_served,
 )
 from nudge.components.common.core.errors import UserError
+from nudge.components.deploy.measure import Counts
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import ModelServer, smoke_test
 
@@ -61,6 +62,9 @@ class Target(Protocol):
     def retire(self, model: str, keep: set[str]) -> None:
         """Stop the versions not in ``keep``, once they have no request in flight."""
 
+    def counts(self, model: str, version: str) -> Counts | None:
+        """The requests of users to a running version so far; None if nothing counts them."""
+
 
 def shift(
     target: Target,
@@ -70,12 +74,16 @@ def shift(
     shares: Mapping[str, int],
     note: Callable[[str], None] = lambda stage: None,
     check: Check = unchecked,
+    canary: str = "",
+    servers: dict[str, ModelServer] | None = None,
 ) -> tuple[Served, dict[str, str]]:
     """Start and test the versions in ``shares``, move the traffic, and record it in the registry.
 
     ``shares`` is percent by version and adds up to 100; ``registry`` runs work from
     `nudge.components.common.clients.registry.releases`; ``check`` raises if this shift must no
-    longer happen. Returns what is served now and each version's smoke answer.
+    longer happen. ``canary`` is the candidate whose canary asks for this shift, if one does;
+    ``servers`` receives each version's server. Returns what is served now and each version's smoke
+    answer.
     Raises `UserError`. The previous versions are then still served (or restored, if they had to
     make room), and a version that failed is removed. Only if the registry fails after the traffic
     has moved are the new versions served, and the error says so.
@@ -100,6 +108,8 @@ def shift(
             for name, version in versions.items():
                 note(f"starting {name}")
                 server = target.bring_up(version)
+                if servers is not None:
+                    servers[name] = server
                 note(f"testing {name}")
                 answers[name] = smoke_test(server, version, settings)
             # A model takes minutes to start. If the registry is down by now, do not move anything.
@@ -119,12 +129,13 @@ def shift(
         endpoint = target.move(model, wanted)
         history = _history(before, wanted)
         withdrawn = _withdrawn(before, live, {*wanted, *history})
-        served = Served(model, endpoint, wanted, history, withdrawn)
+        served = Served(model, endpoint, wanted, history, withdrawn, canary)
         main = versions[served.main]
+        in_canary = bool(canary) and len(wanted) > 1  # which is no promotion yet
         try:
             registry(note_served(main, served, target.environment, target.runtime))
             for version in versions.values():
-                if version.properties.get(NOT_PROMOTED):
+                if version.properties.get(NOT_PROMOTED) and not in_canary:
                     registry(note_promotion(version, ""))
         except UserError as error:
             names = " and ".join(wanted)

@@ -35,9 +35,9 @@ def check_version(version: Version, settings: DeploySettings) -> None:
     if scheme == "s3":
         _check_s3(title, version, settings)
     elif scheme == "oci":
-        from nudge.components.common.clients import image_registry
+        from nudge.components.common.clients.image_reference import parse_reference
 
-        image = image_registry.parse(uri)
+        image = parse_reference(uri)
         if not image.digest:
             raise UserError(
                 f"{title} is registered as {uri}, whose content can change; register it as "

@@ -105,6 +105,8 @@ def _silent(endpoint: str) -> str:
     import httpx
     import tenacity
 
+    from nudge.components.common.core.retries import BACKOFF
+
     def reached() -> str:
         try:
             answer = httpx.get(f"{endpoint}/health", timeout=TIMEOUT_S, verify=tls_context())
@@ -116,7 +118,7 @@ def _silent(endpoint: str) -> str:
     return str(
         tenacity.Retrying(
             stop=tenacity.stop_after_attempt(ATTEMPTS),
-            wait=tenacity.wait_random_exponential(0.2, max=3),
+            wait=BACKOFF,
             retry=tenacity.retry_if_result(bool),
             retry_error_callback=lambda state: state.outcome and state.outcome.result(),
         )(reached)

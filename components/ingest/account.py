@@ -12,11 +12,12 @@ from nudge.components.common.readers import suffix_of
 from nudge.components.ingest.settings import IngestSettings
 
 DUPLICATES = ("duplicate", "near_duplicate", "repeated_prompt", "near_repeated_prompt")
-NO_LOSS = ("hidden", "linked_folder", "metadata", "not_text", "over_its_share")
+NO_LOSS = ("forgotten", "hidden", "linked_folder", "metadata", "not_text", "over_its_share")
 """Reasons for what is left out on purpose; it does not count as a loss."""
 EXAMPLES = 4
 HINTS = {
     "no_text_layer": "add one with ocrmypdf, from pip install 'nudge-lm[ocr]'",
+    "no_column": "name the column with the text in ingest.text_column",
     "overlaps_evaluation": "it shares 13 words with a guard, a probe or ingest.keep_out",
 }
 """What to do about a reason, where a sentence says it."""
@@ -79,12 +80,17 @@ def check_loss(counts: dict[str, Any], most: float) -> None:
     )
 
 
-def check_held_out(held_out: int, settings: IngestSettings) -> None:
-    """Raise `UserError` if too few documents are held out for a verdict, unless that is allowed."""
+def check_held_out(result: dict[str, Any], settings: IngestSettings) -> None:
+    """Raise `UserError` if too few documents are held out for a verdict, unless that is allowed.
+
+    ``result`` is that of `ingest`.
+    """
+    held_out = result["validation_documents"]
     if held_out >= MIN_DOCUMENTS or settings.allow_no_verdict:
         return
     need = corpus_size(settings.validation_share)
     raise UserError(
+        f"{result['account']}\n"
         f"{held_out} documents are held out, and with fewer than {MIN_DOCUMENTS} nothing can be "
         f"shown to be better, so that nothing would be promoted: bring about {need} documents, "
         f"raise ingest.validation_share (now {settings.validation_share:g}), set "

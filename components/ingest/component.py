@@ -45,7 +45,7 @@ def ingest(
         overrides = {"data_uri": data_uri, "model_name": model_name}
         settings = ingest_settings(recipe, **overrides)
         result = ingest(settings, corpus=Path(corpus.path), report=Path(report.path))
-        check_held_out(result["validation_documents"], settings)
+        check_held_out(result, settings)
         dropped = result.pop("dropped")
         corpus.metadata.update(result)
         for name in ("read", "documents", "validation_documents"):

@@ -69,6 +69,7 @@ def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, A
     from nudge.components.ingest.duplicates import Documents
     from nudge.components.ingest.filters import make_filters
     from nudge.components.ingest.finding import sources_of
+    from nudge.components.ingest.forgetting import forget
     from nudge.components.ingest.mix import apply_mix
     from nudge.components.ingest.new_text import is_new
     from nudge.components.ingest.overlap import overlap_of, texts_to_keep_out
@@ -93,6 +94,8 @@ def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, A
             read = _read_all(sources, old, settings, documents, keep_out, bar)
             bar.note(stage="looking for duplicates")
             documents.find_duplicates(settings.near_duplicates)
+            if settings.forget:
+                forget(documents, settings.forget, [source.uri for source in sources])
             judge(documents, settings.repeated_prompts)
             apply_mix(documents, sources, settings)
             facts = [copy.deepcopy(read[number]) for number in range(len(sources))]

@@ -48,7 +48,9 @@ class Overlap:
                 continue
             of_text = gram_hashes(words, width)
             possible = of_text[self._tables[width][of_text >> np.uint64(64 - SLOTS)]]
-            if len(possible) and bool(np.isin(possible, hashes).any()):
+            # np.isin would sort all hashes each time, 30 ms for those of 2,000 texts.
+            at = np.minimum(np.searchsorted(hashes, possible), len(hashes) - 1)
+            if bool((hashes[at] == possible).any()):
                 return True
         return False
 

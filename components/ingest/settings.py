@@ -92,6 +92,10 @@ class IngestSettings:
     pii: Literal["replace", "drop"] | None = None
     """Whether the filter ``pii`` masks personal data (the default) or drops documents that contain
     any."""
+    forget: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Documents to keep out of this run and of every later one, with all near duplicates of them:
+    ``sha256:`` and the digits that `nudge trace` prints, ``id:`` and a document's id, or the end of
+    the path of a file, of which every document is kept out."""
     near_duplicates: bool = True
     """Whether to drop near duplicates as well as exact ones."""
     keep_out: tuple[str, ...] = ()

@@ -11,7 +11,6 @@ does not list are removed.
 import contextlib
 import hashlib
 import json
-import posixpath
 import uuid
 from collections.abc import Iterator
 from importlib import metadata
@@ -19,16 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from nudge.components.common import chat, readers
+from nudge.components.common.clients.store import open_store
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import read_manifest, sha256_file, write_manifest
-from nudge.components.common.core.uris import is_local, local_path
+from nudge.components.common.core.store import MANIFEST, Missing
 from nudge.components.ingest.duplicates import Documents
 from nudge.components.ingest.settings import IngestSettings
 from nudge.components.ingest.sources import Source
-from nudge.components.ingest.stores import Vanished, file_system_of, with_retries
 
 FORMAT, VERSION = "nudge.ingest-state", 1
-MANIFEST = "manifest.json"
 FILES = 16
 """If there are more, all are rewritten as one."""
 CLEANING = (
@@ -78,12 +76,10 @@ class IngestState:
     def __init__(
         self, uri: str, settings: IngestSettings, folder: Path, keep_out: str = ""
     ) -> None:
-        self._uri, self._folder = uri, folder
-        resolved = str(local_path(uri).resolve()) if is_local(uri) else uri
-        self._file_system, self._root = file_system_of(resolved, "ingest.state_uri")
+        self._uri, self._folder, self._store = uri, folder, open_store(uri)
         self._cleaning = _cleaning(settings, keep_out)
         self._before: dict[str, Any] = {"objects": {}, "files": {}}
-        with contextlib.suppress(Vanished):
+        with contextlib.suppress(Missing):
             manifest = read_manifest(self._fetch(MANIFEST), FORMAT, VERSION)
             if manifest["cleaning"] == self._cleaning:
                 self._before = manifest
@@ -101,8 +97,8 @@ class IngestState:
             try:
                 path = self._fetch(name)
                 if sha256_file(path) != self._before["files"][name]["sha256"]:
-                    raise Vanished
-            except Vanished:
+                    raise Missing(f"{self._uri}/{name} is damaged")
+            except Missing:
                 facts = {n: fact for n, fact in facts.items() if n not in numbers.values()}
                 continue
             documents.load(path, numbers)
@@ -143,38 +139,31 @@ class IngestState:
         body = {"cleaning": self._cleaning, "objects": objects, "files": files}
         self._publish(body)
         with self._reported("tidied up"):
-            for path in with_retries(
-                lambda: self._file_system.ls(self._root, detail=False), self._uri
-            ):
-                name = posixpath.basename(path)
-                if name.startswith("documents-") and name not in files:
-                    self._file_system.rm_file(path)
+            self._store.delete(
+                name
+                for name in self._store.children()
+                if name.startswith("documents-") and name not in files
+            )
 
     def _publish(self, body: dict[str, Any]) -> None:
-        if is_local(self._uri):
-            write_manifest(Path(self._root) / MANIFEST, FORMAT, VERSION, body)
-        else:
-            write_manifest(self._folder / MANIFEST, FORMAT, VERSION, body)
-            self._put(self._folder / MANIFEST)
+        path = self._folder / MANIFEST
+        write_manifest(path, FORMAT, VERSION, body)
+        self._put(path)
 
     def _fetch(self, name: str) -> Path:
-        path = self._folder / name
-        with_retries(
-            lambda: self._file_system.get_file(f"{self._root}/{name}", str(path)), self._uri
-        )
+        path = self._folder / Path(name).name
+        self._store.get(name, path)
         return path
 
     def _put(self, path: Path) -> None:
-        self._file_system.makedirs(self._root, exist_ok=True)
         with self._reported("written"):
-            target = f"{self._root}/{path.name}"
-            with_retries(lambda: self._file_system.put_file(str(path), target), self._uri)
+            self._store.put(path, path.name)
 
     @contextlib.contextmanager
     def _reported(self, action: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, Vanished) as error:
+        except OSError as error:
             raise UserError(f"ingest.state_uri {self._uri} cannot be {action}: {error}") from None
 
 

@@ -10,21 +10,14 @@ import botocore.exceptions
 import fsspec
 import tenacity
 
-from nudge.components.common.clients.storage import HINTS, connection
+from nudge.components.common.clients import storage
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.retries import BACKOFF
 from nudge.components.ingest.downloads import Client, WebLimits
 
 WEB = ("http://", "https://")
 ATTEMPTS = 10
-STORE_ATTEMPTS = 8
-"""How often botocore tries a request before that counts as one of `ATTEMPTS`."""
-TRANSIENT = (
-    OSError,
-    asyncio.TimeoutError,
-    aiohttp.ClientError,
-    botocore.exceptions.BotoCoreError,
-    botocore.exceptions.HTTPClientError,
-)
+TRANSIENT = (OSError, asyncio.TimeoutError, aiohttp.ClientError, *storage.S3_ERRORS)
 
 NO_CREDENTIALS = (
     botocore.exceptions.NoCredentialsError,
@@ -32,10 +25,7 @@ NO_CREDENTIALS = (
 )
 LASTING = (
     PermissionError,
-    *NO_CREDENTIALS,
-    # botocore has already tried `STORE_ATTEMPTS` times.
-    botocore.exceptions.EndpointConnectionError,
-    botocore.exceptions.SSLError,
+    botocore.exceptions.EndpointConnectionError,  # botocore has tried `storage.ATTEMPTS` times
     aiohttp.ClientSSLError,
     aiohttp.InvalidURL,  # also a redirect to another scheme than http and https
 )
@@ -61,12 +51,16 @@ def with_retries(work: Any, uri: str) -> Any:
                 return False
         elif isinstance(error, FileNotFoundError):
             return False
+        # s3fs raises an OSError, with the store's answer as its cause.
+        answer = error.__cause__ if isinstance(error, OSError) else error
+        if isinstance(answer, storage.S3_ERRORS) and not storage.is_transient(answer):
+            return False
         return isinstance(error, TRANSIENT) and not isinstance(error, LASTING)
 
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(temporary),
         stop=tenacity.stop_after_attempt(ATTEMPTS),
-        wait=tenacity.wait_exponential_jitter(0.1, 20),
+        wait=BACKOFF,
         reraise=True,
     )
     try:
@@ -84,7 +78,6 @@ def with_retries(work: Any, uri: str) -> Any:
 
 def why(error: BaseException) -> str:
     """The cause of a store's error, and what to do about it."""
-    endpoint = os.environ.get("AWS_S3_ENDPOINT", "")
     credentials = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     if isinstance(error, NO_CREDENTIALS):
         missing = [name for name in credentials if not os.environ.get(name)]
@@ -92,23 +85,18 @@ def why(error: BaseException) -> str:
             f"{' and '.join(missing)} not set; attach a data connection, or run "
             "`nudge services up` on a laptop"
         )
-    if isinstance(error, botocore.exceptions.EndpointConnectionError):
-        return f"the object store {endpoint} does not answer; check AWS_S3_ENDPOINT"
-    if isinstance(error, botocore.exceptions.SSLError):
-        return f"the certificate of {endpoint} is not trusted; set AWS_CA_BUNDLE to its CA's file"
     if isinstance(error, aiohttp.ClientSSLError):
         return "its certificate is not trusted; set SSL_CERT_FILE to its CA's file"
     # s3fs keeps the store's message, but the error code only in the cause.
-    cause: Any = error.__cause__ or error
-    if isinstance(cause, botocore.exceptions.ClientError):
-        code = cause.response.get("Error", {}).get("Code", "")
-        return f"{code} from {endpoint or 'S3'}: {HINTS.get(code, error)}"
+    answer = error.__cause__ or error
+    if isinstance(answer, storage.S3_ERRORS):
+        return storage.why(answer)
     return str(error) or type(error).__name__
 
 
 def s3_options() -> dict[str, Any]:
     """fsspec's options for the data connection; without keys botocore searches for its own."""
-    store = connection()
+    store = storage.connection()
     return {
         "key": store.key or None,
         "secret": store.secret or None,
@@ -117,10 +105,7 @@ def s3_options() -> dict[str, Any]:
         # A cached instance would keep an old connection and its credentials.
         "skip_instance_cache": True,
         "client_kwargs": store.client_options(),
-        "config_kwargs": {
-            **store.config_options(),
-            "retries": {"total_max_attempts": STORE_ATTEMPTS, "mode": "standard"},
-        },
+        "config_kwargs": store.config_options(),
     }
 
 

@@ -10,24 +10,19 @@ file's sha256, and another file is refused.
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import shlex
 from typing import Any
 
 from nudge.components.common.clients.registry.connection import registry_url
-from nudge.components.common.clients.storage import (
-    bucket_name,
-    list_keys,
-    s3_client,
-    s3_errors,
-    split_s3_uri,
-)
+from nudge.components.common.clients.storage import bucket_name, split_s3_uri
+from nudge.components.common.clients.store import open_store
 from nudge.components.common.core.environment import EMBEDDED as EMBEDDED_PARTS
 from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError
-from nudge.components.register.register import Registration, enter
+from nudge.components.common.core.store import MANIFEST
+from nudge.components.register.entry import Registration, enter
 
 FORMAT, VERSION = "nudge.registration", 1
 ENDING = ".registration.json"
@@ -51,8 +46,7 @@ def keep(entry: Registration, url: str) -> str:
         "registration": dataclasses.asdict(entry),
     }
     saved = json.dumps(body, indent=2, sort_keys=True).encode()
-    with s3_errors(f"keep the registration of {entry.uri}"):
-        s3_client().put_object(Bucket=bucket, Key=key, Body=saved)
+    open_store(f"s3://{bucket}").write(key, saved)
     store = os.environ.get("AWS_S3_ENDPOINT") or AWS
     store = EMBEDDED if _is_embedded("object-store") else store
     command = ["nudge", "register", entry.uri, "--registry-url", registry, "--store", store]
@@ -73,18 +67,13 @@ def finish(uri: str, sha256: str, *, any_registry: bool = False) -> dict[str, An
     if not _complete(uri):
         raise UserError(f"{uri} is not a complete version; `nudge models` lists the versions")
     bucket, key = _location(uri)
-    client = s3_client()
-    with s3_errors(f"read the registration of {uri}"):
-        saved = io.BytesIO()
-        listed = client.list_objects_v2(Bucket=bucket, Prefix=key).get("Contents", [])
-        if not any(each["Key"] == key for each in listed):
-            raise UserError(
-                f"no registration is pending for {uri}; `nudge models` shows whether it is "
-                "registered"
-            )
-        client.download_fileobj(bucket, key, saved)
-    _check_unchanged(uri, saved.getvalue(), sha256)
-    values = json.loads(saved.getvalue())
+    saved = open_store(f"s3://{bucket}").read(key)
+    if saved is None:
+        raise UserError(
+            f"no registration is pending for {uri}; `nudge models` shows whether it is registered"
+        )
+    _check_unchanged(uri, saved, sha256)
+    values = json.loads(saved)
     if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
         raise UserError(f"{uri}{ENDING} is not in the format {FORMAT}, version {VERSION}")
     url = registry_url()
@@ -123,8 +112,7 @@ def _check_unchanged(uri: str, saved: bytes, sha256: str) -> None:
 def forget(uri: str) -> None:
     """Delete the pending registration of a registered version, if there is one."""
     bucket, key = _location(uri)
-    with s3_errors(f"forget the registration of {uri}"):
-        s3_client().delete_object(Bucket=bucket, Key=key)
+    open_store(f"s3://{bucket}").delete([key])
 
 
 def _is_embedded(part: str) -> bool:
@@ -148,6 +136,4 @@ def _complete(uri: str) -> bool:
         from nudge.components.common.clients.modelcar import exists
 
         return exists(uri)
-    bucket, key = split_s3_uri(uri)
-    with s3_errors(f"look for {uri}"):
-        return f"{key}/manifest.json" in list_keys(s3_client(), bucket, key)
+    return open_store(uri).read(MANIFEST) is not None

@@ -25,9 +25,9 @@ def summary(
     from pathlib import Path
 
     from nudge.components.common.core.provenance import this_run
-    from nudge.components.common.core.recipe import some_settings
+    from nudge.components.common.core.recipe import some_settings, step_settings
     from nudge.components.common.core.step import exit_with_user_errors
-    from nudge.components.summary.settings import SummarySettings
+    from nudge.components.summary.settings import NotifySettings, SummarySettings
     from nudge.components.summary.summary import summary
 
     with exit_with_user_errors():
@@ -42,4 +42,5 @@ def summary(
             task=status.pipeline_task_name or "",
             error=status.error_message or "",
             page=Path(page.path),
+            notifications=step_settings(NotifySettings, "notify", recipe),
         )

@@ -1,7 +1,9 @@
 """The exit handler's page: a summary of the run, in Markdown."""
 
 import html
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,25 @@ from nudge.components.common.clients.registry.lookup import (
     find_model_version,
 )
 from nudge.components.common.clients.registry.releases import NOT_PROMOTED, find_served
+from nudge.components.common.core.environment import (
+    NODE_ANNOTATION,
+    PIPELINE_RUN_LABEL,
+    in_pipeline_step,
+)
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.progress import last_events
+from nudge.components.common.core.progress import RESULTS, last_events
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.sanitize import visible
 from nudge.components.common.core.step import step
+from nudge.components.summary.notify import Notice, notify, shortened
+from nudge.components.summary.settings import NotifySettings
+
+NOTHING_NEW = "there is no new text: the served version was trained on all of it"
+NO_NOTIFICATIONS = NotifySettings()
+PATIENCE_S = 10.0
+READ_LINES, LOG_LINES = 100, 15
+"""Of each step's log: how many of the last lines are searched for results, and how many are sent
+about a failed step."""
 
 
 def plain(value: Any) -> str:
@@ -72,15 +88,19 @@ def summary(
     task: str,
     error: str,
     page: Path,
+    notifications: NotifySettings = NO_NOTIFICATIONS,
 ) -> dict[str, Any]:
     """Write the page from the run's final state and the registry's record of its version.
 
     The exit handler cannot read the outputs of the steps, so it asks the registry. If the registry
     does not answer, the page says so: that does not mean that nothing was registered.
+    ``notifications`` says whom to tell how the run ended (see `nudge.components.summary.notify`).
     """
     from nudge.components.common.clients.registry.connection import registry_url, with_registry
 
     failed, why, verdict = _local_events()
+    if notifications.channels and in_pipeline_step():
+        failed, why, verdict = _cluster_events(run_id)
     task, error = failed or task, why or error
     found: dict[str, Any] | None = None
     missing = verdict or f"the registry has no version {version} of {model_name} by this run"
@@ -95,7 +115,98 @@ def summary(
     )
     write_atomic(page, text)
     promoted = bool(found and found["endpoint"])
-    return {"state": state, "registered": bool(found), "promoted": promoted}
+    results = {"state": state, "registered": bool(found), "promoted": promoted}
+    notice = _notice(Notice("", run_id, model_name, version, "", ""), task, error, missing, found)
+    if sent := notify(notifications, notice) if notice else {}:
+        for channel, outcome in sent.items():
+            print(f"notify: {channel}: {outcome}", flush=True)
+        results["notified"] = sent
+    return results
+
+
+def _notice(
+    blank: Notice, task: str, error: str, missing: str, found: dict[str, Any] | None
+) -> Notice | None:
+    """What to tell people about the run; None for a night without new text."""
+    name = f"{blank.model} {blank.version}"
+    if error or task:
+        title = f"{blank.model}: the run {blank.run_id} failed" + (f" in {task}" if task else "")
+        return replace(blank, event="failed", title=title, text=shortened(error))
+    if found is None:
+        if missing == NOTHING_NEW:
+            return None
+        title = f"{blank.model}: the run {blank.run_id} promoted nothing"
+        return replace(blank, event="refused", title=title, text=shortened(missing))
+    about = shortened(found["description"])
+    if found["endpoint"]:
+        return replace(
+            blank, event="promoted", title=f"{name} is served", text=about,
+            endpoint=found["endpoint"],
+        )  # fmt: skip
+    if found["awaiting"]:
+        about = f"{about}\n{shortened(found['not_promoted'])}"
+        return replace(
+            blank, event="awaiting approval", title=f"{name} awaits approval", text=about
+        )
+    return replace(
+        blank, event="refused", title=f"{name} is registered, not promoted",
+        text=shortened(found["not_promoted"] or about),
+    )  # fmt: skip
+
+
+def _cluster_events(run_id: str) -> tuple[str, str, str]:
+    """The same as `_local_events` on a cluster, from the logs of the run's pods.
+
+    A failed step's error is the end of its log. What cannot be read is left empty.
+    """
+    from nudge.components.common.clients.kube import POD, connect
+
+    results: dict[str, dict[str, Any]] = {}
+    failed = why = ""
+    try:
+        cluster = connect(patience_s=PATIENCE_S)
+        pods = cluster.list(POD, {PIPELINE_RUN_LABEL: run_id})
+        # The newest attempt of a step counts.
+        for pod in sorted(pods, key=lambda each: str(each["metadata"].get("creationTimestamp"))):
+            lines = _log_end(cluster, pod)
+            for line in lines:
+                step_name, separator, values = line.partition(RESULTS)
+                if separator:
+                    results[step_name.strip()] = _json(values)
+                    if failed == step_name.strip():
+                        failed = why = ""
+            if pod.get("status", {}).get("phase") == "Failed" and lines:
+                failed, why = _step_of(pod), "\n".join(lines[-LOG_LINES:])
+    except UserError as error:
+        print(f"the logs of the run's steps cannot be read: {error}", flush=True)
+    evaluated = results.get("evaluate", {})
+    verdict = "" if evaluated.get("promote", 1) else str(evaluated.get("reason", ""))
+    if results.get("ingest", {}).get("new") == 0:
+        verdict = NOTHING_NEW
+    return failed, why, verdict
+
+
+def _log_end(cluster: Any, pod: dict[str, Any]) -> list[str]:
+    try:
+        text = cluster.log(pod["metadata"]["name"], "main", tailLines=str(READ_LINES))
+    except UserError:  # it never started, or its node is gone
+        return []
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _step_of(pod: dict[str, Any]) -> str:
+    """The step of a pod: the engine names its node ``<workflow>.root....<step>.executor(0)``."""
+    node = pod["metadata"].get("annotations", {}).get(NODE_ANNOTATION, "")
+    parts = [re.sub(r"\(\d+\)$", "", part) for part in node.split(".")]
+    return next((part for part in reversed(parts) if part not in ("executor", "")), "")
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _local_events() -> tuple[str, str, str]:
@@ -107,7 +218,7 @@ def _local_events() -> tuple[str, str, str]:
     evaluated = events.get("evaluate", {}).get("results", {})
     verdict = "" if evaluated.get("promote", 1) else str(evaluated["reason"])
     if events.get("ingest", {}).get("results", {}).get("new") == 0:
-        verdict = "there is no new text: the served version was trained on all of it"
+        verdict = NOTHING_NEW
     for name, event in events.items():
         if event["event"] != "step_end":
             return name, str(event.get("error", "it was killed")), verdict

@@ -51,7 +51,7 @@ def main(
 def _local_tokens(uri: str, folder: Path) -> Path:
     if is_local(uri):
         return local_path(uri)
-    from nudge.components.common.clients.storage import download_folder
+    from nudge.components.common.clients.bucket import download_folder
 
     download_folder(uri, folder)
     return folder

@@ -1,6 +1,8 @@
 """Which weights are trained: all of them, or low-rank adapters beside frozen weights (LoRA)."""
 
+import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,16 +11,20 @@ from transformers.pytorch_utils import Conv1D
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.models.base_checks import check_lora_targets
+from nudge.components.train.quantized import quantize_layers
 from nudge.components.train.settings import TrainSettings
 
 PART_A, PART_B = "lora_A.default.weight", "lora_B.default.weight"
 
 
-def adapt(model: Any, settings: TrainSettings, *, sharded: bool = False) -> Any:
+def adapt(model: Any, settings: TrainSettings) -> Any:
     """Prepare ``model`` in place for the mode of the settings, and return it.
 
+    Its frozen weights get the dtype of the setting `base_dtype`; int8 and nf4 need a model on the
+    meta device.
+
     The initial adapters are a pure function of the seed. Raises `UserError` if the model or one of
-    its blocks lacks LoRA's target modules, or if `merged_state` cannot merge them.
+    its blocks lacks LoRA's target modules, or if `exported_weights` cannot merge them.
     """
     model.train()
     if settings.mode != "lora":
@@ -31,21 +37,51 @@ def adapt(model: Any, settings: TrainSettings, *, sharded: bool = False) -> Any:
         check_lora_targets(linear, settings.lora_targets)
     # Something may have drawn random numbers already, such as converting an uncached base model.
     torch.manual_seed(settings.seed)
+    meta = any(parameter.is_meta for parameter in model.parameters())
     try:
         with warnings.catch_warnings():
             # peft warns that it sets this for Conv1D by itself.
             warnings.filterwarnings("ignore", message="fan_in_fan_out")
-            inject_adapter_in_model(lora_config(settings), model)
+            inject_adapter_in_model(lora_config(settings), model, low_cpu_mem_usage=meta)
     except ValueError as error:
         raise UserError(f"train.lora_targets = {settings.lora_targets}: {error}") from None
     _check_targets(model, settings)
+    # With precision bfloat16, frozen weights are only ever read in bfloat16.
+    stored = settings.precision if settings.base_dtype == "auto" else settings.base_dtype
+    half = stored == "bfloat16" or (stored != "float32" and settings.precision == "bfloat16")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
-        # Frozen weights are only ever read in bfloat16, so cast them once instead of every step.
-        # FSDP casts by itself, and needs a single dtype per group.
-        if settings.precision == "bfloat16" and "lora_" not in name and not sharded:
+        if half and "lora_" not in name:
             parameter.data = parameter.data.to(torch.bfloat16)
+    if stored in ("int8", "nf4"):
+        quantize_layers(model, stored)
     return model
+
+
+def initial_adapters(
+    model: Any, settings: TrainSettings
+) -> Callable[[str, torch.Tensor], torch.Tensor | None]:
+    """A function that returns the initial value of an adapter's part on the meta device, by name.
+
+    It must be called in the order of the model's modules; the values are then those that peft draws
+    for a model that is not on the meta device: B is zero, and A the last of three draws.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+
+    def drawn(like: torch.Tensor) -> torch.Tensor:
+        empty = torch.empty(like.shape, dtype=torch.float32)
+        return nn.init.kaiming_uniform_(empty, a=math.sqrt(5), generator=generator)
+
+    def initial(name: str, meta: torch.Tensor) -> torch.Tensor | None:
+        if name.endswith(PART_B):
+            return torch.zeros(meta.shape)
+        if not name.endswith(PART_A):
+            return None
+        drawn(meta)
+        drawn(model.get_parameter(f"{name.removesuffix(PART_A)}{PART_B}"))
+        return drawn(meta)
+
+    return initial
 
 
 def _is_linear(module: Any) -> bool:
@@ -90,34 +126,3 @@ def lora_config(settings: TrainSettings) -> Any:
         target_modules=list(settings.lora_targets),
         task_type="CAUSAL_LM",
     )
-
-
-def merged_state(
-    state: dict[str, torch.Tensor], settings: TrainSettings, base: Any
-) -> dict[str, torch.Tensor]:
-    """The trained weights as a float32 state dict of the architecture of ``base``.
-
-    LoRA is merged as in Hu et al. (arXiv:2106.09685), W + (alpha / r) B A. The sum is taken in
-    float32 and with the base model's own float32 weights, because the frozen copies may have been
-    cast for speed. Conv1D, GPT-2's linear layer, stores its weight transposed.
-    """
-    if settings.mode != "lora":
-        return {name: tensor.float() for name, tensor in state.items()}
-    merged: dict[str, torch.Tensor] = base.state_dict()
-    scale = settings.lora_alpha / settings.lora_rank
-    for name, down in state.items():
-        if name.endswith(PART_A):
-            stem = name.removesuffix(f".{PART_A}")
-            delta = scale * (state[f"{stem}.{PART_B}"].float() @ down.float())
-            transposed = isinstance(base.get_submodule(stem), Conv1D)
-            merged[f"{stem}.weight"] += delta.T if transposed else delta
-    return merged
-
-
-def adapter_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The adapter alone, under the names that peft uses in its files."""
-    return {
-        f"base_model.model.{name.replace('.default.', '.')}": tensor.float().contiguous()
-        for name, tensor in state.items()
-        if name.endswith((PART_A, PART_B))
-    }

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from nudge.components.common.models.language_model import head_weight
+from nudge.components.train.quantized import QuantizedLinear
 
 BF16_PEAKS = {
     "NVIDIA B200": 2250e12,
@@ -49,6 +50,10 @@ def flops_per_token(model: Any, length: int) -> float:
     used = [p for p in model.parameters() if p is not lookup]
     trained = sum(p.numel() for p in used if p.requires_grad)
     frozen = sum(p.numel() for p in used if not p.requires_grad)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            stored = module.codes.numel() + module.scales.numel()
+            frozen += module.in_features * module.out_features - stored
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return 6 * trained + 4 * frozen + 12 * config.num_hidden_layers * heads * head_size * length

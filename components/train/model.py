@@ -1,15 +1,19 @@
 """The model that training starts from: a base model's weights, or fresh ones of a given size."""
 
+import copy
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from nudge.components.common.artifacts.tokens import Tokens
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.models.base_model import local_model, model_sha256
-from nudge.components.common.models.language_model import head_weight, hidden_states, load_model
+from nudge.components.common.models.language_model import head_weight, hidden_states
+from nudge.components.common.models.loading import Filler, empty_model
 from nudge.components.train.settings import TrainSettings
 
 HEAD_SIZE = 64
@@ -25,20 +29,47 @@ class Start:
     def __init__(self, settings: TrainSettings, tokenizer: Any, vocabulary: int) -> None:
         self.folder: Path | None = None
         self.sha256 = ""
+        self._filler: Filler | None = None
         if settings.mode == "scratch":
             self._config = fresh_config(settings, tokenizer, vocabulary)
         else:
             self.folder = local_model(settings.base_model)
             self.sha256 = model_sha256(self.folder)
 
-    def model(self, seed: int) -> Any:
-        """The model in float32: loaded, or initialized as a pure function of the seed."""
+    def empty(self, seed: int) -> Any:
+        """The model in float32 on the meta device, to be passed to `fill`; a fresh one has its
+        weights, initialized as a pure function of the seed.
+
+        Raises `UserError` if the base model's files are damaged or do not fit its config.
+        """
         if self.folder is not None:
-            return load_model(self.folder)
+            model, self._filler = empty_model(self.folder)
+            return model
         from transformers import AutoModelForCausalLM
 
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(self._config, dtype=torch.float32)
+
+    def fill(
+        self,
+        model: Any,
+        device: torch.device,
+        initial: Callable[[str, torch.Tensor], torch.Tensor | None],
+    ) -> None:
+        """Read this rank's part of the weights into an `empty` model, which may be sharded."""
+        if self._filler is not None:
+            self._filler.fill(model, device, initial)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of most weights in the base model's files."""
+        assert self._filler is not None
+        return self._filler.files.dtype
+
+    def base_tensor(self, name: str, shape: torch.Size, model: Any) -> torch.Tensor:
+        """A tensor of the base model in float32, by its name there."""
+        assert self._filler is not None
+        return self._filler.whole(name, shape, model)
 
 
 def check_tokenizer(manifest: Tokens, settings: TrainSettings) -> None:
@@ -75,21 +106,40 @@ def check_vocabulary(model: Any, vocabulary: int, settings: TrainSettings) -> No
 def check_length(model: Any, settings: TrainSettings) -> None:
     """Raise `UserError` if the model has too few positions for `sequence_length`.
 
-    The model must be on a CPU. Learned positions, as GPT-2's, are limited. Rotary positions are
-    not, so they may be trained beyond the length in the config.
+    Learned positions, as GPT-2's, are limited. Rotary positions are not, so they may be trained
+    beyond the length in the config. The check runs the model with one layer and without weights.
     """
     length = settings.sequence_length
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None or length <= positions:
         return
     last = torch.tensor([[length - 1]])
+    short = _one_layer(model)
     try:
-        hidden_states(model, torch.zeros_like(last), last)
+        hidden_states(short, torch.zeros_like(last), last)
     except (IndexError, RuntimeError):  # an embedding raises the first, a sine table the second
         raise UserError(
             f"train.sequence_length = {length}: {type(model).__name__} has {positions} positions; "
             f"lower it to {positions} or less"
         ) from None
+
+
+def _one_layer(model: Any) -> Any:
+    """A copy of the model on the CPU with one layer and arbitrary weights."""
+    kinds = set(model._no_split_modules or ())
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and {type(each).__name__ for each in module} & kinds
+    }
+    # Leave the other layers out of the copy, so that it takes little memory.
+    left_out = {id(each): each for module in layers.values() for each in list(module)[1:]}
+    short = copy.deepcopy(model, dict(left_out))
+    for name in layers:
+        module = short.get_submodule(name)
+        del module[1:]
+    meta = any(parameter.is_meta for parameter in short.parameters())
+    return short.to_empty(device="cpu") if meta else short
 
 
 def fresh_config(settings: TrainSettings, tokenizer: Any, vocabulary: int) -> Any:

@@ -1,6 +1,7 @@
 """The model as the loop sees it: a summed loss over rows, on one rank or many."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -26,10 +27,13 @@ class _NextToken(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, rows: Rows | tuple[list[int], list[int]]) -> torch.Tensor:
-        """The summed loss of rows in nats, or `probabilities_along` for (prompt, target) ids."""
+    def forward(self, rows: Rows | tuple[list[int], list[int]] | Callable[[Any], None]) -> Any:
+        """The summed loss of rows in nats, or `probabilities_along` for (prompt, target) ids, or
+        nothing after a check of the model."""
         if isinstance(rows, tuple):
             return probabilities_along(self.model, *rows)
+        if callable(rows):
+            return rows(self.model)
         hidden = hidden_states(self.model, rows.inputs, rows.positions)
         targets = rows.targets.flatten()
         return next_token_loss(self.model, hidden.flatten(0, 1), targets, "sum", rows.learned)
@@ -38,14 +42,22 @@ class _NextToken(nn.Module):
 class Network:
     """A causal language model, prepared for training on these ranks; ``model`` is trained in place.
 
-    With many ranks, the settings choose between sharded parameters (FSDP2: Zhao et al.,
-    arXiv:2304.11277, by `fully_shard`) and replicated ones (DDP).
+    The model may be on the meta device: ``fill`` then gives this rank its part of the weights, on a
+    device, once the model is sharded. With many ranks, the settings choose between sharded
+    parameters (FSDP2: Zhao et al., arXiv:2304.11277, by `fully_shard`) and replicated ones (DDP).
     """
 
-    def __init__(self, model: Any, settings: TrainSettings, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        settings: TrainSettings,
+        ranks: Ranks | None = None,
+        fill: Callable[[Any, torch.device], None] = lambda model, device: None,
+    ) -> None:
         self.model, self.settings, self.ranks = model, settings, ranks or Ranks()
         self.sharded = self.ranks.world > 1 and settings.parallelism == "fsdp"
-        model.to(self.ranks.device)
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            model.to(self.ranks.device)
         if settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         elif not settings.compile:  # the compiler decides itself what to keep
@@ -53,13 +65,14 @@ class Network:
         if settings.compile:
             for layer in self._layers():
                 layer.compile()
-        else:
-            speed_up_products(model)
         self._module: Any = _NextToken(model)
         self._ddp: Any = None
         if self.sharded:
             self._shard()
-        elif self.ranks.world > 1:
+        fill(model, self.ranks.device)
+        if not settings.compile:
+            speed_up_products(model)
+        if self.ranks.world > 1 and not self.sharded:
             devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
             self._ddp = nn.parallel.DistributedDataParallel(self._module, device_ids=devices)
 
@@ -77,6 +90,13 @@ class Network:
         with self.precision():
             loss: torch.Tensor = self._module(_on(rows, self.ranks.device))
         return loss
+
+    @torch.no_grad()
+    def check(self, check: Callable[[Any], None]) -> None:
+        """Call ``check`` with the model, whose weights are complete; every rank must call this."""
+        with self.precision():
+            self._module(check)
+        self._reshard_without_backward()
 
     @torch.no_grad()
     def probabilities(self, prompt: list[int], target: list[int]) -> torch.Tensor:
@@ -105,17 +125,6 @@ class Network:
         if self.settings.precision == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.ranks.device.type, torch.bfloat16)
-
-    def full_state(self) -> dict[str, torch.Tensor]:
-        """The model's full state dict on the CPU of the main rank; every rank must call this."""
-        if not self.sharded:
-            state = self.model.state_dict() if self.ranks.main else {}
-            return {name: tensor.cpu() for name, tensor in state.items()}
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        gathered: dict[str, Any] = get_model_state_dict(self.model, options=options)
-        return gathered
 
     def _layers(self) -> list[nn.Module]:
         kinds = set(self.model._no_split_modules or ())

@@ -5,6 +5,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nudge.components.common.artifacts.model import ModelFacts, write_model_facts
 from nudge.components.common.artifacts.schema import parse_artifact
 from nudge.components.common.artifacts.tokens import read_tokens_manifest, verified_tokenizer
@@ -14,12 +16,13 @@ from nudge.components.common.models import language_model
 from nudge.components.common.models.base_model import model_sha256
 from nudge.components.common.models.end_of_document import document_start_id
 from nudge.components.train import network as networks
-from nudge.components.train.adapt import adapt
+from nudge.components.train.adapt import adapt, initial_adapters
 from nudge.components.train.checkpoints.open_checkpoints import open_checkpoints
 from nudge.components.train.checkpoints.training_state import TrainingState, identity
 from nudge.components.train.data import PackedSplit
 from nudge.components.train.loop import make_optimizer, planned_steps, train_loop
 from nudge.components.train.model import Start, check_length, check_tokenizer, check_vocabulary
+from nudge.components.train.quantization_cost import quantization_cost
 from nudge.components.train.ranks import Ranks
 from nudge.components.train.record import NoBar, NoTrainingLog, open_record
 from nudge.components.train.report import render_report
@@ -61,6 +64,9 @@ def train_one_rank(
         if ranks.main:
             plain = dataclasses.asdict(settings)
             record = stack.enter_context(open_record(history_part, model.name, plain, steps))
+        if settings.base_dtype in ("int8", "nf4"):
+            bar.note(stage="measuring what the quantized base costs")
+        facts["training"] |= quantization_cost(network, start, validation, tokenizer, settings)
         run = identity(settings, training, manifest.tokenizer_sha256, start.sha256, steps)
         checkpoints = outer.enter_context(
             open_checkpoints(settings, run, ranks, lambda stage: bar.note(stage=stage))
@@ -76,10 +82,9 @@ def train_one_rank(
             if state.step > settings.validation_every:  # a single validation selects nothing
                 facts["selected_on"] = validation.documents_of(settings.validation_sequences)
         bar.note(stage="writing the model")
-        weights = network.full_state()
         facts["training"] |= _training_facts(state, settings, ranks)
+        write_model(model_part, start, network, settings, tokenizer, facts)
         if ranks.main:
-            write_model(model_part, start, weights, settings, tokenizer, facts)
             facts["weights_sha256"] = model_sha256(model_part)
             write_model_facts(model_part, parse_artifact(facts, ModelFacts, "the model's facts"))
             write_atomic(report, render_report(facts, record.lines))
@@ -89,14 +94,19 @@ def _load_network(
     start: Start, settings: TrainSettings, ranks: Ranks, vocabulary: int, tokenizer: Any
 ) -> networks.Network:
     """The initial model on these ranks, checked against the tokens and the settings."""
-    base = start.model(settings.seed)
+    base = start.empty(settings.seed)
     check_vocabulary(base, vocabulary, settings)
-    if start.folder is not None:
-        language_model.check_generates(base, tokenizer, settings.base_model)
-    language_model.check_loss(base)
     check_length(base, settings)
-    adapted = adapt(base, settings, sharded=ranks.world > 1)
-    network = networks.Network(adapted, settings, ranks)
+    adapted = adapt(base, settings)
+
+    def fill(model: Any, device: torch.device) -> None:
+        start.fill(model, device, initial_adapters(model, settings))
+
+    network = networks.Network(adapted, settings, ranks, fill)
+    if start.folder is not None:
+        uri = settings.base_model
+        network.check(lambda model: language_model.check_generates(model, tokenizer, uri))
+    network.check(language_model.check_loss)
     networks.check_document_masking(network, vocabulary)
     return network
 

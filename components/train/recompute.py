@@ -4,6 +4,7 @@ The recomputation needs no matrix product: torch's checkpoints stop early, as so
 recomputed every tensor that the layer would have kept.
 """
 
+import copy
 import types
 from collections.abc import Callable
 from typing import Any
@@ -30,10 +31,29 @@ def _is_gated_mlp(module: Any) -> bool:
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if any(type(part) is not nn.Linear for part in parts) or not hasattr(module, "act_fn"):
         return False
-    weight = module.gate_proj.weight
-    probe = torch.linspace(-2, 2, 3 * weight.shape[1], dtype=weight.dtype, device=weight.device)
-    with torch.no_grad():
-        return torch.equal(module(probe.view(3, -1)), _gated_mlp(module, probe.view(3, -1)))
+    return _computes_gated_mlp(module)
+
+
+def _computes_gated_mlp(module: Any) -> bool:
+    """Whether its ``forward`` is that of a gated MLP, tried on a small copy: the weights may still
+    be on the meta device or sharded."""
+    small = copy.copy(module)
+    small._modules = dict(module._modules)
+    generator = torch.Generator().manual_seed(0)
+    for name, (inner, outer) in {
+        "gate_proj": (4, 6), "up_proj": (4, 6), "down_proj": (6, 4),
+    }.items():  # fmt: skip
+        linear = nn.Linear(inner, outer, bias=getattr(module, name).bias is not None, device="meta")
+        linear.to_empty(device="cpu")
+        for parameter in linear.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 8)
+        small._modules[name] = linear
+    probe = torch.linspace(-2, 2, 12).view(3, 4)
+    try:
+        with torch.no_grad():
+            return torch.equal(small(probe), _gated_mlp(small, probe))
+    except RuntimeError:  # it reshapes to its own sizes
+        return False
 
 
 def _gated_mlp(self: Any, x: torch.Tensor) -> Any:

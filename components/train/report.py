@@ -110,12 +110,24 @@ def render_report(facts: dict[str, Any], lines: dict[str, list[str]]) -> str:
             "share of the hardware's peak (MFU)": _share(last["mfu"]),
             "share of time waiting for data": _share(last["data_wait_share"]),
             "peak memory": f"{last['memory_bytes'] / 2**20:,.0f} MiB",
+            **_quantization(training, facts["settings"]),
             "data": facts["data_fingerprint"],
             "tokenizer": facts["tokenizer_sha256"],
             "code": facts["code_version"],
         },
         settings=facts["settings"],
     )
+
+
+def _quantization(training: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
+    """What quantizing the base model cost, if it was quantized."""
+    before, after = (training.get(f"{name}_bits_per_byte") for name in ("base", "quantized"))
+    if before is None or after is None:
+        return {}
+    return {
+        f"cost of the {settings['base_dtype']} base before training": f"{after - before:+.4f} bits "
+        f"per byte of held-out text ({before:.4f} with its own weights, {after:.4f} quantized)"
+    }
 
 
 def _points(values: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:

@@ -13,12 +13,14 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.provenance import code_version
 from nudge.components.common.models.end_of_document import end_of_document_id
 from nudge.components.common.models.registered import split_pin
-from nudge.components.train.adapt import adapter_state, lora_config, merged_state
+from nudge.components.train.adapt import lora_config
 from nudge.components.train.card import model_card
 from nudge.components.train.chat_model import check_folder, end_turns
 from nudge.components.train.export import finish_export
+from nudge.components.train.exported_weights import adapter_tensors, write_config, write_weights
 from nudge.components.train.model import Start
 from nudge.components.train.network import Network
+from nudge.components.train.quantized import parameter_count
 from nudge.components.train.settings import TrainSettings
 
 
@@ -26,8 +28,7 @@ def facts_of(
     settings: TrainSettings, manifest: Tokens, start: Start, network: Network
 ) -> dict[str, Any]:
     """The facts known before training: origins, settings and sizes. ``manifest`` is the tokens'."""
-    named = dict(network.model.named_parameters())
-    trained = [p for p in named.values() if p.requires_grad]
+    trained = [p for p in network.model.parameters() if p.requires_grad]
     return {
         "base_model": {"uri": split_pin(settings.base_model)[0], "sha256": start.sha256},
         "data_fingerprint": manifest.corpus_fingerprint,
@@ -38,7 +39,7 @@ def facts_of(
         "code_version": code_version(),
         "training": {
             "mode": settings.mode,
-            "parameters": sum(p.numel() for name, p in named.items() if "lora_" not in name),
+            "parameters": parameter_count(network.model),
             "trainable_parameters": sum(p.numel() for p in trained),
             "decayed_parameters": sum(p.numel() for p in trained if p.dim() >= 2),
             "device": _device(network.ranks.device),
@@ -49,22 +50,23 @@ def facts_of(
 def write_model(
     folder: Path,
     start: Start,
-    state: dict[str, torch.Tensor],
+    network: Network,
     settings: TrainSettings,
     tokenizer: Any,
     facts: dict[str, Any],
 ) -> None:
     """Save the trained model in ``folder``, where transformers and vLLM can load it.
 
-    ``state`` is the network's full state dict. LoRA also saves the adapter, in ``adapter/``.
+    LoRA also saves the adapter, in ``adapter/``. Every rank must call this; the main rank writes.
     """
-    model = start.model(settings.seed)
-    weights = merged_state(state, settings, model)
-    model.load_state_dict(weights)
     chat = parse_chat(facts)
+    dtype = write_weights(folder, network, start, settings)
+    adapter_state = adapter_tensors(network) if settings.mode == "lora" else {}
+    if not network.ranks.main:
+        return
     if chat is not None:
-        end_turns(model, chat)
-    model.to(getattr(torch, settings.export_dtype)).save_pretrained(folder)
+        end_turns(network.model, chat)
+    write_config(folder, network.model, dtype)
     tokenizer.save_pretrained(folder)
     if settings.mode == "lora":
         from safetensors.torch import save_file
@@ -73,7 +75,7 @@ def write_model(
         config = lora_config(settings)
         config.base_model_name_or_path = split_pin(settings.base_model)[0]
         config.save_pretrained(adapter)
-        save_file(adapter_state(state), adapter / "adapter_model.safetensors", {"format": "pt"})
+        save_file(adapter_state, adapter / "adapter_model.safetensors", {"format": "pt"})
     (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
     finish_export(folder, _end_of_document(tokenizer))
     if chat is not None:

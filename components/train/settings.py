@@ -138,6 +138,10 @@ class TrainSettings:
         ]
     )
     """The names of the linear layers that get an adapter."""
+    base_dtype: Literal["auto", "float32", "bfloat16", "int8", "nf4"] = "auto"
+    """For `lora`: how the frozen weights are stored. `auto` is the dtype of `precision`. `int8` and
+    `nf4` quantize the linear layers to 8 or 4 bits (QLoRA) and keep the rest in the dtype of
+    `precision`; the report says what that costs."""
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
     """The dtype of matrix products; weights and optimizer state stay float32. `auto` selects
     bfloat16 if the hardware has instructions for it, else float32."""
@@ -155,8 +159,9 @@ class TrainSettings:
     `rayjob` (KubeRay) train on many nodes."""
     cluster: LaunchSettings = field(default_factory=LaunchSettings)
     """The job that the launchers `trainjob` and `rayjob` create."""
-    export_dtype: Literal["float32", "bfloat16"] = "float32"
-    """The dtype of the weights that are written."""
+    export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The dtype of the weights that are written. `auto`: the base model's own, bfloat16 for a GGUF
+    base, and float32 for fresh weights."""
     watch: WatchedPrompt | None = None
     """The running example: its ten most likely next tokens are logged every `watch_every` steps."""
     watch_every: Annotated[int, Field(ge=1)] = 5
@@ -194,6 +199,11 @@ class TrainSettings:
             )
         if self.mode == "scratch" and bool(self.model_size) == bool(self.model_config):
             raise ValueError("mode scratch needs either model_size (such as 10M) or model_config")
+        if self.base_dtype != "auto" and self.mode != "lora":
+            raise ValueError(
+                f"base_dtype {self.base_dtype} needs mode lora; mode {self.mode} trains all "
+                "weights, in float32"
+            )
         if (self.early_stopping or self.keep == "best") and not self.validation_every:
             raise ValueError("early_stopping and keep: best need validation_every greater than 0")
 

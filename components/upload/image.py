@@ -17,6 +17,7 @@ from threading import Lock
 from typing import Any
 
 from nudge.components.common.clients import image_registry, modelcar
+from nudge.components.common.clients.image_reference import Reference
 from nudge.components.common.core.errors import UserError
 from nudge.components.upload.sending import Taken
 
@@ -200,7 +201,7 @@ def send(
             target.put_blob(digest, len(body), lambda body=body: iter([body]))  # type: ignore[misc]
 
 
-def publish(image: Image, target: image_registry.Repository) -> image_registry.Reference:
+def publish(image: Image, target: image_registry.Repository) -> Reference:
     """Make the image visible under the tag; returns its reference by digest.
 
     Raises `Taken` if the tag belongs to another image. A registry has no conditional write: of two

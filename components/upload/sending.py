@@ -19,6 +19,7 @@ from typing import Any
 
 import botocore.exceptions
 
+from nudge.components.common.clients.bucket import BucketStore
 from nudge.components.common.core.errors import UserError
 
 PART_BYTES = 16 << 20
@@ -52,32 +53,31 @@ class Unfinished:
 
 
 class Sender:
-    """Sends files to one bucket; calls ``advance`` with the bytes of each part."""
+    """Sends files to a bucket's store; calls ``advance`` with the bytes of each part."""
 
-    def __init__(self, client: Any, bucket: str, advance: Callable[[float], None]) -> None:
-        self._client, self._bucket, self._advance = client, bucket, advance
+    def __init__(self, store: BucketStore, advance: Callable[[float], None]) -> None:
+        self._store, self._client, self._advance = store, store.client, advance
         self._free, self._counting = BoundedSemaphore(CONCURRENCY), Lock()
         self._pool = ThreadPoolExecutor(CONCURRENCY, thread_name_prefix="upload")
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def send(self, path: Path, key: str, begun: list[str]) -> Sent:
-        """Create the object ``key`` from a file; resume one of the uploads ``begun`` if it matches.
+    def send(self, path: Path, name: str, begun: list[str]) -> Sent:
+        """Create ``name`` from a file; resume one of the uploads ``begun`` if it matches.
 
-        Raises `Taken` if the key exists with other content, and `UserError` if the file changed.
+        Raises `Taken` if the file exists with other content, and `UserError` if the file changed.
         """
         size = path.stat().st_size
         part_bytes = part_size(size)
         try:
             if size <= part_bytes:
-                return self._send_single(path, key)
+                return self._send_single(path, name)
             with unchanged(path):
-                unfinished = self._adopt(path, key, begun, part_bytes) or self._begin(key)
-                sent, parts = self._send_parts(path, key, unfinished, part_bytes)
+                unfinished = self._adopt(path, name, begun, part_bytes) or self._begin(name)
+                sent, parts = self._send_parts(path, name, unfinished, part_bytes)
             self._client.complete_multipart_upload(
-                Bucket=self._bucket,
-                Key=key,
+                **self._object(name),
                 UploadId=unfinished.id,
                 MultipartUpload={"Parts": parts},
                 IfNoneMatch="*",
@@ -85,65 +85,66 @@ class Sender:
         except botocore.exceptions.ClientError as error:
             if error.response["Error"]["Code"] not in LOST:
                 raise
-            return self.found(path, key)
+            return self.found(path, name)
         return sent
 
-    def found(self, path: Path, key: str) -> Sent:
-        """Compare the file with the existing object ``key``; raises `Taken` if they differ."""
+    def found(self, path: Path, name: str) -> Sent:
+        """Compare the file with the existing object ``name``; raises `Taken` if they differ."""
         try:
-            head = self._client.head_object(Bucket=self._bucket, Key=key)
+            head = self._client.head_object(**self._object(name))
         except botocore.exceptions.ClientError as error:
             if error.response["Error"]["Code"] != "404":
                 raise
             raise UserError(
-                f"another program finished the upload of {key}; run the upload again"
+                f"another program finished the upload of {name}; run the upload again"
             ) from None
         size = path.stat().st_size
         if head["ContentLength"] != size:
-            raise Taken(key)
+            raise Taken(name)
         sent, etag = _local(path, part_size(size))
         # ETags of a store that encrypts are not MD5 of the content, so compare the content.
-        if head["ETag"].strip('"') != etag and self.read_back(key) != sent.sha256:
-            raise Taken(key)
+        if head["ETag"].strip('"') != etag and self.read_back(name) != sent.sha256:
+            raise Taken(name)
         return sent
 
-    def read_back(self, key: str) -> str:
-        """The sha256 of the bytes that the store returns for a key."""
+    def read_back(self, name: str) -> str:
+        """The sha256 of the bytes that the store returns for a file."""
         digest = _Digest()
-        self._client.download_fileobj(self._bucket, key, digest)
+        self._client.download_fileobj(**self._object(name), Fileobj=digest)
         return digest.sha256.hexdigest()
 
-    def begun(self, prefix: str) -> dict[str, list[str]]:
-        """The ids of unfinished uploads below a prefix, by key, newest first."""
+    def begun(self) -> dict[str, list[str]]:
+        """The ids of unfinished uploads to the store, by file name, newest first."""
         pages = self._client.get_paginator("list_multipart_uploads")
         uploads: list[dict[str, Any]] = []
         # Without permission to list them, everything is sent again.
         with _allowed():
-            for page in pages.paginate(Bucket=self._bucket, Prefix=prefix + "/"):
+            for page in pages.paginate(Bucket=self._store.bucket, Prefix=self._store.start):
                 uploads += page.get("Uploads", [])
         ids: dict[str, list[str]] = {}
         for upload in sorted(uploads, key=lambda each: each["Initiated"], reverse=True):
-            ids.setdefault(upload["Key"], []).append(upload["UploadId"])
+            name = upload["Key"].removeprefix(self._store.start)
+            ids.setdefault(name, []).append(upload["UploadId"])
         return ids
 
-    def forget(self, prefix: str) -> None:
-        """Abort unfinished uploads below the prefix of a complete version."""
-        for key, ids in self.begun(prefix).items():
+    def forget(self) -> None:
+        """Abort unfinished uploads to a complete version."""
+        for name, ids in self.begun().items():
             for upload in ids:
                 with _allowed("NoSuchUpload"):
-                    self._client.abort_multipart_upload(
-                        Bucket=self._bucket, Key=key, UploadId=upload
-                    )
+                    self._client.abort_multipart_upload(**self._object(name), UploadId=upload)
+
+    def _object(self, name: str) -> dict[str, str]:
+        return {"Bucket": self._store.bucket, "Key": self._store.start + name}
 
     def _count(self, size: int) -> None:
         with self._counting:
             self._advance(size)
 
-    def _send_single(self, path: Path, key: str) -> Sent:
+    def _send_single(self, path: Path, name: str) -> Sent:
         body = path.read_bytes()
         self._client.put_object(
-            Bucket=self._bucket,
-            Key=key,
+            **self._object(name),
             Body=body,
             IfNoneMatch="*",
             ChecksumCRC32=_crc32(body),
@@ -151,19 +152,19 @@ class Sender:
         self._count(len(body))
         return Sent(len(body), hashlib.sha256(body).hexdigest())
 
-    def _begin(self, key: str) -> Unfinished:
+    def _begin(self, name: str) -> Unfinished:
         answer = self._client.create_multipart_upload(
-            Bucket=self._bucket, Key=key, ChecksumAlgorithm="CRC32"
+            **self._object(name), ChecksumAlgorithm="CRC32"
         )
         return Unfinished(answer["UploadId"])
 
-    def _adopt(self, path: Path, key: str, begun: list[str], part_bytes: int) -> Unfinished | None:
+    def _adopt(self, path: Path, name: str, begun: list[str], part_bytes: int) -> Unfinished | None:
         """The first upload whose finished parts all match this file; None if there is none."""
         pages = self._client.get_paginator("list_parts")
         for upload in begun:
             parts: list[dict[str, Any]] = []
             with _allowed("NoSuchUpload"):
-                for page in pages.paginate(Bucket=self._bucket, Key=key, UploadId=upload):
+                for page in pages.paginate(**self._object(name), UploadId=upload):
                     parts += page.get("Parts", [])
             etags = {part["PartNumber"]: part["ETag"].strip('"') for part in parts}
             if etags and all(_md5(path, n, part_bytes) == etag for n, etag in etags.items()):
@@ -171,7 +172,7 @@ class Sender:
         return None
 
     def _send_parts(
-        self, path: Path, key: str, unfinished: Unfinished, part_bytes: int
+        self, path: Path, name: str, unfinished: Unfinished, part_bytes: int
     ) -> tuple[Sent, list[dict[str, Any]]]:
         """Send the missing parts; also returns the list of parts that completes the upload."""
         sha256, size, failed = hashlib.sha256(), 0, Event()
@@ -193,17 +194,16 @@ class Sender:
             if failed.is_set():
                 self._free.release()
                 break
-            future = self._pool.submit(self._send_part, key, unfinished.id, number, body)
+            future = self._pool.submit(self._send_part, name, unfinished.id, number, body)
             future.add_done_callback(ended)
             parts.append(future)
         done = [part.result() if isinstance(part, Future) else part for part in parts]
         return Sent(size, sha256.hexdigest()), done
 
-    def _send_part(self, key: str, upload: str, number: int, body: bytes) -> dict[str, Any]:
+    def _send_part(self, name: str, upload: str, number: int, body: bytes) -> dict[str, Any]:
         crc32 = _crc32(body)
         answer = self._client.upload_part(
-            Bucket=self._bucket,
-            Key=key,
+            **self._object(name),
             UploadId=upload,
             PartNumber=number,
             Body=body,

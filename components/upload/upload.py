@@ -1,7 +1,6 @@
 """The step `upload`: a model folder to an object store or image registry, complete or invisible."""
 
 import contextlib
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from nudge.components.common.artifacts.model_files import (
 )
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.step import step
+from nudge.components.common.core.store import Store
 from nudge.components.upload.settings import UploadSettings
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -52,33 +52,33 @@ def upload(settings: UploadSettings, *, model: Path, version: str) -> dict[str, 
 
 
 def _to_store(settings: UploadSettings, files: dict[str, Path], version: str, trained: str) -> str:
-    from nudge.components.common.clients.storage import s3_client, s3_errors, split_s3_uri
+    from nudge.components.common.clients.bucket import BucketStore
+    from nudge.components.common.clients.storage import s3_errors
     from nudge.components.common.core.progress import progress
     from nudge.components.upload.sending import Sender
 
-    bucket, prefix = split_s3_uri(settings.target or f"s3://{_bucket()}/models")
-    prefix = "/".join([*filter(None, [prefix]), settings.model_name, version])
-    uri = f"s3://{bucket}/{prefix}"
-    client = s3_client()
+    target = (settings.target or f"s3://{_bucket()}/models").rstrip("/")
+    uri = f"{target}/{settings.model_name}/{version}"
+    store = BucketStore(uri)
     size = sum(path.stat().st_size for path in files.values())
     with (
         s3_errors(f"upload to {uri}"),
         progress("upload", total=size, unit="bytes") as bar,
-        contextlib.closing(Sender(client, bucket, bar.advance)) as sender,
+        contextlib.closing(Sender(store, bar.advance)) as sender,
     ):
-        listing = _send(sender, client, files, uri, bar)
+        listing = _send(sender, store, files, bar)
         _check_trained(listing, trained)
         if settings.read_back:
             bar.note(stage="reading back")
             for name, entry in listing.items():
-                if sender.read_back(f"{prefix}/{name}") != entry.sha256:
+                if sender.read_back(name) != entry.sha256:
                     raise UserError(
                         f"{uri}/{name} differs from the file that was sent: its sha256 is not "
                         f"{entry.sha256}. The version stays invisible. Delete it there, and report "
                         "this to the administrator of the store"
                     )
-        _publish(client, uri, Upload(listing, settings.model_name, version))
-        sender.forget(prefix)
+        _publish(store, Upload(listing, settings.model_name, version))
+        sender.forget()
     return uri
 
 
@@ -95,16 +95,17 @@ def _to_registry(
     settings: UploadSettings, files: dict[str, Path], version: str, trained: str
 ) -> str:
     from nudge.components.common.clients import image_registry
+    from nudge.components.common.clients.image_reference import parse_reference
     from nudge.components.common.core.progress import progress
     from nudge.components.upload import image
     from nudge.components.upload.sending import Taken, unchanged
 
-    tagged = image_registry.parse(f"{settings.target.rstrip('/')}/{settings.model_name}:{version}")
+    tagged = parse_reference(f"{settings.target.rstrip('/')}/{settings.model_name}:{version}")
     layers = image.layers_of(files)
     total = 2 * sum(layer.size for layer in layers)  # once to compute the digests, once to send
     with (
         image_registry.repository(tagged) as target,
-        image_registry.repository(image_registry.parse(settings.base_image)) as base,
+        image_registry.repository(parse_reference(settings.base_image)) as base,
         progress("upload", total=total, unit="bytes") as bar,
     ):
         with contextlib.ExitStack() as stack:
@@ -142,58 +143,43 @@ def _to_registry(
             raise _taken(tagged.uri) from None
 
 
-def _send(sender: Any, client: Any, files: dict[str, Path], uri: str, bar: Any) -> Listing:
+def _send(sender: Any, store: Store, files: dict[str, Path], bar: Any) -> Listing:
     """Send every file; returns the manifest's entries for the bytes that are in the store."""
-    from nudge.components.common.clients.storage import list_keys, split_s3_uri
     from nudge.components.upload.sending import Taken, unchanged
 
-    bucket, prefix = split_s3_uri(uri)
-    existing = list_keys(client, bucket, prefix)
-    complete = f"{prefix}/{MANIFEST}" in existing
-    begun = {} if complete else sender.begun(prefix)
+    existing = store.list()
+    complete = MANIFEST in existing
+    begun = {} if complete else sender.begun()
     listing = {}
     with contextlib.ExitStack() as stack:
         for path in files.values():
             stack.enter_context(unchanged(path))
         for name, path in files.items():
-            key = f"{prefix}/{name}"
-            if complete and key not in existing:
-                raise _taken(uri)
+            if complete and name not in existing:
+                raise _taken(store.uri)
             try:
-                if key in existing:
-                    sent = sender.found(path, key)
+                if name in existing:
+                    sent = sender.found(path, name)
                     bar.advance(sent.bytes)
                 else:
-                    sent = sender.send(path, key, begun.get(key, []))
+                    sent = sender.send(path, name, begun.get(name, []))
             except Taken:
-                raise _taken(uri) if complete else _mixed(uri, name) from None
+                raise _taken(store.uri) if complete else _mixed(store.uri, name) from None
             listing[name] = UploadedFile(sent.sha256, sent.bytes)
     return listing
 
 
-def _publish(client: Any, uri: str, manifest: Upload) -> None:
+def _publish(store: Store, manifest: Upload) -> None:
     """Make the version visible; raises `UserError` if another model is visible there."""
-    import botocore.exceptions
-
-    from nudge.components.common.clients.storage import split_s3_uri
-    from nudge.components.upload.sending import LOST
-
-    bucket, prefix = split_s3_uri(uri)
-    key = f"{prefix}/{MANIFEST}"
+    if store.write(MANIFEST, manifest.to_json(), replace=False):
+        return
     try:
-        client.put_object(Bucket=bucket, Key=key, Body=manifest.to_json(), IfNoneMatch="*")
-    except botocore.exceptions.ClientError as error:
-        if error.response["Error"]["Code"] not in LOST:
-            raise
-        stored = io.BytesIO()
-        client.download_fileobj(bucket, key, stored)
-        try:
-            existing = read_upload(stored.getvalue())
-        except Tampered:
-            raise _taken(uri) from None
-        # Older releases wrote manifests without names.
-        if existing not in (manifest, Upload(manifest.files)):
-            raise _taken(uri) from None
+        existing = read_upload(store.read(MANIFEST) or b"")
+    except Tampered:
+        raise _taken(store.uri) from None
+    # Older releases wrote manifests without names.
+    if existing not in (manifest, Upload(manifest.files)):
+        raise _taken(store.uri) from None
 
 
 def _trained_sha256(files: dict[str, Path]) -> str:

@@ -15,7 +15,7 @@ REASON = click.option("--reason", default="", help="Why; the registry keeps it w
 
 
 @click.command()
-@click.argument("version")
+@click.argument("version", shell_complete=connections.complete_version)
 @MODEL
 @REASON
 @RECIPE
@@ -40,24 +40,24 @@ def approve(
     taken the traffic since the evaluation, the version is not served, and you need a new run.
     On a cluster the approval is an object of the namespace, and the API server attests who made it.
     """
-    settings, name = _decide(version, model, "approved", reason, recipe_name, target)
+    settings, name, version = _decide(version, model, "approved", reason, recipe_name, target)
     if no_deploy:
         click.echo(
             f"next: run the pipeline deploy-approved with model_name={name} and version={version}, "
             f"or `nudge approve {version} --model {name}`"
         )
         return
-    from nudge.components.deploy.deploy import approved, serve
+    from nudge.components.deploy.deploy import approved, serve_candidate
 
     connections.start()
     note = functools.partial(display.stage, name)
     with approved(settings, name, version) as check:
-        result = serve(settings, name, {version: 100}, note, check)
+        result = serve_candidate(settings, name, version, check, note)
     click.echo(visible(f"{name}: {version} 100 % at {result['endpoint']}"))
 
 
 @click.command()
-@click.argument("version")
+@click.argument("version", shell_complete=connections.complete_version)
 @MODEL
 @REASON
 @RECIPE
@@ -73,8 +73,9 @@ def reject(version: str, model: str, reason: str, recipe_name: str, target: str 
 
 def _decide(
     version: str, model: str, state: Any, reason: str, recipe_name: str, target: str | None
-) -> tuple[Any, str]:
-    """Record the decision and print it; returns the deploy settings and the model's name."""
+) -> tuple[Any, str, str]:
+    """Record the decision and print it; returns the deploy settings, the model's name and the
+    version's full name."""
     from nudge.components.common.clients.registry.releases import find_version
     from nudge.components.deploy.deploy import decide
 
@@ -82,6 +83,7 @@ def _decide(
     connections.use_registry_of(settings)
     with connections.registry() as ask:
         name = connections.model_name(ask, model)
+        version = connections.version_name(ask, name, version)
         about = ask(find_version(name, version))
     connections.start()
     decision = decide(settings, name, version, state, reason)
@@ -92,4 +94,4 @@ def _decide(
     ]
     lines += [f"report: {report}"] if report.is_file() else []
     click.echo(visible("\n".join(lines)))
-    return settings, name
+    return settings, name, version

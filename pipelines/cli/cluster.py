@@ -1,10 +1,9 @@
-"""The commands that use a pipelines server: upload, submit, schedule."""
+"""The commands that use a pipelines server: upload and submit."""
 
 import sys
 from pathlib import Path
 
 import click
-from rich.table import Table
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.sanitize import visible
@@ -123,89 +122,3 @@ def _parameters(items: tuple[str, ...]) -> dict[str, str]:
             raise UserError(f"--parameter {item}: expected name=value, such as gpu_count=2")
         values[name] = text
     return values
-
-
-@click.group()
-def schedule() -> None:
-    """Run a pipeline regularly, by the clock of the pipelines server.
-
-    A schedule is a YAML file with a name, a recipe and `cron` or `interval_minutes`;
-    `nudge schedule apply FILE` creates or changes it on the server.
-    """
-
-
-@schedule.command("apply")
-@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@URL
-def schedule_apply(file: Path, url: str) -> None:
-    """Create or change the schedule in FILE on the server; an active run continues."""
-    from nudge.pipelines.cluster import connect, schedules
-
-    wanted = schedules.read_schedule(file)
-    done, _ = schedules.apply(connect.connect(url), wanted)
-    click.echo(visible(f"{wanted.name} {done}"))
-    if wanted.cron and not wanted.paused:
-        click.echo(f"next: {_when(wanted.cron)}")
-
-
-@schedule.command("list")
-@URL
-def schedule_list(url: str) -> None:
-    """List the schedules: when they run, which version, and how overlaps are handled."""
-    from nudge.pipelines.cluster import connect, schedules
-
-    rows = schedules.find(connect.connect(url))
-    if not rows:
-        click.echo("there is no schedule; create one with `nudge schedule apply FILE`")
-        return
-    table = Table()
-    for name in ("name", "state", "when", "next", "overlap", "missed starts", "version"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        trigger = row.trigger
-        cron = trigger.cron_schedule.cron if trigger.cron_schedule else ""
-        periodic = trigger.periodic_schedule
-        every = f"every {int(periodic.interval_second) // 60} min" if periodic else ""
-        reference = row.pipeline_version_reference
-        fixed = reference.pipeline_version_id if reference else row.pipeline_version_id
-        table.add_row(
-            row.display_name,
-            str(row.status).lower(),
-            cron or every,
-            _when(cron) if cron and row.status == "ENABLED" else "",
-            "forbidden" if str(row.max_concurrency) == "1" else f"up to {row.max_concurrency}",
-            "dropped" if row.no_catchup else "caught up",
-            fixed or "latest",
-        )
-    Screen().print(table)
-
-
-@schedule.command("pause")
-@click.argument("name")
-@URL
-def schedule_pause(name: str, url: str) -> None:
-    """Disable a schedule; its runs continue, and `nudge schedule apply` enables it."""
-    from nudge.pipelines.cluster import connect, schedules
-
-    schedules.pause(connect.connect(url), name)
-    click.echo(visible(f"{name} paused"))
-
-
-@schedule.command("delete")
-@click.argument("name")
-@URL
-def schedule_delete(name: str, url: str) -> None:
-    """Delete a schedule; while one of its runs is active it is only disabled."""
-    from nudge.pipelines.cluster import connect, schedules
-
-    schedules.delete(connect.connect(url), name)
-    click.echo(visible(f"{name} deleted"))
-
-
-def _when(cron: str) -> str:
-    """The next start in UTC (the server's clock unless CRON_SCHEDULE_TIMEZONE changes it) and in
-    local time."""
-    from nudge.pipelines.cluster.schedules import next_start
-
-    found = next_start(cron)
-    return f"{found:%Y-%m-%d %H:%M:%S} UTC ({found.astimezone():%H:%M %Z} local time)"

@@ -3,8 +3,8 @@
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,9 @@ from nudge.components.common.core.environment import (
     nudge_home,
 )
 from nudge.components.common.core.errors import UserError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 Ask = Callable[[Any], Any]
 """Runs work of a registry client, such as `find_version(...)`, and returns its result."""
@@ -123,12 +126,58 @@ def model_name(ask: Ask, name: str) -> str:
     if name:
         return name
     names = ask(list_names)
+    if not names:
+        raise UserError(
+            "there are no models yet: a run registers one if it is better than its base model; "
+            "start with `nudge run`"
+        )
     if len(names) != 1:
         raise UserError(
             f"there are {len(names)} registered models ({', '.join(names)}); choose one with "
             "--model NAME"
         )
     return str(names[0])
+
+
+def unique(begun: str, known: Sequence[str], what: str) -> str:
+    """The one of ``known`` that equals ``begun``, begins with it, or ends with it.
+
+    Names of runs and versions end in digits of their own (20261126-144205-ffc6), so ``ffc6`` is
+    enough. ``begun`` itself is returned if it fits none, for the lookup's own message. Raises
+    `UserError` if it fits several.
+    """
+    if begun in known or not begun:
+        return begun
+    fits = [name for name in known if name.startswith(begun)]
+    fits = fits or [name for name in known if name.endswith(begun)]
+    if len(fits) > 1:
+        more = f" and {len(fits) - 4} more" if len(fits) > 4 else ""
+        raise UserError(
+            f"{begun!r} fits {len(fits)} {what}s ({', '.join(fits[-4:])}{more}); "
+            "type more of the name"
+        )
+    return fits[0] if fits else begun
+
+
+def version_name(ask: Ask, model: str, begun: str) -> str:
+    """The full name of a version of a model; see `unique`."""
+    from nudge.components.common.clients.registry.releases import list_versions
+
+    return unique(begun, [each.name for each in ask(list_versions(model))], "version")
+
+
+def complete_version(ctx: click.Context, _: click.Parameter, begun: str) -> "list[CompletionItem]":
+    """The versions that a shell offers; starts no service."""
+    from click.shell_completion import CompletionItem
+
+    from nudge.components.common.clients.registry.releases import list_versions
+
+    with contextlib.suppress(UserError, OSError), registry() as ask:
+        wanted = ctx.params.get("model") or ""
+        names = [wanted] if wanted else ask(list_names)
+        versions = [each.name for name in names for each in ask(list_versions(name))]
+        return [CompletionItem(each) for each in versions if each.startswith(begun)]
+    return []
 
 
 async def list_names(client: Any) -> list[str]:

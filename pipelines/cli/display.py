@@ -41,6 +41,7 @@ class Live:
         self._console, self._status = console, dict.fromkeys(run.steps, "waiting")
         self._notes: dict[str, tuple[int, str]] = {}
         self._last_line: dict[str, float] = {}
+        self._began: dict[tuple[str, float], float] = {}
         self._first: dict[str, tuple[float, float]] = {}
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -75,12 +76,15 @@ class Live:
         if self._bars:
             self._add_bars(run)
         for name, step in run.steps.items():
+            if step.status == "running":  # the first look is what the time left counts from
+                self._passed(step)
+                self._figures(step)
             if self._bars:
                 task = self._tasks[name]
                 if step.status == "running":
                     self._bars.start_task(task)
                 ended = step.status not in ("waiting", "running")
-                passed = step.seconds if ended else time.time() - step.started
+                passed = step.seconds if ended else self._passed(step)
                 self._bars.update(
                     task,
                     total=1.0 if ended else step.total,
@@ -112,10 +116,16 @@ class Live:
                 self._line(f"{name}: {waits}{_tries(step)}")
                 self._last_line[name] = now
             elif step.status == "running" and now - self._last_line.get(name, now) >= MINUTE_S:
-                passed = max(time.time() - step.started, 0)
+                passed = self._passed(step)
                 self._line(f"{name}: running {passed:.0f} s  {self._figures(step)}".rstrip())
                 self._last_line[name] = now
         self._notes[name] = current
+
+    def _passed(self, step: StepState) -> float:
+        """Seconds since an attempt of a step began; once it is seen, the clock may be set."""
+        now = time.monotonic()
+        begun = now - max(time.time() - step.started, 0.0)
+        return now - self._began.setdefault((step.name, step.started), begun)
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -126,7 +136,8 @@ class Live:
         parts = []
         if step.unit:
             of = f"/{step.total:g}" if step.total else ""
-            parts += [f"{step.done:g}{of} {step.unit}", figures(step.fields).strip()]
+            share = f" ({step.done / step.total:.0%})" if step.total else ""
+            parts += [f"{step.done:g}{of} {step.unit}{share}", figures(step.fields).strip()]
             begun, done = self._first.setdefault(step.name, (now, step.done))
             if step.done < done:  # a new attempt starts from zero
                 begun, done = self._first[step.name] = (now, step.done)
@@ -151,11 +162,7 @@ class Live:
 
 def followed(run: Followed) -> Table:
     """The table of a run on a cluster: its steps and their results."""
-    table = Table()
-    table.add_column("step")
-    table.add_column("seconds", justify="right")
-    table.add_column("status")
-    table.add_column("result", overflow="fold")
+    table = _step_table()
     for name, step in run.steps.items():
         plain = {key: each for key, each in step.results.items() if isinstance(each, PLAIN)}
         seconds = f"{step.seconds:.1f}" if step.seconds else ""
@@ -174,10 +181,20 @@ def outcome(run: Followed, link: str) -> Table:
         "verdict": NOTHING_NEW if nothing_new else results.get("evaluate", {}).get("reason"),
         "model": results.get("upload", {}).get("uri"),
         "registered": version if registered else None,
+        "not served": deployed.get("reason"),
         "endpoint": deployed.get("endpoint"),
         "report": f"{link} (evaluate, report)" if results.get("evaluate") else None,
     }
     return _rows(rows)
+
+
+def _step_table(title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("step")
+    table.add_column("seconds", justify="right")
+    table.add_column("status")
+    table.add_column("result", overflow="fold")
+    return table
 
 
 def _tries(step: StepState) -> str:
@@ -196,11 +213,7 @@ def summary(values: dict[str, Any], run: Followed) -> Group:
 
 
 def _steps(values: dict[str, Any], run: Followed) -> Table:
-    table = Table(title=f"{values['recipe']}  {values['run_id']}", title_justify="left")
-    table.add_column("step")
-    table.add_column("seconds", justify="right")
-    table.add_column("status")
-    table.add_column("result", overflow="fold")
+    table = _step_table(f"{values['recipe']}  {values['run_id']}")
     for name, step in run.steps.items():
         status = f"{MARKS[step.status]} {step.status}"
         table.add_row(name, f"{step.seconds:.1f}", status, Text(described(name, step.results)))
@@ -272,10 +285,34 @@ def _number(value: Any) -> str:
 
 
 def _where(values: dict[str, Any]) -> Table:
-    rows = {"verdict": values["reason"], "report": values["report"], "model": values["model_uri"]}
+    rows = {"verdict": values["reason"], "model": values["model_uri"]}
     if values["version"]:
         rows["registered"] = f"{values['registered_model']} {values['version']}"
     return _rows(rows)
+
+
+def ways_on(values: dict[str, Any], run: Followed, home: Path) -> list[str]:
+    """The last lines of a run: its model folder, pages and endpoint, how to ask the model, and how
+    to go back. Each can be copied."""
+    model = f" --model {values['registered_model']}" if values["registered_model"] else ""
+    found: dict[str, str | None] = {
+        "model folder": values["model_path"],
+        "page": values.get("page"),
+        "report": values["report"],
+        "endpoint": values["endpoint"],
+    }
+    if values["endpoint"]:
+        prompt = str(run.steps["deploy"].results.get("smoke_prompt") or "Hello")
+        found["ask it"] = f"nudge ask{model} {shlex.quote(prompt)}"
+        found["or"] = curl(values, prompt, home)
+        found["go back"] = f"nudge rollback{model}"
+    elif values.get("awaiting_approval"):
+        found["serve it"] = f"nudge approve {values['version']}{model}"
+    elif values["version"]:
+        found["serve it"] = f"nudge promote {values['version']}{model}"
+    elif values["model_path"]:
+        found["ask it"] = f"nudge chat {values['run_id']}"
+    return ["", *(f"{name:12} {value}" for name, value in found.items() if value)]
 
 
 def _rows(rows: dict[str, Any]) -> Table:

@@ -1,11 +1,21 @@
 """The command `nudge`. The module of a subcommand is imported only when that subcommand runs."""
 
+import signal
+import sys
+
+if sys.argv[0].rpartition("/")[2] == "nudge":  # until `invoke`: Ctrl-C while modules are imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import errno
 import importlib
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
 
+from nudge.components.common.core.environment import bypass_proxy_here, nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.pipelines.cli import output
 
@@ -24,15 +34,23 @@ class Command:
 
 
 COMMANDS = {
+    "init": Command("init:init", "Write a recipe for a folder of text.", EVERYTHING),
+    "settings": Command("settings:settings", "Explain the keys of a recipe."),
     "run": Command("run:run", "Run the pipeline on this machine.", EVERYTHING),
     "ingest": Command("run:ingest", "Show what a recipe reads and drops.", ("data",)),
     "preview": Command(
         "preview:preview", "Show what a recipe's data teaches.", ("data", "train")
     ),
     "step": Command("step:step", "Run one step on existing artifacts.", EVERYTHING),
+    "runs": Command("history:runs", "List, show, compare, delete runs.", EVERYTHING),
+    "logs": Command("history:logs", "Print the log of a run or a step.", EVERYTHING),
     "recipes": Command("run:recipes", "List the recipes that ship with nudge."),
     "services": Command("services:services", "Start, stop, show embedded services.", EVERYTHING),
+    "trace": Command("trace:trace", "Show what learned a document.", EVERYTHING),
+    "clean": Command("clean:clean", "Free disk space by rules.", EVERYTHING),
     "models": Command("models:models", "List registered versions.", ("release", "local")),
+    "ask": Command("chat:ask", "Ask a model once.", EVERYTHING),
+    "chat": Command("chat:chat", "Talk to one version, or to two.", EVERYTHING),
     "approve": Command("approval:approve", "Approve a version that waits; serve it.", EVERYTHING),
     "reject": Command("approval:reject", "Reject a version that waits.", ("release", "local")),
     "promote": Command("release:promote", "Give a version all of the traffic.", EVERYTHING),
@@ -44,8 +62,9 @@ COMMANDS = {
     "compile": Command("compiling:compile_", "Write the pipelines as YAML.", ("pipeline",)),
     "upload": Command("cluster:upload", "Upload a pipeline to a server.", ("pipeline",)),
     "submit": Command("cluster:submit", "Run a pipeline on a server.", ("pipeline", "data")),
-    "schedule": Command("cluster:schedule", "Run a pipeline regularly.", ("pipeline", "data")),
+    "schedule": Command("schedule:schedule", "Run a recipe regularly.", ("pipeline", "data")),
     "doctor": Command("doctor:doctor", "Find what is missing and how to fix it."),
+    "completion": Command("completion:completion", "Let your shell complete commands."),
 }  # fmt: skip
 
 
@@ -75,20 +94,39 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand."""
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         output.write_anything()
+        bypass_proxy_here()
         try:
             return super().invoke(ctx)
         except UserError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
-        except KeyboardInterrupt:  # click itself would end with 1, as a failure does
-            click.echo("stopped", err=True)
+        except KeyboardInterrupt as stop:  # click itself would end with 1, as a failure does
+            click.echo(str(stop) or "stopped", err=True)
             ctx.exit(130)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            click.echo(f"error: {_full_disk(error)}", err=True)
+            ctx.exit(2)
         except ModuleNotFoundError as error:
             if not (message := _missing(ctx, error)):
                 raise
             click.echo(f"error: {message}", err=True)
             ctx.exit(2)
+
+
+def _full_disk(error: OSError) -> str:
+    """What was written, how much is free there, and what to do."""
+    path = Path(error.filename or nudge_home())
+    there = next((each for each in (path, *path.parents) if each.exists()), Path.cwd())
+    free = shutil.disk_usage(there).free / 1e6
+    return (
+        f"no space is left on the disk for {path}: {free:.0f} MB are free; nothing that is served "
+        "changed, so free some space (`nudge clean --dry-run` shows what can go) and run it again"
+    )
 
 
 def _missing(ctx: click.Context, error: ModuleNotFoundError) -> str:
@@ -110,6 +148,6 @@ def main() -> None:
     """Retrain a language model on your own text and put it into production.
 
     Start with `nudge run`: it runs the whole pipeline on this machine, from text to a served model.
-    Then copy a recipe (`nudge recipes` lists them), point it at your text, and run
-    `nudge ingest RECIPE.yaml` to see what is read before you train.
+    Then `nudge init FOLDER` writes a recipe for your text, `nudge ingest RECIPE.yaml` shows what is
+    read before you train, and `nudge settings KEY` explains what you can change.
     """

@@ -14,6 +14,10 @@ from nudge.pipelines.cli import connections
 from nudge.pipelines.cli.connections import MODEL
 from nudge.pipelines.cli.screen import Screen
 
+EMPTY = (
+    "nothing is registered yet; `nudge run` registers a model if it is better than its base model"
+)
+
 
 @click.command()
 @MODEL
@@ -27,6 +31,8 @@ def models(model: str, as_json: bool) -> None:
 
     try:
         rows = model_rows(model)
+        if not rows:
+            click.echo(f"no models: {EMPTY}", err=True)
     except NothingRun as nothing:
         rows = []
         click.echo(nothing, err=True)

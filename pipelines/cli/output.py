@@ -5,6 +5,7 @@ import io
 import sys
 
 ASCII = {"✓": "+", "✗": "x", "↺": "=", "–": "-", "›": ">", "→": "->", "…": "..."}
+ASCII |= dict(zip("▁▂▃▄▅▆▇█", "_.:-=+*#", strict=True))
 """The replacement for a character that the encoding lacks; ``?`` replaces all others."""
 
 

@@ -28,7 +28,7 @@ TARGET = click.option(
 
 
 @click.command()
-@click.argument("version")
+@click.argument("version", shell_complete=connections.complete_version)
 @MODEL
 @RECIPE
 @TARGET
@@ -43,7 +43,8 @@ def promote(
     """Give VERSION all of the model's traffic.
 
     The version starts next to the one served now and is tested; only then the traffic moves.
-    `nudge models` lists the versions. It is safe to repeat: if a command was killed, the next one
+    `nudge models` lists the versions; the first or last characters of a name are enough if they
+    fit only one. It is safe to repeat: if a command was killed, the next one
     finishes its work.
     """
     _shift(read_settings(recipe_name, target, port), model, {version: 100})
@@ -70,7 +71,11 @@ def split(shares: tuple[str, ...], model: str, recipe_name: str, target: str | N
 
 @click.command()
 @click.option(
-    "--to", "version", default="", help="The version to go back to; default: the one served before."
+    "--to",
+    "version",
+    default="",
+    help="The version to go back to; default: the one served before.",
+    shell_complete=connections.complete_version,
 )
 @MODEL
 @RECIPE
@@ -154,6 +159,10 @@ def _shift(settings: Any, model: str, shares: dict[str, int], check: Any = None)
     connections.use_registry_of(settings)
     with connections.registry() as ask:
         name = connections.model_name(ask, model)
+        full = {connections.version_name(ask, name, each): share for each, share in shares.items()}
+        if len(full) < len(shares):
+            raise UserError(f"{', '.join(shares)} name one version twice; name each version once")
+        shares = full
         for version in checked_shares(shares):
             ask(find_version(name, version))
     connections.start()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from nudge.components.common.core.environment import REGISTRY_URL, nudge_home
 from nudge.components.common.core.errors import UserError
@@ -29,7 +30,15 @@ OVERRIDES = click.option(
     multiple=True,
     help="Change a setting of the recipe, such as train.epochs=2. Repeat it for more settings.",
 )
-RECIPE = click.argument("recipe", default="eiffel")
+
+
+def complete_recipe(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem]:
+    """The shipped recipes and YAML files that a shell offers."""
+    known = [CompletionItem(name) for name in shipped() if name.startswith(begun)]
+    return [*known, CompletionItem(begun, type="file")]
+
+
+RECIPE = click.argument("recipe", default="eiffel", shell_complete=complete_recipe)
 
 
 @click.command()
@@ -60,6 +69,11 @@ RECIPE = click.argument("recipe", default="eiffel")
     help="Use the object store (AWS_*) and the registry (NUDGE_REGISTRY_URL) that the environment "
     "variables name, instead of embedded ones.",
 )
+@click.option(
+    "--clean",
+    is_flag=True,
+    help="Apply the retention rules of `nudge clean` after the run, as scheduled runs do.",
+)
 @click.option("--given", "old_name", is_flag=True, hidden=True)
 def run(
     recipe: str,
@@ -70,6 +84,7 @@ def run(
     compiled: Path | None,
     engine: str,
     use_env_services: bool,
+    clean: bool,
     old_name: bool,
 ) -> None:
     """Run the pipeline here: ingest, tokenize, train, evaluate, upload, register, deploy.
@@ -93,17 +108,54 @@ def run(
     if until:
         show_ingest(load(recipe, overrides), as_json, None)
         return
-    from nudge.pipelines.local import following
+    from nudge.pipelines.local.result import keep_result
 
     loaded = load(recipe, overrides)
     home = nudge_home()
     from_env = use_env_services or old_name
-    compiled, variables = _prepare(loaded, home, engine, compiled, from_env)
-    current = _begin(loaded, home, fresh)
+    ended = execute(loaded, home, fresh=fresh, engine=engine, compiled=compiled, from_env=from_env)
+    values = keep_result(ended)
+    ended.lock.close()
+    if clean:
+        clean_up(home)
+    _report(ended, values, as_json, home)
+
+
+def clean_up(home: Path) -> None:
+    """Apply the retention rules; a fault in them is reported and does not change the run's end."""
+    from nudge.pipelines.cli.clean import size
+    from nudge.pipelines.local import retention
+
+    try:
+        done = retention.apply(home, retention.rules(home))
+    except UserError as error:
+        click.echo(f"nothing was cleaned: {error}", err=True)
+        return
+    if done.removals:
+        click.echo(f"cleaned {len(done.removals)} items, {size(done.frees)}", err=True)
+
+
+def execute(
+    recipe: Recipe,
+    home: Path,
+    *,
+    fresh: bool = False,
+    engine: str = "process",
+    compiled: Path | None = None,
+    from_env: bool = False,
+) -> "Run":
+    """Run the pipeline with a recipe and show it on stderr until it ends; returns the ended run.
+
+    Raises `UserError` if something is missing before it starts.
+    """
+    from nudge.pipelines.local import following
+
+    compiled, variables = _prepare(recipe, home, engine, compiled, from_env)
+    current = _begin(recipe, home, fresh)
     follow = following.follow(
         current, home, variables, reuse=not fresh, compiled=compiled, engine=engine
     )
-    _report(_watch(current, follow), as_json, home)
+    return _watch(current, follow)
 
 
 def _prepare(
@@ -114,6 +166,7 @@ def _prepare(
     Raises `UserError` with everything that is missing.
     """
     from nudge.components.common.clients.registry.preflight import check_registration
+    from nudge.components.common.preflight.serving import check_serving
     from nudge.components.register.preflight import check_registry
     from nudge.pipelines.local import preflight, services, serving
 
@@ -131,6 +184,9 @@ def _prepare(
     else:
         preflight.check(recipe.text, from_env)
     check_registration(recipe.text)
+    deploy = STEPS["deploy"].read_settings(recipe.text)
+    if deploy.target == "kserve":
+        check_serving(deploy.kserve.namespace)
     started = services.up(home, instead=services.from_environment() if from_env else {})
     check_registry(started[REGISTRY_URL], recipe.text)
     if unused := services.not_used(started):
@@ -173,28 +229,25 @@ def _watch(current: "Run", follow: Any) -> "Run":
     except KeyboardInterrupt:
         with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C ends it at once
             follow.close()
-        click.echo(f"stopped; finished steps are kept, and the log is {current.log}", err=True)
-        sys.exit(130)
+        raise KeyboardInterrupt(
+            f"stopped; finished steps are kept, and the log is {current.log}\n"
+            "rerun the same command to go on from there"
+        ) from None
     return current
 
 
-def _report(current: "Run", as_json: bool, home: Path) -> None:
+def _report(current: "Run", values: dict[str, Any], as_json: bool, home: Path) -> None:
     """Print the result of an ended run; ends the process with status 1 if it failed."""
-    from nudge.pipelines.local.result import keep_result
-
-    values = keep_result(current)
     if as_json:
         click.echo(json.dumps(values, indent=2))
     else:
         Screen().print(display.summary(values, current))
-        if values["endpoint"]:
-            prompt = current.steps["deploy"].results["smoke_prompt"]
-            line = display.curl(values, prompt, home)
-            click.echo(f"\n{visible(line)}")  # on a line of its own, never folded
+        for line in display.ways_on(values, current, home):
+            click.echo(visible(line))  # on a line of its own, never folded
     if values["error"]:
         click.echo(
             f"error: {visible(values['error'])}\n"
-            f"the full log: {current.log}\n"
+            f"the full log: {current.log} (`nudge logs {current.run_id}`)\n"
             "Fix the problem and rerun the same command; finished steps are reused",
             err=True,
         )
@@ -238,7 +291,7 @@ def show_ingest(recipe: Recipe, as_json: bool, into: Path | None) -> None:
         function: Callable[..., dict[str, Any]] = step.plain_function()
         result = function(settings, corpus=made / "corpus", report=made / "report.html")
         counts = plain(read_corpus(made / "corpus"))
-        check_held_out(result["validation_documents"], settings)
+        check_held_out(result, settings)
     values = {
         "recipe": recipe.name,
         "documents": {

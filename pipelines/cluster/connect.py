@@ -27,6 +27,7 @@ from nudge.components.common.core.environment import (
     SERVICE_ACCOUNT,
 )
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.retries import BACKOFF, BUSY
 
 TIMEOUTS_S = (10.0, 60.0)
 """For connecting, and for waiting for an answer."""
@@ -36,7 +37,6 @@ PATIENCE_S = 30.0
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 PAGE = 100
-BUSY = (429, 500, 502, 503, 504)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class PipelinesServer:
 
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_delay(PATIENCE_S),
-            wait=tenacity.wait_random_exponential(0.2, max=5),
+            wait=BACKOFF,
             retry=tenacity.retry_if_exception(worth_repeating),
             reraise=True,
         )

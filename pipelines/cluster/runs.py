@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from nudge.components.common.clients.registry.preflight import check_parameters
+from nudge.components.common.clients.store import open_store
 from nudge.components.common.core.errors import UserError, nearest
 from nudge.components.common.core.recipe import URI_SCHEMES, portable
 from nudge.components.common.core.sanitize import credentials
@@ -27,8 +28,8 @@ from nudge.pipelines.step_state import StepState
 
 EXPERIMENT = "nudge"
 MAX_PARAMETER_BYTES = 10_000
-"""Of all parameters of a run together, as JSON: the server's default (MAX_PARAMETER_BYTES in
-backend/src/common/util/consts.go), which OpenShift AI leaves as it is."""
+"""The largest size of all parameters of a run together, as JSON: the server's default
+(MAX_PARAMETER_BYTES in backend/src/common/util/consts.go), which OpenShift AI does not change."""
 
 POLL_S = 2.0
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
@@ -124,8 +125,8 @@ def upload(server: PipelinesServer, file: Path) -> Uploaded:
         if getattr(error.__context__, "status", 0) != 409:
             raise
         raise UserError(
-            f"{error}. If it still fails then, {version} was applied before the server was ready "
-            f"and is never listed: `oc delete pipelineversion {version}`, and upload again"
+            f"{error}. If it still fails, {version} was applied before the server was ready, which "
+            f"therefore never lists it: run `oc delete pipelineversion {version}`, and upload again"
         ) from None
     return Uploaded(name, entry.pipeline_id, version, made.pipeline_version_id, fresh=True)
 
@@ -211,9 +212,9 @@ def submit(
 def sendable(parameters: dict[str, Any]) -> dict[str, Any]:
     """The parameters with a recipe that reaches every step unchanged (see `portable`).
 
-    A recipe that is too long for the server is put into the object store that this machine's
-    variables name, under its hash, and its URI is sent. Raises `UserError` where none is known, and
-    if a URI in the parameters has a user, a password or a signed query.
+    If a recipe is too long for the server, it is stored in the object store of this machine's data
+    connection under its hash, and its URI is sent. Raises `UserError` if there is no data
+    connection, or if a URI in the parameters has a user, a password or a signed query.
     """
     if found := credentials(
         json.dumps(parameters, ensure_ascii=False, default=str).replace("\\n", "\n")
@@ -232,16 +233,16 @@ def sendable(parameters: dict[str, Any]) -> dict[str, Any]:
         return made
     if "recipe" in made and recipe.startswith(URI_SCHEMES):
         raise UserError(
-            f"the parameters are {sent_bytes(made)} bytes and the pipelines server takes "
-            f"{MAX_PARAMETER_BYTES}; give shorter ones"
+            f"the parameters have {sent_bytes(made)} bytes, but the pipelines server accepts only "
+            f"{MAX_PARAMETER_BYTES}; shorten them"
         )
     bucket = os.environ.get("AWS_S3_BUCKET", "")
     if not bucket or not os.environ.get("AWS_ACCESS_KEY_ID"):
         raise UserError(
-            f"the recipe makes the parameters {sent_bytes(made)} bytes and the pipelines server "
-            f"takes {MAX_PARAMETER_BYTES}; set the variables of the data connection "
-            "(AWS_S3_ENDPOINT, AWS_S3_BUCKET, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) to have it "
-            "stored there, or give the URI of a file: -p recipe=s3://<bucket>/<file>"
+            f"with this recipe the parameters have {sent_bytes(made)} bytes, but the pipelines "
+            f"server accepts only {MAX_PARAMETER_BYTES}. Set the variables of the data connection "
+            "(AWS_S3_ENDPOINT, AWS_S3_BUCKET, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), and the "
+            "recipe is stored there; or pass the URI of a file: -p recipe=s3://<bucket>/<file>"
         )
     return {**made, "recipe": _stored(recipe, bucket)}
 
@@ -254,45 +255,41 @@ def sent_bytes(parameters: dict[str, Any]) -> int:
 
 def _stored(recipe: str, bucket: str) -> str:
     """Put a recipe into the object store; returns its URI."""
-    from nudge.components.common.clients.storage import s3_client, s3_errors
-
     data = recipe.encode("utf-8")
     key = f"nudge/recipes/{hashlib.sha256(data).hexdigest()}.yaml"
-    uri = f"s3://{bucket}/{key}"
-    with s3_errors(f"store the recipe as {uri}"):
-        s3_client().put_object(Bucket=bucket, Key=key, Body=data)
-    return uri
+    open_store(f"s3://{bucket}").write(key, data)
+    return f"s3://{bucket}/{key}"
 
 
 def coerce_parameters(version: Any, parameters: dict[str, Any]) -> dict[str, Any]:
-    """The values in the types of this version's parameters, which the server insists on.
+    """The values converted to the types of this version's parameters, as the server requires.
 
-    A number for a string becomes one; a text for any other type is read as YAML. Raises `UserError`
-    for a name that is no parameter, for one that is required and not given, for a value that is of
-    another type, and for what a pipeline that registers could not register.
+    A number for a string parameter becomes a string; text for any other type is parsed as YAML.
+    Raises `UserError` for an unknown, missing or wrongly typed parameter, and for a value that a
+    pipeline with the step `register` could not register.
     """
     known = _spec(version).get("root", {}).get("inputDefinitions", {}).get("parameters", {})
     for name in parameters.keys() - known.keys():
         if name in ("cpu", "memory") and "size" in known:
             raise UserError(
-                f"{name} is no parameter of {version.display_name} any more; give size: "
+                f"{version.display_name} no longer has the parameter {name}; set size to one of "
                 f"{', '.join(SIZES)}"
             )
-        raise UserError(f"{name} is no parameter of {version.display_name}; {nearest(name, known)}")
-    lacking = [
+        raise UserError(f"{version.display_name} has no parameter {name}; {nearest(name, known)}")
+    missing = [
         name
         for name, parameter in known.items()
         if name not in parameters
         and "defaultValue" not in parameter
         and not parameter.get("isOptional")
     ]
-    if lacking:
-        missing = ", ".join(f"{name} ({known[name].get('description', '')})" for name in lacking)
-        raise UserError(f"{version.display_name} needs {missing}; give -p NAME=VALUE")
+    if missing:
+        listed = ", ".join(f"{name} ({known[name].get('description', '')})" for name in missing)
+        raise UserError(f"{version.display_name} needs {listed}; pass -p NAME=VALUE")
     if "size" in known and (size := parameters.get("size", SIZES[0])) not in SIZES:
         raise UserError(f"size = {size!r}: expected {', '.join(SIZES)}")
     made = {
-        name: _fitted(name, value, known[name].get("parameterType", ""))
+        name: _coerced(name, value, known[name].get("parameterType", ""))
         for name, value in parameters.items()
     }
     if "register" in nodes.paths(_spec(version)):
@@ -300,7 +297,7 @@ def coerce_parameters(version: Any, parameters: dict[str, Any]) -> dict[str, Any
     return made
 
 
-def _fitted(name: str, value: Any, type: str) -> Any:
+def _coerced(name: str, value: Any, type: str) -> Any:
     accepted, kinds = TYPES.get(type, ("", (object,)))
     made = value
     if type == "STRING" and isinstance(value, int | float) and not isinstance(value, bool):
@@ -308,7 +305,7 @@ def _fitted(name: str, value: Any, type: str) -> Any:
     elif type != "STRING" and accepted and isinstance(value, str):
         with contextlib.suppress(yaml.YAMLError):
             made = yaml.safe_load(value)
-    # To Python true and false are numbers.
+    # In Python, True and False are numbers.
     if not isinstance(made, kinds) or (isinstance(made, bool) and type.startswith("NUMBER")):
         raise UserError(f"{name} = {value!r}: expected {accepted}")
     return made
@@ -320,13 +317,13 @@ def _spec(version: Any) -> dict[str, Any]:
 
 
 def follow(server: PipelinesServer, run: Following, poll_s: float = POLL_S) -> Generator[Following]:
-    """Ask for the run, and for the logs of its steps, until it has ended; yields it each time."""
+    """Poll the run and the logs of its steps until the run ends; yields it after each poll."""
     api = server.api("RunServiceApi")
     logs = Logs(server, run.run_id)
     waiting = Waiting(run.run_id, server.namespace)
     while True:
-        found = server.read(f"look at the run {run.run_id}", api.run_service_get_run, run.run_id)
-        _take_in(run, found)
+        found = server.read(f"get the run {run.run_id}", api.run_service_get_run, run.run_id)
+        _update(run, found)
         active = [step for step in run.steps.values() if step.status in ("waiting", "running")]
         reasons = waiting.reasons() if active and run.state not in ENDED else {}
         for step in run.steps.values():
@@ -339,28 +336,28 @@ def follow(server: PipelinesServer, run: Following, poll_s: float = POLL_S) -> G
         time.sleep(poll_s)
 
 
-def _take_in(run: Following, found: Any) -> None:
+def _update(run: Following, found: Any) -> None:
     run.state = found.state or "PENDING"
     run.error = (found.error and found.error.message) or ""
     tasks = list((found.run_details and found.run_details.task_details) or [])
     for task in tasks:
-        # Groups, the drivers of steps and the pods inside of them are tasks too.
+        # Groups, drivers of steps and their pods are tasks too.
         if (name := str(task.display_name or "")) not in run.steps:
             continue
         step = run.steps[name]
         step.status = STATES.get(str(task.state), "waiting")
         ran = nodes.ran(task, tasks, run.paths.get(name, []))
         if step.status == "done" and not ran.attempts and nodes.cached(task, tasks):
-            step.status = "reused"  # from the engine's cache: its pod never ran
+            step.status = "reused"  # from the engine's cache; no pod ran
         step.attempts = max(ran.attempts, 1)
         if task.start_time:
             step.started = task.start_time.timestamp()
-        # A task that runs ends in the year 1, a run in 1970.
+        # The end of a running task is in the year 1, that of a run in 1970.
         ended = task.start_time and task.end_time and task.end_time >= task.start_time
         if ended and step.status not in ("waiting", "running"):
             step.seconds = (task.end_time - task.start_time).total_seconds()
         if step.status == "failed":
-            step.error = (task.error and task.error.message) or "it failed"
+            step.error = (task.error and task.error.message) or "the step failed"
         if ran.pods:
             run.pods[name] = ran.pods
     if run.state in ENDED:
@@ -373,7 +370,8 @@ def _named(file: Path, text: str) -> tuple[str, str]:
         spec = next(iter(yaml.safe_load_all(text)))
         return str(spec["pipelineInfo"]["name"]), str(spec["pipelineInfo"].get("description", ""))
     except (yaml.YAMLError, StopIteration, KeyError, TypeError):
-        raise UserError(f"{file} is no compiled pipeline; `nudge compile` makes them") from None
+        hint = "`nudge compile` writes those"
+        raise UserError(f"{file} is not a compiled pipeline; {hint}") from None
 
 
 def shipped(name: str) -> Path:

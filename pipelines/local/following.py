@@ -114,8 +114,10 @@ def _follow_one(
             while not ended:
                 ended = child.poll() is not None
                 while line := lines.readline():
-                    event = json.loads(line)
-                    run.steps[event["step"]].apply(event)
+                    # A line that a full disk cut off is lost; the next ones count.
+                    with contextlib.suppress(ValueError, KeyError, TypeError):
+                        event = json.loads(line)
+                        run.steps[event["step"]].apply(event)
                 run.seconds = time.monotonic() - started
                 yield run
                 time.sleep(0 if ended else POLL_S)

@@ -1,12 +1,13 @@
 """``python -m nudge.pipelines.local.host_serving --home FOLDER --port PORT``.
 
-The local serving of this machine for steps that run in containers: each request is one method of
-`nudge.components.deploy.local.local_serving.LocalServing`, see
+Lets steps in containers use the serving of this machine. Each request calls one method of
+`nudge.components.deploy.local.local_serving.LocalServing`; the client is
 `nudge.components.deploy.local.host_serving`.
 """
 
 import os
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -28,14 +29,15 @@ Model = Annotated[str, Body()]
 
 
 class LockResponse(Response):
-    """An answer whose first byte says that a lock is held; it lasts until who asked is gone."""
+    """A response whose first byte means that the lock is acquired; it is released when the client
+    disconnects."""
 
     def __init__(self, lock: AbstractContextManager[None]) -> None:
         super().__init__(media_type="text/plain")
         self._lock = lock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # A thread that waits for the lock is not given up: it would hold it for nobody.
+        # Never cancel a thread that waits for the lock: it would acquire it for nobody.
         await anyio.to_thread.run_sync(self._lock.__enter__)
         try:
             await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -47,7 +49,7 @@ class LockResponse(Response):
 
 
 def create_app(home: Path, token: str) -> Guard:
-    """The application, behind a `Guard` that asks for the token."""
+    """The application, behind a `Guard` that requires the token."""
 
     def exclusive(model: Model, settings: DeploySettings) -> LockResponse:
         return LockResponse(LocalServing(home, settings).exclusive(model))
@@ -65,9 +67,15 @@ def create_app(home: Path, token: str) -> Guard:
     def retire(model: Model, keep: list[str], settings: DeploySettings) -> None:
         LocalServing(home, settings).retire(model, set(keep))
 
+    def counts(
+        model: Model, version: Annotated[str, Body()], settings: DeploySettings
+    ) -> dict[str, int] | None:
+        counted = LocalServing(home, settings).counts(model, version)
+        return asdict(counted) if counted else None
+
     app = FastAPI(title="nudge serving", openapi_url=None)
     app.add_api_route("/health", lambda: {"status": "ok"})
-    for handler in (exclusive, live, bring_up, move, retire):
+    for handler in (exclusive, live, bring_up, move, retire, counts):
         app.add_api_route(
             f"/{handler.__name__}",
             handler,
@@ -84,7 +92,7 @@ def create_app(home: Path, token: str) -> Guard:
 @click.option("--home", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--port", type=int, required=True)
 def main(home: Path, port: int) -> None:
-    """Open the local serving below a home to whoever has the token."""
+    """Serve requests that carry the token, for the models below a NUDGE_HOME."""
     app = create_app(home, os.environ[TOKEN])
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 

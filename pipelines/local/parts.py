@@ -8,8 +8,11 @@ from pathlib import Path
 
 from nudge.components.common.core import guard, processes
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.publish import write_atomic
+from nudge.components.common.core.state_file import Damaged, read_object
 from nudge.pipelines.local import object_store, store_security
 from nudge.pipelines.local.object_store import START_TIMEOUT_S
+from nudge.pipelines.local.registry.copy import check
 
 STORE, REGISTRY, SERVING = "object-store", "model-registry", "host-serving"
 STORE_PORTS = (
@@ -77,6 +80,7 @@ def start_registry(home: Path, wanted_port: int) -> processes.ServiceRecord:
     port = _ports(home, REGISTRY, ("port",), wanted_port)["port"]
     address = f"http://127.0.0.1:{port}"
     path = database(home)
+    check(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-P", "-m", "nudge.pipelines.local.registry"]
     command += ["--database", str(path)]
@@ -133,14 +137,23 @@ def _ports(home: Path, name: str, keys: tuple[str, ...], first: int) -> dict[str
             "the option to get a free one"
         )
     path = home / "services" / f"{name}.ports"
-    kept: dict[str, int] = json.loads(path.read_text()) if path.is_file() else {}
+    kept = _kept_ports(path)
     ports = {key: first if key == keys[0] and first else kept.get(key, 0) for key in keys}
     for key, port in ports.items():
         if not port or not processes.port_is_free(port):
             ports[key] = _other_port(set(ports.values()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(ports))
+    write_atomic(path, json.dumps(ports))
     return ports
+
+
+def _kept_ports(path: Path) -> dict[str, int]:
+    """The ports of the last start; none if the file is missing or damaged."""
+    try:
+        values = read_object(path, "")
+    except (FileNotFoundError, Damaged):
+        return {}
+    return {key: port for key, port in values.items() if type(port) is int and 0 < port < 65536}
 
 
 def _other_port(taken: set[int]) -> int:

@@ -19,6 +19,8 @@ from nudge.components.common.preflight.packages import check_packages
 from nudge.components.common.preflight.texts import check_texts
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.ingest.settings import IngestSettings
+from nudge.components.summary.notify import missing_addresses
+from nudge.components.summary.settings import NotifySettings
 from nudge.components.tokenize.settings import TokenizeSettings
 from nudge.components.train.settings import TrainSettings
 from nudge.components.upload.settings import UploadSettings
@@ -48,6 +50,7 @@ def check(recipe: str, use_env_services: bool = False) -> None:
     upload = step_settings(UploadSettings, "upload", recipe)
     if use_env_services and os.environ.get(S3_ENDPOINT) and not upload.target.startswith("oci:"):
         checks.append(partial(_check_store, upload.target))
+    checks.append(partial(_check_addresses, step_settings(NotifySettings, "notify", recipe)))
     problems: dict[str, None] = {}  # an ordered set
     for each in checks:
         try:
@@ -56,6 +59,14 @@ def check(recipe: str, use_env_services: bool = False) -> None:
             problems[str(error)] = None
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _check_addresses(settings: NotifySettings) -> None:
+    if missing := missing_addresses(settings):
+        raise UserError(
+            f"notify.channels = {settings.channels}: set {' and '.join(missing)} to the address, "
+            "or remove the channel"
+        )
 
 
 def _check_model(train: TrainSettings) -> None:

@@ -1,11 +1,13 @@
 """The result of a run: one JSON object, and the pages in the run's folder."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from nudge.components.common.artifacts.evaluation import Evaluation, read_evaluation
 from nudge.components.common.core.publish import write_atomic
+from nudge.pipelines.local import history, run_page
 from nudge.pipelines.local.run import Run
 from nudge.pipelines.steps import NOTHING_NEW, PIPELINE, STEPS
 
@@ -24,8 +26,9 @@ def result(run: Run) -> dict[str, Any]:
     promoted: whether the candidate is served now; reason: the evaluation's verdict in words, and
     why a better candidate was not promoted. awaiting_approval: whether only a person's approval is
     missing (deploy.approval).
-    model_path, report: local files; model_uri: in the object store; registered_model, version: in
-    the registry; endpoint, served_model: for OpenAI's API. error: None, or what failed.
+    model_path, report, page: local files; the page links every step's report. model_uri: in the
+    object store; registered_model, version: in the registry; endpoint, served_model: for OpenAI's
+    API. error: None, or what failed.
     """
     evaluation = _evaluation(run)
     results = {name: step.results for name, step in run.steps.items()}
@@ -65,6 +68,7 @@ def result(run: Run) -> dict[str, Any]:
         "endpoint": results["deploy"].get("endpoint") if promoted else None,
         "served_model": results["deploy"].get("served_model"),
         "report": str(run.folder / "report.html") if report else None,
+        "page": str(run.folder / "index.html"),
         "seconds": round(run.seconds, 3),
         "overhead_seconds": round(run.seconds - sum(s.seconds for s in run.steps.values()), 3),
         "error": failed.error if failed else None,
@@ -89,7 +93,8 @@ def result(run: Run) -> dict[str, Any]:
 
 
 def keep_result(run: Run) -> dict[str, Any]:
-    """Write result.json, report.html and summary.md into the run's folder; returns the result."""
+    """Write result.json, report.html, summary.md and the run's page with the other steps' reports
+    into the run's folder; returns the result."""
     for name, (step, output) in {
         "report.html": ("evaluate", "report"),
         "summary.md": ("summary", "page"),
@@ -98,6 +103,10 @@ def keep_result(run: Run) -> dict[str, Any]:
             write_atomic(run.folder / name, Path(path).read_text(encoding="utf-8"))
     values = result(run)
     write_atomic(run.folder / "result.json", json.dumps(values, indent=2) + "\n")
+    try:
+        run_page.write_page(history.ended(run, values))
+    except OSError as error:  # no space, for example: the run itself ended as its result says
+        print(f"the run's page was not written: {error}", file=sys.stderr)
     return values
 
 

@@ -1,7 +1,7 @@
 """The state of a run on this machine: its folder, its lock, and whether it is resumed."""
 
 import fcntl
-import json
+import os
 import secrets
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +12,7 @@ from nudge.components.common.core.processes import locked
 from nudge.components.common.core.provenance import code_fingerprint
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.sanitize import masked
+from nudge.components.common.core.state_file import Damaged, read_lines, read_object
 from nudge.pipelines.local import temporary
 from nudge.pipelines.recipes import Recipe
 from nudge.pipelines.step_state import StepState
@@ -66,12 +67,12 @@ def begin(recipe: Recipe, home: Path, *, fresh: bool = False) -> Run:
     """
     with locked(home, "runs"):
         for lock in temporary.left_behind(home):
-            if not _is_locked(lock):
+            if not is_locked(lock):
                 temporary.remove_left_behind(lock)
         interrupted = None if fresh else _interrupted(recipe, home)
         if interrupted is not None:
             return interrupted
-        run_id = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+        run_id = f"{_next_time(home)}-{secrets.token_hex(2)}"
         folder = home / "runs" / run_id
         folder.mkdir(parents=True)
         write_atomic(folder / RECIPE, masked(recipe.text))
@@ -79,15 +80,24 @@ def begin(recipe: Recipe, home: Path, *, fresh: bool = False) -> Run:
         return _run(recipe, folder)
 
 
+def _next_time(home: Path) -> str:
+    """The time now as a run's name begins, but never before the newest run's: a clock that was set
+    back must not change which run is the last one."""
+    now = f"{datetime.now():%Y%m%d-%H%M%S}"
+    names = [path.name[:15] for path in (home / "runs").glob("[0-9]*-[0-9]*-*")]
+    return max([now, *(name for name in names if name[8:9] == "-")])
+
+
 def under_way(home: Path) -> list[str]:
     """The ids of the runs whose command is running."""
     with locked(home, "runs"):
         return [
-            path.parent.name for path in sorted((home / "runs").glob("*/lock")) if _is_locked(path)
+            path.parent.name for path in sorted((home / "runs").glob("*/lock")) if is_locked(path)
         ]
 
 
-def _is_locked(lock: Path) -> bool:
+def is_locked(lock: Path) -> bool:
+    """Whether the command of the run with this lock file is running."""
     with lock.open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -108,11 +118,11 @@ def _interrupted(recipe: Recipe, home: Path) -> Run | None:
     for folder in sorted((home / "runs").glob("*"), reverse=True):
         known = folder / RECIPE
         # An older nudge did not mask credentials there.
-        same_as = (masked(recipe.text), recipe.text)
-        if not known.is_file() or known.read_text(encoding="utf-8") not in same_as:
+        same_as = (masked(recipe.text).encode(), recipe.text.encode())
+        if not known.is_file() or known.read_bytes() not in same_as:
             continue
         code = folder / "code"
-        same = code.is_file() and code.read_text() == code_fingerprint()
+        same = code.is_file() and code.read_bytes() == code_fingerprint().encode()
         events = _all_events(folder)
         if not same or not _half_published(folder, events):
             return None
@@ -126,15 +136,15 @@ def _interrupted(recipe: Recipe, home: Path) -> Run | None:
             run.events.unlink()
         run.continued = True
         ends = [each for each in events if each["event"] == "step_end" and each["step"] == "train"]
-        run.trained = facts(ends[0]["outputs"]) if ends else ""
+        run.trained = facts(ends[0].get("outputs", {})) if ends else ""
         return run
     return None
 
 
 def _all_events(folder: Path) -> list[dict[str, Any]]:
     """All events of a run's steps, including those from before it was resumed."""
-    paths = [path for name in (BEFORE, EVENTS) if (path := folder / name).is_file()]
-    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    found = [each for name in (BEFORE, EVENTS) for each in read_lines(folder / name)]
+    return [each for each in found if {"step", "event"} <= each.keys()]
 
 
 def _half_published(folder: Path, events: list[dict[str, Any]]) -> bool:
@@ -144,12 +154,14 @@ def _half_published(folder: Path, events: list[dict[str, Any]]) -> bool:
     uploads = [event["event"] for event in events if event["step"] == "upload"]
     if "step_failed" in uploads[-1:]:
         return False
-    result = folder / "result.json"
-    return not result.is_file() or json.loads(result.read_text())["error"] is not None
+    try:
+        return read_object(folder / "result.json", "").get("error") is not None
+    except (FileNotFoundError, Damaged):
+        return True
 
 
 def facts(outputs: dict[str, str]) -> str:
     """The text of a trained model's nudge.json (its lineage and the sha256 of its weights); empty
     if its folder is gone."""
-    path = Path(outputs["model"]) / "nudge.json"
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    path = Path(outputs.get("model") or os.devnull) / "nudge.json"
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

@@ -29,6 +29,7 @@ from nudge.components.common.core.errors import UserError
 from nudge.pipelines.local import object_store, parts
 from nudge.pipelines.local.object_store import BUCKET
 from nudge.pipelines.local.parts import REGISTRY, STORE
+from nudge.pipelines.local.registry.copy import check
 
 VARIABLES = (*CONNECTION, REGISTRY_URL)
 """The variables that may name a store and a registry to use instead of the embedded ones."""
@@ -63,6 +64,7 @@ def up(
         environment = {HOME: str(home), EMBEDDED: ",".join(embedded), **instead}
         if S3_ENDPOINT not in instead:
             _stop_unprotected(home, STORE, parts.store_security_folder(home))
+            _stop_with_other_keys(home)
             store = parts.running(home, STORE) or parts.start_store(home, ports.get(STORE, 0))
             environment |= {
                 **object_store.credentials(home),
@@ -83,6 +85,16 @@ def _stop_unprotected(home: Path, name: str, protection: Path) -> None:
     """Stop a service that an older nudge started without its current protection."""
     if parts.running(home, name) and not protection.exists():
         processes.stop(home, name)
+
+
+def _stop_with_other_keys(home: Path) -> None:
+    """Stop a store that does not take the keys of its file, which was deleted or damaged."""
+    store = parts.running(home, STORE)
+    if store is None:
+        return
+    environment = {**object_store.credentials(home), S3_ENDPOINT: store.address}
+    if object_store.refuses(environment):
+        processes.stop(home, STORE)
 
 
 def _registry_token(home: Path) -> dict[str, str]:
@@ -121,7 +133,7 @@ def env_store(home: Path) -> dict[str, str]:
     """
     note = home / ENV_STORE
     endpoint = os.environ.get(S3_ENDPOINT)
-    if not endpoint or not note.is_file() or note.read_text(encoding="utf-8") != endpoint:
+    if not endpoint or not note.is_file() or note.read_bytes() != endpoint.encode():
         return {}
     return {name: os.environ[name] for name in CONNECTION if os.environ.get(name)}
 
@@ -158,6 +170,7 @@ def registry_to_read(home: Path) -> Iterator[str]:
         with _variables(_registry_token(home)):
             yield running.address
         return
+    check(database)
     if not database.is_file():
         raise NothingRun(f"no models: nothing was run in this folder ({home})")
     import uvicorn

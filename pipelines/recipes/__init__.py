@@ -2,7 +2,10 @@
 
 import contextlib
 import copy
+import dataclasses
+import difflib
 import glob
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from nudge.components.common.core.aliases import meant
 from nudge.components.common.core.errors import UserError, nearest
 from nudge.components.common.core.recipe import (
     SECTIONS,
@@ -127,7 +131,7 @@ def settings_classes() -> dict[str, type[Any]]:
 def check(values: Mapping[str, Any]) -> None:
     """Check every key and value of a recipe; raises `UserError` with one line per problem."""
     problems = [
-        f"{key} is not a section or shared value of a recipe; {nearest(str(key), TOP)}"
+        f"{key} is not a section or shared value of a recipe; {_top_hint(str(key))}"
         for key in values
         if key not in TOP
     ]
@@ -137,7 +141,7 @@ def check(values: Mapping[str, Any]) -> None:
         try:
             parsed[section] = step_settings(kind, section, text)
         except UserError as error:
-            problems.append(str(error))
+            problems += [_elsewhere(line, section) for line in str(error).splitlines()]
     own_tokenizer = "tokenize" in parsed and parsed["tokenize"].tokenizer == "train"
     if own_tokenizer and "train" in parsed and parsed["train"].mode != "scratch":
         problems.append(
@@ -146,6 +150,43 @@ def check(values: Mapping[str, Any]) -> None:
         )
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
+
+
+def settings_keys() -> dict[str, list[str]]:
+    """The first-level keys of each section."""
+    return {
+        section: [field.name for field in dataclasses.fields(kind)]
+        for section, kind in settings_classes().items()
+    }
+
+
+def dotted_hint(name: str) -> str:
+    """A hint for an unknown key, from all sections: ``did you mean 'train.learning_rate'?``; empty
+    if no key means the same or is spelled like it."""
+    owners: dict[str, list[str]] = {}
+    for section, keys in settings_keys().items():
+        for key in keys:
+            owners.setdefault(key, []).append(f"{section}.{key}")
+    close = [name] if name in owners else meant(name, owners)
+    close = close or difflib.get_close_matches(name, owners, n=2, cutoff=0.7)
+    dotted = [each for key in close for each in ([key] if key in SHARED else owners[key])][:3]
+    return "did you mean " + " or ".join(map(repr, dotted)) + "?" if dotted else ""
+
+
+def _top_hint(key: str) -> str:
+    by_spelling = difflib.get_close_matches(key, TOP, n=1, cutoff=0.8)
+    return nearest(key, TOP) if by_spelling else dotted_hint(key) or nearest(key, TOP)
+
+
+def _elsewhere(problem: str, section: str) -> str:
+    """A problem with an unknown key, with the section that knows it if another one does."""
+    match = re.match(rf"{section}\.(\w+) is not a setting; ", problem)
+    if not match:
+        return problem
+    owners = [other for other, keys in settings_keys().items() if match[1] in keys]
+    if not owners:
+        return problem
+    return f"{match[0]}did you mean {' or '.join(repr(f'{each}.{match[1]}') for each in owners)}?"
 
 
 def _set(values: dict[str, Any], override: str) -> None:

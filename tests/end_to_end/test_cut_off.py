@@ -15,11 +15,12 @@ import pytest
 import nudge.pipelines.recipes
 from nudge.components.common.clients.registry.connection import with_registry
 from nudge.components.common.clients.registry.releases import find_served, list_versions
-from nudge.components.common.clients.storage import list_keys, s3_client
+from nudge.components.common.clients.storage import s3_client
 from nudge.components.common.core import processes
 from nudge.pipelines.local import services
 from tests.end_to_end.test_faults import NUDGE, Place, eventually, statuses
 from tests.local_registry import endpoint_headers
+from tests.objects import list_keys
 
 SERVER = "nudge.components.deploy.local.model_server"
 BOUNDARIES = [

@@ -190,6 +190,7 @@ def test_a_model_that_is_fetched_is_evaluated_as_it_was(
         history=history,
         evaluation=evaluation,
         metrics=dsl.Metrics(name="metrics-again", uri=str(place / "metrics-again"), metadata={}),
+        evaluation_sha256=str(place / "sha256-again"),
         report=dsl.HTML(name="report-again", uri=str(place / "report-again"), metadata={}),
         scores=dsl.Dataset(name="scores-again", uri=str(place / "scores-again"), metadata={}),
     )

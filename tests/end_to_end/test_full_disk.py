@@ -40,8 +40,9 @@ def test_training_on_a_full_disk_leaves_no_model(
 def test_uploading_to_a_full_store_shows_no_version(
     disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nudge.components.common.clients.storage import list_keys, s3_client
+    from nudge.components.common.clients.storage import s3_client
     from nudge.pipelines.local import services
+    from tests.objects import list_keys
 
     home = disk.resize(60 << 10)
     monkeypatch.setenv("NUDGE_HOME", str(home))

@@ -1,8 +1,12 @@
-"""`pip install .` without extras: each subcommand works or names the extra to install."""
+"""`pip install .` without extras: each subcommand works or names the extra to install. Each extra
+alone installs what its steps import."""
 
+import ast
+import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,21 +48,59 @@ NEEDS_EXTRAS = (
 )
 
 
+STEPS = {
+    "data": ("ingest",),
+    "train": ("tokenize", "train", "evaluate", "fetch"),
+    "release": ("upload", "register", "deploy", "summary"),
+}
+BASE_MODELS = {"gguf", "huggingface_hub", "torch", "transformers"}
+"""What steps import that take a base model; the decorator of every step can reach it."""
+OPTIONAL = {
+    "data": {"compression", "ray", *BASE_MODELS},
+    "release": {"compression", *BASE_MODELS},
+    # The readers of guards name the extra `data`, and tasks the extra `tasks`.
+    "train": {
+        *("compression", "ray", "mlflow", "lm_eval"),
+        *("charset_normalizer", "docx", "ijson", "lxml", "openpyxl", "pptx", "pypdfium2"),
+        "trafilatura",
+    },
+}
+"""What is imported only if a setting asks for it, or where this Python lacks it, by extra."""
+
+
+def uv(*arguments: str | Path) -> None:
+    command = [str(Path(sys.executable).with_name("uv")), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheels of nudge and of its kernels."""
+    folder = tmp_path_factory.mktemp("wheels")
+    uv("build", "--wheel", "-o", folder, ROOT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NUDGE_KERNELS_WITHOUT_CUDA", "1")
+        uv("build", "--wheel", "-o", folder, ROOT / "kernels")
+    return folder
+
+
+def installation(folder: Path, wheels: Path, extra: str = "") -> Path:
+    """A new environment with nudge's wheel and one extra; returns its Python."""
+    uv("venv", "--python", sys.executable, folder)
+    python = folder / "bin" / "python"
+    (wheel,) = wheels.glob("nudge_lm-*.whl")
+    what = f"nudge-lm[{extra}] @ {wheel.as_uri()}" if extra else str(wheel)
+    more = ["--torch-backend", "cpu"] if extra == "train" else []
+    uv("pip", "install", "--python", python, "--find-links", wheels, *more, what)
+    return python
+
+
+@pytest.fixture(scope="module")
+def installed(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty environment with nudge's wheel and its base dependencies; gives the command."""
-    folder = tmp_path_factory.mktemp("install")
-    uv = Path(sys.executable).with_name("uv")
-    wheels, python = folder / "wheels", folder / "venv" / "bin" / "python"
-    for command in (
-        ["build", "--wheel", "-o", str(wheels), str(ROOT)],
-        ["venv", "--python", sys.executable, str(folder / "venv")],
-    ):
-        subprocess.run([str(uv), *command], check=True, capture_output=True, timeout=300)
-    (wheel,) = wheels.glob("*.whl")
-    install = [str(uv), "pip", "install", "--python", str(python), str(wheel)]
-    subprocess.run(install, check=True, capture_output=True, timeout=300)
-    return python.with_name("nudge")
+    folder = tmp_path_factory.mktemp("install") / "venv"
+    return installation(folder, wheels).with_name("nudge")
 
 
 def run(command: Path, arguments: str, folder: Path) -> "subprocess.CompletedProcess[str]":
@@ -95,3 +137,68 @@ def test_what_needs_an_extra_names_it(installed: Path, tmp_path: Path) -> None:
         assert done.returncode == 2, (arguments, done.stderr)
         assert "Traceback" not in done.stderr, arguments
         assert "pip install 'nudge-lm[" in done.stderr, (arguments, done.stderr)
+
+
+def imported_by(steps: tuple[str, ...]) -> dict[str, set[str]]:
+    """The packages that the steps import, also inside functions, and which modules do."""
+    todo = [
+        "nudge." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for step in steps
+        for path in (ROOT / "components" / step).rglob("*.py")
+        if path.name != "component.py"
+    ]
+    seen: set[str] = set()
+    found: dict[str, set[str]] = {}
+    while todo:
+        module = todo.pop()
+        path = ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py")
+        path = path if path.is_file() else path.with_suffix("") / "__init__.py"
+        if module in seen or not path.is_file():
+            continue
+        seen.add(module)
+        for name in imports(ast.parse(path.read_text(encoding="utf-8"))):
+            if name.startswith("nudge."):
+                todo += [name, name.rpartition(".")[0]]
+            else:
+                found.setdefault(name.partition(".")[0], set()).add(module)
+    known = {"nudge", *sys.stdlib_module_names}
+    return {name: modules for name, modules in found.items() if name not in known}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield from imports(node)
+
+
+@pytest.mark.parametrize("extra", sorted(STEPS))
+def test_each_extra_alone_installs_what_its_steps_import(
+    extra: str, wheels: Path, tmp_path: Path
+) -> None:
+    python = installation(tmp_path / "venv", wheels, extra)
+    needed = imported_by(STEPS[extra])
+    code = "import importlib.util, sys\nfor name in sys.argv[1:]:\n"
+    code += "    if importlib.util.find_spec(name) is None: print(name)"
+    names = sorted(needed.keys() - OPTIONAL[extra] - {"kfp"})
+    done = subprocess.run(
+        [str(python), "-c", code, *names], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert {name: needed[name] for name in done.stdout.split()} == {}
+    # The module of each step is imported, too: its top may need what is only optional elsewhere.
+    for step in STEPS[extra]:
+        for module in (f"nudge.components.{step}.{step}", f"nudge.components.{step}.settings"):
+            if importlib.util.find_spec(module) is None:
+                continue  # fetch and others have no settings
+            done = subprocess.run(
+                [str(python), "-c", f"import {module}"],
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from nudge.components.common.core import processes
@@ -17,7 +18,11 @@ from nudge.components.common.core import processes
 ROOT = Path(__file__).parents[2]
 PREFIX = "/notebook/some-project/some-bench"
 # The dashboard's arguments: the proxy in front checks the login, so the server asks for no token.
-ARGUMENTS = f"--ServerApp.token='' --ServerApp.password='' --ServerApp.base_url={PREFIX}"
+ARGUMENTS = (
+    f"--ServerApp.token='' --ServerApp.password='' --ServerApp.base_url={PREFIX} "
+    # In a container it listens on every address, and so takes any Host.
+    "--ServerApp.ip=127.0.0.1 --ServerApp.allow_remote_access=True"
+)
 HOST, FOREIGN = "bench.apps.example.com", "https://evil.example"
 
 
@@ -33,8 +38,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     command = start({**made, "NOTEBOOK_PORT": str(port)})
     log = (home / "log").open("w")
     server = subprocess.Popen(
-        # The image's user is not root, and these tests may be; this machine is not in a container.
-        [str(program), *command[1:], "--allow-root", "--ServerApp.ip=127.0.0.1"],
+        [str(program), *command[1:], "--allow-root"],  # the image's user is not root
         env={**processes.child_environment(), "HOME": str(home)},
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -90,6 +94,9 @@ def test_a_page_of_another_site_cannot_use_the_workbench(port: int) -> None:
 def test_the_workbenchs_own_page_can(port: int) -> None:
     own = f"https://{HOST}"
     file = {"type": "file", "format": "text", "content": "x"}
-    token = {"X_XSRFToken": "t", "Cookie": "_xsrf=t"}  # as JupyterLab's page sends
+    with httpx.Client(headers={"Host": HOST}) as page:
+        page.get(f"http://127.0.0.1:{port}{PREFIX}/lab").raise_for_status()
+        (xsrf,) = [each.value for each in page.cookies.jar if each.name == "_xsrf"]
+    token = {"X_XSRFToken": str(xsrf), "Cookie": f"_xsrf={xsrf}"}  # as JupyterLab's page sends
     assert status(port, "PUT", "/api/contents/x.py", file, Origin=own, **token) == 201
     assert status(port, "GET", "/api/events/subscribe", Origin=own, **UPGRADE) == 101

@@ -288,7 +288,7 @@ def test_check_names_what_is_stale_and_compile_mends_it(
 
 
 def test_every_row_of_a_readme_says_something() -> None:
-    made = {path.relative_to(ROOT): text for path, text in compiling.made().items()}
+    made = {path.relative_to(ROOT): text for path, text in compiling.generated().items()}
     pages = [text for path, text in made.items() if path.match("components/*/README.md")]
     assert len(pages) == len({step.folder for step in compiling.STEPS.values()})
     for page in pages:

@@ -273,6 +273,14 @@ def test_the_tables_show_what_came_out(run: Run) -> None:
     console = Console(file=io.StringIO(), width=200)
     console.print(display.summary(values, run))
     text = console.file.getvalue()  # type: ignore[attr-defined]
+    text += "\n".join(display.ways_on(values, run, run.folder))
+    for part in (
+        "/somewhere/model",
+        "index.html",
+        "http://127.0.0.1:1",
+        "nudge rollback --model m",
+    ):
+        assert part in text
     for part in ("3 steps, 30 tokens", "0.300", "0.900", "' Paris'", "1.25", "report.html", "m v"):
         assert part in text
 

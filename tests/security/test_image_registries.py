@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import httpx
 import pytest
 
 from nudge.components.common.artifacts import model_files
-from nudge.components.common.clients import image_registry, modelcar
+from nudge.components.common.clients import image_credentials, image_registry, modelcar
+from nudge.components.common.clients.image_reference import parse_reference
 from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import sha256_file
@@ -37,13 +39,14 @@ class Server:
 
     def __init__(self, answer: Callable[[str, str], Answer], address: str = "127.0.0.1") -> None:
         self.seen: list[tuple[str, dict[str, str]]] = []
+        self.bodies: list[bytes] = []
         self.sent = 0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def answer(self) -> None:
                 outer.seen.append((self.path, {k.lower(): v for k, v in self.headers.items()}))
-                self.rfile.read(int(self.headers.get("content-length") or 0))
+                outer.bodies.append(self.rfile.read(int(self.headers.get("content-length") or 0)))
                 status, headers, body = answer(self.command, self.path)
                 self.send_response(status)
                 for name, value in headers.items():
@@ -101,7 +104,7 @@ def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, host: str) -> None:
 
 
 def opened(server: Server) -> Any:
-    return image_registry.repository(image_registry.parse(f"oci://{server.host}/team/m:v1"))
+    return image_registry.repository(parse_reference(f"oci://{server.host}/team/m:v1"))
 
 
 def test_a_token_realm_on_another_host_gets_no_credentials(
@@ -116,6 +119,32 @@ def test_a_token_realm_on_another_host_gets_no_credentials(
         ):
             found.manifest("v1")
     assert elsewhere.seen == []
+
+
+def test_an_identity_token_is_exchanged_for_one_of_the_registry(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def answer(method: str, path: str) -> Answer:
+        if path == "/token":
+            return 200, {}, b'{"access_token": "short"}' if method == "POST" else b"{}"
+        if registry.secrets():
+            return 200, {}, b"the manifest"
+        realm = f'Bearer realm="http://{registry.host}/token",service="s",scope="r"'
+        return 401, {"www-authenticate": realm}, b""
+
+    with Server(answer) as registry:
+        path = tmp_path / "auth.json"
+        path.write_text(json.dumps({"auths": {registry.host: {"identitytoken": PASSWORD}}}))
+        monkeypatch.setenv("REGISTRY_AUTH_FILE", str(path))
+        with opened(registry) as found:
+            assert found.manifest("v1") == b"the manifest"
+        assert registry.secrets() == ["Bearer short"]
+        exchanged = parse_qs(registry.bodies[1].decode())
+    assert exchanged.pop("client_id") == ["nudge"]
+    assert exchanged == {
+        "grant_type": ["refresh_token"], "refresh_token": [PASSWORD], "service": ["s"],
+        "scope": ["r"],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
@@ -156,9 +185,9 @@ def test_a_token_realm_that_redirects_takes_no_credentials_along(
 )
 def test_realms(registry: str, realm: str, right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     more = "a.example=b.example, registry.example.com=login.example.com"
-    monkeypatch.setenv(image_registry.AUTH_HOSTS_VARIABLE, more)
+    monkeypatch.setenv(image_credentials.AUTH_HOSTS_VARIABLE, more)
     with contextlib.nullcontext() if right else pytest.raises(UserError, match="expected https"):
-        image_registry.check_realm(registry, realm)
+        image_credentials.check_realm(registry, realm)
 
 
 def test_a_redirect_of_a_blob_to_another_host_takes_no_credentials_along(
@@ -221,7 +250,7 @@ def test_a_redirect_to_plain_http_is_refused(
 
     def watched(self: httpx.HTTPTransport, request: httpx.Request) -> httpx.Response:
         asked.append(request.url.host)
-        if request.url.host not in image_registry.LOOPBACK:
+        if request.url.host not in image_credentials.LOOPBACK:
             return httpx.Response(200, content=b"secret")
         return real(self, request)
 

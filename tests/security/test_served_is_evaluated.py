@@ -17,13 +17,9 @@ from nudge.components.common.artifacts.model_files import (
     model_files,
     weights_sha256,
 )
+from nudge.components.common.clients.bucket import download_folder
 from nudge.components.common.clients.registry.releases import Version
-from nudge.components.common.clients.storage import (
-    delete_version,
-    download_folder,
-    list_keys,
-    s3_client,
-)
+from nudge.components.common.clients.storage import s3_client
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import sha256_file, write_manifest
 from nudge.components.deploy.deploy import deploy
@@ -31,11 +27,13 @@ from nudge.components.deploy.kserve import objects
 from nudge.components.deploy.local.local_serving import LocalServing
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.verify import check_version
+from nudge.components.register.deletion import delete_version
 from nudge.components.register.register import register
 from nudge.components.register.settings import RegisterSettings
 from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
 from nudge.pipelines.local import services
+from tests.objects import list_keys
 from tests.security.uploads import (
     ATTACKS,
     NAME,

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from nudge.components.common.clients.registry.connection import with_registry
 from nudge.components.common.clients.registry.releases import Version, find_version
-from nudge.components.common.clients.storage import list_keys, s3_client
+from nudge.components.common.clients.storage import s3_client
 from nudge.pipelines.local import services
+from tests.objects import list_keys
 
 NAME = "bound"
 Objects = dict[str, bytes]

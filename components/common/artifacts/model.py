@@ -39,6 +39,10 @@ class Training:
     best_validation_loss: float | None = None
     """In nats per token; None if it was never finite."""
     weights_of_step: Omitted[int] = None
+    base_bits_per_byte: Omitted[float] = None
+    """Before training, with the base model's own weights; None unless the base was quantized."""
+    quantized_bits_per_byte: Omitted[float] = None
+    """The same with the quantized weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

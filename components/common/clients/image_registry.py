@@ -1,10 +1,10 @@
 """A client of image registries over HTTP; it needs no daemon.
 
 It implements the OCI distribution specification
-(https://github.com/opencontainers/distribution-spec/blob/main/spec.md). Credentials come from the
-files of podman and docker (``auths`` of a pull secret). They appear in no error and in no log, and
-they go to the registry and its token server only: over https, and never to the target of a redirect
-on another host. Every answer is read up to a limit.
+(https://github.com/opencontainers/distribution-spec/blob/main/spec.md). Credentials
+(`image_credentials`) appear in no error and in no log, and they go to the registry and its token
+server only: over https, and never to the target of a redirect on another host. Every answer is read
+up to a limit.
 
 The libraries for this (oras, olot) read an image from files on disk, which would store a model
 twice. Here a layer is packed and unpacked while it is sent (see `modelcar`).
@@ -14,20 +14,23 @@ import base64
 import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import httpx
 import tenacity
 
+from nudge.components.common.clients.image_credentials import (
+    LOOPBACK,
+    check_realm,
+    find_credentials,
+)
+from nudge.components.common.clients.image_reference import Reference
 from nudge.components.common.clients.tls import tls_context
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.images import POD_CREDENTIALS
+from nudge.components.common.core.retries import BACKOFF, BUSY
 from nudge.components.common.core.sanitize import visible
 
 INDEX = "application/vnd.oci.image.index.v1+json"
@@ -42,7 +45,6 @@ ACCEPTED = (
 )
 
 ATTEMPTS = 8
-BUSY = (429, 500, 502, 503, 504)
 BLOCK = 1 << 20
 MANIFEST_BYTES = 4 << 20
 """The largest manifest or token that is read; the specification asks registries for as much."""
@@ -56,55 +58,7 @@ HINTS = {
     404: "it does not exist there",
     413: "the registry, or a proxy in front of it, accepts no request of that size",
 }
-LOOPBACK = ("localhost", "127.0.0.1")
-"""The hosts of registries that are used over http."""
-AUTH_HOSTS = {"registry-1.docker.io": "auth.docker.io", "registry.gitlab.com": "gitlab.com"}
-"""The token servers of registries that have theirs on another host."""
-AUTH_HOSTS_VARIABLE = "NUDGE_IMAGE_AUTH_HOSTS"
-"""More of them, separated by commas: ``registry.example.com=login.example.com``."""
-
 Content = Callable[[], Iterator[bytes]]
-
-
-@dataclass(frozen=True)
-class Reference:
-    """An image: ``registry`` is host and port, and one of ``tag`` and ``digest`` may be empty."""
-
-    registry: str
-    repository: str
-    tag: str = ""
-    digest: str = ""
-
-    @property
-    def name(self) -> str:
-        """The last part of the URL of its manifest."""
-        return self.digest or self.tag
-
-    @property
-    def uri(self) -> str:
-        end = f"@{self.digest}" if self.digest else f":{self.tag}" if self.tag else ""
-        return f"oci://{self.registry}/{self.repository}{end}"
-
-
-PARTS = re.compile(
-    r"(?P<registry>[A-Za-z0-9.-]+(:\d+)?|\[[0-9a-fA-F:]+\](:\d+)?)/"
-    r"(?P<repository>[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*)"
-    r"(:(?P<tag>[A-Za-z0-9_][A-Za-z0-9._-]{0,127}))?(@(?P<digest>sha256:[0-9a-f]{64}))?"
-)
-
-
-def parse(uri: str) -> Reference:
-    """An image's reference from ``oci://registry/path[:tag][@digest]``; raises `UserError`."""
-    found = PARTS.fullmatch(uri.removeprefix("oci://"))
-    host = found["registry"].partition(":")[0] if found else ""
-    if found is None or not ("." in host or host == "localhost" or host[0] == "["):
-        raise UserError(
-            f"{uri} is not the name of an image: expected oci://registry/path[:tag][@sha256:...] "
-            "with the path in lower case, such as oci://quay.io/team/models"
-        )
-    return Reference(
-        found["registry"], found["repository"], found["tag"] or "", found["digest"] or ""
-    )
 
 
 def digest_of(body: bytes) -> str:
@@ -127,7 +81,7 @@ class Repository:
 
     def __init__(self, reference: Reference) -> None:
         self.reference = reference
-        self._credentials, self._authorization = _credentials(reference), ""
+        self._credentials, self._authorization = find_credentials(reference), ""
         host, _, _ = reference.registry.partition(":")
         plain = host in LOOPBACK
         self._plain = plain
@@ -312,15 +266,22 @@ class Repository:
         kind, _, rest = answer.headers.get("www-authenticate", "").partition(" ")
         challenge = dict(re.findall(r'(\w+)="([^"]*)"', rest))
         if kind.lower() == "basic" and self._credentials:
-            pair = ":".join(self._credentials).encode()
+            pair = f"{self._credentials.user}:{self._credentials.password}".encode()
             self._authorization = f"Basic {base64.b64encode(pair).decode()}"
             return True
         if kind.lower() != "bearer" or "realm" not in challenge:
             return False
         check_realm(self._client.base_url.host, challenge["realm"])
         wanted = {key: challenge[key] for key in ("service", "scope") if key in challenge}
-        auth = httpx.BasicAuth(*self._credentials) if self._credentials else None
+        known, auth = self._credentials, None
         request = self._client.build_request("GET", challenge["realm"], params=wanted)
+        if known and known.identity_token:
+            # https://distribution.github.io/distribution/spec/auth/oauth/
+            wanted |= {"grant_type": "refresh_token", "client_id": "nudge"}
+            wanted["refresh_token"] = known.identity_token
+            request = self._client.build_request("POST", challenge["realm"], data=wanted)
+        elif known:
+            auth = httpx.BasicAuth(known.user, known.password)
         reply = self._client.send(request, auth=auth, follow_redirects=False, stream=True)
         try:
             self._judge(reply, (200,))
@@ -357,29 +318,6 @@ def repository(reference: Reference) -> Iterator[Repository]:
     """A `Repository` for the time of the block."""
     with contextlib.closing(Repository(reference)) as opened:
         yield opened
-
-
-def check_realm(registry: str, realm: str) -> None:
-    """Raise `UserError` unless a token server may get the credentials for a registry's host.
-
-    It must be on the same host, or on that of `AUTH_HOSTS` or NUDGE_IMAGE_AUTH_HOSTS, and must
-    use https (http if both are on this machine).
-    """
-    more = os.environ.get(AUTH_HOSTS_VARIABLE, "").split(",")
-    known = {**AUTH_HOSTS, **dict(each.strip().split("=", 1) for each in more if "=" in each)}
-    try:
-        parts = urlsplit(realm)
-        host, scheme = parts.hostname or "", parts.scheme
-    except ValueError:
-        host, scheme = "", ""
-    local = registry in LOOPBACK and host in LOOPBACK and scheme in ("http", "https")
-    if local or (scheme == "https" and host in (registry, known.get(registry))):
-        return
-    raise UserError(
-        f"the registry {registry} asks for credentials to be sent to {realm!r}: expected https on "
-        f"{known.get(registry) or registry}; if that is its token server, set "
-        f"{AUTH_HOSTS_VARIABLE}={registry}=HOST"
-    )
 
 
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
@@ -422,43 +360,10 @@ def _attempts(what: str) -> Iterator[Any]:
     try:
         yield from tenacity.Retrying(
             stop=tenacity.stop_after_attempt(ATTEMPTS),
-            wait=tenacity.wait_random_exponential(0.2, max=8),
+            wait=BACKOFF,
             retry=tenacity.retry_if_exception_type((Busy, httpx.TransportError)),
             reraise=True,
         )
     except (Busy, httpx.TransportError) as error:
         why = str(error) or type(error).__name__
         raise UserError(f"{what}: the registry cannot be used now, {why}; run it again") from None
-
-
-def _credentials(reference: Reference) -> tuple[str, str] | None:
-    """User and password for a repository: the longest entry that matches, as in podman."""
-    name = f"{reference.registry}/{reference.repository}"
-    names = [name[: match.start()] for match in re.finditer("/", name)] + [name]
-    if reference.registry == "docker.io":
-        names.insert(0, "https://index.docker.io/v1/")
-    for path in _credential_files():
-        try:
-            entries = json.loads(path.read_text(encoding="utf-8")).get("auths", {})
-        except (OSError, ValueError, AttributeError):
-            raise UserError(f"{path} cannot be read as a pull secret (JSON with auths)") from None
-        for entry in (entries[each] for each in reversed(names) if each in entries):
-            if entry.get("username"):
-                return entry["username"], entry.get("password", "")
-            if entry.get("auth"):
-                user, _, password = base64.b64decode(entry["auth"]).decode().partition(":")
-                return user, password
-    return None
-
-
-def _credential_files() -> list[Path]:
-    docker = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
-    named = os.environ.get("REGISTRY_AUTH_FILE")
-    podman = os.environ.get("XDG_RUNTIME_DIR")
-    paths = [
-        *([Path(named)] if named else []),
-        POD_CREDENTIALS,
-        *([Path(podman) / "containers" / "auth.json"] if podman else []),
-        docker / "config.json",
-    ]
-    return [path for path in paths if path.is_file()]

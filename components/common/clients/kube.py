@@ -5,7 +5,6 @@ plain dicts, as in a manifest. The service account of a pipeline may not watch, 
 repeatedly instead.
 """
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -32,7 +31,10 @@ PAGE = 500
 POD = ResourceKind("v1", "Pod", "pods")
 EVENT = ResourceKind("v1", "Event", "events")
 REVIEW = ResourceKind("authentication.k8s.io/v1", "SelfSubjectReview", "selfsubjectreviews")
-"""It belongs to no namespace; every account may create it."""
+ACCESS = ResourceKind(
+    "authorization.k8s.io/v1", "SelfSubjectAccessReview", "selfsubjectaccessreviews"
+)
+"""Both belong to no namespace, and every account may create them."""
 
 
 class NotInTime(Transient):
@@ -51,7 +53,7 @@ class Cluster:
 
     def get(self, kind: ResourceKind, name: str) -> Object | None:
         """The object, or None if there is none of this name."""
-        found: Object | None = self.requests.json(kind, "GET", self._path(kind, name), name)
+        found: Object | None = self.requests.json(kind, "get", name)
         return found
 
     def subresource(
@@ -60,8 +62,7 @@ class Cluster:
         """A subresource of an object; None if the cluster lacks the object or this kind."""
         found: Object | None = self.requests.json(
             kind,
-            "GET",
-            self._path(kind, name, part),
+            "get",
             name,
             subresource=part,
             missing_is_none=True,
@@ -73,20 +74,20 @@ class Cluster:
         self, kind: ResourceKind, labels: Mapping[str, str] | None = None, **fields: str
     ) -> list[Any]:
         """The objects that have all these labels and field values (``metadata__name="x"``)."""
-        query = {"limit": str(PAGE)}
+        query: dict[str, Any] = {"limit": PAGE}
         if labels:
-            query["labelSelector"] = ",".join(f"{key}={value}" for key, value in labels.items())
+            query["label_selector"] = ",".join(f"{key}={value}" for key, value in labels.items())
         if fields:
             pairs = ((key.replace("__", "."), value) for key, value in fields.items())
-            query["fieldSelector"] = ",".join(f"{key}={value}" for key, value in pairs)
+            query["field_selector"] = ",".join(f"{key}={value}" for key, value in pairs)
         items: list[Any] = []
         while True:
-            page = self.requests.json(kind, "GET", self._path(kind), query=query, verb="list")
+            page = self.requests.json(kind, "get", verb="list", **query)
             items += page["items"] if page else []
             token = page["metadata"].get("continue") if page else None
             if not token:
                 return items
-            query["continue"] = token
+            query["_continue"] = token
 
     def create(self, kind: ResourceKind, body: Object, *, dry_run: bool = False) -> Object:
         """Create an object; raises `ResourceConflict` if its name is taken.
@@ -95,9 +96,8 @@ class Cluster:
         expect to find its own object. With ``dry_run`` the server decides whether it would accept
         the object, and stores nothing.
         """
-        query = {"dryRun": "All"} if dry_run else None
-        path, name = self._path(kind), _name(body)
-        created = self.requests.json(kind, "POST", path, name, query=query, body=body)
+        query = {"dry_run": "All"} if dry_run else {}
+        created = self.requests.json(kind, "create", _name(body), body=body, **query)
         return _in_namespace(created, kind, self.namespace)
 
     def apply(self, kind: ResourceKind, body: Object, *, force: bool = False) -> Object:
@@ -110,12 +110,11 @@ class Cluster:
         try:
             applied = self.requests.json(
                 kind,
-                "PATCH",
-                self._path(kind, name),
+                "server_side_apply",
                 name,
-                query={"fieldManager": FIELD_MANAGER, "force": str(force).lower()},
                 body=body,
-                media="application/apply-patch+yaml",
+                field_manager=FIELD_MANAGER,
+                force_conflicts=str(force).lower(),
             )
         except ResourceConflict as conflict:
             raise UserError(
@@ -133,12 +132,12 @@ class Cluster:
         """
         changed: Object | None = self.requests.json(
             kind,
-            "PATCH",
-            self._path(kind, name, subresource),
+            "patch",
             name,
-            query={"fieldManager": FIELD_MANAGER},
+            subresource=subresource,
             body=change,
-            media="application/merge-patch+json",
+            field_manager=FIELD_MANAGER,
+            content_type="application/merge-patch+json",
         )
         if changed is None:
             raise UserError(f"there is no {kind.name} {name} in namespace {self.namespace}")
@@ -150,7 +149,7 @@ class Cluster:
         if uid:
             body["preconditions"] = {"uid": uid}
         try:
-            deleted = self.requests.json(kind, "DELETE", self._path(kind, name), name, body=body)
+            deleted = self.requests.json(kind, "delete", name, body=body)
         except ResourceConflict:
             return False
         return deleted is not None
@@ -191,10 +190,9 @@ class Cluster:
             query["container"] = container
         text = self.requests.text(
             POD,
-            "GET",
-            self._path(POD, pod, "log"),
+            "get",
             pod,
-            query=query,
+            query_params=list(query.items()),
             subresource="log",
             patience_s=min(self.requests.patience_s, LOG_PATIENCE_S),
         )
@@ -211,12 +209,23 @@ class Cluster:
         found = self.requests.json(REVIEW, "POST", path, body=body)
         return str(found["status"]["userInfo"]["username"])
 
+    def may(self, verb: str, group: str, resource: str) -> bool:
+        """Whether the account of these requests has a permission in this namespace."""
+        asked = {"namespace": self.namespace, "group": group, "resource": resource, "verb": verb}
+        body = {
+            "apiVersion": ACCESS.api_version,
+            "kind": ACCESS.name,
+            "spec": {"resourceAttributes": asked},
+        }
+        path = f"/apis/{ACCESS.api_version}/{ACCESS.plural}"
+        found = self.requests.json(ACCESS, "POST", path, body=body)
+        return bool(found["status"]["allowed"])
+
     def preferred_version(self, group: str) -> str:
         """The version of an API group that this cluster prefers: ``kueue.x-k8s.io/v1beta2``. Empty
         if it does not serve the group."""
-        kind = ResourceKind(f"{group}/", "APIGroup", "")
-        text = self.requests.text(kind, "GET", f"/apis/{group}", group, missing_is_none=True)
-        return "" if text is None else str(json.loads(text)["preferredVersion"]["groupVersion"])
+        found = self.requests.document(f"/apis/{group}")
+        return "" if found is None else str(found["preferredVersion"]["groupVersion"])
 
     def schema(self, kind: ResourceKind) -> Object | None:
         """This cluster's JSON schema of a kind, or None if the cluster does not know the kind.
@@ -224,18 +233,15 @@ class Cluster:
         Every service account may read it, unlike the CustomResourceDefinition.
         """
         path = f"/openapi/v3/apis/{kind.api_version}" if kind.group else "/openapi/v3/api/v1"
-        text = self.requests.text(kind, "GET", path, missing_is_none=True)
-        if text is None:
+        found = self.requests.document(path)
+        if found is None:
             return None
         group, _, version = kind.api_version.rpartition("/")
         wanted = {"group": group, "version": version, "kind": kind.name}
-        for schema in json.loads(text)["components"]["schemas"].values():
+        for schema in found["components"]["schemas"].values():
             if wanted in schema.get("x-kubernetes-group-version-kind", []):
                 return dict(schema)
         return None
-
-    def _path(self, kind: ResourceKind, name: str = "", subresource: str = "") -> str:
-        return kind.path(self.namespace, name, subresource)
 
 
 def connect(namespace: str = "", patience_s: float = PATIENCE_S) -> Cluster:
@@ -248,6 +254,7 @@ def connect(namespace: str = "", patience_s: float = PATIENCE_S) -> Cluster:
     import kubernetes.config
 
     configuration = kubernetes.client.Configuration()
+    configuration.retries = False  # `Requests` retries
     # Pass it each time: the package reads the variable only once, when it is imported.
     file = os.environ.get("KUBECONFIG") or None
     of_this_pod = in_pod() and not file

@@ -1,18 +1,23 @@
-"""HTTP requests to the Kubernetes API: retries, and a sentence for each refusal.
+"""Requests to the Kubernetes API: retries, and a sentence for each refusal.
+
+They go through `kubernetes.dynamic.DynamicClient`, without its discovery: that would ask for
+``/version``, ``/apis`` and each API group before the first request (four requests instead of one),
+without retries, and keep the answers in a file in the temporary folder that later runs trust.
 
 Requests are repeated while the server is busy or unreachable. A refusal becomes a `UserError` that
 says what to do. No message or log contains a token or a CA.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
 import tenacity
 
 from nudge.components.common.core.errors import Transient, UserError
+from nudge.components.common.core.retries import BACKOFF, BUSY
 
 Object = dict[str, Any]
 
@@ -22,8 +27,11 @@ PATIENCE_S = 60.0
 TIMEOUTS_S = (10.0, 60.0)
 """For connecting, and for waiting for an answer."""
 
-BUSY = (429, 500, 502, 503, 504)
-VERBS = {"GET": "get", "POST": "create", "PATCH": "patch", "DELETE": "delete"}
+NO_TLS = 0
+"""The status that the package reports if a certificate is not trusted."""
+
+VERBS = {"server_side_apply": "patch"}
+"""The verbs, in permissions and messages, of methods that have another name."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +49,6 @@ class ResourceKind:
     @property
     def group(self) -> str:
         return self.api_version.rpartition("/")[0]
-
-    def path(self, namespace: str, name: str = "", subresource: str = "") -> str:
-        parts = ["apis" if self.group else "api", self.api_version, "namespaces", quote(namespace)]
-        return "/" + "/".join([*parts, self.plural, *(quote(p) for p in (name, subresource) if p)])
 
 
 class ResourceConflict(Exception):
@@ -67,38 +71,44 @@ class Requests:
     """Requests to the API server of ``api`` (a `kubernetes.client.ApiClient`), in one namespace."""
 
     def __init__(self, api: Any, namespace: str, patience_s: float = PATIENCE_S) -> None:
-        self._api, self._namespace, self.patience_s = api, namespace, patience_s
+        from kubernetes.dynamic import DynamicClient
 
-    def json(self, kind: ResourceKind, method: str, path: str, name: str = "", **how: Any) -> Any:
+        self._api, self._namespace, self.patience_s = api, namespace, patience_s
+        self._client = DynamicClient(api, discoverer=lambda *_: None)
+
+    def json(self, kind: ResourceKind, method: str, name: str = "", **how: Any) -> Any:
         """An answer parsed as JSON, or None if the object does not exist; as in `text`."""
-        text = self.text(kind, method, path, name, **how)
+        text = self.text(kind, method, name, **how)
         return None if text is None else json.loads(text)
 
     def text(
         self,
         kind: ResourceKind,
         method: str,
-        path: str,
         name: str = "",
         *,
-        query: Mapping[str, str] | None = None,
-        body: Object | None = None,
-        media: str = "application/json",
         verb: str = "",
         subresource: str = "",
         missing_is_none: bool = False,
         patience_s: float | None = None,
+        **how: Any,
     ) -> str | None:
         """The text of an answer, or None if the object does not exist.
 
-        ``verb`` and ``subresource`` are for messages. With ``missing_is_none``, any 404 means None,
-        not only the API server's own. Raises `ResourceConflict` for a 409, `Transient` if the
-        server stays busy or unreachable for ``patience_s``, and `UserError` for other refusals.
+        ``method`` is one of DynamicClient (get, create, patch, server_side_apply, delete), and
+        ``how`` are its arguments. ``verb`` is for messages. With ``missing_is_none``, any 404 means
+        None, not only the API server's own. Raises `ResourceConflict` for a 409,
+        `Transient` if the server stays busy or unreachable for ``patience_s``, and `UserError` for
+        other refusals.
         """
-        verb = verb or VERBS[method]
+        verb = verb or VERBS.get(method, method)
         doing = f"{verb} {kind.name}{f' {name}' if name else ''} in namespace {self._namespace}"
-        patience_s = self.patience_s if patience_s is None else patience_s
-        status, text = self._with_retries(doing, patience_s, method, path, query, body, media)
+        if name and method != "create":
+            how["name"] = quote(name, safe="")
+        call = partial(getattr(self._client, method), self._resource(kind, subresource), **how)
+        status, text = self._with_retries(
+            doing, partial(call, namespace=quote(self._namespace)), patience_s
+        )
         if status < 300:
             return text
         refusal = _status(text)
@@ -112,14 +122,19 @@ class Requests:
             )
         if status == 409:
             raise ResourceConflict(reason, message)
-        if status == 401:
-            raise UserError(
-                f"{doing}: {self._host} does not accept this token (401); log in again, or check "
-                "the service account"
-            )
         if status == 403 and " cannot " in message:
             raise UserError(_missing_permission(doing, kind, verb, subresource, message))
-        raise UserError(f"{doing}: {self._host} answered {status}: {message}")
+        raise self._refusal(doing, status, message)
+
+    def document(self, path: str) -> Object | None:
+        """A document of the API server about itself, such as ``/apis/batch``; None after a 404."""
+        doing = f"get {path}"
+        status, text = self._with_retries(doing, partial(self._client.request, "get", path))
+        if status < 300:
+            return dict(json.loads(text))
+        if status == 404:
+            return None
+        raise self._refusal(doing, status, _status(text).get("message") or text.strip()[:500])
 
     def token(self) -> str:
         """The bearer token that requests carry; empty without one (client certificates)."""
@@ -131,69 +146,78 @@ class Requests:
     def _host(self) -> str:
         return str(self._api.configuration.host)
 
-    def _with_retries(self, doing: str, patience_s: float, *request: Any) -> tuple[int, str]:
+    def _resource(self, kind: ResourceKind, subresource: str) -> Any:
+        from kubernetes.dynamic import Resource
+
+        below = {"kind": kind.name, "name": f"{kind.plural}/{subresource}", "namespaced": True}
+        found = Resource(
+            prefix="apis" if kind.group else "api",
+            group=kind.group,
+            api_version=kind.api_version.rpartition("/")[2],
+            kind=kind.name,
+            name=kind.plural,
+            namespaced=True,
+            client=self._client,
+            subresources={subresource: below} if subresource else {},
+        )
+        return found.subresources[subresource] if subresource else found
+
+    def _refusal(self, doing: str, status: int, message: str) -> UserError:
+        if status == 401:
+            return UserError(
+                f"{doing}: {self._host} does not accept this token (401); log in again, or check "
+                "the service account"
+            )
+        return UserError(f"{doing}: {self._host} answered {status}: {message}")
+
+    def _with_retries(
+        self, doing: str, send: partial[Any], patience_s: float | None = None
+    ) -> tuple[int, str]:
+        """The status and the text of an answer, also of a refusal."""
         import urllib3
 
         retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_delay(patience_s),
+            stop=tenacity.stop_after_delay(self.patience_s if patience_s is None else patience_s),
             wait=_wait,
-            retry=tenacity.retry_if_exception(_is_transient),
+            retry=tenacity.retry_if_exception_type((_Busy, urllib3.exceptions.HTTPError)),
             reraise=True,
         )
         try:
-            return retrying(self._once, *request)
+            status, text = retrying(_once, send)
         except _Busy as busy:
             raise Transient(f"{doing}: {self._host} answered {busy.status}: {busy}") from None
-        except urllib3.exceptions.SSLError as error:
-            raise UserError(
-                f"{doing}: the certificate of {self._host} is not trusted: {error}; set its CA in "
-                "the kubeconfig"
-            ) from None
         except urllib3.exceptions.HTTPError as error:
             raise Transient(f"{doing}: the cluster {self._host} does not answer: {error}") from None
-
-    def _once(
-        self,
-        method: str,
-        path: str,
-        query: Mapping[str, str] | None,
-        body: Object | None,
-        media: str,
-    ) -> tuple[int, str]:
-        import urllib3
-
-        headers = {"Accept": "application/json, */*", "Content-Type": media}
-        self._api.update_params_for_auth(headers, [], ["BearerToken"])
-        pairs = "&".join(f"{key}={quote(value, safe='')}" for key, value in (query or {}).items())
-        answer = self._api.rest_client.pool_manager.request(
-            method,
-            f"{self._host}{path}{f'?{pairs}' if pairs else ''}",
-            headers=headers,
-            body=None if body is None else json.dumps(body),
-            timeout=urllib3.Timeout(connect=TIMEOUTS_S[0], read=TIMEOUTS_S[1]),
-            retries=False,
-        )
-        text = answer.data.decode(errors="replace")
-        if answer.status in BUSY:
-            wait = answer.headers.get("Retry-After", "")
-            message = _status(text).get("message") or text.strip()[:500]
-            raise _Busy(answer.status, message, float(wait) if wait.isdigit() else 0)
-        return answer.status, text
+        if status == NO_TLS:
+            raise UserError(
+                f"{doing}: the certificate of {self._host} is not trusted: {text}; set its CA in "
+                "the kubeconfig"
+            )
+        return status, text
 
 
-def _is_transient(error: BaseException) -> bool:
-    import urllib3
+def _once(send: partial[Any]) -> tuple[int, str]:
+    """The status and text of an answer."""
+    from kubernetes.client import ApiException
 
-    if isinstance(error, urllib3.exceptions.SSLError):
-        return False
-    return isinstance(error, _Busy | urllib3.exceptions.HTTPError)
+    try:
+        answer = send(serialize=False, _request_timeout=TIMEOUTS_S)
+    except ApiException as error:
+        text = error.body or b""
+        text = text.decode(errors="replace") if isinstance(text, bytes) else text
+        if error.status not in BUSY:
+            return error.status, text or str(error.reason)
+        wait = (error.headers or {}).get("Retry-After", "")
+        message = _status(text).get("message") or text.strip()[:500]
+        raise _Busy(error.status, message, float(wait) if wait.isdigit() else 0) from None
+    return answer.status, answer.data.decode(errors="replace")
 
 
 def _wait(state: tenacity.RetryCallState) -> float:
     """Exponential with jitter, at least as long as the server asks for."""
     error = state.outcome.exception() if state.outcome else None
     retry_after_s = error.wait_s if isinstance(error, _Busy) else 0.0
-    return max(retry_after_s, tenacity.wait_random_exponential(0.2, max=8)(state))
+    return max(retry_after_s, BACKOFF(state))
 
 
 def _status(text: str) -> Object:

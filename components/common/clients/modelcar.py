@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nudge.components.common.clients import image_registry
+from nudge.components.common.clients.image_reference import Reference, parse_reference
 from nudge.components.common.core.errors import UserError
 
 MODEL_FOLDER = "models"
@@ -22,7 +23,7 @@ more than a half, text to a tenth."""
 
 
 def image_manifests(
-    source: image_registry.Repository, reference: image_registry.Reference
+    source: image_registry.Repository, reference: Reference
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """An image's manifests for Linux, each with its platform (empty if only its config has it)."""
     index = json.loads(source.manifest(reference.name or "latest"))
@@ -37,7 +38,7 @@ def image_manifests(
 
 def exists(uri: str) -> bool:
     """Whether the registry has the image."""
-    reference = image_registry.parse(uri)
+    reference = parse_reference(uri)
     with image_registry.repository(reference) as source:
         return bool(source.digest(reference.name))
 
@@ -47,7 +48,7 @@ def download_image(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> N
 
     Raises `UserError` if there are none, if one is a link or if one would be outside ``folder``.
     """
-    reference = image_registry.parse(uri)
+    reference = parse_reference(uri)
     with image_registry.repository(reference) as source:
         manifests = image_manifests(source, reference)
         if not manifests:

@@ -6,14 +6,13 @@ and its clients raise.
 
 import base64
 import contextlib
-import fnmatch
-import io
+import functools
 import ipaddress
 import os
 import random
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ import botocore.config
 import botocore.exceptions
 import s3transfer.exceptions
 
-from nudge.components.common.artifacts.model_files import Tampered, check_manifest
 from nudge.components.common.core.errors import Transient, UserError
 
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_ENDPOINT", "AWS_S3_BUCKET")
@@ -56,9 +54,11 @@ class Connection:
         }
         return {name: value for name, value in options.items() if value}
 
-    def config_options(self) -> dict[str, Any]:
-        """The keyword arguments of the ``config`` of such a client."""
-        options: dict[str, Any] = {"retries": {"mode": "standard", "total_max_attempts": ATTEMPTS}}
+    def config_options(self, attempts: int | None = None) -> dict[str, Any]:
+        """The keyword arguments of the ``config`` of such a client, which sends a request up to
+        ``attempts`` times."""
+        retries = {"mode": "standard", "total_max_attempts": attempts or ATTEMPTS}
+        options: dict[str, Any] = {"retries": retries}
         if self.endpoint:
             options["s3"] = {"addressing_style": "path"}
         if _is_loopback(self.endpoint):
@@ -66,7 +66,7 @@ class Connection:
         return options
 
 
-def connection() -> Connection:
+def connection(variables: Mapping[str, str] = os.environ) -> Connection:
     """The data connection that the AWS_* variables describe.
 
     Blanks and line breaks around a value are dropped: a Secret created with ``echo`` has one. An
@@ -75,32 +75,33 @@ def connection() -> Connection:
     an invalid value, without repeating a key.
     """
     names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-    key, secret, token = (_value(name) for name in names)
-    ca_bundle = _value("AWS_CA_BUNDLE")
+    key, secret, token = (_value(name, variables) for name in names)
+    ca_bundle = _value("AWS_CA_BUNDLE", variables)
     if ca_bundle and not Path(ca_bundle).exists():
         raise UserError(f"AWS_CA_BUNDLE is {ca_bundle}, but there is no such file or folder")
-    region = _value("AWS_DEFAULT_REGION") or _value("AWS_REGION")
-    return Connection(_endpoint(), key, secret, token, region, bucket_name(), ca_bundle)
+    region = _value("AWS_DEFAULT_REGION", variables) or _value("AWS_REGION", variables)
+    endpoint, bucket = _endpoint(variables), bucket_name(variables)
+    return Connection(endpoint, key, secret, token, region, bucket, ca_bundle)
 
 
-def bucket_name() -> str:
+def bucket_name(variables: Mapping[str, str] = os.environ) -> str:
     """The bucket of the data connection, or "" if AWS_S3_BUCKET is not set."""
-    value = _value("AWS_S3_BUCKET")
+    value = _value("AWS_S3_BUCKET", variables)
     bucket = value.removeprefix("s3a://").removeprefix("s3://").strip("/")
     if "/" in bucket or (value and not bucket):
         raise UserError(f"AWS_S3_BUCKET is {value!r}; expected only the name of a bucket")
     return bucket
 
 
-def _value(name: str) -> str:
-    value = os.environ.get(name, "").strip()
+def _value(name: str, variables: Mapping[str, str]) -> str:
+    value = variables.get(name, "").strip()
     if any(ord(letter) < 0x20 or ord(letter) == 0x7F for letter in value):
         raise UserError(f"{name} contains a line break or another control character; remove it")
     return value
 
 
-def _endpoint() -> str:
-    value = _value("AWS_S3_ENDPOINT")
+def _endpoint(variables: Mapping[str, str]) -> str:
+    value = _value("AWS_S3_ENDPOINT", variables)
     if not value:
         return ""
     endpoint = value.rstrip("/")
@@ -127,12 +128,18 @@ def _is_loopback(endpoint: str) -> bool:
     return host == "localhost" or host.endswith(".localhost")
 
 
-def s3_client() -> Any:
-    """A boto3 client for the data connection.
+def s3_client(
+    variables: Mapping[str, str] = os.environ,
+    *,
+    attempts: int | None = None,
+    connect_timeout_s: float = 10,
+    read_timeout_s: float = 60,
+) -> Any:
+    """A boto3 client for the data connection that the AWS_* ``variables`` describe.
 
     Raises `UserError` naming the variables that are missing, or the one that is invalid.
     """
-    data = connection()
+    data = connection(variables)
     values = (data.key, data.secret, data.endpoint)
     missing = [key for key, value in zip(KEYS[:3], values, strict=True) if not value]
     if missing:
@@ -146,10 +153,16 @@ def s3_client() -> Any:
         aws_access_key_id=data.key,
         aws_secret_access_key=data.secret,
         aws_session_token=data.token or None,
-        config=botocore.config.Config(connect_timeout=10, read_timeout=60, **data.config_options()),
+        config=botocore.config.Config(
+            connect_timeout=connect_timeout_s,
+            read_timeout=read_timeout_s,
+            **data.config_options(attempts),
+        ),
         **data.client_options(),
     )
-    client.meta.events.register("needs-retry.s3", _retry_429)
+    client.meta.events.register(
+        "needs-retry.s3", functools.partial(_retry_429, limit=attempts or ATTEMPTS)
+    )
     return client
 
 
@@ -192,11 +205,11 @@ def check_writes(client: Any, bucket: str) -> None:
     )
 
 
-def _retry_429(response: Any, attempts: int, **_: Any) -> float | None:
+def _retry_429(response: Any, attempts: int, limit: int, **_: Any) -> float | None:
     """Seconds to wait before retrying a 429, otherwise None: botocore's standard mode treats a
     plain 429 as final (it looks only at error codes, https://docs.aws.amazon.com/sdkref)."""
     busy = response is not None and response[0].status_code == 429
-    return min(random.uniform(0, 2**attempts), 8.0) if busy and attempts < ATTEMPTS else None
+    return min(random.uniform(0, 2**attempts), 8.0) if busy and attempts < limit else None
 
 
 def split_s3_uri(uri: str) -> tuple[str, str]:
@@ -283,7 +296,7 @@ def is_transient(error: BaseException) -> bool:
 
 def why(error: BaseException) -> str:
     """The cause of an error in one clause, and what to check."""
-    endpoint = os.environ.get("AWS_S3_ENDPOINT", "").strip()
+    endpoint = os.environ.get("AWS_S3_ENDPOINT", "").strip() or "S3"
     cause, code = cause_of(error), code_of(error)
     if isinstance(cause, botocore.exceptions.ClientError):
         hint = HINTS.get(code, cause.response.get("Error", {}).get("Message", "refused"))
@@ -293,11 +306,11 @@ def why(error: BaseException) -> str:
     if isinstance(cause, botocore.exceptions.SSLError):
         if "://" not in endpoint:
             return f"{endpoint} does not use TLS; if that is intended, write http:// before it"
-        return f"the certificate of {endpoint} is not trusted; name its CA's file in AWS_CA_BUNDLE"
+        return f"the certificate of {endpoint} is not trusted; set AWS_CA_BUNDLE to its CA's file"
     if isinstance(cause, botocore.exceptions.ProxyConnectionError):
         return f"the proxy to {endpoint} does not answer; check HTTP_PROXY, HTTPS_PROXY, NO_PROXY"
     if isinstance(cause, SILENT):
-        return f"the object store {endpoint} does not answer"
+        return f"the object store {endpoint} does not answer; check AWS_S3_ENDPOINT"
     return f"{type(cause).__name__}: {cause}"
 
 
@@ -309,68 +322,3 @@ def s3_errors(doing: str) -> Iterator[None]:
     except S3_ERRORS as error:
         kind = Transient if is_transient(error) else UserError
         raise kind(f"{doing}: {why(error)}") from None
-
-
-def list_keys(client: Any, bucket: str, prefix: str) -> dict[str, int]:
-    """Every key under ``prefix/`` with its size in bytes."""
-    return _sizes(client, bucket, f"{prefix}/")
-
-
-def _sizes(client: Any, bucket: str, start: str) -> dict[str, int]:
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=start)
-    return {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
-
-
-def download_folder(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> None:
-    """Download the objects under an ``s3://`` URI (the complete bucket, if it names no key) whose
-    keys match one of the patterns ``files``.
-
-    Raises `UserError` if there is no object under the URI.
-    """
-    bucket, prefix = split_s3_uri(uri)
-    client = s3_client()
-    with s3_errors(f"download {uri}"):
-        start = f"{prefix}/" if prefix else ""
-        # Consoles create a folder as an empty object whose key ends in a slash.
-        keys = [key for key in _sizes(client, bucket, start) if not key.endswith("/")]
-        if not keys:
-            raise UserError(
-                f"{uri}: there is no object under this URI; check the bucket and the key"
-            )
-        for key in keys:
-            if not any(fnmatch.fnmatch(key, pattern) for pattern in files):
-                continue
-            path = (folder / key.removeprefix(start)).resolve()
-            if not path.is_relative_to(folder.resolve()):
-                raise UserError(f"{uri}: the key {key} is a path outside the folder")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            client.download_file(bucket, key, str(path))
-
-
-def delete_version(uri: str, model: str, version: str) -> bool:
-    """Delete an uploaded version: first its manifest, which makes it invisible, then its files.
-
-    Deletes only the files that the manifest lists. Returns False, and deletes nothing, unless the
-    URI ends in ``/<model>/<version>`` and its folder has this version's own manifest.
-    """
-    if urlsplit(uri).scheme != "s3":
-        return False
-    bucket, prefix = split_s3_uri(uri)
-    if not f"/{prefix}".endswith(f"/{model}/{version}") or not model or not version:
-        return False
-    client = s3_client()
-    with s3_errors(f"delete {uri}"):
-        keys = list_keys(client, bucket, prefix)
-        manifest = f"{prefix}/manifest.json"
-        if manifest not in keys:
-            return False
-        body = io.BytesIO()
-        client.download_fileobj(bucket, manifest, body)
-        try:
-            files = check_manifest(body.getvalue(), "", model, version, no_digest=True).files
-        except Tampered:
-            return False
-        listed = {f"{prefix}/{name}" for name in files}
-        for key in (manifest, *sorted(listed & keys.keys())):
-            client.delete_object(Bucket=bucket, Key=key)
-    return True

@@ -32,10 +32,14 @@ PIPELINES_URL, PIPELINES_TOKEN = "NUDGE_PIPELINES_URL", "NUDGE_PIPELINES_TOKEN"
 PIPELINES_CA, DASHBOARD_URL = "NUDGE_PIPELINES_CA", "NUDGE_DASHBOARD_URL"
 NAMESPACE = "NUDGE_NAMESPACE"
 
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""The names of this machine for itself."""
+
 KUBERNETES = "KUBERNETES_SERVICE_HOST"
 """Kubernetes sets it in every container."""
 
-POD_NAME, POD_UID, RETRY_INDEX = "KFP_POD_NAME", "KFP_POD_UID", "KFP_RETRY_INDEX"
+POD_NAME, RETRY_INDEX = "KFP_POD_NAME", "KFP_RETRY_INDEX"
 """Kubeflow Pipelines sets these in a step's container; servers before 2026 omit the last one."""
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -53,6 +57,17 @@ RUN_LABEL, PART_LABEL = "nudge/run", "nudge/part"
 OWNED_LABEL = {"app.kubernetes.io/managed-by": "nudge"}
 CONTAINER_LABEL = "nudge.run"
 """The Docker label of a run's containers on this machine."""
+
+
+def bypass_proxy_here() -> None:
+    """Keep requests to this machine away from the proxies of the environment, in this process and
+    in those that it starts."""
+    if not any(os.environ.get(name) for name in PROXIES):
+        return
+    for name in ("NO_PROXY", "no_proxy"):
+        named = [each.strip() for each in os.environ.get(name, "").split(",") if each.strip()]
+        if "*" not in named:
+            os.environ[name] = ",".join(dict.fromkeys([*named, *LOOPBACK]))
 
 
 def in_pod() -> bool:

@@ -21,12 +21,15 @@ class Transient(UserError):
     """The input is not the cause: an outage, a stopped process, a full disk. A retry may help."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelled name: ``did you mean 'a' or 'b'?``, or every known name, sorted."""
+def nearest(name: str, known: Iterable[str], meant: Iterable[str] = ()) -> str:
+    """A hint for an unknown name: ``did you mean 'a' or 'b'?``, or every known name, sorted.
+
+    ``meant`` are the known names that it is another word for; they replace those spelled like it.
+    """
     names = sorted(known)
     if not names:
         return "there are none"
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    close = [*meant] or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(repr(match) for match in close) + "?"
     return "known: " + ", ".join(names)

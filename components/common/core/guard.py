@@ -8,10 +8,13 @@ checked as well, so that no request of a page is even looked at.
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
+
+from nudge.components.common.core.state_file import damaged, read_text
 
 HOSTS = ("127.0.0.1", "localhost", "[::1]")
 """The names under which a server of this machine answers, whatever the port."""
@@ -20,6 +23,10 @@ OPEN = ("/health", "/readyz/health")
 WRITES = ("POST", "PUT", "PATCH")
 JSON = ("application/json", "application/merge-patch+json")
 TOKEN_BYTES = 32
+TOKEN = re.compile(r"[\w-]{40,}", re.ASCII)
+TOKEN_REMEDY = (
+    "delete it, then run `nudge services down` and `nudge services up`, which make a new one"
+)
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -83,11 +90,22 @@ async def _refuse(send: Send, status: int, why: str) -> None:
 
 
 def token_file(home: Path, name: str) -> Path:
-    """The file that holds the token of a server below ``home``, which is made once."""
+    """The file that holds the token of a server below ``home``, which is made once.
+
+    Raises `Damaged` if it has no token: an empty one would let everybody in.
+    """
     path = home / "services" / f"{name}.token"
     if not path.is_file():
         _write_private(path, secrets.token_urlsafe(TOKEN_BYTES))
+    _read_token(path)
     return path
+
+
+def _read_token(path: Path) -> str:
+    token = read_text(path, TOKEN_REMEDY)
+    if not TOKEN.fullmatch(token):
+        raise damaged(path, "it has no token", TOKEN_REMEDY)
+    return token
 
 
 def header_file(home: Path, name: str) -> Path:
@@ -96,14 +114,17 @@ def header_file(home: Path, name: str) -> Path:
     A token in curl's arguments would be in the list of processes, which every user can read.
     """
     path = token_file(home, name).with_suffix(".header")
+    header = f"Authorization: Bearer {read_token(home, name)}\n"
+    if path.is_file() and path.read_bytes() != header.encode():
+        path.unlink()  # damaged, or of an earlier token
     if not path.is_file():
-        _write_private(path, f"Authorization: Bearer {read_token(home, name)}\n")
+        _write_private(path, header)
     return path
 
 
 def read_token(home: Path, name: str) -> str:
-    """The token of a server below ``home``."""
-    return token_file(home, name).read_text(encoding="utf-8")
+    """The token of a server below ``home``; raises `Damaged` as `token_file` does."""
+    return _read_token(token_file(home, name))
 
 
 def _write_private(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ import os
 import socket
 import stat
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,10 +20,12 @@ from pathlib import Path
 import psutil
 import tenacity
 
+from nudge.components.common.core import service_watch
 from nudge.components.common.core.environment import in_pod
 from nudge.components.common.core.environment import nudge_home as nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import write_atomic
+from nudge.components.common.core.state_file import Damaged, read_object
 
 STOP_TIMEOUT_S = 10.0
 OUTER_TMPDIR = "NUDGE_OUTER_TMPDIR"
@@ -178,18 +181,55 @@ def locked(home: Path, name: str) -> Iterator[None]:
 
 
 def read_record(home: Path, name: str) -> ServiceRecord | None:
-    """What is known of a server that was started, whether or not it still runs."""
+    """What is known of a server that was started, whether or not it still runs.
+
+    If its record is damaged, the running process itself says what it is.
+    """
     path = home / "services" / f"{name}.json"
     try:
-        return ServiceRecord(**json.loads(path.read_text(encoding="utf-8")))
+        values = read_object(path, "")
+        record = ServiceRecord(**values)
+        fitting = isinstance(record.pid, int) and isinstance(record.created, str | float)
+        if fitting and isinstance(record.address, str) and isinstance(record.log, str):
+            return record
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except (Damaged, TypeError):
+        pass
+    return next((each for each in _unrecorded(home) if each.name == name), None)
 
 
 def records(home: Path) -> list[ServiceRecord]:
-    """Every server that was started below ``home`` and not stopped."""
+    """Every server that was started below ``home`` and not stopped, also those whose record is
+    gone."""
     paths = sorted((home / "services").glob("*.json"))
-    return [record for path in paths if (record := read_record(home, path.stem))]
+    found = [record for path in paths if (record := read_record(home, path.stem))]
+    known = {record.pid for record in found}
+    return [*found, *(each for each in _unrecorded(home) if each.pid not in known)]
+
+
+def _unrecorded(home: Path) -> list[ServiceRecord]:
+    """Records of the running servers of a home, made from the processes themselves."""
+    found = []
+    for each in service_watch.marked(home):
+        log = str(home / "services" / f"{each.name}.log")
+        with contextlib.suppress(psutil.NoSuchProcess):
+            began = created(psutil.Process(each.pid))
+            found.append(ServiceRecord(each.name, each.pid, began, each.address, log))
+    return found
+
+
+def _watch(home: Path) -> None:
+    """Start what stops the services of a home if the home is deleted, unless it runs."""
+    subprocess.Popen(
+        [sys.executable, "-P", "-m", service_watch.__name__, str(home)],
+        cwd="/",
+        env=child_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def start(
@@ -211,15 +251,23 @@ def start(
     log if it ends or is not ready in time; it is stopped then.
     """
     log = home / "services" / f"{name}.log"
+    for orphan in _unrecorded(home):
+        if orphan.name == name:  # its record is gone: two of them would use the same files
+            _end(orphan)
     private_home(home)
     log.parent.mkdir(exist_ok=True, mode=0o700)
     log.touch(mode=0o600)
     log.chmod(0o600)
+    mark = {
+        service_watch.HOME: str(home),
+        service_watch.NAME: name,
+        service_watch.ADDRESS: address,
+    }
     with log.open("ab") as output:
         child = subprocess.Popen(
             command,
             cwd=cwd,
-            env=_lasting(child_environment(passes, environment)),
+            env={**_lasting(child_environment(passes, environment)), **mark},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -228,6 +276,7 @@ def start(
         )
     record = ServiceRecord(name, child.pid, created(psutil.Process(child.pid)), address, str(log))
     write_atomic(home / "services" / f"{name}.json", json.dumps(asdict(record)))
+    _watch(home)
     if not _waited(ready, timeout_s, lambda: child.poll() is not None):
         why = f"ended with status {child.poll()}" if child.poll() is not None else "is not ready"
         stop(home, name)
@@ -283,7 +332,16 @@ def _tail(log: Path) -> str:
 def stop(home: Path, name: str) -> None:
     """End a server and every process that it started; does nothing if it does not run."""
     record = read_record(home, name)
-    process = record.process() if record else None
+    if record is None:
+        record = next((each for each in _unrecorded(home) if each.name == name), None)
+    if record is not None:
+        _end(record)
+    (home / "services" / f"{name}.json").unlink(missing_ok=True)
+
+
+def _end(record: ServiceRecord) -> None:
+    """End a server's process and all that it started."""
+    process = record.process()
     if process is not None:
         family = [process, *process.children(recursive=True)]
         for member in family:
@@ -294,7 +352,6 @@ def stop(home: Path, name: str) -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
         psutil.wait_procs(stubborn, timeout=STOP_TIMEOUT_S)
-    (home / "services" / f"{name}.json").unlink(missing_ok=True)
 
 
 def free_port() -> int:
@@ -316,10 +373,10 @@ def port_is_free(port: int) -> bool:
 
 
 def answers(url: str) -> bool:
-    """Whether an HTTP GET of this URL is answered with 200."""
+    """Whether an HTTP GET of this URL is answered with 200; no proxy is asked."""
     import httpx
 
     try:
-        return httpx.get(url, timeout=2.0).status_code == 200
+        return httpx.get(url, timeout=2.0, trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False

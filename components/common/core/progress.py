@@ -15,9 +15,11 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from nudge.components.common.core.environment import EVENTS
+from nudge.components.common.core.state_file import read_lines
 
 SHOWN = re.compile(r"(\w+): ([\d.e+]+)(?:/([\d.e+]+))? (\S+) ?(.*)")
 """A line of progress in a pod's log, such as ``train: 12/60 steps loss 2.31``."""
@@ -105,9 +107,8 @@ def last_events() -> dict[str, dict[str, Any]]:
     path = os.environ.get(EVENTS)
     if not path or not os.path.isfile(path):
         return {}
-    with open(path, encoding="utf-8") as file:
-        events = [json.loads(line) for line in file]
-    return {event["step"]: event for event in events if event["event"].startswith("step_")}
+    found = [each for each in read_lines(Path(path)) if {"step", "event"} <= each.keys()]
+    return {each["step"]: each for each in found if str(each["event"]).startswith("step_")}
 
 
 @contextlib.contextmanager

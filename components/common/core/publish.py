@@ -32,11 +32,11 @@ def published(target: Path) -> Iterator[Path]:
         yield part
         for path in part.rglob("*"):
             if path.is_file():
-                _fsync(path)
+                fsync(path)
         if target.exists():
             shutil.rmtree(target)
         part.rename(target)
-        _fsync(target.parent)
+        fsync(target.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -47,7 +47,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
-        _fsync(part)
+        fsync(part)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -100,7 +100,8 @@ def verify_file(path: Path, sha256: str) -> None:
         raise UserError(f"{path} is damaged: sha256 {actual}, but its manifest says {sha256}")
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until the disk has a file or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from nudge.components.common.clients.store import open_store
 from nudge.components.common.core.environment import POD_NAME, RUN_ID
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.settings import parse
@@ -28,7 +29,7 @@ T = TypeVar("T")
 SHARED = ("base_model", "model_name", "seed")
 """Top-level values that every step whose settings declare them receives."""
 
-SECTIONS = ("ingest", "tokenize", "train", "evaluate", "upload", "register", "deploy")
+SECTIONS = ("ingest", "tokenize", "train", "evaluate", "upload", "register", "deploy", "notify")
 
 URI_SCHEMES = ("package://", "file://", "s3://")
 """A recipe that begins with one of these names a file; any other is YAML text."""
@@ -145,12 +146,10 @@ def _escaped(text: str, at: int) -> str:
 
 def _file_text(uri: str) -> str:
     if uri.startswith("s3://"):
-        from nudge.components.common.clients.storage import s3_client, s3_errors, split_s3_uri
-
-        bucket, key = split_s3_uri(uri)
-        with tempfile.TemporaryDirectory() as folder, s3_errors(f"read the recipe {uri}"):
-            path = Path(folder) / "recipe"
-            s3_client().download_file(bucket, key, str(path))
+        folder, _, name = uri.rpartition("/")
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary) / "recipe"
+            open_store(folder).get(name, path)
             return read_text(path)
     path = local_path(uri)
     if not path.is_file():

@@ -1,7 +1,7 @@
 """Settings: frozen, validated dataclasses made from a recipe's plain values.
 
-A step declares its settings with ``@settings`` and builds them with ``parse``; a wrong value ends
-in a `UserError` that names the key, what was given and what is accepted.
+A step declares its settings with ``@settings`` and builds them with ``parse``. For a wrong value
+that raises a `UserError` with the key, the value and what is accepted.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from typing import Any, TypeVar, dataclass_transform
 import pydantic
 from pydantic.dataclasses import dataclass as validated_dataclass
 
+from nudge.components.common.core.aliases import meant
 from nudge.components.common.core.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -28,12 +29,12 @@ def settings(cls: type[T]) -> type[T]:
 def parse(kind: type[T], values: Mapping[str, Any] | None, where: str) -> T:
     """Build the settings class ``kind`` from plain values.
 
-    ``where`` is the key under which the values stand in the recipe, such as ``train``.
-    Raises `UserError` that lists every problem, unknown keys with their nearest neighbours.
+    ``where`` is the key of the values in the recipe, such as ``train``. Raises `UserError` that
+    lists every problem; an unknown key comes with the nearest known one.
     """
-    given = {str(key): value for key, value in (values or {}).items()}
+    named = {str(key): value for key, value in (values or {}).items()}
     try:
-        return kind(**given)
+        return kind(**named)
     except pydantic.ValidationError as error:
         problems = [_sentence(kind, where, item) for item in error.errors()]
         raise UserError("\n".join(problems)) from None
@@ -42,13 +43,14 @@ def parse(kind: type[T], values: Mapping[str, Any] | None, where: str) -> T:
 def _sentence(kind: type, where: str, problem: Any) -> str:
     key = ".".join([where, *(str(part) for part in problem["loc"])])
     if problem["type"] == "missing":
-        return f"{key} is required and was not given"
+        return f"{key} is required but missing"
     if problem["type"] == "unexpected_keyword_argument":
         *parents, last = problem["loc"]
-        return f"{key} is not a setting; {nearest(str(last), _known(kind, parents))}"
+        known = _known(kind, parents)
+        return f"{key} is not a setting; {nearest(str(last), known, meant(str(last), known))}"
     message = problem["msg"].removeprefix("Value error, ")
     message = f"{message[0].lower()}{message[1:]}"
-    # What is wrong between several values has no key and no value of its own.
+    # A conflict between several values has no key and no value of its own.
     return f"{key} = {problem['input']!r}: {message}" if problem["loc"] else f"{key}: {message}"
 
 

@@ -39,6 +39,7 @@ from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.progress import emit_event, log_results
 from nudge.components.common.core.provenance import code_fingerprint
 from nudge.components.common.core.publish import published, sha256_file, sha256_tree
+from nudge.components.common.core.state_file import Damaged, read_object, read_text
 from nudge.components.common.core.uris import is_local, local_path
 
 P = ParamSpec("P")
@@ -48,6 +49,8 @@ REFUSAL, FAILURE = "error: ", "failed: "
 """The prefix of a termination message: after bad input, and after a failure worth a retry."""
 
 RETRY_PATIENCE_S = 5.0
+DIGESTS = "digests.json"
+"""The file of a kept result with the sha256 of each of its outputs."""
 _status: ContextVar[str] = ContextVar("status")
 """The status of the running step: done or reused."""
 
@@ -76,7 +79,8 @@ def step(
                 result = work(*args, **kwargs)
             except BaseException as error:
                 paths = [bound.arguments[key] for key in outputs]
-                reported = _full_disk(name, paths) if disk_is_full(error) else error
+                full = disk_is_full(error)
+                reported = _full_disk(name, paths, bound.arguments, error) if full else error
                 emit_event(name, "step_failed", error=f"{reported or type(reported).__name__}")
                 if reported is error:
                     raise
@@ -111,18 +115,41 @@ def reusable(
             bound.apply_defaults()
             inputs = {key: value for key, value in bound.arguments.items() if key not in outputs}
             kept = Path(store) / name / reuse_key(name, inputs)
-            if not kept.is_dir():
+            found = _kept_result(kept)
+            if found is None:
                 result = function(*args, **kwargs)
                 _keep(kept, {output: bound.arguments[output] for output in outputs}, result)
                 return result
             for output in outputs:
                 _link(kept / output, bound.arguments[output])
             _status.set("reused")
-            return json.loads((kept / "result.json").read_text())
+            os.utime(kept)  # for `nudge clean`
+            return found["result"]
 
         return run
 
     return decorate
+
+
+def _kept_result(kept: Path) -> dict[str, Any] | None:
+    """The ``result`` of a finished call; None if there is none, or if anything of it is damaged.
+
+    A damaged entry is removed, so that the call does its work anew and is kept again.
+    """
+    if not kept.is_dir():
+        return None
+    try:
+        digests = read_object(kept / DIGESTS, "") if (kept / DIGESTS).exists() else {}
+        # What an older nudge kept has no digests, and its result need not be an object.
+        result = json.loads(read_text(kept / "result.json", ""))
+        wrong = [name for name, each in digests.items() if _fingerprint(kept / name) != each]
+    except (Damaged, OSError, ValueError) as error:
+        wrong = [str(error)]
+    if not wrong:
+        return {"result": result}
+    print(f"{kept} is damaged ({wrong[0]}); the step runs anew", file=sys.stderr)
+    shutil.rmtree(kept)
+    return None
 
 
 def disk_is_full(error: BaseException) -> bool:
@@ -133,12 +160,30 @@ def disk_is_full(error: BaseException) -> bool:
     return os.strerror(errno.ENOSPC) in str(error)
 
 
-def _full_disk(name: str, outputs: list[Path]) -> Transient:
+def _full_disk(
+    name: str, outputs: list[Path], arguments: dict[str, Any], error: BaseException
+) -> Transient:
+    """The error of a step on a full disk: which file or folder, how much is free, and how much the
+    step needs at least (its outputs are at least about as large as its largest input)."""
     folders = " or ".join(sorted({str(path.parent) for path in outputs})) or "this machine"
+    written = getattr(error, "filename", None)
+    file = f" while it wrote {written}" if written else ""
+    inputs = [each for key, each in arguments.items() if isinstance(each, Path)]
+    needed = max((_size(each) for each in inputs if each not in outputs), default=0)
+    there = next((path for each in outputs for path in each.parents if path.exists()), Path.cwd())
+    free = shutil.disk_usage(there).free
     return Transient(
-        f"{name}: no space is left on the disk of {folders}; nothing half-written stays there, so "
-        "free some space (or use a larger volume) and run it again"
+        f"{name}: no space is left on the disk of {folders}{file}: {free / 1e6:.0f} MB are free"
+        + (f" and this step needs at least {needed / 1e6:.0f} MB" if needed > free else "")
+        + "; nothing half-written stays there and nothing served changed, so free some space "
+        "(`nudge clean` shows what can go) or use a larger volume, and run it again"
     )
+
+
+def _size(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
 
 
 def reuse_key(name: str, inputs: dict[str, Any]) -> str:
@@ -159,6 +204,8 @@ def _keep(kept: Path, outputs: dict[str, Path], result: Any) -> None:
             for name, path in outputs.items():
                 _link(path, part / name)
             (part / "result.json").write_text(json.dumps(result))
+            digests = {name: _fingerprint(part / name) for name in outputs}
+            (part / DIGESTS).write_text(json.dumps(digests))
 
 
 def _link(source: Path, target: Path) -> None:

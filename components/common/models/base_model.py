@@ -12,6 +12,8 @@ to float32 safetensors, into a cache.
 import contextlib
 import functools
 import hashlib
+import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +36,9 @@ from nudge.components.common.models.registered import (
 
 CONVERSION = 1
 """Increase this when the conversion changes, so that older converted folders are not reused."""
+
+SIZES = ".sizes"
+"""The file of a converted folder with the size of each other file."""
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -60,6 +65,9 @@ def local_model(uri: str) -> Path:
     _check_causal(folder, uri)
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"base_model {uri}: {folder} has no .safetensors (pickles are refused)")
+    from nudge.components.common.models.weights import check_weights
+
+    check_weights(folder)
     return folder
 
 
@@ -109,11 +117,7 @@ def resolved(uri: str) -> str:
 
 def model_sha256(folder: Path) -> str:
     """Hex sha256 of a model's weights: of its safetensors files, sorted by name."""
-    return weights_sha256({path.name: sha256_file(path) for path in folder.glob("*.safetensors")})
-
-
-def weights_sha256(files: dict[str, str]) -> str:
-    """The same from the sha256 of each file by its name; ignores other files."""
+    files = {path.name: sha256_file(path) for path in folder.glob("*.safetensors")}
     return model_files.weights_sha256(files)
 
 
@@ -167,7 +171,7 @@ def _first_line(error: Exception) -> str:
 
 def _from_gguf(path: Path) -> Path:
     target = cache_folder() / f"{path.stem}-{sha256_file(path)[:16]}-{CONVERSION}"
-    if target.is_dir():
+    if _kept(target):
         return target
     import torch
     from transformers import AutoModelForCausalLM
@@ -187,17 +191,56 @@ def _from_gguf(path: Path) -> Path:
     with published(target) as part:
         fresh.float().save_pretrained(part)
         tokenizer.save_pretrained(part)
+        _note_sizes(part)
     return target
 
 
 def _tokenizer_from_gguf(path: Path) -> Path:
     target = cache_folder() / f"{path.stem}-{sha256_file(path)[:16]}-{CONVERSION}-tokenizer"
-    if not target.is_dir():
+    if not _kept(target):
         with _gguf_errors(path):
             tokenizer = _gguf_tokenizer(path)
         with published(target) as part:
             tokenizer.save_pretrained(part)
+            _note_sizes(part)
     return target
+
+
+def _note_sizes(folder: Path) -> None:
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    (folder / SIZES).write_text(json.dumps(sizes))
+
+
+def _kept(folder: Path) -> bool:
+    """Whether a converted model is in the cache and not damaged; a damaged one is made again.
+
+    Sizes and JSON are checked, and the headers of weights, because to hash 500 MB for each step
+    would take longer than a small step does. The folder's time becomes now, for `nudge clean`.
+    """
+    if not folder.is_dir():
+        return False
+    sizes: dict[str, Any] = {}  # older conversions have none
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            sizes = dict(json.loads((folder / SIZES).read_bytes()))
+        except (ValueError, TypeError):
+            return False
+    try:
+        if any((folder / name).stat().st_size != size for name, size in sizes.items()):
+            return False
+        for path in folder.iterdir():
+            if path.suffix == ".json":
+                json.loads(path.read_bytes())
+            if path.suffix == ".safetensors":
+                with path.open("rb") as file:
+                    length = int.from_bytes(file.read(8), "little")
+                    if not 0 < length < 1 << 27:
+                        return False
+                    json.loads(file.read(length))
+    except (OSError, ValueError):
+        return False
+    os.utime(folder)
+    return True
 
 
 def _gguf_tokenizer(path: Path) -> Any:

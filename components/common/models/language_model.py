@@ -9,11 +9,12 @@ from typing import Any, Literal
 import torch
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.processes import usable_cores
 from nudge.components.common.models.end_of_document import document_start_id
+from nudge.components.common.models.loading import empty_model
 from nudge.kernels import fused_linear_cross_entropy
 from nudge.kernels.cpu_products import linear, onednn_is_faster
 
@@ -35,31 +36,11 @@ def set_up_torch(threads: int, seed: int) -> None:
 def load_model(folder: Path) -> Any:
     """Load a causal LM in float32, in evaluation mode, from safetensors and without remote code.
 
-    Raises `UserError` if the weights are damaged or do not fit the config.
+    Raises `UserError` if the weights are missing, damaged or do not fit the config.
     """
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if "can't allocate memory" in str(error):
-            raise
-        why = " ".join(str(error).split())[:300]
-        raise UserError(f"the model in {folder} cannot be loaded: {why}") from error
-    # transformers fills them with random numbers, and only warns.
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"the model in {folder} lacks {len(missing)} of the weights that its config.json "
-            f"names, such as {missing[0]}; download it again"
-        )
-    return model.eval()
+    model, filler = empty_model(folder)
+    filler.fill(model, torch.device("cpu"))
+    return model
 
 
 @torch.no_grad()
@@ -182,12 +163,13 @@ def check_loss(model: Any) -> None:
     positions = torch.arange(8, device=model.device)[None]
     training = model.training
     model.eval()
-    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+    rounding = 1e-4 if logits.dtype == torch.float32 else 1e-2
+    logits = logits.float()
     targets = logits.argmin(-1)
     own = nn.functional.cross_entropy(logits, targets, reduction="sum").item()
     ours = next_token_loss(model, hidden_states(model, ids, positions)[0], targets, "sum").item()
     model.train(training)
-    rounding = 1e-4 if model.dtype == torch.float32 else 1e-2
     # NaN weights are reported elsewhere.
     if math.isfinite(own) and not math.isclose(own, ours, rel_tol=rounding):
         raise UserError(

@@ -5,6 +5,7 @@ as ``s3://bucket/models/m/v1#manifest_sha256=...``, so that whoever downloads fr
 another node too, can compare it without asking the registry.
 """
 
+import functools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from nudge.components.common.artifacts import model_files
 from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import sha256_file
+from nudge.components.common.models.own_copies import link_own_files
 
 PIN = "#manifest_sha256="
 CHECKED = ("s3", "oci")
@@ -65,7 +67,8 @@ def pinned_uri(version: Version) -> str:
 
 def download_model(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> None:
     """Download the files of an uploaded model whose names match one of the patterns ``files``, from
-    an object store (``s3://``) or an image (``oci://``).
+    an object store (``s3://``) or an image (``oci://``). Files that a run of this machine wrote are
+    hard links to the run's, so they take no space.
 
     Raises `UserError` if there are none.
     """
@@ -74,9 +77,9 @@ def download_model(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> N
 
         download_image(uri, folder, files)
         return
-    from nudge.components.common.clients.storage import download_folder
+    from nudge.components.common.clients.bucket import download_folder
 
-    download_folder(uri, folder, files)
+    download_folder(uri, folder, files, functools.partial(link_own_files, uri, folder))
 
 
 def check_download(folder: Path, uri: str, digest: str = "", partial: bool = False) -> None:

@@ -2,39 +2,45 @@
 
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import IO
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.readers import records
+from nudge.components.common.readers.names import hidden_part, suffix_of
 from nudge.components.common.readers.records import (
     DAMAGED_ARCHIVE,
+    Reader,
     ReadOptions,
     Record,
     Records,
-    Unreadable,
     seekable,
 )
+from nudge.components.common.readers.unreadable import Unreadable
 
 
-def read_zip(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
-    """The documents of every member."""
+def read_zip(
+    stream: IO[bytes],
+    name: str,
+    options: ReadOptions,
+    *,
+    reason_unread: Callable[[str], str],
+    read: Reader,
+) -> Records:
+    """The documents of every member, read with ``read``; ``reason_unread`` is why a name has no
+    reader, or empty."""
     try:
-        yield from _members(stream, options)
+        yield from _members(stream, options, reason_unread, read)
     except UserError:  # a ValueError too, but it means that the store failed, not the file
         raise
     except DAMAGED_ARCHIVE as error:
         yield Record(name, Unreadable("damaged", str(error)))
 
 
-def _members(stream: IO[bytes], options: ReadOptions) -> Records:
-    from nudge.components.common.readers.registry import (
-        hidden_part,
-        read_stream,
-        reason_unread,
-        suffix_of,
-    )
-
+def _members(
+    stream: IO[bytes], options: ReadOptions, reason_unread: Callable[[str], str], read: Reader
+) -> Records:
     with zipfile.ZipFile(seekable(stream)) as archive:
         for member in archive.infolist():
             inner = member.filename
@@ -55,7 +61,7 @@ def _members(stream: IO[bytes], options: ReadOptions) -> Records:
             else:
                 try:
                     with archive.open(member) as file:
-                        for record in read_stream(file, inner, options):
+                        for record in read(file, inner, options):
                             is_file = record.name in (inner, PurePosixPath(inner).name)
                             name = inner if is_file else f"{inner}:{record.name}"
                             yield record._replace(name=name)

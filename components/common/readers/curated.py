@@ -8,9 +8,11 @@ from urllib.parse import urlsplit
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.uris import is_local, local_path
+from nudge.components.common.readers.names import hidden_part
 from nudge.components.common.readers.parquet import is_metadata
-from nudge.components.common.readers.records import Page, ReadOptions, Unreadable
-from nudge.components.common.readers.registry import hidden_part, read_stream, reason_unread
+from nudge.components.common.readers.records import Page, ReadOptions
+from nudge.components.common.readers.registry import read_stream, reason_unread
+from nudge.components.common.readers.unreadable import Unreadable
 
 
 def curated_texts(uri: str, where: str, most: int | None = None) -> list[str]:
@@ -25,7 +27,7 @@ def curated_texts(uri: str, where: str, most: int | None = None) -> list[str]:
         raise UserError(
             f"{where}: cannot read {uri}; use package://, file://, a path or an s3:// folder"
         )
-    from nudge.components.common.clients.storage import download_folder
+    from nudge.components.common.clients.bucket import download_folder
 
     with tempfile.TemporaryDirectory() as folder:
         download_folder(uri, Path(folder))

@@ -18,10 +18,10 @@ from nudge.components.common.readers.records import (
     ReadOptions,
     Record,
     Records,
-    Unreadable,
     lines,
     record_of,
 )
+from nudge.components.common.readers.unreadable import Unreadable
 
 DELIMITERS = ",;\t|"
 MOST_READ_AGAIN = 1 << 30

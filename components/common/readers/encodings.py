@@ -5,7 +5,8 @@ import io
 import re
 from typing import IO, Any
 
-from nudge.components.common.readers.records import ReadOptions, Unreadable
+from nudge.components.common.readers.records import ReadOptions
+from nudge.components.common.readers.unreadable import Unreadable
 
 SAMPLE_BYTES = 1 << 20
 BOMS = (

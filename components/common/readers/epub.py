@@ -8,14 +8,8 @@ from typing import IO, Any
 from urllib.parse import unquote
 
 from nudge.components.common.readers.office import checked
-from nudge.components.common.readers.records import (
-    BOMB_BYTES,
-    Page,
-    ReadOptions,
-    Record,
-    Records,
-    Unreadable,
-)
+from nudge.components.common.readers.records import BOMB_BYTES, Page, ReadOptions, Record, Records
+from nudge.components.common.readers.unreadable import Unreadable
 
 CONTAINER = "{urn:oasis:names:tc:opendocument:xmlns:container}"
 PACKAGE = "{http://www.idpf.org/2007/opf}"

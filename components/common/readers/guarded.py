@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.readers.records import Unreadable
+from nudge.components.common.readers.unreadable import Unreadable
 
 SECONDS = 60.0
 IMPORT_SECONDS = 600.0

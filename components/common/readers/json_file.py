@@ -17,11 +17,11 @@ from nudge.components.common.readers.records import (
     ReadOptions,
     Record,
     Records,
-    Unreadable,
     copied,
     record_of,
     seekable,
 )
+from nudge.components.common.readers.unreadable import Unreadable
 
 
 def read_json(stream: IO[bytes], name: str, options: ReadOptions) -> Records:

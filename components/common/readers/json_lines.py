@@ -4,14 +4,8 @@ import json
 from typing import IO
 
 from nudge.components.common.readers.encodings import utf8_stream
-from nudge.components.common.readers.records import (
-    ReadOptions,
-    Record,
-    Records,
-    Unreadable,
-    lines,
-    record_of,
-)
+from nudge.components.common.readers.records import ReadOptions, Record, Records, lines, record_of
+from nudge.components.common.readers.unreadable import Unreadable
 
 
 def read_json_lines(stream: IO[bytes], _: str, options: ReadOptions) -> Records:

@@ -5,7 +5,8 @@ from typing import IO, Any
 
 from nudge.components.common.chat.forms import LISTS, PAIRS
 from nudge.components.common.readers import records
-from nudge.components.common.readers.records import ReadOptions, Unreadable
+from nudge.components.common.readers.records import ReadOptions
+from nudge.components.common.readers.unreadable import Unreadable
 
 CHUNK_BYTES = 1 << 16
 BODIES = (*LISTS, *(answered for _, answered in PAIRS))

@@ -9,15 +9,8 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 from nudge.components.common.readers import records
-from nudge.components.common.readers.records import (
-    Page,
-    ReadOptions,
-    Record,
-    Records,
-    Unreadable,
-    lines,
-    whole,
-)
+from nudge.components.common.readers.records import Page, ReadOptions, Record, Records, lines, whole
+from nudge.components.common.readers.unreadable import Unreadable
 
 
 def read_eml(stream: IO[bytes], name: str, _: ReadOptions) -> Records:

@@ -4,13 +4,8 @@ import json
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-from nudge.components.common.readers.records import (
-    ReadOptions,
-    Record,
-    Records,
-    Unreadable,
-    whole,
-)
+from nudge.components.common.readers.records import ReadOptions, Record, Records, whole
+from nudge.components.common.readers.unreadable import Unreadable
 
 
 def read_notebook(stream: IO[bytes], name: str, _: ReadOptions) -> Records:

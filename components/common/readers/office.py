@@ -15,10 +15,10 @@ from nudge.components.common.readers.records import (
     ReadOptions,
     Record,
     Records,
-    Unreadable,
     record_of,
     whole,
 )
+from nudge.components.common.readers.unreadable import Unreadable
 
 OPEN_DOCUMENT = "{urn:oasis:names:tc:opendocument:xmlns:text:1.0}"
 ENCRYPTED = b"\xd0\xcf\x11\xe0"

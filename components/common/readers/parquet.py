@@ -17,11 +17,11 @@ from nudge.components.common.readers.records import (
     ReadOptions,
     Record,
     Records,
-    Unreadable,
     characters,
     record_of,
     seekable,
 )
+from nudge.components.common.readers.unreadable import Unreadable
 
 NO_VALUE = (ValueError, OverflowError, KeyError)
 """What pyarrow raises for values that Python cannot represent: nanoseconds, the year 12000, an
@@ -52,7 +52,7 @@ def read_parquet(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
         columns = options.columns_of(names)
         nested = any(pyarrow.types.is_nested(schema.field(name).type) for name in columns)
         rows = NESTED_ROWS if nested else BATCH_ROWS
-        number = expanded = 0
+        number, budget = 0, _Budget(size)
         for group in range(table.num_row_groups):
             facts = table.metadata.row_group(group)
             left = facts.num_rows
@@ -68,11 +68,7 @@ def read_parquet(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
                 for batch in batches:
                     for row in _rows(batch):
                         number, left = number + 1, left - 1
-                        record = record_of(row, number, options)
-                        expanded += characters(record.text)
-                        if expanded > BOMB_BYTES and expanded > BOMB_RATIO * size:
-                            raise Bomb
-                        yield record
+                        yield budget.counted(record_of(row, number, options))
             except (pyarrow.ArrowException, OSError) as error:
                 for lost in range(number + 1, number + left + 1):
                     yield Record(str(lost), Unreadable("damaged", str(error)))
@@ -95,7 +91,7 @@ def read_arrow(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
                 if is_file
                 else iter(opened)
             )
-            number = expanded = 0
+            number, budget = 0, _Budget(size)
             columns = options.columns_of(opened.schema.names)
             for batch in batches:
                 batch.validate(full=True)  # damaged offsets would crash this process
@@ -108,11 +104,7 @@ def read_arrow(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
                 for start in range(0, batch.num_rows, BATCH_ROWS):
                     for row in _rows(batch.select(columns).slice(start, BATCH_ROWS)):
                         number += 1
-                        record = record_of(row, number, options)
-                        expanded += characters(record.text)
-                        if expanded > BOMB_BYTES and expanded > BOMB_RATIO * size:
-                            raise Bomb
-                        yield record
+                        yield budget.counted(record_of(row, number, options))
         except UserError:  # a ValueError too, but it means that the store failed, not the file
             raise
         except (pyarrow.ArrowException, OSError, ValueError) as error:
@@ -126,6 +118,20 @@ def _is_readable(options: ReadOptions, names: list[str]) -> bool:
 def is_metadata(name: str) -> bool:
     """Whether a file only describes a saved Hugging Face data set and has no documents."""
     return PurePosixPath(name).name in ("dataset_info.json", "state.json", "dataset_dict.json")
+
+
+class _Budget:
+    """Counts the text of a file of ``size`` bytes."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._characters = size, 0
+
+    def counted(self, record: Record) -> Record:
+        """The record itself; raises `Bomb` if the file expands out of all proportion."""
+        self._characters += characters(record.text)
+        if self._characters > max(BOMB_BYTES, BOMB_RATIO * self._size):
+            raise Bomb
+        return record
 
 
 def _size(file: IO[bytes]) -> int:

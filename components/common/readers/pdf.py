@@ -3,14 +3,8 @@
 from pathlib import PurePosixPath
 from typing import IO
 
-from nudge.components.common.readers.records import (
-    Page,
-    ReadOptions,
-    Record,
-    Records,
-    Unreadable,
-    whole,
-)
+from nudge.components.common.readers.records import Page, ReadOptions, Record, Records, whole
+from nudge.components.common.readers.unreadable import Unreadable
 
 
 def read_pdf(stream: IO[bytes], name: str, _: ReadOptions) -> Records:

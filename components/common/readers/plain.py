@@ -7,13 +7,8 @@ from typing import IO
 import yaml
 
 from nudge.components.common.readers.encodings import decoded
-from nudge.components.common.readers.records import (
-    ReadOptions,
-    Record,
-    Records,
-    Unreadable,
-    whole,
-)
+from nudge.components.common.readers.records import ReadOptions, Record, Records, whole
+from nudge.components.common.readers.unreadable import Unreadable
 
 FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(.*?\n)?(---|\.\.\.)[ \t]*(\r?\n|$)", re.DOTALL)
 FRONT_MATTER_CHARACTERS = 1 << 16

@@ -22,6 +22,8 @@ from nudge.components.common.chat import lengths
 from nudge.components.common.chat.conversation import Conversation
 from nudge.components.common.chat.forms import chat_columns, conversation_of, is_conversation
 from nudge.components.common.chat.refusals import Refusal
+from nudge.components.common.readers.guarded import guarded
+from nudge.components.common.readers.unreadable import Unreadable
 
 RECORD_BYTES = 64 << 20
 """A longer line or file is counted as too_long and never loaded completely."""
@@ -31,16 +33,6 @@ DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zstd.ZstdError, zipfile
 """What a damaged stream raises; an object store that does not answer raises `UserError`."""
 DAMAGED_ARCHIVE = (ValueError, IndexError, NotImplementedError, RuntimeError, struct.error)
 """What zipfile raises besides BadZipFile on a nonsensical index; found by fuzzing."""
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A record that exists but cannot be read; counted under ``reason`` and left out."""
-
-    reason: str
-    detail: str = ""
-    bytes: int = 0
-    """The size of the missing text, if known."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +46,6 @@ class Page:
 
     def text(self) -> str | Unreadable:
         """The extracted text, or why there is none."""
-        from nudge.components.common.readers.guarded import guarded
-
         found: str | Unreadable = guarded(self.finder, self.raw, needs=self.needs)
         return found
 

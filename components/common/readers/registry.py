@@ -5,18 +5,12 @@ such as ``.log``; its value is a `Reader`: a function of a binary stream, the fi
 `ReadOptions` that yields `Record` values.
 """
 
-import bz2
 import functools
-import gzip
 import io
-import lzma
-import re
-from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-from nudge.components.common.artifacts.corpus import zstd
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.readers import records
 from nudge.components.common.readers.archive import read_zip
@@ -25,6 +19,7 @@ from nudge.components.common.readers.epub import read_epub
 from nudge.components.common.readers.json_file import read_json
 from nudge.components.common.readers.json_lines import read_json_lines
 from nudge.components.common.readers.mail import read_eml, read_mbox
+from nudge.components.common.readers.names import COMPRESSED, NOT_TEXT, suffix_of
 from nudge.components.common.readers.notebook import read_notebook
 from nudge.components.common.readers.office import read_docx, read_odt, read_pptx, read_xlsx
 from nudge.components.common.readers.parquet import read_arrow, read_parquet
@@ -37,13 +32,20 @@ from nudge.components.common.readers.records import (
     ReadOptions,
     Record,
     Records,
-    Unreadable,
 )
 from nudge.components.common.readers.source_code import SUFFIXES, read_python, read_source
+from nudge.components.common.readers.unreadable import Unreadable
 from nudge.components.common.readers.web import read_html
 from nudge.components.common.readers.wiki import read_wiki
 
 GROUP = "nudge.readers"
+
+
+def read_archive(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
+    """The documents of every member of a .zip file."""
+    return read_zip(stream, name, options, reason_unread=reason_unread, read=read_stream)
+
+
 READERS: dict[str, Reader] = {
     ".txt": read_plain,
     ".text": read_plain,
@@ -73,90 +75,11 @@ READERS: dict[str, Reader] = {
     ".ipynb": read_notebook,
     ".eml": read_eml,
     ".mbox": read_mbox,
-    ".zip": read_zip,
+    ".zip": read_archive,
     ".xml": read_wiki,
     ".py": read_python,
     **dict.fromkeys(SUFFIXES, read_source),
 }
-COMPRESSED: dict[str, Callable[[IO[bytes]], Any]] = {
-    ".gz": lambda file: gzip.GzipFile(fileobj=file),
-    ".zst": zstd.ZstdFile,
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
-}
-NOT_TEXT = frozenset(
-    [
-        ".7z",
-        ".a",
-        ".aac",
-        ".avi",
-        ".avif",
-        ".bin",
-        ".bmp",
-        ".class",
-        ".dll",
-        ".dylib",
-        ".eot",
-        ".exe",
-        ".flac",
-        ".gif",
-        ".gguf",
-        ".heic",
-        ".ico",
-        ".iso",
-        ".jar",
-        ".jpeg",
-        ".jpg",
-        ".m4a",
-        ".mkv",
-        ".mov",
-        ".mp3",
-        ".mp4",
-        ".npy",
-        ".npz",
-        ".o",
-        ".ogg",
-        ".onnx",
-        ".opus",
-        ".otf",
-        ".png",
-        ".pt",
-        ".pyc",
-        ".pyd",
-        ".pyo",
-        ".rar",
-        ".safetensors",
-        ".so",
-        ".svg",
-        ".tif",
-        ".tiff",
-        ".ttf",
-        ".wasm",
-        ".wav",
-        ".webm",
-        ".webp",
-        ".wheel",
-        ".whl",
-        ".woff",
-        ".woff2",
-    ]
-)
-"""Suffixes of files without text; they are counted, but not as a loss of text."""
-HIDDEN = frozenset(("__pycache__", "__MACOSX", "node_modules"))
-"""Folders that tools create; skipped like folders whose names begin with a dot."""
-
-
-WITHOUT_SUFFIX = frozenset(
-    (
-        *("authors", "changelog", "changes", "contributors", "copying", "history", "install"),
-        *("license", "licence", "maintainers", "news", "notice", "readme", "thanks", "todo"),
-        *("brewfile", "containerfile", "dockerfile", "gemfile", "jenkinsfile", "justfile"),
-        *("makefile", "procfile", "rakefile", "vagrantfile"),
-    )
-)
-"""Names of text files that have no suffix by custom, in lower case."""
-MAILDIR = re.compile(r":2,[A-Za-z]*$")
-"""How a Maildir's name of a message that was seen ends (https://cr.yp.to/proto/maildir.html)."""
 
 
 @functools.cache
@@ -185,33 +108,12 @@ def accepted() -> str:
     return f"{', '.join(names)}, source code (each also {', '.join(sorted(COMPRESSED))})"
 
 
-def suffix_of(name: str) -> str:
-    """The suffix that names the format, without the compression's suffix.
-
-    Files that have none by custom get one: ``LICENSE`` is text, and a message of a Maildir mail.
-    """
-    path = PurePosixPath(name)
-    if MAILDIR.search(path.name):
-        return ".eml"
-    if path.suffix.lower() in COMPRESSED:
-        path = PurePosixPath(path.stem)
-    if not path.suffix and path.name.lower() in WITHOUT_SUFFIX:
-        return ".txt"
-    return path.suffix.lower()
-
-
 def reason_unread(name: str) -> str:
     """Why a file with this name is not read; empty if there is a reader."""
     suffix = suffix_of(name)
     if suffix in readers():
         return ""
     return "not_text" if suffix in NOT_TEXT else "unknown_kind"
-
-
-def hidden_part(path: str) -> str:
-    """The first part of a relative path that is hidden, if any."""
-    parts = PurePosixPath(path).parts
-    return next((part for part in parts if part[0] == "." or part in HIDDEN), "")
 
 
 def read_stream(stream: IO[bytes], name: str, options: ReadOptions) -> Records:

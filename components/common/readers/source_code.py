@@ -7,13 +7,8 @@ from typing import IO
 
 from nudge.components.common.readers.encodings import decoded
 from nudge.components.common.readers.guarded import guarded
-from nudge.components.common.readers.records import (
-    ReadOptions,
-    Record,
-    Records,
-    Unreadable,
-    whole,
-)
+from nudge.components.common.readers.records import ReadOptions, Record, Records, whole
+from nudge.components.common.readers.unreadable import Unreadable
 
 SUFFIXES = [
     ".asm",

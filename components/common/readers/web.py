@@ -5,14 +5,8 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 from nudge.components.common.readers.encodings import decoded
-from nudge.components.common.readers.records import (
-    Page,
-    ReadOptions,
-    Record,
-    Records,
-    Unreadable,
-    whole,
-)
+from nudge.components.common.readers.records import Page, ReadOptions, Record, Records, whole
+from nudge.components.common.readers.unreadable import Unreadable
 
 DECLARED = re.compile(rb"""<meta[^>]{0,200}charset\s*=\s*["']?\s*([\w.:-]{2,40})""", re.IGNORECASE)
 DECLARED_BYTES = 4096

@@ -8,7 +8,7 @@ import struct
 import sys
 from typing import Any
 
-from nudge.components.common.readers.records import Unreadable
+from nudge.components.common.readers.unreadable import Unreadable
 
 
 def main() -> None:

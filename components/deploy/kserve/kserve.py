@@ -15,6 +15,7 @@ from nudge.components.deploy.kserve import lifecycle, objects, readiness, routes
 from nudge.components.deploy.kserve.lease import HeldLease, hold_lease
 from nudge.components.deploy.kserve.objects import INFERENCE_SERVICE
 from nudge.components.deploy.kserve.routes import GatewayRoute, OpenShiftRoute, TrafficRoute
+from nudge.components.deploy.measure import Counts
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import ModelServer
 from nudge.components.deploy.verify import check_image
@@ -159,6 +160,15 @@ class KServe:
             if self._may_be_busy(service):
                 self._drain(version, service)
             self._cluster.delete(INFERENCE_SERVICE, _name(service), service["metadata"]["uid"])
+
+    def counts(self, model: str, version: str) -> Counts | None:
+        """The requests that vLLM counted; None for more than one replica, of which each counts its
+        own and any may answer."""
+        service = dict(self._services(model)).get(version)
+        if service is None or self._settings.kserve.replicas != 1:
+            return None
+        with self._server(self._address(service)).client(timeout_s=10.0) as client:
+            return lifecycle.requests_answered(client)
 
     def _may_be_busy(self, service: dict[str, Any]) -> bool:
         """False for a service that this shift created and gave no traffic. One that a killed shift

@@ -32,7 +32,6 @@ class HeldLease:
     def __init__(self, cluster: Cluster, name: str, holder: str, labels: dict[str, str]) -> None:
         self._cluster, self._name, self._holder, self._labels = cluster, name, holder, labels
         self._lock = threading.Lock()
-        self._revision = ""
 
     def check(self) -> None:
         """Renew the Lease; raises `UserError` if someone else has taken it over."""

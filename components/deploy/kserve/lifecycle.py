@@ -8,6 +8,7 @@ from typing import Any
 from nudge.components.common.clients.kube import Cluster
 from nudge.components.common.core.errors import UserError
 from nudge.components.deploy.kserve import objects, readiness, routes
+from nudge.components.deploy.measure import Counts
 from nudge.components.deploy.smoke import ModelServer
 
 QUIET_S = 15.0
@@ -152,3 +153,26 @@ def requests_in_flight(client: Any) -> int | None:
         if line.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting"))
     ]
     return int(sum(counts)) if counts else None
+
+
+def requests_answered(client: Any) -> Counts | None:
+    """The completions that vLLM's API server has answered since it started, and those that it
+    answered with a server error; None if it does not report them.
+
+    The metric is ``http_requests_total{handler="/v1/completions",status="2xx",...}``.
+    """
+    import httpx
+
+    try:
+        answer = client.get("/metrics").raise_for_status()
+    except httpx.HTTPError:
+        return None
+    total = errors = 0.0
+    found = False
+    for line in answer.text.splitlines():
+        if not (line.startswith("http_requests_total{") and 'handler="/v1/' in line):
+            continue
+        found, count = True, float(line.rpartition(" ")[2])
+        total += count
+        errors += count if 'status="5xx"' in line else 0
+    return Counts(int(total), int(errors)) if found else None

@@ -9,6 +9,7 @@ link. Below ``<home>/gateway/<model>/``::
     now -> 7        the generation in use
     7/route.json    the `Route`
     7/0 ... 7/99    host:port
+    requests.log    the server and the status of each request, one JSON object a line
     admin.sock      Caddy's admin API, for this user alone
 
 Whoever reaches Caddy's admin API can read and write files as its user, so it never has a port. The
@@ -32,13 +33,18 @@ import tenacity
 from nudge.components.common.core import guard, processes
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import write_atomic
+from nudge.components.common.core.state_file import Damaged, damaged, read_object
+from nudge.components.deploy.measure import Counts
 
 CONFIGURATION = "caddy.json"
 ADMIN = "admin.sock"
+REQUESTS = "requests.log"
 TOKEN = "endpoint"
 """The name of the token, in `guard.token_file`, of every model served below a home."""
 SLOTS = 100
 START_TIMEOUT_S = 30.0
+_reported: set[str] = set()
+"""The damaged files that this process has reported."""
 DRAIN_TIMEOUT_S = 120.0
 """How long requests under way on a server that goes may take to end."""
 
@@ -55,7 +61,32 @@ class Backends:
 def routes(home: Path) -> dict[str, Backends]:
     """What was last asked for, by model; empty if nothing ever was."""
     paths = sorted((home / "gateway").glob("*/now/route.json"))
-    return {path.parts[-3]: Backends(**json.loads(path.read_text())) for path in paths}
+    found = {path.parts[-3]: _read_route(path) for path in paths}
+    return {model: route for model, route in found.items() if route}
+
+
+def _read_route(path: Path) -> Backends | None:
+    """A model's route; None, with a sentence on stderr, if its file is damaged."""
+    model = path.parts[-3]
+    remedy = f"serve the model anew: nudge promote VERSION --model {model}"
+    try:
+        values = read_object(path, remedy)
+        route = Backends(**values)
+        if type(route.port) is int and _is_shares(route.shares) and isinstance(route.servers, dict):
+            return route
+        raise damaged(path, "it is no route of this version of nudge", remedy)
+    except TypeError:
+        error = damaged(path, "it is no route of this version of nudge", remedy)
+    except Damaged as found:
+        error = found
+    if str(path) not in _reported:
+        _reported.add(str(path))
+        print(error, file=sys.stderr)
+    return None
+
+
+def _is_shares(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(share) is int for share in value.values())
 
 
 def addresses(home: Path) -> dict[str, str]:
@@ -144,7 +175,11 @@ def _admin_answers(home: Path, model: str) -> bool:
 def is_open(home: Path, model: str) -> bool:
     """Whether a model's Caddy was started by an older nudge, whose admin API has a port."""
     path = home / "gateway" / model / CONFIGURATION
-    return path.is_file() and not json.loads(path.read_text())["admin"]["listen"].startswith("unix")
+    try:
+        listen = read_object(path, "")["admin"]["listen"]
+    except (FileNotFoundError, Damaged, KeyError, TypeError):
+        return False  # it is written anew at the next start
+    return not str(listen).startswith("unix")
 
 
 def _url(port: int) -> str:
@@ -205,9 +240,12 @@ def _listens(home: Path, model: str) -> int:
     record = processes.read_record(home, gateway_name(model))
     if record is None or record.process() is None:
         return 0
-    started = json.loads((home / "gateway" / model / CONFIGURATION).read_text())
-    (listened,) = started["apps"]["http"]["servers"]["model"]["listen"]
-    return int(listened.rpartition(":")[2])
+    try:
+        started = read_object(home / "gateway" / model / CONFIGURATION, "")
+        (listened,) = started["apps"]["http"]["servers"]["model"]["listen"]
+        return int(listened.rpartition(":")[2])
+    except (FileNotFoundError, Damaged, KeyError, TypeError, ValueError):
+        return int(record.address.rpartition(":")[2])
 
 
 def _start(home: Path, model: str, port: int) -> None:
@@ -243,23 +281,74 @@ def _configuration(port: int, model: str, token: str) -> dict[str, Any]:
     return {
         # Relative to the folder that Caddy runs in, since a socket's path is short.
         "admin": {"listen": f"unix/{ADMIN}|0600", "config": {"persist": False}},
+        "logging": {
+            "logs": {
+                "default": {"exclude": ["http.log.access"]},
+                "requests": {
+                    "include": ["http.log.access"],
+                    "writer": {
+                        "output": "file",
+                        "filename": REQUESTS,
+                        "roll_size_mb": 20,
+                        "roll_keep": 1,
+                    },
+                    # Neither who asked nor what: only which server answered, and how.
+                    "encoder": {
+                        "format": "filter",
+                        "wrap": {"format": "json"},
+                        "fields": {
+                            name: {"filter": "delete"}
+                            for name in ("request", "resp_headers", "user_id")
+                        },
+                    },
+                },
+            }
+        },
         "apps": {
             "http": {
                 "servers": {
                     "model": {
+                        "logs": {},
                         "listen": [f"127.0.0.1:{port}"],
                         "automatic_https": {"disable": True},
                         "protocols": ["h1"],
                         "routes": [
                             *_refusals(token),
                             *_listed(model),
-                            {"handle": [by_share("now")]},
+                            {"handle": [LOGGED, by_share("now")]},
                         ],
                     }
                 }
             }
         },
     }
+
+
+LOGGED = {
+    "handler": "log_append",
+    "key": "server",
+    "value": "{http.reverse_proxy.upstream.hostport}",
+}
+"""Caddy's handler that adds to the log which server a request went to."""
+
+
+def counts(home: Path, model: str, address: str) -> Counts | None:
+    """The requests in the log that went to a server (``host:port``); None without a log.
+
+    A gateway that an older nudge started writes none. A log that was rolled over begins again.
+    """
+    path = home / "gateway" / model / REQUESTS
+    if not path.is_file():
+        return None
+    requests = errors = 0
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError):  # the last line may be incomplete
+                entry = json.loads(line)
+                if entry.get("server") == address:
+                    requests += 1
+                    errors += entry.get("status", 0) >= 500
+    return Counts(requests, errors)
 
 
 def _refusals(token: str) -> list[dict[str, Any]]:

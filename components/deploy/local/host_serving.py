@@ -1,7 +1,8 @@
-"""Serving on the machine that this container runs on, through what `nudge run` opens there.
+"""Serving on the host of this container, through the server that `nudge run` starts there.
 
-What a container starts ends with it, so each method is a request. The lock of a shift is a request
-too, which lasts as long as the lock is held: it ends with its holder, however that ends.
+A process that a container starts ends with the container, so each method is a request to the host.
+The lock of a traffic shift is a request too: it is released when the connection ends, even if the
+client is killed.
 """
 
 import contextlib
@@ -11,11 +12,12 @@ from typing import Any
 
 from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.core.errors import UserError
+from nudge.components.deploy.measure import Counts
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import ModelServer
 
 URL, TOKEN = "NUDGE_HOST_SERVING_URL", "NUDGE_HOST_SERVING_TOKEN"
-"""The variables that say where the host's server is, and what it asks for."""
+"""The variables with the URL and the token of the host's server."""
 
 
 class HostServing:
@@ -28,7 +30,7 @@ class HostServing:
         import httpx
 
         self._settings = asdict(settings)
-        # A download and a model's load take as long as they take; the host has limits of its own.
+        # No read timeout: a download or a model's load may be slow, and the host has limits itself.
         self._client = httpx.Client(
             base_url=url,
             headers={"Authorization": f"Bearer {token}"},
@@ -37,58 +39,63 @@ class HostServing:
 
     @contextlib.contextmanager
     def exclusive(self, model: str) -> Iterator[None]:
-        """Wait until no other shift of this model is under way on the host."""
-        with self._asked("exclusive", model=model) as answer:
-            body = answer.iter_bytes()  # kept: the connection would end with it
-            next(body)  # the first byte comes when the lock is held
+        """Wait until no other shift of this model is running on the host."""
+        with self._request("exclusive", model=model) as answer:
+            body = answer.iter_bytes()  # keep a reference: garbage collection would close it
+            next(body)  # the first byte arrives once the lock is acquired
             yield
 
     def live(self, model: str) -> dict[str, int]:
         """The percent of requests that the host's gateway sends to each version."""
-        return dict(self._ask("live", model=model))
+        return dict(self._call("live", model=model))
 
     def make_room(self, model: str, wanted: set[str]) -> bool:
-        """Nothing, as on the host itself."""
+        """Do nothing, as `LocalServing` does."""
         return False
 
     def bring_up(self, version: Version) -> ModelServer:
         """Have the host download, check and start a version."""
-        started = self._ask("bring_up", version=asdict(version))
+        started = self._call("bring_up", version=asdict(version))
         return ModelServer(started["address"], started["token"])
 
     def move(self, model: str, shares: dict[str, int]) -> str:
         """Route the model's address on the host to its versions' servers."""
-        return str(self._ask("move", model=model, shares=shares))
+        return str(self._call("move", model=model, shares=shares))
 
     def retire(self, model: str, keep: set[str]) -> None:
         """Have the host stop the servers of other versions."""
-        self._ask("retire", model=model, keep=sorted(keep))
+        self._call("retire", model=model, keep=sorted(keep))
 
-    def _ask(self, what: str, **values: Any) -> Any:
-        with self._asked(what, **values) as answer:
+    def counts(self, model: str, version: str) -> Counts | None:
+        """What the host's gateway counted."""
+        counted = self._call("counts", model=model, version=version)
+        return Counts(**counted) if counted else None
+
+    def _call(self, method: str, **values: Any) -> Any:
+        with self._request(method, **values) as answer:
             answer.read()
             return answer.json()
 
     @contextlib.contextmanager
-    def _asked(self, what: str, **values: Any) -> Iterator[Any]:
-        """The answer to a request; raises `UserError` with what the host says is wrong."""
+    def _request(self, method: str, **values: Any) -> Iterator[Any]:
+        """The response to a request; raises `UserError` with the host's message if it failed."""
         import httpx
 
         body = {**values, "settings": self._settings}
         try:
-            with self._client.stream("POST", f"/{what}", json=body) as answer:
+            with self._client.stream("POST", f"/{method}", json=body) as answer:
                 if answer.is_error:
                     answer.read()
                     raise UserError(_problem(answer))
                 yield answer
         except httpx.TransportError as error:
             raise UserError(
-                f"the serving of this container's host at {self._client.base_url} does not "
-                f"answer ({error}); `nudge run` starts it: run this again"
+                f"the serving on this container's host, {self._client.base_url}, does not answer "
+                f"({error}); `nudge run` starts it, so run that again"
             ) from None
 
 
 def _problem(answer: Any) -> str:
     if answer.status_code == 409:
         return str(answer.json()["detail"])
-    return f"the serving of this container's host answered {answer.status_code}: {answer.text}"
+    return f"the serving on this container's host answered {answer.status_code}: {answer.text}"

@@ -16,6 +16,7 @@ from nudge.components.common.core.names import check_name
 from nudge.components.common.core.publish import published
 from nudge.components.common.models.registered import download_model
 from nudge.components.deploy.local import gateway
+from nudge.components.deploy.measure import Counts
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import ModelServer
 from nudge.components.deploy.verify import check_folder, check_version
@@ -88,6 +89,13 @@ class LocalServing:
             if path.name not in keep:
                 shutil.rmtree(path)
 
+    def counts(self, model: str, version: str) -> Counts | None:
+        """The requests to a version in the gateway's log; None if the version does not run."""
+        record = self._running(model, version)
+        if record is None:
+            return None
+        return gateway.counts(self._home, model, record.address.removeprefix("http://"))
+
     def _fetch(self, version: Version) -> Path:
         """The folder that holds the model under its own name, each file as it was uploaded."""
         folder = self._home / "serving" / version.model / version.name
@@ -97,7 +105,12 @@ class LocalServing:
                 download_model(version.uri, model)
                 check_folder(model, version)
         elif self._running(version.model, version.name) is None:
-            check_folder(folder / version.model, version)
+            try:
+                check_folder(folder / version.model, version)
+            except UserError as error:  # damaged here; the store has the version
+                print(f"{error}; downloading it anew", file=sys.stderr, flush=True)
+                shutil.rmtree(folder)
+                return self._fetch(version)
         folder.touch()
         return folder
 

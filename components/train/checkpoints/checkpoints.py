@@ -31,10 +31,7 @@ from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.provenance import code_version
 from nudge.components.common.core.publish import sha256_file, verify_file
 from nudge.components.common.core.step import disk_is_full
-from nudge.components.train.checkpoints.checkpoint_store import (
-    CheckpointStore,
-    open_checkpoint_store,
-)
+from nudge.components.train.checkpoints.checkpoint_store import CheckpointStore
 from nudge.components.train.checkpoints.shard_writer import SafetensorsWriter
 from nudge.components.train.checkpoints.training_state import TrainingState, differences
 from nudge.components.train.network import Network
@@ -107,7 +104,7 @@ class Checkpoints:
         record: TrainingLog | NoTrainingLog,
     ) -> TrainingState:
         root, _, name = self.settings.resume.rstrip("/").rpartition("/")
-        store = open_checkpoint_store(root)
+        store = CheckpointStore(root)
         names = self._agreed(store.names())
         if name not in names:
             raise UserError(

@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nudge.components.common.core.errors import UserError
-from nudge.components.train.checkpoints.checkpoint_store import (
-    CheckpointStore,
-    open_checkpoint_store,
-)
+from nudge.components.train.checkpoints.checkpoint_store import CheckpointStore
 from nudge.components.train.checkpoints.checkpoints import Checkpoints
 from nudge.components.train.ranks import Ranks
 from nudge.components.train.settings import TrainSettings
@@ -43,7 +40,7 @@ def open_checkpoints(
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     uri = settings.checkpoints or os.environ.get(CHECKPOINTS_VARIABLE, "")
     with contextlib.ExitStack() as stack:
-        store = open_checkpoint_store(f"{uri.rstrip('/')}/{key}") if uri else None
+        store = CheckpointStore(f"{uri.rstrip('/')}/{key}") if uri else None
         if store is None and settings.keeps_best:
             if ranks.local_world < ranks.world:
                 raise UserError(
@@ -51,7 +48,7 @@ def open_checkpoints(
                     "to a shared folder or an s3:// URI"
                 )
             folder = stack.enter_context(_shared_temporary(ranks))
-            store = open_checkpoint_store(str(folder))
+            store = CheckpointStore(str(folder))
         if store is not None:
             locked = stack.enter_context(_locked(store, ranks, note)) if ranks.main else True
             if ranks.sum(float(not locked))[0]:

@@ -43,6 +43,8 @@ def identity(
     """
     values = dataclasses.asdict(settings)
     excluded = FREE_TO_CHANGE | {"base_model"}  # its weights matter, not its location
+    if settings.base_dtype == "auto":  # older checkpoints do not have this setting
+        excluded = excluded | {"base_dtype"}
     data = training.cursor(0)
     del data["rows_read"]
     identity = {

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nudge.components.common.clients.store import open_store
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.publish import published, sha256_file, verify_file, write_atomic
-from nudge.components.common.core.uris import is_local, local_path
+from nudge.components.common.core.publish import published, sha256_file, verify_file
 
 CHECKPOINTS = "checkpoints"
 """The folder of the checkpoints, for recipes that name no other."""
@@ -28,6 +28,7 @@ class Handover:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
+        self._store = open_store(self.uri)
 
     def send(self, name: str, source: Path) -> None:
         """Copy a file or folder there as ``name``; do nothing if the same bundle is there."""
@@ -42,57 +43,29 @@ class Handover:
         manifest = {"file": source.is_file(), "files": listing}
         if self.read(name) == manifest:
             return
-        if is_local(self.uri):
-            with published(local_path(self.uri) / name) as part:
-                for path in files:
-                    target = part / path.relative_to(root)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(path, target)
-            write_atomic(local_path(self.uri) / f"{name}.json", json.dumps(manifest))
-            return
-        from nudge.components.common.clients.storage import s3_client, s3_errors, split_s3_uri
-
-        client, (bucket, prefix) = s3_client(), split_s3_uri(self.uri)
-        with s3_errors(f"upload {name} to {self.uri}"):
-            for path in files:
-                key = f"{prefix}/{name}/{path.relative_to(root).as_posix()}"
-                client.upload_file(str(path), bucket, key, ExtraArgs={"ChecksumAlgorithm": "CRC32"})
-            body = json.dumps(manifest).encode()
-            client.put_object(Bucket=bucket, Key=f"{prefix}/{name}.json", Body=body)
+        self._store.delete([f"{name}.json"])
+        self._store.remove(name)
+        for file in listing:
+            self._store.put(root / file, f"{name}/{file}")
+        self._store.write(f"{name}.json", json.dumps(manifest).encode())
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The listing of the bundle ``name``, or None if there is no complete one."""
-        if is_local(self.uri):
-            path = local_path(self.uri) / f"{name}.json"
-            return json.loads(path.read_text()) if path.is_file() else None
-        import botocore.exceptions
-
-        from nudge.components.common.clients.storage import s3_client, s3_errors, split_s3_uri
-
-        bucket, prefix = split_s3_uri(self.uri)
-        with s3_errors(f"read {self.uri}/{name}"):
-            try:
-                found = s3_client().get_object(Bucket=bucket, Key=f"{prefix}/{name}.json")
-            except botocore.exceptions.ClientError as error:
-                if error.response["Error"]["Code"] in ("NoSuchKey", "404"):
-                    return None
-                raise
-            return dict(json.loads(found["Body"].read()))
+        listing = self._store.read(f"{name}.json")
+        return None if listing is None else dict(json.loads(listing))
 
     def fetch(self, name: str, target: Path) -> None:
         """Copy the bundle to ``target`` and verify it; `UserError` if it is missing or damaged."""
         manifest = self.read(name)
         if manifest is None:
-            raise UserError(f"{self.uri} holds no complete {name}")
+            raise UserError(f"{self.uri} has no complete {name}")
         with tempfile.TemporaryDirectory() as folder:
-            here = Path(folder)
-            if is_local(self.uri):
-                here = local_path(self.uri) / name
-            else:
-                from nudge.components.common.clients.storage import download_folder
-
-                download_folder(f"{self.uri}/{name}", here)
+            here = Path(folder) if self._store.folder is None else self._store.folder / name
             for file, listed in manifest["files"].items():
+                if not (here / file).resolve().is_relative_to(here.resolve()):
+                    raise UserError(f"{self.uri}/{name}.json lists {file}, which is not inside it")
+                if self._store.folder is None:
+                    self._store.get(f"{name}/{file}", here / file)
                 verify_file(here / file, listed["sha256"])
             if manifest["file"]:
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -108,51 +81,23 @@ class Handover:
 
         With ``keep_checkpoints`` the checkpoints in it stay.
         """
-        if is_local(self.uri):
-            folder = local_path(self.uri)
-            for path in folder.glob("*.json"):
-                path.unlink()
-            if not (keep_checkpoints and (folder / CHECKPOINTS).is_dir()):
-                shutil.rmtree(folder, ignore_errors=True)
-                return
-            for path in folder.iterdir():
-                if path.name != CHECKPOINTS:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        children = self._store.children()
+        if not (keep_checkpoints and f"{CHECKPOINTS}/" in children):
+            self._store.remove()
             return
-        from nudge.components.common.clients.storage import (
-            list_keys,
-            s3_client,
-            s3_errors,
-            split_s3_uri,
-        )
-
-        client, (bucket, prefix) = s3_client(), split_s3_uri(self.uri)
-        with s3_errors(f"remove {self.uri}"):
-            keys = list_keys(client, bucket, prefix)
-            if keep_checkpoints:
-                kept = f"{prefix}/{CHECKPOINTS}/"
-                keys = {key: size for key, size in keys.items() if not key.startswith(kept)}
-            for key in sorted(keys, key=lambda key: not key.endswith(".json")):
-                client.delete_object(Bucket=bucket, Key=key)
+        others = children - {f"{CHECKPOINTS}/"}
+        self._store.delete(name for name in others if not name.endswith("/"))
+        for name in others:
+            if name.endswith("/"):
+                self._store.remove(name)
 
 
 def idle_folders(root: str, idle_s: float) -> list[str]:
     """Names of the jobs whose folders in ``root`` nothing has written to for ``idle_s`` seconds."""
     newest: dict[str, float] = {}
-    if is_local(root):
-        for path in local_path(root).glob("*/**/*"):
-            name = path.relative_to(local_path(root)).parts[0]
-            newest[name] = max(newest.get(name, 0), path.lstat().st_mtime)
-    else:
-        from nudge.components.common.clients.storage import s3_client, s3_errors, split_s3_uri
-
-        bucket, prefix = split_s3_uri(root)
-        with s3_errors(f"list {root}"):
-            pages = s3_client().get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=bucket, Prefix=f"{prefix}/"):
-                for item in page.get("Contents", []):
-                    name = item["Key"][len(prefix) + 1 :].split("/")[0]
-                    newest[name] = max(newest.get(name, 0), item["LastModified"].timestamp())
+    for name, stored in open_store(root).list().items():
+        job = name.partition("/")[0]
+        newest[job] = max(newest.get(job, 0), stored.modified)
     limit = time.time() - idle_s
     return sorted(name for name, at in newest.items() if at < limit and JOB_FOLDER.fullmatch(name))
 

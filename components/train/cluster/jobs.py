@@ -99,6 +99,28 @@ def labels_of(settings: LaunchSettings, name: str) -> dict[str, str]:
     return labels
 
 
+def job_object(
+    kind: ResourceKind,
+    settings: LaunchSettings,
+    name: str,
+    step: Step,
+    spec: dict[str, Any],
+    annotations: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """The job as an object; the step's pod owns it, if it runs in one."""
+    metadata: dict[str, Any] = {"name": name, "labels": labels_of(settings, name)}
+    if annotations:
+        metadata["annotations"] = annotations
+    if step.owner:
+        metadata["ownerReferences"] = [step.owner]
+    return {
+        "apiVersion": kind.api_version,
+        "kind": kind.name,
+        "metadata": metadata,
+        "spec": spec,
+    }
+
+
 def longest_run_s(settings: LaunchSettings) -> int:
     """The job's own limit, in seconds, for when no step is left to end it. The launcher enforces
     the deadline itself; that one also counts time in the queue."""

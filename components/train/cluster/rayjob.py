@@ -12,7 +12,7 @@ from nudge.components.train.cluster.jobs import (
     Stage,
     Step,
     environment,
-    labels_of,
+    job_object,
     longest_run_s,
     pod_spec,
     resources,
@@ -92,9 +92,6 @@ def body(
     }
     submitter = _pod(settings, step, name, "submitter", SUBMITTER, SMALL, [])
     submitter["spec"]["restartPolicy"] = "Never"
-    metadata: dict[str, Any] = {"name": name, "labels": labels_of(settings, name)}
-    if step.owner:
-        metadata["ownerReferences"] = [step.owner]
     spec = {
         "entrypoint": f"python -P -m nudge.components.train.cluster.ray_driver {handover}",
         "shutdownAfterJobFinishes": True,  # Kueue requires it
@@ -114,13 +111,9 @@ def body(
         },
     }
     known = schema["properties"]["spec"]["properties"]
-    return {
-        "apiVersion": KIND.api_version,
-        "kind": KIND.name,
-        "metadata": metadata,
-        # Older releases have neither activeDeadlineSeconds nor backoffLimit.
-        "spec": {key: value for key, value in spec.items() if key in known},
-    }
+    # Older releases have neither activeDeadlineSeconds nor backoffLimit.
+    spec = {key: value for key, value in spec.items() if key in known}
+    return job_object(KIND, settings, name, step, spec)
 
 
 def pods(name: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from nudge.components.train.cluster.jobs import (
     Stage,
     Step,
     environment,
-    labels_of,
+    job_object,
     longest_run_s,
     pod_spec,
     resources,
@@ -82,19 +82,7 @@ def body(
         spec["runtimePatches"] = [{"manager": PATCH_MANAGER, "trainingRuntimeSpec": patch}]
     elif pods:
         spec["podTemplateOverrides"] = [{"targetJobs": [{"name": CONTAINER}], "spec": pods}]
-    metadata: dict[str, Any] = {
-        "name": name,
-        "labels": labels_of(settings, name),
-        "annotations": dict(ASKED_FOR_PROGRESS),
-    }
-    if step.owner:
-        metadata["ownerReferences"] = [step.owner]
-    return {
-        "apiVersion": KIND.api_version,
-        "kind": KIND.name,
-        "metadata": metadata,
-        "spec": spec,
-    }
+    return job_object(KIND, settings, name, step, spec, dict(ASKED_FOR_PROGRESS))
 
 
 def pods(name: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """``python -m nudge.pipelines.local.registry --database FILE --port PORT --token-file FILE``."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ import click
 import uvicorn
 
 from nudge.components.common.core.guard import Guard
+from nudge.components.common.core.state_file import Damaged
 from nudge.pipelines.local.registry.app import VERSIONS, create_app
+from nudge.pipelines.local.registry.copy import keep_copy
 
 
 @click.command()
@@ -20,7 +23,7 @@ from nudge.pipelines.local.registry.app import VERSIONS, create_app
     type=click.Choice(["postgresql", "mariadb"]),
     default="postgresql",
     show_default=True,
-    help="The database whose rules for names apply; MariaDB ignores case and accents.",
+    help="Compare names as this database does; MariaDB ignores case and accents.",
 )
 @click.option(
     "--api",
@@ -29,7 +32,7 @@ from nudge.pipelines.local.registry.app import VERSIONS, create_app
     multiple=True,
     default=VERSIONS,
     show_default=True,
-    help="An API version to serve; may be given more than once.",
+    help="An API version to serve. Repeat the option for more.",
 )
 def main(
     database: Path,
@@ -39,9 +42,17 @@ def main(
     collation: Any,
     versions: tuple[str, ...],
 ) -> None:
-    """Serve the Model Registry API over a SQLite file to whoever has the token."""
+    """Serve the Model Registry API over a SQLite file to clients that have the token."""
+    try:
+        keep_copy(database)
+    except Damaged as error:
+        raise click.ClickException(str(error)) from None
     app = Guard(create_app(database, collation, versions), token_file.read_text(encoding="utf-8"))
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    try:
+        uvicorn.run(app, host=host, port=port, log_level="warning")
+    finally:
+        with contextlib.suppress(Damaged):
+            keep_copy(database)
 
 
 if __name__ == "__main__":

@@ -51,10 +51,10 @@ def create_app(
     collation: Collation = "postgresql",
     versions: Iterable[str] = VERSIONS,
 ) -> Starlette:
-    """The application over a database file, which is made if it is not there.
+    """The application over a database file, which is created if needed.
 
-    ``collation`` is that of the database whose rules names follow; ``versions`` are the API
-    versions that are served.
+    ``collation`` names the database whose rules apply to names; ``versions`` are the API versions
+    to serve.
     """
     api = Api(Store(database, collation))
     routes = [
@@ -76,7 +76,7 @@ def create_app(
 
 
 class _Methods:
-    """The handlers of one path by method; any other is answered like the server's router."""
+    """The handlers of one path by method; other methods get the answer of the server's router."""
 
     def __init__(self, handlers: Mapping[str, Handler]) -> None:
         self._handlers = handlers
@@ -158,14 +158,13 @@ class Api:
             body = bodies.artifact(data, ARTIFACT_KINDS)
             version = self._get((MODEL_VERSION.plural,), MODEL_VERSION.title, request)
             kind = body["artifactType"]
-            if not (given := data.get("id")):
+            if not (artifact_id := data.get("id")):
                 return self._create_artifact(kind, int(version["id"]), body)
-            found = self._store.get((kind,), parse_id(given, "invalid artifact ID"))
+            found = self._store.get((kind,), parse_id(artifact_id, "invalid artifact ID"))
             if found is None:
                 title = kind.replace("-", " ")
-                raise BadBody(
-                    f"mismatched types, artifact with id {given} is not a {title}: bad request"
-                )
+                what = f"artifact with id {artifact_id} is not a {title}"
+                raise BadBody(f"mismatched types, {what}: bad request")
             return self._change(kind, found, {**body, "name": found["name"]})
 
         async def every(request: Request) -> Response:
@@ -185,11 +184,11 @@ class Api:
             data = decode(await request.body())
             found = self._get(types, single.replace("_", " "), request)
             kind = found["artifactType"]
-            given = data.get("artifactType") if isinstance(data, dict) else None
-            if given != kind and not (given is None and len(types) == 1):
+            wanted = data.get("artifactType") if isinstance(data, dict) else None
+            if wanted != kind and not (wanted is None and len(types) == 1):
                 raise BadBody(
-                    f"cannot change artifact type from '{kind}' to '{given or 'unknown'}': artifact"
-                    " type is immutable"
+                    f"cannot change artifact type from '{kind}' to '{wanted or 'unknown'}': "
+                    "artifact type is immutable"
                 )
             return self._change(kind, found, bodies.artifact(data, (kind,), update=True))
 
@@ -210,9 +209,9 @@ class Api:
 
     def _create(self, kind: EntityKind, body: dict[str, Any]) -> Response:
         parent = int(body[kind.parent_field]) if kind.parent_field else 0
-        # The server looks for no other parent.
-        served = kind.plural == "inference_services"
-        if served and self._store.get(("serving_environments",), parent) is None:
+        # The server checks only this parent.
+        is_service = kind.plural == "inference_services"
+        if is_service and self._store.get(("serving_environments",), parent) is None:
             raise NotFound(f"no serving environment found for id {parent}")
         body = {**body, "name": body.get("name") or str(uuid.uuid4())}
         return self._made(kind.title, kind.plural, parent, body)
@@ -234,10 +233,10 @@ class Api:
             return _exists(title, conflict)
 
     def _get(self, types: tuple[str, ...], title: str, request: Request) -> dict[str, Any]:
-        given = request.path_params["id"]
-        found = self._store.get(types, parse_id(given, f"invalid {title} ID"))
+        entity_id = request.path_params["id"]
+        found = self._store.get(types, parse_id(entity_id, f"invalid {title} ID"))
         if found is None:
-            raise NotFound(f"no {title} found for id {given}")
+            raise NotFound(f"no {title} found for id {entity_id}")
         return found
 
     def _find(
@@ -277,8 +276,8 @@ def _page(rows: Iterable[dict[str, Any]], request: Request) -> Response:
     asked = request.query_params
     if asked.get("filterQuery", "").strip():
         raise BadBody("filterQuery is not supported by the embedded registry")
-    given = parse_id(asked.get("pageSize") or "0", "invalid numeric string")
-    size = min(given, LARGEST_PAGE) if given > 0 else DEFAULT_PAGE
+    page_size = parse_id(asked.get("pageSize") or "0", "invalid numeric string")
+    size = min(page_size, LARGEST_PAGE) if page_size > 0 else DEFAULT_PAGE
     field = {
         "CREATE_TIME": "createTimeSinceEpoch",
         "LAST_UPDATE_TIME": "lastUpdateTimeSinceEpoch",
@@ -294,7 +293,7 @@ def _page(rows: Iterable[dict[str, Any]], request: Request) -> Response:
         ordered = [row for row in ordered if (key(row) < last if backwards else key(row) > last)]
     shown = ordered[:size]
     following = _to_token(key(shown[-1])) if len(ordered) > size else ""
-    body = {"items": shown, "size": len(shown), "pageSize": given, "nextPageToken": following}
+    body = {"items": shown, "size": len(shown), "pageSize": page_size, "nextPageToken": following}
     return JSONResponse(body)
 
 
@@ -309,7 +308,7 @@ def _from_token(token: str) -> tuple[int, int]:
         raise BadBody("invalid nextPageToken: illegal base64 data: bad request") from None
     match = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", text)
     if match is None:
-        raise BadBody("invalid nextPageToken: it is none that this server gave: bad request")
+        raise BadBody("invalid nextPageToken: this server did not issue it: bad request")
     return int(match[2]), int(match[1])
 
 

@@ -1,7 +1,7 @@
 """Bodies of requests, checked as the Model Registry's Go server does: same status, same order.
 
-The client's own models know the fields and their types; what they do not share with the server
-(properties, required fields, ids) is checked here.
+The client's models check fields and their types. This module checks what only the server does:
+properties, required fields and ids.
 """
 
 import base64
@@ -19,7 +19,7 @@ INT32 = range(-(2**31), 2**31)
 
 
 class BadBody(Exception):
-    """A body that cannot be taken; answered with ``status``."""
+    """An invalid body; the response has this ``status``."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -38,7 +38,7 @@ class EntityKind:
     parent_field: str = ""
     ids: tuple[str, ...] = ()
     state: str = "state"
-    """The field that an update without it sets back."""
+    """The field that an update resets unless it sets it."""
 
     @property
     def title(self) -> str:
@@ -93,7 +93,7 @@ ARTIFACT_KINDS = tuple(ARTIFACTS)
 
 
 def decode(raw: bytes) -> Any:
-    """The first JSON value of a body; what follows it is ignored, as Go's decoder does."""
+    """The first JSON value of a body. Anything after it is ignored, as by Go's decoder."""
 
     def refuse(constant: str) -> Any:
         raise BadBody(f"invalid character '{constant[0]}' looking for beginning of value")
@@ -118,26 +118,26 @@ def decode(raw: bytes) -> Any:
 
 def created(kind: EntityKind, data: Any) -> dict[str, Any]:
     """The body of a create, with the server's defaults; raises `BadBody`."""
-    given = _fields(kind.create, data)
-    types = {key: value for key, value in given.items() if value not in (None, "")}
-    # Required fields come after every field's type: give the models something for them.
+    sent = _fields(kind.create, data)
+    types = {key: value for key, value in sent.items() if value not in (None, "")}
+    # The server checks types before required fields, so give the models a value for those.
     body = _typed(kind.create, {**dict.fromkeys(kind.required, "1"), **types}) | {
-        key: value for key, value in given.items() if value == ""
+        key: value for key, value in sent.items() if value == ""
     }
     for field in kind.required:
-        if not given.get(field):
+        if not sent.get(field):
             raise BadBody(f"required field '{field}' is zero value.", 422)
     for field in kind.ids:
-        if given.get(field):
-            parse_id(given[field], "error setting field Properties")
+        if sent.get(field):
+            parse_id(sent[field], "error setting field Properties")
     return body
 
 
 def updated(kind: EntityKind, data: Any) -> dict[str, Any]:
-    """The changes of an update; raises `BadBody`. Without a state it sets the default one."""
-    given = {key: value for key, value in _fields(kind.update, data).items() if value is not None}
-    body = _typed(kind.update, given)
-    return {key: value for key, value in body.items() if key in given or key == kind.state}
+    """The changes of an update; raises `BadBody`. An update without a state sets the default."""
+    sent = {key: value for key, value in _fields(kind.update, data).items() if value is not None}
+    body = _typed(kind.update, sent)
+    return {key: value for key, value in body.items() if key in sent or key == kind.state}
 
 
 def artifact(data: Any, types: tuple[str, ...], *, update: bool = False) -> dict[str, Any]:
@@ -153,12 +153,12 @@ def artifact(data: Any, types: tuple[str, ...], *, update: bool = False) -> dict
             "Parameter: bad request"
         )
     model = ARTIFACTS[str(kind)][1 if update else 0]
-    given = {
+    sent = {
         key: value
         for key, value in _fields(model, data, READ_ONLY).items()
         if value is not None and key not in READ_ONLY
     }
-    return {key: value for key, value in _typed(model, given).items() if key in given}
+    return {key: value for key, value in _typed(model, sent).items() if key in sent}
 
 
 def parse_id(text: Any, what: str) -> int:
@@ -185,8 +185,8 @@ def _fields(model: type[Any], data: Any, allowed: tuple[str, ...] = ()) -> dict[
     return data
 
 
-def _typed(model: type[Any], given: dict[str, Any]) -> dict[str, Any]:
-    plain = {key: value for key, value in given.items() if key != "customProperties"}
+def _typed(model: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    plain = {key: value for key, value in values.items() if key != "customProperties"}
     try:
         made = model.from_dict(plain)
         assert made is not None
@@ -196,22 +196,22 @@ def _typed(model: type[Any], given: dict[str, Any]) -> dict[str, Any]:
         raise BadBody(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise BadBody(f"invalid body: {error}") from None
-    if given.get("customProperties") is not None:
-        body["customProperties"] = properties(given["customProperties"])
+    if values.get("customProperties") is not None:
+        body["customProperties"] = properties(values["customProperties"])
     return body
 
 
-def properties(given: Any) -> dict[str, Any]:
+def properties(sent: Any) -> dict[str, Any]:
     """Custom properties as the server stores them; raises `BadBody`."""
-    if not isinstance(given, dict):
+    if not isinstance(sent, dict):
         raise BadBody("json: cannot unmarshal into Go field customProperties of type map")
-    return {key: _property(key, value) for key, value in given.items()}
+    return {key: _property(key, value) for key, value in sent.items()}
 
 
-def _property(key: str, given: Any) -> dict[str, Any]:
-    if not isinstance(given, dict):
+def _property(key: str, sent: Any) -> dict[str, Any]:
+    if not isinstance(sent, dict):
         raise BadBody("failed to unmarshal JSON into map for the discriminator lookup")
-    kind = given.get("metadataType")
+    kind = sent.get("metadataType")
     fields: dict[str, tuple[str, type | tuple[type, ...], Any]] = {
         "MetadataStringValue": ("string_value", str, ""),
         "MetadataIntValue": ("int_value", str, ""),
@@ -224,7 +224,7 @@ def _property(key: str, given: Any) -> dict[str, Any]:
             f"error setting field CustomProperties: bad request: metadataType not found for {key}"
         )
     field, types, zero = fields[kind]
-    value = given.get(field)
+    value = sent.get(field)
     value = zero if value is None else value
     if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
         raise BadBody(f"failed to unmarshal MetadataValue as {kind}: wrong type of {field}")

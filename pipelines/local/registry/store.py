@@ -1,4 +1,4 @@
-"""Entities of the registry in one SQLite file, found and kept unique as the real databases do.
+"""The registry's entities in one SQLite file, with the name rules of the real databases.
 
 One table, and constraints that hold under races. PostgreSQL compares names exactly; MariaDB ignores
 case, accents and trailing blanks. Lookups by name are SQL LIKE on both.
@@ -31,13 +31,13 @@ CREATE INDEX IF NOT EXISTS entity_by_parent ON entity (kind, parent);
 """
 COLUMNS = "id, kind, parent, body, created, updated"
 LONGEST = 255
-"""Characters of a name, which the server stores behind its parent's id and a colon."""
+"""Characters of a stored name; the server stores it after its parent's id and a colon."""
 
 Collation = Literal["postgresql", "mariadb"]
 
 
 class EntityConflict(Exception):
-    """An entity of this kind with this name or external id is there already."""
+    """An entity of this kind with this name or external id already exists."""
 
 
 class TooLong(Exception):
@@ -54,7 +54,7 @@ class Store:
         self._exact = collation == "postgresql"
 
     def create(self, kind: str, parent: int, body: dict[str, Any]) -> dict[str, Any]:
-        """Add an entity; raises `Conflict` and `TooLong`."""
+        """Add an entity; raises `EntityConflict` and `TooLong`."""
         now = _now()
         body = self._distinct(body)
         names = (body.get("name"), body.get("externalId"))
@@ -74,13 +74,13 @@ class Store:
         return _entity((made.lastrowid, kind, parent, json.dumps(body), now, now))
 
     def update(self, entity_id: int, changes: dict[str, Any]) -> dict[str, Any]:
-        """Replace the fields that ``changes`` holds; raises `Conflict` and `TooLong`."""
+        """Replace the fields in ``changes``; raises `EntityConflict` and `TooLong`."""
         _check_length([changes.get("externalId") or "", *changes.get("customProperties", {})])
         with self._lock:
             row = self._row(entity_id)
             assert row is not None
             body = self._distinct({**_body(row[3]), **changes})
-            # A clock of milliseconds may not have moved since the last change.
+            # The clock has milliseconds and may not have advanced since the last change.
             now = max(_now(), row[5] + 1)
             try:
                 self._database.execute(
@@ -99,7 +99,7 @@ class Store:
     def find(
         self, kinds: tuple[str, ...], *, name: str | None, external_id: str | None, parent: int
     ) -> list[dict[str, Any]]:
-        """The entities that a lookup by name and parent, or else by external id, matches."""
+        """The entities that match a name and parent or, without a name, an external id."""
         if not name:
             where, values = "external_id = ?", (external_id,)
         elif self._exact and not set(name) & set("_%\\"):
@@ -114,7 +114,7 @@ class Store:
         return [_entity(row) for row in rows if not name or self.matches(name, row[6])]
 
     def children(self, kinds: tuple[str, ...], parent: int | None) -> Iterator[dict[str, Any]]:
-        """Entities of these kinds by id, of one parent if one is given."""
+        """Entities of these kinds by id, of one parent unless it is None."""
         asked, values = ("", ()) if parent is None else (" AND parent = ?", (parent,))
         rows = self._database.execute(
             f"SELECT {COLUMNS} FROM entity WHERE kind IN ({_marks(kinds)}){asked} ORDER BY id",
@@ -123,7 +123,8 @@ class Store:
         return map(_entity, rows)
 
     def _distinct(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A body whose properties have keys that the database tells apart; the last value stays."""
+        """The body without properties whose keys the database considers equal; the last value
+        wins."""
         if self._exact or not body.get("customProperties"):
             return body
         keys: dict[str, str] = {}
@@ -164,12 +165,12 @@ def _entity(row: Any) -> dict[str, Any]:
 
 
 def _body(text: str) -> dict[str, Any]:
-    """A stored body; numbers that are not finite, which older releases took, are left out."""
+    """A stored body without the infinite numbers that older releases accepted."""
     constants: list[str] = []
     body: dict[str, Any] = json.loads(text, parse_constant=constants.append)
     if constants:
-        held = body.get("customProperties") or {}
-        body["customProperties"] = {key: value for key, value in held.items() if _finite(value)}
+        stored = body.get("customProperties") or {}
+        body["customProperties"] = {key: value for key, value in stored.items() if _finite(value)}
     return body
 
 

@@ -73,6 +73,7 @@ class ModelServer:
         asks = meta["annotations"][objects.AUTHENTICATION] == "true"
         self._authorization = f"Bearer {token}" if asks else None
         self._running = 0
+        self._answered = {"2xx": 0, "5xx": 0}
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
         routes = [
@@ -102,6 +103,11 @@ class ModelServer:
         return PlainTextResponse(
             f'vllm:num_requests_running{{engine="0"}} {self._running}.0\n'
             'vllm:num_requests_waiting{engine="0"} 0.0\n'
+            + "".join(
+                f'http_requests_total{{handler="/v1/completions",method="POST",status="{status}"}} '
+                f"{count}.0\n"
+                for status, count in self._answered.items()
+            )
         )
 
     async def _complete(self, request: Request) -> Response:
@@ -112,11 +118,15 @@ class ModelServer:
             return JSONResponse({"error": f"no model {body['model']}"}, 404)
         self._running += 1
         try:
-            await asyncio.sleep(ANSWER_S)
+            await asyncio.sleep(ANSWER_S + 0.5 * self.version.startswith("slow"))
         finally:
             self._running -= 1
         p = 0.1 if self.version.startswith("odd") else P + 0.02
         top = {TOKEN: math.log(p), " the": math.log(0.05)}
+        if self.version.startswith("flaky") and self._answered["2xx"] > 2:
+            self._answered["5xx"] += 1
+            return PlainTextResponse("out of memory", 500)
+        self._answered["2xx"] += 1
         choice: dict[str, Any] = {"text": f" {self.version}"}
         if "messages" in body:
             # As in OpenAI's API: https://platform.openai.com/docs/api-reference/chat/object

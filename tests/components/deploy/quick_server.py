@@ -1,9 +1,15 @@
-"""``python quick_server.py VERSION PORT``: answers as a served model does, naming its version."""
+"""``python quick_server.py VERSION PORT``: answers as a served model does, naming its version.
 
+A version named ``slow...`` takes longer; one named ``flaky...`` fails after its first answers.
+"""
+
+import itertools
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 VERSION, PORT = sys.argv[1], int(sys.argv[2])
+ANSWERED = itertools.count(1)
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -14,10 +20,13 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
-        self._answer(b'{"choices": [{"text": " %s"}]}' % VERSION.encode())
+        time.sleep(0.3 if VERSION.startswith("slow") else 0)
+        failed = VERSION.startswith("flaky") and next(ANSWERED) > 2
+        body = b'{"choices": [{"text": " %s"}]}' % VERSION.encode()
+        self._answer(body, 500 if failed else 200)
 
-    def _answer(self, body: bytes) -> None:
-        self.send_response(200)
+    def _answer(self, body: bytes, status: int = 200) -> None:
+        self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(body)))
         self.end_headers()

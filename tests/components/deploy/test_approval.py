@@ -17,6 +17,9 @@ from tests.components.deploy.kserve_cluster import ServingCluster
 from tests.components.deploy.site import Site
 
 BOTH = pytest.mark.parametrize("site", ["local", "kserve"], indirect=True)
+MOSTLY_LOCAL = pytest.mark.parametrize(
+    "site", ["local", pytest.param("kserve", marks=pytest.mark.long)], indirect=True
+)
 LOCAL = pytest.mark.parametrize("site", ["local"], indirect=True)
 KSERVE = pytest.mark.parametrize("site", ["kserve"], indirect=True)
 POLICY = policy("nudge-approvals")
@@ -80,7 +83,7 @@ def test_a_candidate_waits_and_is_served_when_it_is_approved(waiting: Site, alic
         assert decision.by == "alice"
 
 
-@BOTH
+@MOSTLY_LOCAL
 def test_a_rejected_candidate_is_archived_and_stays_rejected(waiting: Site, alice: None) -> None:
     for _ in range(2):  # repeating it is harmless
         decide(waiting.settings, waiting.model, "candidate", "rejected", "wrong language")
@@ -193,6 +196,7 @@ def test_no_decision_counts_where_the_policy_is_not_in_force(
 
 
 @KSERVE
+@pytest.mark.long
 def test_a_config_map_that_is_no_decision_is_refused(
     waiting: Site, cluster: ServingCluster
 ) -> None:

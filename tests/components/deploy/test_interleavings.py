@@ -19,10 +19,11 @@ import pytest
 from nudge.components.common.artifacts.comparison import comparison_properties
 from nudge.components.common.clients.registry import connection, releases
 from nudge.components.common.clients.registry.releases import Served, Version
-from nudge.components.common.core import progress
+from nudge.components.common.core import progress, provenance
 from nudge.components.common.core.errors import UserError
-from nudge.components.deploy import approval, traffic
+from nudge.components.deploy import approval, canary, traffic
 from nudge.components.deploy import deploy as deploying
+from nudge.components.deploy.measure import Measured
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import ModelServer
 from nudge.components.evaluate import incumbent as standing
@@ -36,6 +37,7 @@ QUALITY = {"v0": 0, "v1": 1, "worse": 2, "better": 3}
 RUNS = ("better", "worse")
 RETRIES = ("retry", "resume")
 """What may follow a killed deploy: KFP retries the step, or the run resumes at its evaluation."""
+CHANGES = ("move", "note_served", "note", "note_promotion", "retire", "observe")
 Choice = tuple[str, str]
 
 
@@ -108,6 +110,9 @@ class World:
         self.kills = 0
         self.settings = SETTINGS
         self.approved: frozenset[str] = frozenset()
+        self.slow: frozenset[str] = frozenset()
+        """Candidates that serve worse than the incumbent, which only their canary finds out."""
+        self.went_back: frozenset[str] = frozenset()
 
     def state(self, actors: dict[str, Actor]) -> Any:
         """Everything that the following steps may depend on."""
@@ -115,6 +120,7 @@ class World:
         return repr(
             (
                 self.shares, sorted(self.up), self.served, self.holder, self.kills, self.approved,
+                self.went_back,
                 {name: each.properties for name, each in self.versions.items()},
                 sorted(self.taken & active.keys()),
                 [(name, self.compared.get(name), each.label, each.seen)
@@ -154,6 +160,16 @@ class World:
             assert all(QUALITY[each] < QUALITY[who] for each in replaced), "it lost to it"
             assert replaced <= {self.compared[who]}, "it was not compared with it"
             assert who not in self.taken, "a person withdrew its traffic"
+            if who in shares:
+                assert who not in self.went_back, "its canary went back"
+                canary = self.settings.canary
+                assert shares[who] in (canary or [100])
+                done = [0, *canary][[*canary, 100].index(shares[who])] if canary else 0
+                known = self.shares.get(who, 0)
+                assert not previous - {who} or known in (done, shares[who]), "it skipped a share"
+                assert not (who in self.slow and previous and shares[who] == 100), "it is slow"
+            else:
+                self.went_back |= {who}
         elif who == "approver":
             (name,) = shares
             assert name in self.approved, "nobody approved it"
@@ -163,6 +179,9 @@ class World:
             self.taken = (self.taken | previous) - set(shares)
         self.shares = dict(shares)
         return "http://e"
+
+    def counts(self, model: str, version: str) -> None:
+        return None
 
     def retire(self, model: str, keep: set[str]) -> None:
         actor().step("retire")
@@ -191,7 +210,8 @@ def run_of(world: World) -> Callable[[Actor], None]:
         world.taken -= {me.name}  # from here on it is compared with the version the person chose
         if found.state == "found" and QUALITY[me.name] <= QUALITY[found.version]:
             return False
-        properties = comparison_properties(found)
+        known = world.versions.get(me.name)  # a run that is registered already keeps its record
+        properties = {**(known.properties if known else {}), **comparison_properties(found)}
         world.versions[me.name] = registered(me.name, properties)
         return True
 
@@ -226,14 +246,16 @@ def person(world: World, shares: dict[str, int] | None) -> Callable[[Actor], Non
 
 
 def approver(world: World) -> Callable[[Actor], None]:
-    """`nudge approve worse` and then `nudge approve better`, whatever waits by then."""
+    """Approves both candidates, if they wait by then, and serves each."""
     world.settings = APPROVAL
 
     def work(me: Actor) -> None:
         for version in ("worse", "better"):
             me.step(f"approve {version}")
-            with contextlib.suppress(UserError):  # it does not wait, or must not be served
+            with contextlib.suppress(UserError):  # it does not wait
                 deploying.decide(APPROVAL, MODEL, version, "approved")
+        for version in ("worse", "better"):
+            with contextlib.suppress(UserError):  # nobody approved it, or it must not be served
                 deploying.serve_approved(APPROVAL, registered_model=MODEL, version=version)
 
     return work
@@ -247,8 +269,11 @@ class Orders:
         served: bool,
         by_hand: Callable[[World], Callable[[Actor], None]] | None,
         name: str = "person",
+        settings: DeploySettings = SETTINGS,
+        slow: str = "",
     ) -> None:
         self._served, self._by_hand, self._name = served, by_hand, name
+        self._settings, self._slow = settings, slow
         self._known: set[str] = set()
         self.followed = 0
         self.ends: set[str] = set()
@@ -263,6 +288,7 @@ class Orders:
     def _follow(self, order: list[Choice]) -> list[list[Choice]]:
         """Follow one order to its end; returns the orders that branch off."""
         world = self.world = World(self._served)
+        world.settings, world.slow = self._settings, frozenset({self._slow} - {""})
         actors = {name: Actor(name, run_of(world)) for name in RUNS}
         if self._by_hand:
             actors[self._name] = Actor(self._name, self._by_hand(world))
@@ -311,7 +337,7 @@ def _choices(world: World, actors: dict[str, Actor]) -> list[Choice]:
         choices.append((name, "go"))
         # Killed before any change: a run may resume at its evaluation, and a person who never
         # started is already among the orders.
-        changed = each.label in ("move", "note_served", "note", "note_promotion", "retire")
+        changed = each.label in CHANGES
         if not world.kills and (changed or (each.label == "lease" and name in RUNS)):
             choices.append((name, "kill"))
     return choices
@@ -396,6 +422,12 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Orders]:
     def quiet(*_: Any, **__: Any) -> Iterator[Any]:
         yield SimpleNamespace(advance=lambda *_, **__: None)
 
+    def observe(_: Any, servers: dict[str, ModelServer], __: Any) -> dict[str, Measured]:
+        actor().step("observe")
+        return {
+            name: Measured(requests=9, errors=9 if name in world().slow else 0) for name in servers
+        }
+
     functions = (find_version, find_served, note_served, note_promotion)
     more = (note_properties, archive, list_versions)
     for module, patched in ((releases, (*functions, *more)), (traffic, functions)):
@@ -403,8 +435,10 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Orders]:
             monkeypatch.setattr(module, function.__name__, function)
     monkeypatch.setattr(approval, "now", lambda: "2026-01-01T00:00:00+00:00")
     monkeypatch.setattr(progress, "progress", quiet)
+    monkeypatch.setattr(provenance, "this_run", lambda given: given)  # a person's command is no run
     monkeypatch.setattr(connection, "with_registry", with_registry)
     monkeypatch.setattr(traffic, "smoke_test", lambda *_: "an answer")
+    monkeypatch.setattr(canary, "_observe", observe)
     monkeypatch.setattr(deploying, "_target", lambda *_: world())
     monkeypatch.setattr(deploying, "_target_name", lambda *_: "local")
     monkeypatch.setattr(standing, "_silent", lambda _: "")
@@ -450,3 +484,29 @@ def test_no_order_gives_traffic_without_an_approval_or_after_the_baseline_moved(
     found.follow()
     assert found.followed > 20
     assert found.ends == {"v1", "worse", "better"}
+
+
+@pytest.mark.parametrize(
+    ("shares", "slow", "move"),
+    [
+        ([50, 100], "better", None),
+        *(pytest.param([25, 100], "", move, marks=pytest.mark.long)
+          for move in (None, "rollback")),
+        *(pytest.param([5, 25, 100], slow, move, marks=pytest.mark.long)
+          for slow in ("", "better") for move in (None, "rollback", "promote v0")),
+    ],
+)  # fmt: skip
+def test_no_order_of_canaries_gives_traffic_to_a_version_that_lost(
+    orders: Any, shares: list[int], slow: str, move: str | None
+) -> None:
+    """The same invariants at every share, and a canary neither skips a share nor ends a person's
+    move; killed between any two steps, it continues or stays as it is."""
+    settings = dataclasses.replace(SETTINGS, canary=shares)
+    by_hand = (lambda world: person(world, MOVES[move])) if move else None
+    found = orders(True, by_hand, "person", settings, slow)
+    found.follow()
+    assert found.followed > 20
+    assert found.ends >= ({"worse", "v1"} if slow else {"better", "worse"})
+    assert slow not in found.ends or not slow
+    if move is None:
+        assert all(len(end.split()) == 1 for end in found.ends), "a canary always ends"

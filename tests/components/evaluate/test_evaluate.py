@@ -21,9 +21,11 @@ from nudge.components.common.artifacts.corpus import (
     write_corpus,
 )
 from nudge.components.common.artifacts.evaluation import Incumbent, read_evaluation
+from nudge.components.common.artifacts.model_files import model_files
 from nudge.components.common.artifacts.scores import read_scores
+from nudge.components.common.clients import storage
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.publish import write_manifest
+from nudge.components.common.core.publish import sha256_file, write_manifest
 from nudge.components.common.core.sample_size import MIN_DOCUMENTS
 from nudge.components.common.core.settings import parse
 from nudge.components.evaluate import incumbent
@@ -111,25 +113,37 @@ def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspa
     return Workspace(folder, tiny_model)
 
 
-@pytest.fixture(autouse=True)
-def served_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[Incumbent], None]:
-    """Sets the incumbent that the registry reports; initially none."""
+Say = Callable[..., None]
 
-    def say(found: Incumbent) -> None:
+
+@pytest.fixture(autouse=True)
+def served_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Say:
+    """Sets the incumbent that the registry reports, and the folder that was uploaded for it;
+    initially none."""
+    monkeypatch.setenv("NUDGE_HOME", str(tmp_path / "home"))
+
+    def say(found: Incumbent, folder: Path | None = None) -> None:
+        def download(uri: str, into: Path, *_: object) -> None:
+            assert folder is not None
+            shutil.copytree(folder, into, dirs_exist_ok=True)
+            files = {
+                name: {"sha256": sha256_file(file)} for name, file in model_files(into).items()
+            }
+            write_manifest(into / "manifest.json", "nudge.upload", 1, {"files": files})
+
         monkeypatch.setattr(incumbent, "find_incumbent", lambda *_: found)
+        monkeypatch.setattr(storage, "download_folder", download)
 
     say(Incumbent("none"))
     return say
 
 
-def test_the_interval_can_be_recomputed_from_the_scores(
-    place: Workspace, served_is: Callable[[Incumbent], None]
-) -> None:
+def test_the_interval_can_be_recomputed_from_the_scores(place: Workspace, served_is: Say) -> None:
     """With only pyarrow, numpy and scipy's bootstrap, against base and incumbent."""
     served = place.folder / "served"
     shutil.copytree(place.folder / "candidate", served)
     train(served, sentences(7, 3))
-    served_is(Incumbent("found", version="v1", uri=str(served)))
+    served_is(Incumbent("found", version="v1", uri="s3://bucket/m/v1"), served)
     result = place.run(resamples=9999)
     table = pyarrow.parquet.read_table(place.folder / "scores").to_pylist()
     assert len(table) == result["scores"]["rows"] == 3 * HELD_OUT
@@ -162,10 +176,10 @@ def test_the_interval_can_be_recomputed_from_the_scores(
 
 
 def test_a_probe_that_should_hold_is_compared_with_the_version_served_now(
-    place: Workspace, served_is: Callable[[Incumbent], None]
+    place: Workspace, served_is: Say
 ) -> None:
     """That version is the candidate itself, which is far from the base model."""
-    served_is(Incumbent("found", version="v7", uri=str(place.folder / "candidate")))
+    served_is(Incumbent("found", version="v7", uri="s3://bucket/m/v7"), place.folder / "candidate")
     (hold, rise) = place.run(
         probes=[
             Probe(prompt="the tower", target=" of", expect="hold"),

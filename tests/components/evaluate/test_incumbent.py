@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 
 from nudge.components.common.artifacts.evaluation import Incumbent
-from nudge.components.common.clients import storage
+from nudge.components.common.clients import bucket
 from nudge.components.common.clients.registry import connection
 from nudge.components.common.clients.registry.connection import with_registry
 from nudge.components.common.clients.registry.releases import Served, find_version, note_served
@@ -157,7 +157,7 @@ def test_changed_weights_are_rejected(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NUDGE_HOME", str(tmp_path / "home"))
         patch.setattr(
-            storage,
+            bucket,
             "download_folder",
             lambda uri, folder, *_: shutil.copytree(remote, folder, dirs_exist_ok=True),
         )

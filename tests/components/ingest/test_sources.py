@@ -23,9 +23,10 @@ from aiohttp import web
 
 from nudge.components.common.artifacts.corpus import read_corpus, zstd
 from nudge.components.common.artifacts.schema import plain
+from nudge.components.common.clients import storage
 from nudge.components.common.clients.storage import s3_client
 from nudge.components.common.core.errors import UserError
-from nudge.components.ingest import sources, stores
+from nudge.components.ingest import sources
 from nudge.components.ingest.account import account
 from nudge.components.ingest.finding import find_sources
 from nudge.components.ingest.ingest import ingest
@@ -216,7 +217,7 @@ def test_an_unusable_store_is_reported_in_one_sentence(
     message: str,
 ) -> None:
     store(share=0.0)
-    monkeypatch.setattr(stores, "STORE_ATTEMPTS", 1)
+    monkeypatch.setattr(storage, "ATTEMPTS", 1)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for name, value in variables.items():
@@ -245,7 +246,7 @@ def test_a_store_with_a_private_ca(
     authority.issue_cert("localhost").configure_cert(tls)
     proxy = faulty_proxy(environment["AWS_S3_ENDPOINT"], share=0.0, tls=tls)
     monkeypatch.setenv("AWS_S3_ENDPOINT", proxy.url)
-    monkeypatch.setattr(stores, "STORE_ATTEMPTS", 1)
+    monkeypatch.setattr(storage, "ATTEMPTS", 1)
     with pytest.raises(UserError, match="not trusted; set AWS_CA_BUNDLE to its CA's file"):
         read(tmp_path, "s3://nudge/tls")
     with pytest.raises(UserError, match="not trusted; set SSL_CERT_FILE to its CA's file"):

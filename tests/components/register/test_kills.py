@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from nudge.components.common.clients.bucket import download_folder
 from nudge.components.common.clients.registry.connection import with_registry
 from nudge.components.common.clients.registry.releases import find_version
-from nudge.components.common.clients.storage import download_folder
 from nudge.components.common.models.base_model import model_sha256
 from nudge.pipelines.local import services
 from tests.components.register.test_register import objects, versions

@@ -26,7 +26,7 @@ from nudge.components.common.clients.registry.releases import (
     note_served,
 )
 from nudge.components.common.core.errors import UserError
-from nudge.components.register.register import Registration, enter
+from nudge.components.register.entry import Registration, enter
 from tests.registry_server import registry_server
 
 API = "/api/model_registry/v1alpha3"

@@ -6,8 +6,8 @@ import pytest
 
 from nudge.components.common.clients.registry.preflight import check_registration
 from nudge.components.common.core.errors import UserError
+from nudge.components.register.entry import enter
 from nudge.components.register.preflight import check_registry
-from nudge.components.register.register import enter
 from tests.components.register.test_names import entry
 from tests.registry_server import registry_server
 

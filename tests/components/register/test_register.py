@@ -23,7 +23,7 @@ from nudge.components.common.clients.registry.releases import (
     list_versions,
     note_served,
 )
-from nudge.components.common.clients.storage import list_keys, s3_client
+from nudge.components.common.clients.storage import s3_client
 from nudge.components.common.core import processes
 from nudge.components.common.core.errors import UserError
 from nudge.components.deploy.local.local_serving import LocalServing
@@ -36,6 +36,7 @@ from nudge.pipelines.cli.main import main
 from nudge.pipelines.local import services
 from tests.faulty_proxy import FaultyProxy
 from tests.image_registry import ImageRegistry, make_base_image
+from tests.objects import list_keys
 
 Release = Callable[..., dict[str, Any]]
 

@@ -69,7 +69,13 @@ def test_a_version_that_got_no_traffic_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     why = "v2 was compared with v1, but v3 has the traffic now"
-    found = {"uri": "s3://b/v2", "description": "better", "endpoint": "", "not_promoted": why}
+    found = {
+        "uri": "s3://b/v2",
+        "description": "better",
+        "endpoint": "",
+        "not_promoted": why,
+        "awaiting": False,
+    }
     monkeypatch.setattr(module, "_local_events", lambda: ("", "", ""))
     monkeypatch.setattr(
         "nudge.components.common.clients.registry.connection.with_registry", lambda *_, **__: found

@@ -1,6 +1,8 @@
 """LoRA's merged weights equal the trained model, for every supported kind of layer."""
 
 import copy
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nudge.components.common.core.errors import UserError
-from nudge.components.train.adapt import adapt, merged_state
+from nudge.components.common.models.language_model import load_model
+from nudge.components.train.adapt import adapt
+from nudge.components.train.exported_weights import write_config, write_weights
+from nudge.components.train.model import Start
+from nudge.components.train.network import Network
 from nudge.components.train.settings import TrainSettings
 
 SHAPES = {
@@ -41,7 +47,9 @@ def settings(*targets: str) -> TrainSettings:
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_the_merged_model_equals_the_trained_one(kind: str, targets: list[str]) -> None:
+def test_the_merged_model_equals_the_trained_one(
+    kind: str, targets: list[str], tmp_path: Path
+) -> None:
     lora, base = settings(*targets), make(kind)
     trained = adapt(copy.deepcopy(base), lora).eval()
     for name, parameter in trained.named_parameters():
@@ -50,8 +58,13 @@ def test_the_merged_model_equals_the_trained_one(kind: str, targets: list[str]) 
     ids = torch.arange(12)[None]
     before, after = base.eval()(ids).logits, trained(ids).logits
     assert not torch.allclose(before, after, rtol=1e-2)
-    base.load_state_dict(merged_state(dict(trained.state_dict()), lora, base))
-    torch.testing.assert_close(base(ids).logits, after, rtol=1e-4, atol=1e-5)
+    base.save_pretrained(tmp_path / "base")
+    start = Start(dataclasses.replace(lora, base_model=str(tmp_path / "base")), None, 60)
+    start.empty(1)
+    write_weights(tmp_path, Network(trained, lora), start, lora)
+    write_config(tmp_path, trained, torch.float32)
+    merged = load_model(tmp_path)
+    torch.testing.assert_close(merged(ids).logits, after, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

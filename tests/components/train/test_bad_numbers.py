@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.models.language_model import load_model
 from nudge.components.train import model as starts
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
@@ -36,8 +35,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], Non
     """Changes the output of one layer of every loaded model while it trains."""
 
     def spoil(change: Callable[..., Any]) -> None:
-        def spoiled(folder: Path) -> Any:
-            model = load_model(folder)
+        def spoiled(start: starts.Start, model: Any, *rest: Any) -> None:
+            fill(start, model, *rest)
 
             def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
                 training = module.training and torch.is_grad_enabled()
@@ -45,9 +44,9 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], Non
                 return changed
 
             model.get_submodule(LAYER).register_forward_hook(hook)
-            return model
 
-        monkeypatch.setattr(starts, "load_model", spoiled)
+        fill = starts.Start.fill
+        monkeypatch.setattr(starts.Start, "fill", spoiled)
 
     return spoil
 
@@ -131,13 +130,13 @@ def test_a_fault_in_every_row_looks_like_hardware(
 def test_damaged_base_weights_are_named(
     small: Small, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def damaged(folder: Path) -> Any:
-        model = load_model(folder)
+    def damaged(start: starts.Start, model: Any, *rest: Any) -> None:
+        fill(start, model, *rest)
         with torch.no_grad():
             model.get_submodule(LAYER).weight[0, 0] = torch.nan
-        return model
 
-    monkeypatch.setattr(starts, "load_model", damaged)
+    fill = starts.Start.fill
+    monkeypatch.setattr(starts.Start, "fill", damaged)
     monkeypatch.setattr("nudge.components.train.network.check_document_masking", lambda *_: None)
     text = message(small(), tokens, tmp_path)
     assert f"in {LAYER}.weight: this looks like damaged weights" in text

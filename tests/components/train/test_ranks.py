@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.train.settings import TrainSettings, WatchedPrompt
@@ -64,6 +66,11 @@ def test_two_ranks_have_the_losses_of_one(
         assert two == pytest.approx(one, rel=tolerance)
     one, two = (watched(tmp_path / name) for name in ("one", "two"))
     assert two == pytest.approx(one, rel=10 * tolerance, abs=0)
+    one_model, two_models = (load_file(tmp_path / name / "model" / "model.safetensors")
+                             for name in ("one", "two"))  # fmt: skip
+    assert one_model.keys() == two_models.keys()
+    for key, tensor in one_model.items():
+        torch.testing.assert_close(two_models[key], tensor, rtol=1e-2, atol=1e-4)
 
 
 def watched(folder: Path) -> list[float]:

@@ -14,6 +14,7 @@ import pytest
 
 from nudge.components.common.artifacts.model import BaseModel, ModelFacts, write_model_facts
 from nudge.components.common.clients import image_registry, modelcar
+from nudge.components.common.clients.image_reference import parse_reference
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.models.base_model import model_sha256
 from nudge.components.common.models.registered import check_download, download_model
@@ -64,9 +65,7 @@ def send(host: str, folder: Path, version: str, **more: Any) -> str:
 
 def tag(registry: ImageRegistry, version: str, name: str = "sent") -> str:
     """The digest of a tag; empty if the tag does not exist."""
-    with image_registry.repository(
-        image_registry.parse(f"oci://{registry.host}/team/{name}")
-    ) as found:
+    with image_registry.repository(parse_reference(f"oci://{registry.host}/team/{name}")) as found:
         return found.digest(version)
 
 
@@ -83,8 +82,8 @@ def test_a_model_is_an_image_for_every_platform_of_the_base(
 ) -> None:
     uri = send(registry.host, folder, "v1", read_back=True)
     assert uri == f"oci://{registry.host}/team/sent@{tag(registry, 'v1')}"
-    with image_registry.repository(image_registry.parse(uri)) as found:
-        found_images = modelcar.image_manifests(found, image_registry.parse(uri))
+    with image_registry.repository(parse_reference(uri)) as found:
+        found_images = modelcar.image_manifests(found, parse_reference(uri))
         assert {each["architecture"] for each, _ in found_images} == {"amd64", "arm64"}
         for platform, manifest in found_images:
             config = json.loads(found.blob(manifest["config"]["digest"]))
@@ -194,8 +193,8 @@ def test_a_blob_that_the_registry_corrupted_is_found(
     registry: ImageRegistry, folder: Path, tmp_path: Path
 ) -> None:
     uri = send(registry.host, folder, "kept")
-    with image_registry.repository(image_registry.parse(uri)) as found:
-        layer = modelcar.image_manifests(found, image_registry.parse(uri))[0][1]["layers"][1]
+    with image_registry.repository(parse_reference(uri)) as found:
+        layer = modelcar.image_manifests(found, parse_reference(uri))[0][1]["layers"][1]
     path = registry.blob(layer["digest"])
     body = bytearray(path.read_bytes())
     body[LARGE // 2] ^= 1

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from nudge.components.common.clients import storage
-from nudge.components.common.clients.storage import download_folder, list_keys, s3_client
+from nudge.components.common.clients.bucket import download_folder
+from nudge.components.common.clients.storage import s3_client
 from nudge.components.common.core import processes
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import sha256_file
@@ -21,6 +22,7 @@ from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
 from nudge.pipelines.local import services
 from tests.faulty_proxy import FaultyProxy
+from tests.objects import list_keys
 
 PART = 5 << 20
 SIZE = 4 * PART + 12_345

@@ -1,9 +1,11 @@
 """What is printed can be copied: an address stays in one piece."""
 
+import io
 import math
 import os
 import subprocess
 import sys
+import types
 from typing import ClassVar
 
 import pytest
@@ -69,6 +71,30 @@ main(["shown"])
     assert f"{mark} done" in shown
     assert shown.splitlines()[-1] == f"{mark} {crossed} {last}"
     assert ("é" in shown) is (encoding != "ascii")
+
+
+def test_without_a_terminal_one_line_a_minute_says_all_that_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    console = Console(file=io.StringIO(), width=20)
+    run = types.SimpleNamespace(steps={"train": StepState("train")})
+    step, clock, wall = run.steps["train"], [100.0], [1000.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(display.time, "time", lambda: wall[0])
+    with display.Live(console, run) as live:  # type: ignore[arg-type]
+        step.apply({"event": "step_start", "time": 1000.0})
+        for second in range(0, 130, 10):
+            clock[0] = 100.0 + second
+            wall[0] = 5.0  # somebody sets the clock back
+            done = {"done": second, "total": 260, "unit": "steps", "fields": {"loss": 2.5}}
+            step.apply({"event": "progress", **done})
+            live.show(run)  # type: ignore[arg-type]
+    shown = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert shown == [
+        "train: running",
+        "train: running 60 s  60/260 steps (23%)  loss 2.5  about 200 s left",
+        "train: running 120 s  120/260 steps (46%)  loss 2.5  about 140 s left",
+    ]
 
 
 @pytest.mark.parametrize("figure", [math.nan, math.inf, None, 1e9, 1e300, 1e-12, 5.0])

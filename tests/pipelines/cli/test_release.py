@@ -124,6 +124,26 @@ def test_a_promote_says_what_it_starts_and_each_stage(
     assert "stages" not in told.stderr
 
 
+def test_models_and_promote_say_when_there_are_none(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NUDGE_REGISTRY_URL", raising=False)
+    parts.start_registry(home, 0)
+    services.down(home)
+    done = nudge("models")
+    assert (done.stdout, "no models: nothing is registered yet" in done.stderr) == ("", True)
+    assert "there are no models yet" in nudge("promote", "v1", status=2).stderr
+
+
+def test_the_end_of_a_version_is_enough(down: str, home: Path) -> None:
+    from nudge.pipelines.cli import connections
+
+    with connections.registry() as ask:
+        assert connections.version_name(ask, NAME, "2") == "v2"
+    assert "'v' fits 2 versions (v1, v2)" in nudge("promote", "v", status=2).stderr
+    assert "name one version twice" in nudge("split", "1=50", "v1=50", status=2).stderr
+
+
 def test_a_version_is_approved_or_rejected(
     down: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

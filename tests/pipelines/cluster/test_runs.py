@@ -534,7 +534,7 @@ def test_a_recipe_that_is_too_long_is_sent_by_uri(
     monkeypatch.delenv("AWS_S3_BUCKET")
     refused = nudge("submit", str(path), "--no-follow")
     assert refused.exit_code == 2
-    assert "and the pipelines server takes 10000" in refused.stderr
+    assert "the pipelines server accepts only 10000" in refused.stderr
     assert len(state.runs) == 1
 
 
@@ -544,6 +544,6 @@ def test_a_size_is_one_of_three(state: Pipelines, url: str) -> None:
     refused = nudge("submit", "--no-follow", "-p", "size=huge")
     assert "size = 'huge': expected small, medium, large" in refused.stderr
     before = nudge("submit", "--no-follow", "-p", "cpu=2")
-    assert "cpu is no parameter" in before.stderr
-    assert "give size: small, medium, large" in before.stderr
+    assert "no longer has the parameter cpu" in before.stderr
+    assert "set size to one of small, medium, large" in before.stderr
     assert len(state.runs) == 1

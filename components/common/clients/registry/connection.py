@@ -13,6 +13,7 @@ import tenacity
 
 from nudge.components.common.core.environment import REGISTRY_TOKEN_PATH, SERVICE_ACCOUNT
 from nudge.components.common.core.errors import Transient, UserError
+from nudge.components.common.core.retries import BACKOFF
 
 T = TypeVar("T")
 
@@ -102,7 +103,7 @@ def with_registry(url: str, work: Callable[[Any], Awaitable[T]], attempts_s: flo
 
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_delay(attempts_s or ATTEMPTS_S),
-        wait=tenacity.wait_random_exponential(0.2, max=8),
+        wait=BACKOFF,
         retry=tenacity.retry_if_exception(_is_transient),
         reraise=True,
     )

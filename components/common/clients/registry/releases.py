@@ -59,6 +59,8 @@ class Served:
     """Versions that had all the traffic, oldest first; the last may be the one served now."""
     withdrawn: tuple[str, ...] = field(default=())
     """Versions whose traffic a rollback, a split or the promotion of an older one withdrew."""
+    canary: str = ""
+    """The candidate whose canary moved the traffic last; empty after any other move."""
 
     @property
     def main(self) -> str:
@@ -400,6 +402,7 @@ def _read(model: str, service: Any) -> Served:
         shares,
         tuple(json.loads(text("history"))),
         tuple(json.loads(withdrawn)),
+        text("canary") if "canary" in service.custom_properties else "",
     )
 
 
@@ -409,6 +412,7 @@ def _properties(served: Served) -> dict[str, Any]:
         "shares": json.dumps(served.shares),
         "history": json.dumps(served.history[-KEPT_HISTORY:]),
         "withdrawn": json.dumps(served.withdrawn[-KEPT_HISTORY:]),
+        "canary": served.canary,
     }
     return {name: _text(value) for name, value in values.items()}
 

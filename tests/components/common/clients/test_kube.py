@@ -19,6 +19,7 @@ from nudge.components.common.clients.kube import (
 )
 from nudge.components.common.clients.pods import LogTail, warnings, why, why_of
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.preflight.serving import check_serving
 from tests.kubernetes_api import KubernetesApi
 
 MAP = ResourceKind("v1", "ConfigMap", "configmaps")
@@ -327,3 +328,16 @@ def test_a_failure_from_which_a_container_recovered_is_not_a_cause(
     assert why_of(cluster, [api.add(pod("p"), containerStatuses=[back])]) == ""
     still = {**back, "ready": False}
     assert "status 1" in why_of(cluster, [api.add(pod("q"), containerStatuses=[still])])
+
+
+def test_a_cluster_that_cannot_serve_is_reported_before_training(
+    api: KubernetesApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api.act_as("runner", "nudge-runner")
+    check_serving(patience_s=3)
+    api.act_as("author", "nudge-author")
+    with pytest.raises(UserError, match=r"may not create inferenceservices, patch .* in the names"):
+        check_serving(patience_s=3)
+    monkeypatch.setattr(api, "_kinds", {("pods", "v1"): ("v1", "Pod")})
+    with pytest.raises(UserError, match="this cluster has no KServe"):
+        check_serving(patience_s=3)

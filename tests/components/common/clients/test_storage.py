@@ -10,11 +10,11 @@ import pytest
 from aiohttp import web
 
 from nudge.components.common.clients import storage
+from nudge.components.common.clients.bucket import download_folder
 from nudge.components.common.clients.storage import (
     bucket_name,
     check_writes,
     connection,
-    download_folder,
     is_transient,
     s3_client,
     s3_errors,

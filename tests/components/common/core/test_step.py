@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -73,6 +74,26 @@ def test_a_search_within_a_step_decides_whether_the_rest_is_reused(tmp_path: Pat
     outer(source=tmp_path / "a", out=tmp_path / "three")
     assert CALLS == ["ab", "xy"]
     assert ends(tmp_path) == [("step_end", status) for status in ("done", "reused", "done")]
+
+
+@pytest.mark.parametrize("damaged", ["out/text", "result.json", "digests.json", "out"])
+@pytest.mark.parametrize("content", [b"", b"\0\0\0\0", b"ab", None])
+def test_a_damaged_result_is_not_reused(
+    damaged: str, content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    double(2, source=tmp_path / "a", out=tmp_path / "one")
+    (kept,) = (path for path in (tmp_path / "reuse" / "double").iterdir() if path.is_dir())
+    target = kept / damaged
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    if content is not None:
+        target.write_bytes(content)
+    result = double(2, source=tmp_path / "a", out=tmp_path / "two")
+    assert (result, (tmp_path / "two" / "text").read_text()) == ({"length": 4}, "abab")
+    without_digests = damaged == "digests.json" and content is None  # as an older nudge kept it
+    assert len(CALLS) == (1 if without_digests else 2)
+    assert ("is damaged" in capsys.readouterr().err) is not without_digests
+    double(2, source=tmp_path / "a", out=tmp_path / "three")
+    assert len(CALLS) == (1 if without_digests else 2)
 
 
 def test_changed_content_or_settings_rerun_the_step(tmp_path: Path) -> None:

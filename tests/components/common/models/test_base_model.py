@@ -7,6 +7,7 @@ import huggingface_hub.constants
 import pytest
 
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.models import base_model
 from nudge.components.common.models.base_model import local_model, local_tokenizer
 
 NAME = "owner/tower"
@@ -43,3 +44,19 @@ def test_a_hub_name_without_its_scheme_gets_a_hint() -> None:
     with pytest.raises(UserError) as caught:
         local_model("models/of/mine")
     assert "hf://" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", ".sizes"])
+@pytest.mark.parametrize("content", [b"", b"\0" * 64, b'{"a": 1}', None])
+def test_a_damaged_conversion_is_made_again(
+    name: str, content: bytes | None, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "converted"
+    shutil.copytree(tiny_model, folder)
+    base_model._note_sizes(folder)
+    assert base_model._kept(folder)
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    assert base_model._kept(folder) is (name == ".sizes" and content is None)
+    assert not base_model._kept(tmp_path / "nowhere")

@@ -20,7 +20,7 @@ import pytest
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.models.language_model import load_model
 from nudge.components.train import loop
-from nudge.components.train.checkpoints.checkpoint_store import _Folder, open_checkpoint_store
+from nudge.components.train.checkpoints.checkpoint_store import CheckpointStore
 from nudge.components.train.checkpoints.open_checkpoints import open_checkpoints
 from nudge.components.train.checkpoints.training_state import TrainingState
 from nudge.components.train.data import PackedSplit
@@ -272,14 +272,14 @@ def test_a_validation_whose_checkpoint_failed_is_not_the_best(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """The disk is full during the checkpoint of step 4, so step 2 is the best with a checkpoint."""
-    publish = _Folder.publish
+    publish = CheckpointStore.publish
 
-    def full(self: _Folder, name: str, *args: Any) -> None:
+    def full(self: CheckpointStore, name: str, *args: Any) -> None:
         if name.endswith("4"):
             raise OSError(errno.ENOSPC, "No space left on device")
         publish(self, name, *args)
 
-    monkeypatch.setattr(_Folder, "publish", full)
+    monkeypatch.setattr(CheckpointStore, "publish", full)
     validations |= {2: 2.0, 4: 1.0, 6: 3.0, 8: 4.0, 10: 5.0, 12: 6.0}
     values = {"validation_every": 2, "checkpoints": str(tmp_path / "checkpoints")}
     settings = small(**values, keep="best")
@@ -287,7 +287,7 @@ def test_a_validation_whose_checkpoint_failed_is_not_the_best(
     assert "step-000000004 failed: no space is left there" in capfd.readouterr().err
     assert weights_of(tmp_path / "a") == 2
     assert training_of(tmp_path / "a")["best_validation_loss"] == 2.0
-    monkeypatch.setattr(_Folder, "publish", publish)
+    monkeypatch.setattr(CheckpointStore, "publish", publish)
     train(settings, tokens=tokens, **outputs(tmp_path / "again"))
     assert weights(tmp_path / "again") == weights(tmp_path / "a")
 
@@ -295,14 +295,14 @@ def test_a_validation_whose_checkpoint_failed_is_not_the_best(
 def test_a_failed_last_checkpoint_does_not_cost_the_model(
     small: Small, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish = _Folder.publish
+    publish = CheckpointStore.publish
 
-    def full(self: _Folder, name: str, *args: Any) -> None:
+    def full(self: CheckpointStore, name: str, *args: Any) -> None:
         if name.endswith("9"):
             raise OSError(errno.ENOSPC, "No space left on device")
         publish(self, name, *args)
 
-    monkeypatch.setattr(_Folder, "publish", full)
+    monkeypatch.setattr(CheckpointStore, "publish", full)
     settings = small(checkpoints=str(tmp_path / "checkpoints"))
     train(settings, tokens=tokens, **outputs(tmp_path / "a"))
     assert weights_of(tmp_path / "a") == 12
@@ -345,7 +345,7 @@ def test_a_second_run_with_the_same_identity_waits_for_the_first(
     (folder,) = (tmp_path / "checkpoints").iterdir()
     kept = ["step-000000006", "step-000000009"]
     first, seen = contextlib.ExitStack(), []
-    assert first.enter_context(open_checkpoint_store(str(folder)).lock())
+    assert first.enter_context(CheckpointStore(str(folder)).lock())
 
     def end() -> None:
         seen.append(sorted(path.name for path in folder.glob("step-*")))
@@ -395,7 +395,7 @@ def test_checkpoints_of_abandoned_runs_are_removed(
     long_ago = time.time() - 15 * 24 * 3600
     for path in (*active.iterdir(), active, *old.iterdir(), old, root / "mine"):
         os.utime(path, (long_ago, long_ago))
-    with open_checkpoint_store(str(active)).lock():
+    with CheckpointStore(str(active)).lock():
         os.utime(active, (long_ago, long_ago))
         os.utime(active / ".lock", (long_ago, long_ago))
         train(small(), tokens=tokens, **outputs(tmp_path / "a"))

@@ -37,13 +37,23 @@ def test_a_damaged_bundle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a").write_text("abc")
     handover = Handover(str(tmp_path / "shared"))
-    with pytest.raises(UserError, match="holds no complete model"):
+    with pytest.raises(UserError, match="has no complete model"):
         handover.fetch("model", tmp_path / "out")
     handover.send("model", tmp_path / "in")
     (tmp_path / "shared" / "model" / "a").write_text("abd")
     with pytest.raises(UserError, match="is damaged"):
         handover.fetch("model", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_listing_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("abc")
+    handover = Handover(str(tmp_path / "shared"))
+    handover.send("recipe", tmp_path / "secret")
+    listing = tmp_path / "shared" / "recipe.json"
+    listing.write_text(listing.read_text().replace('"secret"', '"../../secret"'))
+    with pytest.raises(UserError, match="which is not inside it"):
+        handover.fetch("recipe", tmp_path / "out")
 
 
 def test_an_object_store_that_fails_carries_the_same_bytes(
@@ -53,7 +63,8 @@ def test_an_object_store_that_fails_carries_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     faulty_proxy: Callable[..., FaultyProxy],
 ) -> None:
-    from nudge.components.common.clients.storage import list_keys, s3_client
+    from nudge.components.common.clients.storage import s3_client
+    from tests.objects import list_keys
 
     proxy = faulty_proxy(connected["AWS_S3_ENDPOINT"], share=0.2, seed=5, slow_s=0.01)
     monkeypatch.setenv("AWS_S3_ENDPOINT", proxy.url)

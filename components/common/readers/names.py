@@ -1,0 +1,60 @@
+"""What a file's name says about it: its format, its compression, and whether it is hidden."""
+
+import bz2
+import gzip
+import lzma
+import re
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+from nudge.components.common.artifacts.corpus import zstd
+
+COMPRESSED: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".zst": zstd.ZstdFile,
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+}
+NOT_TEXT = frozenset((
+    ".7z", ".a", ".aac", ".avi", ".avif", ".bin", ".bmp", ".class", ".dll", ".dylib", ".eot",
+    ".exe", ".flac", ".gif", ".gguf", ".heic", ".ico", ".iso", ".jar", ".jpeg", ".jpg", ".m4a",
+    ".mkv", ".mov", ".mp3", ".mp4", ".npy", ".npz", ".o", ".ogg", ".onnx", ".opus", ".otf",
+    ".png", ".pt", ".pyc", ".pyd", ".pyo", ".rar", ".safetensors", ".so", ".svg", ".tif",
+    ".tiff", ".ttf", ".wasm", ".wav", ".webm", ".webp", ".wheel", ".whl", ".woff", ".woff2",
+))  # fmt: skip
+"""Suffixes of files without text; they are counted, but not as a loss of text."""
+HIDDEN = frozenset(("__pycache__", "__MACOSX", "node_modules"))
+"""Folders that tools create; skipped like folders whose names begin with a dot."""
+WITHOUT_SUFFIX = frozenset(
+    (
+        *("authors", "changelog", "changes", "contributors", "copying", "history", "install"),
+        *("license", "licence", "maintainers", "news", "notice", "readme", "thanks", "todo"),
+        *("brewfile", "containerfile", "dockerfile", "gemfile", "jenkinsfile", "justfile"),
+        *("makefile", "procfile", "rakefile", "vagrantfile"),
+    )
+)
+"""Names of text files that have no suffix by custom, in lower case."""
+MAILDIR = re.compile(r":2,[A-Za-z]*$")
+"""How a Maildir's name of a message that was seen ends (https://cr.yp.to/proto/maildir.html)."""
+
+
+def suffix_of(name: str) -> str:
+    """The suffix that names the format, without the compression's suffix.
+
+    Files that have none by custom get one: ``LICENSE`` is text, and a message of a Maildir mail.
+    """
+    path = PurePosixPath(name)
+    if MAILDIR.search(path.name):
+        return ".eml"
+    if path.suffix.lower() in COMPRESSED:
+        path = PurePosixPath(path.stem)
+    if not path.suffix and path.name.lower() in WITHOUT_SUFFIX:
+        return ".txt"
+    return path.suffix.lower()
+
+
+def hidden_part(path: str) -> str:
+    """The first part of a relative path that is hidden, if any."""
+    parts = PurePosixPath(path).parts
+    return next((part for part in parts if part[0] == "." or part in HIDDEN), "")

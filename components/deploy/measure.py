@@ -1,0 +1,159 @@
+"""What users of a version experience, measured: errors, time to first token, speed, answers.
+
+The canary asks the candidate and the incumbent the same prompts at the same time, each from its own
+server, and streams the answers. What users themselves sent is counted by the router or the server.
+"""
+
+import itertools
+import json
+import statistics
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nudge.components.common.clients.registry.releases import Version
+from nudge.components.deploy.smoke import NEUTRAL, SURE, ModelServer
+
+PAUSE_S = 1.0
+"""Between two requests to one version: the canary must not be a load of its own."""
+TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Requests that users sent to a version, and how many of them a server failed to answer."""
+
+    requests: int = 0
+    errors: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One version over one period; a figure is None if nothing was measured."""
+
+    requests: int = 0
+    """Of the canary and of users together."""
+    errors: int = 0
+    first_token_s: float | None = None
+    """The median."""
+    tokens_per_s: float | None = None
+    """The median, after the first token."""
+    answers: int = 0
+    """Answers to prompts whose next token the evaluation was sure of."""
+    right: int = 0
+    """How many of those begin with that token."""
+
+    @property
+    def error_rate(self) -> float:
+        return self.errors / self.requests if self.requests else 0.0
+
+
+@dataclass
+class Probe:
+    """Asks one version until it is stopped; `measured` can be read at any time."""
+
+    server: ModelServer
+    version: Version
+    prompts: Sequence[str]
+    tokens: int
+    _first: list[float] = field(default_factory=list)
+    _speeds: list[float] = field(default_factory=list)
+    _asked: int = 0
+    _errors: int = 0
+    _answers: int = 0
+    _right: int = 0
+
+    def __post_init__(self) -> None:
+        listed = json.loads(str(self.version.properties.get("expected_next", "[]")))
+        self._expected = {each["prompt"]: each["token"] for each in listed if each["p"] > SURE}
+        self._stop, self._lock = threading.Event(), threading.Lock()
+        self._thread = threading.Thread(target=self._ask_all, daemon=True)
+
+    def __enter__(self) -> "Probe":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(2 * TIMEOUT_S)
+
+    @property
+    def finished(self) -> int:
+        """The requests that were answered or failed so far."""
+        return self._asked
+
+    def measured(self, users: Counts | None = None) -> Measured:
+        """The figures so far, with those of users if they are known."""
+        users = users or Counts()
+        with self._lock:
+            return Measured(
+                requests=self._asked + users.requests,
+                errors=self._errors + users.errors,
+                first_token_s=statistics.median(self._first) if self._first else None,
+                tokens_per_s=statistics.median(self._speeds) if self._speeds else None,
+                answers=self._answers,
+                right=self._right,
+            )
+
+    def _ask_all(self) -> None:
+        with self.server.client(timeout_s=TIMEOUT_S) as client:
+            for prompt in itertools.cycle(self.prompts):
+                self._ask(client, prompt)
+                if self._stop.wait(PAUSE_S):
+                    return
+
+    def _ask(self, client: Any, prompt: str) -> None:
+        import httpx
+
+        try:
+            text, first_s, speed = stream(client, self.version.model, prompt, self.tokens)
+        except (httpx.HTTPError, ValueError, KeyError, IndexError):
+            with self._lock:
+                self._asked, self._errors = self._asked + 1, self._errors + 1
+            return
+        with self._lock:
+            self._asked += 1
+            self._first.append(first_s)
+            if speed is not None:
+                self._speeds.append(speed)
+            if prompt in self._expected:
+                self._answers += 1
+                self._right += text.lstrip().startswith(self._expected[prompt].strip())
+
+
+def stream(client: Any, model: str, prompt: str, tokens: int) -> tuple[str, float, float | None]:
+    """A greedy completion: its text, the seconds until its first token, and tokens per second.
+
+    The speed is None if the server does not stream, or for fewer than two tokens. Raises
+    `httpx.HTTPError`, or `ValueError`, `KeyError` or `IndexError` for an answer that is none.
+    """
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0.0}
+    for fields in NEUTRAL:
+        started = time.monotonic()
+        request = {**body, **fields, "stream": True}
+        with client.stream("POST", "/v1/completions", json=request) as answer:
+            if answer.status_code in (400, 422):  # these refuse an unknown field
+                continue
+            answer.raise_for_status()
+            return _read(answer, started)
+    raise ValueError(f"the server refuses every form of a completion ({answer.status_code})")
+
+
+def _read(answer: Any, started: float) -> tuple[str, float, float | None]:
+    if not answer.headers.get("content-type", "").startswith("text/event-stream"):
+        text = json.loads(answer.read())["choices"][0]["text"]
+        return str(text), time.monotonic() - started, None
+    parts, times = [], []
+    for line in answer.iter_lines():
+        if not line.startswith("data:") or line.removeprefix("data:").strip() == "[DONE]":
+            continue
+        choices = json.loads(line.removeprefix("data:"))["choices"]
+        if choices and choices[0].get("text"):
+            parts.append(choices[0]["text"])
+            times.append(time.monotonic())
+    if not parts:
+        raise ValueError("an empty answer")
+    took = times[-1] - times[0]
+    return "".join(parts), times[0] - started, (len(times) - 1) / took if took else None
