@@ -30,9 +30,14 @@ PAGE = 500
 
 POD = ResourceKind("v1", "Pod", "pods")
 EVENT = ResourceKind("v1", "Event", "events")
-REVIEW = ResourceKind("authentication.k8s.io/v1", "SelfSubjectReview", "selfsubjectreviews")
+REVIEW = ResourceKind(
+    "authentication.k8s.io/v1", "SelfSubjectReview", "selfsubjectreviews", namespaced=False
+)
 ACCESS = ResourceKind(
-    "authorization.k8s.io/v1", "SelfSubjectAccessReview", "selfsubjectaccessreviews"
+    "authorization.k8s.io/v1",
+    "SelfSubjectAccessReview",
+    "selfsubjectaccessreviews",
+    namespaced=False,
 )
 """Both belong to no namespace, and every account may create them."""
 
@@ -205,8 +210,7 @@ class Cluster:
     def user(self) -> str:
         """The name under which the API server knows the account of these requests."""
         body = {"apiVersion": REVIEW.api_version, "kind": REVIEW.name}
-        path = f"/apis/{REVIEW.api_version}/{REVIEW.plural}"
-        found = self.requests.json(REVIEW, "POST", path, body=body)
+        found = self.requests.json(REVIEW, "create", body=body)
         return str(found["status"]["userInfo"]["username"])
 
     def may(self, verb: str, group: str, resource: str) -> bool:
@@ -217,8 +221,7 @@ class Cluster:
             "kind": ACCESS.name,
             "spec": {"resourceAttributes": asked},
         }
-        path = f"/apis/{ACCESS.api_version}/{ACCESS.plural}"
-        found = self.requests.json(ACCESS, "POST", path, body=body)
+        found = self.requests.json(ACCESS, "create", body=body)
         return bool(found["status"]["allowed"])
 
     def preferred_version(self, group: str) -> str:

@@ -45,6 +45,7 @@ class ResourceKind:
     name: str
     plural: str
     needs: str = ""
+    namespaced: bool = True
 
     @property
     def group(self) -> str:
@@ -149,14 +150,15 @@ class Requests:
     def _resource(self, kind: ResourceKind, subresource: str) -> Any:
         from kubernetes.dynamic import Resource
 
-        below = {"kind": kind.name, "name": f"{kind.plural}/{subresource}", "namespaced": True}
+        name = f"{kind.plural}/{subresource}"
+        below = {"kind": kind.name, "name": name, "namespaced": kind.namespaced}
         found = Resource(
             prefix="apis" if kind.group else "api",
             group=kind.group,
             api_version=kind.api_version.rpartition("/")[2],
             kind=kind.name,
             name=kind.plural,
-            namespaced=True,
+            namespaced=kind.namespaced,
             client=self._client,
             subresources={subresource: below} if subresource else {},
         )
