@@ -169,8 +169,8 @@ def test_wrong_arguments_say_what_is_wrong(workspace: Workspace) -> None:
 
 def test_a_missing_base_model_ends_cleanly(workspace: Workspace) -> None:
     ended = workspace.nudge("run", "tiny.yaml", "--json", "--set", "base_model=/nowhere")
-    assert ended.returncode == 1
-    assert "/nowhere does not exist" in json.loads(ended.stdout)["error"]
+    assert ended.returncode == 2
+    assert "base_model /nowhere: /nowhere does not exist" in ended.stderr
 
 
 def test_help_imports_nothing_heavy() -> None:
