@@ -22,7 +22,7 @@ from nudge.components.common.artifacts.corpus import (
 from nudge.components.common.artifacts.evaluation import Incumbent, read_evaluation
 from nudge.components.common.artifacts.model_files import model_files
 from nudge.components.common.artifacts.scores import read_scores
-from nudge.components.common.clients import storage
+from nudge.components.common.clients import bucket
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import sha256_file, write_manifest
 from nudge.components.common.core.sample_size import MIN_DOCUMENTS
@@ -131,7 +131,7 @@ def served_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Say:
             write_manifest(into / "manifest.json", "nudge.upload", 1, {"files": files})
 
         monkeypatch.setattr(incumbent, "find_incumbent", lambda *_: found)
-        monkeypatch.setattr(storage, "download_folder", download)
+        monkeypatch.setattr(bucket, "download_folder", download)
 
     say(Incumbent("none"))
     return say
