@@ -166,6 +166,8 @@ def samples() -> dict[str, bytes]:
         ".adoc": b"= text\n",
         ".org": b"* text\n",
         ".html": b"<html><body><p>text</p></body></html>",
+        ".xml": b"<mediawiki><page><title>a</title><ns>0</ns><revision><text>'''One''' [[two]]"
+        b"</text></revision></page></mediawiki>",
         ".pdf": PDF,
         ".jsonl": lines(3),
         ".json": b'[{"text": "one"}, {"text": "two"}]',
