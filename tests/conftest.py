@@ -49,7 +49,34 @@ LONGEST = (
 running alone at the end."""
 
 
+LONG = (
+    "components/deploy/test_canary.py::test_a_candidate_that_serves_worse_loses_the_traffic[slow-local]",
+    "components/deploy/test_concurrent_runs.py::test_a_person_moves_the_traffic_during_a_run[promote-kserve]",
+    "components/deploy/test_concurrent_runs.py::test_a_person_moves_the_traffic_during_a_run[split-kserve]",
+    "components/deploy/test_interleavings.py::test_no_order_gives_traffic_to_a_version_that_lost[True-rollback]",
+    "components/deploy/test_kserve.py::test_a_gateway_splits_the_traffic_on_a_cluster_without_routes",
+    "components/deploy/test_kserve.py::test_concurrent_deploys_run_one_after_the_other",
+    "components/ingest/test_downloads.py::test_a_redirect_to_another_scheme_is_refused",
+    "components/ingest/test_sources.py::test_a_store_that_fails_a_fifth_of_the_time_gives_the_same_corpus",
+    "components/ingest/test_state.py::test_in_a_store_an_unchanged_object_costs_no_request",
+    "components/register/test_register.py::test_old_versions_are_archived_and_deleted_unless_needed",
+    "components/train/checkpoints/test_resume.py::test_selected_on_lists_documents_only_if_there_was_a_choice",
+    "components/train/checkpoints/test_resume.py::test_sigterm_writes_a_checkpoint_and_the_next_run_resumes",
+    "components/train/checkpoints/test_resume.py::test_two_interruptions_give_the_same_bits[values1]",
+    "components/train/cluster/test_launch.py::test_a_trained_model_comes_back",
+    "components/train/test_ranks.py::test_the_step_raises_the_error_of_its_rank",
+    "end_to_end/test_faults.py::test_ending_the_command_ends_its_steps_and_the_next_run_goes_on",
+    "security/test_local_services.py::test_no_rank_takes_code_from_the_current_folder",
+)  # fmt: skip
+"""Tests that take over ten seconds on two idle cores; each joins the long ones."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(LONG):
+            item.add_marker(pytest.mark.long)
+
     def rank(item: pytest.Item) -> int:
         ranks = (n for n, path in enumerate(LONGEST) if item.nodeid.startswith(path))
         return next(ranks, len(LONGEST))

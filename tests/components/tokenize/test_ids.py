@@ -1,5 +1,6 @@
 """The fast library gives the same ids as Hugging Face's tokenizers, or is not used."""
 
+import json
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -153,6 +154,8 @@ def test_tokenizers_handles_the_kinds_that_fastokens_refuses(
     for path in tiny_model.iterdir():
         (model / path.name).write_bytes(path.read_bytes())
     (model / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": 1000}))
     made = {run(f"tokens-{n}", base_model=str(model), processes=n) for n in (1, 2)}
     assert len({sha256_tree(folder) for folder in made}) == 1
     assert "tokenize: slower, without fastokens: " in capsys.readouterr().err
