@@ -206,7 +206,7 @@ def test_the_code_makes_no_object_with_pods_besides() -> None:
     with_pods = {(engine.KIND.group, engine.KIND.plural) for engine in launch.ENGINES.values()}
     with_pods |= {("serving.kserve.io", "inferenceservices")}
     without = {("route.openshift.io", "routes"), ("coordination.k8s.io", "leases")}
-    without |= {("gateway.networking.k8s.io", "httproutes")}
+    without |= {("gateway.networking.k8s.io", "httproutes"), ("", "configmaps")}
     assert created == with_pods | without
 
 
