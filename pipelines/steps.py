@@ -86,6 +86,8 @@ class Step:
     """Its artifacts from other steps, by parameter: what each one is."""
     values: Mapping[str, str] = field(default_factory=dict)
     """Its plain parameters, with a sentence for each."""
+    optional: tuple[str, ...] = ()
+    """The plain parameters that may be left out; they are empty then."""
     outputs: tuple[str, ...] = ()
     """The parameters that are paths it writes."""
     services: bool = False
@@ -267,7 +269,9 @@ STEPS = {
                 "uri": "The URI that `upload` printed.",
                 **_VERSION,
                 "run_id": "The run that made the model.",
+                "evaluation_sha256": "The evaluation's sha256; without one, none is compared.",
             },
+            optional=("evaluation_sha256",),
             services=True,
             publishes=True,
             runs="better",

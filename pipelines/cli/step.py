@@ -51,7 +51,9 @@ def _command(each: steps.Step) -> click.Command:
         path = click.Path(path_type=Path, exists=True)
         options.append(click.Option([_flag(name)], required=True, type=path, help=about))
     for name, about in each.values.items():
-        options.append(click.Option([_flag(name)], required=True, help=about))
+        required = name not in each.optional
+        default = {} if required else {"default": ""}
+        options.append(click.Option([_flag(name)], required=required, help=about, **default))
     if each.outputs:
         writes = ", ".join(each.outputs)
         folder = click.Path(path_type=Path, file_okay=False)

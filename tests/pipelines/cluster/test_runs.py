@@ -231,7 +231,7 @@ def test_a_real_run_is_followed(
     assert not re.search(r" -\d", done.stderr)
     minute = [line for line in done.stderr.splitlines() if re.match(r"train: running \d+ s ", line)]
     assert minute
-    assert re.search(r"\d+/24 steps  loss 2.9  about \d+ s left$", minute[-1])
+    assert re.search(r"\d+/24 steps \(\d+%\)  loss 2.9  about \d+ s left$", minute[-1])
     assert "deploy: failed 649.0 s (2 attempts)" in done.stderr
     assert "deploy | error: the new pods crash" in done.stderr
     assert f"its log: oc logs {deploy} -c main" in done.stderr
@@ -447,9 +447,9 @@ def test_values_are_of_the_types_of_the_pipeline(state: Pipelines, url: str) -> 
 def test_each_type_takes_its_own(type: str, given: Any, made: Any) -> None:
     if made is None:
         with pytest.raises(UserError, match=f"x = {given!r}: expected "):
-            runs._fitted("x", given, type)
+            runs._coerced("x", given, type)
     else:
-        assert runs._fitted("x", given, type) == made
+        assert runs._coerced("x", given, type) == made
 
 
 def test_files_that_are_no_text_are_refused(state: Pipelines, url: str, tmp_path: Path) -> None:
