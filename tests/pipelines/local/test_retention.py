@@ -65,7 +65,8 @@ def test_old_artifacts_go_and_the_history_stays(home: Path) -> None:
     before = used(home)
     shown = json.loads(nudge(*arguments).stdout)
     assert shown["frees_bytes"] > WEIGHTS
-    assert before - used(home) == shown["frees_bytes"]
+    # Each run keeps the fingerprints of its documents, in a new small file.
+    assert 0 <= shown["frees_bytes"] - (before - used(home)) <= 2 * 8192
     assert shown["used_bytes"] == before
     states = [row["state"] for row in json.loads(nudge("runs", "--json").stdout)]
     assert states == ["promoted"] * 3
