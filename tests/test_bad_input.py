@@ -108,11 +108,11 @@ WRONG: list[Any] = [
 
 
 def required(kind: type[Any]) -> dict[str, Any]:
-    """A value for each setting that has no default, and for the base model."""
+    """A value for each setting that has no default, and for the base model and the text."""
     return {
         field.name: "x"
         for field in dataclasses.fields(kind)
-        if field.name == "base_model"
+        if field.name in ("base_model", "data_uri")
         or (field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING)
     }
 
