@@ -52,7 +52,7 @@ def _command(each: steps.Step) -> click.Command:
         options.append(click.Option([_flag(name)], required=True, type=path, help=about))
     for name, about in each.values.items():
         required = name not in each.optional
-        default = {} if required else {"default": ""}
+        default: dict[str, Any] = {} if required else {"default": ""}
         options.append(click.Option([_flag(name)], required=required, help=about, **default))
     if each.outputs:
         writes = ", ".join(each.outputs)
