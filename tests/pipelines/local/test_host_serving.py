@@ -92,5 +92,5 @@ def test_nothing_is_done_without_the_token(url: str) -> None:
 
 
 def test_a_host_that_does_not_answer_is_named() -> None:
-    with pytest.raises(UserError, match=r"127\.0\.0\.1:9 does not answer .* run that again"):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9, does not answer .* run that again"):
         HostServing("http://127.0.0.1:9", TOKEN, SETTINGS).live("m")
