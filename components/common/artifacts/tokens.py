@@ -11,7 +11,8 @@ A shard is one file, little-endian:
 | padding to a multiple of 8 | zeros |
 | (documents + 1) x int64 | the offset of each document, in tokens; last, the number of tokens |
 
-Version 2 adds the loss mask. It is written only if the shard has a conversation:
+Version 2 adds the loss mask and the records. It is written if the shard has a conversation, or if a
+text follows a conversation that was left out:
 
 | bytes | what |
 |---|---|
@@ -170,13 +171,15 @@ class ShardWriter:
     def finish(self) -> tuple[int, int]:
         """Write index and header; returns the number of documents and of tokens."""
         starts, firsts = _offsets(self._lengths), _offsets(self._counts)
+        origins = np.concatenate(self._origins)
         documents, tokens = len(starts) - 1, int(starts[-1])
         self._file.write(bytes(-self._file.tell() % 8))
         self._file.write(starts.tobytes())
-        version = CHAT_VERSION if firsts[-1] else TEXT_VERSION
+        is_text = not firsts[-1] and np.array_equal(origins, np.arange(documents))
+        version = TEXT_VERSION if is_text else CHAT_VERSION
         if version == CHAT_VERSION:
             self._file.write(firsts.tobytes())
-            self._file.write(np.concatenate(self._origins).astype("<i8").tobytes())
+            self._file.write(origins.astype("<i8").tobytes())
             self._file.write(np.concatenate(self._spans).astype("<u4").tobytes())
         self._file.seek(0)
         width = self._dtype.itemsize
@@ -250,19 +253,18 @@ class TokenReader:
 
     def document(self, index: int) -> np.ndarray:
         """The ids of one document, int64 [length]; that of a text ends with its end token."""
-        shard, position = self._find(index)
+        _, shard, position = self._find(index)
         return shard.ids[shard.starts[position] : shard.starts[position + 1]].astype(np.int64)
 
     def learned(self, index: int) -> np.ndarray:
         """The learned spans of one document, int64 [spans, 2]; none for text, which is learned in
         full."""
-        shard, position = self._find(index)
+        _, shard, position = self._find(index)
         return shard.spans[shard.firsts[position] : shard.firsts[position + 1]].astype(np.int64)
 
     def record(self, index: int) -> int:
         """The position, in the corpus' split, of the record that a document is from."""
-        shard, position = self._find(index)
-        number = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        number, shard, position = self._find(index)
         inside = int(shard.origins[position]) if len(shard.origins) else position
         return int(self._first_records[number]) + inside
 
@@ -284,9 +286,10 @@ class TokenReader:
             parts.append(ends)
         return _joined(parts)
 
-    def _find(self, index: int) -> "tuple[_Shard, int]":
-        shard = int(np.searchsorted(self._firsts, index, side="right")) - 1
-        return self._shards[shard], index - int(self._firsts[shard])
+    def _find(self, index: int) -> "tuple[int, _Shard, int]":
+        """The number of a document's shard, the shard, and the document's position in it."""
+        number = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        return number, self._shards[number], index - int(self._firsts[number])
 
 
 def shard_counts(path: Path) -> tuple[int, int]:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from nudge.components.common.artifacts.tokens import (
+    NO_SPANS,
+    ShardWriter,
     TokenReader,
     learned_counts,
     read_tokens_manifest,
@@ -193,6 +195,22 @@ def test_a_reader_gives_the_learned_spans_of_each_document(tmp_path: Path) -> No
     text = TokenReader(artifact(tmp_path / "text"), "train")
     assert text.span_counts().tolist() == [0, 0, 0]
     assert text.learned(2).shape == (0, 2)
+
+
+def test_texts_after_a_refused_conversation_keep_the_positions_of_their_records(
+    tmp_path: Path,
+) -> None:
+    ids, lengths = np.array([9, 0, 8, 7, 0], "<u2").tobytes(), np.array([2, 3])
+    with (tmp_path / "a.tokens").open("wb") as file:
+        writer = ShardWriter(file, np.dtype("<u2"))
+        writer.append(ids, lengths, np.zeros(2, np.int64), NO_SPANS, np.array([1, 3]), 4)
+        assert writer.finish() == (2, 5)
+    describe(tmp_path, documents=2, tokens=5, conversations=0, learned_tokens=5, records=4)
+    reader = TokenReader(tmp_path, "train")
+    assert [reader.record(number) for number in range(2)] == [1, 3]
+    assert [reader.document(number).tolist() for number in range(2)] == [[9, 0], [8, 7, 0]]
+    assert reader.span_counts().tolist() == reader.learned_ends().tolist() == [0, 0]
+    assert learned_counts(tmp_path / "a.tokens") == (0, 5)
 
 
 @pytest.mark.parametrize(
