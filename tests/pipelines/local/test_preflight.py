@@ -142,11 +142,16 @@ def test_nudge_run_starts_nothing_and_says_all_of_it(
 def test_a_cluster_is_not_given_paths_of_this_machine(tmp_path: Path) -> None:
     check_elsewhere(load("eiffel").text)
     check_elsewhere(load("eiffel", ["ingest.data_uri=/not/here", "base_model=s3://b/m"]).text)
+    check_elsewhere("train: {mode: scratch}\ningest: {data_uri: s3://b/x}")  # no base_model
     guard = f"evaluate.guards=[{{name: g, uri: {tmp_path}}}]"
     wrong = [f"ingest.data_uri=[s3://b/x, {tmp_path}]", f"base_model={tmp_path}", guard]
     with pytest.raises(UserError) as caught:
         check_elsewhere(load("eiffel", wrong).text)
     keys = [line.split(" is ")[0] for line in str(caught.value).splitlines()]
     assert keys == ["base_model", "ingest.data_uri", "evaluate.guards g"]
+    here = f"{{name: a, weight: 1, data_uri: '{tmp_path} s3://b/x'}}"
+    mixed = ["ingest.data_uri=''", f"ingest.mix=[{here}, {{name: b, weight: 1, data_uri: s3://b}}]"]
+    with pytest.raises(UserError, match=f"^ingest.mix a is {tmp_path}, a path of this machine"):
+        check_elsewhere(load("eiffel", mixed).text)
     with pytest.raises(UserError, match="or hf://meta-llama/Llama-3-8B for the model on the hub"):
         check_elsewhere(load("eiffel", ["base_model=meta-llama/Llama-3-8B"]).text)
