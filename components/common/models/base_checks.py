@@ -79,35 +79,6 @@ def check_vocabulary(folder: Path, uri: str, tokens: int) -> None:
         )
 
 
-def weight_names(folder: Path, uri: str) -> dict[str, int]:
-    """Each weight's number of dimensions by its name, from the headers of the safetensors files.
-
-    Raises `UserError` if a file is damaged, or if the index names one that is missing.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    listed = _object(index, uri).get("weight_map", {}) if index.is_file() else {}
-    files = {path.name for path in folder.glob("*.safetensors")}
-    if missing := sorted(set(map(str, listed.values())) - files):
-        raise UserError(
-            f"base_model {uri}: {index.name} names {missing[0]}, which is not there; download the "
-            f"model again ({len(missing)} files are missing)"
-        )
-    found: dict[str, int] = {}
-    for name in sorted(files):
-        try:
-            with safe_open(folder / name, framework="numpy") as file:
-                for key in file.keys():  # noqa: SIM118  it is no mapping
-                    found[key] = len(file.get_slice(key).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"base_model {uri}: {name} cannot be read as safetensors: {error}; download it "
-                "again"
-            ) from None
-    return found
-
-
 def check_lora_targets(modules: Iterable[str], targets: Sequence[str]) -> None:
     """Raise `UserError` unless each target names a module, and some target names one in each block.
 
@@ -121,11 +92,11 @@ def check_lora_targets(modules: Iterable[str], targets: Sequence[str]) -> None:
             blocks.setdefault(match[1], set()).add(name)
     leaves = sorted({name.rpartition(".")[2] for each in blocks.values() for name in each})
     exist = f"the linear layers of its blocks are {', '.join(leaves) or 'unknown'}"
-    given = f"train.lora_targets = {list(targets)}"
+    setting = f"train.lora_targets = {list(targets)}"
     unmatched = [each for each in targets if not any(_matches(name, each) for name in names)]
     if unmatched:
         raise UserError(
-            f"{given}: this model has no {', '.join(unmatched)}; {exist}; set train.lora_targets "
+            f"{setting}: this model has no {', '.join(unmatched)}; {exist}; set train.lora_targets "
             "to those to adapt"
         )
     bare = [
@@ -135,19 +106,10 @@ def check_lora_targets(modules: Iterable[str], targets: Sequence[str]) -> None:
     ]
     if bare and len(bare) < len(blocks):
         raise UserError(
-            f"{given}: none of them is in block {', '.join(bare[:4])}"
+            f"{setting}: none of them is in block {', '.join(bare[:4])}"
             f"{' and others' if len(bare) > 4 else ''} of {len(blocks)}; {exist}; add those of the "
             "other blocks"
         )
-
-
-def linear_names(weights: dict[str, int]) -> list[str]:
-    """The names of the linear layers among the weights of `weight_names`."""
-    return [
-        name.removesuffix(".weight")
-        for name, dimensions in weights.items()
-        if dimensions == 2 and name.endswith(".weight")
-    ]
 
 
 def _matches(name: str, target: str) -> bool:

@@ -1,14 +1,10 @@
 """The base model: what it is, its tokenizer, and the layers that LoRA adapts."""
 
+import math
 from pathlib import Path
 
 from nudge.components.common.core.uris import is_local, local_path
-from nudge.components.common.models.base_checks import (
-    check_lora_targets,
-    check_vocabulary,
-    linear_names,
-    weight_names,
-)
+from nudge.components.common.models.base_checks import check_lora_targets, check_vocabulary
 
 
 def check_base(uri: str, lora_targets: list[str]) -> int:
@@ -22,13 +18,20 @@ def check_base(uri: str, lora_targets: list[str]) -> int:
     if folder is None:
         return 0
     from nudge.components.common.models.base_model import local_model, open_tokenizer
+    from nudge.components.common.models.weights import WeightFiles
 
     folder = local_model(str(folder) if is_local(uri) else uri)
     check_vocabulary(folder, uri, len(open_tokenizer(folder, uri)))
-    weights = weight_names(folder, uri)
+    files = WeightFiles(folder)
+    shapes = {name: files.shape(name) for name in files.names}
     if lora_targets:
-        check_lora_targets(linear_names(weights), lora_targets)
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) // _bytes_each(folder)
+        matrices = [
+            name.removesuffix(".weight")
+            for name, shape in shapes.items()
+            if len(shape) == 2 and name.endswith(".weight")
+        ]
+        check_lora_targets(matrices, lora_targets)
+    return sum(map(math.prod, shapes.values()))
 
 
 def _folder(uri: str) -> Path | None:
@@ -43,12 +46,3 @@ def _folder(uri: str) -> Path | None:
         return None
     path = local_path(uri)
     return None if path.suffix == ".gguf" and path.is_file() else path
-
-
-def _bytes_each(folder: Path) -> int:
-    """Bytes of one parameter in the files: those of the type that config.json names."""
-    from nudge.components.common.models.base_checks import read_config
-
-    values = read_config(folder, str(folder))
-    kind = str(values.get("dtype") or values.get("torch_dtype") or "float32")
-    return 4 if kind == "float32" else 2
