@@ -162,7 +162,7 @@ def test_the_folder_has_what_a_server_needs(done: Done) -> None:
         [turn.for_template() for turn in turns], tokenize=False, add_generation_prompt=False
     )
     template = template_of_folder(done.model)
-    assert rendered == template.whole(turns)
+    assert rendered == template.conversation_text(turns)
     other = dataclasses.replace(facts.chat, template="{{ messages }}")
     with pytest.raises(UserError, match="another tokenizer or template was written"):
         check_folder(done.model, other)

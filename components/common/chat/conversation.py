@@ -42,7 +42,7 @@ class Message:
         return made
 
     def for_template(self) -> dict[str, Any]:
-        """The message as a chat template gets it, which is as transformers and vLLM pass it."""
+        """The message as transformers and vLLM pass it to a chat template."""
         made: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.reasoning_content:
             made |= dict.fromkeys(("thinking", "reasoning_content"), self.reasoning_content)
@@ -96,7 +96,7 @@ class Conversation:
 
 
 def from_plain(values: Mapping[str, Any]) -> Conversation:
-    """What `Conversation.plain` gave; it is trusted, since `checked` passed it."""
+    """The conversation of which `Conversation.plain` made these values; it is not checked."""
     return Conversation(
         tuple(
             Message(
@@ -115,7 +115,7 @@ def from_plain(values: Mapping[str, Any]) -> Conversation:
 
 
 def from_json(text: str) -> Conversation:
-    """What `Conversation.to_json` gave."""
+    """The conversation of a text that `Conversation.to_json` made."""
     return from_plain(json.loads(text))
 
 

@@ -164,16 +164,16 @@ def _message(item: Any, number: int) -> Message:
     if not isinstance(item, Mapping):
         raise Refusal("bad_message", f"message {number} is {_kind(item)}")
     values = {key: value for key, value in item.items() if value is not None}
-    given = values.get("role", values.get("from"))
+    named = values.get("role", values.get("from"))
     content = values.get("content", values.get("value", ""))
-    if not isinstance(given, str):
+    if not isinstance(named, str):
         raise Refusal("bad_message", f"message {number} has no role; it has {', '.join(values)}")
     calls = values.get("tool_calls") or []
-    role = _name(given)
+    role = _name(named)
     if role == CALL:
         role, calls, content = "assistant", [_parsed(_text(content), "bad_tool_call")], ""
     if role not in ALIASES:
-        raise Refusal("unknown_role", f"message {number}: {given[:50]}")
+        raise Refusal("unknown_role", f"message {number}: {named[:50]}")
     reasoning = next(
         (values[key] for key in ("reasoning_content", "reasoning", "thinking") if key in values), ""
     )

@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,11 +139,11 @@ class Encoder:
     def _masked(
         self, text: Plain, ends: list[int], found: list[np.ndarray], ends_turn: bool
     ) -> Masked | Refusal:
-        whole, literal = text.rendered.text, {first for first, _ in text.literal}
+        full, literal = text.rendered.text, {first for first, _ in text.literal}
         ids: list[np.ndarray] = []
         starts: list[np.ndarray] = []
         for (first, last), own in zip(itertools.pairwise(ends), found, strict=True):
-            piece = whole[first:last]
+            piece = full[first:last]
             if first in literal:
                 encoding = self._literal.encode(piece, add_special_tokens=False)
                 own = np.array(encoding.ids, np.int64)
@@ -212,8 +212,3 @@ def _byte_lengths(values: dict[str, Any]) -> np.ndarray | None:
     table = np.zeros(max(lengths) + 1, np.int64)
     table[np.fromiter(lengths, np.int64)] = np.fromiter(lengths.values(), np.int64)
     return table
-
-
-def learned_tokens(masked: Iterable[Masked]) -> int:
-    """The number of learned tokens."""
-    return sum(int((each.learned[:, 1] - each.learned[:, 0]).sum()) for each in masked)

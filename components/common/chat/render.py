@@ -14,7 +14,6 @@ there is one text per learned turn, which ends with that turn, as the model will
 """
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -199,8 +198,3 @@ def common_length(first: str, second: str) -> int:
 def _is_prompt(prompt: str, bare: str) -> bool:
     """Whether a text with a generation prompt continues the one without."""
     return len(prompt) > common_length(prompt, bare)
-
-
-def learned_characters(texts: Sequence[Rendered]) -> int:
-    """The number of learned characters of some texts."""
-    return sum(end - start for text in texts for start, end in text.learned)

@@ -74,17 +74,13 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
 
+@functools.lru_cache(maxsize=16)
 def compiled(text: str, date: datetime.date) -> Callable[..., str]:
     """A function of a template's values that returns its text; ``strftime_now`` gives ``date``.
 
     Raises `jinja2.TemplateError` for a template that cannot be compiled. The function raises one of
     `FAULTS`.
     """
-    return _compiled(text, date)
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled(text: str, date: datetime.date) -> Callable[..., str]:
     environment = _Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,

@@ -46,12 +46,12 @@ class ChatTemplate:
     date: datetime.date = FROZEN
 
     def __post_init__(self) -> None:
-        assert self.end_of_turn  # every fault of the template is reported here
+        _ = self.end_of_turn  # reports every fault of the template
 
     @functools.cached_property
     def end_of_turn(self) -> str:
         """The control token that a template writes after an answer, as text."""
-        text = self.whole(self._tried)
+        text = self.conversation_text(self._tried)
         _, found, tail = text.rpartition(MARK)
         if not found:
             raise UserError(
@@ -72,7 +72,7 @@ class ChatTemplate:
     def opened_by_prompt(self) -> str:
         """The end of the generation prompt that an answer without reasoning lacks, such as
         ``<think>``: a served model sees it, but answers without reasoning do not teach it."""
-        prompt, text = self.generation_prompt(self._tried[:-1]), self.whole(self._tried)
+        prompt, text = self.generation_prompt(self._tried[:-1]), self.conversation_text(self._tried)
         return prompt[common_length(prompt, text) :]
 
     @functools.cached_property
@@ -80,11 +80,11 @@ class ChatTemplate:
         """The shortest conversation that the template renders; its answer is `MARK`."""
         asked = [Message("user", "Hello?"), Message("assistant", MARK)]
         try:
-            self.whole(asked)
+            self.conversation_text(asked)
         except Refusal:
             asked.insert(0, Message("system", "Be brief."))  # it may require a system turn
             try:
-                self.whole(asked)
+                self.conversation_text(asked)
             except Refusal as refusal:
                 raise UserError(f"{self._name} cannot render a conversation: {refusal}") from None
         return asked
@@ -108,7 +108,9 @@ class ChatTemplate:
         """The texts to train on, with their learned characters; see the module `render`."""
         return render(self, conversation, learn)
 
-    def whole(self, messages: Iterable[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+    def conversation_text(
+        self, messages: Iterable[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
         """The text of a conversation; raises `Refusal` if the template raises an error."""
         return self.rendered([message.for_template() for message in messages], tools, False)
 
@@ -151,10 +153,10 @@ def template_of_folder(
     config = _json(folder / "tokenizer_config.json")
     named = _named_tokens(folder, config)
     control = _control_tokens(folder, config) | frozenset(named.values())
-    own = _own_template(folder, config)
-    text, source = override or own, "recipe" if override else "model"
-    if text:
-        return ChatTemplate(text, source, named, control, date)  # type: ignore[arg-type]
+    if override:
+        return ChatTemplate(override, "recipe", named, control, date)
+    if own := _own_template(folder, config):
+        return ChatTemplate(own, "model", named, control, date)
     return chatml(named, control, date)
 
 

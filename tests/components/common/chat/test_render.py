@@ -172,10 +172,10 @@ def test_learn_chooses_turns() -> None:
 
 def test_the_date_is_frozen() -> None:
     family = templates.DATED
-    assert "26 Jul 2024" in family.template().whole([Message("user", "Hello?")])
+    assert "26 Jul 2024" in family.template().conversation_text([Message("user", "Hello?")])
     day = datetime.date(2031, 2, 3)
     later = ChatTemplate(family.text, "model", family.named, frozenset(family.control), day)
-    assert "03 Feb 2031" in later.whole([Message("user", "Hello?")])
+    assert "03 Feb 2031" in later.conversation_text([Message("user", "Hello?")])
 
 
 REFUSED = {
@@ -260,5 +260,5 @@ def test_transformers_renders_the_same_text() -> None:
                     add_generation_prompt=prompt,
                     **family.named,
                 )
-                ours = template.generation_prompt if prompt else template.whole
+                ours = template.generation_prompt if prompt else template.conversation_text
                 assert ours(messages) == theirs

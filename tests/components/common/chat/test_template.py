@@ -56,7 +56,7 @@ def test_a_template_is_found_wherever_transformers_writes_it(where: str, tmp_pat
     template = template_of_folder(folder)
     assert (template.source, template.text) == ("model", CHATML.text)
     recipe = template_of_folder(folder, OTHER)
-    assert (recipe.source, recipe.whole(HELLO)) == (
+    assert (recipe.source, recipe.conversation_text(HELLO)) == (
         "recipe",
         "user: Hi?<|im_end|>assistant: Ahoy.<|im_end|>",
     )
@@ -72,7 +72,7 @@ def test_a_base_without_a_template_gets_chatml(tmp_path: Path) -> None:
     assert template_of_folder(folder).source == "chatml"
     assert learned(folder) == ["Ahoy.<|im_end|>"]
     folder_with(tmp_path, ("</s>",), eos_token="</s>")
-    assert template_of_folder(folder).whole(HELLO) == (
+    assert template_of_folder(folder).conversation_text(HELLO) == (
         "<|im_start|>user\nHi?</s>\n<|im_start|>assistant\nAhoy.</s>\n"
     )
     assert learned(folder) == ["Ahoy.</s>"]
