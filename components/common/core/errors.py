@@ -21,6 +21,11 @@ class Transient(UserError):
     """The input is not the cause: an outage, a stopped process, a full disk. A retry may help."""
 
 
+def one_line(error: BaseException) -> str:
+    """What a library's exception says, on one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str], meant: Iterable[str] = ()) -> str:
     """A hint for an unknown name: ``did you mean 'a' or 'b'?``, or every known name, sorted.
 

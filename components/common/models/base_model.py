@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from nudge.components.common.artifacts import model_files
 from nudge.components.common.core.environment import nudge_home
-from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.errors import UserError, one_line
 from nudge.components.common.core.publish import published, sha256_file
 from nudge.components.common.core.uris import is_local, local_path
 from nudge.components.common.models.base_checks import check_tokenizer_files, read_config
@@ -136,7 +136,7 @@ def _check_causal(folder: Path, uri: str) -> None:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  a bad value raises anything
         raise UserError(
-            f"base_model {uri}: its config.json cannot be read: {_first_line(error)}"
+            f"base_model {uri}: its config.json cannot be read: {one_line(error)}"
         ) from None
     names = config.architectures or []
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not any(
@@ -160,13 +160,8 @@ def open_tokenizer(folder: Path, uri: str) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  tokenizers raises a plain Exception
         raise UserError(
-            f"base_model {uri}: its tokenizer cannot be loaded: {_first_line(error)}"
+            f"base_model {uri}: its tokenizer cannot be loaded: {one_line(error)}"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    """What an exception says, in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _from_gguf(path: Path) -> Path:
@@ -214,8 +209,8 @@ def _note_sizes(folder: Path) -> None:
 def _kept(folder: Path) -> bool:
     """Whether a converted model is in the cache and not damaged; a damaged one is made again.
 
-    Sizes and JSON are checked, and the headers of weights, because to hash 500 MB for each step
-    would take longer than a small step does. The folder's time becomes now, for `nudge clean`.
+    Only sizes, JSON and the headers of weights are checked: hashing 500 MB for each step would take
+    longer than a small step does. The folder's modification time becomes now, for `nudge clean`.
     """
     if not folder.is_dir():
         return False
@@ -228,16 +223,13 @@ def _kept(folder: Path) -> bool:
     try:
         if any((folder / name).stat().st_size != size for name, size in sizes.items()):
             return False
-        for path in folder.iterdir():
-            if path.suffix == ".json":
-                json.loads(path.read_bytes())
-            if path.suffix == ".safetensors":
-                with path.open("rb") as file:
-                    length = int.from_bytes(file.read(8), "little")
-                    if not 0 < length < 1 << 27:
-                        return False
-                    json.loads(file.read(length))
-    except (OSError, ValueError):
+        for path in folder.glob("*.json"):
+            json.loads(path.read_bytes())
+        if any(folder.glob("*.safetensors")):
+            from nudge.components.common.models.weights import check_weights
+
+            check_weights(folder)
+    except (OSError, ValueError):  # `UserError` is one
         return False
     os.utime(folder)
     return True

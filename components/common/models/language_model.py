@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig
 
-from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.errors import UserError, one_line
 from nudge.components.common.core.processes import usable_cores
 from nudge.components.common.models.end_of_document import document_start_id
 from nudge.components.common.models.loading import empty_model
@@ -54,8 +54,7 @@ def check_generates(model: Any, tokenizer: Any, uri: str) -> None:
     try:
         made = model.eval().generate(ids, attention_mask=torch.ones_like(ids))
     except Exception as error:
-        why = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"base_model {uri} cannot generate a token: {why}") from error
+        raise UserError(f"base_model {uri} cannot generate a token: {one_line(error)}") from error
     finally:
         model.generation_config = own
         model.train(training)
