@@ -168,14 +168,14 @@ def _full_disk(
     folders = " or ".join(sorted({str(path.parent) for path in outputs})) or "this machine"
     written = getattr(error, "filename", None)
     file = f" while it wrote {written}" if written else ""
-    inputs = [each for key, each in arguments.items() if isinstance(each, Path)]
+    inputs = [each for each in arguments.values() if isinstance(each, Path)]
     needed = max((_size(each) for each in inputs if each not in outputs), default=0)
     there = next((path for each in outputs for path in each.parents if path.exists()), Path.cwd())
     free = shutil.disk_usage(there).free
     return Transient(
         f"{name}: no space is left on the disk of {folders}{file}: {free / 1e6:.1f} MB are free"
         + (f" and this step needs at least {needed / 1e6:.1f} MB" if needed > free else "")
-        + "; nothing half-written stays there and nothing served changed, so free some space "
+        + "; nothing half-written stays there. Free some space "
         "(`nudge clean` shows what can go) or use a larger volume, and run it again"
     )
 
