@@ -25,7 +25,7 @@ Query = Callable[[str], subprocess.CompletedProcess[str]]
 def program(name: str, package: str) -> str:
     """The path of a server's program; skips the test if the package is not installed."""
     folders = [*os.environ["PATH"].split(os.pathsep), *(p for g in PLACES for p in glob.glob(g))]
-    # PATH may have a wrapper of the image's own; the package's program comes first.
+    # The package's own program comes before a wrapper of the same name on the PATH.
     found = shutil.which(name, path=os.pathsep.join(reversed(folders)))
     if found is None:
         pytest.skip(f"{name} is not installed; on Debian: apt-get install {package}")
@@ -62,13 +62,8 @@ def mariadb() -> Iterator[Query]:
         # As /etc/mysql/mariadb.conf.d/50-server.cnf of the package sets it.
         options += ["--character-set-server=utf8mb4", "--collation-server=utf8mb4_general_ci"]
         client = [program("mariadb", "mariadb-client"), "--no-defaults", f"--socket={socket}"]
-        client += [
-            "--user=root",
-            "--batch",
-            "--skip-column-names",
-            "--default-character-set=utf8mb4",
-        ]
-        client += ["--raw"]
+        client += ["--user=root", "--batch", "--skip-column-names", "--raw"]
+        client += ["--default-character-set=utf8mb4"]
         with _running([server, *plain, *options], client, folder) as query:
             query("CREATE DATABASE registry").check_returncode()
             client.append("registry")

@@ -1,4 +1,4 @@
-"""Figures as people read them in a table: never wider than a column, never a zero that is none."""
+"""Numbers for tables: never wider than a column, and a small number is never shown as zero."""
 
 import math
 from typing import Any

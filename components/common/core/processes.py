@@ -181,9 +181,9 @@ def locked(home: Path, name: str) -> Iterator[None]:
 
 
 def read_record(home: Path, name: str) -> ServiceRecord | None:
-    """What is known of a server that was started, whether or not it still runs.
+    """The record of a server that was started, whether or not it still runs.
 
-    If its record is damaged, the running process itself says what it is.
+    A damaged record is made again from the running process.
     """
     path = home / "services" / f"{name}.json"
     try:
@@ -196,12 +196,12 @@ def read_record(home: Path, name: str) -> ServiceRecord | None:
         return None
     except (Damaged, TypeError):
         pass
-    return next((each for each in _unrecorded(home) if each.name == name), None)
+    return _running(home, name)
 
 
 def records(home: Path) -> list[ServiceRecord]:
-    """Every server that was started below ``home`` and not stopped, also those whose record is
-    gone."""
+    """Every server that was started below ``home`` and not stopped, even if its record is
+    missing."""
     paths = sorted((home / "services").glob("*.json"))
     found = [record for path in paths if (record := read_record(home, path.stem))]
     known = {record.pid for record in found}
@@ -219,8 +219,16 @@ def _unrecorded(home: Path) -> list[ServiceRecord]:
     return found
 
 
+def _running(home: Path, name: str) -> ServiceRecord | None:
+    """The record of a running server, made from its process."""
+    return next((each for each in _unrecorded(home) if each.name == name), None)
+
+
 def _watch(home: Path) -> None:
-    """Start what stops the services of a home if the home is deleted, unless it runs."""
+    """Start the process that stops the services of a home if the home is deleted.
+
+    It exits at once if another one does that already.
+    """
     subprocess.Popen(
         [sys.executable, "-P", "-m", service_watch.__name__, str(home)],
         cwd="/",
@@ -331,9 +339,7 @@ def _tail(log: Path) -> str:
 
 def stop(home: Path, name: str) -> None:
     """End a server and every process that it started; does nothing if it does not run."""
-    record = read_record(home, name)
-    if record is None:
-        record = next((each for each in _unrecorded(home) if each.name == name), None)
+    record = read_record(home, name) or _running(home, name)
     if record is not None:
         _end(record)
     (home / "services" / f"{name}.json").unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 import re
 
 SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
-"""A range of characters of a regular expression; each letter counts as one word."""
+"""Character ranges for a regular expression."""
 LETTER = re.compile(f"[{SPACELESS}]")
 MOST_SPACELESS = 0.1
 

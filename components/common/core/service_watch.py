@@ -1,9 +1,9 @@
 """``python -m ....service_watch HOME``: stop services whose home was deleted.
 
 A service's process carries its home and name in its environment, so it is found when its record is
-gone or damaged. This program is started with the first service of a home, looks every few seconds
-whether each one still has its record, ends those that do not (somebody deleted the home, or the
-record), and ends itself with the last service.
+gone or damaged. Each start of a service starts this program, and all but one per home exit at once.
+Every few seconds it checks that each service still has its record, and ends those that do not
+(somebody deleted the home, or the record). It exits after the last service.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ HOME, NAME, ADDRESS = "NUDGE_SERVICE_HOME", "NUDGE_SERVICE_NAME", "NUDGE_SERVICE
 LOCK = "watch.lock"
 POLL_S = 2.0
 LOOKS = 2
-"""How many looks in a row must miss a record, because it is written just after the start."""
+"""Checks in a row that must miss a record, because it is written just after the start."""
 KILL_AFTER = 5
-"""The number of looks after which a process that ignores SIGTERM gets SIGKILL."""
+"""Checks after which a process that ignores SIGTERM gets SIGKILL."""
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ TYPES = {
     "MetadataProtoValue": ("proto_value", str),
 }
 
-SUPPORTED = tuple(TYPES)[:4]
-"""What the registry's client reads: no structs and protocol buffers."""
+UNSUPPORTED = ("MetadataStructValue", "MetadataProtoValue")
+"""What the registry's client does not read."""
 
 
 def storable(properties: Mapping[str, Value]) -> dict[str, Value]:
@@ -66,7 +66,7 @@ def properties_of(item: Mapping[str, Any]) -> dict[str, Any]:
     values = {
         name: each[TYPES[each["metadataType"]][0]]
         for name, each in stored.items()
-        if each["metadataType"] in SUPPORTED
+        if each["metadataType"] not in UNSUPPORTED
     }
     integers = {n for n, each in stored.items() if each["metadataType"] == "MetadataIntValue"}
     return read_properties(
