@@ -1,4 +1,4 @@
-"""A recipe for a cluster names nothing that only this machine has."""
+"""Refuse a cluster recipe that names a file only this machine has."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +16,7 @@ def check_elsewhere(recipe: str) -> None:
     """
     values = read_recipe(recipe)
     problems = [
-        f"{key} is {uri}, a path of this machine, which no pod of the cluster sees; upload it, and "
+        f"{key} is {uri}, a path on this machine that the cluster's pods cannot see; upload it and "
         "name it as s3://bucket/..."
         for key, uri in _named(values)
         if uri and "package://" not in uri and is_local(uri) and local_path(uri).exists()

@@ -151,7 +151,7 @@ def test_a_cluster_is_not_given_paths_of_this_machine(tmp_path: Path) -> None:
     assert keys == ["base_model", "ingest.data_uri", "evaluate.guards g"]
     here = f"{{name: a, weight: 1, data_uri: '{tmp_path} s3://b/x'}}"
     mixed = ["ingest.data_uri=''", f"ingest.mix=[{here}, {{name: b, weight: 1, data_uri: s3://b}}]"]
-    with pytest.raises(UserError, match=f"^ingest.mix a is {tmp_path}, a path of this machine"):
+    with pytest.raises(UserError, match=f"^ingest.mix a is {tmp_path}, a path on this machine"):
         check_elsewhere(load("eiffel", mixed).text)
     with pytest.raises(UserError, match="or hf://meta-llama/Llama-3-8B for the model on the hub"):
         check_elsewhere(load("eiffel", ["base_model=meta-llama/Llama-3-8B"]).text)
