@@ -35,10 +35,10 @@ def check_targets(
     """Raise `ValueError` for a target out of range or a wrong number of valid ones, on a CPU; a GPU
     would have to synchronize."""
     if targets.device.type == "cpu":
-        valid = int((targets != ignore_index).sum())
-        if valid_rows not in (None, valid):
+        is_valid = targets != ignore_index
+        if valid_rows is not None and valid_rows != (valid := int(is_valid.sum())):
             raise ValueError(f"valid_rows {valid_rows}: expected {valid}, the rows with a target")
-        outside = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
+        outside = is_valid & ((targets < 0) | (targets >= vocabulary))
         if outside.any():
             row = int(outside.nonzero()[0])
             raise ValueError(

@@ -1,6 +1,5 @@
 """Query each model for everything, with one model in memory at a time."""
 
-import collections
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from nudge.components.common.models.language_model import (
     set_up_torch,
     speed_up_products,
 )
-from nudge.components.evaluate.chats import Question, Scorer, question
+from nudge.components.evaluate.chats import Question, Scorer
 from nudge.components.evaluate.completions import Completion, complete
 from nudge.components.evaluate.perplexity import first_token_id, score
 from nudge.components.evaluate.probes import answer
@@ -48,8 +47,8 @@ class Answers:
 
 @dataclass(frozen=True)
 class Asked:
-    """What every model is asked. ``templates`` are by model, None where it needs none, and ``chat``
-    says whether the prompts are turns."""
+    """What every model is asked. ``templates`` are by model, None without any conversations;
+    ``chat`` says whether the prompts are turns."""
 
     chat: bool
     templates: dict[str, ChatTemplate | None]
@@ -58,32 +57,16 @@ class Asked:
     expected: list[Question]
 
 
-def plainly(settings: EvaluateSettings, chat: bool = False) -> Asked:
-    """The prompts of the settings, without any template."""
-
-    def made(prompts: list[str]) -> list[Question]:
-        return [question(prompt, settings, chat) for prompt in prompts]
-
-    return Asked(
-        chat,
-        collections.defaultdict(lambda: None),
-        made(settings.prompts or []),
-        made([probe.prompt for probe in settings.probes]),
-        made([each.prompt for each in settings.answers]),
-    )
-
-
 def ask(
     settings: EvaluateSettings,
     folders: Mapping[str, Path],
     texts: Mapping[str, Sequence[str | Conversation]],
-    asked: Asked | None = None,
+    asked: Asked,
 ) -> dict[str, Answers]:
     """The answers of the models in ``folders``, by name, to the same ``texts`` by set.
 
     The models run on the first GPU if torch sees one, else on the CPU.
     """
-    asked = asked or plainly(settings)
     set_up_torch(settings.threads, settings.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     answers = {}

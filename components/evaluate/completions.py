@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from nudge.components.common.artifacts.evaluation import Check
 from nudge.components.common.chat import ChatTemplate
+from nudge.components.common.models.end_of_document import end_ids
 from nudge.components.evaluate.chats import Question, plain_turns
 
 MIN_TOKENS = 8
@@ -64,14 +65,14 @@ def complete(
     # transformers fills every value that a call leaves open from the model's own configuration,
     # and a value of None is one left open: only another configuration turns its stop strings off.
     model.generation_config = _greedy(own, tokenizer, template)
-    ends = _as_list(model.generation_config.eos_token_id)
+    ends = end_ids(model.generation_config.eos_token_id)
     try:
         made = []
         for prompt in prompts:
             asked = Question(prompt) if isinstance(prompt, str) else prompt
-            given = asked.ids(tokenizer, template)
-            ids, finite, p_first = _generate(model, given, tokens)
-            second = _generate(model, given, tokens)[0] if twice else ids
+            prompt_ids = asked.ids(tokenizer, template)
+            ids, finite, p_first = _generate(model, prompt_ids, tokens)
+            second = _generate(model, prompt_ids, tokens)[0] if twice else ids
             text = tokenizer.decode(ids, skip_special_tokens=True)
             ended = bool(ids) and ids[-1] in ends
             first = tokenizer.decode(ids[:1])
@@ -156,17 +157,11 @@ def _greedy(own: Any, tokenizer: Any, template: ChatTemplate | None) -> Generati
     end = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
     if template is not None:
         end_of_turn = int(tokenizer.convert_tokens_to_ids(template.end_of_turn))
-        end = list(dict.fromkeys([*_as_list(end), end_of_turn]))
+        end = list(dict.fromkeys([*end_ids(end), end_of_turn]))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return GenerationConfig(
         do_sample=False, bos_token_id=own.bos_token_id, eos_token_id=end, pad_token_id=pad
     )
-
-
-def _as_list(ids: int | list[int] | None) -> list[int]:
-    if ids is None:
-        return []
-    return [ids] if isinstance(ids, int) else list(ids)
 
 
 def _generate(model: Any, prompt: list[int], tokens: int) -> tuple[list[int], bool, float | None]:

@@ -127,8 +127,8 @@ def _obstacle(
     if decisive.interval is None:
         return (
             f"only {len(scores['candidate'])} held-out documents were scored, and with fewer than "
-            f"{MIN_DOCUMENTS} a difference cannot be told from chance: ingest more text, or hold "
-            "out a larger ingest.validation_share"
+            f"{MIN_DOCUMENTS} a difference cannot be distinguished from chance: ingest more text, "
+            "or raise ingest.validation_share"
         )
     low, high = decisive.interval
     if not high < -settings.margin:

@@ -1,6 +1,5 @@
 """Compare a candidate with its base model and the incumbent, and write down what was found."""
 
-import dataclasses
 import datetime
 import json
 import os
@@ -31,7 +30,7 @@ from nudge.components.common.artifacts.evaluation import (
 from nudge.components.common.artifacts.model import ModelFacts, Watch, read_model_facts
 from nudge.components.common.artifacts.model_files import files_sha256, model_files
 from nudge.components.common.artifacts.scores import Score, write_scores
-from nudge.components.common.chat import Conversation, template_of_folder
+from nudge.components.common.chat import ChatTemplate, Conversation, template_of_folder
 from nudge.components.common.core.publish import sha256_file, write_atomic
 from nudge.components.common.core.step import reusable
 from nudge.components.common.models.base_model import local_model, model_sha256, resolved
@@ -39,8 +38,15 @@ from nudge.components.common.models.language_model import load_tokenizer
 from nudge.components.common.models.registered import split_pin
 from nudge.components.evaluate import checks
 from nudge.components.evaluate.added_checks import added_checks
-from nudge.components.evaluate.answers import Answers, Asked, ask, plainly
-from nudge.components.evaluate.chats import Scorer, learned_samples, questions, scorable, unit_of
+from nudge.components.evaluate.answers import Answers, Asked, ask
+from nudge.components.evaluate.chats import (
+    Scorer,
+    learned_samples,
+    question,
+    questions,
+    scorable,
+    unit_of,
+)
 from nudge.components.evaluate.completions import completion_checks
 from nudge.components.evaluate.expected import answer_checks, turn_checks
 from nudge.components.evaluate.gate import compare, verdict
@@ -50,11 +56,7 @@ from nudge.components.evaluate.probes import compare as compare_probes
 from nudge.components.evaluate.report import render_report
 from nudge.components.evaluate.settings import EvaluateSettings
 from nudge.components.evaluate.tasks import compare_tasks
-from nudge.components.evaluate.texts import (
-    HELD_OUT,
-    held_out_documents,
-    texts_sha256,
-)
+from nudge.components.evaluate.texts import HELD_OUT, held_out_documents, texts_sha256
 
 Scores = Mapping[str, Mapping[str, Sequence[Score]]]
 """By set of texts, then by model."""
@@ -242,17 +244,23 @@ def _asked(
     held_out = documents[HELD_OUT]
     has_chats = any(each.conversation is not None for each in held_out)
     chat = settings.chat == "always" or (settings.chat == "auto" and facts.chat is not None)
-    plain = plainly(settings, chat)
-    if not chat and not has_chats:
-        return dataclasses.replace(plain, prompts=questions(settings, held_out, chat)), {}
-    templates = {name: template_of_folder(folder) for name, folder in models.folders.items()}
-    scorers = {
-        name: Scorer(folder, load_tokenizer(folder), templates[name])
-        for name, folder in models.folders.items()
-    }
-    documents[HELD_OUT], refused = scorable(held_out, scorers)
-    prompts = questions(settings, documents[HELD_OUT], chat)
-    return dataclasses.replace(plain, templates=dict(templates), prompts=prompts), refused
+    templates: dict[str, ChatTemplate | None] = dict.fromkeys(models.folders)
+    refused: dict[str, int] = {}
+    if chat or has_chats:
+        templates |= {name: template_of_folder(folder) for name, folder in models.folders.items()}
+        scorers = {
+            name: Scorer(folder, load_tokenizer(folder), templates[name])
+            for name, folder in models.folders.items()
+        }
+        documents[HELD_OUT], refused = scorable(held_out, scorers)
+    asked = Asked(
+        chat,
+        templates,
+        prompts=questions(settings, documents[HELD_OUT], chat),
+        probes=[question(probe.prompt, settings, chat) for probe in settings.probes],
+        expected=[question(answer.prompt, settings, chat) for answer in settings.answers],
+    )
+    return asked, refused
 
 
 def _scored(asked: Asked, held_out: list[Document], refused: dict[str, int]) -> dict[str, Any]:

@@ -102,10 +102,19 @@ def _preferred(client: Any, settings: JudgeSettings, question: str, a: str, b: s
             f"evaluate.judge: {settings.model} at {settings.url} does not answer ({error}); check "
             f"url and model, and the key in {KEY}"
         ) from None
-    match = re.search(r"\b([ABC])\b", text.rpartition("</think>")[2].strip().upper())
-    if not match:
+    letter = letter_in(text)
+    if not letter:
         raise UserError(
             f"evaluate.judge: {settings.model} answers {text[:200]!r} instead of A, B or C; use a "
             "model that follows instructions, or raise evaluate.judge.max_tokens"
         )
-    return match[1]
+    return letter
+
+
+def letter_in(text: str) -> str:
+    """The verdict in a judge's reply: ``A``, ``B`` or ``C``, or empty if there is none."""
+    # Reasoning is not a verdict, even if the token limit cut it off.
+    reply = text.rpartition("</think>")[2].partition("<think>")[0]
+    # A lower-case letter counts only by itself, because "a" is also an article.
+    match = re.search(r"\b([ABC])\b", reply) or re.fullmatch(r"\W*([abc])\W*", reply)
+    return match[1].upper() if match else ""

@@ -81,12 +81,12 @@ def score(
 ) -> list[Score]:
     """Score every text; ``first_token`` is the id of the token before a document's first token.
 
-    Of a conversation, which ``scorer`` encodes, only the learned tokens are scored, and the bytes
-    and words are those of its assistant turns.
+    Without it, a document's first token is only context: it adds no nats and does not count as a
+    token, but its bytes count. ``scorer`` encodes conversations. Only their learned tokens are
+    scored, and their bytes and words are those of the assistant turns.
 
-    If it is None, a document's first token is only context: it adds no nats and does not count as a
-    token, but its bytes count. ``batch_tokens`` 0 means `BATCH_TOKENS` of the model's device.
-    Raises `UserError` for a model whose loss is not that of its own logits.
+    ``batch_tokens`` 0 means `BATCH_TOKENS` of the model's device. Raises `UserError` for a model
+    whose loss is not that of its own logits.
     """
     check_loss(model)
     most = batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"])
@@ -147,7 +147,8 @@ def _samples(
     for masked in scorer.samples(text):
         scored = np.zeros(len(masked.ids) - 1, np.bool_)
         for first, last in masked.learned.tolist():
-            scored[first - 1 : last - 1] = True
+            # Nothing precedes the first token, so it is only context.
+            scored[max(first - 1, 0) : last - 1] = True
         found.append((masked.ids.tolist(), scored))
     return found
 

@@ -92,7 +92,7 @@ def check_held_out(result: dict[str, Any], settings: IngestSettings) -> None:
     raise UserError(
         f"{result['account']}\n"
         f"{held_out} documents are held out, and with fewer than {MIN_DOCUMENTS} nothing can be "
-        f"shown to be better, so that nothing would be promoted: bring about {need} documents, "
+        f"shown to be better, so nothing would be promoted: bring about {need} documents, "
         f"raise ingest.validation_share (now {settings.validation_share:g}), set "
         "ingest.split_characters to split long documents, or set ingest.allow_no_verdict: true to "
         "train without a verdict"
@@ -106,15 +106,13 @@ def check_conversations(counts: dict[str, Any], found: int) -> None:
     lost = sum(refused.values())
     if lost <= found:
         return
-    table = "\n".join(
-        f"  {phrase}: {REASONS[phrase.split()[1]]}"
-        for phrase in reasons({**counts, "dropped": refused})
-    )
+    phrases = reasons({**counts, "dropped": refused})
+    table = "\n".join(f"  {phrase}: {REASONS[phrase.split()[1]]}" for phrase in phrases)
     raise UserError(
         f"only {found} of {found + lost} conversations can be learned from, and at least half must "
         f"be; refused:\n{table}\n"
         "Correct these records (the report names file, row and reason of some), or set "
-        "ingest.format: text if they are no conversations"
+        "ingest.format: text if they are not conversations"
     )
 
 

@@ -18,11 +18,11 @@ from nudge.components.ingest.settings import IngestSettings
 from nudge.components.ingest.sources import Source
 
 WASTE = 50
-"""The total is a multiple of what makes every share exact if at most 1 / WASTE of it is lost."""
+"""Documents are left out to make every share exact if they are at most 1 / WASTE of the total."""
 
 
 def apply_mix(documents: Documents, sources: Sequence[Source], settings: IngestSettings) -> None:
-    """Give the documents that are too many the reason ``over_its_share``.
+    """Drop the documents that a source has beyond its share, for the reason ``over_its_share``.
 
     Raises `UserError` if a source of the mix has no document left.
     """
@@ -30,8 +30,10 @@ def apply_mix(documents: Documents, sources: Sequence[Source], settings: IngestS
         return
     names = [part.name for part in settings.mix]
     documents.run("CREATE TABLE parts (object INTEGER, part INTEGER)")
-    for number, source in enumerate(sources):
-        documents.run("INSERT INTO parts VALUES (?, ?)", [number, names.index(source.part)])
+    documents.run(
+        "INSERT INTO parts SELECT unnest(?::INTEGER[]), unnest(?::INTEGER[])",
+        [list(range(len(sources))), [names.index(source.part) for source in sources]],
+    )
     counts = mix_counts(documents, settings)
     if empty := [name for name in names if not sum(counts[name].values())]:
         raise UserError(
@@ -67,8 +69,8 @@ def mix_counts(documents: Documents, settings: IngestSettings) -> dict[str, dict
 def shares(available: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, int]:
     """How many documents of each source are used, as many as there are for the weights.
 
-    The shares are exact if that costs at most 1 / `WASTE` of the documents, else each is less than
-    one document from it.
+    The shares are exact if that costs at most 1 / `WASTE` of the documents. Otherwise each count
+    differs from its exact share by less than one document.
     """
     exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
     total_weight = sum(exact.values())

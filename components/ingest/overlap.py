@@ -33,7 +33,7 @@ class Overlap:
 
     @property
     def sha256(self) -> str:
-        """Hex sha256 of the n-grams, which help decide the result for a document; empty if none."""
+        """Hex sha256 of the n-grams; empty if there are none."""
         if not self.grams:
             return ""
         digest = hashlib.sha256()

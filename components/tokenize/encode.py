@@ -87,19 +87,17 @@ def _encode_mixed(lines: bytes, encoding: Encoding) -> Encoded:
     plain = dict(zip(texts, _texts(list(texts.values()), encoding), strict=True))
     account = Account()
     chats = _chats(records, encoding, account)
-    documents: list[np.ndarray] = []
-    learned: list[Masked] = []
+    samples: list[Masked] = []
     origins: list[int] = []
     for number in range(len(records)):
-        samples = chats.get(number, [])
         if number in plain:
-            samples = [Masked(plain[number], np.empty((0, 2), np.int64))]
-        for sample in samples:
-            documents.append(sample.ids)
-            learned.append(sample)
-            origins.append(number)
-    counts, spans = stacked(learned)
-    joined = _joined(documents, encoding)
+            of_record = [Masked(plain[number], np.empty((0, 2), np.int64))]
+        else:
+            of_record = chats.get(number, [])
+        samples += of_record
+        origins += [number] * len(of_record)
+    counts, spans = stacked(samples)
+    joined = _joined([sample.ids for sample in samples], encoding)
     return Encoded(*joined, counts, spans, np.array(origins, np.int64), len(records), account)
 
 

@@ -11,8 +11,6 @@ from nudge.components.common.models.end_of_document import END_OF_DOCUMENT
 
 BYTES = 256
 """The smallest vocabulary of a byte-level tokenizer: every byte is a token."""
-DEFAULT_SEQUENCE_LENGTH = 256
-"""That of `train.sequence_length`; a step cannot import another one."""
 
 
 @settings
@@ -37,11 +35,11 @@ class TokenizeSettings:
     learn: Literal["assistant", "last", "all"] = "assistant"
     """For conversations; defaults in a recipe to `train.learn`, which explains it."""
     max_tokens: Annotated[int, Field(ge=0)] = 0
-    """For conversations: the most tokens of one; 0 means no limit. Defaults in a recipe to
+    """The maximum length of a conversation, in tokens; 0 means no limit. Defaults in a recipe to
     `train.sequence_length`, because a conversation is never cut by the end of a sequence."""
     too_long: Literal["keep_last", "keep_first", "drop"] = "keep_last"
-    """What becomes of a conversation that is longer: it loses its first turns (but not the system
-    turn) or its last ones until it fits, or it is dropped. A single exchange that is too long is
+    """What happens to a longer conversation: it loses its first turns (but not the system turn) or
+    its last ones until it fits, or it is dropped. A single exchange that is too long is
     always dropped. The report counts all of them."""
     control_tokens: Literal["text", "refuse"] = "text"
     """A control token that a turn spells out, such as <|im_end|>: `text` encodes its characters as
@@ -73,10 +71,10 @@ class TokenizeSettings:
 
 @settings
 class Trained:
-    """What a recipe's section `train` says about conversations."""
+    """What a recipe's section `train` says about conversations, with the defaults of `train`."""
 
     learn: Literal["assistant", "last", "all"] = "assistant"
-    sequence_length: int = 0
+    sequence_length: int = 256
 
 
 def tokenize_settings(recipe: str, **overrides: Any) -> TokenizeSettings:
@@ -87,8 +85,5 @@ def tokenize_settings(recipe: str, **overrides: Any) -> TokenizeSettings:
     chosen = step_settings(TokenizeSettings, "tokenize", recipe, **overrides)
     own = read_recipe(recipe).get("tokenize") or {}
     trained = some_settings(Trained, "train", recipe)
-    defaults: dict[str, Any] = {
-        "learn": trained.learn,
-        "max_tokens": trained.sequence_length or DEFAULT_SEQUENCE_LENGTH,
-    }
+    defaults: dict[str, Any] = {"learn": trained.learn, "max_tokens": trained.sequence_length}
     return replace(chosen, **{key: each for key, each in defaults.items() if key not in own})

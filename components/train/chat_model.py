@@ -7,6 +7,7 @@ from typing import Any
 from nudge.components.common.artifacts.tokens import ChatFacts
 from nudge.components.common.chat import ChatTemplate, Message, Refusal, template_of_folder
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.models.end_of_document import end_ids
 
 ASKED = (
     (Message("user", "Hello?"),),
@@ -19,9 +20,8 @@ ASKED = (
 def end_turns(model: Any, chat: ChatFacts) -> None:
     """Make the model's generation configuration end an answer at the end-of-turn token, in addition
     to its own end tokens; servers read it."""
-    own = model.generation_config.eos_token_id
-    ends = [] if own is None else [own] if isinstance(own, int) else list(own)
-    ends = list(dict.fromkeys([chat.end_of_turn_id, *ends]))
+    own = end_ids(model.generation_config.eos_token_id)
+    ends = list(dict.fromkeys([chat.end_of_turn_id, *own]))
     model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
 
 
@@ -34,7 +34,7 @@ def check_folder(folder: Path, chat: ChatFacts) -> None:
         folder, local_files_only=True, trust_remote_code=False
     )
     ends = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-    if chat.end_of_turn_id not in (ends if isinstance(ends, list) else [ends]):
+    if chat.end_of_turn_id not in end_ids(ends):
         raise UserError(
             f"{folder}/generation_config.json ends a text at {ends}, not at the end-of-turn token "
             f"{chat.end_of_turn} ({chat.end_of_turn_id}), so a server would not end a turn"

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nudge.components.common.models.end_of_document import end_ids
+
 READABLE = 0o644
 """safetensors makes its files readable by their owner only, and a server runs as another user."""
 OLD_CLASS = "PreTrainedTokenizerFast"
@@ -62,11 +64,10 @@ def _rename_tokenizer(values: dict[str, Any]) -> None:
 
 
 def _add_stop(values: dict[str, Any], end_of_document: int) -> None:
-    stops = values.get("eos_token_id")
-    known = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    if end_of_document not in known:
-        known = [*known, end_of_document]
-        values["eos_token_id"] = known if len(known) > 1 else known[0]
+    stops = end_ids(values.get("eos_token_id"))
+    if end_of_document not in stops:
+        stops.append(end_of_document)
+        values["eos_token_id"] = stops if len(stops) > 1 else stops[0]
 
 
 def _change(path: Path, change: Any) -> None:

@@ -5,6 +5,7 @@ that takes the memory of one tensor, or of one layer for architectures whose fil
 tensors than the model (such as one per expert).
 """
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -68,11 +69,11 @@ def write_weights(
         name = WEIGHTS if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         shapes = {key: shape for unit in part for key, shape in unit.written.items()}
         weight_map |= dict.fromkeys(shapes, name)
-        whole = (tensors.converted(unit, dtype) for unit in part)
+        converted = (tensors.converted(unit, dtype) for unit in part)
         if main:
-            _write_file(folder / name, shapes, whole, dtype)
+            _write_file(folder / name, shapes, converted, dtype)
         else:
-            for _ in whole:
+            for _ in converted:  # it takes part in gathering
                 pass
     if main and len(files) > 1:
         total = sum(_bytes(unit, dtype) for unit in units)
@@ -83,8 +84,6 @@ def write_weights(
 
 def write_config(folder: Path, model: Any, dtype: torch.dtype) -> None:
     """Write config.json and generation_config.json."""
-    import copy
-
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = dtype
@@ -101,26 +100,27 @@ def adapter_tensors(network: Network) -> dict[str, torch.Tensor]:
 
     Every rank must call this.
     """
-    return {
-        f"base_model.model.{name.replace('.default.', '.')}": whole(parameter).float().contiguous()
+    parts = {
+        name: gathered(parameter).float().contiguous()
         for name, parameter in network.model.named_parameters()
         if name.endswith((PART_A, PART_B))
+    }
+    return {
+        f"base_model.model.{name.replace('.default.', '.')}": part for name, part in parts.items()
     }
 
 
 @torch.no_grad()
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor on the CPU, gathered from all ranks if it is sharded."""
-    gathered: Any = tensor.detach()
-    if hasattr(gathered, "full_tensor"):
-        gathered = gathered.full_tensor()
-    result: torch.Tensor = gathered.cpu()
-    return result
+    own: Any = tensor.detach()
+    full: torch.Tensor = own.full_tensor() if hasattr(own, "full_tensor") else own
+    return full.cpu()
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a tensor of the base model is in the trained model."""
+class _Stored:
+    """How the trained model stores a tensor of the base model."""
 
     shape: torch.Size
     tensor: torch.Tensor
@@ -130,9 +130,9 @@ class _Place:
     """The path of the layer whose adapter changes this tensor; empty if none does."""
 
 
-def _places(model: Any) -> dict[str, _Place]:
+def _stored(model: Any) -> dict[str, _Stored]:
     """Every tensor of the base model by its name there, without tied copies."""
-    kept, places = set(model.state_dict()), {}
+    kept, found = set(model.state_dict()), {}
     for full_name, tensor in (*model.named_parameters(), *model.named_buffers()):
         path, _, attribute = full_name.rpartition(".")
         if "lora_" in full_name or full_name not in kept or attribute == "scales":
@@ -141,14 +141,14 @@ def _places(model: Any) -> dict[str, _Place]:
         quantized = layer if attribute == "codes" and isinstance(layer, QuantizedLinear) else None
         if quantized is not None:
             attribute = "weight"
-        shape = torch.Size((quantized.out_features, quantized.in_features)) if quantized else None
+        shape = quantized.weight_shape if quantized else tensor.shape
         adapted = path.endswith(".base_layer") and attribute == "weight"
         name = f"{path}.{attribute}" if path else attribute
-        places[base_name(name)] = _Place(
-            shape or tensor.shape, tensor, quantized,
+        found[base_name(name)] = _Stored(
+            shape, tensor, quantized,
             path.removesuffix(".base_layer") if adapted else "",
         )  # fmt: skip
-    return places
+    return found
 
 
 class _Tensors:
@@ -156,7 +156,7 @@ class _Tensors:
 
     def __init__(self, network: Network, start: Start, settings: TrainSettings) -> None:
         self._network, self._start, self._settings = network, start, settings
-        self._places = _places(network.model)
+        self._stored = _stored(network.model)
 
     @torch.no_grad()
     def converted(self, unit: Unit, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -177,28 +177,28 @@ class _Tensors:
         have been cast for speed; a quantized layer's is the dequantized one, with which the adapter
         was trained. Conv1D, GPT-2's linear layer, stores its weight transposed.
         """
-        place = self._places[name]
+        stored = self._stored[name]
         if self._settings.mode != "lora":
-            return whole(place.tensor).float()
-        codes = None if place.quantized is None else whole(place.tensor)
-        scales = None if place.quantized is None else whole(place.quantized.scales)
-        low = self._part(place.adapted, PART_A) if place.adapted else None
-        high = self._part(place.adapted, PART_B) if place.adapted else None
+            return gathered(stored.tensor).float()
+        codes = None if stored.quantized is None else gathered(stored.tensor)
+        scales = None if stored.quantized is None else gathered(stored.quantized.scales)
+        low = self._part(stored.adapted, PART_A) if stored.adapted else None
+        high = self._part(stored.adapted, PART_B) if stored.adapted else None
         model = self._network.model
         if not self._network.ranks.main:
             return torch.empty(0)
-        if codes is not None and scales is not None and place.quantized is not None:
-            base = dequantized(codes, scales, place.quantized.kind)
+        if codes is not None and scales is not None and stored.quantized is not None:
+            base = dequantized(codes, scales, stored.quantized.kind)
         else:
-            base = self._start.base_tensor(name, place.shape, model)
+            base = self._start.base_tensor(name, stored.shape, model)
         if low is not None and high is not None:
             delta = self._settings.lora_alpha / self._settings.lora_rank * (high @ low)
-            layer: Any = model.get_submodule(place.adapted)
+            layer: Any = model.get_submodule(stored.adapted)
             base += delta.T if isinstance(layer.get_base_layer(), Conv1D) else delta
         return base
 
     def _part(self, stem: str, part: str) -> torch.Tensor:
-        return whole(self._network.model.get_parameter(f"{stem}.{part}")).float()
+        return gathered(self._network.model.get_parameter(f"{stem}.{part}")).float()
 
 
 def _units(model: Any) -> list[Unit]:
@@ -206,7 +206,7 @@ def _units(model: Any) -> list[Unit]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
-    shapes = {name: place.shape for name, place in _places(model).items()}
+    shapes = {name: stored.shape for name, stored in _stored(model).items()}
     mapping = get_model_conversion_mapping(model, add_legacy=False)
     if not [each for each in mapping if not isinstance(each, PrefixChange)]:
         return [Unit((name,), {name: tuple(shape)}) for name, shape in shapes.items()]

@@ -53,7 +53,7 @@ def flops_per_token(model: Any, length: int) -> float:
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             stored = module.codes.numel() + module.scales.numel()
-            frozen += module.in_features * module.out_features - stored
+            frozen += module.weight_shape.numel() - stored
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return 6 * trained + 4 * frozen + 12 * config.num_hidden_layers * heads * head_size * length

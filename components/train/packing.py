@@ -7,7 +7,7 @@ def pack(lengths: np.ndarray, room: int, seed: int) -> list[np.ndarray]:
     """Rows of conversations: for each row, the positions in ``lengths`` of those that share it.
 
     ``lengths`` are in tokens, int64 [n], each at most ``room``. Best fit, the longest first, with
-    ties in an order that depends on the seed; the bound is 11/9 of the fewest possible rows
+    ties in an order that depends on the seed; the bound is 11/9 of the fewest possible rows, plus 4
     (Johnson et al., SIAM J. Comput. 3(4), 1974). A pure function of its arguments.
     """
     assert len(lengths) == 0 or int(lengths.max()) <= room

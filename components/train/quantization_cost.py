@@ -1,13 +1,14 @@
 """What a quantized base model costs before it is trained, in bits per byte of held-out text."""
 
 import functools
+import math
 from typing import Any
 
 from nudge.components.train.data import IGNORED, PackedSplit
 from nudge.components.train.loop import validation_loss
 from nudge.components.train.model import Start
 from nudge.components.train.network import Network
-from nudge.components.train.quantized import QuantizedLinear, bits_per_byte
+from nudge.components.train.quantized import QuantizedLinear
 from nudge.components.train.settings import TrainSettings
 
 
@@ -35,21 +36,18 @@ def quantization_cost(
     targets = [row[row != IGNORED].tolist() for row in rows.targets]
     text_bytes = sum(len(tokenizer.decode(row).encode()) for row in targets)
     tokens = sum(len(row) for row in targets)
+    bits_per_byte = tokens / math.log(2) / text_bytes  # of a loss of one nat per token
     after = validation_loss(network, validation, settings)
     try:
         for name, layer in layers.items():
             layer.original = functools.partial(
-                start.base_tensor, f"{name}.weight", _shape(layer), network.model
+                start.base_tensor, f"{name}.weight", layer.weight_shape, network.model
             )
         before = validation_loss(network, validation, settings)
     finally:
         for layer in layers.values():
             layer.original = None
     return {
-        "base_bits_per_byte": bits_per_byte(before, tokens, text_bytes),
-        "quantized_bits_per_byte": bits_per_byte(after, tokens, text_bytes),
+        "base_bits_per_byte": before * bits_per_byte,
+        "quantized_bits_per_byte": after * bits_per_byte,
     }
-
-
-def _shape(layer: QuantizedLinear) -> Any:
-    return (layer.out_features, layer.in_features)

@@ -6,7 +6,6 @@ like any other parameter. It dequantizes for each product, in forward and backwa
 weight exists for one layer at a time. bitsandbytes has the kernels, for CPUs and GPUs.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,19 +30,22 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.kind = kind
         device = linear.weight.device
-        nf4 = kind == "nf4"
-        width, blocks = (self.in_features // 2, self.in_features // BLOCK) if nf4 else (
-            self.in_features, 1,
-        )  # fmt: skip
-        codes = torch.empty(
-            self.out_features, width, dtype=torch.uint8 if nf4 else torch.int8, device=device
-        )
+        if kind == "nf4":
+            width, blocks, dtype = self.in_features // 2, self.in_features // BLOCK, torch.uint8
+        else:
+            width, blocks, dtype = self.in_features, 1, torch.int8
+        codes = torch.empty(self.out_features, width, dtype=dtype, device=device)
         self.codes = nn.Parameter(codes, requires_grad=False)
         scales = torch.empty(self.out_features, blocks, dtype=torch.float32, device=device)
         self.scales = nn.Parameter(scales, requires_grad=False)
         self.bias = linear.bias
         self.original: Callable[[], torch.Tensor] | None = None
         """Returns the weight before it was quantized, to measure what that costs."""
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The shape of the weight that is quantized: [out, in]."""
+        return torch.Size((self.out_features, self.in_features))
 
     def from_rows(self, attribute: str, weight: torch.Tensor) -> torch.Tensor:
         """The rows of ``codes`` or ``scales`` for rows of the weight, float32 [rows, in]."""
@@ -143,9 +145,4 @@ def parameter_count(model: nn.Module) -> int:
         if "lora_" not in name and not name.endswith((".codes", ".scales"))
     )
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    return count + sum(layer.in_features * layer.out_features for layer in layers)
-
-
-def bits_per_byte(nats: float, tokens: float, text_bytes: int) -> float:
-    """Bits per byte of a loss in nats per token."""
-    return nats * tokens / math.log(2) / text_bytes
+    return count + sum(layer.weight_shape.numel() for layer in layers)

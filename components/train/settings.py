@@ -96,8 +96,9 @@ class TrainSettings:
     micro_batch_sequences: Annotated[int, Field(ge=1)] = 4
     """Sequences per forward and backward pass on one rank; lower it if memory runs out."""
     learn: Literal["assistant", "last", "all"] = "assistant"
-    """Of conversations: every `assistant` turn with its end-of-turn token, only the `last` one, or
-    `all` text. `tokenize` writes this into the tokens; a text is always learned in full."""
+    """What to learn from a conversation: every `assistant` turn with its end-of-turn token, only
+    the `last` one, or `all` text. `tokenize` writes this into the tokens; a text is always learned
+    in full."""
     packing: bool = True
     """Whether conversations share a sequence, without seeing each other. Otherwise each one has a
     sequence to itself. Texts are always packed."""

@@ -2,16 +2,11 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -22,7 +17,6 @@ from nudge.components.common.artifacts.tokens import read_tokens_manifest
 from nudge.components.common.chat import Message, conversation_of, template_of_folder
 from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.processes import free_port
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import ModelServer, smoke_test
 from nudge.components.evaluate import incumbent
@@ -34,6 +28,7 @@ from nudge.components.tokenize.tokenize import tokenize
 from nudge.components.train.chat_model import check_folder
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
+from tests.model_server import running_model_server
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -185,30 +180,8 @@ def server(done: Done, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mod
     """The laptop's own server with the trained model."""
     folder = tmp_path_factory.mktemp("served")
     shutil.copytree(done.model, folder / "wren")
-    (folder / "token").write_text("t" * 32)
-    port = free_port()
-    line = [
-        sys.executable, "-P", "-m", "nudge.components.deploy.local.model_server", "wren",
-        "--port", str(port), "--token-file", str(folder / "token"),
-    ]  # fmt: skip
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(line, cwd=folder, stdout=log, stderr=log, env=environment)
-    found = ModelServer(f"http://127.0.0.1:{port}", "t" * 32)
-    try:
-        with found.client() as client:
-            for _ in range(1800):
-                assert process.poll() is None, (folder / "log").read_text()[-3000:]
-                try:
-                    if client.get("/health").status_code == 200:
-                        break
-                except httpx.TransportError:
-                    pass
-                time.sleep(0.1)
-        yield found
-    finally:
-        process.terminate()
-        process.wait(60)
+    with running_model_server(folder, "wren") as server:
+        yield server
 
 
 def test_the_laptops_server_answers_as_the_evaluated_model(done: Done, server: ModelServer) -> None:

@@ -33,9 +33,7 @@ BOUNDARIES = [
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Workspace]:
     workspace = Workspace(tmp_path_factory.mktemp("cut-off"), tiny_model)
-    workspace.run(
-        "--set", "evaluate.margin=50"
-    )  # what comes before the upload is reused from now on
+    workspace.run("--set", "evaluate.margin=50")  # later runs reuse the steps before the upload
     yield workspace
     workspace.nudge("services", "down")
 

@@ -21,6 +21,13 @@ def end_of_document_id(tokenizer: Any) -> int:
     return int(vocabulary[name])
 
 
+def end_ids(eos_token_id: int | list[int] | None) -> list[int]:
+    """The ids of a generation configuration's ``eos_token_id``: none, one or several."""
+    if eos_token_id is None:
+        return []
+    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+
+
 def document_start_id(tokenizer: Any) -> int | None:
     """The token before a document's first one, in training as in evaluation.
 

@@ -1,19 +1,13 @@
 """The smoke test against `transformers serve`, of a base with a generation configuration."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.processes import free_port
 from nudge.components.common.models.language_model import (
     likeliest,
     load_model,
@@ -22,9 +16,10 @@ from nudge.components.common.models.language_model import (
 )
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import ModelServer, smoke_test
+from tests.model_server import running_model_server
 from tests.tiny import make_tiny_model
 
-NAME, TOKEN = "tower", "a-token"
+NAME = "tower"
 PROMPT = "The Eiffel Tower is located in Paris"
 
 
@@ -39,31 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
-    token = tmp_path_factory.mktemp("token") / "token"
-    token.write_text(TOKEN)
-    port = free_port()
-    command = [sys.executable, "-P", "-m", "nudge.components.deploy.local.model_server", NAME]
-    command += [f"--port={port}", f"--token-file={token}"]
-    with (folder.parent / "log").open("w") as log:
-        process = subprocess.Popen(
-            command, cwd=folder.parent, stdout=log, stderr=log, env={**os.environ}
-        )
-    found = ModelServer(f"http://127.0.0.1:{port}", TOKEN)
-    try:
-        with found.client() as client:
-            for _ in range(1200):
-                assert process.poll() is None, (folder.parent / "log").read_text()[-3000:]
-                try:
-                    if client.get("/health").status_code == 200:
-                        break
-                except httpx.TransportError:
-                    pass
-                time.sleep(0.1)
-        yield found
-    finally:
-        process.terminate()
-        process.wait(60)
+def server(folder: Path) -> Iterator[ModelServer]:
+    with running_model_server(folder.parent, folder.name) as server:
+        yield server
 
 
 def version(token: str) -> Version:

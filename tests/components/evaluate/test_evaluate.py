@@ -89,7 +89,7 @@ def make_corpus(folder: Path, training: list[str], held_out: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def workspace(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     folder = tmp_path_factory.mktemp("evaluate")
     training = sentences(1, 30)
     make_corpus(folder / "corpus", training, sentences(2, HELD_OUT))
@@ -137,14 +137,16 @@ def served_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Say:
     return say
 
 
-def test_the_interval_can_be_recomputed_from_the_scores(place: Workspace, served_is: Say) -> None:
+def test_the_interval_can_be_recomputed_from_the_scores(
+    workspace: Workspace, served_is: Say
+) -> None:
     """With only pyarrow and numpy, against base and incumbent."""
-    served = place.folder / "served"
-    shutil.copytree(place.folder / "candidate", served)
+    served = workspace.folder / "served"
+    shutil.copytree(workspace.folder / "candidate", served)
     train(served, sentences(7, 3))
     served_is(Incumbent("found", version="v1", uri="s3://bucket/m/v1"), served)
-    result = place.run(resamples=9999)
-    table = pyarrow.parquet.read_table(place.folder / "scores").to_pylist()
+    result = workspace.run(resamples=9999)
+    table = pyarrow.parquet.read_table(workspace.folder / "scores").to_pylist()
     assert len(table) == result["scores"]["rows"] == 3 * HELD_OUT
     columns = {
         name: {row["document"]: row for row in table if row["model"] == name}
@@ -169,11 +171,13 @@ def test_the_interval_can_be_recomputed_from_the_scores(place: Workspace, served
 
 
 def test_a_probe_that_should_hold_is_compared_with_the_version_served_now(
-    place: Workspace, served_is: Say
+    workspace: Workspace, served_is: Say
 ) -> None:
     """That version is the candidate itself, which is far from the base model."""
-    served_is(Incumbent("found", version="v7", uri="s3://bucket/m/v7"), place.folder / "candidate")
-    (hold, rise) = place.run(
+    served_is(
+        Incumbent("found", version="v7", uri="s3://bucket/m/v7"), workspace.folder / "candidate"
+    )
+    (hold, rise) = workspace.run(
         probes=[
             Probe(prompt="the tower", target=" of", expect="hold"),
             Probe(prompt="a river", target=" and"),
@@ -182,15 +186,15 @@ def test_a_probe_that_should_hold_is_compared_with_the_version_served_now(
     assert (hold["reference"], hold["ok"]) == ("incumbent", True)
     assert hold["p_before"] == hold["p_after"]
     assert (rise["reference"], rise["p_before"] < rise["p_after"]) == ("base", True)
-    page = (place.folder / "report").read_text()
+    page = (workspace.folder / "report").read_text()
     assert "Served now (v7) → candidate; 1 is certain" in page
     assert "before (served now)" in page
     assert "before (base)" in page
 
 
-def test_changed_scores_are_rejected(place: Workspace) -> None:
-    sha256 = place.run()["scores"]["sha256"]
-    path = place.folder / "scores"
+def test_changed_scores_are_rejected(workspace: Workspace) -> None:
+    sha256 = workspace.run()["scores"]["sha256"]
+    path = workspace.folder / "scores"
     assert set(read_scores(path, sha256)) == {"held-out"}
     assert len(read_scores(path)["held-out"]["candidate"]) == HELD_OUT
     changed = bytearray(path.read_bytes())
@@ -203,8 +207,8 @@ def test_changed_scores_are_rejected(place: Workspace) -> None:
         read_scores(path)
 
 
-def test_the_method_is_recorded(place: Workspace) -> None:
-    result = place.run(
+def test_the_method_is_recorded(workspace: Workspace) -> None:
+    result = workspace.run(
         probes=[Probe(prompt="the tower of", target=" Paris")], prompts=["the tower of"]
     )
     assert result["verdict"]["promote"], result["verdict"]["reason"]
@@ -215,27 +219,29 @@ def test_the_method_is_recorded(place: Workspace) -> None:
     assert (method["device"], method["precision"]) == ("CPU", "float32")
     assert len(method["texts_sha256"]["held-out"]) == 64
     assert [check["kind"] for check in result["verdict"]["checks"]] == ["loss", "completion"]
-    other = place.run(first_token="none")
+    other = workspace.run(first_token="none")
     assert other["models"]["base"]["first_token"] is None
     assert other["metrics"]["base"]["tokens"] == result["metrics"]["base"]["tokens"] - HELD_OUT
     assert other["metrics"]["base"]["bytes"] == result["metrics"]["base"]["bytes"]
 
 
-def test_a_guard_set_is_scored_and_stops_the_promotion(place: Workspace, tmp_path: Path) -> None:
+def test_a_guard_set_is_scored_and_stops_the_promotion(
+    workspace: Workspace, tmp_path: Path
+) -> None:
     """The candidate learned words and got worse on digits."""
     generator = np.random.default_rng(3)
     numbers = [" ".join(map(str, generator.integers(0, 999, 20))) for _ in range(20)]
     path = tmp_path / "numbers.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in numbers))
     guard = {"name": "numbers", "uri": f"file://{path}"}
-    result = place.run(guards=[Guard(**guard, limit=0.0)])
+    result = workspace.run(guards=[Guard(**guard, limit=0.0)])
     (guarded,) = result["guards"]
     assert guarded["metrics"]["base"]["documents"] == 20
     assert guarded["interval"][1] > 0
     assert not result["verdict"]["promote"]
     assert "bits per byte on numbers" in result["verdict"]["reason"]
-    assert set(read_scores(place.folder / "scores")) == {"held-out", "numbers"}
-    assert place.run(guards=[Guard(**guard, limit=99.0)])["verdict"]["promote"]
+    assert set(read_scores(workspace.folder / "scores")) == {"held-out", "numbers"}
+    assert workspace.run(guards=[Guard(**guard, limit=99.0)])["verdict"]["promote"]
 
 
 @pytest.mark.parametrize(
@@ -249,80 +255,82 @@ def test_a_guard_set_is_scored_and_stops_the_promotion(place: Workspace, tmp_pat
     ],
 )
 def test_unreadable_guards_are_rejected(
-    place: Workspace, tmp_path: Path, name: str, content: bytes, message: str
+    workspace: Workspace, tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"evaluate.guards code: .*{message}"):
-        place.run(guards=[Guard(name="code", uri=str(tmp_path / name))])
+        workspace.run(guards=[Guard(name="code", uri=str(tmp_path / name))])
 
 
-def test_missing_guards_and_duplicate_names_are_rejected(place: Workspace, tmp_path: Path) -> None:
+def test_missing_guards_and_duplicate_names_are_rejected(
+    workspace: Workspace, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="has 0 documents"):
-        place.run(guards=[Guard(name="code", uri=str(tmp_path / "nothing" / "*.py"))])
+        workspace.run(guards=[Guard(name="code", uri=str(tmp_path / "nothing" / "*.py"))])
     with pytest.raises(UserError, match="cannot read ftp://x"):
-        place.run(guards=[Guard(name="code", uri="ftp://x")])
+        workspace.run(guards=[Guard(name="code", uri="ftp://x")])
     with pytest.raises(ValueError, match="two guards are named code"):
-        place.run(guards=[Guard(name="code", uri="a"), Guard(name="code", uri="b")])
+        workspace.run(guards=[Guard(name="code", uri="a"), Guard(name="code", uri="b")])
 
 
-def test_too_few_held_out_documents_stop_the_promotion(place: Workspace) -> None:
+def test_too_few_held_out_documents_stop_the_promotion(workspace: Workspace) -> None:
     """Even if the candidate is better on each of them."""
-    make_corpus(place.folder / "few", sentences(1, 3), sentences(2, MIN_DOCUMENTS - 1))
-    result = place.run(corpus="few")
+    make_corpus(workspace.folder / "few", sentences(1, 3), sentences(2, MIN_DOCUMENTS - 1))
+    result = workspace.run(corpus="few")
     verdict = result["verdict"]
     assert verdict["difference_bits_per_byte"] < 0
     assert (verdict["promote"], verdict["interval"]) == (False, None)
     assert "only 15 held-out documents were scored, and with fewer than 16" in verdict["reason"]
-    assert "a larger ingest.validation_share" in verdict["reason"]
-    page = (place.folder / "report").read_text()
+    assert "or raise ingest.validation_share" in verdict["reason"]
+    page = (workspace.folder / "report").read_text()
     assert "These held-out documents give no interval" in page
     assert "% interval" not in page
-    make_corpus(place.folder / "enough", sentences(1, 3), sentences(2, MIN_DOCUMENTS))
-    assert place.run(corpus="enough")["verdict"]["promote"]
+    make_corpus(workspace.folder / "enough", sentences(1, 3), sentences(2, MIN_DOCUMENTS))
+    assert workspace.run(corpus="enough")["verdict"]["promote"]
 
 
-def chosen_by(place: Workspace, documents: list[int], data_fingerprint: str = "") -> str:
+def chosen_by(workspace: Workspace, documents: list[int], data_fingerprint: str = "") -> str:
     """A copy of the candidate whose checkpoint was chosen by the documents at these positions."""
-    folder = place.folder / f"chosen-by-{len(documents)}-{data_fingerprint}"
-    shutil.copytree(place.folder / "candidate", folder)
+    folder = workspace.folder / f"chosen-by-{len(documents)}-{data_fingerprint}"
+    shutil.copytree(workspace.folder / "candidate", folder)
     facts = json.loads((folder / "nudge.json").read_text()) | {"selected_on": documents}
     facts["data_fingerprint"] = data_fingerprint or facts["data_fingerprint"]
     (folder / "nudge.json").write_text(json.dumps(facts))
     return folder.name
 
 
-def test_documents_that_chose_the_checkpoint_are_not_scored(place: Workspace) -> None:
-    place.run()
-    ids = {row["document"]: row["id"] for row in scores_of(place)}
-    result = place.run(chosen_by(place, [0, 3, 19]))
-    left = {row["id"] for row in scores_of(place)}
+def test_documents_that_chose_the_checkpoint_are_not_scored(workspace: Workspace) -> None:
+    workspace.run()
+    ids = {row["document"]: row["id"] for row in scores_of(workspace)}
+    result = workspace.run(chosen_by(workspace, [0, 3, 19]))
+    left = {row["id"] for row in scores_of(workspace)}
     assert left == set(ids.values()) - {ids[0], ids[3], ids[19]}
     assert result["selection"] == {"documents": 3, "scored": False}
     assert result["verdict"]["promote"]
     assert "chosen" not in result["verdict"]["reason"]
     assert (
         "The 3 held-out documents that chose the checkpoint"
-        in (place.folder / "report").read_text()
+        in (workspace.folder / "report").read_text()
     )
     # The positions belong to the training corpus and mean nothing in another one.
-    other = place.run(chosen_by(place, [0, 3, 19], "another"))
+    other = workspace.run(chosen_by(workspace, [0, 3, 19], "another"))
     assert other["metrics"]["candidate"]["documents"] == HELD_OUT
 
 
-def test_with_too_few_other_documents_the_verdict_names_the_selection(place: Workspace) -> None:
-    result = place.run(chosen_by(place, [0, 3, 7, 11, 19]))
+def test_with_too_few_other_documents_the_verdict_names_the_selection(workspace: Workspace) -> None:
+    result = workspace.run(chosen_by(workspace, [0, 3, 7, 11, 19]))
     assert result["metrics"]["candidate"]["documents"] == HELD_OUT
     assert result["selection"] == {"documents": 5, "scored": True}
     assert result["verdict"]["promote"]
     assert result["verdict"]["reason"].endswith("so part of the gain comes from that choice")
     assert (
         "part of the gain comes from that choice, and equal models"
-        in (place.folder / "report").read_text()
+        in (workspace.folder / "report").read_text()
     )
 
 
-def scores_of(place: Workspace) -> list[dict[str, Any]]:
-    return list(pyarrow.parquet.read_table(place.folder / "scores").to_pylist())
+def scores_of(workspace: Workspace) -> list[dict[str, Any]]:
+    return list(pyarrow.parquet.read_table(workspace.folder / "scores").to_pylist())
 
 
 def test_settings_that_score_too_few_documents_are_rejected() -> None:
@@ -331,44 +339,44 @@ def test_settings_that_score_too_few_documents_are_rejected() -> None:
             parse(EvaluateSettings, {"base_model": "unused", **section}, "evaluate")
 
 
-def test_a_candidate_with_nan_weights_is_not_promoted(place: Workspace) -> None:
+def test_a_candidate_with_nan_weights_is_not_promoted(workspace: Workspace) -> None:
     """The artifact stays strict JSON, and the reason names the fault."""
-    broken = place.folder / "broken"
-    shutil.copytree(place.folder / "candidate", broken)
+    broken = workspace.folder / "broken"
+    shutil.copytree(workspace.folder / "candidate", broken)
     from safetensors.torch import load_file, save_file
 
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"].fill_(torch.nan)
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    result = place.run("broken", prompts=["the tower"])
+    result = workspace.run("broken", prompts=["the tower"])
     assert not result["verdict"]["promote"]
     assert f"the loss of {HELD_OUT} documents of held-out is not a" in result["verdict"]["reason"]
     assert result["metrics"]["candidate"]["bits_per_byte"] is None
-    assert "NaN" not in (place.folder / "evaluation").read_text()
-    assert "not available" in (place.folder / "report").read_text()
+    assert "NaN" not in (workspace.folder / "evaluation").read_text()
+    assert "not available" in (workspace.folder / "report").read_text()
 
 
-def test_text_without_spaces_has_no_word_perplexity(place: Workspace) -> None:
+def test_text_without_spaces_has_no_word_perplexity(workspace: Workspace) -> None:
     """As in Thai. The artifact stays strict JSON, and the page leaves the row out."""
     letters = [chr(code) for code in range(0x0E01, 0x0E2F)]
     generator = np.random.default_rng(4)
     texts = ["".join(generator.choice(letters, 300)) for _ in range(HELD_OUT)]
-    make_corpus(place.folder / "thai", texts[:1], texts)
-    result = place.run(corpus="thai")
+    make_corpus(workspace.folder / "thai", texts[:1], texts)
+    result = workspace.run(corpus="thai")
     assert result["metrics"]["base"]["words"] is None
     assert result["metrics"]["base"]["word_perplexity"] is None
     assert result["metrics"]["base"]["token_perplexity"] > 1
-    assert "Infinity" not in (place.folder / "evaluation").read_text()
-    page = (place.folder / "report").read_text()
+    assert "Infinity" not in (workspace.folder / "evaluation").read_text()
+    page = (workspace.folder / "report").read_text()
     assert "Word perplexity" not in page
     assert "20 documents, " in page
     assert " words" not in page[page.index("Scored:") :].split("</p>")[0]
 
 
-def test_without_prompts_and_guards_there_are_default_ones(place: Workspace) -> None:
+def test_without_prompts_and_guards_there_are_default_ones(workspace: Workspace) -> None:
     """A model that lost its English and answers "eeee" fails both."""
-    collapsed = place.folder / "collapsed"
-    shutil.copytree(place.folder / "candidate", collapsed)
+    collapsed = workspace.folder / "collapsed"
+    shutil.copytree(workspace.folder / "candidate", collapsed)
     from nudge.components.common.models.language_model import load_model, load_tokenizer
 
     model, tokenizer = load_model(collapsed), load_tokenizer(collapsed)
@@ -380,27 +388,28 @@ def test_without_prompts_and_guards_there_are_default_ones(place: Workspace) -> 
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(collapsed)
-    result = place.run("collapsed", prompts=None, guards=None)
+    result = workspace.run("collapsed", prompts=None, guards=None)
     assert not result["verdict"]["promote"]
     (guard,) = result["guards"]
     assert guard["name"] == "plain English"
     assert not guard["ok"]
-    held_out = [each.text for each in read_documents(place.folder / "corpus", "validation")]
+    held_out = [each.text for each in read_documents(workspace.folder / "corpus", "validation")]
     prompts = [sample["prompt"] for sample in result["samples"]]
     assert len(prompts) == 3
     assert all(any(text.startswith(prompt) for text in held_out) for prompt in prompts)
-    faults = [check["told"] for check in result["verdict"]["checks"] if not check["ok"]]
-    assert any("repeats one" in message for message in faults)
+    verdict = read_evaluation(workspace.folder / "evaluation").verdict
+    assert verdict is not None
+    assert any("repeats one" in check.message for check in verdict.checks if not check.ok)
 
 
-def test_a_model_from_scratch_has_no_default_guard(place: Workspace) -> None:
+def test_a_model_from_scratch_has_no_default_guard(workspace: Workspace) -> None:
     settings = EvaluateSettings(base_model="unused")
-    assert [guard.name for guard in guards_of(settings, place.folder / "candidate")] == [
+    assert [guard.name for guard in guards_of(settings, workspace.folder / "candidate")] == [
         "plain English"
     ]
-    scratch = place.folder / "scratch"
+    scratch = workspace.folder / "scratch"
     scratch.mkdir()
-    body = json.loads((place.folder / "candidate" / "nudge.json").read_text())
+    body = json.loads((workspace.folder / "candidate" / "nudge.json").read_text())
     body["training"] = {"mode": "scratch"}
     write_manifest(scratch / "nudge.json", "nudge.model", 1, body)
     assert guards_of(settings, scratch) == []

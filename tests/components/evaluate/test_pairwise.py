@@ -8,7 +8,7 @@ from aiohttp import web
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.evaluate.completions import Completion
-from nudge.components.evaluate.pairwise import KEY, PROMPT, judge_checks, judged
+from nudge.components.evaluate.pairwise import KEY, PROMPT, judge_checks, judged, letter_in
 from nudge.components.evaluate.settings import JudgeSettings
 from tests.web_server import Server
 
@@ -58,6 +58,23 @@ def test_a_preference_counts_only_in_both_orders(judge: tuple[Judge, JudgeSettin
     (check,) = judge_checks(settings, found)
     assert not check.ok
     assert "a share of 50%, where 60% is required" in check.message
+
+
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        ("B", "B"),
+        ("b.", "B"),
+        ("**B**", "B"),
+        ("It is a clear case: B", "B"),
+        ("<think>A is longer</think>B", "B"),
+        ("A is longer</think>B", "B"),
+        ("<think>A is longer, but", ""),
+        ("I cannot say", ""),
+    ],
+)
+def test_the_letter_is_found_in_a_reply_and_not_in_its_reasoning(reply: str, letter: str) -> None:
+    assert letter_in(reply) == letter
 
 
 def test_a_judge_that_gives_no_verdict_or_no_answer_is_an_error(

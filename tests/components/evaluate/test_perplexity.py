@@ -5,10 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import processors
 
+from nudge.components.common.chat.masks import Masked
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.progress import progress
 from nudge.components.common.models.language_model import load_model, load_tokenizer
@@ -165,3 +167,13 @@ def test_words_without_spaces_have_no_perplexity() -> None:
     figures = summarize([Score(90.0, 30, 120, 20), Score(90.0, 30, 120, 0)])
     assert (figures.words, figures.word_perplexity) == (None, None)
     assert figures.token_perplexity == pytest.approx(math.exp(3.0))
+
+
+def test_the_first_token_of_a_conversation_is_only_context() -> None:
+    """Also if it is learned, as in a template that puts nothing before a first assistant turn."""
+    found = [Masked(np.array([5, 6, 7, 8]), np.array([[0, 2], [3, 4]]))]
+    scorer: Any = SimpleNamespace(samples=lambda _: found)
+    conversation: Any = None
+    ((ids, scored),) = perplexity._samples(conversation, None, [], scorer)
+    assert ids == [5, 6, 7, 8]
+    assert scored.tolist() == [True, False, True]

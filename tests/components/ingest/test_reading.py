@@ -142,9 +142,9 @@ def saved(folder: Path, name: str, numbers: list[int]) -> tuple[bytes, dict[int,
 
 
 def pieces(name: str, raw: bytes, facts: dict[int, Any]) -> list[dict[str, Any]]:
-    told = json.dumps(facts)
+    as_json = json.dumps(facts)
     return [
-        {"name": name, "size": len(raw), "facts": told, "offset": at, "data": raw[at : at + 999]}
+        {"name": name, "size": len(raw), "facts": as_json, "offset": at, "data": raw[at : at + 999]}
         for at in range(0, len(raw), 999)
     ]
 
@@ -158,8 +158,8 @@ def test_a_file_counts_when_it_is_complete_and_only_once(tmp_path: Path) -> None
     first, again = pieces("a", *one), pieces("b", *other)
     # The node of `a` is lost before its last piece, and its task reruns on another node, which
     # does not see one object; then the last piece of `a` arrives after all.
-    told = [arriving.take(piece) for piece in [*first[:0:-1], *again, first[0]]]
-    assert [count for count in told if count] == [1, 1]
+    counts = [arriving.take(piece) for piece in [*first[:0:-1], *again, first[0]]]
+    assert [count for count in counts if count] == [1, 1]
     assert sorted(arriving.facts) == [3, 4]
     documents.flush()
     assert sorted(documents.query("SELECT object FROM docs")) == [(3,), (4,)]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nudge.components.common.artifacts import corpus as corpora
 from nudge.components.common.artifacts.corpus import Document, text_sha256, write_corpus
@@ -22,6 +22,7 @@ from nudge.components.tokenize import encode
 from nudge.components.tokenize.ids import ids_of
 from nudge.components.tokenize.settings import TokenizeSettings, tokenize_settings
 from nudge.components.tokenize.tokenize import tokenize
+from nudge.components.train.settings import TrainSettings
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -58,9 +59,6 @@ def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "model"
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = CHATML
-    AutoTokenizer.from_pretrained(tiny_model)
-    from transformers import AutoModelForCausalLM
-
     AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -152,7 +150,7 @@ def test_the_prompt_is_encoded_as_the_server_encodes_it(run: Run) -> None:
         prompt = tokenizer.apply_chat_template(
             messages[:turn], add_generation_prompt=True, return_dict=False
         )
-        # Later prompts hold earlier answers, which a server encodes together with their prompt.
+        # Later prompts contain earlier answers, which a server encodes together with their prompt.
         assert (
             ids[:first] == prompt
             if turn == 2
@@ -162,9 +160,9 @@ def test_the_prompt_is_encoded_as_the_server_encodes_it(run: Run) -> None:
 
 def test_records_keep_their_positions_when_some_are_left_out(run: Run) -> None:
     bad = chat("short", "word " * 200)
-    given = documents([*CHATS, bad])
-    tokens = run(given, max_tokens=120)
-    ordered = sorted(given, key=lambda each: text_sha256(each.body))
+    made = documents([*CHATS, bad])
+    tokens = run(made, max_tokens=120)
+    ordered = sorted(made, key=lambda each: text_sha256(each.body))
     reader = TokenReader(tokens, "train")
     positions = [reader.record(n) for n in range(reader.documents)]
     kept = [n for n, each in enumerate(ordered) if each.conversation is not bad]
@@ -204,7 +202,7 @@ def test_learn_chooses_the_turns(run: Run, learn: str, wanted: list[list[str]] |
 def test_processes_and_blocks_change_no_byte(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     one = run(documents(), "one")
     monkeypatch.setattr(encode, "BLOCK_BYTES", 10**6)
-    other = run(documents(), "other")
+    other = run(documents(), "other", processes=2)
     for path in sorted(one.glob("*.tokens")):
         assert path.read_bytes() == (other / path.name).read_bytes()
 
@@ -234,7 +232,8 @@ def test_the_recipe_gives_the_settings_of_train(tmp_path: Path) -> None:
     assert (made.learn, made.max_tokens) == ("last", 512)
     made = tokenize_settings(recipe + "tokenize: {max_tokens: 7}\n")
     assert (made.learn, made.max_tokens) == ("last", 7)
-    assert tokenize_settings("base_model: x").max_tokens == 256
+    trained, made = TrainSettings(base_model="x"), tokenize_settings("base_model: x")
+    assert (made.learn, made.max_tokens) == (trained.learn, trained.sequence_length)
 
 
 def offsets_encoder(tokenizer: Tokenizer) -> Encoder:

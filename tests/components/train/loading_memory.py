@@ -15,19 +15,17 @@ from safetensors.torch import save_file
 
 from nudge.components.train.settings import TrainSettings
 
-SIZES: dict[str, dict[str, Any]] = {
-    "0.1B": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 10,
-             "num_attention_heads": 12, "num_key_value_heads": 12, "vocab_size": 32000},
-    "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-             "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936},
+SIZES: dict[str, Any] = {
+    "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 10,
+    "num_attention_heads": 12, "num_key_value_heads": 12, "vocab_size": 32000,
 }  # fmt: skip
 
 
-def write_random_model(folder: Path, size: str, files: int = 3) -> Path:
-    """A Llama with random bfloat16 weights, written without holding more than one file of it."""
+def write_random_model(folder: Path, files: int = 3) -> Path:
+    """A Llama of 0.1 billion random bfloat16 weights, with one file in memory at a time."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(**SIZES[size], tie_word_embeddings=True)
+    config = LlamaConfig(**SIZES, tie_word_embeddings=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shapes = {name: p.shape for name, p in model.named_parameters()}

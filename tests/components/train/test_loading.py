@@ -53,7 +53,7 @@ def test_two_ranks_each_load_little_more_than_their_share(
     tmp_path: Path, values: dict[str, str]
 ) -> None:
     """Measured on a CPU with two ranks: 57 MB above a share of 191 MB (0.1B parameters)."""
-    folder = write_random_model(tmp_path / "model", "0.1B")
+    folder = write_random_model(tmp_path / "model")
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
