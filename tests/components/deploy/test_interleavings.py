@@ -21,7 +21,7 @@ from nudge.components.common.clients.registry import connection, releases
 from nudge.components.common.clients.registry.releases import Served, Version
 from nudge.components.common.core import progress, provenance
 from nudge.components.common.core.errors import UserError
-from nudge.components.deploy import approval, canary, traffic
+from nudge.components.deploy import approval, canary, targets, traffic
 from nudge.components.deploy import deploy as deploying
 from nudge.components.deploy.measure import Measured
 from nudge.components.deploy.settings import DeploySettings
@@ -439,8 +439,8 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Orders]:
     monkeypatch.setattr(connection, "with_registry", with_registry)
     monkeypatch.setattr(traffic, "smoke_test", lambda *_: "an answer")
     monkeypatch.setattr(canary, "_observe", observe)
-    monkeypatch.setattr(deploying, "_target", lambda *_: world())
-    monkeypatch.setattr(deploying, "_target_name", lambda *_: "local")
+    monkeypatch.setattr(targets, "find_target", lambda *_: world())
+    monkeypatch.setattr(targets, "target_name", lambda *_: "local")
     monkeypatch.setattr(standing, "_silent", lambda _: "")
     monkeypatch.setenv("NUDGE_RUN_ID", "")
     return make
