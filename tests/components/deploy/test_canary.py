@@ -13,7 +13,7 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.settings import parse
 from nudge.components.deploy import canary, measure
 from nudge.components.deploy.canary import plan, worse
-from nudge.components.deploy.local import gateway
+from nudge.components.deploy.local import caddy, gateway
 from nudge.components.deploy.measure import Counts, Measured
 from nudge.components.deploy.settings import CanaryLimits, DeploySettings
 from tests.components.deploy.site import Site
@@ -149,7 +149,7 @@ def test_the_gateway_counts_what_users_send(site: Site, home: Any) -> None:
     assert found["flaky"] is not None
     assert found["flaky"].requests == 10
     assert found["flaky"].errors >= 8
-    text = (home / "gateway" / site.model / gateway.REQUESTS).read_text()
+    text = (home / "gateway" / site.model / caddy.REQUESTS).read_text()
     assert "secret" not in text
     assert "Authorization" not in text
     assert "remote_ip" not in text
