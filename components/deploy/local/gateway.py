@@ -44,7 +44,7 @@ START_TIMEOUT_S = 30.0
 _reported: set[str] = set()
 """The damaged files that this process has reported."""
 DRAIN_TIMEOUT_S = 120.0
-"""How long requests under way on a server that goes may take to end."""
+"""How long to wait for the requests in flight on a server that is about to stop."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Backends:
 
 
 def routes(home: Path) -> dict[str, Backends]:
-    """What was last asked for, by model; empty if nothing ever was."""
+    """The current route of each model; empty if there is none."""
     paths = sorted((home / "gateway").glob("*/now/route.json"))
     found = {path.parts[-3]: _read_route(path) for path in paths}
     return {model: route for model, route in found.items() if route}
@@ -88,7 +88,7 @@ def _is_shares(value: Any) -> bool:
 
 
 def addresses(home: Path) -> dict[str, str]:
-    """Where users meet each model, by the name of its process, whose record has Caddy's own."""
+    """The URL of each model for users, by the name of its gateway's process."""
     return {gateway_name(model): _url(route.port) for model, route in routes(home).items()}
 
 
@@ -121,7 +121,7 @@ def route(
 
 
 def drained(home: Path, model: str, address: str) -> bool:
-    """Wait until no request is under way on a server (``host:port``); False if that takes long."""
+    """Wait until a server (``host:port``) has no request in flight; False if it takes too long."""
     import httpx
 
     record = processes.read_record(home, gateway_name(model))
