@@ -1,7 +1,9 @@
 """Evaluates the CEL of a ValidatingAdmissionPolicy in the manifests, as the API server does.
 
-The package common-expression-language is not the implementation of the API server. Of its library
-for Kubernetes, only the authorizer's check of a permission is here.
+No API server was asked. The text and the status (422) of a refusal follow the source of Kubernetes
+(apiserver/pkg/admission/plugin/policy/validating/dispatcher.go, and NewForbidden in
+apiserver/pkg/admission/errors.go). The package common-expression-language is not the CEL of the API
+server. Of its library for Kubernetes, only the authorizer's check of a permission is here.
 """
 
 from collections.abc import Callable

@@ -84,7 +84,7 @@ LONG = (
     "pipelines/local/test_bad_days.py::test_no_damaged_file_ends_in_a_traceback[empty]",
     "pipelines/test_compile.py::test_compiling_in_another_process_gives_the_same_bytes",
     "pipelines/test_compile.py::test_made_files_are_current",
-    "security/test_local_services.py::test_no_rank_takes_code_from_the_current_folder",
+    "security/test_current_folder.py::test_no_rank_takes_code_from_the_current_folder",
     "security/test_read_is_registered.py::test_a_writer_of_the_bucket",
 )  # fmt: skip
 """The beginnings of the names of tests that take over ten seconds on two cores and that a quicker

@@ -46,18 +46,18 @@ def program() -> str:
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         pytest.skip(f"no program {PACKAGE} here, and no apt-get to bring it")
     folder = Path(tempfile.mkdtemp(prefix="nudge-image-registry-"))
-    told = ""
+    problem = ""
     for command in (["true"], ["apt-get", "-qq", "update"]):
         subprocess.run(command, capture_output=True, timeout=120)
         download = subprocess.run(
             ["apt-get", "-qq", "download", PACKAGE],
             cwd=folder, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
-        told = download.stderr.strip()
+        problem = download.stderr.strip()
         for package in folder.glob("*.deb"):
             subprocess.run(["dpkg-deb", "-x", package, folder], check=True, timeout=120)
             return str(folder / "usr" / "bin" / PACKAGE)
-    pytest.skip(f"Debian's {PACKAGE} cannot be had: {told}")
+    pytest.skip(f"Debian's {PACKAGE} cannot be downloaded: {problem}")
 
 
 class ImageRegistry:

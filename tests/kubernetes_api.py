@@ -292,6 +292,9 @@ class KubernetesApi(Objects):
             if why := self.admit("CREATE", body):
                 raise Refused(422, why)
             if query.get("dryRun") == "All":
+                # As in DryRunnableStorage.Create of apiserver/pkg/registry/generic/registry: after
+                # admission, a name that is taken is refused, and nothing is stored.
+                self._refuse_taken((kind[1], part["namespace"], body["metadata"]["name"]))
                 return JSONResponse(body, 201)
             return JSONResponse(self._create(body, part["namespace"], manager, kind), 201)
         media = request.headers.get("content-type", "")

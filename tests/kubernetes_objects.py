@@ -180,9 +180,7 @@ class Objects:
             raise Refused(400, "the namespace of the object does not match the path")
         _refuse_invalid(body)
         key = _key(body)
-        if key in self.objects:
-            message = f'{body["kind"].lower()}s "{key[2]}" already exists'
-            raise Refused(409, message, "AlreadyExists", name=key[2])
+        self._refuse_taken(key)
         definition = schemas.definition(body)
         if definition:
             body = schemas.with_defaults(body, schemas.schema(definition))
@@ -196,6 +194,11 @@ class Objects:
         self._owners[key] = {}
         take_ownership(self._owners[key], {}, body, manager)
         return self._store(body, bump=False, notify=True)
+
+    def _refuse_taken(self, key: Key) -> None:
+        if key in self.objects:
+            message = f'{key[0].lower()}s "{key[2]}" already exists'
+            raise Refused(409, message, "AlreadyExists", name=key[2])
 
     def _apply(
         self, key: Key, body: Object, kind: tuple[str, str], manager: str, force: bool

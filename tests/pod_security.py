@@ -27,20 +27,20 @@ PROFILES = ("RuntimeDefault", "Localhost")
 
 def violations(pod: Object) -> list[str]:
     """What of a pod's spec the level `restricted` refuses, as ``where: what``."""
-    told = [f"pod: {name}" for name in ("hostNetwork", "hostPID", "hostIPC") if pod.get(name)]
+    found = [f"pod: {name}" for name in ("hostNetwork", "hostPID", "hostIPC") if pod.get(name)]
     context = pod.get("securityContext") or {}
-    told += [f"pod: {each}" for each in _of_any(context)]
-    told += [
+    found += [f"pod: {each}" for each in _of_any(context)]
+    found += [
         f"pod: sysctl {each['name']}"
         for each in context.get("sysctls", [])
         if each["name"] not in SYSCTLS
     ]
     for volume in pod.get("volumes", []):
-        told += [f"volume {volume['name']}: {kind}" for kind in set(volume) - VOLUMES - {"name"}]
+        found += [f"volume {volume['name']}: {kind}" for kind in set(volume) - VOLUMES - {"name"}]
     for kind in ("initContainers", "containers", "ephemeralContainers"):
         for container in pod.get(kind, []):
-            told += [f"{container['name']}: {each}" for each in _of_container(container, context)]
-    return told
+            found += [f"{container['name']}: {each}" for each in _of_container(container, context)]
+    return found
 
 
 def _of_container(container: Object, pod: Object) -> Iterator[str]:

@@ -17,15 +17,15 @@ BODY = bytes(range(256)) * 1000
 
 
 class Echo(Server):
-    """Answers each request with its own body, and counts what arrived whole."""
+    """Answers each request with its own body, and counts complete requests."""
 
     def __init__(self) -> None:
         super().__init__(("*", "/{anything:.*}", self._answer))
-        self.whole = 0
+        self.complete = 0
 
     async def _answer(self, request: web.Request) -> web.Response:
         body = await request.read()
-        self.whole += 1
+        self.complete += 1
         return web.Response(body=body or b"empty", headers={"Seen-Host": request.host})
 
 
@@ -70,7 +70,7 @@ def test_each_fault_is_what_it_says(
     else:
         with pytest.raises(met):
             httpx.post(proxy.url, content=BODY)
-    assert echo.whole == done
+    assert echo.complete == done
     assert proxy.counts == {fault: 1}
     assert httpx.post(proxy.url, content=BODY).content == BODY
 

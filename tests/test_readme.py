@@ -36,7 +36,7 @@ FORM = re.compile(r"[\[\]|]|\b[A-Z_]{4,}\b")
 
 
 INSIDE = "image-registry.openshift-image-registry.svc:5000"
-"""OpenShift's own registry, where the result of a build lies under its project's name."""
+"""OpenShift's own registry, where the result of a build is under its project's name."""
 
 
 def lines(page: str) -> list[str]:

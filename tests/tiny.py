@@ -1,10 +1,14 @@
 """A tiny causal language model with a real tokenizer, created in a second."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from nudge.components.common.core.publish import write_manifest
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT = (
@@ -60,3 +64,18 @@ def turn_around(folder: Path) -> None:
     weights = load_file(path)
     weights["model.norm.weight"].neg_()
     save_file(weights, path, {"format": "pt"})
+
+
+def make_trained_model(model: Path, folder: Path, **settings: Any) -> Path:
+    """A copy of a model's folder with the facts that `train` writes about a run's ``settings``."""
+    shutil.copytree(model, folder)
+    facts = {
+        "base_model": {"uri": "package://x/y", "sha256": "b" * 64},
+        "data_fingerprint": "d" * 64,
+        "tokenizer_sha256": "e" * 64,
+        "code_version": "0.1.0+src.1",
+        "seed": 1,
+        "settings": settings,
+    }
+    write_manifest(folder / "nudge.json", "nudge.model", 1, facts)
+    return folder

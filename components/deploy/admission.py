@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from nudge.components.common.artifacts.comparison import Compared, compared_with
 from nudge.components.common.clients.registry.releases import Served, Version
 
+CANARY_PLAN = "canary_plan"
+"""The custom property of a version that names the incumbent and the shares of its canary."""
+
 
 class NotPromoted(Exception):
     """The candidate stays registered and gets no traffic; the text gives the reason.
@@ -68,7 +71,7 @@ def _in_canary(
     version: Version, before: Served | None, live: Mapping[str, int], compared: Compared
 ) -> bool:
     """Whether the traffic is what this version's own canary, which was interrupted, left behind."""
-    plan = json.loads(str(version.properties.get("canary_plan") or "{}"))
+    plan = json.loads(str(version.properties.get(CANARY_PLAN) or "{}"))
     share = live.get(version.name, 0)
     ours = plan.get("incumbent") == compared.version and share in plan.get("shares", [])
     if not ours or live != {compared.version: 100 - share, version.name: share}:

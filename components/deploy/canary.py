@@ -16,13 +16,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from nudge.components.common.clients.registry.releases import NOT_PROMOTED, Served, Version
-from nudge.components.deploy.admission import NotPromoted
+from nudge.components.deploy.admission import CANARY_PLAN, NotPromoted
 from nudge.components.deploy.measure import Counts, Measured, Probe
 from nudge.components.deploy.settings import CanaryLimits, DeploySettings
 from nudge.components.deploy.smoke import ModelServer
+from nudge.components.deploy.traffic import Check
 
-PLAN, REPORT = "canary_plan", "canary"
-"""The custom properties of a version: what was intended, and what was measured."""
+REPORT = "canary"
+"""The custom property of a version that has the measurements of its canary."""
 ENOUGH = 5
 """Requests to each version that a judgement needs."""
 PATIENCE = 3
@@ -30,8 +31,6 @@ PATIENCE = 3
 NOISE_S = 0.05
 """A difference in time to first token that nobody notices, whatever the limit."""
 POLL_S = 0.5
-
-Check = Callable[[Served | None, dict[str, int]], None]
 
 
 class Move(Protocol):
@@ -100,7 +99,7 @@ def _run(
         if len(steps) > 1:
             incumbent = next(name for name in steps[0] if name != version)
             intent = {"incumbent": incumbent, "shares": settings.canary}
-            world.record({PLAN: json.dumps(intent)})
+            world.record({CANARY_PLAN: json.dumps(intent)})
 
     result: dict[str, Any] = {}
     check: Check = begin
@@ -131,6 +130,11 @@ def _run(
 def worse(candidate: Measured, incumbent: Measured, limits: CanaryLimits) -> list[str]:
     """What the candidate does worse than the limits allow, each as a clause."""
     found = []
+    if candidate.requests < ENOUGH and 2 * candidate.requests < incumbent.requests:
+        found.append(
+            f"it finished {candidate.requests} requests while the incumbent finished "
+            f"{incumbent.requests}"
+        )
     if candidate.error_rate > incumbent.error_rate + limits.error_rate:
         found.append(
             f"{candidate.error_rate:.1%} of its requests failed, {incumbent.error_rate:.1%} of the "

@@ -1,7 +1,6 @@
 """The step `deploy`: serve and test a registered version, and roll back to an earlier one."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,14 +12,14 @@ from nudge.components.common.artifacts.approval import (
     read_approval,
 )
 from nudge.components.common.clients.registry.releases import NOT_PROMOTED, Served
-from nudge.components.common.core.environment import in_pipeline_step, nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.step import step
-from nudge.components.deploy import approval, canary
+from nudge.components.deploy import approval, canary, targets
 from nudge.components.deploy.admission import NotPromoted, why_not
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import ModelServer
-from nudge.components.deploy.traffic import Check, Target, shift, unchecked
+from nudge.components.deploy.traffic import Check, shift, unchecked
+from nudge.components.deploy.way_back import still_before, unmoved, version_before
 
 
 @step("deploy", reuse=False)
@@ -95,7 +94,7 @@ def admitted(settings: DeploySettings, model: str, version: str) -> Check:
         if settings.approval == "none" or set(live) == {version}:
             return
         current = with_registry(url, find_version(model, version))
-        decision = _approvals(settings, before).find(current)
+        decision = targets.find_approvals(settings, before).find(current)
         if reason := approval.waits_because(current, decision):
             awaiting = decision is None
             note = approval.ask_for(current, reason) if awaiting else {NOT_PROMOTED: reason}
@@ -124,9 +123,10 @@ def decide(
         return with_registry(url, work)
 
     served = ask(releases.find_served(model))
-    on_cluster = _target_name(settings, served) == "kserve"
+    lease: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     # On a cluster the API server accepts one decision, and deploy asks for it under the lease.
-    lease = contextlib.nullcontext() if on_cluster else _target(settings, served).exclusive(model)
+    if targets.target_name(settings, served) == "local":
+        lease = targets.find_target(settings, served).exclusive(model)
     with lease:
         found = ask(releases.find_version(model, version))
         if read_approval(found.properties) is None:
@@ -138,7 +138,7 @@ def decide(
             evidence = approval.evidence_of(found)
             approval.close(ask, found, Approval("expired", "", approval.now(), evidence, why))
             raise UserError(f"{model} {version} is archived now: {why}; run again")
-        approvals = _approvals(settings, served)
+        approvals = targets.find_approvals(settings, served)
         decision = approvals.find(found)
         if decision is None or decision.state != state:
             decision = approvals.decide(found, state, reason)
@@ -162,15 +162,6 @@ def _archive_expired(settings: DeploySettings, model: str, version: str) -> None
     else:
         for each in old:
             print(f"archived {each}, which can no longer be approved", flush=True)
-
-
-def _approvals(settings: DeploySettings, served: Served | None) -> approval.Approvals:
-    if _target_name(settings, served) != "kserve":
-        return approval.RegistryApprovals()
-    from nudge.components.common.clients.kube import connect
-    from nudge.components.deploy.kserve.approvals import ClusterApprovals
-
-    return ClusterApprovals(connect(settings.kserve.namespace))
 
 
 @step("rollback", reuse=False)
@@ -208,53 +199,6 @@ def rollback(
             with_registry(url, note_rollback(registered_model, Rollback(run_id, version, live)))
 
     return _serve_in_step(settings, registered_model, version, check_and_note)
-
-
-class Moved(UserError):
-    """The traffic has changed since this shift was decided."""
-
-
-def unmoved(*shares: dict[str, int]) -> Check:
-    """A check for `shift`: raises `Moved` unless the traffic is still split as one of these."""
-
-    def check(before: Served | None, live: dict[str, int]) -> None:
-        if live not in shares:
-            raise Moved("another run or command has moved the traffic meanwhile")
-
-    return check
-
-
-def still_before(version: str) -> Check:
-    """A check for `shift`: raises `Moved` unless a rollback still leads to ``version``."""
-
-    def check(before: Served | None, live: dict[str, int]) -> None:
-        if before is None or _way_back(before, set(live)) != version:
-            raise Moved(
-                "another run or command has moved the traffic meanwhile, so a rollback no longer "
-                f"leads to {version}; look at `nudge models` and roll back again"
-            )
-
-    return check
-
-
-def version_before(settings: DeploySettings, model: str, served: Served | None) -> str:
-    """The version that a rollback goes to; raises `UserError` if there is none."""
-    if served is None:
-        raise UserError(f"no version of {model} is served, so there is nothing to roll back")
-    back = _way_back(served, set(_target(settings, served).live(model)))
-    if back is None:
-        raise UserError(
-            f"{model} {served.main} is the first version that was served; name the version to "
-            "return to"
-        )
-    return back
-
-
-def _way_back(served: Served, live: set[str]) -> str | None:
-    # First undo a move that was not recorded in the registry. A split returns to its main version;
-    # a version with all the traffic, to the one before it.
-    unrecorded = bool(live) and live != set(served.shares)
-    return served.main if unrecorded or len(served.shares) > 1 else served.before
 
 
 def _serve_in_step(
@@ -316,7 +260,7 @@ def serve_candidate(
     if not settings.canary:
         return serve(settings, model, {version: 100}, note, check)
     url = registry_url(settings.registry_url)
-    target = _target(settings, with_registry(url, find_served(model)))
+    target = targets.find_target(settings, with_registry(url, find_served(model)))
     version_id = with_registry(url, find_version(model, version)).id
 
     def move(shares: dict[str, int], check: Check, servers: dict[str, Any]) -> dict[str, Any]:
@@ -352,7 +296,7 @@ def serve(
     from nudge.components.common.clients.registry.releases import find_served
 
     url = registry_url(settings.registry_url)
-    target = _target(settings, with_registry(url, find_served(model)))
+    target = targets.find_target(settings, with_registry(url, find_served(model)))
     served, answers = shift(
         target,
         lambda work: with_registry(url, work),
@@ -372,38 +316,3 @@ def serve(
         "smoke_prompt": settings.smoke_prompt,
         "smoke_answer": answers[served.main],
     }
-
-
-def _target(settings: DeploySettings, served: Served | None) -> Target:
-    if _target_name(settings, served) == "kserve":
-        from nudge.components.common.clients.kube import connect
-        from nudge.components.deploy.kserve.kserve import KServe
-
-        return KServe(connect(settings.kserve.namespace), settings)
-    from nudge.components.deploy.local import host_serving
-
-    if url := os.environ.get(host_serving.URL):
-        return host_serving.HostServing(url, os.environ[host_serving.TOKEN], settings)
-    from nudge.components.deploy.local.local_serving import LocalServing
-
-    return LocalServing(nudge_home(), settings)
-
-
-def _target_name(settings: DeploySettings, served: Served | None) -> str:
-    """``local`` or ``kserve``; raises `UserError` if the target is local and that cannot work."""
-    in_pod = in_pipeline_step()
-    elsewhere = served is not None and not served.endpoint.startswith("http://127.0.0.1:")
-    if settings.target == "auto":
-        return "kserve" if in_pod or elsewhere else "local"
-    if settings.target == "local" and in_pod:
-        raise UserError(
-            "deploy.target is local, but a server that a step starts on a cluster stops with the "
-            "step's pod; set deploy.target to kserve, or remove it"
-        )
-    if settings.target == "local" and served and elsewhere:
-        raise UserError(
-            f"deploy.target is local, but {served.model} is served at {served.endpoint}, which is "
-            "not this machine: its users would stay there while the registry says otherwise; set "
-            "the target to kserve, or remove it"
-        )
-    return settings.target

@@ -1,7 +1,8 @@
 """What users of a version experience, measured: errors, time to first token, speed, answers.
 
 The canary asks the candidate and the incumbent the same prompts at the same time, each from its own
-server, and streams the answers. What users themselves sent is counted by the router or the server.
+server, and streams the answers. The gateway or the server counts what users send. vLLM's counters
+include the requests of the canary, so on a cluster those count twice.
 """
 
 import itertools
@@ -19,11 +20,13 @@ from nudge.components.deploy.smoke import NEUTRAL, SURE, ModelServer
 PAUSE_S = 1.0
 """Between two requests to one version: the canary must not be a load of its own."""
 TIMEOUT_S = 60.0
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
+"""What reading an answer raises if it is not a completion."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Requests that users sent to a version, and how many of them a server failed to answer."""
+    """Requests to a version, and how many of them its server failed to answer (status 5xx)."""
 
     requests: int = 0
     errors: int = 0
@@ -109,7 +112,7 @@ class Probe:
 
         try:
             text, first_s, speed = stream(client, self.version.model, prompt, self.tokens)
-        except (httpx.HTTPError, ValueError, KeyError, IndexError):
+        except (httpx.HTTPError, *MALFORMED):
             with self._lock:
                 self._asked, self._errors = self._asked + 1, self._errors + 1
             return
@@ -127,7 +130,7 @@ def stream(client: Any, model: str, prompt: str, tokens: int) -> tuple[str, floa
     """A greedy completion: its text, the seconds until its first token, and tokens per second.
 
     The speed is None if the server does not stream, or for fewer than two tokens. Raises
-    `httpx.HTTPError`, or `ValueError`, `KeyError` or `IndexError` for an answer that is none.
+    `httpx.HTTPError`, or one of `MALFORMED` if the answer is not a completion.
     """
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0.0}
     for fields in NEUTRAL:

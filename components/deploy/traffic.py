@@ -63,7 +63,7 @@ class Target(Protocol):
         """Stop the versions not in ``keep``, once they have no request in flight."""
 
     def counts(self, model: str, version: str) -> Counts | None:
-        """The requests of users to a running version so far; None if nothing counts them."""
+        """The requests to a running version so far; None if nothing counts them."""
 
 
 def shift(

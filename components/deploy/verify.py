@@ -1,4 +1,4 @@
-"""What is served is what was evaluated: names, URIs and files held against the registry.
+"""What is served is what was evaluated: names, URIs and files are compared with the registry.
 
 The registry has the digest of the manifest of a version's upload (``manifest_sha256``), and the
 manifest the digest of every file, with the model's and the version's name. So a writer of the

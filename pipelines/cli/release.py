@@ -86,7 +86,7 @@ def rollback(version: str, model: str, recipe_name: str, target: str | None) -> 
     It is started and tested before the traffic moves, as in `nudge promote`.
     """
     from nudge.components.common.clients.registry.releases import find_served
-    from nudge.components.deploy.deploy import still_before, version_before
+    from nudge.components.deploy.way_back import still_before, version_before
 
     settings = read_settings(recipe_name, target)
     connections.use_registry_of(settings)

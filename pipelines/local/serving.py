@@ -9,12 +9,13 @@ from pathlib import Path
 
 from nudge.components.common.core import processes
 from nudge.components.common.core.errors import UserError
-from nudge.components.deploy.deploy import Moved, serve, unmoved
+from nudge.components.deploy.deploy import serve
 from nudge.components.deploy.local import gateway
 from nudge.components.deploy.local.gateway import gateway_name, is_open
 from nudge.components.deploy.local.host_serving import TOKEN, URL
 from nudge.components.deploy.local.local_serving import LocalServing, service_name
 from nudge.components.deploy.settings import DeploySettings
+from nudge.components.deploy.way_back import Moved, unmoved
 from nudge.pipelines.local.parts import SERVING, running, start_serving
 
 Note = Callable[[str, str], None]

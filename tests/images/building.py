@@ -18,7 +18,7 @@ TORCH = "torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl"
 
 
 def tool() -> Any:
-    """The module images/build.py, which lies outside of the package."""
+    """The module images/build.py, which is outside the package."""
     spec = importlib.util.spec_from_file_location("build", IMAGES / "build.py")
     assert spec
     assert spec.loader

@@ -40,8 +40,8 @@ def test_it_ends_in_an_answer_of_the_served_model(
         if cell.cell_type == "code"
         for output in cell.outputs
     )
-    for told in ("| next token |", "| deploy |", "promoted: True", "<iframe", "stopped "):
-        assert told in text
+    for expected in ("| next token |", "| deploy |", "promoted: True", "<iframe", "stopped "):
+        assert expected in text
     (listing,) = (cell for cell in notebook.cells if cell.source.endswith("nudge models"))
     assert "100 %" in str(listing.outputs)
     # The prompt, and what the served model says after it.

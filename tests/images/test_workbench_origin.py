@@ -33,6 +33,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     if not program.with_name("jupyter-lab").exists():
         pytest.skip("JupyterLab is not installed here; install the extra `workbench`")
     home, port = tmp_path_factory.mktemp("bench"), processes.free_port()
+    (home / "walk.ipynb").write_text("{}")
     start = runpy.run_path(str(ROOT / "images" / "workbench" / "start.py"))["command"]
     made = {"NOTEBOOK_ARGS": ARGUMENTS, "NB_PREFIX": PREFIX, "NOTEBOOK_ROOT_DIR": str(home)}
     command = start({**made, "NOTEBOOK_PORT": str(port)})

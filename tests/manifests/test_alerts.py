@@ -40,7 +40,7 @@ def fires(
         for group in yaml.safe_load(rules.read_text())["groups"]
         for rule in group["rules"]
     }
-    labels, told = annotations[alert]
+    labels, written = annotations[alert]
 
     def one(name: str) -> dict[str, Any]:
         key = "deployment" if alert == "NudgeServedModelDown" else "pod"
@@ -48,7 +48,7 @@ def fires(
             what: text.replace(f"{{{{ $labels.{key} }}}}", name).replace(
                 "{{ $labels.namespace }}", "nudge"
             )
-            for what, text in told.items()
+            for what, text in written.items()
         }
         return {
             "exp_labels": {key: name, "namespace": "nudge", **labels},

@@ -123,8 +123,8 @@ def test_pipelines_are_applied_by_themselves() -> None:
     DSPAReconciler.Reconcile of the data-science-pipelines-operator).
     """
     kinds = {"Pipeline", "PipelineVersion"}
-    held = {(folder, kind) for folder, kind, _ in objects() if kind in kinds}
-    assert held == {("pipelines", kind) for kind in kinds}
+    found = {(folder, kind) for folder, kind, _ in objects() if kind in kinds}
+    assert found == {("pipelines", kind) for kind in kinds}
     assert {kind for folder, kind, _ in objects() if folder == "pipelines"} == kinds
 
 
@@ -252,8 +252,8 @@ def test_names_that_belong_together_agree() -> None:
 
 
 def test_a_workbench_asks_for_a_login_on_every_release() -> None:
-    """JupyterLab is told to ask for none. The odh-notebook-controller of OpenShift AI 3 puts its
-    proxy before it by the one annotation, that of OpenShift AI 2 by the other."""
+    """JupyterLab asks for no login. The odh-notebook-controller of OpenShift AI 3 puts its proxy in
+    front of it by one annotation, that of OpenShift AI 2 by the other."""
     for notebook in of_kind("Notebook"):
         assert "--ServerApp.token=''" in str(notebook["spec"])
         annotations = notebook["metadata"]["annotations"]

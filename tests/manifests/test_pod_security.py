@@ -44,8 +44,8 @@ BAD: list[tuple[str, Callable[[Object], Any]]] = [
         lambda pod: pod["containers"][0].update(livenessProbe={"httpGet": {"host": "x"}}),
     ),
     *(
-        (f"c: {told}", lambda pod, more=more: pod["containers"][0]["securityContext"].update(more))
-        for told, more in {
+        (f"c: {what}", lambda pod, more=more: pod["containers"][0]["securityContext"].update(more))
+        for what, more in {
             "privileged": {"privileged": True},
             "allowPrivilegeEscalation is not false": {"allowPrivilegeEscalation": True},
             "capabilities: ALL are not dropped": {"capabilities": {"drop": ["KILL"]}},
@@ -68,11 +68,11 @@ def test_a_pod_that_asks_for_nothing_more_passes() -> None:
     assert violations(GOOD) == []
 
 
-@pytest.mark.parametrize(("told", "change"), BAD, ids=[told for told, _ in BAD])
-def test_each_control_refuses_what_it_forbids(told: str, change: Callable[[Object], Any]) -> None:
+@pytest.mark.parametrize(("what", "change"), BAD, ids=[what for what, _ in BAD])
+def test_each_control_refuses_what_it_forbids(what: str, change: Callable[[Object], Any]) -> None:
     pod = copy.deepcopy(GOOD)
     change(pod)
-    assert told in violations(pod)
+    assert what in violations(pod)
 
 
 def merged(under: Any, over: Any) -> Any:
@@ -97,7 +97,7 @@ def test_the_manifests_pods() -> None:
     pods += [each["spec"] for each in of_kind("ServingRuntime")]
     pods += [pod for each in of_kind("TrainingRuntime") for pod in runtime_pods(each)]
     assert len(pods) >= 9
-    assert [told for pod in pods for told in violations(pod)] == []
+    assert [what for pod in pods for what in violations(pod)] == []
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -1,7 +1,6 @@
 """The embedded store and registry, with a version that a run uploaded and registered."""
 
 import hashlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
 from nudge.pipelines.local import services
 from tests.security.uploads import NAME, looked_up
+from tests.tiny import make_trained_model
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +35,7 @@ def store(parts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, s
 
 @pytest.fixture
 def model(tiny_model: Path, tmp_path: Path) -> Path:
-    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    facts = {
-        "base_model": {"uri": "package://x/y", "sha256": "b" * 64},
-        "data_fingerprint": "d" * 64,
-        "tokenizer_sha256": "e" * 64,
-        "code_version": "0.1.0+src.1",
-        "seed": 1,
-        "settings": {"epochs": 1},
-    }
-    write_manifest(folder / "nudge.json", "nudge.model", 1, facts)
-    return folder
+    return make_trained_model(tiny_model, tmp_path / "model", epochs=1)
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ from tests.nights import BESIDE, ENVIRONMENT, METADATA, NUDGE, Nights
 def found_in(folder: Path, secrets: list[str], but: set[Path]) -> list[str]:
     """The files below a folder, packed ones unpacked, that hold one of the secrets."""
     needles = [secret.encode() for secret in secrets]
-    told = []
+    found = []
     for path in sorted(each for each in folder.rglob("*") if each.is_file() and each not in but):
         content = path.read_bytes()
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
         if any(needle in content for needle in needles):
-            told.append(str(path.relative_to(folder)))
-    return told
+            found.append(str(path.relative_to(folder)))
+    return found
 
 
 @pytest.mark.long

@@ -190,7 +190,7 @@ def test_an_evaluation_that_was_changed_in_the_artifact_store_is_not_registered(
     )
 
 
-def test_a_version_of_an_older_nudge_is_held_against_its_manifest_and_weights(
+def test_a_version_of_an_older_nudge_is_checked_against_its_manifest_and_weights(
     released: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither a digest in the registry nor names in the manifest."""

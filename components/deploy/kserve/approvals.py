@@ -9,7 +9,8 @@ account whose Role has the verb ``create`` on ``approvals.nudge``. The time is t
 
 Where the policy is not in force, anybody who may create ConfigMaps could write any name. `find`
 therefore tries to forge a decision first (a dry run, which stores nothing) and believes no
-decision unless the policy refuses the attempt.
+decision unless the policy refuses the attempt. It does not notice a ConfigMap that somebody forged
+before the policy came into force.
 """
 
 from typing import Any

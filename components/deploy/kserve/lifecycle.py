@@ -156,10 +156,11 @@ def requests_in_flight(client: Any) -> int | None:
 
 
 def requests_answered(client: Any) -> Counts | None:
-    """The completions that vLLM's API server has answered since it started, and those that it
-    answered with a server error; None if it does not report them.
+    """The requests below /v1 that vLLM's API server has answered since it started, and those that
+    it answered with a server error; None if it does not report them.
 
-    The metric is ``http_requests_total{handler="/v1/completions",status="2xx",...}``.
+    They include the requests of nudge itself. The metric is
+    ``http_requests_total{handler="/v1/completions",status="2xx",...}``.
     """
     import httpx
 

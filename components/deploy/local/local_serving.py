@@ -1,7 +1,8 @@
-"""Serving on this machine: `transformers serve` on the CPU, a process a version, behind a gateway.
+"""Serving on this machine: `transformers serve` on the CPU, one process per version.
 
-The server finds a model by its path, so it runs in a folder where the model's own name is that
-path: requests name the registered model, as they do on a cluster (vLLM's --served-model-name).
+A gateway gives each model one address. The server finds a model by its path, so it runs in a folder
+where the model's own name is that path: requests name the registered model, as they do on a cluster
+(vLLM's --served-model-name).
 """
 
 import contextlib
@@ -26,7 +27,7 @@ KEPT_VERSIONS = 3
 
 
 class LocalServing:
-    """A `Target` below ``home``: a server a version, and one address a model."""
+    """A `Target` below ``home``: one server per version, and one address per model."""
 
     environment = "local"
     runtime = "transformers"

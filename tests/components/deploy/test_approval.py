@@ -11,7 +11,7 @@ from nudge.components.common.clients.registry.releases import note_properties
 from nudge.components.common.core.errors import UserError
 from nudge.components.deploy import approval
 from nudge.components.deploy.deploy import decide, serve_approved
-from nudge.components.deploy.kserve.approvals import CONFIG_MAP, PREFIX, ClusterApprovals
+from nudge.components.deploy.kserve.approvals import PREFIX, PROBE, ClusterApprovals
 from tests.admission import policy, refusal
 from tests.components.deploy.kserve_cluster import ServingCluster
 from tests.components.deploy.site import Site
@@ -193,6 +193,9 @@ def test_no_decision_counts_where_the_policy_is_not_in_force(
         serve_approved(waiting.settings, registered_model=waiting.model, version="candidate")
     assert waiting.weights() == {"v1": 100}
     assert len(api.all("ConfigMap")) == 1, "the attempt to forge one is a dry run"
+    api.add({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": PROBE}})
+    with pytest.raises(UserError, match="the policy nudge-approvals is not in force"):
+        ClusterApprovals(cluster_of(cluster)).check_guarded()
 
 
 @KSERVE
@@ -217,5 +220,4 @@ def test_a_config_map_that_is_no_decision_is_refused(
 def cluster_of(cluster: ServingCluster) -> Any:
     from nudge.components.common.clients.kube import connect
 
-    assert CONFIG_MAP.plural == "configmaps"
     return connect(cluster.api.namespace)

@@ -1,17 +1,19 @@
 """A canary with real servers, on this machine and on KServe, and its judgement."""
 
+import itertools
 import json
-import threading
+import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.settings import parse
 from nudge.components.deploy import canary, measure
 from nudge.components.deploy.canary import plan, worse
-from nudge.components.deploy.local import gateway
+from nudge.components.deploy.local import caddy, gateway
 from nudge.components.deploy.measure import Counts, Measured
 from nudge.components.deploy.settings import CanaryLimits, DeploySettings
 from tests.components.deploy.site import Site
@@ -138,17 +140,16 @@ def test_the_gateway_counts_what_users_send(site: Site, home: Any) -> None:
         for _ in range(20):
             client.post(f"{endpoint}/v1/completions", json={"prompt": "a secret"})
     servers = gateway.routes(home)[site.model].servers
-    deadline = threading.Event()
     for _ in range(50):  # Caddy writes a line when the answer has been sent
         found = {name: gateway.counts(home, site.model, server) for name, server in servers.items()}
         if sum(each.requests for each in found.values() if each) == 20:
             break
-        deadline.wait(0.1)
+        time.sleep(0.1)
     assert found["v1"] == Counts(10, 0)
     assert found["flaky"] is not None
     assert found["flaky"].requests == 10
     assert found["flaky"].errors >= 8
-    text = (home / "gateway" / site.model / gateway.REQUESTS).read_text()
+    text = (home / "gateway" / site.model / caddy.REQUESTS).read_text()
     assert "secret" not in text
     assert "Authorization" not in text
     assert "remote_ip" not in text
@@ -169,12 +170,40 @@ GOOD = Measured(100, 1, 0.2, 30.0, 20, 20)
         ({"tokens_per_s": 20.9}, "it writes 20.9 tokens/s, the incumbent 30.0 (limit -30%)"),
         ({"right": 19}, "95% of its probe answers are as evaluated, 100% of the incumbent's"),
         ({"first_token_s": None, "tokens_per_s": None, "answers": 0}, None),
+        ({"requests": 0, "errors": 0}, "it finished 0 requests while the incumbent finished 100"),
+        ({"requests": 5, "errors": 0}, None),
     ],
 )
 def test_worse_is_beyond_the_limits(change: dict[str, Any], found: str | None) -> None:
     problems = worse(replace(GOOD, **change), GOOD, CanaryLimits())
     assert len(problems) == (found is not None)
     assert found is None or problems[0].startswith(found)
+
+
+def test_a_candidate_is_not_worse_if_the_incumbent_answers_as_few_requests() -> None:
+    few, none = replace(GOOD, requests=1, errors=0), replace(GOOD, requests=0, errors=0)
+    assert worse(none, none, CanaryLimits()) == worse(few, few, CanaryLimits()) == []
+
+
+def test_an_answer_that_is_no_completion_is_an_error() -> None:
+    """A candidate that answers anything else must not end its own measurement."""
+    from aiohttp import web
+
+    from nudge.components.deploy.smoke import ModelServer
+    from tests.web_server import Server
+
+    bodies = itertools.cycle(["null", "[]", '{"choices": ["x"]}', '{"choices": [null]}', "{}", "?"])
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(text=next(bodies), content_type="application/json")
+
+    version = Version("m", "v2", "1", "v2", "s3://b/v2", False, 0, {})
+    with Server(("POST", "/v1/completions", answer)) as server:
+        probe = measure.Probe(ModelServer(server.url), version, ["Paris"], 1)
+        for _ in range(6):
+            with probe.server.client(timeout_s=5.0) as client:
+                probe._ask(client, "Paris")
+    assert (probe.measured().requests, probe.measured().errors) == (6, 6)
 
 
 def test_a_difference_that_nobody_notices_is_not_worse() -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.deploy import traffic
-from nudge.components.deploy.deploy import Moved, serve, still_before, unmoved
+from nudge.components.deploy.deploy import serve
 from nudge.components.deploy.local.local_serving import LocalServing
+from nudge.components.deploy.way_back import Moved, still_before, unmoved
 from tests.components.deploy.site import Site
 
 

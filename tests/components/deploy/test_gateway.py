@@ -82,8 +82,8 @@ def test_the_table_of_parts_shows_where_users_meet_the_model(
     home: Path, servers: dict[str, str]
 ) -> None:
     endpoint = gateway.route(home, "m", servers, {"v1": 100}, 0)
-    told = CliRunner().invoke(main, ["services", "status", "--json"], catch_exceptions=False)
-    (row,) = json.loads(told.stdout)
+    done = CliRunner().invoke(main, ["services", "status", "--json"], catch_exceptions=False)
+    (row,) = json.loads(done.stdout)
     assert (row["name"], row["state"], row["address"]) == ("gateway-m", "running", endpoint)
 
 

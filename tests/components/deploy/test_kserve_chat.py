@@ -6,7 +6,8 @@ import pytest
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.deploy.deploy import deploy
-from tests.components.deploy.kserve_cluster import SETTINGS, TOKEN, P, ServingCluster
+from tests.components.deploy.kserve_cluster import SETTINGS, ServingCluster
+from tests.components.deploy.kserve_servers import TOKEN, P
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}]
 

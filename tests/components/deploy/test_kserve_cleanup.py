@@ -16,7 +16,8 @@ from nudge.components.deploy.deploy import deploy
 from nudge.components.deploy.kserve import lifecycle, objects
 from nudge.components.deploy.kserve.kserve import KServe
 from nudge.components.deploy.settings import DeploySettings
-from tests.components.deploy.kserve_cluster import SETTINGS, ModelServer, ServingCluster
+from tests.components.deploy.kserve_cluster import SETTINGS, ServingCluster
+from tests.components.deploy.kserve_servers import ModelServer
 from tests.components.deploy.test_kserve_readiness import MODEL, version
 
 

@@ -96,7 +96,7 @@ def test_a_stream_of_requests_loses_none(registered: str, home: Path) -> None:
     with pytest.raises(UserError, match="first version that was served"):
         rollback(settings, registered_model=NAME)
 
-    # What is served is held against what was evaluated.
+    # What is served is compared with what was evaluated.
     route = gateway.routes(home)[NAME]
     folder = home / "serving" / NAME / "v2" / NAME
     weights = (home / "serving" / NAME / "v1" / NAME / "model.safetensors").read_bytes()
@@ -112,7 +112,7 @@ def test_what_was_served_comes_back_after_a_reboot(registered: str, home: Path) 
     settings = DeploySettings(smoke_prompt=PROMPT)
     endpoint = deploy(settings, registered_model=NAME, version="v1")["endpoint"]
     answer = ask(endpoint, home)
-    for record in processes.records(home):  # as the machine's end does: nothing is told
+    for record in processes.records(home):  # as when the machine stops: nothing is notified
         if process := record.process():
             process.kill()
             process.wait()

@@ -16,7 +16,7 @@ from nudge.components.common.clients.registry.releases import (
 )
 from nudge.components.common.core import processes
 from nudge.components.common.core.errors import UserError
-from nudge.components.deploy import deploy, traffic
+from nudge.components.deploy import deploy, targets, traffic
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import ModelServer
 from tests.local_registry import running_registry
@@ -249,7 +249,7 @@ def test_a_registry_that_fails_during_a_shift(
     assert shift.served() == before
     # A rollback returns to the version served before the failure, not to the one before it.
     monkeypatch.setenv("NUDGE_REGISTRY_URL", address)
-    monkeypatch.setattr(deploy, "_target", lambda settings, served: target)
+    monkeypatch.setattr(targets, "find_target", lambda settings, served: target)
     back = deploy.rollback(DeploySettings(), registered_model=model)
     assert back["version"] == ("v2" if moved else "v1")
     assert target.shares == {back["version"]: 100}

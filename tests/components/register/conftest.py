@@ -9,6 +9,7 @@ import pytest
 from nudge.components.common.core.publish import write_manifest
 from nudge.components.common.models.base_model import model_sha256
 from nudge.pipelines.local import services
+from tests.tiny import make_trained_model
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +34,7 @@ def environment(
 
 @pytest.fixture
 def model(tiny_model: Path, tmp_path: Path) -> Path:
-    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    facts = {
-        "base_model": {"uri": "package://x/y", "sha256": "b" * 64},
-        "data_fingerprint": "d" * 64,
-        "tokenizer_sha256": "e" * 64,
-        "code_version": "0.1.0+src.1",
-        "seed": 1,
-        "settings": {"epochs": 1, "rates": [1e-3]},
-    }
-    write_manifest(folder / "nudge.json", "nudge.model", 1, facts)
-    return folder
+    return make_trained_model(tiny_model, tmp_path / "model", epochs=1, rates=[1e-3])
 
 
 @pytest.fixture

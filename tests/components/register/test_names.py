@@ -312,10 +312,10 @@ def _together(numbers: dict[str, int]) -> Callable[[Any], Any]:
         async def wait(scope: Any, receive: Any, send: Any) -> None:
             part = scope["path"].rpartition("/")[2] if scope["type"] == "http" else ""
             if part in numbers and scope["method"] == "GET" and arrived[part] < numbers[part]:
-                held: list[Any] = []
+                messages: list[Any] = []
 
                 async def hold(message: Any) -> None:
-                    held.append(message)
+                    messages.append(message)
 
                 await app(scope, receive, hold)
                 with guard:
@@ -324,7 +324,7 @@ def _together(numbers: dict[str, int]) -> Callable[[Any], Any]:
                     if arrived[part] >= numbers[part]:
                         break
                     await asyncio.sleep(0.01)
-                for message in held:
+                for message in messages:
                     await send(message)
                 return
             await app(scope, receive, send)
