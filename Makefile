@@ -8,7 +8,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help run test test-long setup lint compile check audit bench wheel images wheels lock clean
 
-help:  ## what can be made
+help:  ## list these targets
 	@sed -nE 's/^([a-z%-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
 run: setup  ## the whole pipeline here, on the default recipe
@@ -73,13 +73,6 @@ bench-%: setup  ## one benchmark: ours beside the named peer, in one run
 WHEEL_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 wheel:  ## the fused loss with its CUDA kernel, in dist/; needs nvcc and torch, no GPU, no network
 	$(WHEEL_PYTHON) -m pip wheel --quiet --no-index --no-deps --no-build-isolation --check-build-dependencies --wheel-dir dist ./kernels
-
-BENCHES := $(patsubst tests/bench/bench_%.py,bench-%,$(wildcard tests/bench/bench_*.py))
-bench: $(BENCHES)  ## every benchmark
-
-bench-%: setup  ## one benchmark: ours beside the named peer, in one run
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	$(BIN)/python -m tests.bench.bench_$*
 
 # make images ENGINE=buildah BASE_IMAGE=... TORCH=cpu OFFLINE=1 PIP_CONF=... CA=... NETWORK=host
 images: setup  ## the container images, with podman, docker or buildah

@@ -14,25 +14,7 @@ import jinja2
 import pydantic
 
 from nudge.components.common.core.recipe import SHARED
-from nudge.components.deploy.settings import DeploySettings
-from nudge.components.evaluate.settings import EvaluateSettings
-from nudge.components.ingest.settings import IngestSettings
-from nudge.components.register.settings import RegisterSettings
-from nudge.components.summary.settings import NotifySettings
-from nudge.components.tokenize.settings import TokenizeSettings
-from nudge.components.train.settings import TrainSettings
-from nudge.components.upload.settings import UploadSettings
-
-SETTINGS: dict[str, type] = {
-    "ingest": IngestSettings,
-    "tokenize": TokenizeSettings,
-    "train": TrainSettings,
-    "evaluate": EvaluateSettings,
-    "upload": UploadSettings,
-    "register": RegisterSettings,
-    "deploy": DeploySettings,
-    "notify": NotifySettings,
-}
+from nudge.pipelines.recipes import settings_classes
 
 Schema = dict[str, Any]
 
@@ -118,7 +100,7 @@ class Row:
 
 def reference() -> dict[str, list[Row]]:
     """Every setting, nested ones included, by section."""
-    return {name: list(_rows(_schema(kind), name)) for name, kind in SETTINGS.items()}
+    return {name: list(_rows(_schema(kind), name)) for name, kind in settings_classes().items()}
 
 
 def pages(root: Path) -> dict[Path, str]:
@@ -139,7 +121,7 @@ def recipe_schema() -> Schema:
         "name": {"type": "string", "description": "The recipe's name in lists and results."},
         "title": {"type": "string", "description": "One line that says what the recipe does."},
     }
-    for section, kind in SETTINGS.items():
+    for section, kind in settings_classes().items():
         schema = _schema(kind)
         definitions |= schema.pop("$defs", {})
         for key in SHARED:

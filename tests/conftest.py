@@ -78,7 +78,7 @@ LONG = (
     "kernels/test_kernel_source.py::test_random_calls_equal_torch[dtype2",
     "kernels/test_two_ranks.py::test_the_module_trains_under_fully_shard",
     "pipelines/cli/test_release.py::test_a_version_is_approved_or_rejected",
-    "pipelines/cluster/test_runs.py::test_a_recipe_that_is_too_long_is_sent_by_uri",
+    "pipelines/cluster/test_parameters.py::test_a_recipe_that_is_too_long_is_sent_by_uri",
     "pipelines/local/test_bad_days.py::test_no_damaged_file_ends_in_a_traceback[NULs]",
     "pipelines/local/test_bad_days.py::test_no_damaged_file_ends_in_a_traceback[another",
     "pipelines/local/test_bad_days.py::test_no_damaged_file_ends_in_a_traceback[empty]",

@@ -49,7 +49,6 @@ def approve(
         return
     from nudge.components.deploy.deploy import approved, serve_candidate
 
-    connections.start()
     note = functools.partial(display.stage, name)
     with approved(settings, name, version) as check:
         result = serve_candidate(settings, name, version, check, note)

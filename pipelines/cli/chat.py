@@ -66,16 +66,9 @@ def ask(
     with _models(model, versions) as models:
         answers = {}
         for each in models:
-            pieces = []
             if len(models) > 1 and not as_json:
                 click.echo(visible(f"{each.name}:"))
-            for piece in each.answer(messages, max_tokens, complete):
-                pieces.append(piece)
-                if not as_json:
-                    click.echo(visible(piece), nl=False)
-            if not as_json:
-                click.echo()
-            answers[each.name] = "".join(pieces)
+            answers[each.name] = _answer(each, messages, max_tokens, complete, aloud=not as_json)
     if as_json:
         click.echo(json.dumps({"prompt": messages[0]["content"], "answers": answers}, indent=2))
 
@@ -92,11 +85,11 @@ def chat(versions: tuple[str, ...], model: str, max_tokens: int, complete: bool)
     nudge chat                 what is served now
     nudge chat ffc6 ab12       two versions, or two runs, promoted or not
 
-    An empty line, Ctrl-D or Ctrl-C ends it; `/new` forgets the conversation.
+    An empty line, Ctrl-D or Ctrl-C ends it; `/new` starts a new conversation.
     """
     with _models(model, versions) as models:
         names = ", ".join(each.name for each in models)
-        click.echo(visible(f"{names}; an empty line ends, /new begins anew"), err=True)
+        click.echo(visible(f"{names}; an empty line ends it, /new starts over"), err=True)
         histories: list[list[dict[str, str]]] = [[] for _ in models]
         while line := _line():
             if line == "/new":
@@ -105,7 +98,7 @@ def chat(versions: tuple[str, ...], model: str, max_tokens: int, complete: bool)
             answers = []
             for each, messages in zip(models, histories, strict=True):
                 messages.append({"role": "user", "content": line})
-                answer = _said(each, messages, max_tokens, complete, aloud=len(models) == 1)
+                answer = _answer(each, messages, max_tokens, complete, aloud=len(models) == 1)
                 messages.append({"role": "assistant", "content": answer})
                 answers.append(answer)
             if len(models) > 1:
@@ -120,9 +113,10 @@ def _line() -> str:
         return ""
 
 
-def _said(
+def _answer(
     model: Any, messages: list[dict[str, str]], max_tokens: int, complete: bool, aloud: bool
 ) -> str:
+    """A model's answer; ``aloud`` prints it as it comes."""
     pieces = []
     for piece in model.answer(messages, max_tokens, complete):
         pieces.append(piece)

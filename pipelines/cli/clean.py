@@ -13,7 +13,9 @@ from nudge.pipelines.cli.screen import Screen
 
 @click.command()
 @click.option("--dry-run", is_flag=True, help="Show what would be freed and remove nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout; asks nothing."
+)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--days", type=float, help="Keep what was used within this many days (14).")
 @click.option("--history-days", type=float, help="Keep results and pages this long (365).")
@@ -38,8 +40,8 @@ def clean(dry_run: bool, as_json: bool, yes: bool, **changes: Any) -> None:
     from nudge.pipelines.local import retention
 
     home = nudge_home()
-    given = {name: value for name, value in changes.items() if value is not None}
-    wanted = retention.rules(home, given)
+    options = {name: value for name, value in changes.items() if value is not None}
+    wanted = retention.rules(home, options)
     plan = retention.plan(home, wanted)
     if not as_json:
         _show(plan)

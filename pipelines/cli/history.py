@@ -15,6 +15,7 @@ from rich.text import Text
 from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError, nearest
 from nudge.components.common.core.sanitize import visible
+from nudge.pipelines.cli.clean import size
 from nudge.pipelines.cli.screen import Screen
 from nudge.pipelines.steps import PIPELINE, described
 
@@ -260,8 +261,7 @@ def delete(names: tuple[str, ...], yes: bool) -> None:
         question = f"delete the run {run.run_id} ({run.recipe or 'no recipe'}, {run.state})?"
         if not yes and not click.confirm(question):
             continue
-        size = history.delete(home, run)
-        click.echo(f"deleted {run.run_id}, {size / 1e6:.1f} MB")
+        click.echo(f"deleted {run.run_id}, {size(history.delete(home, run))}")
 
 
 @click.command()

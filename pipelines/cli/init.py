@@ -7,7 +7,9 @@ import click
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import write_atomic
+from nudge.components.common.core.recipe import read_recipe
 from nudge.components.common.core.sanitize import visible
+from nudge.pipelines.recipes import check
 
 if TYPE_CHECKING:
     from nudge.pipelines.local.first_recipe import Text
@@ -46,10 +48,9 @@ def init(folder: Path, base_model: str, file: Path | None, force: bool) -> None:
     text = first_recipe.examine(folder)
     base_model = base_model or first_recipe.default_base_model()
     duration = _duration(text, base_model)
-    write_atomic(file, first_recipe.write(folder, text, base_model, duration))
-    from nudge.pipelines.recipes import load
-
-    load(str(file))  # what is written can be run
+    recipe = first_recipe.write(folder, text, base_model, duration)
+    check(read_recipe(recipe))
+    write_atomic(file, recipe)
     click.echo(visible(f"wrote {file}"))
     if text.documents:
         click.echo(

@@ -1,6 +1,8 @@
 """A commented recipe for a folder of text: what is in it, and about how long a run takes here."""
 
+import contextlib
 import inspect
+import json
 import re
 import tempfile
 import time
@@ -170,7 +172,8 @@ def short(number: float) -> str:
 def write(folder: Path, text: Text, base_model: str, duration: str) -> str:
     """The text of the recipe; its keys are those that people change first."""
     name = re.sub(r"[^a-z0-9-]+", "-", folder.resolve().name.lower()).strip("-")[:40] or "mine"
-    kinds = ", ".join(f"{count} {kind}" for kind, count in text.files.most_common(6))
+    # A line break in a file's name would end the comment.
+    kinds = ", ".join(f"{n} {' '.join(kind.split())}" for kind, n in text.files.most_common(6))
     found = f"{sum(text.files.values())} files ({kinds}), {short(text.bytes)}B"
     if text.documents:
         dropped = sum((text.dropped or {}).values())
@@ -186,18 +189,23 @@ def write(folder: Path, text: Text, base_model: str, duration: str) -> str:
             )
     else:
         found += "\n# not counted because it is large; `nudge ingest RECIPE` counts it"
-    prompt = yaml.safe_dump(text.opening or "The", allow_unicode=True, width=1000).split("\n")[0]
     return TEMPLATE.format(
-        name=name,
+        name=_quoted(name),
         found=found,
         duration=duration,
-        base_model=yaml.safe_dump(base_model, width=1000).split("\n")[0],
-        data_uri=yaml.safe_dump(str(folder.resolve()), allow_unicode=True, width=1000).split("\n")[
-            0
-        ],
+        base_model=_quoted(base_model),
+        data_uri=_quoted(str(folder.resolve())),
         share=text.share,
-        prompt=prompt,
+        prompt=_quoted(text.opening or "The"),
     )
+
+
+def _quoted(text: str) -> str:
+    """A string as YAML in one line, with quotes where YAML would read it as something else."""
+    with contextlib.suppress(yaml.YAMLError):
+        if yaml.safe_load(f"[{text}]") == [text]:
+            return text
+    return json.dumps(text, ensure_ascii=False)
 
 
 TEMPLATE = """\

@@ -22,7 +22,7 @@ from nudge.components.common.core.recipe import read_yaml
 from nudge.components.common.core.state_file import Damaged, read_lines, read_object
 from nudge.pipelines.local.run import BEFORE, EVENTS, Run, is_locked
 from nudge.pipelines.step_state import StepState
-from nudge.pipelines.steps import NOTHING_NEW, PIPELINE, STEPS
+from nudge.pipelines.steps import NOTHING_NEW, PIPELINE, SETTINGS
 
 STATES = (
     *("running", "promoted", "awaiting approval", "registered", "not better", "nothing new"),
@@ -253,15 +253,13 @@ def settings(run: PastRun) -> dict[str, Any]:
     recipe = _recipe(run.folder)
     text = yaml.safe_dump(recipe)
     found: dict[str, Any] = {}
-    for name, step in STEPS.items():
-        if not step.section or name != step.section:
-            continue
+    for section, step in SETTINGS.items():
         try:
             values = dataclasses.asdict(step.read_settings(text))
         except UserError:  # a recipe of another version
-            section = recipe.get(step.section)
-            values = section if isinstance(section, dict) else {}
-        found |= dict(_flat(values, step.section))
+            raw = recipe.get(section)
+            values = raw if isinstance(raw, dict) else {}
+        found |= dict(_flat(values, section))
     return found
 
 

@@ -49,7 +49,8 @@ def render(home: Path) -> str:
     bits = [
         night["bits_per_byte"]
         for night in reversed(nights)
-        if night["state"] == "promoted" and isinstance(night["bits_per_byte"], float)
+        if (night["name"], night["state"]) == (last["name"], "promoted")
+        and isinstance(night["bits_per_byte"], float)
     ]
     return ENVIRONMENT.get_template("nights.html.j2").render(
         csp=CSP,

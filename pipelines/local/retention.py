@@ -132,7 +132,8 @@ def plan(home: Path, wanted: Rules, now: float | None = None) -> Plan:
 def apply(home: Path, wanted: Rules) -> Plan:
     """Remove what the rules no longer keep; returns what was removed.
 
-    No run begins and no traffic moves meanwhile. What cannot be removed is left.
+    Locks keep runs from beginning and traffic from moving until it ends. What cannot be removed
+    is left.
     """
     with locked(home, "runs"), locked(home, "up"):
         made = plan(home, wanted)

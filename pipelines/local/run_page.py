@@ -115,12 +115,12 @@ def next_commands(run: PastRun) -> dict[str, str]:
 
 def duration(seconds: float) -> str:
     """``12 s``, ``3 min 20 s`` or ``2 h 5 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def _files(run: PastRun) -> dict[str, Any]:
@@ -150,12 +150,12 @@ def _drawn(run: PastRun) -> dict[str, Any] | None:
     thinned = points[:: max(1, len(points) // DRAWN_POINTS)]
     low, high = min(y for _, y in thinned), max(y for _, y in thinned)
     width, height = (thinned[-1][0] - thinned[0][0]) or 1, (high - low) or 1.0
-    places = [
+    coordinates = [
         f"{1000 * (x - thinned[0][0]) / width:.1f},{97 - 94 * (y - low) / height:.1f}"
         for x, y in thinned
     ]
     return {
-        "path": "M" + " L".join(places),
+        "path": "M" + " L".join(coordinates),
         "first": f"{points[0][1]:.3f}",
         "last": f"{points[-1][1]:.3f}",
         "steps": points[-1][0],

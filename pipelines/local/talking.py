@@ -130,7 +130,7 @@ class Loaded:
             try:
                 with torch.inference_mode():
                     self._model.generate(**options)
-            except (RuntimeError, ValueError, IndexError) as error:
+            except Exception as error:  # noqa: BLE001  the caller raises it, and would wait forever
                 failed.append(error)
                 streamer.end()
 
@@ -138,8 +138,10 @@ class Loaded:
         thread.start()
         yield from (piece for piece in streamer if piece)
         thread.join()
-        if failed:
+        if failed and isinstance(failed[0], RuntimeError | ValueError | IndexError):
             raise UserError(f"{self.name} could not answer: {failed[0]}")
+        if failed:
+            raise failed[0]
 
 
 def served(home: Path, model: str, endpoint: str) -> Served:
@@ -151,7 +153,7 @@ def served(home: Path, model: str, endpoint: str) -> Served:
 @contextlib.contextmanager
 def fetched(version: Version) -> Iterator[Loaded]:
     """A version from the object store, checked against the registry, in a temporary folder that
-    goes with the block."""
+    the end of the block removes."""
     from nudge.components.common.models.registered import (
         check_download,
         download_model,

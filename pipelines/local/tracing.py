@@ -20,10 +20,12 @@ from nudge.components.common.artifacts.corpus import (
     text_sha256,
     zstd,
 )
+from nudge.components.common.chat.conversation import Conversation
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.state_file import Damaged, read_object
-from nudge.components.common.readers import Page, ReadOptions, read_stream, reason_unread
+from nudge.components.common.readers import Page, Unreadable, read_stream, reason_unread
+from nudge.components.ingest import conversations
 from nudge.components.ingest.filters import make_filters, normalize
 from nudge.components.ingest.settings import IngestSettings
 from nudge.pipelines.local import history
@@ -99,13 +101,16 @@ def wanted(document: str) -> Wanted:
 def _texts_of(path: Path) -> Iterator[str]:
     if why := reason_unread(path.name):
         raise UserError(f"{path} is not read ({why}); name a file that ingest reads, or its text")
-    count = 0
+    count, settings = 0, IngestSettings(data_uri=(str(path),))
     with path.open("rb") as stream:
-        for record in read_stream(stream, path.name, ReadOptions()):
-            text = record.text.text() if isinstance(record.text, Page) else record.text
-            if isinstance(text, str):
+        for record in read_stream(stream, path.name, settings.reading):
+            found = record.text.text() if isinstance(record.text, Page) else record.text
+            if isinstance(found, Conversation):
+                found = conversations.cleaned(found, settings)
+            if not isinstance(found, Unreadable):
                 count += 1
-                yield text_sha256(_clean(text))
+                body = _clean(found) if isinstance(found, str) else found.to_json()
+                yield text_sha256(body)
     if not count:
         raise UserError(f"{path} has no text that ingest reads")
 

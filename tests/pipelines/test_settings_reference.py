@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from nudge.pipelines import recipes
-from nudge.pipelines.settings_reference import SETTINGS, recipe_schema
+from nudge.pipelines.settings_reference import recipe_schema
 
 
 def leaves(schema: dict[str, Any], prefix: str = "") -> dict[str, dict[str, Any]]:
@@ -18,7 +18,7 @@ def leaves(schema: dict[str, Any], prefix: str = "") -> dict[str, dict[str, Any]
 def test_every_setting_has_a_meaning() -> None:
     schema = recipe_schema()
     fields = {}
-    for section in SETTINGS:
+    for section in recipes.settings_classes():
         fields |= leaves(schema["properties"][section], f"{section}.")
     for name, definition in schema["$defs"].items():
         fields |= leaves(definition, f"{name}.")
@@ -28,7 +28,7 @@ def test_every_setting_has_a_meaning() -> None:
 
 def test_every_section_and_field_is_there() -> None:
     schema = recipe_schema()
-    for section, kind in SETTINGS.items():
+    for section, kind in recipes.settings_classes().items():
         names = {field.name for field in dataclasses.fields(kind)}
         assert set(schema["properties"][section]["properties"]) == names
 

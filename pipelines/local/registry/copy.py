@@ -59,7 +59,7 @@ def _remedy(database: Path) -> str:
     if not copy.is_file():
         return (
             f"there is no copy of it, so move its folder away (mv {database.parent} "
-            f"{database.parent}.damaged) and run your recipes again: a run registers its model anew"
+            f"{database.parent}.damaged) and rerun your recipes, which register their models again"
         )
     then = datetime.fromtimestamp(copy.stat().st_mtime)
     return (

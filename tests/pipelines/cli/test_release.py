@@ -76,15 +76,15 @@ def test_where_nothing_was_run_models_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NUDGE_HOME", raising=False)
     monkeypatch.delenv("NUDGE_REGISTRY_URL", raising=False)
-    told = nudge("models", "--json")
-    assert json.loads(told.stdout) == []
-    assert f"no models: nothing was run in this folder ({tmp_path}/.nudge)" in told.stderr
+    done = nudge("models", "--json")
+    assert json.loads(done.stdout) == []
+    assert f"no models: nothing was run in this folder ({tmp_path}/.nudge)" in done.stderr
     assert "nothing was run in this folder" in nudge("promote", "v1", status=2).stderr
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("rollback", "--to", "nope"), "no version 'nope' of m"),
         (("rollback",), "m v1 is the first version that was served"),
@@ -94,9 +94,9 @@ def test_where_nothing_was_run_models_leaves_nothing(
     ],
 )
 def test_what_makes_no_sense_starts_nothing(
-    down: str, home: Path, arguments: tuple[str, ...], told: str
+    down: str, home: Path, arguments: tuple[str, ...], message: str
 ) -> None:
-    assert told in nudge(*arguments, status=2).stderr
+    assert message in nudge(*arguments, status=2).stderr
     assert processes.records(home) == []
 
 
@@ -105,9 +105,9 @@ def test_a_promote_says_what_it_starts_and_each_stage(
 ) -> None:
     monkeypatch.setattr(LocalServing, "_fetch", lambda self, version: tmp_path)
     monkeypatch.setattr(LocalServing, "_serve", start_quick_server)
-    told = nudge("promote", "v2")
-    assert told.stdout == f"{NAME}: v2 100 % at {down}\n"
-    assert told.stderr.splitlines() == [
+    done = nudge("promote", "v2")
+    assert done.stdout == f"{NAME}: v2 100 % at {down}\n"
+    assert done.stderr.splitlines() == [
         "started object-store and model-registry; stop with `nudge services down`",
         f"{NAME}: starting v2",
         f"{NAME}: testing v2",
@@ -116,12 +116,12 @@ def test_a_promote_says_what_it_starts_and_each_stage(
     ]
     (row,) = [row for row in json.loads(nudge("models", "--json").stdout) if row["share"]]
     assert (row["version"], row["running"]) == ("v2", True)
-    told = nudge("rollback")
-    assert (told.stdout, "stages" in told.stderr) == (f"{NAME}: v1 100 % at {down}\n", False)
+    done = nudge("rollback")
+    assert (done.stdout, "stages" in done.stderr) == (f"{NAME}: v1 100 % at {down}\n", False)
     services.down(home)
-    told = nudge("services", "up")
-    assert f"{NAME}: starting v1" in told.stderr
-    assert "stages" not in told.stderr
+    done = nudge("services", "up")
+    assert f"{NAME}: starting v1" in done.stderr
+    assert "stages" not in done.stderr
 
 
 def test_models_and_promote_say_when_there_are_none(
@@ -155,9 +155,9 @@ def test_a_version_is_approved_or_rejected(
     wait = ask_for(version, "awaiting approval")
     with_registry(url, note_properties(version.id, wait))
     assert "v2 (awaiting approval)" in nudge("models").stdout
-    told = nudge("approve", "v2", "--no-deploy", "--reason", "reads well").stdout
-    assert re.match(rf"{NAME} v2: approved by \S+@\S+ at 20\d\d-", told)
-    assert "next: run the pipeline deploy-approved with model_name=m and version=v2" in told
+    shown = nudge("approve", "v2", "--no-deploy", "--reason", "reads well").stdout
+    assert re.match(rf"{NAME} v2: approved by \S+@\S+ at 20\d\d-", shown)
+    assert "next: run the pipeline deploy-approved with model_name=m and version=v2" in shown
     assert nudge("approve", "v2").stdout.endswith(f"{NAME}: v2 100 % at {down}\n")
     assert "v2 was approved by" in nudge("reject", "v2", status=2).stderr
 

@@ -50,6 +50,20 @@ def test_init_writes_a_recipe_that_holds_out_enough(
     assert "is not a folder" in nudge("init", tmp_path / "nowhere", status=2).stderr
 
 
+def test_init_quotes_what_yaml_would_read_as_something_else(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("2024").mkdir()
+    for n in range(40):
+        (Path("2024") / f"{n}.txt").write_text(f"yes: river {n * 7} has a bridge, #{n}.")
+    (Path("2024") / "x.a\nseed: 99").write_text("")
+    nudge("init", "2024", "--base-model", tiny_model)
+    recipe = load("2024.yaml").values
+    assert (recipe["name"], recipe["model_name"], recipe["seed"]) == ("2024", "2024", 1)
+    assert recipe["evaluate"]["prompts"][0].startswith("yes: river ")
+
+
 @pytest.mark.parametrize(
     ("name", "keys"),
     [

@@ -157,11 +157,11 @@ def test_a_damaged_token_lets_nobody_in_and_says_what_to_do(damage: str, home: P
     path.unlink()
     header = guard.header_file(home, "endpoint")
     header.write_bytes(b"\0")
-    told = guard.header_file(home, "endpoint").read_text()
-    assert told == f"Authorization: Bearer {guard.read_token(home, 'endpoint')}\n"
+    text = guard.header_file(home, "endpoint").read_text()
+    assert text == f"Authorization: Bearer {guard.read_token(home, 'endpoint')}\n"
 
 
-def test_damaged_keys_are_made_anew(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_keys_are_replaced(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from nudge.pipelines.local import object_store
 
     first = object_store.credentials(home)

@@ -21,7 +21,8 @@ FAKES = {
     "systemctl": 'echo "$@" >> "$CALLS"; [ "$2" != is-system-running ] || echo "$SYSTEMD"',
     "crontab": '[ "$1" = - ] && cat > "$TAB" || cat "$TAB" 2>/dev/null',
 }
-"""What stands in for programs that need a user session: each notes what it is asked for."""
+"""Stand-ins for programs that need a user session. They record how they are called; their answers
+follow the manual pages, and no real one was compared with them."""
 
 
 def nudge(*arguments: object, status: int = 0, text: str = "") -> Result:

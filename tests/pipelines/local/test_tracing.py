@@ -89,6 +89,18 @@ def test_a_document_is_traced_by_file_id_digest_and_text(home: Path, tmp_path: P
     assert f"ingest.forget=[sha256:{digest[:16]}]" in shown or "validation" in shown
 
 
+def test_a_conversation_is_traced_by_its_file(home: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": " Hello? "}, {"role": "assistant", "content": SECRET}]
+    row = json.dumps({"messages": turns}) + "\n"
+    folder = write(tmp_path / "with", [])
+    (folder / "chat.jsonl").write_text(row)
+    run_id = with_corpus(home, folder, "base", "w1")
+    copied = tmp_path / "copy.jsonl"
+    copied.write_text(row)
+    (found,) = json.loads(nudge("trace", copied, "--json").stdout)
+    assert (found["run_id"], found["source"]) == (run_id, (folder / "chat.jsonl").as_uri())
+
+
 def test_the_trace_outlives_the_artifacts(home: Path, tmp_path: Path) -> None:
     run_id = with_corpus(home, write(tmp_path / "with", [SECRET]), "base", "w1")
     later = with_corpus(home, write(tmp_path / "without", []), "w1", "w3")
