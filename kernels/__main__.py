@@ -3,7 +3,7 @@
 import torch
 
 from nudge.kernels import native
-from nudge.kernels.cpu_products import onednn_is_faster
+from nudge.kernels.machine import cpu_products, instruction_sets, processor
 
 
 def main() -> None:
@@ -17,8 +17,9 @@ def main() -> None:
             print(f"{name:<10} {value[:60]}")
     for device in range(max(torch.cuda.device_count(), 1)):
         print(f"cuda:{device}     {native.why_not(device) or 'can run the kernel'}")
-    products = "oneDNN" if onednn_is_faster() else "torch's default library"
-    print(f"cpu        chunked torch operations, float32 products by {products}; needs no library")
+    print("cpu        can run the loss, by torch operations in chunks; needs no library")
+    print(f"           {processor()}: {', '.join(instruction_sets())}")
+    print(f"           products by {cpu_products()}")
 
 
 if __name__ == "__main__":

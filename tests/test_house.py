@@ -19,6 +19,7 @@ LAYERS = (
     ),
     ("compile", "disconnected", "settings_reference"),
     ("local", "cluster"),
+    ("gpu_check",),
     ("cli",),
     ("api",),
 )

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
     *("docs/guide.md", "docs/cluster.md", "docs/architecture.md", "docs/kernel.md"),
+    *("docs/speed.md",),
     *("docs/settings.md", "images/README.md", "images/wheels/README.md", "kernels/NOTES.md"),
     "manifests/overlays/disconnected/README.md",
 ]

@@ -64,6 +64,7 @@ COMMANDS = {
     "submit": Command("cluster:submit", "Run a pipeline on a server.", ("pipeline", "data")),
     "schedule": Command("schedule:schedule", "Run a recipe regularly.", ("pipeline", "data")),
     "doctor": Command("doctor:doctor", "Find what is missing and how to fix it."),
+    "gpu-check": Command("gpu_check:gpu_check", "Check that all works on a GPU.", ("train",)),
     "completion": Command("completion:completion", "Let your shell complete commands."),
 }  # fmt: skip
 

@@ -6,7 +6,6 @@ peer_name, unit, ratio, goal, met, note``. A measure that could not be taken is 
 """
 
 import json
-import os
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,8 @@ from rich.table import Table
 
 from nudge.components.common.core.processes import nudge_home
 from nudge.components.common.core.publish import write_atomic
+from nudge.kernels.machine import describe
+from nudge.kernels.machine import processor as processor
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def publish(name: str, measures: Sequence[Measure], packages: Iterable[str], dev
     values: dict[str, Any] = {
         "machine": {
             "device": device,
-            "cores": len(os.sched_getaffinity(0)),
+            **describe(),
             "system": platform.platform(),
             "python": platform.python_version(),
             "packages": {package: _version(package) for package in packages},
@@ -70,18 +71,8 @@ def publish(name: str, measures: Sequence[Measure], packages: Iterable[str], dev
         figures = [_shown(m.ours), _shown(m.peer), m.peer_name, _shown(m.ratio)]
         table.add_row(what, m.unit, *figures, goal, met)
     Console().print(table)
-
-
-def processor() -> str:
-    """The CPU's name as the operating system reports it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            lines = [line for line in file if line.startswith("model name")]
-    except FileNotFoundError:
-        lines = []
-    return (
-        lines[0].split(":", 1)[1].strip() if lines else platform.processor() or platform.machine()
-    )
+    for name, value in describe().items():
+        print(f"{name:<17} {value}")
 
 
 def _version(package: str) -> str | None:

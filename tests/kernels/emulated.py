@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from nudge.kernels import native
+from nudge.pipelines.gpu_check import calls
+from nudge.pipelines.gpu_check.calls import TYPES as TYPES
 
 HERE = Path(__file__).parent / "emulator"
 CSRC = native.HERE / "csrc"
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
@@ -27,28 +28,12 @@ SANITIZERS = {
 
 
 @dataclass
-class Call:
-    """One launch of softmax_loss on logits [rows, V]."""
+class Call(calls.Call):
+    """One launch of softmax_loss, and how the emulator distributes its rows."""
 
-    logits: Tensor
-    targets: Tensor
-    class_weight: Tensor | None = None
-    bias: Tensor | None = None
-    scale: Tensor | None = None  # [rows] or [1]
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    logit_softcap: float = 0.0
-    differentiate: bool = True
     keep: bool = True
     blocks: int = 1
     threads: int = 32
-    padding: int = 0  # elements after each row
-    offset: int = 0  # elements before the first
-
-    @property
-    def scales(self) -> Tensor:
-        return torch.ones(1) if self.scale is None else self.scale
 
 
 class Emulator:
@@ -75,11 +60,11 @@ class Emulator:
         assert done.returncode == 0, done.stderr.decode()
         return done.stdout
 
-    def softmax_loss(self, calls: list[Call]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def softmax_loss(self, drawn: list[Call]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """The resulting logits, losses and lse of each call; asserts that nothing else was
         written."""
         request, shapes = [], []
-        for call in calls:
+        for call in drawn:
             rows, vocabulary = call.logits.shape
             stride = vocabulary + call.padding
             memory = torch.full((call.offset + rows * stride,), torch.nan, dtype=call.logits.dtype)
@@ -98,7 +83,7 @@ class Emulator:
             shapes.append((memory, rows, vocabulary, stride))
         answer = _Reader(self._run(request))
         results = []
-        for call, (memory, rows, vocabulary, stride) in zip(calls, shapes, strict=True):
+        for call, (memory, rows, vocabulary, stride) in zip(drawn, shapes, strict=True):
             left = answer.take(memory.dtype, len(memory))
             table = left[call.offset :].view(rows, stride)
             assert left[: call.offset].isnan().all()

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from nudge.kernels import fused_linear_cross_entropy, native
+from nudge.pipelines.gpu_check.calls import compare
 from tests.kernels.emulated import TYPES, Call
 from tests.kernels.test_autograd import OPTIONS, choose, eager, gradients, make
-from tests.kernels.test_kernel_source import compare, draw
+from tests.kernels.test_kernel_source import draw
 
 
 def _reason() -> str:
