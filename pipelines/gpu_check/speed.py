@@ -174,6 +174,7 @@ def _masked(
 
 def table(here: Here) -> dict[str, Any]:
     """Measure every shape that fits this device."""
+    torch.use_deterministic_algorithms(False)  # a training in this process turns them on
     rows, masked, left_out = [], [], []
     for shape in ON_GPU if here.gpu else ON_CPU:
         try:

@@ -50,7 +50,8 @@ def make_model(folder: Path) -> Path:
 
 
 def make_tokens(folder: Path, model: Path) -> Path:
-    """A tokens artifact in which each token mostly predicts the next, so there is much to learn."""
+    """A tokens artifact of few different tokens, each of which predicts the next, so that a few
+    steps learn much."""
     random = np.random.default_rng(5)
     fast = PreTrainedTokenizerFast.from_pretrained(model)
     fast.save_pretrained(folder / "tokenizer")
@@ -58,7 +59,7 @@ def make_tokens(folder: Path, model: Path) -> Path:
     splits = {}
     for split, count in (("train", 160), ("validation", 16)):
         documents = [
-            np.append((random.integers(1, 250) + 3 * np.arange(n)) % 250 + 3, end)
+            np.append((random.integers(0, 16) + 3 * np.arange(n)) % 16 + 30, end)
             for n in random.integers(8, 60, count)
         ]
         path = folder / f"{split}.bin"

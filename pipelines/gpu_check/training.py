@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from nudge.components.common.models.end_of_document import document_start_id
 from nudge.components.common.models.language_model import load_model, load_tokenizer
 from nudge.components.evaluate.completions import complete
 from nudge.components.evaluate.perplexity import score
@@ -32,7 +33,7 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 MODES: dict[str, dict[str, Any]] = {
     "full": {},
-    "lora": {"mode": "lora", "learning_rate": 3e-2, "lora_rank": 8},
+    "lora": {"mode": "lora", "learning_rate": 1e-2, "lora_rank": 8},
     "scratch": {"mode": "scratch", "base_model": "", "model_config": SHAPE},
 }
 CLOSE = {"float32": 1e-3, "bfloat16": 3e-2}
@@ -87,7 +88,9 @@ def _reloaded_loss(here: Here, folder: Path) -> float:
     model = AutoModelForCausalLM.from_pretrained(
         folder / "model", local_files_only=True, dtype=torch.float32
     ).to(here.device)
-    rows = PackedSplit(tokens, "validation", LENGTH, seed=1).batch(0, 0, SEQUENCES)
+    start = document_start_id(load_tokenizer(tokens / "tokenizer"))
+    split = PackedSplit(tokens, "validation", LENGTH, seed=1, start=start)
+    rows = split.step_batch(0, min(SEQUENCES, split.rows))
     logits = model(
         input_ids=rows.inputs.to(here.device), position_ids=rows.positions.to(here.device),
         use_cache=False,
