@@ -175,7 +175,9 @@ def _masked(
 def table(here: Here) -> dict[str, Any]:
     """Measure every shape that fits this device."""
     torch.use_deterministic_algorithms(False)  # a training in this process turns them on
-    rows, masked, left_out = [], [], []
+    rows: list[dict[str, Any]] = []
+    masked: list[dict[str, Any]] = []
+    left_out: list[str] = []
     for shape in ON_GPU if here.gpu else ON_CPU:
         try:
             row, shares = measured(shape, here.gpu, ROUNDS if here.gpu else 3)
