@@ -59,6 +59,7 @@ class _Worker:
         variables = {
             HOME: str(folder / "home"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            "NUDGE_CODE_VERSION": "gpu-check",  # also where nudge runs without being installed
         }  # fmt: skip
         if device == "cpu":
             variables["CUDA_VISIBLE_DEVICES"] = ""
