@@ -74,19 +74,19 @@ def ended(tmp_path: Path) -> dict[str, dict[str, Any]]:
 def test_checks_run_on_a_cpu_without_the_packages_of_other_extras(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ("kernel-loads", "kernel-options", "kernel-masked", "train-lora-float32")
+    names = ("kernel-loads", "kernel-masked", "train-lora-float32")
     only = [word for name in (*names, "train-resume-full") for word in ("--only", name)]
     result = run(tmp_path, monkeypatch, BLOCKED, "--device", "cpu", *only)
     assert result.exit_code == 0, result.output
     assert "passed  train-lora-float32" in result.output
     found = ended(tmp_path)
-    assert [each["state"] for each in found.values()] == ["skipped", *["passed"] * 4]
+    assert [each["state"] for each in found.values()] == ["skipped", *["passed"] * 3]
     assert found["kernel-loads"]["message"] == "needs a GPU"
     assert found["train-resume-full"]["figures"] == {"from": "step-000000004", "same bits": "yes"}
     values = json.loads((tmp_path / "out" / RESULT).read_text())
-    assert (values["passed"], values["failed"], values["skipped"]) == (4, 0, 1)
+    assert (values["passed"], values["failed"], values["skipped"]) == (3, 0, 1)
     assert values["machine"].keys() >= {"processor", "instruction sets", "kernel library", "torch"}
-    assert "All 4 checks passed" in (tmp_path / "out" / PAGE).read_text()
+    assert "All 3 checks passed" in (tmp_path / "out" / PAGE).read_text()
 
 
 def test_no_fault_of_one_check_hides_the_others(
@@ -149,7 +149,6 @@ HERE = Here("cpu", Path())
 
 def test_kernel_checks_pass_and_find_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel.random_calls(HERE, torch.bfloat16, range(12))
-    kernel.vocabularies(HERE)
     right: Any = kernel.loss_and_gradient
 
     def wrong(logits: torch.Tensor, *rest: Any) -> None:
@@ -158,7 +157,7 @@ def test_kernel_checks_pass_and_find_a_wrong_gradient(monkeypatch: pytest.Monkey
             logits[0] *= 1.02
 
     monkeypatch.setattr(kernel, "loss_and_gradient", wrong)
-    with pytest.raises(AssertionError, match="call 0 on path auto"):
+    with pytest.raises(AssertionError, match=r"call \d+ on path auto"):
         kernel.random_calls(HERE, torch.float32, range(12))
     loss: Any = kernel.fused_linear_cross_entropy
     monkeypatch.setattr(
