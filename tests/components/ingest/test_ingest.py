@@ -19,7 +19,7 @@ from nudge.components.ingest.settings import IngestSettings
 
 
 def texts(count: int) -> list[str]:
-    return [f"Document number {n} about {n * n} things, told at length {n}." for n in range(count)]
+    return [f"Document number {n} about {n * n} things, shown at length {n}." for n in range(count)]
 
 
 def write(folder: Path, documents: list[str], name: str = "a.jsonl") -> Path:
