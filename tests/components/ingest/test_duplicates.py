@@ -9,10 +9,11 @@ import pytest
 
 from nudge.components.common.artifacts.corpus import read_documents
 from nudge.components.ingest import duplicates, ordering
-from nudge.components.ingest.cleaning import Row, split_of
+from nudge.components.ingest.cleaning import Row
 from nudge.components.ingest.duplicates import BUCKETS, NGRAM, ROWS, Documents, word_hashes
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
+from tests.components.ingest.splits import split_of
 
 
 def signature(text: str) -> list[int]:

@@ -13,9 +13,9 @@ from nudge.components.common.artifacts.schema import plain
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.recipe import step_settings
 from nudge.components.ingest import cleaning
-from nudge.components.ingest.cleaning import split_of
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
+from tests.components.ingest.splits import split_of
 
 
 def texts(count: int) -> list[str]:
