@@ -42,11 +42,6 @@ def load() -> torch.device:
         "synchronize": lambda *_: None,
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),
-        # FSDP overlaps its copies on streams; here there is one, as on the CPU.
-        "Stream": torch.cpu.Stream,
-        "Event": torch.cpu.Event,
-        "stream": torch.cpu.stream,
-        "current_stream": torch.cpu.current_stream,
     }
     for name, function in functions.items():
         setattr(module, name, function)
