@@ -8,11 +8,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nudge.components.common.artifacts.tokens import (
+    ShardWriter,
     Tokens,
     TokenShard,
     TokenSplit,
     token_dtype,
-    write_shard,
     write_tokens_manifest,
 )
 from nudge.components.common.core.publish import sha256_file, sha256_tree
@@ -55,7 +55,7 @@ def make_tokens(folder: Path, model: Path) -> Path:
     random = np.random.default_rng(5)
     fast = PreTrainedTokenizerFast.from_pretrained(model)
     fast.save_pretrained(folder / "tokenizer")
-    end, size = fast.eos_token_id, len(fast)
+    end, size, dtype = fast.eos_token_id, len(fast), token_dtype(len(fast))
     splits = {}
     for split, count in (("train", 160), ("validation", 16)):
         documents = [
@@ -63,7 +63,11 @@ def make_tokens(folder: Path, model: Path) -> Path:
             for n in random.integers(8, 60, count)
         ]
         path = folder / f"{split}.bin"
-        write_shard(path, documents, token_dtype(size))
+        with path.open("wb") as file:
+            writer = ShardWriter(file, dtype)
+            lengths = np.array([len(document) for document in documents])
+            writer.append(np.concatenate(documents).astype(dtype).tobytes(), lengths)
+            writer.finish()
         splits[split] = TokenSplit(shards=(TokenShard(file=path.name, sha256=sha256_file(path)),))
     manifest = Tokens(
         end_of_document_id=end, vocab_size=size, corpus_fingerprint="0" * 64, splits=splits,
