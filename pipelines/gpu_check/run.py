@@ -64,8 +64,8 @@ class _Worker:
         if device == "cpu":
             variables["CUDA_VISIBLE_DEVICES"] = ""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "nudge.pipelines.gpu_check.worker", device, folder,
-             self._results, *names],
+            [sys.executable, "-m", "nudge.pipelines.gpu_check.worker", device, str(folder),
+             str(self._results), *names],
             env=child_environment(MODEL_CHILD, variables), stdout=self._log, stderr=self._log,
             start_new_session=True,
         )  # fmt: skip
