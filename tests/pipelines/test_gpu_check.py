@@ -9,6 +9,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from nudge.components.train import exported_weights
+from nudge.kernels import fused_linear_cross_entropy
+from nudge.kernels.softmax_loss import loss_and_gradient
 from nudge.pipelines.cli.main import main
 from nudge.pipelines.gpu_check import catalog, kernel, speed, training
 from nudge.pipelines.gpu_check.checks import Here, Skipped
@@ -149,19 +151,20 @@ HERE = Here("cpu", Path())
 
 def test_kernel_checks_pass_and_find_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel.random_calls(HERE, torch.bfloat16, range(12))
-    right: Any = kernel.loss_and_gradient
+    right: Any = loss_and_gradient
 
     def wrong(logits: torch.Tensor, *rest: Any) -> None:
         right(logits, *rest)
         if rest[-1]:
             logits[0] *= 1.02
 
-    monkeypatch.setattr(kernel, "loss_and_gradient", wrong)
+    monkeypatch.setattr(f"{kernel.__name__}.loss_and_gradient", wrong)
     with pytest.raises(AssertionError, match=r"call \d+ on path auto"):
         kernel.random_calls(HERE, torch.float32, range(12))
-    loss: Any = kernel.fused_linear_cross_entropy
+    loss: Any = fused_linear_cross_entropy
     monkeypatch.setattr(
-        kernel, "fused_linear_cross_entropy", lambda *args, **more: 1.001 * loss(*args, **more)
+        f"{kernel.__name__}.fused_linear_cross_entropy",
+        lambda *args, **more: 1.001 * loss(*args, **more),
     )
     for check in (kernel.options, kernel.masked_rows):
         with pytest.raises(AssertionError):
