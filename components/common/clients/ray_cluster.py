@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import secrets
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,17 +29,20 @@ def joined_ray(step: str, address: str, cores: int) -> Iterator[Any]:
     setting of ``step`` if Ray is not installed or the cluster cannot be reached.
     """
     check_ray(step)
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        _ask_for_a_token()
     import ray
     import ray.data
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     # Workers must not import a module from the current folder either.
     quiet["runtime_env"] = {"env_vars": {"PYTHONSAFEPATH": "1"}}
-    address = address or os.environ.get("RAY_ADDRESS", "")
     try:
         if address:
             ray.init(address=address, **quiet)
         else:
+            quiet["_node_ip_address"] = "127.0.0.1"
             ray.init(num_cpus=cores, include_dashboard=False, **quiet)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         where = f"cannot join the Ray cluster at {address}" if address else "cannot start Ray here"
@@ -50,3 +54,14 @@ def joined_ray(step: str, address: str, cores: int) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _ask_for_a_token() -> None:
+    """Let the Ray that starts on this machine refuse requests without a token of this process.
+
+    Whoever reaches Ray's ports can run code as this user. Ray reads these variables when it is
+    imported; by itself it would keep a token in ~/.ray, in a file that other users may read.
+    """
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
