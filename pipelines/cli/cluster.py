@@ -6,8 +6,8 @@ from pathlib import Path
 import click
 
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.sanitize import visible
 from nudge.pipelines.cli import display
+from nudge.pipelines.cli.output import echo
 from nudge.pipelines.cli.screen import Screen
 from nudge.pipelines.recipes import load
 
@@ -31,7 +31,7 @@ def upload(pipeline: str, url: str) -> None:
         raise UserError(f"there is no file {file}")
     uploaded = runs.upload(connect.connect(url), file)
     state = "uploaded" if uploaded.fresh else "exists already"
-    click.echo(visible(f"{uploaded.version} {state}"))
+    echo(f"{uploaded.version} {state}")
 
 
 @click.command()
@@ -83,7 +83,7 @@ def submit(
     values = runs.sendable({"recipe": loaded.text, **_parameters(parameters)})
     server = connect.connect(url)
     run = runs.submit(server, pipeline, name or loaded.name, values)
-    click.echo(visible(f"{run.run_id} {run.link}"))
+    echo(f"{run.run_id} {run.link}")
     if no_follow:
         return
     try:
@@ -92,25 +92,23 @@ def submit(
                 live.show(current)
                 live.lines(current.lines)
     except KeyboardInterrupt:
-        click.echo(visible(f"stopped following; the run continues: {run.link}"), err=True)
+        echo(f"stopped following; the run continues: {run.link}", err=True)
         sys.exit(130)
     except UserError as error:
         raise UserError(f"{error}; stopped following, the run continues: {run.link}") from None
     if run.silent:
-        click.echo(visible(f"no logs are available: {run.silent}"), err=True)
+        echo(f"no logs are available: {run.silent}", err=True)
     if run.reasonless:
-        click.echo(
-            visible(f"the reasons why steps wait are not available: {run.reasonless}"), err=True
-        )
+        echo(f"the reasons why steps wait are not available: {run.reasonless}", err=True)
     Screen().print(display.followed(run))
     Screen().print(display.outcome(run, run.link))
-    click.echo(visible(run.state.lower()))
+    echo(run.state.lower())
     if run.state != "SUCCEEDED":
         failed = run.failed
         reason = f"error: {failed.name}: {failed.error}" if failed else run.error
-        click.echo(visible(reason), err=True)
+        echo(reason, err=True)
         if failed and (pods := run.pods.get(failed.name)):
-            click.echo(visible(f"its log: oc logs {pods[0]} -c main"), err=True)
+            echo(f"its log: oc logs {pods[0]} -c main", err=True)
         sys.exit(1)
 
 

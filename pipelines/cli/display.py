@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.text import Text
 from nudge.components.common.core.figures import MISSING, finite, probability
 from nudge.components.common.core.guard import header_file
 from nudge.components.common.core.progress import RESULTS, SHOWN, figures
-from nudge.components.common.core.sanitize import visible
+from nudge.components.common.core.say import say
 from nudge.pipelines.cli.screen import Screen
 from nudge.pipelines.step_state import StepState
 from nudge.pipelines.steps import NOTHING_NEW, described
@@ -325,7 +324,7 @@ def _rows(rows: dict[str, Any]) -> Table:
 
 def stage(model: str, now: str) -> None:
     """Print the current stage on stderr while a model's traffic moves."""
-    print(visible(f"{model}: {now}"), file=sys.stderr, flush=True)
+    say(f"{model}: {now}")
 
 
 def curl(values: dict[str, Any], prompt: str, home: Path) -> str:
