@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nudge.components.common.core.figures import MISSING, finite, probability
-from nudge.components.common.core.guard import header_file
+from nudge.components.common.core.guard import header_file, is_here
 from nudge.components.common.core.progress import RESULTS, SHOWN, figures
 from nudge.components.common.core.say import say
 from nudge.pipelines.cli.screen import Screen
@@ -333,8 +333,9 @@ def curl(values: dict[str, Any], prompt: str, home: Path) -> str:
 
     body = {"model": values["served_model"], "prompt": prompt, "max_tokens": 8}
     header = "-H 'Content-Type: application/json'"
-    if values["endpoint"].startswith("http://127.0.0.1:"):
+    if is_here(values["endpoint"]):
         # In a file, because every user can read curl's arguments in the process list.
         header += f" -H {shlex.quote(f'@{header_file(home, TOKEN)}')}"
     quoted = shlex.quote(json.dumps(body))
-    return f"curl -s {values['endpoint']}/v1/completions {header} -d {quoted}"
+    url = shlex.quote(f"{values['endpoint']}/v1/completions")
+    return f"curl -s {url} {header} -d {quoted}"

@@ -6,7 +6,9 @@ torchrun's rendezvous store unpickles what is in it, so whoever writes to it run
 import contextlib
 import dataclasses
 import json
+import os
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -19,9 +21,11 @@ from typing import Any
 import psutil
 import pytest
 
+from nudge.components.common.core import processes
 from nudge.components.common.core.errors import UserError
 from nudge.components.train.peers import own_peers
 from nudge.components.train.settings import TrainSettings
+from nudge.components.train.torchrun import STORE_VARIABLE, run_ranks
 from tests.components.train.conftest import SMALL, outputs, write_tokens
 from tests.security.test_local_services import as_other_user, as_root
 
@@ -96,11 +100,66 @@ def test_the_attack_works_on_torchs_own_store() -> None:
     assert store.get("torch.rendezvous.x") == b"poison"
 
 
+def test_the_ranks_are_started_without_a_port_to_meet_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[list[str], dict[str, str], int]] = []
+
+    class Ranks:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            folder = Path(env[STORE_VARIABLE]).parent
+            started.append((command, env, stat.S_IMODE(folder.stat().st_mode)))
+
+        def wait(self) -> int:
+            return 0
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("nudge.components.train.torchrun.subprocess.Popen", Ranks)
+        run_ranks(2, TrainSettings(mode="scratch", model_size="10M"), {"tokens": tmp_path})
+    ((command, variables, mode),) = started
+    assert "--standalone" not in command
+    assert command[command.index("--rdzv-conf") + 1] == "store_type=file"
+    meeting = Path(command[command.index("--rdzv-endpoint") + 1])
+    assert meeting.parent == Path(variables[STORE_VARIABLE]).parent
+    assert mode == 0o700
+    assert variables["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+def test_a_rank_listens_on_the_loopback_interface_only(tmp_path: Path) -> None:
+    """And at no store: one rank alone, as torchrun would start it."""
+    program = (
+        "import psutil, torch.distributed as dist\n"
+        "from nudge.components.train.ranks import _initialize\n"
+        "_initialize('gloo', 1); dist.new_group(backend='gloo')\n"
+        "found = psutil.Process().net_connections(kind='inet')\n"
+        "print([[*each.laddr] for each in found if each.status == 'LISTEN'])\n"
+        "dist.destroy_process_group()\n"
+    )
+    variables = {
+        **os.environ, STORE_VARIABLE: str(tmp_path / "ranks"), "RANK": "0", "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(processes.free_port()),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=variables, capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
+    listening = json.loads(done.stdout)
+    assert {address for address, _ in listening} <= {"127.0.0.1"}
+    assert int(variables["MASTER_PORT"]) not in {port for _, port in listening}
+
+
 @as_root
+@pytest.mark.long
+@pytest.mark.timeout(600)
 def test_another_user_writes_to_no_store_of_the_ranks(training: tuple[Any, Path]) -> None:
     process, folder = training
     seen: set[tuple[str, int]] = set()
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 500
     while '"loss"' not in _history(folder) and time.monotonic() < deadline:
         assert process.is_running(), (folder / "log").read_text()
         seen |= listening(process)
