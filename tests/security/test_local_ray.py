@@ -1,8 +1,11 @@
 """The Ray that a step starts on this machine takes no work from another user."""
 
 import os
+import re
+import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -46,6 +49,11 @@ def test_only_this_process_can_use_a_local_ray() -> None:
             if each.status == "LISTEN"
         }
         assert listening <= {"127.0.0.1", "::1"}, listening
+        words = [word for process in family for word in process.cmdline()]
+        folders = {found[0] for word in words if (found := re.search(r"/tmp/nudge-ray-\w+", word))}
+        assert len(folders) == 1
+        assert stat.S_IMODE(Path(*folders).stat().st_mode) == 0o700
+        assert not [word for word in words if word.startswith(("/tmp/ray/", "--temp-dir=/tmp/ray"))]
         for mode in ("disabled", "token"):
             wrong = {**variables, "RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": "0" * 64}
             joined = subprocess.run(

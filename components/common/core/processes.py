@@ -33,6 +33,8 @@ STOP_TIMEOUT_S = 10.0
 OUTER_TMPDIR = "NUDGE_OUTER_TMPDIR"
 """Set in a run, whose TMPDIR goes when it ends: the TMPDIR around it, empty where there is none."""
 PRIVATE_UMASK = 0o077
+CONTAINER_UIDS = 1_000_000_000
+"""From here on are the user ids of the containers that root's runs start; no person has one."""
 EVERY_CHILD = (
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TERM"),
     *("TMPDIR", OUTER_TMPDIR, "LD_LIBRARY_PATH", "COVERAGE_PROCESS_START"),
@@ -168,7 +170,8 @@ def private_home(home: Path) -> None:
 
 
 def _check_owner(home: Path, found: os.stat_result) -> None:
-    if found.st_uid not in (0, os.getuid()):
+    of_container = os.getuid() == 0 and found.st_uid >= CONTAINER_UIDS
+    if found.st_uid not in (0, os.getuid()) and not of_container:
         raise UserError(
             f"{home}, or something in it, belongs to another user (uid {found.st_uid}), who could "
             "read and change what is kept there; set NUDGE_HOME to a folder of your own"
