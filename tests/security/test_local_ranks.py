@@ -132,11 +132,11 @@ def test_the_ranks_are_started_without_a_port_to_meet_at(
 def test_a_rank_listens_on_the_loopback_interface_only(tmp_path: Path) -> None:
     """And at no store: one rank alone, as torchrun would start it."""
     program = (
-        "import psutil, torch.distributed as dist\n"
+        "import json, psutil, torch.distributed as dist\n"
         "from nudge.components.train.ranks import _initialize\n"
         "_initialize('gloo', 1); dist.new_group(backend='gloo')\n"
         "found = psutil.Process().net_connections(kind='inet')\n"
-        "print([[*each.laddr] for each in found if each.status == 'LISTEN'])\n"
+        "print(json.dumps([[*each.laddr] for each in found if each.status == 'LISTEN']))\n"
         "dist.destroy_process_group()\n"
     )
     variables = {
