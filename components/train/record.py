@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from nudge.components.common.core.sanitize import masked
 from nudge.components.common.core.say import say
 from nudge.components.train.cluster.job_status import JobStatus, open_job_status
 
@@ -115,7 +116,7 @@ class Tracking:
 
             self._mlflow = mlflow
             mlflow.start_run(run_name=name)
-            mlflow.log_params({key: str(value)[:500] for key, value in settings.items()})
+            mlflow.log_params({key: masked(str(value))[:500] for key, value in settings.items()})
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         if self._mlflow is not None:

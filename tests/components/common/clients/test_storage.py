@@ -201,10 +201,11 @@ def test_an_error_names_the_store_of_the_request(environment: Callable[..., None
     environment(AWS_S3_ENDPOINT="https://minio.example.com")
     keys = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
     with Server(("GET", "/{any:.*}", refuse)) as server:
-        client = s3_client({**keys, "AWS_S3_ENDPOINT": server.url}, attempts=1)
-        with pytest.raises(UserError, match=f"from {server.url}:"), s3_errors("read it"):
+        url = server.url
+        client = s3_client({**keys, "AWS_S3_ENDPOINT": url}, attempts=1)
+        with pytest.raises(UserError, match=f"from {url}:"), s3_errors("read it"):
             client.get_object(Bucket="b", Key="k")
-    refused = pytest.raises(UserError, match=f"object store {server.url} does not answer")
+    refused = pytest.raises(UserError, match=f"object store {url} does not answer")
     with refused, s3_errors("read it"):
         client.get_object(Bucket="b", Key="k")
 
