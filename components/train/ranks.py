@@ -94,6 +94,6 @@ def _initialize(backend: str, world: int) -> None:
     if not path:
         dist.init_process_group(backend, timeout=TIMEOUT)
         return
-    store = dist.FileStore(path, world)
+    store = dist.FileStore(path, world)  # type: ignore[attr-defined]
     rank = int(os.environ["RANK"])
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)

@@ -280,7 +280,7 @@ def test_the_jobs_of_a_run_are_admitted(engine: Any, settings: LaunchSettings) -
 
 
 def test_the_job_of_an_older_trainer_is_admitted() -> None:
-    older = {"properties": {"spec": {"properties": {"podTemplateOverrides": {}}}}}
+    older: Object = {"properties": {"spec": {"properties": {"podTemplateOverrides": {}}}}}
     body = trainjob.body(
         SETTINGS[1], name="n", handover="s3://b/k", schema=older,
         step=Step("i", variables={"HF_HUB_OFFLINE": "1"}, trusted={"configMap": {"name": "ca"}}),
@@ -370,6 +370,11 @@ def test_a_rayjob_takes_nothing_else_of_the_project(name: str, part: str) -> Non
 @pytest.mark.parametrize("name", POD_ATTACKS)
 def test_a_trainjob_takes_nothing_else_of_the_project(name: str) -> None:
     assert refusals(train(POD_ATTACKS[name])) != []
+
+
+def another(group: str, kind: str) -> Callable[[], Object]:
+    """Makes an object of a kind that no step creates."""
+    return lambda: {"apiVersion": f"{group}/v1", "kind": kind}
 
 
 OTHER_ATTACKS: dict[str, Callable[[], Object]] = {
@@ -464,7 +469,7 @@ OTHER_ATTACKS: dict[str, Callable[[], Object]] = {
         "job",
     ),
     **{
-        f"a {kind} of {group}": lambda g=group, k=kind: {"apiVersion": f"{g}/v1", "kind": k}
+        f"a {kind} of {group}": another(group, kind)
         for group, kind in (
             ("serving.kserve.io", "ServingRuntime"),
             ("serving.kserve.io", "LLMInferenceService"),

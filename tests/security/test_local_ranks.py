@@ -60,7 +60,8 @@ def training(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iter
     try:
         yield psutil.Process(process.pid), folder
     finally:
-        family = [process, *psutil.Process(process.pid).children(recursive=True)]
+        own = psutil.Process(process.pid)
+        family = [own, *own.children(recursive=True)]
         process.terminate()
         psutil.wait_procs(family, timeout=30)
 
@@ -95,7 +96,8 @@ def poison(port: int) -> bytes:
 def test_the_attack_works_on_torchs_own_store() -> None:
     import torch.distributed as dist
 
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = ("127.0.0.1", 0)
+    store = dist.TCPStore(*address, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     assert poison(store.port) == POISONED
     assert store.get("torch.rendezvous.x") == b"poison"
 

@@ -63,6 +63,7 @@ def test_the_ways_out_let_nothing_through(capsys: pytest.CaptureFixture[str]) ->
     echo(HOSTILE, err=True)
     with progress.progress("train", 2, "steps") as bar:
         bar.note(stage=HOSTILE)
+    assert not [each for each in ACTING if each in progress.figures({"stage": HOSTILE})]
     echo_json({"name": HOSTILE, "umlaut": "ü"})
     shown = capsys.readouterr()
     for text in shown:
