@@ -51,6 +51,10 @@ class IngestSettings:
     the text if its text column has one, else a conversation (`auto`). A conversation is in
     `messages`, in ShareGPT's `conversations`, or in `prompt` and `completion`, `instruction`,
     `input` and `output`, or `question` and `answer`."""
+    assistant_name: str = ""
+    """In exports of chats between people (Telegram, WhatsApp, Slack, Discord, Facebook): the author
+    who is the assistant, so that each day becomes a conversation. Empty: each day is a text. In
+    exports of ChatGPT and Claude the assistant is known."""
     text_column: str = "text"
     """The column or key that holds the text, in csv, jsonl and parquet."""
     id_column: str = "id"
@@ -162,6 +166,7 @@ class IngestSettings:
             delimiter=self.delimiter,
             keep_front_matter=self.keep_front_matter,
             format=self.format,
+            assistant_name=self.assistant_name,
         )
 
     @model_validator(mode="after")

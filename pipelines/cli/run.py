@@ -281,7 +281,7 @@ def show_ingest(recipe: Recipe, as_json: bool, into: Path | None) -> None:
     """Run the step `ingest` of a recipe and print what it read; raises `UserError` if refused."""
     from nudge.components.common.artifacts.corpus import read_corpus
     from nudge.components.common.artifacts.schema import plain
-    from nudge.components.ingest.account import check_held_out, examples
+    from nudge.components.ingest.account import check_held_out, with_hints
 
     step = STEPS["ingest"]
     # The registry and the state of earlier runs are not this command's to ask or to change.
@@ -311,7 +311,7 @@ def show_ingest(recipe: Recipe, as_json: bool, into: Path | None) -> None:
     if as_json:
         click.echo(json.dumps(values, indent=2))
         return
-    shown = {reason: examples(counts, reason) for reason in result["dropped"]}
+    shown = {reason: with_hints(counts, reason) for reason in result["dropped"]}
     Screen().print(display.ingested(values, shown))
 
 

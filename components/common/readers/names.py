@@ -17,13 +17,25 @@ COMPRESSED: dict[str, Callable[[IO[bytes]], Any]] = {
     ".xz": lzma.LZMAFile,
 }
 NOT_TEXT = frozenset((
-    ".7z", ".a", ".aac", ".avi", ".avif", ".bin", ".bmp", ".class", ".dll", ".dylib", ".eot",
+    ".a", ".aac", ".avi", ".avif", ".bin", ".bmp", ".class", ".dll", ".dylib", ".eot",
     ".exe", ".flac", ".gif", ".gguf", ".heic", ".ico", ".iso", ".jar", ".jpeg", ".jpg", ".m4a",
-    ".mkv", ".mov", ".mp3", ".mp4", ".npy", ".npz", ".o", ".ogg", ".onnx", ".opus", ".otf",
-    ".png", ".pt", ".pyc", ".pyd", ".pyo", ".rar", ".safetensors", ".so", ".svg", ".tif",
+    ".mkv", ".mov", ".mp3", ".mp4", ".msf", ".npy", ".npz", ".o", ".ogg", ".onnx", ".opus", ".otf",
+    ".png", ".pt", ".pyc", ".pyd", ".pyo", ".safetensors", ".so", ".svg", ".tif",
     ".tiff", ".ttf", ".wasm", ".wav", ".webm", ".webp", ".wheel", ".whl", ".woff", ".woff2",
 ))  # fmt: skip
 """Suffixes of files without text; they are counted, but not as a loss of text."""
+CONVERTED = {
+    **dict.fromkeys((".doc", ".dot", ".wpd", ".wps"), "soffice --headless --convert-to docx"),
+    **dict.fromkeys((".ppt", ".pps"), "soffice --headless --convert-to pptx"),
+    **dict.fromkeys((".pages", ".key", ".numbers"), "Apple's programs export .docx, .pptx, .xlsx"),
+    **dict.fromkeys((".mobi", ".azw", ".azw3", ".fb2", ".lit"), "Calibre's ebook-convert to .epub"),
+    **dict.fromkeys((".pst", ".ost"), "readpst writes .mbox files"),
+    ".djvu": "djvutxt writes a .txt",
+    ".one": "OneNote exports .docx",
+    ".chm": "archmage writes .html files",
+    **dict.fromkeys((".tar", ".tgz", ".7z"), "unpack it"),
+}
+"""Suffixes of texts that nudge does not read, and how to convert them."""
 HIDDEN = frozenset(("__pycache__", "__MACOSX", "node_modules"))
 """Folders that tools create; skipped like folders whose names begin with a dot."""
 WITHOUT_SUFFIX = frozenset(

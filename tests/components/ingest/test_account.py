@@ -34,22 +34,23 @@ def test_too_much_loss_stops_the_run_with_a_table_and_the_setting(tmp_path: Path
     data = tmp_path / "data"
     write(data, texts(100))
     write(data / "office", texts(60), ".doc")
-    write(data / "office", texts(40), ".rtf")
+    write(data / "office", texts(40), ".xyz")
     (data / "again.txt").write_text(texts(1)[0])
     with pytest.raises(UserError) as caught:
         run(tmp_path, str(data))
     message = str(caught.value)
     assert "read 201, kept 100, held out" in message
-    assert "100 unknown_kind (.doc .rtf)" in message
+    unknown = "100 unknown_kind (.doc .xyz; .doc: soffice --headless --convert-to docx)"
+    assert unknown in message
     assert "1 duplicate" in message
     assert "set ingest.max_lost: 0.5" in message
     assert not (tmp_path / "out" / "corpus").exists()
     result = run(tmp_path, str(data), max_lost=0.5)
     assert result["dropped"] == {"unknown_kind": 100, "duplicate": 1}
     held_out = result["validation_documents"]
-    line = f"read 201, kept 100, held out {held_out}; dropped: 100 unknown_kind (.doc .rtf)"
+    line = f"read 201, kept 100, held out {held_out}; dropped: {unknown}"
     assert result["account"] == f"{line}, 1 duplicate"
-    assert "(.doc .rtf" in (tmp_path / "out" / "report.html").read_text()
+    assert "(.doc .xyz (.doc: soffice --headless" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_duplicates_and_images_do_not_count_as_loss_but_lost_bytes_do(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from nudge.components.common.readers import (
 )
 from nudge.components.common.readers import records as records_module
 from nudge.components.common.readers.guarded import Worker
+from tests.components.common.readers import outlook
 from tests.components.common.readers import reader_files as made
 
 
@@ -234,6 +235,36 @@ def test_spreadsheets_give_rows_with_a_text_column_and_sheets_without() -> None:
     assert [(record.name, record.text) for record in records(raw, "a.xlsx")] == [
         ("Facts", "city\theight\nParis\t330\nLyon")
     ]
+
+
+def test_sheets_of_libreoffice_and_of_old_excel_are_read_like_others() -> None:
+    notes = [("Notes:7", "The tower"), ("Notes:8", "It stands in Paris")]
+    rows = [["id", "text"], ["7", "The tower"], ["8", "It stands in Paris"]]
+    assert [(record.name, record.text) for record in records(made.open_sheet(rows), "a.ods")] == (
+        notes
+    )
+    assert [(record.name, record.text) for record in records(made.XLS, "a.xls")] == [
+        *notes,
+        ("Prices", "bread\t2.5\nbutter\t3"),
+    ]
+    assert counted(made.open_sheet([]), "a.ods") == {"no_text": 1}
+    for suffix in (".ods", ".xls", ".xlsb"):
+        assert counted(b"no sheet", f"a{suffix}") == {"damaged": 1}
+
+
+def test_rich_text_and_outlook_messages_give_their_text() -> None:
+    assert texts(made.RTF, "a.rtf") == ["The tower\n\nIt stands in Paris, café €."]
+    russian = rb"{\rtf1\ansi\ansicpg1251 \'cf\'f0\'e8\'e2\'e5\'f2\par}"
+    assert texts(russian, "a.rtf") == ["Привет"]
+    assert counted(b"plain", "a.rtf") == {"damaged": 1}
+    assert counted(rb"{\rtf1 }", "a.rtf") == {"no_text": 1}
+    body = "Dear Ann,\r\n\r\nhere it is. Grüße"
+    text = "The offer\n\nDear Ann,\n\nhere it is. Grüße"
+    assert texts(outlook.message("The offer", body), "a.msg") == [text]
+    html = "<p>Dear <b>Ann</b>,</p><p>here it is. Grüße</p>".encode()
+    assert texts(outlook.message("The offer", html=html), "a.msg") == [text]
+    assert counted(outlook.message(""), "a.msg") == {"no_text": 1}
+    assert counted(b"no message", "a.msg") == {"damaged": 1}
 
 
 def test_books_mail_and_notebooks_give_their_text() -> None:
