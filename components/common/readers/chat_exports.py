@@ -21,8 +21,8 @@ SIDE_FILES = frozenset(
     (
         *("canvases.json", "channels.json", "dms.json", "file_conversations.json", "groups.json"),
         *("integration_logs.json", "lists.json", "memories.json", "message_feedback.json"),
-        *("model_comparisons.json", "mpims.json", "org_users.json", "shared_conversations.json"),
-        *("user.json", "user_settings.json", "users.json"),
+        *("model_comparisons.json", "mpims.json", "org_users.json", "projects.json"),
+        *("shared_conversations.json", "user.json", "user_settings.json", "users.json"),
     )
 )
 """Files beside the chats in the exports of ChatGPT, Claude and Slack, without any chat."""

@@ -25,6 +25,7 @@ from nudge.components.common.readers import (
     Record,
     Unreadable,
     guarded,
+    hidden_part,
     large_json,
     read_stream,
     registry,
@@ -447,7 +448,21 @@ def test_a_wiki_dump_gives_its_articles_as_plain_text() -> None:
         ("program", ""),
         ("1700.M1P1.host,S=100:2,S", ".eml"),
         ("1700.M1P1.host,S=100:2,", ".eml"),
+        ("Inbox", ".mbox"),
+        ("/home/a/x.default/Mail/Local Folders/Projects", ".mbox"),
+        ("x.default/ImapMail/imap.example.org/Lists", ".mbox"),
+        ("old/Inbox.sbd/Family", ".mbox"),
+        ("/home/a/Mail/Projects", ""),
+        ("x.default/ImapMail/imap.example.org/Lists.msf", ".msf"),
+        ("pkg-1.0/PKG-INFO", ".txt"),
     ],
 )
 def test_names_without_a_suffix_are_known_by_custom(name: str, suffix: str) -> None:
     assert registry.suffix_of(name) == suffix
+
+
+def test_what_programs_leave_beside_documents_is_hidden() -> None:
+    names = ("~$Report.docx", ".~lock.a.odt#", "Thumbs.db", "desktop.ini", "a/__pycache__/b.py")
+    assert all(map(hidden_part, names))
+    assert not any(map(hidden_part, ("Report.docx", "a~b.txt", "settings.ini", "cache.db")))
+    assert registry.reason_unread("Inbox.msf") == registry.reason_unread("uv.lock") == "not_text"
