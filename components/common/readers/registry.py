@@ -16,6 +16,7 @@ from nudge.components.common.readers import records
 from nudge.components.common.readers.archive import read_zip
 from nudge.components.common.readers.delimited import read_csv, read_tsv
 from nudge.components.common.readers.epub import read_epub
+from nudge.components.common.readers.evernote import read_enex
 from nudge.components.common.readers.json_file import read_json
 from nudge.components.common.readers.json_lines import read_json_lines
 from nudge.components.common.readers.mail import read_eml, read_mbox, read_msg
@@ -88,6 +89,7 @@ READERS: dict[str, Reader] = {
     ".mbox": read_mbox,
     ".zip": read_archive,
     ".xml": read_wiki,
+    ".enex": read_enex,
     ".py": read_python,
     **dict.fromkeys(SUFFIXES, read_source),
 }

@@ -47,6 +47,17 @@ XLS = zlib.decompress(
 """Two sheets in the format of Excel 97, written by xlwt: Notes (id, text) and Prices."""
 RTF = rb"{\rtf1\ansi\ansicpg1252 The tower\par\par It stands in Paris, caf\'e9 \u8364?.\par}"
 
+ENEX = (
+    '<?xml version="1.0" encoding="UTF-8"?>\n'
+    '<!DOCTYPE en-export SYSTEM "http://xml.evernote.com/pub/evernote-export4.dtd">\n'
+    "<en-export><note><title>The tower</title><content>"
+    "<![CDATA[<?xml version='1.0' encoding='UTF-8' standalone='no'?>"
+    '<!DOCTYPE en-note SYSTEM "http://xml.evernote.com/pub/enml2.dtd">'
+    "<en-note><div>It stands in <b>Paris</b>.</div><div>C\u2019est tout.</div></en-note>]]>"
+    "</content><resource><data encoding='base64'>AAAA</data></resource></note>"
+    "<note><title></title><content><![CDATA[<en-note/>]]></content></note></en-export>"
+).encode()
+
 
 def zipped(members: dict[str, bytes]) -> bytes:
     out = io.BytesIO()
@@ -223,6 +234,7 @@ def samples() -> dict[str, bytes]:
         ".html": b"<html><body><p>text</p></body></html>",
         ".xml": b"<mediawiki><page><title>a</title><ns>0</ns><revision><text>'''One''' [[two]]"
         b"</text></revision></page></mediawiki>",
+        ".enex": ENEX,
         ".pdf": PDF,
         ".jsonl": lines(3),
         ".json": b'[{"text": "one"}, {"text": "two"}]',

@@ -439,6 +439,14 @@ def test_a_wiki_dump_gives_its_articles_as_plain_text() -> None:
     assert all("aaaa" not in str(each.text) for each in records(bomb, "bomb.xml"))
 
 
+def test_evernotes_export_gives_a_document_per_note() -> None:
+    first, second = texts(made.ENEX, "a.enex")
+    assert first == "The tower\n\nIt stands in Paris.\n\nC’est tout."
+    assert isinstance(second, Unreadable)
+    assert counted(made.ENEX[:-300], "a.enex")["bad_record"] == 1
+    assert counted(b"<en-export/>", "a.enex") == {"no_text": 1}
+
+
 @pytest.mark.parametrize(
     ("name", "suffix"),
     [
