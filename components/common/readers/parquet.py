@@ -61,15 +61,16 @@ def read_parquet(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
                     yield Record(str(absent), Unreadable("no_column", ", ".join(names)))
                 number += left
                 continue
-            if _stored_bytes(facts, columns) > max(BOMB_BYTES, BOMB_RATIO * size):
-                raise Bomb
             try:
+                if _stored_bytes(facts, columns) > max(BOMB_BYTES, BOMB_RATIO * size):
+                    raise Bomb
                 batches = table.iter_batches(rows, row_groups=[group], columns=columns)
                 for batch in batches:
                     for row in _rows(batch):
                         number, left = number + 1, left - 1
                         yield budget.counted(record_of(row, number, options))
-            except (pyarrow.ArrowException, OSError) as error:
+            # A damaged name of a column is no UTF-8.
+            except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
                 for lost in range(number + 1, number + left + 1):
                     yield Record(str(lost), Unreadable("damaged", str(error)))
                 number += left
