@@ -165,7 +165,7 @@ def test_control_tokens_that_a_text_spells_out_stay_text(kind: str) -> None:
     tokenizer = make()
     loaded = Tokenizer.from_str(tokenizer)
     control = {loaded.token_to_id(one), loaded.token_to_id(two)}
-    texts = [f"a {one} b", f"{one}{two}", "a b", f"b{one[:3]} a"]
+    texts = [f"a {one} b", f"{one}{two}", "a b", f"b{one[:2]} a"]
     for fast in (False, True) if kind in KINDS else (False,):
         tokens, plain = ids_of(texts, tokenizer, fast), text_ids(texts, tokenizer, fast)
         assert [bool(control & set(each.tolist())) for each in tokens] == [True, True, False, False]
@@ -174,8 +174,8 @@ def test_control_tokens_that_a_text_spells_out_stay_text(kind: str) -> None:
         assert same(text_ids(texts, tokenizer, fast), plain)
         assert same(ids_of(texts, tokenizer, fast), tokens)  # the setting is not sticky
         if kind in KINDS and "SmolLM2" not in kind:
-            decoded = loaded.decode(plain[0].tolist(), skip_special_tokens=False)
-            assert decoded.replace("▁", " ").strip() == texts[0]
+            found = "".join(map(loaded.id_to_token, plain[0].tolist()))
+            assert found.replace("Ġ", " ").replace("▁", " ").strip() == texts[0]
 
 
 def test_a_setting_makes_spelled_out_control_tokens_those_tokens(tiny_model: Path) -> None:
