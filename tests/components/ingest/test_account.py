@@ -53,6 +53,30 @@ def test_too_much_loss_stops_the_run_with_a_table_and_the_setting(tmp_path: Path
     assert "(.doc .xyz (.doc: soffice --headless" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_the_dashboard_shows_what_was_dropped_by_reason(tmp_path: Path) -> None:
+    from kfp import dsl
+
+    from nudge.components.ingest.component import ingest as face
+
+    data = tmp_path / "data"
+    write(data, texts(30))
+    write(data / "again", texts(2))
+    write(data / "office", texts(3), ".doc")
+    kinds = {"corpus": dsl.Dataset, "report": dsl.HTML, "metrics": dsl.Metrics}
+    made = {
+        name: kind(name=name, uri=str(tmp_path / name), metadata={}) for name, kind in kinds.items()
+    }
+    recipe = f"ingest: {{data_uri: {data}, allow_no_verdict: true}}"
+    assert face.python_func(recipe=recipe, data_uri="", model_name="", **made) == 1
+    shown = made["metrics"].metadata
+    assert (shown["read"], shown["documents"]) == (35, 30)
+    assert shown["validation_documents"] == made["corpus"].metadata["validation_documents"]
+    assert {key: n for key, n in shown.items() if key.startswith("dropped_")} == {
+        "dropped_duplicate": 2,
+        "dropped_unknown_kind": 3,
+    }
+
+
 def test_duplicates_and_images_do_not_count_as_loss_but_lost_bytes_do(tmp_path: Path) -> None:
     data = tmp_path / "data"
     write(data, texts(40))
