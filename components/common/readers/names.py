@@ -22,7 +22,8 @@ NOT_TEXT = frozenset((
     ".lock", ".m4a", ".mkv", ".mov", ".mp3", ".mp4", ".msf", ".npy", ".npz", ".o", ".ogg", ".onnx",
     ".opus", ".otf",
     ".png", ".pt", ".pyc", ".pyd", ".pyo", ".safetensors", ".so", ".svg", ".tif",
-    ".tiff", ".ttf", ".wasm", ".wav", ".webm", ".webp", ".wheel", ".whl", ".woff", ".woff2",
+    ".tiff", ".ttf", ".typed", ".wasm", ".wav", ".webm", ".webp", ".wheel", ".whl", ".woff",
+    ".woff2",
 ))  # fmt: skip
 """Suffixes of files without text; they are counted, but not as a loss of text."""
 CONVERTED = {

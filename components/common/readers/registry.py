@@ -21,7 +21,7 @@ from nudge.components.common.readers.json_file import read_json
 from nudge.components.common.readers.json_lines import read_json_lines
 from nudge.components.common.readers.mail import read_eml, read_mbox, read_msg
 from nudge.components.common.readers.names import COMPRESSED, NOT_TEXT, suffix_of
-from nudge.components.common.readers.notebook import read_notebook
+from nudge.components.common.readers.notebook import read_canvas, read_notebook
 from nudge.components.common.readers.office import read_docx, read_odt, read_pptx, read_rtf
 from nudge.components.common.readers.parquet import read_arrow, read_parquet
 from nudge.components.common.readers.pdf import read_pdf
@@ -67,7 +67,7 @@ READERS: dict[str, Reader] = {
     ".jsonl": read_json_lines,
     ".ndjson": read_json_lines,
     ".json": read_json,
-    ".canvas": read_json,
+    ".canvas": read_canvas,
     ".csv": read_csv,
     ".tsv": read_tsv,
     ".parquet": read_parquet,

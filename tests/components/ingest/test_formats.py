@@ -202,7 +202,7 @@ def test_pdf_and_web_pages() -> None:
 SEEDS = samples()
 ALIASES = {
     *SUFFIXES,
-    *(".asciidoc", ".canvas", ".htm", ".markdown", ".mdx", ".ndjson", ".odp", ".srt", ".vtt"),
+    *(".asciidoc", ".htm", ".markdown", ".mdx", ".ndjson", ".odp", ".srt", ".vtt"),
     *(".xhtml", ".xlsb", ".xlsm"),
 }
 

@@ -252,6 +252,7 @@ def samples() -> dict[str, bytes]:
         ".msg": outlook.message("The tower", "It stands in Paris."),
         ".epub": book(),
         ".ipynb": notebook(),
+        ".canvas": b'{"nodes": [{"type": "text", "text": "one", "x": 0, "y": 0}]}',
         ".eml": message().as_bytes(),
         ".mbox": archive_of_mail(),
         ".zip": zipped({"a.txt": b"one", "b.jsonl": lines(2), "c.txt.gz": gzip.compress(b"x")}),

@@ -113,6 +113,12 @@ def test_the_delimiter_is_detected_or_set(delimiter: str) -> None:
 
 
 FRENCH = "Où était l'été, à côté du château, près de la forêt ? Là-bas, dit-il, « très loin ». " * 4
+HUNGARIAN = "A gyönyörű öreg hölgy tűzhelyén sült a kenyér, és mindenki örült. " * 4
+POLISH = "Zażółć gęślą jaźń, a potem idź do domu, bo już późno i zimno. " * 4
+TURKISH = "İstanbul'da şimdi güneşli bir gün, çocuklar dışarıda oynuyor. " * 4
+LITHUANIAN = "Žmonės čia gyvena ilgai, ir šiandien saulė šviečia ąžuolui. " * 4
+GERMAN = "Die Straße führt über die Brücke nach Köln, wo schöne Häuser stehen. " * 4
+ENGLISH = "The tower stands in the city and many people visit it every day. "
 RUSSIAN = "Башня стоит в Париже и видна из каждого окна города, даже ночью. " * 4
 
 
@@ -121,6 +127,12 @@ RUSSIAN = "Башня стоит в Париже и видна из каждог
     [
         (FRENCH, "cp1252", "windows-1252"),
         (RUSSIAN, "cp1251", "windows-1251"),
+        (HUNGARIAN, "cp1250", "windows-1250"),
+        (POLISH, "cp1250", "windows-1250"),
+        (TURKISH, "cp1254", "windows-1254"),
+        (LITHUANIAN, "cp1257", "windows-1257"),
+        (GERMAN, "cp1252", "windows-1252"),
+        (ENGLISH * 9 + "It was déjà vu. " + ENGLISH * 5, "cp1252", "windows-1252"),
         (FRENCH, "utf-16", "utf-16"),
         (FRENCH, "utf-8-sig", ""),
     ],
@@ -437,6 +449,18 @@ def test_a_wiki_dump_gives_its_articles_as_plain_text() -> None:
         b"{{stub}}", b"&b;"
     )
     assert all("aaaa" not in str(each.text) for each in records(bomb, "bomb.xml"))
+
+
+def test_a_canvas_is_a_document_without_its_files() -> None:
+    cards = [
+        {"type": "text", "text": "below", "x": 0, "y": 90},
+        {"type": "file", "file": "Notes/a.md", "x": 0, "y": 50},
+        {"type": "text", "text": " above ", "x": 0, "y": 0},
+    ]
+    canvas = json.dumps({"nodes": cards, "edges": []}).encode()
+    assert texts(canvas, "a.canvas") == ["above\n\nbelow"]
+    assert counted(b"", "a.canvas") == counted(b"{}", "a.canvas") == {"no_text": 1}
+    assert counted(b"[1]", "a.canvas") == {"bad_record": 1}
 
 
 def test_evernotes_export_gives_a_document_per_note() -> None:
