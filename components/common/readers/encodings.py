@@ -89,7 +89,11 @@ LATIN = {
 }
 """Encodings of the Latin alphabet that differ from windows-1252 in a few letters, and the languages
 for which they exist."""
-LATIN_SENTENCES = 200
+WESTERN = frozenset(
+    ("ca", "da", "de", "en", "es", "eu", "fi", "fr", "ga", "gl", "is", "it", "nb", "nl", "nn", "no",
+     "pt", "sv")
+)  # fmt: skip
+LATIN_SENTENCES, FEW_LETTERS = 200, 8
 PIECE = re.compile("[^.!?\n]*[^\x00-\x7f][^.!?\n]*")
 """A sentence with a character beyond ASCII."""
 
@@ -123,10 +127,16 @@ def _latin(raw: bytes, guessed: str) -> str:
     windows-1252, and a table of English with a few French words for windows-1257.
     """
     language = _language(raw, "cp1252")  # most letters are the same in every encoding
-    name = next((name for name, languages in LATIN.items() if language in languages), "")
-    if name:
-        return name
-    return guessed if _language(raw, guessed) in LATIN.get(guessed, ()) else "cp1252"
+    for name, languages in LATIN.items():
+        if language in languages:
+            return name
+    # Wrong letters can look like a language that few write, such as Ligurian.
+    has_few = sum(byte > 127 for byte in raw[:SAMPLE_BYTES]) < FEW_LETTERS
+    names = [guessed] if has_few or language in WESTERN else [guessed, *LATIN]
+    for name in names:
+        if _language(raw, name) in LATIN.get(name, ()):
+            return name
+    return "cp1252"
 
 
 def _language(raw: bytes, encoding: str) -> str:
