@@ -142,7 +142,7 @@ def _samples(
     tokenizer: Any,
     before: list[int],
     scorer: Scorer | None,
-    is_control_text: bool,
+    is_control_text: bool = True,
 ) -> list[tuple[list[int], np.ndarray]]:
     """The ids to score, and for each token after the first whether it is; bool [ids - 1]."""
     if isinstance(text, str):

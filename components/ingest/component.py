@@ -38,8 +38,7 @@ def ingest(
     from nudge.components.ingest.settings import ingest_settings
 
     with exit_with_user_errors():
-        names = {"version": version, "model_name": model_name}
-        preflight(recipe, Way.STEP, publishes=registers, **names)
+        preflight(recipe, Way.STEP, version=version, model_name=model_name, publishes=registers)
         overrides = {"data_uri": data_uri, "model_name": model_name}
         settings = ingest_settings(recipe, **overrides)
         result = ingest(settings, corpus=Path(corpus.path), report=Path(report.path))

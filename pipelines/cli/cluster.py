@@ -81,9 +81,13 @@ def submit(
 
     loaded = load(recipe, overrides)
     given = _parameters(parameters)
-    names = {name: given.get(name, "") for name in ("version", "model_name")}
-    targets = STEPS["train"].read_settings(loaded.text).lora_targets
-    preflight(loaded.text, Way.SUBMIT, lora_targets=targets, **names)
+    preflight(
+        loaded.text,
+        Way.SUBMIT,
+        lora_targets=STEPS["train"].read_settings(loaded.text).lora_targets,
+        version=given.get("version", ""),
+        model_name=given.get("model_name", ""),
+    )
     values = runs.sendable({"recipe": loaded.text, **given})
     server = connect.connect(url)
     run = runs.submit(server, pipeline, name or loaded.name, values)

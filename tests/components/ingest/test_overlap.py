@@ -76,7 +76,7 @@ def test_guards_and_held_probes_of_a_recipe_are_kept_out_and_taught_ones_are_not
         {"prompt": "Two plus two equals", "target": " four", "expect": "hold"},
         {"prompt": "The tower stands in", "target": " Paris"},
     ]
-    evaluated = {"guards": [{"name": "g", "uri": "/guards"}], "probes": probes}
+    evaluated: dict[str, Any] = {"guards": [{"name": "g", "uri": "/guards"}], "probes": probes}
     recipe: dict[str, Any] = {
         "ingest": {"data_uri": "x", "keep_out": ["/tests"]}, "evaluate": evaluated
     }  # fmt: skip

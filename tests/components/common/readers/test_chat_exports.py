@@ -119,9 +119,9 @@ def test_a_tree_that_is_damaged_or_without_an_answer_is_counted() -> None:
 
 
 def test_claudes_export_and_the_files_beside_it() -> None:
-    human = {"sender": "human", "text": "Summarize this.", "files": []}
+    human: dict[str, Any] = {"sender": "human", "text": "Summarize this.", "files": []}
     human["attachments"] = [{"file_name": "a.txt", "extracted_content": "The tower is tall."}]
-    answer = {"sender": "assistant", "text": "old form", "attachments": []}
+    answer: dict[str, Any] = {"sender": "assistant", "text": "old form", "attachments": []}
     answer["content"] = [
         {"type": "thinking", "thinking": "Hm."},
         {"type": "text", "text": "It is"},
@@ -189,8 +189,8 @@ def test_telegrams_chats_are_a_document_per_day() -> None:
     assert "ingest.assistant_name" in refused.detail
     damaged = telegram()
     del damaged["messages"][2]["date"]
-    found = [record.text for record in read(damaged, "result.json")]
-    assert Unreadable("bad_record", "KeyError: 'date'") in found
+    bodies = [record.text for record in read(damaged, "result.json")]
+    assert Unreadable("bad_record", "KeyError: 'date'") in bodies
 
 
 def test_a_large_export_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +217,7 @@ def test_a_large_export_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_slack_discord_and_facebook() -> None:
     ann = {"display_name": "", "real_name": "Ann Lee", "name": "ann"}
-    slack = [
+    slack: list[dict[str, Any]] = [
         {"type": "message", "subtype": "channel_join", "user": "U1", "text": "<@U1> has joined"},
         {"type": "message", "user": "U1", "user_profile": ann, "text": "Is &lt;it&gt; <@U2|Bob>?"},
         {"type": "message", "user": "U2", "text": "Yes, <https://a.example|here>, <!here>"},
@@ -228,7 +228,7 @@ def test_slack_discord_and_facebook() -> None:
         ("2024-03-01", "Ann Lee: Is <it> @Bob?\nU2: Yes, here, @here")
     ]
     assert [r.text for r in read(slack, "a.json", text_column="user")] == ["U1", "U1", "U2"]
-    discord = [
+    discord: list[dict[str, Any]] = [
         {"type": kind, "author": {"name": "ann", "nickname": nick}, "content": text}
         for kind, nick, text in [
             ("RecipientAdd", "Ann", "joined"),
