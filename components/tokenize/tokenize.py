@@ -86,7 +86,9 @@ def tokenize(settings: TokenizeSettings, *, corpus: Path, tokens: Path) -> dict[
         if why_not:
             say(f"tokenize: slower, without fastokens: {why_not}")
         bar.note(stage="tokenizing")
-        _write(settings, shards, Encoding(text, end, dtype.str, why_not is None, chat), bar)
+        is_text = settings.control_tokens_in_texts == "text"
+        encoding = Encoding(text, end, dtype.str, why_not is None, chat, is_text)
+        _write(settings, shards, encoding, bar)
         if facts is not None:
             _check_learnable(source, shards, facts)
         splits = {

@@ -10,6 +10,7 @@ from nudge.pipelines.cli import display
 from nudge.pipelines.cli.output import echo
 from nudge.pipelines.cli.screen import Screen
 from nudge.pipelines.recipes import load
+from nudge.pipelines.steps import STEPS
 
 URL = click.option("--url", default="", help="The pipelines server; default: NUDGE_PIPELINES_URL.")
 
@@ -75,12 +76,19 @@ def submit(
     Exit status: 0 the run succeeded (or was started, with --no-follow), 1 it did not succeed,
     2 the input was refused. Ctrl-C stops following; the run continues.
     """
-    from nudge.components.common.preflight.elsewhere import check_elsewhere
+    from nudge.components.common.preflight.checks import Way, preflight
     from nudge.pipelines.cluster import connect, runs
 
     loaded = load(recipe, overrides)
-    check_elsewhere(loaded.text)
-    values = runs.sendable({"recipe": loaded.text, **_parameters(parameters)})
+    given = _parameters(parameters)
+    preflight(
+        loaded.text,
+        Way.SUBMIT,
+        lora_targets=STEPS["train"].read_settings(loaded.text).lora_targets,
+        version=given.get("version", ""),
+        model_name=given.get("model_name", ""),
+    )
+    values = runs.sendable({"recipe": loaded.text, **given})
     server = connect.connect(url)
     run = runs.submit(server, pipeline, name or loaded.name, values)
     echo(f"{run.run_id} {run.link}")

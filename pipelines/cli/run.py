@@ -166,8 +166,6 @@ def _prepare(
 
     Raises `UserError` with everything that is missing.
     """
-    from nudge.components.common.clients.registry.preflight import check_registration
-    from nudge.components.common.preflight.serving import check_serving
     from nudge.components.register.preflight import check_registry
     from nudge.pipelines.local import preflight, services, serving
 
@@ -182,12 +180,7 @@ def _prepare(
         compiled = compiled or containers.COMPILED
         containers.check(compiled)
         containers.check_paths(recipe.text, home)
-    else:
-        preflight.check(recipe.text, from_env)
-    check_registration(recipe.text)
-    deploy = STEPS["deploy"].read_settings(recipe.text)
-    if deploy.target == "kserve":
-        check_serving(deploy.kserve.namespace)
+    preflight.check(recipe.text, from_env, in_containers=engine == "docker")
     started = services.up(home, instead=services.from_environment() if from_env else {})
     check_registry(started[REGISTRY_URL], recipe.text)
     if unused := services.not_used(started):
@@ -282,8 +275,10 @@ def show_ingest(recipe: Recipe, as_json: bool, into: Path | None) -> None:
     """Run the step `ingest` of a recipe and print what it read; raises `UserError` if refused."""
     from nudge.components.common.artifacts.corpus import read_corpus
     from nudge.components.common.artifacts.schema import plain
-    from nudge.components.ingest.account import check_held_out, examples
+    from nudge.components.common.preflight.checks import Way, preflight
+    from nudge.components.ingest.account import check_held_out, with_hints
 
+    preflight(recipe.text, Way.INGEST)
     step = STEPS["ingest"]
     # The registry and the state of earlier runs are not this command's to ask or to change.
     settings = dataclasses.replace(step.read_settings(recipe.text), only_new=False, state_uri="")
@@ -312,7 +307,7 @@ def show_ingest(recipe: Recipe, as_json: bool, into: Path | None) -> None:
     if as_json:
         echo(json.dumps(values, indent=2))
         return
-    shown = {reason: examples(counts, reason) for reason in result["dropped"]}
+    shown = {reason: with_hints(counts, reason) for reason in result["dropped"]}
     Screen().print(display.ingested(values, shown))
 
 
