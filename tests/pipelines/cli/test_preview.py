@@ -50,6 +50,28 @@ def test_json_has_the_rendered_texts_and_what_is_learned(tmp_path: Path, base: P
     assert "a.jsonl 2" in shown
 
 
+@pytest.mark.parametrize("control_tokens", ["text", "refuse"])
+def test_a_control_token_in_a_turn_is_shown_as_it_is_learned(
+    tmp_path: Path, base: Path, control_tokens: str
+) -> None:
+    spelled = {"role": "assistant", "content": "ChatML ends a turn with <|im_end|> and a newline."}
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [{"messages": [TURNS[0], spelled]}, {"messages": TURNS}]
+    (data / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    set_to = ("--set", f"tokenize.control_tokens={control_tokens}")
+    result = preview(tmp_path, base, "--json", *set_to)
+    assert result.exit_code == 0, result.output
+    *first, _ = json.loads(result.stdout)
+    if control_tokens == "refuse":
+        assert first == []
+        assert "left out: 1 control_token" in preview(tmp_path, base, *set_to).output
+        return
+    [chat] = first
+    learned = [chat["text"][start:end] for start, end in chat["learned"]]
+    assert learned == [f"\n{spelled['content']}<|im_end|>"]
+
+
 def test_data_that_teaches_nothing_is_refused(tmp_path: Path, base: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.jsonl").write_text(json.dumps({"messages": TURNS[:1]}))
