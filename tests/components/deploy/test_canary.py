@@ -253,6 +253,7 @@ def test_each_version_is_asked_in_its_own_form(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(measure, "PAUSE_S", 0.01)
     monkeypatch.setattr(canary, "POLL_S", 0.05)
+    monkeypatch.setattr(canary, "PATIENCE", 200)
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}]
     sure = {"token": " Paris", "p": 0.9}
     properties: dict[str, Any] = {
