@@ -217,7 +217,7 @@ def test_twins_of_conversations_that_vanish_stay_trained_on(tmp_path: Path) -> N
     """Every second twin vanishes after the first night, and the rest must not be held out."""
     prompts = [CHOICE.sample(WORDS, 40) for _ in range(60)]
     twins = [
-        [chat(" ".join([*prompt[:at], "other", *prompt[at + 1 :]]), phrase(30)) for at in (9, 20)]
+        [chat(" ".join(words), phrase(30)) for words in (prompt, [*prompt[:9], *prompt[10:]])]
         for prompt in prompts
     ]
     state = {"state_uri": str(tmp_path / "state"), "validation_share": 0.5}
