@@ -238,7 +238,7 @@ def test_models_with_other_templates_are_compared_per_byte(done: Done, tmp_path:
         ids = torch.from_numpy(masked.ids)[None]
         ((first, last),) = masked.learned.tolist()
         answer = document.conversation.messages[-1].content
-        assert tokenizer.decode(masked.ids[first:last]) == f" {answer}<|endoftext|>"
+        assert tokenizer.decode(masked.ids[first:last]) == f"{answer}<|endoftext|>"
         logits = model(ids).logits[0, first - 1 : last - 1].double()
         nats += float(
             torch.nn.functional.cross_entropy(logits, ids[0, first:last], reduction="sum")
