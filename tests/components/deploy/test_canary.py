@@ -299,6 +299,25 @@ def test_each_version_is_asked_in_its_own_form(monkeypatch: pytest.MonkeyPatch) 
     assert chat.texts == text.chats == []
 
 
+def test_a_version_is_asked_with_the_turns_of_its_own_evaluation() -> None:
+    from nudge.components.deploy.smoke import ModelServer
+
+    def version(name: str, system: str, **more: Any) -> tuple[Version, list[dict[str, str]]]:
+        turns = [{"role": "system", "content": system}, {"role": "user", "content": "Where?"}]
+        entry = {"prompt": "Where?", "messages": turns, "token": "In", "p": 0.9}
+        values = {"expected_next": json.dumps([entry]), **more}
+        return Version("m", name, "1", "v", "s3://b/v", False, 0, values), turns
+
+    made = [version("v1", "Be brief.", chat=True), version("v2", "Be kind.", chat=True)]
+    made.append(version("asked as a chat, but trained on texts", "Rhyme."))
+    prompts = measure.prompts_of("Hello", [each for each, _ in made])
+    hello = [{"role": "user", "content": "Hello"}]
+    for each, turns in made:
+        probe = measure.Probe(ModelServer("http://127.0.0.1"), each, prompts, 1)
+        wanted = hello if each.properties.get("chat") else "Hello"
+        assert probe._asked_as == {"Hello": wanted, "Where?": turns}
+
+
 def test_a_difference_that_nobody_notices_is_not_worse() -> None:
     fast, faster = replace(GOOD, first_token_s=0.03), replace(GOOD, first_token_s=0.01)
     assert worse(fast, faster, CanaryLimits()) == []
