@@ -147,7 +147,11 @@ class IngestState:
             fact, version = facts[number], sources[number].listed
             entry = {"version": version, "file": name, "number": number, "facts": fact}
             objects[sources[number].uri] = entry
-        body = {"cleaning": self._cleaning, "objects": objects, "files": files}
+        body: dict[str, Any] = {
+            "cleaning": self._cleaning,
+            "objects": objects,
+            "files": files,
+        }
         kept = set(files)
         if sides:
             body[SIDES] = self._keep_sides(sides)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nudge.components.common.artifacts.tokens import TokenReader, token_dtype, write_shard
+from nudge.components.common.artifacts.tokens import TokenReader, token_dtype
 from nudge.components.common.chat import conversation_of, template_of_folder
 from nudge.components.common.chat.masks import Encoder, Masked, Plain
 from nudge.components.common.core.publish import sha256_tree
@@ -34,6 +34,7 @@ from nudge.components.train.train import train
 from nudge.pipelines import recipes
 from tests.bench.bench_chat import BASE, marked
 from tests.bench.results import Measure
+from tests.token_shards import write_shard
 
 PEER = "TRL's SFTTrainer"
 LENGTH = 256
@@ -137,7 +138,7 @@ def peer(tokens: Path, given: TrainSettings) -> Run:
             return super().compute_loss(model, inputs, *more, **named)
 
     model = load_model(local_model(BASE)).train()
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p.dim() >= 2]},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]

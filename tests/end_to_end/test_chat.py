@@ -245,6 +245,8 @@ def test_models_with_other_templates_are_compared_per_byte(done: Done, tmp_path:
         )
     assert other.bits_per_byte == pytest.approx(nats / (4 * 30) / math.log(2), rel=1e-4)
     assert found.verdict is not None
+    assert candidate.bits_per_byte is not None
+    assert other.bits_per_byte is not None
     comparison = found.verdict.comparisons["incumbent"]
     assert comparison.difference_bits_per_byte == pytest.approx(
         candidate.bits_per_byte - other.bits_per_byte

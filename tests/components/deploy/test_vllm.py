@@ -136,7 +136,7 @@ def test_a_chat_prompt_is_the_one_that_was_trained_on(
     turns = TURNS if name == "renamed" else [{"role": "system", "content": "Be brief."}, *TURNS]
     family = FAMILIES.get(name)
     template = family.template() if family else template_of_folder(model)
-    ours = template.generation_prompt([Message(**each) for each in turns])
+    ours = template.generation_prompt([Message(each["role"], each["content"]) for each in turns])
     body: dict[str, object] = {"model": NAME, "messages": turns, "max_tokens": 1}
     if family:
         # vLLM asks the clock, which `ChatTemplate` replaces with a date.
@@ -156,7 +156,9 @@ def test_the_smoke_test_asks_a_chat_model_through_its_chat_endpoint(
     server: ModelServer, model: Path
 ) -> None:
     loaded, tokenizer = load_model(model), load_tokenizer(model)
-    prompt = template_of_folder(model).generation_prompt([Message(**each) for each in TURNS])
+    prompt = template_of_folder(model).generation_prompt(
+        [Message(each["role"], each["content"]) for each in TURNS]
+    )
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     best = likeliest(probabilities_along(loaded, ids, [])[0], tokenizer)[0]
     expected = {"prompt": "Where?", "messages": TURNS, "token": best["token"], "p": best["p"]}
