@@ -31,6 +31,7 @@ FILES = 16
 """If there are more, all are rewritten as one."""
 CLEANING = (
     "format",
+    "assistant_name",
     "text_column",
     "id_column",
     "license_column",
@@ -59,9 +60,12 @@ LIBRARIES = (
     "py3langid",
     "pyarrow",
     "pypdfium2",
+    "python-calamine",
     "python-docx",
+    "python-oxmsg",
     "python-pptx",
     "python-stdnum",
+    "striprtf",
     "trafilatura",
 )
 

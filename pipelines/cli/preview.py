@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from nudge.components.common.chat import ChatTemplate, Refusal, from_json, templ
 from nudge.components.common.chat.render import Learn, Rendered
 from nudge.components.common.core.errors import UserError
 from nudge.components.ingest.settings import IngestSettings
+from nudge.pipelines.cli.output import echo_json
 from nudge.pipelines.cli.run import OVERRIDES, RECIPE
 from nudge.pipelines.cli.screen import Screen
 from nudge.pipelines.recipes import Recipe, load
@@ -67,7 +67,7 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool) -
     found = previewed(loaded, rows)
     if as_json:
         values = [{"text": each.text, "learned": each.learned} for _, each in found.rows]
-        click.echo(json.dumps(values, indent=2, ensure_ascii=False))
+        echo_json(values)
         return
     _print(found)
 

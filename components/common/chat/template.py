@@ -16,6 +16,7 @@ from nudge.components.common.chat.refusals import Refusal
 from nudge.components.common.chat.render import MARK, Learn, Rendered, common_length, render
 from nudge.components.common.chat.sandbox import FAULTS, compiled
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.models.base_checks import TEMPLATE, read_template
 
 Origin = Literal["model", "recipe", "chatml"]
 FROZEN = datetime.date(2024, 7, 26)
@@ -177,9 +178,9 @@ def chatml(
 
 
 def _own_template(folder: Path, config: Mapping[str, Any]) -> str:
-    path = folder / "chat_template.jinja"
+    path = folder / TEMPLATE
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return read_template(path)
     found = config.get("chat_template") or _json(folder / "chat_template.json").get("chat_template")
     if isinstance(found, list):  # one per use
         templates = {each["name"]: each["template"] for each in found}
