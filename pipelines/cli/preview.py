@@ -11,7 +11,6 @@ import click
 from rich.text import Text
 
 from nudge.components.common.chat import ChatTemplate, Refusal, from_json, template_of_folder
-from nudge.components.common.chat.masks import rendered
 from nudge.components.common.chat.render import Learn, Rendered
 from nudge.components.common.core.errors import UserError
 from nudge.components.ingest.settings import IngestSettings
@@ -136,6 +135,8 @@ class _TemplateOnce:
         if row.turns is None:
             return [Rendered(row.text, ((0, len(row.text)),))]
         learn: Learn = (self._recipe.values.get("train") or {}).get("learn", "assistant")
+        from nudge.components.common.chat.masks import rendered
+
         template, conversation = self.get(), from_json(row.text)
         if self._settings.control_tokens == "refuse":
             return template.render(conversation, learn)
