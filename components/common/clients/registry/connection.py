@@ -11,6 +11,11 @@ from urllib.parse import urlsplit
 import pydantic
 import tenacity
 
+from nudge.components.common.clients.registry.mlflow_connection import (
+    PREFIX,
+    is_mlflow,
+    with_mlflow,
+)
 from nudge.components.common.core.environment import REGISTRY_TOKEN_PATH, SERVICE_ACCOUNT
 from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.retries import BACKOFF
@@ -44,7 +49,8 @@ def registry_url(url: str = "") -> str:
     """The registry's URL, normalized: ``url`` or else NUDGE_REGISTRY_URL.
 
     Removes the API's own path (``/api/model_registry/v1alpha3``) and a trailing slash; keeps the
-    path of a gateway before it. Raises `UserError` if there is no URL or it is invalid.
+    path of a gateway before it. ``mlflow+https://HOST`` is MLflow's registry. Raises `UserError` if
+    there is no URL or it is invalid.
     """
     url = (url or os.environ.get("NUDGE_REGISTRY_URL", "")).strip()
     if not url:
@@ -52,8 +58,9 @@ def registry_url(url: str = "") -> str:
             "no model registry is known: set registry_url in the recipe or "
             "NUDGE_REGISTRY_URL (on a laptop, `nudge services up` starts one)"
         )
+    prefix = PREFIX if is_mlflow(url) else ""
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(url.removeprefix(prefix))
         wrong = parts.scheme not in ("http", "https") or not parts.hostname
         wrong = wrong or bool(parts.query or parts.fragment or parts.username or parts.port == 0)
     except ValueError:
@@ -62,10 +69,11 @@ def registry_url(url: str = "") -> str:
         shown = re.sub(r"//[^/@]*@", "//...@", url)
         raise UserError(
             f"{shown!r} is not the URL of a model registry: expected https://HOST, or http://, "
-            "with a port and a path if needed, and without user, query or fragment"
+            "with a port and a path if needed, and without user, query or fragment "
+            "(mlflow+https://HOST for MLflow's registry)"
         )
     path = re.sub(r"/api/model_registry(/v[^/]+(/.*)?)?/*$", "", parts.path).rstrip("/")
-    return f"{parts.scheme}://{parts.netloc}{path}"
+    return f"{prefix}{parts.scheme}://{parts.netloc}{path}"
 
 
 RegistryUrl = Annotated[str, pydantic.AfterValidator(lambda url: url and registry_url(url))]
@@ -73,7 +81,9 @@ RegistryUrl = Annotated[str, pydantic.AfterValidator(lambda url: url and registr
 
 
 def with_registry(url: str, work: Callable[[Any], Awaitable[T]], attempts_s: float = 0) -> T:
-    """Run ``work(client)`` with a `RegistryClient`, and retry it while the registry is down.
+    """Run ``work(registry)`` with the registry of a URL, and retry it while the registry is down.
+
+    The registry is a `Registry`: a `RegistryClient`, or an `MlflowRegistry` for ``mlflow+https://``.
 
     ``work`` must be safe to repeat. Raises `Unreachable` if the registry does not answer within
     ``attempts_s`` (`ATTEMPTS_S` if 0) or not in a usable way, and `UserError` if it refuses a
@@ -86,6 +96,8 @@ def with_registry(url: str, work: Callable[[Any], Awaitable[T]], attempts_s: flo
     from nudge.components.common.clients.registry.client import NotARegistry, RegistryClient
 
     url = registry_url(url)
+    if is_mlflow(url):
+        return with_mlflow(url, work, attempts_s or ATTEMPTS_S)
     token_file = Path(os.environ.get(REGISTRY_TOKEN_PATH, SERVICE_ACCOUNT / "token"))
     withheld = token_file.is_file() and not may_have_token(url)
     token = None
