@@ -90,6 +90,8 @@ class Step:
     """The plain parameters that may be left out; they are empty then."""
     outputs: tuple[str, ...] = ()
     """The parameters that are paths it writes."""
+    about_run: tuple[str, ...] = ()
+    """The parameters that are sections of a recipe about all steps (`RUN_SECTIONS`)."""
     services: bool = False
     """Whether it needs the object store or the model registry in any case."""
     publishes: bool = False
@@ -196,6 +198,7 @@ STEPS = {
             resources=Resources(96, *_MODEL, gpu=True, shm="8Gi", images=True, retries=4),
             inputs=_TOKENS,
             outputs=("model", "history", "report"),
+            about_run=("budget", "prices"),
             runs="new text",
             outcome=("{steps} steps, {tokens} tokens, last loss {loss:.3f}",),
             about="Train the base model on token shards.",
@@ -225,6 +228,7 @@ STEPS = {
                 "history": "What `train` wrote while it trained (or the empty one of `fetch`).",
             },
             outputs=("evaluation", "report", "scores"),
+            about_run=("prices",),
             runs="new text",
             outcome=("{base_bits_per_byte:.4f} -> {candidate_bits_per_byte:.4f} bits per byte",),
             about="Score the base model, the served version and a candidate on held-out text.",

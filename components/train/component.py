@@ -26,6 +26,7 @@ def train(
     """
     from pathlib import Path
 
+    from nudge.components.common.core.prices import Budget, Prices
     from nudge.components.common.core.recipe import step_settings
     from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.common.preflight.packages import check_packages
@@ -40,7 +41,11 @@ def train(
             "history": Path(history.path),
             "report": Path(report.path),
         }
-        results = train(settings, tokens=Path(tokens.path), **paths)
+        limits = {
+            "budget": step_settings(Budget, "budget", recipe),
+            "prices": step_settings(Prices, "prices", recipe),
+        }
+        results = train(settings, tokens=Path(tokens.path), **paths, **limits)
         model.metadata.update(results)
         for name, value in results.items():
             metrics.log_metric(name, value)
@@ -81,6 +86,7 @@ def train_on_nodes(
     """
     from pathlib import Path
 
+    from nudge.components.common.core.prices import Budget, Prices
     from nudge.components.common.core.recipe import step_settings
     from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.train.settings import TrainSettings, on_nodes
@@ -102,7 +108,11 @@ def train_on_nodes(
             "history": Path(history.path),
             "report": Path(report.path),
         }
-        results = train(settings, tokens=Path(tokens.path), **paths)
+        limits = {
+            "budget": step_settings(Budget, "budget", recipe),
+            "prices": step_settings(Prices, "prices", recipe),
+        }
+        results = train(settings, tokens=Path(tokens.path), **paths, **limits)
         model.metadata.update(results)
         for name, value in results.items():
             metrics.log_metric(name, value)
