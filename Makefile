@@ -14,8 +14,7 @@ help:  ## list these targets
 run: setup  ## the whole pipeline here, on the default recipe
 	$(BIN)/nudge run eiffel
 
-# One worker more than cores, because tests often wait for the servers that they start: on two cores
-# three workers use 82 % of the processor.
+# One worker more than cores, because tests often wait for the servers that they start.
 WORKERS := $(shell cores=$$(nproc); echo $$((cores < 4 ? cores + 1 : 4)))
 PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
@@ -72,7 +71,7 @@ bench-%: setup  ## one benchmark: ours beside the named peer, in one run
 # Not after `setup`, which needs the network: any Python with torch, setuptools and pip will do.
 WHEEL_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 wheel:  ## the fused loss with its CUDA kernel, in dist/; needs nvcc and torch, no GPU, no network
-	$(WHEEL_PYTHON) -m pip wheel --quiet --no-index --no-deps --no-build-isolation --check-build-dependencies --wheel-dir dist ./kernels
+	NUDGE_KERNELS_CUDA=1 $(WHEEL_PYTHON) -m pip wheel --quiet --no-index --no-deps --no-build-isolation --check-build-dependencies --wheel-dir dist ./kernels
 
 # make images ENGINE=buildah BASE_IMAGE=... TORCH=cpu OFFLINE=1 PIP_CONF=... CA=... NETWORK=host
 images: setup  ## the container images, with podman, docker or buildah

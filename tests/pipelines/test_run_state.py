@@ -60,8 +60,10 @@ def evaluated(run: Run, promote: bool) -> None:
 def served(run: Run) -> None:
     end(run, "upload", uri="s3://nudge/models/m/v", files=3, bytes=9)
     end(run, "register", registered_model="m", version="v")
-    deployed = {"endpoint": "http://127.0.0.1:1", "served_model": "m"}
-    end(run, "deploy", **deployed, smoke_prompt="it is", smoke_answer=" so")
+    end(
+        run, "deploy", endpoint="http://127.0.0.1:1", served_model="m", smoke_prompt="it is",
+        smoke_answer=" so",
+    )  # fmt: skip
 
 
 def test_the_recipe_in_a_runs_folder_has_no_credentials(tmp_path: Path) -> None:
@@ -96,14 +98,14 @@ def test_ctrl_c_before_there_is_a_run_is_no_failure(monkeypatch: pytest.MonkeyPa
     assert (ended.exit_code, ended.stderr) == (130, "stopped\n")
 
 
-def told(*events: tuple[str, str]) -> list[str]:
+def lines_of(*events: tuple[str, str]) -> list[str]:
     return [json.dumps({"step": step, "event": event}) for step, event in events]
 
 
 def cut_off(home: Path, *events: tuple[str, str], failed: str = "", kept: bool = False) -> str:
-    """A run of eiffel that came as far as these events and ended, however; returns its id."""
+    """A run of eiffel that ended after these events; returns its id."""
     run = begin(load("eiffel"), home, fresh=True)
-    run.events.write_text("".join(f"{line}\n" for line in told(*events)))
+    run.events.write_text("".join(f"{line}\n" for line in lines_of(*events)))
     if failed:
         run.steps[failed].apply({"event": "step_failed", "time": 1.0, "error": "it burst"})
     if failed or kept:
@@ -130,13 +132,13 @@ def test_a_run_that_was_cut_off_while_it_published_goes_on(tmp_path: Path, end: 
     then = end.pop("then", None)
     run_id = cut_off(tmp_path, *end.pop("events"), **end)
     assert begin(load("eiffel", ["seed=7"]), tmp_path).run_id != run_id
-    if then is not None:  # it was gone on with before, and cut off sooner
+    if then is not None:  # an earlier continuation ended sooner
         once = begin(load("eiffel"), tmp_path)
-        once.events.write_text("".join(f"{line}\n" for line in told(*then)))
+        once.events.write_text("".join(f"{line}\n" for line in lines_of(*then)))
         once.lock.close()
     again = begin(load("eiffel"), tmp_path)
     assert (again.run_id, again.continued) == (run_id, True)
-    assert not (again.folder / "events.jsonl").exists()  # what it had told is not told again
+    assert not (again.folder / "events.jsonl").exists()  # its events are not shown twice
     # It is at work now, and another one is another run.
     assert begin(load("eiffel"), tmp_path).run_id != run_id
 
@@ -241,8 +243,10 @@ def test_a_better_model_that_got_no_traffic_says_why(run: Run) -> None:
     evaluated(run, promote=True)
     served(run)
     why = "v was compared with v1, but v2 has the traffic now"
-    refused = {"promoted": False, "reason": why, "endpoint": "http://127.0.0.1:1"}
-    end(run, "deploy", **refused, served_model="m", version="v")
+    end(
+        run, "deploy", promoted=False, reason=why, endpoint="http://127.0.0.1:1",
+        served_model="m", version="v",
+    )  # fmt: skip
     run.exit_status = 0
     values = keep_result(run)
     assert (values["promoted"], values["endpoint"]) == (False, None)
@@ -325,7 +329,7 @@ def test_a_bar_of_unknown_length_is_not_full_and_its_clock_goes_on(run: Run) -> 
     with display.Live(console, run) as live:
         step = run.steps["evaluate"]
         step.apply({"event": "step_start", "time": time.time() - 42})
-        progress = {"done": 3220, "total": None, "unit": "tokens", "fields": {}}
+        progress: dict[str, Any] = {"done": 3220, "total": None, "unit": "tokens", "fields": {}}
         step.apply({"event": "progress", **progress})
         live.show(run)
         assert live._bars is not None

@@ -60,18 +60,21 @@ def hub(folder: Path, name: str) -> list[Route]:
         return web.json_response({"id": name, "sha": commit, "private": False, "siblings": []})
 
     async def tree(request: web.Request) -> web.Response:
-        place = folder / request.match_info.get("path", "")
-        if not place.is_dir():
+        target = folder / request.match_info.get("path", "")
+        if not target.is_dir():
             headers = {"X-Error-Code": "EntryNotFound"}
             return web.json_response({"error": "none"}, status=404, headers=headers)
         deep = request.query.get("recursive", "").lower() in ("1", "true")
-        found = sorted(place.rglob("*") if deep else place.iterdir())
+        found = sorted(target.rglob("*") if deep else target.iterdir())
         return web.json_response([entry(path) for path in found])
 
     async def paths(request: web.Request) -> web.Response:
-        asked = await (request.json() if request.content_type.endswith("json") else request.post())
-        given = asked.getall("paths") if hasattr(asked, "getall") else asked["paths"]
-        return web.json_response([entry(folder / p) for p in given if (folder / p).exists()])
+        if request.content_type.endswith("json"):
+            wanted = (await request.json())["paths"]
+        else:
+            wanted = (await request.post()).getall("paths")
+        found = [folder / str(path) for path in wanted]
+        return web.json_response([entry(path) for path in found if path.exists()])
 
     async def resolve(request: web.Request) -> web.StreamResponse:
         path = folder / request.match_info["path"]

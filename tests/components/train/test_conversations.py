@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nudge.components.common.artifacts.tokens import TokenReader, token_dtype, write_shard
+from nudge.components.common.artifacts.tokens import TokenReader, token_dtype
 from nudge.components.common.core.errors import UserError
 from nudge.components.train.data import IGNORED, PackedSplit, Rows, tokens_in
 from nudge.components.train.loop import accumulate
@@ -26,6 +26,7 @@ from nudge.components.train.packing import pack
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
 from tests.components.train.conftest import lines, outputs, weights, write_tokens
+from tests.token_shards import write_shard
 
 LENGTH = 24
 
@@ -41,8 +42,8 @@ def draw(count: int, seed: int = 4) -> tuple[list[np.ndarray], list[np.ndarray]]
             continue
         spans, at = [], 0
         for _ in range(random.integers(1, 4)):
-            begin = at + random.integers(1, 4)
-            at = begin + random.integers(1, 4)
+            begin = at + int(random.integers(1, 4))
+            at = begin + int(random.integers(1, 4))
             spans.append((begin, at))
         tail = random.integers(0, 3)  # nothing learns from what follows the last answer
         documents.append(random.integers(1, 250, at + tail))

@@ -12,12 +12,12 @@ from urllib.parse import urlsplit
 
 import tenacity
 
+from nudge.components.common.clients.registry.url import MLFLOW
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.retries import BACKOFF
 
 T = TypeVar("T")
 
-PREFIX = "mlflow+"
 CREDENTIALS = (
     "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_CLIENT_CERT_PATH",
@@ -27,16 +27,11 @@ PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT
 """MLflow's own default is 7 retries per request, which takes minutes if nothing answers."""
 
 
-def is_mlflow(url: str) -> bool:
-    """Whether a registry's URL names an MLflow server."""
-    return url.startswith(PREFIX)
-
-
 def with_mlflow(url: str, work: Callable[[Any], Awaitable[T]], attempts_s: float) -> T:
     """As `with_registry`, with an `MlflowRegistry`."""
     from nudge.components.common.clients.registry.connection import Unreachable
 
-    address = url.removeprefix(PREFIX)
+    address = url.removeprefix(MLFLOW)
     _refuse_foreign(address)
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
@@ -88,7 +83,7 @@ def _refuse_foreign(address: str) -> None:
     known = {
         (parts.scheme, parts.netloc)
         for name in OWN_SERVERS
-        if (parts := urlsplit(os.environ.get(name, "").strip().removeprefix(PREFIX))).netloc
+        if (parts := urlsplit(os.environ.get(name, "").strip().removeprefix(MLFLOW))).netloc
     }
     parts = urlsplit(address)
     if set_here and (parts.scheme, parts.netloc) not in known:

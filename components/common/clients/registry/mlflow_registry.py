@@ -97,8 +97,10 @@ class MlflowRegistry:
     async def get_model_version(self, version_id: str) -> Any:
         import mr_openapi
 
-        found = await self._get(version_id)
-        return mr_openapi.ModelVersion.from_dict(_version_json(found))
+        body = _version_json(await self._get(version_id))
+        return mr_openapi.ModelVersion.model_construct(
+            id=body["id"], name=body["name"], custom_properties=_values(body["customProperties"])
+        )
 
     async def update_model_version(self, version_id: str, body: Any) -> Any:
         model, number = _split(version_id)
@@ -106,7 +108,7 @@ class MlflowRegistry:
         check_sendable(values)
         tags: dict[str, str] = {}
         if state := values.get("state"):
-            tags[STATE] = str(state)
+            tags[STATE] = str(getattr(state, "value", state))
         if (typed := values.get("customProperties")) is not None:
             before = (await self._get(version_id)).tags
             mirrored = _mirrored({name: _plain(each) for name, each in typed.items()})
@@ -148,14 +150,15 @@ class MlflowRegistry:
         """An environment is only a name here, so each one exists."""
         import mr_openapi
 
-        return mr_openapi.ServingEnvironment(name=name, id=name)
+        return mr_openapi.ServingEnvironment.model_construct(name=name, id=name)
 
     async def get_serving_environments(self, *, page_size: str, next_page_token: str) -> Any:
         import mr_openapi
 
         services = await self._services()
         names = sorted({str(each.serving_environment_id) for each in services})
-        items = [mr_openapi.ServingEnvironment(name=name, id=name) for name in names]
+        make = mr_openapi.ServingEnvironment.model_construct
+        items = [make(name=name, id=name) for name in names]
         return _page(mr_openapi.ServingEnvironmentList, items)
 
     async def create_serving_environment(self, body: Any) -> Any:
@@ -180,21 +183,17 @@ class MlflowRegistry:
         return await self._write_service(model.name, {**values, **changed})
 
     async def _write_service(self, model: str, values: dict[str, Any]) -> Any:
-        import mr_openapi
-
         check_sendable(values)
         set_tag = self._client.set_registered_model_tag
         await asyncio.to_thread(set_tag, model, SERVICE, _stored(values))
         _, number = _split(str(values["modelVersionId"]))
         alias = self._client.set_registered_model_alias
         await asyncio.to_thread(alias, model, SERVED_ALIAS, number)
-        return mr_openapi.InferenceService.from_dict(values)
+        return _service(values)
 
     async def _services(self) -> list[Any]:
-        import mr_openapi
-
         return [
-            mr_openapi.InferenceService.from_dict(json.loads(model.tags[SERVICE]))
+            _service(json.loads(model.tags[SERVICE]))
             for model in await self._models()
             if SERVICE in model.tags
         ]
@@ -300,6 +299,27 @@ def _version_json(found: Any) -> dict[str, Any]:
     }
 
 
+def _service(values: dict[str, Any]) -> Any:
+    """A record of what is served, unvalidated: the ids here are not numbers."""
+    import mr_openapi
+
+    return mr_openapi.InferenceService.model_construct(
+        id=values["id"],
+        name=values.get("name"),
+        runtime=values.get("runtime"),
+        registered_model_id=values["registeredModelId"],
+        model_version_id=values.get("modelVersionId"),
+        serving_environment_id=values["servingEnvironmentId"],
+        custom_properties=_values(values.get("customProperties") or {}),
+    )
+
+
+def _values(typed: dict[str, Any]) -> dict[str, Any]:
+    import mr_openapi
+
+    return {name: mr_openapi.MetadataValue.from_dict(each) for name, each in typed.items()}
+
+
 def _typed(properties: dict[str, Any]) -> dict[str, Any]:
     """Plain properties in the registry's JSON form."""
 
@@ -344,4 +364,4 @@ def _stored(value: Any) -> str:
 
 
 def _page(kind: Any, items: list[Any]) -> Any:
-    return kind(nextPageToken="", pageSize=len(items), size=len(items), items=items)
+    return kind.model_construct(next_page_token="", items=items)

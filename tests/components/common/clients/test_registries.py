@@ -18,18 +18,20 @@ from nudge.components.common.clients.registry.connection import (
 from nudge.components.common.clients.registry.copying import copy_models
 from nudge.components.common.clients.registry.lookup import list_models
 from nudge.components.common.clients.registry.releases import (
-    Rollback,
     Served,
     archive_older,
-    find_rollback,
     find_served,
     find_standing,
     find_version,
     list_versions,
     note_promotion,
-    note_rollback,
     note_served,
     unneeded,
+)
+from nudge.components.common.clients.registry.rollbacks import (
+    Rollback,
+    find_rollback,
+    note_rollback,
 )
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.processes import free_port
