@@ -3,6 +3,7 @@
 The tests run what the steps run: `enter` of register, and the work of `releases`.
 """
 
+import secrets
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -177,7 +178,7 @@ def test_versions_move_between_registries(
 ) -> None:
     names = {"kubeflow": "registry", "mlflow": "mlflow_url"}
     one, other = (str(request.getfixturevalue(names[kind])) for kind in (source, target))
-    model = f"moved-from-{source}"
+    model = f"moved-from-{source}-{secrets.token_hex(3)}"
     for version in ("v1", "v2", "v3"):
         enter(one, entry(model, version))
     serve(one, model, "v3", history=("v2", "v3"))
