@@ -90,8 +90,8 @@ class Step:
     """The plain parameters that may be left out; they are empty then."""
     outputs: tuple[str, ...] = ()
     """The parameters that are paths it writes."""
-    about_run: tuple[str, ...] = ()
-    """The parameters that are sections of a recipe about all steps (`RUN_SECTIONS`)."""
+    about_run: str = ""
+    """What reads its second parameter from a recipe: values of sections about all steps."""
     services: bool = False
     """Whether it needs the object store or the model registry in any case."""
     publishes: bool = False
@@ -112,6 +112,10 @@ class Step:
         if self.reader:
             return self._load(self.reader)(recipe)
         return step_settings(self.settings_class(), self.section, recipe)
+
+    def read_about_run(self, recipe: str) -> list[Any]:
+        """Its second parameter from a recipe, as a list; empty if it has none."""
+        return [self._load(self.about_run)(recipe)] if self.about_run else []
 
     def plain_function(self) -> Any:
         """The function that does the work."""
@@ -198,7 +202,7 @@ STEPS = {
             resources=Resources(96, *_MODEL, gpu=True, shm="8Gi", images=True, retries=4),
             inputs=_TOKENS,
             outputs=("model", "history", "report"),
-            about_run=("budget", "prices"),
+            about_run="limits:limits_of",
             runs="new text",
             outcome=("{steps} steps, {tokens} tokens, last loss {loss:.3f}",),
             about="Train the base model on token shards.",
@@ -228,7 +232,7 @@ STEPS = {
                 "history": "What `train` wrote while it trained (or the empty one of `fetch`).",
             },
             outputs=("evaluation", "report", "scores"),
-            about_run=("prices",),
+            about_run="settings:prices_of",
             runs="new text",
             outcome=("{base_bits_per_byte:.4f} -> {candidate_bits_per_byte:.4f} bits per byte",),
             about="Score the base model, the served version and a candidate on held-out text.",

@@ -38,11 +38,9 @@ def evaluate(
     import math
     from pathlib import Path
 
-    from nudge.components.common.core.prices import Prices
-    from nudge.components.common.core.recipe import step_settings
     from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.evaluate.evaluate import evaluate
-    from nudge.components.evaluate.settings import evaluate_settings
+    from nudge.components.evaluate.settings import evaluate_settings, prices_of
 
     with exit_with_user_errors():
         named = {"base_model": base_model, "model_name": model_name}
@@ -50,7 +48,7 @@ def evaluate(
         inputs = {"corpus": corpus, "model": model, "history": history}
         outputs = {"evaluation": evaluation, "report": report, "scores": scores}
         paths = {name: Path(artifact.path) for name, artifact in {**inputs, **outputs}.items()}
-        result = evaluate(settings, **paths, prices=step_settings(Prices, "prices", recipe))
+        result = evaluate(settings, prices_of(recipe), **paths)
         Path(evaluation_sha256).write_text(result["evaluation_sha256"])
         for name, value in result.items():
             if isinstance(value, int | float) and math.isfinite(value):

@@ -15,6 +15,8 @@ NO_PRICES = Prices()
 @step("evaluate", outputs=("evaluation", "report", "scores"), reuse=False)
 def evaluate(
     settings: EvaluateSettings,
+    prices: Prices = NO_PRICES,
+    /,
     *,
     corpus: Path,
     model: Path,
@@ -22,7 +24,6 @@ def evaluate(
     evaluation: Path,
     report: Path,
     scores: Path,
-    prices: Prices = NO_PRICES,
 ) -> dict[str, Any]:
     """Find the version that is served now and the guards' texts, then `judge` the candidate.
 

@@ -40,7 +40,7 @@ def main(
             local = _local_tokens(tokens, Path(folder))
             limits = limits_of(recipe)
             paths = {"tokens": local, "model": model, "history": history, "report": report}
-            train_rank(settings, **paths, limits=limits)
+            train_rank(settings, limits, **paths)
         except BaseException as error:
             reported = error if isinstance(error, UserError) else None
             if disk_is_full(error):

@@ -26,10 +26,10 @@ def train(
     """
     from pathlib import Path
 
-    from nudge.components.common.core.prices import Budget, Prices
     from nudge.components.common.core.recipe import step_settings
     from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.common.preflight.packages import check_packages
+    from nudge.components.train.limits import limits_of
     from nudge.components.train.settings import TrainSettings
     from nudge.components.train.train import train
 
@@ -41,11 +41,7 @@ def train(
             "history": Path(history.path),
             "report": Path(report.path),
         }
-        limits = {
-            "budget": step_settings(Budget, "budget", recipe),
-            "prices": step_settings(Prices, "prices", recipe),
-        }
-        results = train(settings, tokens=Path(tokens.path), **paths, **limits)
+        results = train(settings, limits_of(recipe), tokens=Path(tokens.path), **paths)
         model.metadata.update(results)
         for name, value in results.items():
             metrics.log_metric(name, value)
@@ -86,9 +82,9 @@ def train_on_nodes(
     """
     from pathlib import Path
 
-    from nudge.components.common.core.prices import Budget, Prices
     from nudge.components.common.core.recipe import step_settings
     from nudge.components.common.core.step import exit_with_user_errors
+    from nudge.components.train.limits import limits_of
     from nudge.components.train.settings import TrainSettings, on_nodes
     from nudge.components.train.train import train
 
@@ -108,11 +104,7 @@ def train_on_nodes(
             "history": Path(history.path),
             "report": Path(report.path),
         }
-        limits = {
-            "budget": step_settings(Budget, "budget", recipe),
-            "prices": step_settings(Prices, "prices", recipe),
-        }
-        results = train(settings, tokens=Path(tokens.path), **paths, **limits)
+        results = train(settings, limits_of(recipe), tokens=Path(tokens.path), **paths)
         model.metadata.update(results)
         for name, value in results.items():
             metrics.log_metric(name, value)

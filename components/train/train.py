@@ -6,25 +6,22 @@ from typing import Any
 
 from nudge.components.common.artifacts.model import read_model_facts
 from nudge.components.common.clients.tracking import track_history
-from nudge.components.common.core.prices import Budget, Prices
 from nudge.components.common.core.step import step
 from nudge.components.common.core.usage import NOTHING, Usage, add, of_earlier_steps, usage_of
 from nudge.components.train.limits import NO_LIMITS, Limits
 from nudge.components.train.settings import TrainSettings
 
-NO_BUDGET, NO_PRICES = Budget(), Prices()
 
-
-@step("train", outputs=("model", "history", "report"), no_inputs=("budget", "prices"))
+@step("train", outputs=("model", "history", "report"), no_inputs=("limits",))
 def train(
     settings: TrainSettings,
+    limits: Limits = NO_LIMITS,
+    /,
     *,
     tokens: Path,
     model: Path,
     history: Path,
     report: Path,
-    budget: Budget = NO_BUDGET,
-    prices: Prices = NO_PRICES,
 ) -> dict[str, Any]:
     """Train a base model, or a fresh one, on token shards.
 
@@ -41,8 +38,8 @@ def train(
 
     If torchrun's variables are set, this process is one rank of several, and rank 0 writes. Raises
     `UserError` if the tokenizer does not fit the model, the loss is not finite, memory runs out, a
-    checkpoint is from another run, or the run needs more than its ``budget``, to which ``prices``
-    apply: after the first steps, once the speed is known, or at a checkpoint.
+    checkpoint is from another run, or the run needs more than its ``limits`` (found out once the
+    speed is known, and at each checkpoint).
     """
     from nudge.components.common.models.base_model import resolved
     from nudge.components.train.result import results
@@ -52,7 +49,7 @@ def train(
     settings = dataclasses.replace(settings, base_model=resolved(settings.base_model))
     paths = {"tokens": tokens, "model": model, "history": history, "report": report}
     spent = sum(of_earlier_steps(reused=False).values(), NOTHING)
-    limits = Limits(budget, prices, spent)
+    limits = dataclasses.replace(limits, used=spent)
     if settings.launcher != "local":
         from nudge.components.train.cluster.launch import launch
 
@@ -65,7 +62,7 @@ def train(
         # The ranks are children of this process, which counts all but their GPUs.
         add(Usage(gpu_seconds=training_usage(model).gpu_seconds))
     else:
-        train_rank(settings, **paths, limits=limits)
+        train_rank(settings, limits, **paths)
     return results(model, history)
 
 
@@ -76,12 +73,13 @@ def training_usage(model: Path) -> Usage:
 
 def train_rank(
     settings: TrainSettings,
+    limits: Limits = NO_LIMITS,
+    /,
     *,
     tokens: Path,
     model: Path,
     history: Path,
     report: Path,
-    limits: Limits = NO_LIMITS,
 ) -> None:
     """Train as the rank that torchrun's variables describe, or alone; see `train`."""
     from nudge.components.train.memory import explain_out_of_memory

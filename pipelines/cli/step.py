@@ -9,12 +9,11 @@ from typing import Any
 import click
 
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.recipe import step_settings
 from nudge.components.common.core.sanitize import visible
 from nudge.pipelines import steps
 from nudge.pipelines.cli import connections
 from nudge.pipelines.cli.run import OVERRIDES
-from nudge.pipelines.recipes import RUN_SECTIONS, load
+from nudge.pipelines.recipes import load
 
 
 @click.group()
@@ -86,9 +85,7 @@ def _run(each: steps.Step, arguments: dict[str, Any]) -> None:
     if each.settings:
         loaded = load(arguments.pop("recipe_name"), arguments.pop("overrides"))
         positional.append(each.read_settings(loaded.text))
-        arguments |= {
-            name: step_settings(RUN_SECTIONS[name], name, loaded.text) for name in each.about_run
-        }
+        positional += each.read_about_run(loaded.text)
     if into:
         outputs = {name: into / name for name in each.outputs}
         if there := [str(path) for path in outputs.values() if path.exists()]:

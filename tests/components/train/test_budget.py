@@ -11,6 +11,7 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.prices import Budget, Prices
 from nudge.components.common.core.usage import Usage
 from nudge.components.train import spending
+from nudge.components.train.limits import Limits
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
 from tests.components.train.conftest import command, lines, outputs, weights, write_recipe
@@ -35,11 +36,11 @@ def test_a_projection_after_the_first_steps_stops_what_would_not_suffice(
     monkeypatch.setenv("NUDGE_CHECKPOINTS", str(tmp_path / "checkpoints"))
     paths = outputs(tmp_path / "a")
     with pytest.raises(UserError, match=r"^over budget: the run needs about") as caught:
-        train(small(), tokens=tokens, **paths, budget=Budget(core_hours=1e-6))
+        train(small(), Limits(Budget(core_hours=1e-6), Prices()), tokens=tokens, **paths)
     assert "Training stopped after step 2 of 12" in str(caught.value)
     assert "budget.core_hours is 1e-06" in str(caught.value)
     assert not paths["model"].exists()
-    train(small(), tokens=tokens, **paths, budget=Budget(core_hours=100.0))
+    train(small(), Limits(Budget(core_hours=100.0), Prices()), tokens=tokens, **paths)
     assert len(lines(tmp_path / "a")) == 12  # it went on from step 2
     train(small(checkpoints=str(tmp_path / "other")), tokens=tokens, **outputs(tmp_path / "b"))
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
@@ -53,7 +54,7 @@ def test_what_is_spent_ends_the_training_at_a_checkpoint(
     monkeypatch.setattr(spending.Spending, "after_step", lambda *_: "")  # only the checkpoints
     prices = Prices(core_hour=2.0)
     with pytest.raises(UserError, match="has used USD 4") as caught:
-        train(small(), tokens=tokens, **outputs(tmp_path), prices=prices, budget=Budget(cost=3.0))
+        train(small(), Limits(Budget(cost=3.0), prices), tokens=tokens, **outputs(tmp_path))
     assert "stopped after step 6 of 12; the checkpoint is " in str(caught.value)
 
 
@@ -63,7 +64,7 @@ def test_interrupted_attempts_count_and_the_facts_have_the_sum(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("NUDGE_CHECKPOINTS", str(tmp_path / "checkpoints"))
     with pytest.raises(UserError, match="over budget"):
-        train(small(), tokens=tokens, **outputs(tmp_path), budget=Budget(core_hours=1.5))
+        train(small(), Limits(Budget(core_hours=1.5), Prices()), tokens=tokens, **outputs(tmp_path))
     (manifest,) = (tmp_path / "checkpoints").rglob("manifest.json")
     spent = json.loads(manifest.read_text())["state"]["used"]["core_seconds"]
     assert spent >= 3600.0

@@ -61,6 +61,7 @@ def test_the_command_starts_nothing_and_notifies_once(
     sent: list[Any] = []
     monkeypatch.setitem(notifying.SENDERS, "webhook", lambda _, __, notice: sent.append(notice))
     monkeypatch.setenv("NUDGE_NOTIFY_WEBHOOK", "http://127.0.0.1:9/secret")
+    monkeypatch.setattr("nudge.pipelines.cli.run._prepare", lambda *_: pytest.fail("it started"))
     options = ["budget.core_hours=1", "notify.channels=[webhook]"]
     arguments = [word for option in options for word in ("--set", option)]
     done = CliRunner().invoke(main, ["run", "eiffel", *arguments], catch_exceptions=False)
