@@ -84,7 +84,7 @@ def _pae(payload: bytes) -> bytes:
 def _hash(key: Any) -> Any:
     from cryptography.hazmat.primitives import hashes
 
-    return {256: hashes.SHA256, 384: hashes.SHA384, 521: hashes.SHA512}[key.curve.key_size]()
+    return {256: hashes.SHA256(), 384: hashes.SHA384(), 521: hashes.SHA512()}[key.curve.key_size]
 
 
 def _checked(key: Any, what: str) -> Any:

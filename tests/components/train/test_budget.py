@@ -9,7 +9,7 @@ import pytest
 from nudge.components.common.artifacts.model import read_model_facts
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.prices import Budget, Prices
-from nudge.components.common.core.usage import Usage
+from nudge.components.common.core.usage import Meter, Usage
 from nudge.components.train import spending
 from nudge.components.train.limits import Limits
 from nudge.components.train.settings import TrainSettings
@@ -24,10 +24,10 @@ def hour_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every reading of the meter is one more core hour; steps do the readings."""
     readings = iter(range(1, 1000))
 
-    def read(_: spending.Meter) -> Usage:
+    def read(_: Meter) -> Usage:
         return Usage(seconds=1.0, core_seconds=3600.0 * next(readings))
 
-    monkeypatch.setattr(spending.Meter, "read", read)
+    monkeypatch.setattr(Meter, "read", read)
 
 
 def test_a_projection_after_the_first_steps_stops_what_would_not_suffice(
