@@ -140,13 +140,13 @@ def summary(
     )
     write_atomic(page, text)
     promoted = bool(found and found["endpoint"])
-    outcome: dict[str, Any] = {"state": state, "registered": bool(found), "promoted": promoted}
+    ended: dict[str, Any] = {"state": state, "registered": bool(found), "promoted": promoted}
     notice = _notice(Notice("", run_id, model_name, version, "", ""), task, error, missing, found)
     if sent := notify(notifications, notice) if notice else {}:
         for channel, outcome in sent.items():
             print(f"notify: {channel}: {outcome}", flush=True)
-        outcome["notified"] = sent
-    return outcome
+        ended["notified"] = sent
+    return ended
 
 
 def _notice(
