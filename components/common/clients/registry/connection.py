@@ -12,10 +12,11 @@ import pydantic
 import tenacity
 
 from nudge.components.common.clients.registry.mlflow_connection import with_mlflow
+from nudge.components.common.clients.registry.unreachable import Unreachable as Unreachable
 from nudge.components.common.clients.registry.url import is_mlflow
 from nudge.components.common.clients.registry.url import registry_url as registry_url
 from nudge.components.common.core.environment import REGISTRY_TOKEN_PATH, SERVICE_ACCOUNT
-from nudge.components.common.core.errors import Transient, UserError
+from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.retries import BACKOFF
 
 T = TypeVar("T")
@@ -30,17 +31,6 @@ PERMANENT = re.compile(
 )
 """Texts of a 500 that the same request will always get: PostgreSQL's classes of bad data (22, 23,
 42) and exceeded limits (54), and MariaDB's codes for the same."""
-
-
-class Unreachable(Transient):
-    """The registry cannot be used now; the same request may succeed later.
-
-    ``permanent`` if only another URL can help.
-    """
-
-    def __init__(self, message: str, *, permanent: bool = False) -> None:
-        super().__init__(message)
-        self.permanent = permanent
 
 
 def with_registry(url: str, work: Callable[[Any], Awaitable[T]], attempts_s: float = 0) -> T:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import tenacity
 
+from nudge.components.common.clients.registry.unreachable import Unreachable
 from nudge.components.common.clients.registry.url import MLFLOW
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.retries import BACKOFF
@@ -29,8 +30,6 @@ PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT
 
 def with_mlflow(url: str, work: Callable[[Any], Awaitable[T]], attempts_s: float) -> T:
     """As `with_registry`, with an `MlflowRegistry`."""
-    from nudge.components.common.clients.registry.connection import Unreachable
-
     address = url.removeprefix(MLFLOW)
     _refuse_foreign(address)
     for name, value in PATIENCE.items():
