@@ -19,10 +19,12 @@ from nudge.components.common.clients.registry.connection import Unreachable, wit
 from nudge.components.common.clients.registry.lookup import PARALLEL, find_model
 from nudge.components.common.clients.registry.releases import (
     Served,
+    archive,
     archive_older,
     find_served,
     find_version,
     list_versions,
+    note_properties,
     note_served,
 )
 from nudge.components.common.core.errors import UserError
@@ -231,6 +233,15 @@ def test_simultaneous_first_deployments_both_succeed(tmp_path: Path) -> None:
         work = note_served(version, served, "env", "vllm")
         list(pool.map(lambda _: with_registry(url, work), range(2)))
         assert with_registry(url, find_served("m")) == served
+
+
+def test_a_note_on_an_archived_version_leaves_it_archived(url: str) -> None:
+    """The server sets a version to LIVE if an update names no state."""
+    version_id = enter(url, entry("m", "v1"))["version_id"]
+    with_registry(url, archive(version_id))
+    with_registry(url, note_properties(version_id, {"note": "kept"}))
+    found = with_registry(url, find_version("m", "v1"))
+    assert (found.archived, found.properties["note"]) == (True, "kept")
 
 
 @pytest.mark.parametrize("spoken", ["v1alpha3", "v1"])
