@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nudge.components.common.clients.kube import connect
-from nudge.components.common.clients.kueue import explain_wait, queue_of
+from nudge.components.common.clients.kueue import explain_wait, queue_of, queue_position
 from nudge.components.common.core.errors import UserError
 from nudge.components.train.cluster import following, trainjob
 from nudge.components.train.settings import LaunchSettings
@@ -164,6 +164,24 @@ def test_the_position_in_the_queue_is_shown_where_kueue_reports_it(
     else:
         assert "position 2 of 3; " in positions[0]
         assert "position 1 of 2; " in positions[-1]
+
+
+def test_a_position_beyond_the_first_page_is_found(api: KubernetesApi) -> None:
+    """Kueue lists 1000 pending Workloads by default."""
+    job = waits(api)
+    workload = add_workload(api, job, {}, queue="gpus")
+    name = workload["metadata"]["name"]
+    for before, after, text in (
+        (1500, 700, "position 1501 of 2000 or more"),
+        (2000, 0, "position 2001 of 2001"),
+        (999, 0, "position 1000 of 1000 or more"),
+        (3, 0, "position 4 of 4"),
+    ):
+        others = [f"other-{number}" for number in range(before + after)]
+        api.pending["gpus"] = [*others[:before], name, *others[before:]]
+        assert queue_position(connect(), workload) == text
+    api.pending["gpus"] = [f"other-{number}" for number in range(1000)]
+    assert queue_position(connect(), workload) == ""
 
 
 def test_the_queue_that_kueue_assigned_is_shown(api: KubernetesApi, tmp_path: Path) -> None:
