@@ -65,10 +65,11 @@ def digest(settings: DeploySettings) -> str:
 
 def test_the_recorded_status_says_ready_while_an_update_crashes() -> None:
     """An older nudge relied on these: the generation, Ready and the model's state."""
-    last = pods.recorded("update-stuck")[-1]
-    assert last["obs"] >= last["gen"]
-    assert last["cond"]["Ready"] == "True"
-    assert last["model"]["transitionStatus"] == "UpToDate"
+    for case in ("update-stuck", "update-stuck-later"):
+        last = pods.recorded(case)[-1]
+        assert last["obs"] >= last["gen"]
+        assert last["cond"]["Ready"] == "True"
+        assert last["model"]["transitionStatus"] == "UpToDate"
     (*_, started) = pods.recorded("start")
     assert started["cond"]["Ready"] == "True"
     assert started["obs"] < started["gen"]
@@ -81,11 +82,23 @@ def test_an_update_is_ready_when_only_its_pods_run(cluster: ServingCluster) -> N
     assert running(cluster) == {digest(changed): 1}
 
 
-def test_a_changed_label_is_waited_for(cluster: ServingCluster) -> None:
+def test_a_changed_label_is_waited_for(
+    cluster: ServingCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It creates new pods, but no new generation of the InferenceService."""
     bring_up()
     changed = replace(SETTINGS, registry_name="another")
+    played: list[str] = []
+    report = cluster._report
+
+    def note(service: dict[str, Any], case: str, **how: Any) -> None:
+        played.append(case)
+        report(service, case, **how)
+
+    monkeypatch.setattr(cluster, "_report", note)
     bring_up(changed)
+    assert "label" in played  # as recorded, where Ready stays True
+    assert "update" not in played
     (service,) = cluster.api.all("InferenceService")
     assert service["metadata"]["generation"] == 1
     assert running(cluster) == {digest(changed): 1}
