@@ -29,9 +29,6 @@ from tests.kubernetes_schemas import definition, schema
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
-AGENT_LATE_MS = 300_000
-"""The raylet ends itself if its dashboard agent registers later than this; Ray's default is 30 s,
-which two busy cores exceed."""
 PATIENCE_S = 300.0
 
 
@@ -72,7 +69,10 @@ def options(ports: dict[str, int]) -> list[str]:
 @pytest.fixture
 def head(ray: Path) -> Iterator[dict[int, str]]:
     """A head that runs; the addresses of its ports, by the ports of a pod."""
-    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "metrics-export-port")
+    names = (
+        *("port", "dashboard-port", "dashboard-agent-listen-port", "metrics-export-port"),
+        *rayjob.AGENT_PORTS,
+    )
     ports = {name: _free_port() for name in names}
     temporary = tempfile.mkdtemp(prefix="ray")  # Ray's sockets need a short path
     process = subprocess.Popen(
@@ -84,7 +84,7 @@ def head(ray: Path) -> Iterator[dict[int, str]]:
         ],
         env={
             **os.environ,
-            "RAY_agent_register_timeout_ms": str(AGENT_LATE_MS),
+            rayjob.AGENT_PATIENCE["name"]: rayjob.AGENT_PATIENCE["value"],
             # As in a pod, which has no token in ~/.ray; NetworkPolicies protect the head there.
             "RAY_AUTH_MODE": "disabled",
         },
