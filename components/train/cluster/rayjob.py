@@ -41,15 +41,6 @@ RAY_VERSION = "2.60.0"
 2.53."""
 
 DASHBOARD_PORT, AGENT_PORT = 8265, 52365
-AGENT_PORTS = {"dashboard-agent-grpc-port": "52364", "runtime-env-agent-port": "52366"}
-"""Ports of the two agents beside each raylet. Where they are not fixed, the raylet waits for an
-agent to report its port and ends itself after 15 s (Ray 2.60; seen on two busy cores, where an
-agent took 46 s to start). KubeRay fixes the agents' other ports."""
-
-AGENT_PATIENCE = {"name": "RAY_agent_register_timeout_ms", "value": "300000"}
-"""How long a raylet waits for its agents before it ends itself; Ray's default is 30 s. The startup
-probe allows 10 minutes."""
-
 GCS_HEALTH, RAYLET_HEALTH = "/api/gcs_healthz", "/api/local_raylet_healthz"
 """Endpoints of the dashboard on the head and of the dashboard agent on each node; both need
 `ray[default]`."""
@@ -85,7 +76,7 @@ def body(
     It never restarts the driver. A retry of the step makes a new RayJob, which resumes from the
     newest checkpoint.
     """
-    variables = [*environment(settings, step), AGENT_PATIENCE]
+    variables = environment(settings, step)
     size = {"cpu": settings.head_cpu, "memory": settings.head_memory}
     head = _pod(settings, step, name, "head", "ray-head", size, variables)
     head["spec"]["containers"][0] |= _probes(DASHBOARD_PORT, GCS_HEALTH)
@@ -96,7 +87,7 @@ def body(
         "replicas": settings.nodes,
         "minReplicas": settings.nodes,
         "maxReplicas": settings.nodes,
-        "rayStartParams": {"num-gpus": str(settings.gpus_per_node), **AGENT_PORTS},
+        "rayStartParams": {"num-gpus": str(settings.gpus_per_node)},
         "template": worker,
     }
     submitter = _pod(settings, step, name, "submitter", SUBMITTER, SMALL, [])
@@ -113,12 +104,7 @@ def body(
             "rayVersion": RAY_VERSION,
             # A head that offers no CPUs and GPUs gets no rank.
             "headGroupSpec": {
-                "rayStartParams": {
-                    "num-cpus": "0",
-                    "num-gpus": "0",
-                    "dashboard-host": "0.0.0.0",
-                    **AGENT_PORTS,
-                },
+                "rayStartParams": {"num-cpus": "0", "num-gpus": "0", "dashboard-host": "0.0.0.0"},
                 "template": head,
             },
             "workerGroupSpecs": [workers],

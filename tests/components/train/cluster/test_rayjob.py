@@ -56,9 +56,6 @@ def test_the_rayjob_fits_the_schema_of_newer_and_older_releases() -> None:
     assert not older & set(body["spec"])
 
 
-AGENTS = ("dashboard-agent-grpc", "runtime-env-agent")
-
-
 def ray_containers(settings: LaunchSettings) -> dict[str, dict[str, Any]]:
     """The containers of a RayJob's head and workers, by name."""
     found = definition({"apiVersion": rayjob.KIND.api_version, "kind": "RayJob"})
@@ -78,23 +75,6 @@ def test_the_ray_of_the_images_needs_no_probes_of_kuberay() -> None:
     for container in ray_containers(LaunchSettings()).values():
         for name in ("readinessProbe", "livenessProbe"):
             assert "httpGet" in container[name]
-
-
-def test_a_raylet_does_not_end_because_its_agents_start_slowly() -> None:
-    """It waits 15 s for an agent that chooses its own port, and 30 s for one to register."""
-    found = definition({"apiVersion": rayjob.KIND.api_version, "kind": "RayJob"})
-    assert found
-    known = schema(found)
-    body = rayjob.body(LaunchSettings(), name="n", handover="h", schema=known, step=Step("i"))
-    cluster = body["spec"]["rayClusterSpec"]
-    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        ports = [group["rayStartParams"][f"{name}-port"] for name in AGENTS]
-        assert len({*ports, str(rayjob.AGENT_PORT)}) == 3
-        (container,) = group["template"]["spec"]["containers"]
-        variables = {each["name"]: each.get("value") for each in container["env"]}
-        patience = int(variables["RAY_agent_register_timeout_ms"]) / 1000
-        probe = container["startupProbe"]
-        assert 120 <= patience < probe["periodSeconds"] * probe["failureThreshold"]
 
 
 def test_the_size_of_the_head_is_a_setting() -> None:

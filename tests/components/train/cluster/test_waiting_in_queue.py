@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from nudge.components.common.clients.kube import connect
-from nudge.components.common.clients.kueue import explain_wait, queue_of, queue_position
+from nudge.components.common.clients.kueue import (
+    LOCAL_QUEUES,
+    PATIENCE_S,
+    explain_wait,
+    queue_of,
+    queue_position,
+)
 from nudge.components.common.core.errors import UserError
 from nudge.components.train.cluster import following, trainjob
 from nudge.components.train.settings import LaunchSettings
@@ -219,6 +225,11 @@ def test_the_deadline_reports_kueues_reason(api: KubernetesApi) -> None:
     add_workload(api, job, status, queue="gpus")
     with pytest.raises(UserError, match="queue gpus never admitted it: .*LocalQueue nosuch"):
         follow(job, settings=settings)
+
+
+def test_a_reason_is_reported_within_thirty_seconds() -> None:
+    assert following.QUEUE_POLL_S + following.POLL_S + PATIENCE_S * len(LOCAL_QUEUES) <= 30
+    assert following.REPEAT_S == 60
 
 
 def test_the_cluster_prefers_the_newest_version(api: KubernetesApi) -> None:
