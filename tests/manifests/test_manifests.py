@@ -35,8 +35,13 @@ KUBERNETES = "1.33"
 @functools.cache
 def built(folder: str) -> list[dict[str, Any]]:
     """The objects that `kubectl kustomize` builds of a folder; the connection from its example."""
+    return kustomized(_with_connection(folder))
+
+
+def kustomized(folder: Path) -> list[dict[str, Any]]:
+    """The objects of a folder that may be anywhere."""
     kubectl = str(Path(sys.executable).parent / "kubectl")
-    command = [kubectl, "kustomize", str(_with_connection(folder))]
+    command = [kubectl, "kustomize", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "deprecated" not in done.stderr
@@ -50,6 +55,7 @@ def _with_connection(folder: str) -> Path:
 
     copy = Path(tempfile.mkdtemp()) / folder
     shutil.copytree(ROOT / folder, copy)
+    shutil.copytree(ROOT / "project", copy.parent / "project")
     shutil.copy(copy / "data-connection.env.example", copy / "data-connection.env")
     return copy
 
@@ -114,6 +120,50 @@ def test_every_object_of_an_overlay_lives_in_its_project() -> None:
     for (folder, kind, name), each in objects().items():
         if folder.startswith(("overlays", "pipelines")) and kind != "Namespace":
             assert each["metadata"]["namespace"] == "nudge", name
+
+
+def test_the_projects_name_is_one_value(tmp_path: Path) -> None:
+    """Another team changes it and gets objects of its own; what is shared stays the same."""
+    shutil.copytree(ROOT, tmp_path / "manifests")
+    connection = tmp_path / "manifests" / "data-connection"
+    shutil.copy(connection / "data-connection.env.example", connection / "data-connection.env")
+    path = tmp_path / "manifests" / "project" / "name.yaml"
+    text = path.read_text()
+    assert text.count("name: nudge\n") == 1
+    path.write_text(text.replace("name: nudge\n", "name: team-a\n"))
+    shared = set()
+    for folder in BUILDS:
+        ours = {(each["kind"], each["metadata"]["name"]): each for each in built(folder)}
+        for each in kustomized(tmp_path / "manifests" / folder):
+            kind, name = each["kind"], each["metadata"]["name"]
+            if "namespace" in each["metadata"] and folder != "cluster-admin":
+                assert each["metadata"]["namespace"] == "team-a", name
+            written = yaml.safe_dump(each)
+            for way in ("namespace: nudge\n", "/nudge/", ".nudge.svc", ":nudge:", "name: nudge\n"):
+                named = way == "name: nudge\n" and kind in NAMED_NUDGE
+                assert named or way not in written, (folder, kind, name, way)
+            if folder == "cluster-admin" and ours.get((kind, name)) == each:
+                shared.add(kind)
+            elif folder == "cluster-admin":
+                assert name == "team-a" or name.endswith(".team-a"), (kind, name)
+    assert shared == {
+        *("ConfigMap", "ResourceFlavor", "ValidatingAdmissionPolicy", "WorkloadPriorityClass"),
+    }
+
+
+NAMED_NUDGE = ("DataSciencePipelinesApplication", "PrometheusRule")
+"""Kinds of which one object in each project is named `nudge`."""
+
+
+def test_every_team_has_a_quota_and_borrows() -> None:
+    (queue,) = of_kind("ClusterQueue")
+    spec = queue["spec"]
+    assert spec["cohortName"]
+    assert spec["preemption"]["reclaimWithinCohort"] == "Any"
+    resources = spec["resourceGroups"][0]["flavors"][0]["resources"]
+    assert {each["name"] for each in resources} == {"cpu", "memory", "nvidia.com/gpu"}
+    priorities = {e["metadata"]["name"]: e["value"] for e in of_kind("WorkloadPriorityClass")}
+    assert priorities["nudge-urgent"] > priorities["nudge-nightly"]
 
 
 def test_pipelines_are_applied_by_themselves() -> None:
@@ -227,10 +277,10 @@ def test_names_that_belong_together_agree() -> None:
     storage = server["spec"]["objectStorage"]["externalStorage"]
     assert storage["s3CredentialsSecret"]["secretName"] == CONNECTION
     for binding in of_kind("RoleBinding"):
-        if binding["metadata"]["name"] == "nudge-runner":
+        if binding["metadata"]["name"].partition(".")[0] == "nudge-runner":
             assert binding["subjects"][0]["name"] == "pipeline-runner-nudge"
     notebook = found["overlays/dev", "Notebook", "nudge-workbench"]["spec"]["template"]["spec"]
-    registry = found["cluster-admin", "RoleBinding", "nudge-runner"]
+    registry = found["cluster-admin", "RoleBinding", "nudge-runner.nudge"]
     accounts = [each["name"] for each in registry["subjects"]]
     assert accounts == ["pipeline-runner-nudge", notebook["serviceAccountName"]]
     assert {each["namespace"] for each in registry["subjects"]} == {"nudge"}

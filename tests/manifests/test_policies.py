@@ -212,7 +212,8 @@ def refusals(body: Object, user: str = ACCOUNT) -> list[str]:
         rules = spec["matchConstraints"]["resourceRules"]
         if not any(group in rule["apiGroups"] and plural in rule["resources"] for rule in rules):
             continue
-        request = {"userInfo": {"username": user}, "operation": "CREATE"}
+        userinfo = {"username": user}
+        request = {"userInfo": userinfo, "operation": "CREATE", "namespace": "nudge"}
         context: Object = {"object": body, "request": request, "variables": {}}
         if not all(cel.evaluate(each["expression"], context) for each in spec["matchConditions"]):
             continue
@@ -419,9 +420,11 @@ def test_a_step_creates_nothing_that_takes_other_secrets(name: str) -> None:
 def test_each_policy_is_bound_to_the_project_and_denies() -> None:
     found = built("cluster-admin")
     names = {e["metadata"]["name"] for e in found if e["kind"] == "ValidatingAdmissionPolicy"}
-    bindings = [e["spec"] for e in found if e["kind"] == "ValidatingAdmissionPolicyBinding"]
-    assert {each["policyName"] for each in bindings} == names
-    for each in bindings:
+    bindings = [e for e in found if e["kind"] == "ValidatingAdmissionPolicyBinding"]
+    assert {each["spec"]["policyName"] for each in bindings} == names
+    for binding in bindings:
+        each = binding["spec"]
+        assert binding["metadata"]["name"] == f"{each['policyName']}.nudge"
         assert each["validationActions"] == ["Deny"]
         labels = each["matchResources"]["namespaceSelector"]["matchLabels"]
         assert labels == HERE
