@@ -14,7 +14,7 @@ from nudge.components.common.clients.kube import connect
 from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.settings import parse
-from nudge.components.deploy.kserve import objects, readiness, routes
+from nudge.components.deploy.kserve import kserve, lifecycle, objects, readiness, routes
 from nudge.components.deploy.kserve.kserve import KServe
 from nudge.components.deploy.settings import DeploySettings
 from tests.components.deploy import kserve_pods as pods
@@ -73,6 +73,11 @@ def test_the_recorded_status_says_ready_while_an_update_crashes() -> None:
     (*_, started) = pods.recorded("start")
     assert started["cond"]["Ready"] == "True"
     assert started["obs"] < started["gen"]
+
+
+def test_a_failure_is_reported_within_twenty_seconds() -> None:
+    """A failure counts once it has lasted, or when the pods say so, which costs two polls."""
+    assert lifecycle.SUSPECT_S + 2 * kserve.POLL_S <= 20
 
 
 def test_an_update_is_ready_when_only_its_pods_run(cluster: ServingCluster) -> None:
