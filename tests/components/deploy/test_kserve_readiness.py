@@ -82,6 +82,7 @@ def test_a_failure_is_reported_within_twenty_seconds() -> None:
 
 def test_an_update_is_ready_when_only_its_pods_run(cluster: ServingCluster) -> None:
     bring_up()
+    cluster.notices_after_s = 0.7  # until then the old pod alone runs, and is Ready
     changed = settings(arguments=["--max-model-len=4096"])
     bring_up(changed)
     assert running(cluster) == {digest(changed): 1}
@@ -92,6 +93,7 @@ def test_a_changed_label_is_waited_for(
 ) -> None:
     """It creates new pods, but no new generation of the InferenceService."""
     bring_up()
+    cluster.notices_after_s = 0.7
     changed = replace(SETTINGS, registry_name="another")
     played: list[str] = []
     report = cluster._report
