@@ -139,8 +139,14 @@ def test_the_projects_name_is_one_value(tmp_path: Path) -> None:
             if "namespace" in each["metadata"] and folder != "cluster-admin":
                 assert each["metadata"]["namespace"] == "team-a", name
             written = yaml.safe_dump(each)
-            for way in ("namespace: nudge\n", "/nudge/", ".nudge.svc", ":nudge:", "name: nudge\n"):
-                named = way == "name: nudge\n" and kind in NAMED_NUDGE
+            for way in (
+                "namespace: nudge\n",
+                "/notebook/nudge/",
+                ".nudge.svc",
+                ":nudge:",
+                " name: nudge\n",
+            ):
+                named = way == " name: nudge\n" and kind in NAMED_NUDGE
                 assert named or way not in written, (folder, kind, name, way)
             if folder == "cluster-admin" and ours.get((kind, name)) == each:
                 shared.add(kind)
