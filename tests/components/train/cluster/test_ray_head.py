@@ -40,7 +40,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, folder], check=True)
     wanted = f"ray[default]=={rayjob.RAY_VERSION}"
     done = subprocess.run(
-        [uv, "pip", "install", "--quiet", "--python", python, wanted],
+        [uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", python, wanted],
         capture_output=True,
         text=True,
     )
