@@ -147,8 +147,8 @@ _MODEL_FOLDER = {"model": "The model folder that `train` made."}
 _VERSION = {"version": "The version's name."}
 _REGISTERED = {"registered_model": "The model's name in the registry."}
 
-# Peak resident memory of a step's processes together, for generated text on two busy cores (AMD EPYC
-# with AVX2), where each core of the limit gets a process:
+# Peak resident memory of a step's processes together, for generated text on two busy cores (AMD
+# EPYC with AVX2); a step starts one process per core of its limit:
 #     ingest: 2 MB with one process 258 MiB; 20 MB with two 348 MiB, with eight 749 MiB
 #     tokenize: 2 MB 416 MiB; 20 MB with two or eight 409 MiB
 #     upload: 600 MB 205 MiB
