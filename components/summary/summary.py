@@ -25,6 +25,7 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.progress import RESULTS, last_events
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.sanitize import visible
+from nudge.components.common.core.say import say
 from nudge.components.common.core.step import step
 from nudge.components.summary.notify import Notice, notify, shortened
 from nudge.components.summary.settings import NotifySettings
@@ -119,7 +120,7 @@ def summary(
     notice = _notice(Notice("", run_id, model_name, version, "", ""), task, error, missing, found)
     if sent := notify(notifications, notice) if notice else {}:
         for channel, outcome in sent.items():
-            print(f"notify: {channel}: {outcome}", flush=True)
+            say(f"notify: {channel}: {outcome}", stdout=True)
         results["notified"] = sent
     return results
 
@@ -178,7 +179,7 @@ def _cluster_events(run_id: str) -> tuple[str, str, str]:
             if pod.get("status", {}).get("phase") == "Failed" and lines:
                 failed, why = _step_of(pod), "\n".join(lines[-LOG_LINES:])
     except UserError as error:
-        print(f"the logs of the run's steps cannot be read: {error}", flush=True)
+        say(f"the logs of the run's steps cannot be read: {error}", stdout=True)
     evaluated = results.get("evaluate", {})
     verdict = "" if evaluated.get("promote", 1) else str(evaluated.get("reason", ""))
     if results.get("ingest", {}).get("new") == 0:

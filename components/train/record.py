@@ -5,11 +5,12 @@ import contextlib
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from nudge.components.common.core.sanitize import masked
+from nudge.components.common.core.say import say
 from nudge.components.train.cluster.job_status import JobStatus, open_job_status
 
 METRICS, PROBES = "metrics.jsonl", "probes.jsonl"
@@ -115,7 +116,7 @@ class Tracking:
 
             self._mlflow = mlflow
             mlflow.start_run(run_name=name)
-            mlflow.log_params({key: str(value)[:500] for key, value in settings.items()})
+            mlflow.log_params({key: masked(str(value))[:500] for key, value in settings.items()})
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         if self._mlflow is not None:
@@ -139,7 +140,7 @@ class Tracking:
             reason = "mlflow is not installed" if missing else f"{type(error).__name__}: {error}"
             warning = f"warning: {MLFLOW_VARIABLE} is set, but the run is not tracked: {reason}"
             advice = "; pip install 'nudge-lm[mlflow]', or unset it" if missing else ""
-            print(f"{warning}{advice}", file=sys.stderr, flush=True)
+            say(f"{warning}{advice}")
 
 
 @contextlib.contextmanager

@@ -1,12 +1,12 @@
 """The result of a run: one JSON object, and the pages in the run's folder."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from nudge.components.common.artifacts.evaluation import Evaluation, read_evaluation
 from nudge.components.common.core.publish import write_atomic
+from nudge.components.common.core.say import say
 from nudge.pipelines.local import history, run_page
 from nudge.pipelines.local.run import Run
 from nudge.pipelines.steps import NOTHING_NEW, PIPELINE, STEPS
@@ -106,7 +106,7 @@ def keep_result(run: Run) -> dict[str, Any]:
     try:
         run_page.write_page(history.ended(run, values))
     except OSError as error:  # no space, for example: the run itself ended as its result says
-        print(f"the run's page was not written: {error}", file=sys.stderr)
+        say(f"the run's page was not written: {error}")
     return values
 
 
