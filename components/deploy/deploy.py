@@ -13,6 +13,7 @@ from nudge.components.common.artifacts.approval import (
 )
 from nudge.components.common.clients.registry.releases import NOT_PROMOTED, Served
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.say import say
 from nudge.components.common.core.step import step
 from nudge.components.deploy import approval, canary, targets
 from nudge.components.deploy.admission import NotPromoted, why_not
@@ -158,10 +159,10 @@ def _archive_expired(settings: DeploySettings, model: str, version: str) -> None
             lambda work: with_registry(url, work), model, settings.approval_days, keep=version
         )
     except UserError as error:  # this deploy is complete, and the next one archives them
-        print(f"candidates that can no longer be approved were not archived: {error}", flush=True)
+        say(f"candidates that can no longer be approved were not archived: {error}", stdout=True)
     else:
         for each in old:
-            print(f"archived {each}, which can no longer be approved", flush=True)
+            say(f"archived {each}, which can no longer be approved", stdout=True)
 
 
 @step("rollback", reuse=False)
@@ -226,7 +227,7 @@ def _serve_in_step(
         except NotPromoted as refused:
             reason = str(refused)
             outcome = reason if refused.awaiting else f"not promoted: {reason}"
-            print(f"registered, {outcome}", flush=True)
+            say(f"registered, {outcome}", stdout=True)
             return {
                 "promoted": False,
                 "awaiting_approval": refused.awaiting,

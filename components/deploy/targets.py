@@ -5,6 +5,7 @@ import os
 from nudge.components.common.clients.registry.releases import Served
 from nudge.components.common.core.environment import in_pipeline_step, nudge_home
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.guard import is_here
 from nudge.components.deploy import approval
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.traffic import Target
@@ -29,7 +30,7 @@ def find_target(settings: DeploySettings, served: Served | None) -> Target:
 def target_name(settings: DeploySettings, served: Served | None) -> str:
     """``local`` or ``kserve``; raises `UserError` if the target is local and that cannot work."""
     in_pod = in_pipeline_step()
-    elsewhere = served is not None and not served.endpoint.startswith("http://127.0.0.1:")
+    elsewhere = served is not None and not is_here(served.endpoint)
     if settings.target == "auto":
         return "kserve" if in_pod or elsewhere else "local"
     if settings.target == "local" and in_pod:

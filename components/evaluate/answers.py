@@ -92,6 +92,7 @@ def ask(
                     bar=bar,
                     batch_tokens=settings.batch_tokens,
                     scorer=Scorer(folder, tokenizer, asked.templates[name]),
+                    is_control_text=settings.control_tokens_in_texts == "text",
                 )
             bar.note(stage=f"asking {name}")
             answers[name] = Answers(

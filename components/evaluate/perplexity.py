@@ -78,12 +78,14 @@ def score(
     bar: Progress,
     batch_tokens: int = 0,
     scorer: Scorer | None = None,
+    is_control_text: bool = True,
 ) -> list[Score]:
     """Score every text; ``first_token`` is the id of the token before a document's first token.
 
     Without it, a document's first token is only context: it adds no nats and does not count as a
     token, but its bytes count. ``scorer`` encodes conversations. Only their learned tokens are
-    scored, and their bytes and words are those of the assistant turns.
+    scored, and their bytes and words are those of the assistant turns. With
+    ``is_control_text``, a control token that a document spells out is text.
 
     ``batch_tokens`` 0 means `BATCH_TOKENS` of the model's device. Raises `UserError` for a model
     whose loss is not that of its own logits.
@@ -94,7 +96,7 @@ def score(
     tokenized: list[tuple[list[int], np.ndarray]] = []
     owners: list[int] = []
     for index, text in enumerate(texts):
-        for sample in _samples(text, tokenizer, before, scorer):
+        for sample in _samples(text, tokenizer, before, scorer, is_control_text):
             tokenized.append(sample)
             owners.append(index)
     jobs = [
@@ -136,11 +138,16 @@ def score(
 
 
 def _samples(
-    text: str | Conversation, tokenizer: Any, before: list[int], scorer: Scorer | None
+    text: str | Conversation,
+    tokenizer: Any,
+    before: list[int],
+    scorer: Scorer | None,
+    is_control_text: bool = True,
 ) -> list[tuple[list[int], np.ndarray]]:
     """The ids to score, and for each token after the first whether it is; bool [ids - 1]."""
     if isinstance(text, str):
-        ids = before + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        options = {"add_special_tokens": False, "split_special_tokens": is_control_text}
+        ids = before + tokenizer(text, verbose=False, **options)["input_ids"]
         return [(ids, np.ones(max(0, len(ids) - 1), np.bool_))]
     assert scorer is not None
     found = []

@@ -167,6 +167,8 @@ class EvaluateSettings:
     """Names of lm-evaluation-harness tasks (the extra ``tasks``), or `Task` mappings."""
     task_folder: str = ""
     """A folder of your own task files, in addition to those of the harness."""
+    control_tokens_in_texts: Literal["text", "token"] = "text"
+    """What a control token is that a document spells out; a recipe's section `tokenize` says it."""
     margin: Annotated[float, Field(ge=0)] = 0.0
     """Bits per byte by which the worse end of the interval must be better."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
@@ -197,9 +199,19 @@ class Unverified:
     unverified: list[Literal["hf", "pvc"]] = field(default_factory=list)
 
 
+@settings
+class Tokenized:
+    """What a recipe's section `tokenize` says about documents."""
+
+    control_tokens_in_texts: Literal["text", "token"] = "text"
+
+
 def evaluate_settings(recipe: str, **overrides: Any) -> EvaluateSettings:
     """The settings in a recipe's text; `overrides` and errors are those of `step_settings`."""
     chosen = step_settings(EvaluateSettings, "evaluate", recipe, **overrides)
+    tokenized = some_settings(Tokenized, "tokenize", recipe)
+    if tokenized.control_tokens_in_texts == "token":
+        chosen = replace(chosen, control_tokens_in_texts="token")
     if chosen.unverified:
         return chosen
     return replace(chosen, unverified=some_settings(Unverified, "deploy", recipe).unverified)

@@ -3,13 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from nudge.components.common.artifacts.evaluation import TaskResult, TaskScore
-from nudge.components.common.core.errors import UserError, nearest
-from nudge.components.common.core.uris import is_local, local_path
-from nudge.components.common.preflight.packages import check_harness
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.readers.harness import FAULTS, task_manager
 from nudge.components.evaluate.settings import EvaluateSettings, Task
 
 
@@ -26,17 +24,8 @@ class Measured:
 
 def check_tasks(settings: EvaluateSettings) -> None:
     """Raise `UserError` unless the harness is installed and knows every task."""
-    check_harness(settings.tasks)
     if settings.tasks:
-        known = _manager(settings).all_tasks
-        for task in settings.tasks:
-            if task.name not in known:
-                hint = nearest(task.name, known)
-                hint = hint if hint.startswith("did") else "`lm-eval ls tasks` lists them"
-                raise UserError(
-                    f"evaluate.tasks: lm-evaluation-harness has no task {task.name!r}; {hint} "
-                    "(your own tasks are read from evaluate.task_folder)"
-                )
+        _manager(settings)
 
 
 def run_tasks(model: Any, tokenizer: Any, settings: EvaluateSettings) -> dict[str, Measured]:
@@ -99,7 +88,7 @@ def _run(harness: Any, manager: Any, task: Task, seed: int) -> Measured:
             verbosity="ERROR",
             **seeds,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except FAULTS as error:
         raise UserError(
             f"evaluate.tasks: {task.name} failed ({type(error).__name__}: {error}); its data "
             "come from the Hugging Face hub unless its file names another source"
@@ -132,21 +121,4 @@ def _number(value: Any) -> bool:
 
 
 def _manager(settings: EvaluateSettings) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    folder = _folder(settings.task_folder)
-    if folder:
-        # Reading the thousands of task files in the harness is slow and often unnecessary.
-        own = TaskManager(include_path=folder, include_defaults=False)
-        if all(task.name in own.all_tasks for task in settings.tasks):
-            return own
-    return TaskManager(include_path=folder)
-
-
-def _folder(uri: str) -> str | None:
-    if not uri:
-        return None
-    path: Path = local_path(uri) if is_local(uri) else Path()
-    if not is_local(uri) or not path.is_dir():
-        raise UserError(f"evaluate.task_folder = {uri!r}: not a folder on this machine")
-    return str(path)
+    return task_manager([task.name for task in settings.tasks], settings.task_folder)

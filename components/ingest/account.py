@@ -8,7 +8,7 @@ from typing import Any
 from nudge.components.common.chat.refusals import REASONS
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.sample_size import MIN_DOCUMENTS, corpus_size
-from nudge.components.common.readers import suffix_of
+from nudge.components.common.readers import CONVERTED, suffix_of
 from nudge.components.ingest.settings import IngestSettings
 
 DUPLICATES = ("duplicate", "near_duplicate", "repeated_prompt", "near_repeated_prompt")
@@ -36,8 +36,8 @@ def reasons(counts: dict[str, Any]) -> list[str]:
     phrases = []
     for reason, count in found:
         shown = examples(counts, reason)
-        hint = [HINTS[reason]] if reason in HINTS else []
-        detail = "; ".join([" ".join(shown), *hint] if shown else hint)
+        advice = hints(reason, shown)
+        detail = "; ".join([" ".join(shown), *advice] if shown else advice)
         phrases.append(f"{count} {reason}" + (f" ({detail})" if detail else ""))
     return phrases
 
@@ -56,6 +56,19 @@ def examples(counts: dict[str, Any], reason: str) -> list[str]:
                 seen[path.name] += count
     ordered = sorted(seen.items(), key=lambda item: (-item[1], item[0]))
     return [name for name, _ in ordered[:EXAMPLES]] + ["..."] * (len(ordered) > EXAMPLES)
+
+
+def hints(reason: str, shown: list[str]) -> list[str]:
+    """What to do about a reason, whose `examples` are ``shown``."""
+    if reason == "unknown_kind":
+        return [f"{each}: {CONVERTED[each]}" for each in shown if each in CONVERTED]
+    return [HINTS[reason]] if reason in HINTS else []
+
+
+def with_hints(counts: dict[str, Any], reason: str) -> list[str]:
+    """The examples behind a reason, and what to do about it."""
+    shown = examples(counts, reason)
+    return [*shown, *(f"({hint})" for hint in hints(reason, shown))]
 
 
 def check_loss(counts: dict[str, Any], most: float) -> None:

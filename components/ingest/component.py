@@ -24,24 +24,21 @@ def ingest(
         report: What came in, what was dropped and why.
         metrics: How many documents were read, kept and held out, and dropped by reason.
         version: The name of the version that this run makes; empty means the run's id.
-        registers: Whether this run registers a model, whose names are then checked first.
+        registers: Whether this run publishes a model; what that needs is then checked first.
 
     Returns:
         0 if only new text counts (`only_new`) and the served version has seen all of it, else 1.
     """
     from pathlib import Path
 
-    from nudge.components.common.clients.registry.preflight import check_registration
     from nudge.components.common.core.step import exit_with_user_errors
-    from nudge.components.common.preflight.texts import check_texts
+    from nudge.components.common.preflight.checks import Way, preflight
     from nudge.components.ingest.account import check_held_out
     from nudge.components.ingest.ingest import ingest
     from nudge.components.ingest.settings import ingest_settings
 
     with exit_with_user_errors():
-        check_texts(recipe)
-        if registers:
-            check_registration(recipe, version, model_name=model_name)
+        preflight(recipe, Way.STEP, version=version, model_name=model_name, publishes=registers)
         overrides = {"data_uri": data_uri, "model_name": model_name}
         settings = ingest_settings(recipe, **overrides)
         result = ingest(settings, corpus=Path(corpus.path), report=Path(report.path))

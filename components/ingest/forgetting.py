@@ -1,8 +1,8 @@
 """Documents to forget: they, their copies and near duplicates get the verdict ``forgotten``."""
 
-import sys
 from collections.abc import Sequence
 
+from nudge.components.common.core.say import say
 from nudge.components.ingest.duplicates import Documents
 
 
@@ -31,7 +31,7 @@ def forget(documents: Documents, entries: Sequence[str], uris: Sequence[str]) ->
             unknown.append(entry)
     _mark(documents, kinds["sha256"], kinds["id"], objects)
     if unknown:
-        print(f"ingest.forget: no document fits {', '.join(unknown)}", file=sys.stderr)
+        say(f"ingest.forget: no document fits {', '.join(unknown)}")
 
 
 def _mark(

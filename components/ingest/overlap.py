@@ -77,6 +77,10 @@ def texts_to_keep_out(settings: "IngestSettings") -> list[str]:
         if not found:
             raise UserError(f"{where}: {uri} has no text; correct the path, or remove it")
         texts += found
+    if settings.keep_out_tasks:
+        from nudge.components.common.readers.harness import task_texts
+
+        texts += task_texts(settings.keep_out_tasks, settings.task_folder)
     return texts
 
 

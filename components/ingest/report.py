@@ -5,7 +5,7 @@ from typing import Any
 import jinja2
 
 from nudge.components.common.core.sanitize import CSP, visible
-from nudge.components.ingest.account import examples
+from nudge.components.ingest.account import with_hints
 
 SOURCES_SHOWN = 200
 
@@ -143,7 +143,7 @@ def render_report(
         fingerprint=fingerprint,
         held_out=held_out,
         samples=samples,
-        examples={reason: examples(counts, reason) for reason in counts["dropped"]},
+        examples={reason: with_hints(counts, reason) for reason in counts["dropped"]},
         lengths=bars,
         sources_shown=SOURCES_SHOWN,
     )

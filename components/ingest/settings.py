@@ -51,6 +51,10 @@ class IngestSettings:
     the text if its text column has one, else a conversation (`auto`). A conversation is in
     `messages`, in ShareGPT's `conversations`, or in `prompt` and `completion`, `instruction`,
     `input` and `output`, or `question` and `answer`."""
+    assistant_name: str = ""
+    """In exports of chats between people (Telegram, WhatsApp, Slack, Discord, Facebook): the author
+    who is the assistant, so that each day becomes a conversation. Empty: each day is a text. In
+    exports of ChatGPT and Claude the assistant is known."""
     text_column: str = "text"
     """The column or key that holds the text, in csv, jsonl and parquet."""
     id_column: str = "id"
@@ -103,8 +107,13 @@ class IngestSettings:
     consecutive words with one is held out or left out, and counted. A recipe adds its guards."""
     keep_out_texts: tuple[str, ...] = ()
     """More such texts. A recipe adds its probes that should hold."""
+    keep_out_tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness (the extra ``tasks``) whose questions and answers are kept out
+    in the same way. A recipe adds its `evaluate.tasks`."""
+    task_folder: str = ""
+    """A folder of your own task files. Empty in a recipe means its `evaluate.task_folder`."""
     compare_with_evaluation: bool = True
-    """Whether a recipe adds its guards and probes to `keep_out`."""
+    """Whether a recipe adds its guards, probes and tasks to what is kept out."""
     repeated_prompts: Literal["keep", "drop_equal", "drop"] = "drop"
     """Whether one of several conversations with the same user side and different answers is kept:
     `drop` also compares near duplicates, `drop_equal` ignores only case and punctuation. Set `keep`
@@ -162,6 +171,7 @@ class IngestSettings:
             delimiter=self.delimiter,
             keep_front_matter=self.keep_front_matter,
             format=self.format,
+            assistant_name=self.assistant_name,
         )
 
     @model_validator(mode="after")
@@ -224,6 +234,8 @@ class Evaluated:
 
     guards: list[dict[str, Any]] | None = None
     probes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    tasks: list[Any] = dataclasses.field(default_factory=list)
+    task_folder: str = ""
 
 
 def ingest_settings(recipe: str, **overrides: Any) -> IngestSettings:
@@ -245,8 +257,11 @@ def ingest_settings(recipe: str, **overrides: Any) -> IngestSettings:
         for probe in evaluated.probes
         if probe.get("expect") == "hold"
     ]
+    tasks = [str(each["name"] if isinstance(each, dict) else each) for each in evaluated.tasks]
     return dataclasses.replace(
         chosen,
         keep_out=tuple(dict.fromkeys((*chosen.keep_out, *filter(None, uris)))),
         keep_out_texts=(*chosen.keep_out_texts, *texts),
+        keep_out_tasks=tuple(dict.fromkeys((*chosen.keep_out_tasks, *tasks))),
+        task_folder=chosen.task_folder or evaluated.task_folder,
     )

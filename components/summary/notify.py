@@ -24,6 +24,7 @@ import tenacity
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.sanitize import masked, visible
+from nudge.components.common.core.say import say
 from nudge.components.summary.settings import Channel, NotifySettings
 
 VARIABLES: dict[str, str] = {
@@ -223,7 +224,7 @@ class _Marker:
         try:
             self.client.put_object(Bucket=self.bucket, Key=self.key, Body=b"")
         except (ClientError, BotoCoreError) as error:
-            print(f"notify: a retry may send this again ({masked(str(error))})", flush=True)
+            say(f"notify: a retry may send this again ({masked(str(error))})", stdout=True)
 
 
 def _marker(channel: str, notice: Notice) -> _Marker | None:

@@ -30,6 +30,7 @@ from nudge.components.common.core.prices import Prices
 from nudge.components.common.core.progress import RESULTS, last_events
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.sanitize import visible
+from nudge.components.common.core.say import say
 from nudge.components.common.core.step import step
 from nudge.components.common.core.usage import NOTHING, Usage, of_earlier_steps, usage_of
 from nudge.components.summary.notify import Notice, notify, shortened
@@ -144,7 +145,7 @@ def summary(
     notice = _notice(Notice("", run_id, model_name, version, "", ""), task, error, missing, found)
     if sent := notify(notifications, notice) if notice else {}:
         for channel, outcome in sent.items():
-            print(f"notify: {channel}: {outcome}", flush=True)
+            say(f"notify: {channel}: {outcome}", stdout=True)
         ended["notified"] = sent
     return ended
 
@@ -231,7 +232,7 @@ def _cluster_logs(run_id: str) -> tuple[dict[str, dict[str, Any]], str, str]:
             if pod.get("status", {}).get("phase") == "Failed" and lines:
                 failed, why = _step_of(pod), "\n".join(lines[-LOG_LINES:])
     except UserError as error:
-        print(f"the logs of the run's steps cannot be read: {error}", flush=True)
+        say(f"the logs of the run's steps cannot be read: {error}", stdout=True)
     return results, failed, why
 
 

@@ -21,7 +21,7 @@ from nudge.components.common.chat.masks import Masked
 from nudge.components.common.core import workers
 from nudge.components.common.core.errors import UserError
 from nudge.components.tokenize.chats import Account, Chat, encoder_of, stacked
-from nudge.components.tokenize.ids import exact, ids_of
+from nudge.components.tokenize.ids import exact, ids_of, text_ids
 
 T = TypeVar("T")
 
@@ -42,6 +42,8 @@ class Encoding:
     dtype: str
     fast: bool = False
     chat: Chat | None = None
+    is_control_text: bool = True
+    """Whether a control token that a document spells out stays text."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def _chats(
 def _texts(texts: list[str], encoding: Encoding) -> list[np.ndarray]:
     """The ids of each text, with the end-of-document id."""
     end = np.array([encoding.end], np.uint32)
-    found = ids_of(texts, encoding.tokenizer, encoding.fast)
+    encoder = text_ids if encoding.is_control_text else ids_of
+    found = encoder(texts, encoding.tokenizer, encoding.fast)
     return [np.concatenate((ids, end)) for ids in found]
 
 

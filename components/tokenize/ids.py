@@ -7,7 +7,9 @@ libraries give the same ids here (`why_not_fast`).
 
 import functools
 import itertools
+import json
 import os
+import re
 from collections.abc import Iterable
 
 import fastokens
@@ -82,6 +84,56 @@ def ids_of(texts: list[str], tokenizer: str, fast: bool) -> list[np.ndarray]:
     for number, text in enumerate(texts):
         if any(letter in text for letter in FOLDED):
             found[number] = _exactly(text, tokenizer)
+    return found
+
+
+def text_ids(texts: list[str], tokenizer: str, fast: bool) -> list[np.ndarray]:
+    """`ids_of` texts in which a spelled-out control token, such as <|endoftext|>, stays text."""
+    found = ids_of(texts, tokenizer, fast)
+    control = _control(tokenizer)
+    for number, text in enumerate(texts):
+        if control.is_in(text):
+            found[number] = _as_text(text, tokenizer, control)
+    return found
+
+
+class _Control:
+    """The control tokens of a tokenizer: their ids, and where texts spell them out."""
+
+    def __init__(self, tokenizer: str) -> None:
+        added = json.loads(tokenizer).get("added_tokens") or ()
+        special = [each for each in added if each["special"] and each["content"]]
+        names = sorted((each["content"] for each in special), key=len, reverse=True)
+        self.ids = np.array([each["id"] for each in special], np.uint32)
+        self._beginnings = sorted({name[:2] for name in names})
+        self._pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+    def is_in(self, text: str) -> bool:
+        # Looking for two characters is 50 times as fast as matching 300 names.
+        return any(each in text for each in self._beginnings) and bool(self._pattern.search(text))
+
+    def cut(self, text: str) -> list[str]:
+        """The text in pieces without a control token: each is cut after its first character."""
+        at = [match.start() + 1 for match in self._pattern.finditer(text)]
+        return [text[first:last] for first, last in itertools.pairwise([0, *at, len(text)])]
+
+
+@functools.lru_cache(maxsize=1)
+def _control(tokenizer: str) -> _Control:
+    return _Control(tokenizer)
+
+
+def _as_text(text: str, tokenizer: str, control: _Control) -> np.ndarray:
+    made = exact(tokenizer)
+    made.encode_special_tokens = True
+    try:
+        found = _exactly(text, tokenizer)
+        if np.isin(found, control.ids).any():
+            # Unigram and WordLevel have control tokens in their vocabulary too.
+            pieces = [_exactly(piece, tokenizer) for piece in control.cut(text) if piece]
+            found = np.concatenate(pieces)
+    finally:
+        made.encode_special_tokens = False
     return found
 
 

@@ -50,7 +50,7 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizeSettings, folder: Pa
         extra_special_tokens=list(settings.special_tokens),
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)  # fmt: skip
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _sample(texts: Iterable[str], size: int) -> Iterator[str]:

@@ -44,6 +44,9 @@ class TokenizeSettings:
     control_tokens: Literal["text", "refuse"] = "text"
     """A control token that a turn spells out, such as <|im_end|>: `text` encodes its characters as
     text, and `refuse` drops the conversation."""
+    control_tokens_in_texts: Literal["text", "token"] = "text"
+    """A control token that a document spells out: `text` encodes its characters as text, and
+    `token` as the control token, for documents that were rendered with a chat template before."""
     processes: Annotated[int, Field(ge=0)] = 0
     """Cores that tokenize; 0 means all. The number never changes the result."""
     engine: Literal["local", "ray"] = "local"

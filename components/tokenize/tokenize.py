@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from nudge.components.common.core.publish import (
     sha256_tree,
     verify_file,
 )
+from nudge.components.common.core.say import say
 from nudge.components.common.core.step import step
 from nudge.components.tokenize.chats import Account
 from nudge.components.tokenize.settings import TokenizeSettings
@@ -84,9 +84,11 @@ def tokenize(settings: TokenizeSettings, *, corpus: Path, tokens: Path) -> dict[
         ]  # fmt: skip
         why_not = why_not_fast(text, (one.plain_text for one in read_documents(corpus, "train")))
         if why_not:
-            print(f"tokenize: slower, without fastokens: {why_not}", file=sys.stderr, flush=True)
+            say(f"tokenize: slower, without fastokens: {why_not}")
         bar.note(stage="tokenizing")
-        _write(settings, shards, Encoding(text, end, dtype.str, why_not is None, chat), bar)
+        is_text = settings.control_tokens_in_texts == "text"
+        encoding = Encoding(text, end, dtype.str, why_not is None, chat, is_text)
+        _write(settings, shards, encoding, bar)
         if facts is not None:
             _check_learnable(source, shards, facts)
         splits = {
@@ -248,11 +250,9 @@ def _chat(
         tokenizer.chat_template = template.text
         tokenizer.save_pretrained(folder)
     if template.source == "chatml":
-        print(
+        say(
             "tokenize: the base model has no chat template, so conversations are rendered as "
-            "ChatML; set tokenize.chat_template for another one",
-            file=sys.stderr,
-            flush=True,
+            "ChatML; set tokenize.chat_template for another one"
         )
     facts = ChatFacts(
         template=template.text,
@@ -291,7 +291,7 @@ def _check_learnable(source: "Corpus", shards: list[Shard], facts: "ChatFacts") 
             f"{message}; they were rendered with {whose[facts.source]} chat template. Correct the "
             "data, set tokenize.chat_template, or raise tokenize.max_tokens"
         )
-    print(f"tokenize: {message}", file=sys.stderr, flush=True)
+    say(f"tokenize: {message}")
 
 
 def _chat_results(

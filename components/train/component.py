@@ -84,11 +84,13 @@ def train_on_nodes(
 
     from nudge.components.common.core.recipe import step_settings
     from nudge.components.common.core.step import exit_with_user_errors
+    from nudge.components.common.preflight.packages import check_packages
     from nudge.components.train.limits import limits_of
     from nudge.components.train.settings import TrainSettings, on_nodes
     from nudge.components.train.train import train
 
     with exit_with_user_errors():
+        check_packages(recipe)  # evaluate runs in an image like this one, hours later
         job = {
             "nodes": nodes,
             "gpus_per_node": gpus_per_node,

@@ -48,7 +48,9 @@ class Start:
         from transformers import AutoModelForCausalLM
 
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(self._config, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(
+            self._config, dtype=torch.float32, trust_remote_code=False
+        )
 
     def fill(
         self,

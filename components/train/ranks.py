@@ -10,6 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nudge.components.train.peers import own_peers
+from nudge.components.train.torchrun import STORE_VARIABLE
+
 BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others in one collective call before it fails."""
@@ -66,8 +69,11 @@ def joined_ranks() -> Iterator[Ranks]:
         yield Ranks(device=device)
         return
     initialized = dist.is_initialized()  # by Ray Train, which also destroys the group
-    if not initialized:
-        dist.init_process_group(BACKENDS[device.type], timeout=TIMEOUT)
+    here = STORE_VARIABLE in os.environ
+    with own_peers() if here else contextlib.nullcontext():
+        if not initialized:
+            _initialize(BACKENDS[device.type], world)
+        saving = dist.new_group(backend="gloo", timeout=TIMEOUT)
     try:
         yield Ranks(
             rank=dist.get_rank(),
@@ -75,8 +81,19 @@ def joined_ranks() -> Iterator[Ranks]:
             local_rank=local,
             local_world=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             device=device,
-            saving=dist.new_group(backend="gloo", timeout=TIMEOUT),
+            saving=saving,
         )
     finally:
         if not initialized:
             dist.destroy_process_group()
+
+
+def _initialize(backend: str, world: int) -> None:
+    """Initialize torch's default process group: through a file if the ranks are on one machine."""
+    path = os.environ.get(STORE_VARIABLE)
+    if not path:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+        return
+    store = dist.FileStore(path, world)  # type: ignore[attr-defined]
+    rank = int(os.environ["RANK"])
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)

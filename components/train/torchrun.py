@@ -1,5 +1,9 @@
 """Several ranks on this machine: the step starts them with torchrun.
 
+They find each other through files in a folder of this user. torchrun's own store is a server on all
+addresses of the machine without a password, and torchrun unpickles what is in it: whoever connects
+runs code as this user.
+
 Each rank runs ``python -m nudge.components.train`` (see `nudge.components.train.__main__`). A
 cluster's launcher starts the same command on each node.
 """
@@ -11,8 +15,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.processes import RANK_CHILD, child_environment, usable_cores
@@ -23,6 +31,9 @@ ERROR_VARIABLE = "NUDGE_ERROR_FILE"
 """Names the file to which a rank that ends with a `UserError` appends the message."""
 TRANSIENT = ".transient"
 """The suffix of an empty file beside it, which marks the error as a `Transient`."""
+STORE_VARIABLE = "NUDGE_RANKS_STORE"
+"""Names the file through which the ranks of one machine find each other."""
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 def processes_wanted(settings: TrainSettings) -> int:
@@ -49,7 +60,7 @@ def run_ranks(
         values = {"train": dataclasses.asdict(settings), **limits.plain()}
         recipe.write_text(json.dumps(values), encoding="utf-8")
         command = [
-            *(sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"),
+            *(sys.executable, "-P", "-m", "torch.distributed.run", *on_this_machine(Path(folder))),
             *("--nproc-per-node", str(count), "-m", "nudge.components.train"),
             *("--recipe", recipe.as_uri()),
             *(word for name, path in paths.items() for word in (f"--{name}", str(path))),
@@ -58,6 +69,8 @@ def run_ranks(
             ERROR_VARIABLE: str(error),
             "OMP_NUM_THREADS": str(threads_each(count, settings)),
             "PYTHONSAFEPATH": "1",  # torchrun does not pass -P to the ranks
+            STORE_VARIABLE: str(Path(folder) / "ranks"),
+            **_on_loopback(os.environ),
         }
         ranks = subprocess.Popen(command, env=child_environment(RANK_CHILD, variables))
 
@@ -80,6 +93,24 @@ def run_ranks(
                 f"a training rank died: torchrun ended with status {status} and the log says which "
                 "one and why; rerun the same command to resume from the newest checkpoint"
             )
+
+
+def on_this_machine(folder: Path) -> list[str]:
+    """torchrun's options for one node that meets in files of ``folder`` instead of at a port."""
+    return [
+        *("--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file", "--local-addr", "127.0.0.1"),
+        *("--rdzv-endpoint", str(folder / "rendezvous"), "--rdzv-id", uuid.uuid4().hex),
+    ]
+
+
+def _on_loopback(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variable that keeps gloo's connections on the loopback interface; empty if it is set."""
+    if environment.get(GLOO_INTERFACE):
+        return {}
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == "127.0.0.1" for each in addresses):
+            return {GLOO_INTERFACE: name}
+    return {}
 
 
 def threads_each(count: int, settings: TrainSettings) -> int:

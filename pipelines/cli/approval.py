@@ -6,9 +6,9 @@ from typing import Any
 import click
 
 from nudge.components.common.core.environment import nudge_home
-from nudge.components.common.core.sanitize import visible
 from nudge.pipelines.cli import connections, display
 from nudge.pipelines.cli.connections import MODEL
+from nudge.pipelines.cli.output import echo
 from nudge.pipelines.cli.release import RECIPE, TARGET, read_settings
 
 REASON = click.option("--reason", default="", help="Why; the registry keeps it with the version.")
@@ -42,7 +42,7 @@ def approve(
     """
     settings, name, version = _decide(version, model, "approved", reason, recipe_name, target)
     if no_deploy:
-        click.echo(
+        echo(
             f"next: run the pipeline deploy-approved with model_name={name} and version={version}, "
             f"or `nudge approve {version} --model {name}`"
         )
@@ -52,7 +52,7 @@ def approve(
     note = functools.partial(display.stage, name)
     with approved(settings, name, version) as check:
         result = serve_candidate(settings, name, version, check, note)
-    click.echo(visible(f"{name}: {version} 100 % at {result['endpoint']}"))
+    echo(f"{name}: {version} 100 % at {result['endpoint']}")
 
 
 @click.command()
@@ -92,5 +92,5 @@ def _decide(
         f"evidence: sha256 {decision.evidence}",
     ]
     lines += [f"report: {report}"] if report.is_file() else []
-    click.echo(visible("\n".join(lines)))
+    echo("\n".join(lines))
     return settings, name, version

@@ -13,9 +13,9 @@ from rich.text import Text
 
 from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.sanitize import visible
 from nudge.pipelines.cli import connections, display
 from nudge.pipelines.cli.connections import MODEL
+from nudge.pipelines.cli.output import echo
 from nudge.pipelines.cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -67,10 +67,10 @@ def ask(
         answers = {}
         for each in models:
             if len(models) > 1 and not as_json:
-                click.echo(visible(f"{each.name}:"))
+                echo(f"{each.name}:")
             answers[each.name] = _answer(each, messages, max_tokens, complete, aloud=not as_json)
     if as_json:
-        click.echo(json.dumps({"prompt": messages[0]["content"], "answers": answers}, indent=2))
+        echo(json.dumps({"prompt": messages[0]["content"], "answers": answers}, indent=2))
 
 
 @click.command()
@@ -89,7 +89,7 @@ def chat(versions: tuple[str, ...], model: str, max_tokens: int, complete: bool)
     """
     with _models(model, versions) as models:
         names = ", ".join(each.name for each in models)
-        click.echo(visible(f"{names}; an empty line ends it, /new starts over"), err=True)
+        echo(f"{names}; an empty line ends it, /new starts over", err=True)
         histories: list[list[dict[str, str]]] = [[] for _ in models]
         while line := _line():
             if line == "/new":
@@ -109,7 +109,7 @@ def _line() -> str:
     try:
         return str(input("> " if sys.stdin.isatty() else "")).strip()
     except (EOFError, KeyboardInterrupt):
-        click.echo(err=True)
+        echo(err=True)
         return ""
 
 
@@ -121,9 +121,9 @@ def _answer(
     for piece in model.answer(messages, max_tokens, complete):
         pieces.append(piece)
         if aloud:
-            click.echo(visible(piece), nl=False)
+            echo(piece, nl=False)
     if aloud:
-        click.echo()
+        echo()
     return "".join(pieces)
 
 

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nudge.components.common.core.environment import nudge_home
+from nudge.pipelines.cli.output import echo
 from nudge.pipelines.cli.screen import Screen
 
 
@@ -50,15 +51,15 @@ def clean(dry_run: bool, as_json: bool, yes: bool, **changes: Any) -> None:
             return
         plan = retention.apply(home, wanted)
         if not as_json:
-            click.echo(f"freed {size(plan.frees)}")
+            echo(f"freed {size(plan.frees)}")
     if as_json:
-        click.echo(json.dumps(plan.plain() | {"dry_run": dry_run}, indent=2))
+        echo(json.dumps(plan.plain() | {"dry_run": dry_run}, indent=2))
 
 
 def _show(plan: Any) -> None:
-    click.echo(f"{nudge_home()} uses {size(plan.used)}")
+    echo(f"{nudge_home()} uses {size(plan.used)}")
     if not plan.removals:
-        click.echo("there is nothing to remove by the rules (`nudge clean --help` changes them)")
+        echo("there is nothing to remove by the rules (`nudge clean --help` changes them)")
         return
     table = Table()
     table.add_column("kind", no_wrap=True)
@@ -69,7 +70,7 @@ def _show(plan: Any) -> None:
         name = str(each.path.relative_to(nudge_home()))
         table.add_row(each.kind, Text(name), Text(each.why), size(each.frees))
     Screen().print(table)
-    click.echo(f"together: {size(plan.frees)}")
+    echo(f"together: {size(plan.frees)}")
 
 
 def size(count: float) -> str:

@@ -6,10 +6,11 @@ from pathlib import Path
 import click
 
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.sanitize import visible
 from nudge.pipelines.cli import display
+from nudge.pipelines.cli.output import echo
 from nudge.pipelines.cli.screen import Screen
 from nudge.pipelines.recipes import load
+from nudge.pipelines.steps import STEPS
 
 URL = click.option("--url", default="", help="The pipelines server; default: NUDGE_PIPELINES_URL.")
 
@@ -31,7 +32,7 @@ def upload(pipeline: str, url: str) -> None:
         raise UserError(f"there is no file {file}")
     uploaded = runs.upload(connect.connect(url), file)
     state = "uploaded" if uploaded.fresh else "exists already"
-    click.echo(visible(f"{uploaded.version} {state}"))
+    echo(f"{uploaded.version} {state}")
 
 
 @click.command()
@@ -75,15 +76,22 @@ def submit(
     Exit status: 0 the run succeeded (or was started, with --no-follow), 1 it did not succeed,
     2 the input was refused. Ctrl-C stops following; the run continues.
     """
-    from nudge.components.common.preflight.elsewhere import check_elsewhere
+    from nudge.components.common.preflight.checks import Way, preflight
     from nudge.pipelines.cluster import connect, runs
 
     loaded = load(recipe, overrides)
-    check_elsewhere(loaded.text)
-    values = runs.sendable({"recipe": loaded.text, **_parameters(parameters)})
+    given = _parameters(parameters)
+    preflight(
+        loaded.text,
+        Way.SUBMIT,
+        lora_targets=STEPS["train"].read_settings(loaded.text).lora_targets,
+        version=given.get("version", ""),
+        model_name=given.get("model_name", ""),
+    )
+    values = runs.sendable({"recipe": loaded.text, **given})
     server = connect.connect(url)
     run = runs.submit(server, pipeline, name or loaded.name, values)
-    click.echo(visible(f"{run.run_id} {run.link}"))
+    echo(f"{run.run_id} {run.link}")
     if no_follow:
         return
     try:
@@ -92,25 +100,23 @@ def submit(
                 live.show(current)
                 live.lines(current.lines)
     except KeyboardInterrupt:
-        click.echo(visible(f"stopped following; the run continues: {run.link}"), err=True)
+        echo(f"stopped following; the run continues: {run.link}", err=True)
         sys.exit(130)
     except UserError as error:
         raise UserError(f"{error}; stopped following, the run continues: {run.link}") from None
     if run.silent:
-        click.echo(visible(f"no logs are available: {run.silent}"), err=True)
+        echo(f"no logs are available: {run.silent}", err=True)
     if run.reasonless:
-        click.echo(
-            visible(f"the reasons why steps wait are not available: {run.reasonless}"), err=True
-        )
+        echo(f"the reasons why steps wait are not available: {run.reasonless}", err=True)
     Screen().print(display.followed(run))
     Screen().print(display.outcome(run, run.link))
-    click.echo(visible(run.state.lower()))
+    echo(run.state.lower())
     if run.state != "SUCCEEDED":
         failed = run.failed
         reason = f"error: {failed.name}: {failed.error}" if failed else run.error
-        click.echo(visible(reason), err=True)
+        echo(reason, err=True)
         if failed and (pods := run.pods.get(failed.name)):
-            click.echo(visible(f"its log: oc logs {pods[0]} -c main"), err=True)
+            echo(f"its log: oc logs {pods[0]} -c main", err=True)
         sys.exit(1)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from nudge.components.common.core.errors import UserError
+from nudge.pipelines.cli.output import echo
 
 
 @click.command("compile")
@@ -36,9 +37,9 @@ def compile_(check: bool, into: Path | None, digests: Path | None) -> None:
     if not check:
         files = compiled(into, into / "kubernetes", digests) if into else None
         for path in write(files):
-            click.echo(path)
+            echo(path)
         return
     if old := stale():
-        click.echo("out of date: " + ", ".join(map(str, old)) + "; run `nudge compile`", err=True)
+        echo("out of date: " + ", ".join(map(str, old)) + "; run `nudge compile`", err=True)
         sys.exit(1)
-    click.echo("current")
+    echo("current")

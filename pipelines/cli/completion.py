@@ -6,6 +6,8 @@ from pathlib import Path
 import click
 from click.shell_completion import get_completion_class
 
+from nudge.pipelines.cli.output import echo
+
 SHELLS = {
     "bash": "echo 'eval \"$(nudge completion bash)\"' >> ~/.bashrc",
     "zsh": "echo 'eval \"$(nudge completion zsh)\"' >> ~/.zshrc",
@@ -27,5 +29,5 @@ def completion(shell: str | None) -> None:
     kind = get_completion_class(shell)
     assert kind is not None
     root = click.get_current_context().find_root().command
-    click.echo(kind(root, {}, "nudge", "_NUDGE_COMPLETE").source())
-    click.echo(f"to install it: {SHELLS[shell]}", err=True)
+    echo(kind(root, {}, "nudge", "_NUDGE_COMPLETE").source())
+    echo(f"to install it: {SHELLS[shell]}", err=True)

@@ -18,6 +18,7 @@ from nudge.components.common.core.environment import (
     nudge_home,
 )
 from nudge.components.common.core.errors import UserError
+from nudge.pipelines.cli.output import echo
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -91,7 +92,7 @@ def start() -> None:
     stopped = services.resting(home)
     os.environ.update(services.up(home, instead=services.env_store(home)))
     if stopped:
-        click.echo(f"started {' and '.join(stopped)}; stop with `nudge services down`", err=True)
+        echo(f"started {' and '.join(stopped)}; stop with `nudge services down`", err=True)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,9 +19,9 @@ from nudge.components.common.core.figures import (
     per_gain,
     probability,
 )
-from nudge.components.common.core.guard import header_file
+from nudge.components.common.core.guard import header_file, is_here
 from nudge.components.common.core.progress import RESULTS, SHOWN, figures
-from nudge.components.common.core.sanitize import visible
+from nudge.components.common.core.say import say
 from nudge.pipelines.cli.screen import Screen
 from nudge.pipelines.step_state import StepState
 from nudge.pipelines.steps import NOTHING_NEW, described
@@ -334,7 +333,7 @@ def _rows(rows: dict[str, Any]) -> Table:
 
 def stage(model: str, now: str) -> None:
     """Print the current stage on stderr while a model's traffic moves."""
-    print(visible(f"{model}: {now}"), file=sys.stderr, flush=True)
+    say(f"{model}: {now}")
 
 
 def curl(values: dict[str, Any], prompt: str, home: Path) -> str:
@@ -343,8 +342,9 @@ def curl(values: dict[str, Any], prompt: str, home: Path) -> str:
 
     body = {"model": values["served_model"], "prompt": prompt, "max_tokens": 8}
     header = "-H 'Content-Type: application/json'"
-    if values["endpoint"].startswith("http://127.0.0.1:"):
+    if is_here(values["endpoint"]):
         # In a file, because every user can read curl's arguments in the process list.
         header += f" -H {shlex.quote(f'@{header_file(home, TOKEN)}')}"
     quoted = shlex.quote(json.dumps(body))
-    return f"curl -s {values['endpoint']}/v1/completions {header} -d {quoted}"
+    url = shlex.quote(f"{values['endpoint']}/v1/completions")
+    return f"curl -s {url} {header} -d {quoted}"

@@ -16,6 +16,7 @@ from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError, nearest
 from nudge.components.common.core.sanitize import visible
 from nudge.pipelines.cli.clean import size
+from nudge.pipelines.cli.output import echo
 from nudge.pipelines.cli.screen import Screen
 from nudge.pipelines.steps import PIPELINE, described
 
@@ -74,15 +75,15 @@ def runs(
         and (not state or run.state == state)
     ]
     if as_json:
-        click.echo(json.dumps([run.row() for run in found[:limit]], indent=2))
+        echo(json.dumps([run.row() for run in found[:limit]], indent=2))
         return
     if not found:
         which = "no runs match" if recipe or model or state else "no runs"
-        click.echo(f"{which} in {nudge_home()}; `nudge run` starts one", err=True)
+        echo(f"{which} in {nudge_home()}; `nudge run` starts one", err=True)
         return
     Screen().print(_list(found[:limit]))
     if len(found) > limit:
-        click.echo(f"{len(found) - limit} older ones are not shown; --limit {len(found)} shows all")
+        echo(f"{len(found) - limit} older ones are not shown; --limit {len(found)} shows all")
 
 
 def _list(found: "list[PastRun]") -> Table:
@@ -116,7 +117,7 @@ def show(run: str, as_json: bool) -> None:
     found = history.find(nudge_home(), run)
     page = run_page.write_page(found)
     if as_json:
-        click.echo(json.dumps(found.row() | {"result": found.result or None}, indent=2))
+        echo(json.dumps(found.row() | {"result": found.result or None}, indent=2))
         return
     facts: dict[str, Any] = {
         "run": found.run_id,
@@ -135,7 +136,7 @@ def show(run: str, as_json: bool) -> None:
     }
     for name, value in facts.items():  # never folded, so that a path can be copied
         if value:
-            click.echo(visible(f"{name:13} {value}"))
+            echo(f"{name:13} {value}")
     steps = Table()
     for column in ("step", "status", "seconds", "result"):
         steps.add_column(column, overflow="fold")
@@ -158,7 +159,7 @@ def compare(names: tuple[str, ...], as_json: bool) -> None:
     found = [history.find(nudge_home(), name) for name in names]
     values = comparison(found)
     if as_json:
-        click.echo(json.dumps(values, indent=2))
+        echo(json.dumps(values, indent=2))
         return
     table = Table()
     table.add_column("")
@@ -243,7 +244,7 @@ def open_page(run: str) -> None:
     from nudge.pipelines.local import history, run_page
 
     page = run_page.write_page(history.find(nudge_home(), run))
-    click.echo(page)
+    echo(page)
     if sys.stdout.isatty():
         webbrowser.open(page.as_uri())
 
@@ -262,9 +263,9 @@ def delete(names: tuple[str, ...], yes: bool) -> None:
     found = [history.find(home, name) for name in names]
     for run in found:
         question = f"delete the run {run.run_id} ({run.recipe or 'no recipe'}, {run.state})?"
-        if not yes and not click.confirm(question):
+        if not yes and not click.confirm(visible(question)):
             continue
-        click.echo(f"deleted {run.run_id}, {size(history.delete(home, run))}")
+        echo(f"deleted {run.run_id}, {size(history.delete(home, run))}")
 
 
 @click.command()
@@ -291,7 +292,7 @@ def logs(run: str, step: str | None, raw: bool) -> None:
     with found.log.open(encoding="utf-8", errors="replace") as file:
         lines = (ANSI.sub("", line.rstrip("\n")) for line in file)
         for line in step_lines(lines, step, raw):
-            click.echo(visible(line))
+            echo(line)
 
 
 def step_lines(lines: Iterator[str], step: str | None, raw: bool) -> Iterator[str]:

@@ -8,7 +8,7 @@ import click
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.recipe import read_recipe
-from nudge.components.common.core.sanitize import visible
+from nudge.pipelines.cli.output import echo
 from nudge.pipelines.recipes import check
 
 if TYPE_CHECKING:
@@ -51,12 +51,12 @@ def init(folder: Path, base_model: str, file: Path | None, force: bool) -> None:
     recipe = first_recipe.write(folder, text, base_model, duration)
     check(read_recipe(recipe))
     write_atomic(file, recipe)
-    click.echo(visible(f"wrote {file}"))
+    echo(f"wrote {file}")
     if text.documents:
-        click.echo(
+        echo(
             f"{text.documents} documents, {text.validation_documents} of them held out; {duration}"
         )
-    click.echo(visible(f"next: nudge ingest {file}, then nudge run {file}"))
+    echo(f"next: nudge ingest {file}, then nudge run {file}")
 
 
 def _duration(text: "Text", base_model: str) -> str:

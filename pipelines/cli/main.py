@@ -18,6 +18,7 @@ import click
 from nudge.components.common.core.environment import bypass_proxy_here, nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.pipelines.cli import output
+from nudge.pipelines.cli.output import echo
 
 PREFIX = "nudge.pipelines.cli."
 EVERYTHING = ("data", "train", "release", "pipeline", "local")
@@ -105,20 +106,20 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            click.echo(f"error: {error}", err=True)
+            echo(f"error: {error}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt as stop:  # click itself would end with 1, as a failure does
-            click.echo(str(stop) or "stopped", err=True)
+            echo(str(stop) or "stopped", err=True)
             ctx.exit(130)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            click.echo(f"error: {_full_disk(error)}", err=True)
+            echo(f"error: {_full_disk(error)}", err=True)
             ctx.exit(2)
         except ModuleNotFoundError as error:
             if not (message := _missing(ctx, error)):
                 raise
-            click.echo(f"error: {message}", err=True)
+            echo(f"error: {message}", err=True)
             ctx.exit(2)
 
 

@@ -9,9 +9,9 @@ import click
 from rich.table import Table
 
 from nudge.components.common.core.environment import nudge_home
-from nudge.components.common.core.sanitize import visible
 from nudge.pipelines.cli import connections
 from nudge.pipelines.cli.connections import MODEL
+from nudge.pipelines.cli.output import echo
 from nudge.pipelines.cli.screen import Screen
 
 EMPTY = (
@@ -32,20 +32,18 @@ def models(model: str, as_json: bool) -> None:
     try:
         rows = model_rows(model)
         if not rows:
-            click.echo(f"no models: {EMPTY}", err=True)
+            echo(f"no models: {EMPTY}", err=True)
     except NothingRun as nothing:
         rows = []
-        click.echo(nothing, err=True)
+        echo(nothing, err=True)
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        echo(json.dumps(rows, indent=2))
         return
     for name in dict.fromkeys(row["model"] for row in rows):
         of_model = [row for row in rows if row["model"] == name]
         served = next((row for row in of_model if row["endpoint"]), {"endpoint": "not served"})
         hint = " (not running: `nudge services up`)" if served.get("running") is False else ""
-        click.echo(
-            visible(f"{name}  {served['endpoint']}{hint}")
-        )  # on a line of its own, never folded
+        echo(f"{name}  {served['endpoint']}{hint}")  # on a line of its own, never folded
         table = Table()
         table.add_column("version", no_wrap=True)
         table.add_column("made", no_wrap=True)

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +11,11 @@ import click
 from rich.text import Text
 
 from nudge.components.common.chat import ChatTemplate, Refusal, from_json, template_of_folder
+from nudge.components.common.chat.masks import rendered
 from nudge.components.common.chat.render import Learn, Rendered
 from nudge.components.common.core.errors import UserError
 from nudge.components.ingest.settings import IngestSettings
+from nudge.pipelines.cli.output import echo_json
 from nudge.pipelines.cli.run import OVERRIDES, RECIPE
 from nudge.pipelines.cli.screen import Screen
 from nudge.pipelines.recipes import Recipe, load
@@ -67,7 +68,7 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool) -
     found = previewed(loaded, rows)
     if as_json:
         values = [{"text": each.text, "learned": each.learned} for _, each in found.rows]
-        click.echo(json.dumps(values, indent=2, ensure_ascii=False))
+        echo_json(values)
         return
     _print(found)
 
@@ -127,6 +128,7 @@ class _TemplateOnce:
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
+        self._settings = STEPS["tokenize"].read_settings(recipe.text)
         self.made: ChatTemplate | None = None
 
     def texts(self, row: Any) -> list[Rendered]:
@@ -134,21 +136,24 @@ class _TemplateOnce:
         if row.turns is None:
             return [Rendered(row.text, ((0, len(row.text)),))]
         learn: Learn = (self._recipe.values.get("train") or {}).get("learn", "assistant")
-        return self.get().render(from_json(row.text), learn)
+        template, conversation = self.get(), from_json(row.text)
+        if self._settings.control_tokens == "refuse":
+            return template.render(conversation, learn)
+        return [each.rendered for each in rendered(template, conversation, learn)]
 
     def get(self) -> ChatTemplate:
         """The template; raises `UserError` if the base model has none that can be used."""
         if self.made is None:
             from nudge.components.common.models.base_model import local_tokenizer
 
-            settings = STEPS["tokenize"].read_settings(self._recipe.text)
+            settings = self._settings
             if settings.tokenizer == "train":
                 raise UserError(
                     "conversations need the tokenizer of a base model with an end-of-turn token; "
                     "set base_model and remove tokenize.tokenizer: train"
                 )
             folder = local_tokenizer(settings.base_model)
-            self.made = template_of_folder(folder, getattr(settings, "chat_template", ""))
+            self.made = template_of_folder(folder, settings.chat_template)
         return self.made
 
 

@@ -9,9 +9,9 @@ import click
 
 from nudge.components.common.core.environment import HOME, S3_BUCKET
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.sanitize import visible
 from nudge.pipelines.cli import connections, display
 from nudge.pipelines.cli.connections import MODEL
+from nudge.pipelines.cli.output import echo
 from nudge.pipelines.recipes import load
 
 RECIPE = click.option(
@@ -147,7 +147,7 @@ def register(
         f"{done['registered_model']} {done['version']} is registered; serve it with `nudge promote "
         f"{done['version']} --model {done['registered_model']}`"
     )
-    click.echo(visible(text))
+    echo(text)
 
 
 def _shift(settings: Any, model: str, shares: dict[str, int], check: Any = None) -> None:
@@ -169,7 +169,7 @@ def _shift(settings: Any, model: str, shares: dict[str, int], check: Any = None)
     note = functools.partial(display.stage, name)
     result = serve(settings, name, shares, note, check or unchecked)
     moved = ", ".join(f"{version} {share} %" for version, share in result["shares"].items())
-    click.echo(visible(f"{name}: {moved} at {result['endpoint']}"))
+    echo(f"{name}: {moved} at {result['endpoint']}")
 
 
 def read_settings(recipe_name: str, target: str | None, port: int | None = None) -> Any:

@@ -16,6 +16,7 @@ from nudge.components.common.core.environment import REGISTRY_URL, nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.sanitize import visible
 from nudge.pipelines.cli import display
+from nudge.pipelines.cli.output import echo
 from nudge.pipelines.cli.screen import Screen
 from nudge.pipelines.recipes import Recipe, load, shipped
 from nudge.pipelines.steps import STEPS
@@ -129,10 +130,10 @@ def clean_up(home: Path) -> None:
     try:
         done = retention.apply(home, retention.rules(home))
     except UserError as error:
-        click.echo(f"nothing was cleaned: {error}", err=True)
+        echo(f"nothing was cleaned: {error}", err=True)
         return
     if done.removals:
-        click.echo(f"cleaned {len(done.removals)} items, {size(done.frees)}", err=True)
+        echo(f"cleaned {len(done.removals)} items, {size(done.frees)}", err=True)
 
 
 def execute(
@@ -166,8 +167,6 @@ def _prepare(
 
     Raises `UserError` with everything that is missing.
     """
-    from nudge.components.common.clients.registry.preflight import check_registration
-    from nudge.components.common.preflight.serving import check_serving
     from nudge.components.register.preflight import check_registry
     from nudge.pipelines.local import preflight, services, serving
 
@@ -182,17 +181,12 @@ def _prepare(
         compiled = compiled or containers.COMPILED
         containers.check(compiled)
         containers.check_paths(recipe.text, home)
-    else:
-        preflight.check(recipe.text, from_env)
-    check_registration(recipe.text)
-    deploy = STEPS["deploy"].read_settings(recipe.text)
-    if deploy.target == "kserve":
-        check_serving(deploy.kserve.namespace)
+    preflight.check(recipe.text, from_env, in_containers=engine == "docker")
     started = services.up(home, instead=services.from_environment() if from_env else {})
     check_registry(started[REGISTRY_URL], recipe.text)
     if unused := services.not_used(started):
         verb = "is" if len(unused) == 1 else "are"
-        click.echo(
+        echo(
             f"{', '.join(unused)} {verb} set but not used: this run uses embedded services; "
             "--use-env-services uses the ones in the environment",
             err=True,
@@ -209,7 +203,7 @@ def _begin(recipe: Recipe, home: Path, fresh: bool) -> "Run":
 
     current = local_run.begin(recipe, home, fresh=fresh)
     if current.continued:
-        click.echo(f"resuming the run {current.run_id}, which was interrupted", err=True)
+        echo(f"resuming the run {current.run_id}, which was interrupted", err=True)
     return current
 
 
@@ -240,13 +234,13 @@ def _watch(current: "Run", follow: Any) -> "Run":
 def _report(current: "Run", values: dict[str, Any], as_json: bool, home: Path) -> None:
     """Print the result of an ended run; ends the process with status 1 if it failed."""
     if as_json:
-        click.echo(json.dumps(values, indent=2))
+        echo(json.dumps(values, indent=2))
     else:
         Screen().print(display.summary(values, current))
         for line in display.ways_on(values, current, home):
-            click.echo(visible(line))  # on a line of its own, never folded
+            echo(line)  # on a line of its own, never folded
     if values["error"]:
-        click.echo(
+        echo(
             f"error: {visible(values['error'])}\n"
             f"the full log: {current.log} (`nudge logs {current.run_id}`)\n"
             "Fix the problem and rerun the same command; finished steps are reused",
@@ -282,8 +276,10 @@ def show_ingest(recipe: Recipe, as_json: bool, into: Path | None) -> None:
     """Run the step `ingest` of a recipe and print what it read; raises `UserError` if refused."""
     from nudge.components.common.artifacts.corpus import read_corpus
     from nudge.components.common.artifacts.schema import plain
-    from nudge.components.ingest.account import check_held_out, examples
+    from nudge.components.common.preflight.checks import Way, preflight
+    from nudge.components.ingest.account import check_held_out, with_hints
 
+    preflight(recipe.text, Way.INGEST)
     step = STEPS["ingest"]
     # The registry and the state of earlier runs are not this command's to ask or to change.
     settings = dataclasses.replace(step.read_settings(recipe.text), only_new=False, state_uri="")
@@ -310,9 +306,9 @@ def show_ingest(recipe: Recipe, as_json: bool, into: Path | None) -> None:
         "report": str(into / "report.html") if into else None,
     }
     if as_json:
-        click.echo(json.dumps(values, indent=2))
+        echo(json.dumps(values, indent=2))
         return
-    shown = {reason: examples(counts, reason) for reason in result["dropped"]}
+    shown = {reason: with_hints(counts, reason) for reason in result["dropped"]}
     Screen().print(display.ingested(values, shown))
 
 
@@ -323,4 +319,4 @@ def recipes() -> None:
     `nudge run NAME` runs one. To make your own, copy the YAML file of one and change it.
     """
     for name, title in shipped().items():
-        click.echo(f"{name:14} {title}")
+        echo(f"{name:14} {title}")

@@ -15,8 +15,8 @@ from rich.table import Table
 from nudge.components.common.core.environment import PIPELINES_URL, in_pod, nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import write_atomic
-from nudge.components.common.core.sanitize import visible
 from nudge.pipelines.cli.cluster import URL
+from nudge.pipelines.cli.output import echo
 from nudge.pipelines.cli.screen import Screen
 from nudge.pipelines.recipes import load
 
@@ -70,9 +70,9 @@ def schedule_apply(file: Path, url: str, here: bool, yes: bool) -> None:
         _apply_here(wanted, yes)
         return
     done, _ = schedules.apply(connect.connect(url), wanted)
-    click.echo(visible(f"{wanted.name} {done}"))
+    echo(f"{wanted.name} {done}")
     if wanted.cron and not wanted.paused:
-        click.echo(f"next: {_when(wanted.cron)}")
+        echo(f"next: {_when(wanted.cron)}")
 
 
 def _apply_here(wanted: "Schedule", yes: bool) -> None:
@@ -97,23 +97,23 @@ def _apply_here(wanted: "Schedule", yes: bool) -> None:
         shown = local.units(home, made)
         local.check_units(shown)
         for name, unit in shown.items():
-            click.echo(visible(f"{local.unit_folder() / name}:\n{unit}"))
+            echo(f"{local.unit_folder() / name}:\n{unit}")
     else:
-        click.echo(visible(f"in your crontab:\n{local.cron_line(home, made)}"))
+        echo(f"in your crontab:\n{local.cron_line(home, made)}")
     if not yes and not click.confirm("install this?"):
-        click.echo("nothing was changed")
+        echo("nothing was changed")
         return
     write_atomic(Path(made.recipe), text)
-    click.echo(f"{made.name} {local.install(home, made)}")
+    echo(f"{made.name} {local.install(home, made)}")
     if ignored:
-        click.echo(f"not used here: the pipeline parameters {', '.join(ignored)}", err=True)
+        echo(f"not used here: the pipeline parameters {', '.join(ignored)}", err=True)
     if made.cron and not made.paused:
-        click.echo(f"next: {_next_here(made.cron)}")
+        echo(f"next: {_next_here(made.cron)}")
     if made.kind == "systemd":
-        click.echo(
+        echo(
             "it runs while you are logged in; `loginctl enable-linger` lets it run always", err=True
         )
-    click.echo(f"after each run: {home / local.FOLDER / 'nights.html'}")
+    echo(f"after each run: {home / local.FOLDER / 'nights.html'}")
 
 
 @schedule.command("list")
@@ -128,7 +128,7 @@ def schedule_list(url: str, here: bool) -> None:
         return
     rows = schedules.find(connect.connect(url))
     if not rows:
-        click.echo("there is no schedule; create one with `nudge schedule apply FILE`")
+        echo("there is no schedule; create one with `nudge schedule apply FILE`")
         return
     table = Table()
     for name in ("name", "state", "when", "next", "overlap", "missed starts", "version"):
@@ -157,7 +157,7 @@ def _list_here() -> None:
 
     rows = list(local.schedules(nudge_home()))
     if not rows:
-        click.echo("there is no schedule; create one with `nudge schedule apply FILE`")
+        echo("there is no schedule; create one with `nudge schedule apply FILE`")
         return
     table = Table()
     for name in ("name", "state", "when", "next", "by"):
@@ -183,7 +183,7 @@ def schedule_pause(name: str, url: str, here: bool) -> None:
         local.install(nudge_home(), replace(local.find(nudge_home(), name), paused=True))
     else:
         schedules.pause(connect.connect(url), name)
-    click.echo(visible(f"{name} paused"))
+    echo(f"{name} paused")
 
 
 @schedule.command("delete")
@@ -200,7 +200,7 @@ def schedule_delete(name: str, url: str, here: bool) -> None:
         local.remove(nudge_home(), name)
     else:
         schedules.delete(connect.connect(url), name)
-    click.echo(visible(f"{name} deleted"))
+    echo(f"{name} deleted")
 
 
 @schedule.command("night")
@@ -223,7 +223,7 @@ def schedule_night(name: str) -> None:
     night: dict[str, Any] = {"name": name, "began": time.time(), "state": "refused"}
     with local.one_at_a_time(home, name) as free:
         if not free:
-            click.echo(f"the last run of {name} is still active, so this one is left out", err=True)
+            echo(f"the last run of {name} is still active, so this one is left out", err=True)
             return
         try:
             recipe = load(local.find(home, name).recipe)
@@ -241,8 +241,8 @@ def schedule_night(name: str) -> None:
         finally:
             page = nights.note(home, night)
         run_command.clean_up(home)
-    click.echo(json.dumps(night, indent=2))
-    click.echo(f"{night['state']}: {page}", err=True)
+    echo(json.dumps(night, indent=2))
+    echo(f"{night['state']}: {page}", err=True)
     if night["state"] in ("failed", "refused"):
         raise SystemExit(1 if night["state"] == "failed" else 2)
 
@@ -252,7 +252,7 @@ def schedule_summary() -> None:
     """Write the page of all scheduled runs of this machine, and print its path."""
     from nudge.pipelines.local import nights
 
-    click.echo(nights.write_page(nudge_home()))
+    echo(nights.write_page(nudge_home()))
 
 
 def _when(cron: str) -> str:

@@ -7,6 +7,7 @@ import click
 from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.pipelines.cli import display
+from nudge.pipelines.cli.output import echo
 
 
 @click.group()
@@ -46,7 +47,7 @@ def down() -> None:
             "first (Ctrl-C in the terminal of `nudge run`)"
         )
     stopped = local_services.down(home)
-    click.echo("stopped " + ", ".join(stopped) if stopped else "nothing was running")
+    echo("stopped " + ", ".join(stopped) if stopped else "nothing was running")
 
 
 @services.command("status")
@@ -61,8 +62,8 @@ def _show(as_json: bool = False) -> None:
 
     rows = local_services.status(nudge_home())
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        echo(json.dumps(rows, indent=2))
     elif rows:
         display.parts(rows)
     else:
-        click.echo("nothing is running; `nudge services up` starts the services")
+        echo("nothing is running; `nudge services up` starts the services")

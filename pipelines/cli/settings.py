@@ -11,6 +11,7 @@ from rich.text import Text
 
 from nudge.components.common.core.aliases import ALIASES, meant
 from nudge.components.common.core.errors import UserError, nearest
+from nudge.pipelines.cli.output import echo, echo_json
 from nudge.pipelines.cli.screen import Screen
 from nudge.pipelines.settings_reference import Row, recipe_schema, reference
 
@@ -37,11 +38,11 @@ def settings(name: str, as_json: bool, schema: bool) -> None:
     docs/settings.md has the same as a page.
     """
     if schema:
-        click.echo(json.dumps(recipe_schema(), indent=1))
+        echo(json.dumps(recipe_schema(), indent=1))
         return
     rows = find(name)
     if as_json:
-        click.echo(json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False))
+        echo_json([asdict(row) for row in rows])
     elif not name:
         _overview()
     elif len(rows) == 1:
@@ -83,7 +84,7 @@ def _overview() -> None:
         keys = [row.key.partition(".")[2] for row in rows]
         table.add_row(section, Text(", ".join(keys), overflow="fold"))
     Screen().print(table)
-    click.echo("\n`nudge settings STEP` explains the keys of a step, `nudge settings KEY` one key")
+    echo("\n`nudge settings STEP` explains the keys of a step, `nudge settings KEY` one key")
 
 
 def _one(row: Row) -> None:
@@ -96,7 +97,7 @@ def _one(row: Row) -> None:
         "also known as": ", ".join(ALIASES.get(last, ())),
         "set it": f"--set {row.key}=VALUE" if "[]" not in row.key else "",
     }
-    click.echo(row.key)
+    echo(row.key)
     table = Table(show_header=False, box=None)
     for name, value in shown.items():
         if value:

@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.sanitize import visible
 from nudge.pipelines import steps
 from nudge.pipelines.cli import connections
+from nudge.pipelines.cli.output import echo
 from nudge.pipelines.cli.run import OVERRIDES
 from nudge.pipelines.recipes import load
 
@@ -97,15 +97,15 @@ def _run(each: steps.Step, arguments: dict[str, Any]) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         results = function(*positional, **arguments)
     if as_json:
-        click.echo(json.dumps(results, indent=2))
+        echo(json.dumps(results, indent=2))
         return
-    click.echo(visible(f"{each.name}: {each.describe(results) or 'done'}"))
+    echo(f"{each.name}: {each.describe(results) or 'done'}")
     for name in each.outputs if into else ():
-        click.echo(f"{name}: {into / name}")
+        echo(f"{name}: {into / name}")
     if uri := results.get("uri"):
-        click.echo(visible(f"uri: {uri}"))
+        echo(f"uri: {uri}")
     if endpoint := results.get("endpoint"):
-        click.echo(visible(f"endpoint: {endpoint}"))
+        echo(f"endpoint: {endpoint}")
 
 
 for _each in steps.ALONE.values():

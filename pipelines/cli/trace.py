@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nudge.components.common.core.environment import nudge_home
-from nudge.components.common.core.sanitize import visible
+from nudge.pipelines.cli.output import echo
 from nudge.pipelines.cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -40,11 +40,11 @@ def trace(document: str, as_json: bool) -> None:
     looked_for = tracing.wanted(document)
     found = tracing.trace(nudge_home(), looked_for)
     if as_json:
-        click.echo(json.dumps(tracing.plain(found), indent=2))
+        echo(json.dumps(tracing.plain(found), indent=2))
     elif found:
         _show(found)
     else:
-        click.echo(f"no run in {nudge_home()} had this document", err=True)
+        echo(f"no run in {nudge_home()} had this document", err=True)
     if not found:
         raise SystemExit(1)
 
@@ -60,16 +60,16 @@ def _show(found: "list[Found]") -> None:
         table.add_row(row.run_id, *(Text(each) for each in (version, row.state, split, document)))
     Screen().print(table)
     learned = sorted({row.version for row in found if row.version and row.split == "train"})
-    click.echo(f"versions that learned it: {', '.join(learned) or 'none'}")
+    echo(f"versions that learned it: {', '.join(learned) or 'none'}")
     digests = sorted({f"sha256:{row.sha256[:SHOWN_DIGITS]}" for row in found})
     value = f"ingest.forget=[{', '.join(digests)}]"
     recipe = next((nudge_home() / "runs" / row.run_id / "recipe.yaml" for row in found), None)
-    click.echo(visible(f"to keep it out from now on, in the recipe: {value.replace('=', ': ')}"))
+    echo(f"to keep it out from now on, in the recipe: {value.replace('=', ': ')}")
     if learned and recipe and recipe.is_file():
         again = ["nudge", "run", str(recipe), "--fresh", "--set", value]
         if base := _first_base(recipe.read_text("utf-8", "replace")):
             again += ["--set", f"base_model={base}"]
-        click.echo(visible(f"to train without it: {shlex.join(again)}"))
+        echo(f"to train without it: {shlex.join(again)}")
 
 
 def _first_base(recipe: str) -> str:

@@ -24,6 +24,7 @@ from nudge.components.common.core.environment import (
     RUN_ID,
 )
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.processes import CONTAINER_UIDS
 from nudge.components.common.core.recipe import read_recipe
 from nudge.components.common.core.uris import is_local, local_path
 from nudge.components.deploy.local.host_serving import TOKEN, URL
@@ -118,7 +119,7 @@ def user_of(home: Path) -> int:
     if os.getuid():
         return os.getuid()
     digest = hashlib.sha256(str(home).encode()).digest()
-    return 1_000_000_000 + int.from_bytes(digest[:2]) * 10_000
+    return CONTAINER_UIDS + int.from_bytes(digest[:2]) * 10_000
 
 
 def named_paths(recipe: str) -> list[Path]:

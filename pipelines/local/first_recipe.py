@@ -137,7 +137,9 @@ def tokens_in(text: Text, base_model: str) -> int | None:
         return None
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(local_tokenizer(base_model))
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        local_tokenizer(base_model), local_files_only=True, trust_remote_code=False
+    )
     count = len(tokenizer(text.sample, verbose=False)["input_ids"])
     return round(count * text.kept_bytes / len(text.sample.encode()))
 

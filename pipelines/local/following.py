@@ -22,6 +22,7 @@ from nudge.components.common.core.processes import (
 )
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.sanitize import masked
+from nudge.components.common.core.say import say
 from nudge.pipelines.local.run import RECIPE, Run, begin, facts
 from nudge.pipelines.local.temporary import temporary_folder
 
@@ -168,11 +169,9 @@ def _end_group(child: subprocess.Popen[bytes]) -> None:
         while _group(child) and time.monotonic() - asked < ENDING_S:
             if not reported and time.monotonic() - asked > QUIET_S:
                 reported = True
-                print(
+                say(
                     "waiting for the step to end (training writes a checkpoint first); "
-                    "press Ctrl-C to end it at once",
-                    file=sys.stderr,
-                    flush=True,
+                    "press Ctrl-C to end it at once"
                 )
             time.sleep(POLL_S)
     finally:

@@ -3,12 +3,12 @@
 import json
 import os
 import secrets
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nudge.components.common.core.environment import S3_ACCESS_KEY, S3_SECRET_KEY
+from nudge.components.common.core.say import say
 from nudge.components.common.core.state_file import Damaged, read_object
 
 BUCKET = "nudge"
@@ -31,7 +31,7 @@ def credentials(home: Path) -> dict[str, str]:
     except FileNotFoundError:
         pass
     except Damaged as error:
-        print(f"{error} new keys are made", file=sys.stderr)
+        say(f"{error} new keys are made")
         path.unlink()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     made = {KEYS[0]: secrets.token_hex(10), KEYS[1]: secrets.token_urlsafe(30)}

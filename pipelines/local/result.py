@@ -1,7 +1,6 @@
 """The result of a run: one JSON object, and the pages in the run's folder."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.prices import Prices
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.recipe import step_settings
+from nudge.components.common.core.say import say
 from nudge.components.common.core.usage import NOTHING, usage_of
 from nudge.pipelines.local import history, run_page
 from nudge.pipelines.local.run import Run
@@ -132,7 +132,7 @@ def keep_result(run: Run) -> dict[str, Any]:
     try:
         run_page.write_page(history.ended(run, values))
     except OSError as error:  # no space, for example: the run itself ended as its result says
-        print(f"the run's page was not written: {error}", file=sys.stderr)
+        say(f"the run's page was not written: {error}")
     return values
 
 

@@ -8,7 +8,6 @@ once all of its hard links are removed.
 import contextlib
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from pydantic import Field
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.processes import locked, read_record
 from nudge.components.common.core.recipe import read_yaml
+from nudge.components.common.core.say import say
 from nudge.components.common.core.settings import parse, settings
 from nudge.components.common.core.state_file import damaged
 from nudge.components.deploy.local import gateway
@@ -155,7 +155,7 @@ def _remembered(folder: Path) -> bool:
         tracing.keep_fingerprints(folder)
         tracing.keep_lineage(folder)
     except (UserError, OSError) as error:
-        print(f"{folder.name} keeps its artifacts: {error}", file=sys.stderr)
+        say(f"{folder.name} keeps its artifacts: {error}")
         return False
     return True
 

@@ -21,6 +21,7 @@ from typing import Literal
 
 from nudge.components.common.core.errors import UserError, nearest
 from nudge.components.common.core.publish import write_atomic
+from nudge.components.common.core.say import say
 from nudge.components.common.core.state_file import Damaged, read_object
 
 FOLDER = "schedules"
@@ -247,7 +248,7 @@ def schedules(home: Path) -> Iterator[LocalSchedule]:
         try:
             yield find(home, path.stem)
         except (UserError, Damaged) as error:
-            print(error, file=sys.stderr)
+            say(error)
 
 
 @contextlib.contextmanager

@@ -3,12 +3,12 @@
 import functools
 import hmac
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from nudge.components.common.core import processes
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.say import say
 from nudge.components.deploy.deploy import serve
 from nudge.components.deploy.local import gateway
 from nudge.components.deploy.local.gateway import gateway_name, is_open
@@ -70,7 +70,7 @@ def restore(
         except Moved:  # a run or another command is starting it
             continue
         except UserError as error:
-            print(f"{model} was served here and does not start: {error}", file=sys.stderr)
+            say(f"{model} was served here and does not start: {error}")
     return back
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nudge.components.common.clients.registry.releases import Version
-from nudge.components.common.core import guard
+from nudge.components.common.core import guard, processes
 from nudge.components.common.core.errors import UserError
 from nudge.components.deploy.local import gateway
 
@@ -46,7 +46,7 @@ class Served:
         url = f"{self.endpoint}/v1/{path}"
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         body = {"model": self.name, "stream": True, "temperature": 0, **body}
-        own = self.endpoint.startswith("http://127.0.0.1:")
+        own = guard.is_here(self.endpoint)
         try:
             with (
                 httpx.Client(trust_env=not own, timeout=ANSWER_TIMEOUT_S) as client,
@@ -95,8 +95,12 @@ class Loaded:
         if self._model is not None:
             return
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
-            model = AutoModelForCausalLM.from_pretrained(self.folder, use_safetensors=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False
+            )
+            model = AutoModelForCausalLM.from_pretrained(
+                self.folder, use_safetensors=True, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise UserError(f"{self.name}: {self.folder} is not a usable model: {error}") from None
         self._model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -145,9 +149,20 @@ class Loaded:
 
 
 def served(home: Path, model: str, endpoint: str) -> Served:
-    """The model at its endpoint, with this machine's token if the endpoint is here."""
-    here = endpoint.startswith("http://127.0.0.1:")
-    return Served(model, endpoint, guard.read_token(home, gateway.TOKEN) if here else "")
+    """The model at its endpoint, with this home's token if this home serves it there.
+
+    Raises `UserError` if its server has ended: another user's program may have taken the port.
+    """
+    name = gateway.gateway_name(model)
+    if gateway.addresses(home).get(name) != endpoint:
+        return Served(model, endpoint, "")
+    record = processes.read_record(home, name)
+    if record is None or record.process() is None:
+        raise UserError(
+            f"{model} should be served at {endpoint}, but its server has ended; "
+            "`nudge services up` starts it"
+        )
+    return Served(model, endpoint, guard.read_token(home, gateway.TOKEN))
 
 
 @contextlib.contextmanager

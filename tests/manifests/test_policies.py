@@ -200,20 +200,33 @@ def test_the_way_out_is_https_and_private_addresses(overlay: str) -> None:
 ACCOUNT = "system:serviceaccount:nudge:pipeline-runner-nudge"
 
 
-def refusals(body: Object, user: str = ACCOUNT) -> list[str]:
-    """The messages of the policies that refuse to create an object, in its namespace ``nudge``."""
-    group, _, _ = body["apiVersion"].partition("/")
-    plural = f"{body['kind'].lower()}s"
+def refusals(
+    body: Object, user: str = ACCOUNT, old: Object | None = None, within: str = ""
+) -> list[str]:
+    """The messages of the policies that refuse to create an object, in its namespace ``nudge``.
+
+    With ``old``, to change that object to ``body``; ``within`` is a subresource, such as exec.
+    """
+    group = body["apiVersion"].rpartition("/")[0]
+    plural, operation = f"{body['kind'].lower()}s", "UPDATE" if old else "CREATE"
+    names = {plural, "*"} if not within else {f"{plural}/{within}", "*/*"}
+    operation = "CONNECT" if within in ("exec", "attach", "portforward", "proxy") else operation
     messages = []
     for policy in built("cluster-admin"):
         if policy["kind"] != "ValidatingAdmissionPolicy":
             continue
         spec = policy["spec"]
         rules = spec["matchConstraints"]["resourceRules"]
-        if not any(group in rule["apiGroups"] and plural in rule["resources"] for rule in rules):
+        if not any(
+            group in rule["apiGroups"]
+            and operation in rule["operations"]
+            and names & set(rule["resources"])
+            for rule in rules
+        ):
             continue
-        request = {"userInfo": {"username": user}, "operation": "CREATE"}
-        context: Object = {"object": body, "request": request, "variables": {}}
+        userinfo = {"username": user}
+        request = {"userInfo": userinfo, "operation": operation, "namespace": "nudge"}
+        context: Object = {"object": body, "oldObject": old, "request": request, "variables": {}}
         if not all(cel.evaluate(each["expression"], context) for each in spec["matchConditions"]):
             continue
         try:
@@ -265,6 +278,16 @@ def served(uri: str = "s3://b/models/m/v1", **more: Any) -> Object:
 @pytest.mark.parametrize("engine", [trainjob, rayjob], ids=["trainjob", "rayjob"])
 def test_the_jobs_of_a_run_are_admitted(engine: Any, settings: LaunchSettings) -> None:
     assert refusals(job(engine, settings)) == []
+
+
+def test_the_job_of_an_older_trainer_is_admitted() -> None:
+    older: Object = {"properties": {"spec": {"properties": {"podTemplateOverrides": {}}}}}
+    body = trainjob.body(
+        SETTINGS[1], name="n", handover="s3://b/k", schema=older,
+        step=Step("i", variables={"HF_HUB_OFFLINE": "1"}, trusted={"configMap": {"name": "ca"}}),
+    )  # fmt: skip
+    assert "podTemplateOverrides" in body["spec"]
+    assert refusals(body) == []
 
 
 def test_the_servers_of_a_run_are_admitted() -> None:
@@ -350,6 +373,11 @@ def test_a_trainjob_takes_nothing_else_of_the_project(name: str) -> None:
     assert refusals(train(POD_ATTACKS[name])) != []
 
 
+def another(group: str, kind: str) -> Callable[[], Object]:
+    """Makes an object of a kind that no step creates."""
+    return lambda: {"apiVersion": f"{group}/v1", "kind": kind}
+
+
 OTHER_ATTACKS: dict[str, Callable[[], Object]] = {
     "ray redis": lambda: ray(
         lambda c: c.update(gcsFaultToleranceOptions={"redisPassword": SECRET}), "cluster"
@@ -402,7 +430,69 @@ OTHER_ATTACKS: dict[str, Callable[[], Object]] = {
         lambda b: b["metadata"]["annotations"].update({"opendatahub.io/connections": "other"}),
         "body",
     ),
-    "a pod": lambda: {"apiVersion": "/v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": {}},
+    "older labels": lambda: train(
+        lambda j: j.update(podTemplateOverrides=[{"metadata": {"labels": {"a": "b"}}}]), "job"
+    ),
+    "server secret": lambda: server(
+        lambda b: b["metadata"]["annotations"].update(
+            {"serving.kserve.io/storageSecretName": "other"}
+        ),
+        "body",
+    ),
+    "server secret of the pods": lambda: server(
+        lambda p: p.update(annotations={"serving.kserve.io/secretName": "other"})
+    ),
+    "server label": lambda: server(
+        lambda b: b["metadata"]["labels"].update(component="data-science-pipelines"), "body"
+    ),
+    "server pod label": lambda: server(lambda p: p.update(labels={"ray.io/cluster": "c"})),
+    "ray label": lambda: ray(
+        lambda g: g["template"]["metadata"]["labels"].update(component="data-science-pipelines"),
+        "group",
+    ),
+    "ray annotation": lambda: ray(
+        lambda g: g["template"]["metadata"].update(annotations={"a": "b"}), "group"
+    ),
+    "train labels": lambda: train(
+        lambda j: j.update(labels={"component": "data-science-pipelines"}), "job"
+    ),
+    "train pod labels": lambda: train(
+        lambda j: j["runtimePatches"].append(
+            {"trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [{"template": {
+                "spec": {"template": {"metadata": {"labels": {"a": "b"}}}}}}]}}}}
+        ),
+        "job",
+    ),
+    "train job labels": lambda: train(
+        lambda j: j["runtimePatches"].append(
+            {"trainingRuntimeSpec": {"template": {"metadata": {"labels": {"a": "b"}}}}}
+        ),
+        "job",
+    ),
+    **{
+        f"a {kind} of {group}": another(group, kind)
+        for group, kind in (
+            ("serving.kserve.io", "ServingRuntime"),
+            ("serving.kserve.io", "LLMInferenceService"),
+            ("trainer.kubeflow.org", "TrainingRuntime"),
+            ("kubeflow.org", "Notebook"),
+            ("build.openshift.io", "Build"),
+            ("tekton.dev", "TaskRun"),
+            ("serving.kserve.io", "InferenceGraph"),
+            ("serving.kserve.io", "LLMInferenceServiceConfig"),
+            ("apps", "ReplicaSet"),
+            ("apps", "StatefulSet"),
+            ("apps", "DaemonSet"),
+            ("batch", "CronJob"),
+            ("ray.io", "RayService"),
+            ("argoproj.io", "Workflow"),
+        )
+    },
+    "a service": lambda: {"apiVersion": "v1", "kind": "Service", "spec": {}},
+    "a replication controller": lambda: {
+        "apiVersion": "v1", "kind": "ReplicationController", "spec": {}
+    },
+    "a pod": lambda: {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": {}},
     "a deployment": lambda: {"apiVersion": "apps/v1", "kind": "Deployment", "spec": {}},
     "a ray cluster": lambda: {"apiVersion": "ray.io/v1", "kind": "RayCluster", "spec": {}},
     "a batch job": lambda: {"apiVersion": "batch/v1", "kind": "Job", "spec": {}},
@@ -416,12 +506,60 @@ def test_a_step_creates_nothing_that_takes_other_secrets(name: str) -> None:
     assert refusals(body, "system:serviceaccount:redhat-ods-applications:operator") == []
 
 
+RUNNING: Object = {
+    "apiVersion": "v1", "kind": "Pod",
+    "metadata": {"name": "p", "labels": {"a": "b"}},
+    "spec": {"containers": [{"name": "main", "image": "quay.io/nudge"}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "within", ["exec", "attach", "portforward", "proxy", "ephemeralcontainers"]
+)
+def test_a_step_runs_nothing_in_the_pods_of_others(within: str) -> None:
+    old = RUNNING if within == "ephemeralcontainers" else None
+    assert refusals(RUNNING, within=within, old=old) != []
+    assert refusals(RUNNING, "system:serviceaccount:nudge:ds-pipeline-nudge", old, within) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pod: pod["spec"]["containers"][0].update(image="evil.example/i"),
+        lambda pod: pod["spec"].update(activeDeadlineSeconds=9),
+        lambda pod: pod["metadata"]["labels"].update(component="data-science-pipelines"),
+        lambda pod: pod["metadata"].pop("labels"),
+    ],
+    ids=["image", "deadline", "label", "no labels"],
+)
+def test_a_step_changes_no_pod(change: Callable[[Object], Any]) -> None:
+    changed = copy.deepcopy(RUNNING)
+    change(changed)
+    assert refusals(changed, old=RUNNING) != []
+    annotated = copy.deepcopy(RUNNING)
+    annotated["metadata"]["annotations"] = {"workflows.argoproj.io/outputs": "{}"}
+    assert refusals(annotated, old=RUNNING) == []  # as Argo's executor may
+
+
+def test_a_step_starts_no_build_and_no_proxy() -> None:
+    build = {"apiVersion": "build.openshift.io/v1", "kind": "BuildConfig"}
+    assert refusals(build, within="instantiate") != []
+    assert refusals({"apiVersion": "v1", "kind": "Service"}, within="proxy") != []
+
+
+def test_a_step_changes_no_service_of_others() -> None:
+    service = {"apiVersion": "v1", "kind": "Service", "spec": {"selector": {"a": "b"}}}
+    assert refusals(service, old={**service, "spec": {}}) != []
+
+
 def test_each_policy_is_bound_to_the_project_and_denies() -> None:
     found = built("cluster-admin")
     names = {e["metadata"]["name"] for e in found if e["kind"] == "ValidatingAdmissionPolicy"}
-    bindings = [e["spec"] for e in found if e["kind"] == "ValidatingAdmissionPolicyBinding"]
-    assert {each["policyName"] for each in bindings} == names
-    for each in bindings:
+    bindings = [e for e in found if e["kind"] == "ValidatingAdmissionPolicyBinding"]
+    assert {each["spec"]["policyName"] for each in bindings} == names
+    for binding in bindings:
+        each = binding["spec"]
+        assert binding["metadata"]["name"] == f"{each['policyName']}.nudge"
         assert each["validationActions"] == ["Deny"]
         labels = each["matchResources"]["namespaceSelector"]["matchLabels"]
         assert labels == HERE

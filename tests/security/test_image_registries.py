@@ -165,6 +165,29 @@ def test_a_token_realm_that_redirects_takes_no_credentials_along(
     assert elsewhere.seen == []
 
 
+@pytest.mark.parametrize("status", [307, 308])
+def test_an_identity_token_follows_no_redirect(
+    status: int, elsewhere: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is in the body, which a client sends again to the target of these redirects."""
+    monkeypatch.setattr(image_registry, "LOOPBACK", ("localhost", "127.0.0.1", "127.0.0.2"))
+
+    def answer(_: str, path: str) -> Answer:
+        if path.startswith("/token"):
+            return status, {"location": f"http://{elsewhere.host}/token"}, b""
+        realm = f'Bearer realm="http://{registry.host}/token"'
+        return 401, {"www-authenticate": realm}, b""
+
+    with Server(answer) as registry:
+        path = tmp_path / "auth.json"
+        path.write_text(json.dumps({"auths": {registry.host: {"identitytoken": PASSWORD}}}))
+        monkeypatch.setenv("REGISTRY_AUTH_FILE", str(path))
+        with opened(registry) as found, pytest.raises(UserError):
+            found.manifest("v1")
+        assert PASSWORD.encode() in registry.bodies[1]
+    assert elsewhere.bodies == []
+
+
 @pytest.mark.parametrize(
     ("registry", "realm", "right"),
     [

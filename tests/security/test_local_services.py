@@ -13,6 +13,7 @@ import socket
 import ssl
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from nudge.components.common.core import guard, processes
 from nudge.components.common.core.environment import REGISTRY_TOKEN_PATH
 from nudge.components.common.core.errors import UserError
 from nudge.components.deploy.local import gateway
-from nudge.pipelines.local import object_store, parts, services
+from nudge.pipelines.local import object_store, parts, services, talking
 from tests.local_registry import endpoint_headers
 from tests.web_server import Server
 
@@ -207,9 +208,80 @@ def test_a_home_that_another_user_made_is_refused(
     ):
         pass
     assert list(trap.iterdir()) == []
+    (open_folder / "mine").mkdir(mode=0o700)
+    link = open_folder / "link"
+    link.symlink_to(open_folder / "mine")
+    os.chown(link, OTHER_UID, OTHER_UID, follow_symlinks=False)
+    with pytest.raises(UserError, match="belongs to another user"):
+        processes.private_home(link)
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")  # a volume of a pod
     with processes.locked(trap, "up"):
         pass
+
+
+@as_root
+def test_what_another_user_put_into_a_home_is_refused(open_folder: Path) -> None:
+    """A folder of tokens that is theirs, and a token in a folder that an older nudge left open."""
+    theirs = open_folder / "with-their-folder"
+    (theirs / "services").mkdir(parents=True)
+    os.chown(theirs / "services", OTHER_UID, OTHER_UID)
+    token = open_folder / "with-their-token" / "services" / "model-registry.token"
+    token.parent.mkdir(parents=True)
+    token.parent.chmod(0o777)
+    token.write_text("a" * 43)
+    os.chown(token, OTHER_UID, OTHER_UID)
+    for home in (theirs, token.parents[1]):
+        with pytest.raises(UserError, match="something in it, belongs to another user"):
+            processes.private_home(home)
+
+
+@as_root
+def test_a_home_in_a_folder_of_root_that_everybody_can_write_to_is_refused(
+    open_folder: Path,
+) -> None:
+    """Somebody else may make the folder of the tokens there."""
+    shared = open_folder / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    assert as_other_user(processes.private_home, shared) == "UserError"
+    own = shared / "own"
+    assert as_other_user(processes.private_home, own) is None
+    assert own.stat().st_uid == OTHER_UID
+
+
+def test_a_program_that_takes_a_servers_port_is_not_taken_for_it(tmp_path: Path) -> None:
+    """It answers as the server would, and would get the token."""
+
+    async def fine(_: web.Request) -> web.Response:
+        return web.Response()
+
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with Server(("GET", "/health", fine)) as thief:
+        health = f"{thief.url}/health"
+        with pytest.raises(UserError, match="server is not ready"):
+            processes.start(
+                tmp_path / "home", "server", command, address=thief.url,
+                ready=lambda: processes.answers(health), timeout_s=3,
+            )  # fmt: skip
+
+
+def test_the_token_of_an_endpoint_goes_to_this_homes_own_server_only(
+    home: Path, endpoint: str, tmp_path: Path
+) -> None:
+    """Whatever the registry names, and whoever has the port of a server that has ended."""
+    assert talking.served(home, "m", endpoint).token == guard.read_token(home, gateway.TOKEN)
+    port = int(endpoint.rpartition(":")[2])
+    for url in (f"{endpoint}@evil.example", f"http://127.0.0.1:{port + 1}", "https://evil.example"):
+        assert talking.served(home, "m", url).token == ""
+    ended = tmp_path / "home"
+    shutil.copytree(
+        home / "gateway" / "m",
+        ended / "gateway" / "m",
+        symlinks=True,
+        ignore=shutil.ignore_patterns("*.sock"),
+    )
+    with pytest.raises(UserError, match="its server has ended"):
+        talking.served(ended, "m", endpoint)
 
 
 def form(name: str) -> tuple[bytes, dict[str, str]]:

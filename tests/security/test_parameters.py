@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
+from nudge.components.common.clients.store import open_store
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.recipe import read_recipe
+from nudge.components.common.core.store import Store
 from nudge.components.summary import summary
 from nudge.pipelines.cluster import runs
 
@@ -51,6 +54,23 @@ def test_credentials_are_refused_before_they_are_sent(uri: str, wrapped: bool) -
 )
 def test_other_uris_are_sent_unchanged(uri: str) -> None:
     assert runs.sendable({"recipe": recipe(uri)}) == {"recipe": recipe(uri)}
+
+
+def test_a_recipe_that_was_changed_in_the_bucket_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer of the bucket lowers the gate of a run whose recipe is too long for a parameter."""
+
+    def store(uri: str) -> Store:
+        return open_store(str(tmp_path / uri.removeprefix("s3://")))
+
+    monkeypatch.setattr(runs, "open_store", store)
+    monkeypatch.setattr("nudge.components.common.core.recipe.open_store", store)
+    uri = runs._stored("evaluate: {margin: 0}\n", "bucket")
+    assert read_recipe(uri) == {"evaluate": {"margin": 0}}
+    (tmp_path / uri.removeprefix("s3://")).write_text("evaluate: {margin: -9}\n")
+    with pytest.raises(UserError, match="somebody changed it in the bucket"):
+        read_recipe(uri)
 
 
 def test_every_template_of_a_report_carries_the_policy() -> None:

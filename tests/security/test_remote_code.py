@@ -1,6 +1,8 @@
 """A model that brings Python of its own is loaded by known code, or refused; its own never runs."""
 
+import ast
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,3 +71,18 @@ def test_its_code_would_leave_a_trace(hostile: Path) -> None:
     change(hostile / "config.json", model_type="hostile")
     AutoConfig.from_pretrained(hostile, trust_remote_code=True)
     assert list(hostile.parent.rglob("ran"))
+
+
+def test_every_load_refuses_code_of_the_folder() -> None:
+    """Without the argument, transformers asks at a terminal whether it should run the code."""
+    root = Path(__file__).parents[2]
+    found = 0
+    for path in [*(root / "components").rglob("*.py"), *(root / "pipelines").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            if re.match(r"Auto\w+\.from_(pretrained|config)$", ast.unparse(node.func)):
+                given = {each.arg: ast.unparse(each.value) for each in node.keywords}
+                assert given.get("trust_remote_code") == "False", f"{path}:{node.lineno}"
+                found += 1
+    assert found > 6

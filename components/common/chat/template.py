@@ -16,6 +16,7 @@ from nudge.components.common.chat.refusals import Refusal
 from nudge.components.common.chat.render import MARK, Learn, Rendered, common_length, render
 from nudge.components.common.chat.sandbox import FAULTS, compiled
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.models.base_checks import TEMPLATE, read_template
 
 Origin = Literal["model", "recipe", "chatml"]
 FROZEN = datetime.date(2024, 7, 26)
@@ -58,7 +59,7 @@ class ChatTemplate:
                 f"{self._name} leaves out the answer; it renders: {text[:500]!r}; correct it, or "
                 "set tokenize.chat_template to another template"
             )
-        match = self._control.search(tail) if self.control_tokens else None
+        match = self.control.search(tail) if self.control_tokens else None
         if not match:
             known = ", ".join(sorted(self.control_tokens)[:10]) or "none"
             raise UserError(
@@ -90,7 +91,8 @@ class ChatTemplate:
         return asked
 
     @functools.cached_property
-    def _control(self) -> re.Pattern[str]:
+    def control(self) -> re.Pattern[str]:
+        """Finds a control token in a text."""
         longest_first = sorted(self.control_tokens, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
@@ -101,7 +103,7 @@ class ChatTemplate:
 
     def control_token_in(self, text: str) -> str:
         """The first control token that a text spells out, or an empty string."""
-        match = self._control.search(text)
+        match = self.control.search(text)
         return match.group() if match else ""
 
     def render(self, conversation: Conversation, learn: Learn = "assistant") -> list[Rendered]:
@@ -177,9 +179,9 @@ def chatml(
 
 
 def _own_template(folder: Path, config: Mapping[str, Any]) -> str:
-    path = folder / "chat_template.jinja"
+    path = folder / TEMPLATE
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return read_template(path)
     found = config.get("chat_template") or _json(folder / "chat_template.json").get("chat_template")
     if isinstance(found, list):  # one per use
         templates = {each["name"]: each["template"] for each in found}

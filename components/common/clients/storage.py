@@ -163,7 +163,15 @@ def s3_client(
     client.meta.events.register(
         "needs-retry.s3", functools.partial(_retry_429, limit=attempts or ATTEMPTS)
     )
+    client.meta.events.register(
+        "after-call.s3", functools.partial(_note_endpoint, endpoint=client.meta.endpoint_url)
+    )
     return client
+
+
+def _note_endpoint(parsed: dict[str, Any], endpoint: str, **_: Any) -> None:
+    """Add the client's endpoint to an answer, which an error keeps for `why`."""
+    parsed.setdefault("ResponseMetadata", {})[ENDPOINT] = endpoint
 
 
 def check_writes(client: Any, bucket: str) -> None:
@@ -221,6 +229,8 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
     return bucket, key.strip("/")
 
 
+ENDPOINT = "NudgeEndpoint"
+"""The name under which the metadata of an answer has the endpoint of its client."""
 HINTS = {
     "InvalidAccessKeyId": "the access key is not known there; check AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "the secret is wrong; check AWS_SECRET_ACCESS_KEY",
@@ -294,10 +304,24 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(cause, (OSError, botocore.exceptions.IncompleteReadError, *SILENT, *WRAPPERS))
 
 
+def _endpoint_of(cause: BaseException) -> str:
+    """The endpoint that a request went to, as it was configured."""
+    configured = os.environ.get("AWS_S3_ENDPOINT", "").strip()
+    response = getattr(cause, "response", None) or {}
+    asked = response.get("ResponseMetadata", {}).get(ENDPOINT, "")
+    asked = asked or getattr(cause, "kwargs", {}).get("endpoint_url", "")
+    parts = urlsplit(str(asked or ""))
+    if parts.scheme not in ("http", "https") or parts.netloc == urlsplit(configured).netloc:
+        return configured or "S3"
+    if "://" not in configured and configured.rstrip("/") == parts.netloc:
+        return configured
+    return f"{parts.scheme}://{parts.netloc}"
+
+
 def why(error: BaseException) -> str:
     """The cause of an error in one clause, and what to check."""
-    endpoint = os.environ.get("AWS_S3_ENDPOINT", "").strip() or "S3"
     cause, code = cause_of(error), code_of(error)
+    endpoint = _endpoint_of(cause)
     if isinstance(cause, botocore.exceptions.ClientError):
         hint = HINTS.get(code, cause.response.get("Error", {}).get("Message", "refused"))
         return f"{code} from {endpoint}: {hint}"

@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from nudge.components.common.core.environment import RUN_ID
 from nudge.components.common.core.sanitize import masked
+from nudge.components.common.core.say import say
 
 MLFLOW_VARIABLE, RUN_VARIABLE = "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"
 TRACKED = "mlflow.json"
@@ -169,7 +169,7 @@ class Tracking:
             reason = "mlflow is not installed" if missing else f"{type(error).__name__}: {error}"
             warning = f"warning: {MLFLOW_VARIABLE} is set, but the run is not tracked: {reason}"
             advice = "; pip install 'nudge-lm[mlflow]', or unset it" if missing else ""
-            print(masked(f"{warning}{advice}"), file=sys.stderr, flush=True)
+            say(f"{warning}{advice}")
 
 
 def tracked_run(history: Path) -> str:

@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from nudge.components.common.core.state_file import damaged, read_text
 
@@ -78,6 +79,15 @@ def name_of(host: str) -> str:
     """A Host header without its port."""
     name, colon, port = host.rpartition(":")
     return (name if colon and port.isdigit() else host).lower()
+
+
+def is_here(url: str) -> bool:
+    """Whether a URL's host is this machine; one that only begins like it (``127.0.0.1:1@host``) is
+    not."""
+    try:
+        return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+    except ValueError:
+        return False
 
 
 async def _refuse(send: Send, status: int, why: str) -> None:

@@ -6,6 +6,7 @@ again by another program is never taken for it), address, log. Starting twice is
 
 import contextlib
 import fcntl
+import functools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import tenacity
@@ -31,6 +33,8 @@ STOP_TIMEOUT_S = 10.0
 OUTER_TMPDIR = "NUDGE_OUTER_TMPDIR"
 """Set in a run, whose TMPDIR goes when it ends: the TMPDIR around it, empty where there is none."""
 PRIVATE_UMASK = 0o077
+CONTAINER_UIDS = 1_000_000_000
+"""From here on are the user ids of the containers that root's runs start; no person has one."""
 EVERY_CHILD = (
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TERM"),
     *("TMPDIR", OUTER_TMPDIR, "LD_LIBRARY_PATH", "COVERAGE_PROCESS_START"),
@@ -148,22 +152,51 @@ def private_home(home: Path) -> None:
     """Make ``home``, where nudge keeps its state, or close it to other users if it is open to them.
 
     The folders directly in it are closed too. Raises `OSError` if it cannot be made, and
-    `UserError` if it belongs to another user of this machine, who could change everything in it.
+    `UserError` if it, or something in it, belongs to another user of this machine, who could change
+    what is kept there.
     """
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    owner = home.stat().st_uid
-    # A volume of a pod has an owner of its own; there is no other user in it.
-    if owner not in (0, os.getuid()) and not in_pod():
+    if in_pod():  # a volume has an owner of its own, and there is no other user
+        _close([home, *home.iterdir()])
+        return
+    for found in (home.lstat(), home.stat()):  # a link, and what it leads to
+        _check_owner(home, found)
+    if home.stat().st_uid != os.getuid() and home.stat().st_mode & 0o022:
         raise UserError(
-            f"{home} belongs to another user (uid {owner}), who could read and change what is kept "
-            "there; set NUDGE_HOME to a folder of your own"
+            f"{home} belongs to root, and every user can write there; set NUDGE_HOME to a folder "
+            "of your own"
         )
-    for folder in (home, *home.iterdir()):
+    inside = list(home.iterdir())
+    for path in inside:
         with contextlib.suppress(FileNotFoundError):  # another command's temporary file
+            _check_owner(home, path.lstat())
+    # Others may have put something into a folder that was open until now.
+    for folder in _close([home, *inside]):
+        for path in folder.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                _check_owner(home, path.lstat())
+
+
+def _check_owner(home: Path, found: os.stat_result) -> None:
+    of_container = os.getuid() == 0 and found.st_uid >= CONTAINER_UIDS
+    if found.st_uid not in (0, os.getuid()) and not of_container:
+        raise UserError(
+            f"{home}, or something in it, belongs to another user (uid {found.st_uid}), who could "
+            "read and change what is kept there; set NUDGE_HOME to a folder of your own"
+        )
+
+
+def _close(folders: list[Path]) -> list[Path]:
+    """Close this user's folders to others; returns those that others could write to."""
+    were_open = []
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError):
             found = folder.lstat()
             mine = found.st_uid == os.getuid() and stat.S_ISDIR(found.st_mode)
             if mine and found.st_mode & 0o077:
                 folder.chmod(found.st_mode & 0o700)
+                were_open += [folder] if found.st_mode & 0o022 else []
+    return were_open
 
 
 @contextlib.contextmanager
@@ -293,11 +326,26 @@ def start(
     record = ServiceRecord(name, child.pid, created(psutil.Process(child.pid)), address, str(log))
     write_atomic(home / "services" / f"{name}.json", json.dumps(asdict(record)))
     _watch(home)
-    if not _waited(ready, timeout_s, lambda: child.poll() is not None):
+    own = functools.partial(_listens, psutil.Process(child.pid), address)
+    if not _waited(lambda: ready() and own(), timeout_s, lambda: child.poll() is not None):
         why = f"ended with status {child.poll()}" if child.poll() is not None else "is not ready"
         stop(home, name)
         raise UserError(f"{name} {why} after at most {timeout_s:g} s; {_tail(log)}")
     return record
+
+
+def _listens(process: psutil.Process, address: str) -> bool:
+    """Whether a process, or one that it started, has the port of an address: another user's program
+    may have taken it meanwhile, and answers."""
+    port = urlsplit(address).port
+    if port is None:  # it is reached in another way
+        return True
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for each in (process, *process.children(recursive=True)):
+            for connection in each.net_connections(kind="inet"):
+                if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+                    return True
+    return False
 
 
 def _lasting(environment: dict[str, str]) -> dict[str, str]:

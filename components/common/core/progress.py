@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from nudge.components.common.core.environment import EVENTS
+from nudge.components.common.core.sanitize import visible
+from nudge.components.common.core.say import say
 from nudge.components.common.core.state_file import read_lines
 
 SHOWN = re.compile(r"(\w+): ([\d.e+]+)(?:/([\d.e+]+))? (\S+) ?(.*)")
@@ -67,11 +69,7 @@ class Progress:
             self._emit("progress")
         elif self._bar is None:
             of = f"/{self.total:g}" if self.total else ""
-            print(
-                f"{self.step}: {self.done:g}{of} {self.unit} {figures(self.fields)}",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(f"{self.step}: {self.done:g}{of} {self.unit} {figures(self.fields)}")
 
     def close(self, failed: bool) -> None:
         if self._bar is not None:
@@ -96,7 +94,7 @@ def log_results(step: str, results: dict[str, Any]) -> None:
     """Write a step's small results to its log, for whoever follows a run on a cluster; does nothing
     where events tell them."""
     if not os.environ.get(EVENTS):
-        print(f"{step}{RESULTS}{json.dumps(results)}", file=sys.stderr, flush=True)
+        say(f"{step}{RESULTS}{json.dumps(results)}")
 
 
 def last_events() -> dict[str, dict[str, Any]]:
@@ -129,7 +127,7 @@ def figures(fields: dict[str, Any]) -> str:
     for name, value in fields.items():
         shown = f"{value:.4g}" if isinstance(value, float) else str(value)
         parts.append(f"{name.replace('_per_s', '/s')} {shown}")
-    return "  ".join(parts)
+    return visible("  ".join(parts))
 
 
 def _rich_bar(step: str, total: float | None) -> Any:

@@ -21,6 +21,7 @@ import yaml
 from nudge.components.common.clients.store import open_store
 from nudge.components.common.core.environment import POD_NAME, RUN_ID
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.publish import sha256_file
 from nudge.components.common.core.settings import parse
 from nudge.components.common.core.uris import local_path, read_text
 
@@ -33,6 +34,9 @@ SECTIONS = ("ingest", "tokenize", "train", "evaluate", "upload", "register", "de
 
 URI_SCHEMES = ("package://", "file://", "s3://")
 """A recipe that begins with one of these names a file; any other is YAML text."""
+
+STORED = re.compile(r"/nudge/recipes/([0-9a-f]{64})\.yaml$")
+"""The end of the URI of a recipe that was too long for a parameter: its sha256 is its name."""
 
 REPLACED = re.compile(
     r"(?<=\{)\{|(?<=\[)\[|\$|(?<=python)3|/(?=kfp-workspace)|[^\x20-\x7e]", re.DOTALL
@@ -150,6 +154,12 @@ def _file_text(uri: str) -> str:
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / "recipe"
             open_store(folder).get(name, path)
+            digest = STORED.search(uri)
+            if digest and sha256_file(path) != digest[1]:
+                raise UserError(
+                    f"the recipe {uri} is not the one that was submitted: somebody changed it in "
+                    "the bucket; submit the run again"
+                )
             return read_text(path)
     path = local_path(uri)
     if not path.is_file():

@@ -38,6 +38,7 @@ from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.progress import emit_event, log_results
 from nudge.components.common.core.provenance import code_fingerprint
 from nudge.components.common.core.publish import published, sha256_file, sha256_tree
+from nudge.components.common.core.say import say
 from nudge.components.common.core.state_file import Damaged, read_object, read_text
 from nudge.components.common.core.uris import is_local, local_path
 from nudge.components.common.core.usage import Usage, measured, plain_usage, usage_of
@@ -172,7 +173,7 @@ def _kept_result(kept: Path) -> dict[str, Any] | None:
         wrong = [str(error)]
     if not wrong:
         return {"result": result, "usage": usage_of(made_with)}
-    print(f"{kept} is damaged ({wrong[0]}); the step runs anew", file=sys.stderr)
+    say(f"{kept} is damaged ({wrong[0]}); the step runs anew")
     shutil.rmtree(kept)
     return None
 
@@ -288,7 +289,7 @@ def exit_with_user_errors(transient_status: int = 2) -> Any:
             message = f"{FAILURE if isinstance(error, Transient) else REFUSAL}{error}"
             with contextlib.suppress(OSError):  # not every container has this file
                 TERMINATION_LOG.write_bytes(message.encode()[:TERMINATION_BYTES])
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        say(f"error: {error}")
         sys.exit(transient_status if isinstance(error, Transient) else 2)
 
 

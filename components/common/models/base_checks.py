@@ -11,6 +11,7 @@ from nudge.components.common.core.errors import UserError
 BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 """The first number in a module's name is that of its block: ``model.layers.7.mlp.up_proj``."""
 SENTENCEPIECE = "tokenizer.model"
+TEMPLATE = "chat_template.jinja"
 
 
 def read_config(folder: Path, uri: str) -> dict[str, Any]:
@@ -40,8 +41,20 @@ def read_config(folder: Path, uri: str) -> dict[str, Any]:
     return values
 
 
+def read_template(path: Path) -> str:
+    """The text of a chat template's file; raises `UserError` if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the chat template {path} is not UTF-8 text: {error}") from None
+
+
 def check_tokenizer_files(folder: Path, uri: str) -> None:
-    """Raise `UserError` if the tokenizer is in a form that this build cannot read."""
+    """Raise `UserError` if the tokenizer or its chat template is in a form that this build cannot
+    read."""
+    for path in (folder / TEMPLATE, *sorted(folder.glob("additional_chat_templates/*.jinja"))):
+        if path.is_file():
+            read_template(path)
     if (folder / "tokenizer.json").is_file():
         return
     tiktoken = sorted(folder.glob("*.tiktoken"))

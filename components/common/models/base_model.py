@@ -173,7 +173,9 @@ def _from_gguf(path: Path) -> Path:
 
     source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     with _gguf_errors(path), _read_once():
-        quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        quantized = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.float32, trust_remote_code=False
+        )
         tokenizer = _gguf_tokenizer(path)
     # transformers refuses to save a model that it loaded from GGUF, so copy its weights into a new
     # model whose config has no quantization.
@@ -181,7 +183,9 @@ def _from_gguf(path: Path) -> Path:
     values: dict[str, Any] = {
         key: value for key, value in quantized.config.to_dict().items() if key not in dropped
     }
-    fresh = AutoModelForCausalLM.from_config(type(quantized.config)(**values))
+    fresh = AutoModelForCausalLM.from_config(
+        type(quantized.config)(**values), trust_remote_code=False
+    )
     fresh.load_state_dict(quantized.state_dict())
     with published(target) as part:
         fresh.float().save_pretrained(part)

@@ -1,5 +1,6 @@
 """The texts of an evaluation: guards can be read and are large enough, probes say something."""
 
+from collections.abc import Callable
 from typing import Any
 
 from nudge.components.common.core import default_guard
@@ -7,7 +8,6 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.recipe import some_settings
 from nudge.components.common.core.sample_size import MIN_DOCUMENTS
 from nudge.components.common.core.settings import settings
-from nudge.components.common.core.uris import is_local
 
 
 @settings
@@ -37,17 +37,17 @@ def guard_texts(name: str, uri: str, most: int | None = None) -> list[str]:
     return texts
 
 
-def check_texts(recipe: str, *, only_local: bool = False) -> None:
+def check_texts(recipe: str, can_read: Callable[[str], bool] = lambda uri: True) -> None:
     """Check the guards, probes and prompts of a recipe; raises `UserError` with each problem.
 
-    Their form is checked when the recipe is read. ``only_local`` leaves out guards in an object
-    store, which may not be running yet.
+    Their form is checked when the recipe is read. Guards at other URIs than those that this machine
+    ``can_read`` are left out.
     """
     found = some_settings(EvaluatedTexts, "evaluate", recipe)
     problems = []
     default = [{"name": default_guard.NAME, "uri": default_guard.URI}]
     for guard in default if found.guards is None else found.guards:
-        if only_local and not is_local(str(guard["uri"])):
+        if not can_read(str(guard["uri"])):
             continue
         try:
             guard_texts(str(guard["name"]), str(guard["uri"]), MIN_DOCUMENTS)

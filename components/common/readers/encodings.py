@@ -82,6 +82,22 @@ def known(name: str) -> str:
         return ""
 
 
+LATIN = {
+    "cp1250": frozenset(("bs", "cs", "hr", "hu", "pl", "ro", "sk", "sl", "sq")),
+    "cp1254": frozenset(("az", "tr")),
+    "cp1257": frozenset(("lt", "lv")),
+}
+"""Encodings of the Latin alphabet that differ from windows-1252 in a few letters, and the languages
+for which they exist."""
+WESTERN = frozenset(
+    ("ca", "da", "de", "en", "es", "eu", "fi", "fr", "ga", "gl", "is", "it", "nb", "nl", "nn", "no",
+     "pt", "sv")
+)  # fmt: skip
+LATIN_SENTENCES, FEW_LETTERS = 200, 8
+PIECE = re.compile("[^.!?\n]*[^\x00-\x7f][^.!?\n]*")
+"""A sentence with a character beyond ASCII."""
+
+
 def detected(raw: bytes) -> str:
     """The encoding that charset-normalizer considers most likely; empty if none fits."""
     from charset_normalizer import from_bytes
@@ -96,10 +112,39 @@ def detected(raw: bytes) -> str:
     fitting = [m for m in matches if m.chaos <= best.chaos and m.coherence >= best.coherence]
     names = {name for m in fitting for name in (m.encoding, *(s.encoding for s in m.submatch))}
     name = next((name for name in CANDIDATES if name in names), best.encoding)
+    if name == "cp1252" or name in LATIN:
+        name = _latin(raw, name)
     try:
         return "" if CONTROL.search(raw.decode(name)) else name
     except UnicodeDecodeError:
         return ""
+
+
+def _latin(raw: bytes, guessed: str) -> str:
+    """The encoding of a text in the Latin alphabet, from its language.
+
+    The letters alone say little: charset-normalizer takes Hungarian, Turkish and Lithuanian for
+    windows-1252, and a table of English with a few French words for windows-1257.
+    """
+    language = _language(raw, "cp1252")  # most letters are the same in every encoding
+    for name, languages in LATIN.items():
+        if language in languages:
+            return name
+    # Wrong letters can look like a language that few write, such as Ligurian.
+    has_few = sum(byte > 127 for byte in raw[:SAMPLE_BYTES]) < FEW_LETTERS
+    names = [guessed] if has_few or language in WESTERN else [guessed, *LATIN]
+    for name in names:
+        if _language(raw, name) in LATIN.get(name, ()):
+            return name
+    return "cp1252"
+
+
+def _language(raw: bytes, encoding: str) -> str:
+    """The language of the sentences with characters beyond ASCII."""
+    import py3langid
+
+    text = raw[:SAMPLE_BYTES].decode(encoding, "ignore")
+    return str(py3langid.classify(" ".join(PIECE.findall(text)[:LATIN_SENTENCES]))[0])
 
 
 def _marked(raw: bytes) -> str:

@@ -1,14 +1,17 @@
-"""JSON files: an array of objects or texts, one object, or an export that contains one list.
+"""JSON files: an array of objects or texts, one object, an export that contains one list, or one of
+chats (`chat_exports`).
 
 A file of more than `RECORD_BYTES` is read item by item (`large_json`).
 """
 
 import codecs
+import itertools
 import json
 from pathlib import PurePosixPath
 from typing import IO, Any
 
 from nudge.components.common.chat.forms import holds_conversation
+from nudge.components.common.readers.chat_exports import SIDE_FILES, exported, exported_rows
 from nudge.components.common.readers.encodings import utf8_stream
 from nudge.components.common.readers.large_json import items
 from nudge.components.common.readers.parquet import is_metadata
@@ -49,7 +52,13 @@ def read_json(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
             return
         yield Record(short, Unreadable("bad_record", str(error)[:200], size))
         return
+    chats = exported(value, options)
+    if chats is not None:
+        yield from (record._replace(encoding=encoding) for record in chats)
+        return
     rows = _rows(value, options)
+    if short in SIDE_FILES and not _has_document(rows, options):
+        rows = Unreadable("metadata")
     if isinstance(rows, Unreadable):
         yield Record(short, Unreadable(rows.reason, rows.detail, size))
         return
@@ -63,7 +72,14 @@ def _large(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
     if start == codecs.BOM_UTF8 or not plain.seekable():  # the beginning is read twice
         plain = copied(plain, b"" if start == codecs.BOM_UTF8 else start)
     plain.seek(0)
-    for number, item in enumerate(items(plain, options), 1):
+    found = items(plain, options)
+    first = next(found, None)
+    chats = exported_rows(itertools.chain([first], found), options)
+    if chats is not None:
+        yield from (record._replace(encoding=encoding) for record in chats)
+        return
+    rows = found if first is None else itertools.chain([first], found)
+    for number, item in enumerate(rows, 1):
         if isinstance(item, Unreadable):
             yield Record(name, item)
         else:
@@ -93,6 +109,12 @@ def _record(row: Any, number: int, options: ReadOptions) -> Record:
 def _fits(row: dict[str, Any], options: ReadOptions) -> bool:
     """Whether an object is one document."""
     return options.text_column in row or (options.format != "text" and holds_conversation(row))
+
+
+def _has_document(rows: Any, options: ReadOptions) -> bool:
+    listed = rows if isinstance(rows, list) else []
+    return any(isinstance(row, str) or (isinstance(row, dict) and _fits(row, options))
+               for row in listed)  # fmt: skip
 
 
 def _rows(value: Any, options: ReadOptions) -> list[Any] | Unreadable:

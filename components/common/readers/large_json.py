@@ -5,6 +5,7 @@ from typing import IO, Any
 
 from nudge.components.common.chat.forms import LISTS, PAIRS
 from nudge.components.common.readers import records
+from nudge.components.common.readers.chat_exports import ALL_CHATS, ROW_KEYS
 from nudge.components.common.readers.records import ReadOptions
 from nudge.components.common.readers.unreadable import Unreadable
 
@@ -65,7 +66,8 @@ def _path_of_array(stream: _Metered, options: ReadOptions) -> str | None:
             return "item"
         stream.since_item = 0
         is_below_a_key = prefix.endswith(".item") and prefix.count(".") == 1
-        names = (options.text_column, *(BODIES if options.format != "text" else ()))
+        is_below_a_key |= prefix == ALL_CHATS
+        names = (options.text_column, *(BODIES if options.format != "text" else ()), *ROW_KEYS)
         if is_below_a_key and event == "map_key" and value in names:
             return prefix
     return None

@@ -1,4 +1,5 @@
-"""Mail: .eml files and .mbox archives; one document per message, with subject and body."""
+"""Mail: .eml and .msg (Outlook) files and .mbox archives; one document per message, its subject and
+body."""
 
 import email
 import email.policy
@@ -27,6 +28,27 @@ def read_mbox(stream: IO[bytes], name: str, _: ReadOptions) -> Records:
         yield Record(f"{PurePosixPath(name).name}:{number}", text)
 
 
+def read_msg(stream: IO[bytes], name: str, _: ReadOptions) -> Records:
+    """One message that Outlook saved."""
+    raw = whole(stream)
+    needs = ("oxmsg", "lxml.html")
+    text: Any = raw if isinstance(raw, Unreadable) else Page(raw, outlook_text, needs)
+    yield Record(PurePosixPath(name).name, text)
+
+
+def outlook_text(raw: bytes) -> str | Unreadable:
+    """The subject and the body of Outlook's message; plain text if it has any, else its HTML."""
+    from oxmsg import Message
+
+    from nudge.components.common.readers.web import all_text
+
+    message = Message.load(raw)
+    content = (message.body or "").replace("\r\n", "\n")
+    if not content.strip() and message.html_body:
+        content = all_text(message.html_body.encode("utf-8", "replace"))
+    return _joined(message.subject, content) or Unreadable("no_text", bytes=len(raw))
+
+
 def message_text(raw: bytes) -> str | Unreadable:
     """The subject and the body of a message; plain text if it has any, else its HTML."""
     from nudge.components.common.readers.web import all_text
@@ -43,9 +65,12 @@ def message_text(raw: bytes) -> str | Unreadable:
             content = payload.decode("utf-8", "replace") if isinstance(payload, bytes) else ""
         if body.get_content_subtype() == "html":
             content = all_text(content.encode("utf-8", "replace"))
-    subject = str(message.get("subject", "")).strip()
-    text = "\n\n".join(part for part in (subject, content.strip()) if part)
-    return text or Unreadable("no_text", bytes=len(raw))
+    subject = str(message.get("subject", ""))
+    return _joined(subject, content) or Unreadable("no_text", bytes=len(raw))
+
+
+def _joined(subject: str, content: str) -> str:
+    return "\n\n".join(part for part in (subject.strip(), content.strip()) if part)
 
 
 def _messages(stream: IO[bytes]) -> Iterator[bytes | Unreadable]:

@@ -1,4 +1,4 @@
-"""Jupyter notebooks: Markdown and code cells in order, without outputs."""
+"""Jupyter notebooks: Markdown and code cells in order, without outputs; and Obsidian's canvases."""
 
 import json
 from pathlib import PurePosixPath
@@ -13,6 +13,24 @@ def read_notebook(stream: IO[bytes], name: str, _: ReadOptions) -> Records:
     raw = whole(stream)
     text = raw if isinstance(raw, Unreadable) else notebook_text(raw)
     yield Record(PurePosixPath(name).name, text)
+
+
+def read_canvas(stream: IO[bytes], name: str, _: ReadOptions) -> Records:
+    """One document per canvas (jsoncanvas.org): the texts on its cards."""
+    raw = whole(stream)
+    text = raw if isinstance(raw, Unreadable) else canvas_text(raw)
+    yield Record(PurePosixPath(name).name, text)
+
+
+def canvas_text(raw: bytes) -> str | Unreadable:
+    """The texts of a canvas, from top to bottom; a card that shows a file or a page has none."""
+    try:
+        cards = [each for each in json.loads(raw or b"{}").get("nodes", []) if each.get("text")]
+        cards.sort(key=lambda card: (card.get("y", 0), card.get("x", 0)))
+        texts = [str(card["text"]).strip() for card in cards]
+    except (ValueError, RecursionError, AttributeError, TypeError) as error:
+        return Unreadable("bad_record", f"not a canvas: {error}"[:200], len(raw))
+    return "\n\n".join(texts) or Unreadable("no_text", bytes=len(raw))
 
 
 def notebook_text(raw: bytes) -> str | Unreadable:

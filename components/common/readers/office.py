@@ -1,4 +1,4 @@
-"""Office files: .docx, .pptx, .xlsx and .odt. All are zip archives, so they may be bombs."""
+"""Office files: .docx, .pptx, .odt, .odp (zip archives, which may be bombs) and .rtf."""
 
 import io
 import itertools
@@ -8,14 +8,12 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 from nudge.components.common.readers.archive import is_bomb
-from nudge.components.common.readers.guarded import guarded
 from nudge.components.common.readers.records import (
     DAMAGED_ARCHIVE,
     Page,
     ReadOptions,
     Record,
     Records,
-    record_of,
     whole,
 )
 from nudge.components.common.readers.unreadable import Unreadable
@@ -36,22 +34,15 @@ def read_pptx(stream: IO[bytes], name: str, _: ReadOptions) -> Records:
 
 
 def read_odt(stream: IO[bytes], name: str, _: ReadOptions) -> Records:
-    """An OpenDocument text: headings and paragraphs."""
+    """An OpenDocument text or presentation: headings and paragraphs."""
     yield _page(stream, name, odt_text, "lxml.etree")
 
 
-def read_xlsx(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
-    """A workbook: one document per row of a sheet whose first row names the text column, and one
-    per sheet otherwise."""
-    raw = checked(stream)
-    if isinstance(raw, Unreadable):
-        yield Record(PurePosixPath(name).name, raw)
-        return
-    sheets = guarded(xlsx_records, raw, options, needs=("openpyxl",))
-    if isinstance(sheets, Unreadable):
-        yield Record(PurePosixPath(name).name, sheets)
-        return
-    yield from sheets
+def read_rtf(stream: IO[bytes], name: str, _: ReadOptions) -> Records:
+    """A document in the Rich Text Format."""
+    raw = whole(stream)
+    text: Any = raw if isinstance(raw, Unreadable) else Page(raw, rtf_text, ("striprtf.striprtf",))
+    yield Record(PurePosixPath(name).name, text)
 
 
 def docx_text(raw: bytes) -> str | Unreadable:
@@ -79,7 +70,7 @@ def pptx_text(raw: bytes) -> str | Unreadable:
 
 
 def odt_text(raw: bytes) -> str | Unreadable:
-    """The text of an OpenDocument text."""
+    """The text of an OpenDocument text or presentation."""
     from lxml import etree
 
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
@@ -90,25 +81,14 @@ def odt_text(raw: bytes) -> str | Unreadable:
     return _joined(["".join(_odt_inline(block)) for block in blocks], raw)
 
 
-def xlsx_records(raw: bytes, options: ReadOptions) -> list[Record]:
-    """The documents of a workbook."""
-    import openpyxl
+def rtf_text(raw: bytes) -> str | Unreadable:
+    """The text of an RTF file; characters beyond ASCII are escaped in it."""
+    from striprtf.striprtf import rtf_to_text
 
-    book = openpyxl.load_workbook(io.BytesIO(raw), read_only=True, data_only=True)
-    found: list[Record] = []
-    for sheet in book.worksheets:
-        rows = (row for row in sheet.iter_rows(values_only=True) if any(v is not None for v in row))
-        header = [str(value) for value in next(rows, ())]
-        if options.has_body(header):
-            for number, row in enumerate(rows, 2):
-                cells = zip(header, row, strict=False)
-                values = {name: cell if cell is None else str(cell) for name, cell in cells}
-                record = record_of(values, number, options)
-                found.append(record._replace(name=f"{sheet.title}:{record.name}"))
-        elif header:
-            lines = ["\t".join("" if v is None else str(v) for v in row).rstrip() for row in rows]
-            found.append(Record(sheet.title, "\n".join(["\t".join(header), *lines])))
-    return found or [Record("", Unreadable("no_text", bytes=len(raw)))]
+    if not raw.lstrip().startswith(b"{\\rtf"):
+        return Unreadable("damaged", "it does not begin with {\\rtf", len(raw))
+    text = rtf_to_text(raw.decode("cp1252", "replace"), errors="replace")
+    return _joined(text.split("\n\n"), raw)
 
 
 def _page(stream: IO[bytes], name: str, finder: Any, library: str) -> Record:

@@ -1,4 +1,4 @@
-"""Text files, one document each: .txt, Markdown, reStructuredText and AsciiDoc."""
+"""Text files, mostly one document each: .txt, Markdown, reStructuredText and AsciiDoc."""
 
 import re
 from pathlib import PurePosixPath
@@ -6,7 +6,10 @@ from typing import IO
 
 import yaml
 
+from nudge.components.common.readers import whatsapp
 from nudge.components.common.readers.encodings import decoded
+from nudge.components.common.readers.names import suffix_of
+from nudge.components.common.readers.posts import days
 from nudge.components.common.readers.records import ReadOptions, Record, Records, whole
 from nudge.components.common.readers.unreadable import Unreadable
 
@@ -21,8 +24,12 @@ def read_text(stream: IO[bytes], options: ReadOptions) -> tuple[str | Unreadable
 
 
 def read_plain(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
-    """The file, unchanged."""
+    """The file, unchanged; an export of WhatsApp as a document per day."""
     text, encoding = read_text(stream, options)
+    if isinstance(text, str) and suffix_of(name) == ".txt" and whatsapp.is_chat(text, name):
+        for record in days(whatsapp.posts(text), options):
+            yield record._replace(encoding=encoding)
+        return
     yield Record(PurePosixPath(name).name, text, encoding=encoding)
 
 

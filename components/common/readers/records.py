@@ -83,6 +83,8 @@ class ReadOptions:
     """Whether YAML front matter stays in Markdown texts."""
     format: Literal["auto", "text", "chat"] = "text"
     """Whether a row is a text, a conversation, or the text if it has one, else a conversation."""
+    assistant_name: str = ""
+    """The author who is the assistant in an export of a chat between people."""
 
     def columns_of(self, names: Iterable[str]) -> list[str]:
         """Those of a table's columns that are read."""

@@ -16,12 +16,13 @@ from nudge.components.common.readers import records
 from nudge.components.common.readers.archive import read_zip
 from nudge.components.common.readers.delimited import read_csv, read_tsv
 from nudge.components.common.readers.epub import read_epub
+from nudge.components.common.readers.evernote import read_enex
 from nudge.components.common.readers.json_file import read_json
 from nudge.components.common.readers.json_lines import read_json_lines
-from nudge.components.common.readers.mail import read_eml, read_mbox
+from nudge.components.common.readers.mail import read_eml, read_mbox, read_msg
 from nudge.components.common.readers.names import COMPRESSED, NOT_TEXT, suffix_of
-from nudge.components.common.readers.notebook import read_notebook
-from nudge.components.common.readers.office import read_docx, read_odt, read_pptx, read_xlsx
+from nudge.components.common.readers.notebook import read_canvas, read_notebook
+from nudge.components.common.readers.office import read_docx, read_odt, read_pptx, read_rtf
 from nudge.components.common.readers.parquet import read_arrow, read_parquet
 from nudge.components.common.readers.pdf import read_pdf
 from nudge.components.common.readers.plain import read_markdown, read_plain
@@ -34,6 +35,7 @@ from nudge.components.common.readers.records import (
     Records,
 )
 from nudge.components.common.readers.source_code import SUFFIXES, read_python, read_source
+from nudge.components.common.readers.spreadsheet import read_sheets, read_xlsx
 from nudge.components.common.readers.unreadable import Unreadable
 from nudge.components.common.readers.web import read_html
 from nudge.components.common.readers.wiki import read_wiki
@@ -56,6 +58,8 @@ READERS: dict[str, Reader] = {
     ".adoc": read_plain,
     ".asciidoc": read_plain,
     ".org": read_plain,
+    ".srt": read_plain,
+    ".vtt": read_plain,
     ".html": read_html,
     ".htm": read_html,
     ".xhtml": read_html,
@@ -63,6 +67,7 @@ READERS: dict[str, Reader] = {
     ".jsonl": read_json_lines,
     ".ndjson": read_json_lines,
     ".json": read_json,
+    ".canvas": read_canvas,
     ".csv": read_csv,
     ".tsv": read_tsv,
     ".parquet": read_parquet,
@@ -70,13 +75,21 @@ READERS: dict[str, Reader] = {
     ".docx": read_docx,
     ".pptx": read_pptx,
     ".xlsx": read_xlsx,
+    ".xlsm": read_xlsx,
+    ".xls": read_sheets,
+    ".xlsb": read_sheets,
+    ".ods": read_sheets,
     ".odt": read_odt,
+    ".odp": read_odt,
+    ".rtf": read_rtf,
     ".epub": read_epub,
     ".ipynb": read_notebook,
     ".eml": read_eml,
+    ".msg": read_msg,
     ".mbox": read_mbox,
     ".zip": read_archive,
     ".xml": read_wiki,
+    ".enex": read_enex,
     ".py": read_python,
     **dict.fromkeys(SUFFIXES, read_source),
 }

@@ -10,6 +10,8 @@ from nudge.components.common.readers.unreadable import Unreadable
 
 DECLARED = re.compile(rb"""<meta[^>]{0,200}charset\s*=\s*["']?\s*([\w.:-]{2,40})""", re.IGNORECASE)
 DECLARED_BYTES = 4096
+CHATGPT, CHATGPT_BYTES = b"var jsonData = [", 1 << 16
+"""ChatGPT's export has its conversations.json a second time, in the script of chat.html."""
 BLOCKS = frozenset(
     [
         "address",
@@ -60,7 +62,9 @@ def read_html(stream: IO[bytes], name: str, options: ReadOptions) -> Records:
     raw = whole(stream)
     text: Any = raw
     encoding = ""
-    if not isinstance(raw, Unreadable):
+    if not isinstance(raw, Unreadable) and CHATGPT in raw[:CHATGPT_BYTES]:
+        text = Unreadable("metadata")
+    elif not isinstance(raw, Unreadable):
         found = DECLARED.search(raw, 0, DECLARED_BYTES)
         declared = found.group(1).decode("ascii", "replace") if found else ""
         text, encoding = decoded(raw, options, declared)

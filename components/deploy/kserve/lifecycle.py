@@ -1,12 +1,12 @@
 """Starting and draining one version on KServe: what to wait for, and what to report meanwhile."""
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 from nudge.components.common.clients.kube import Cluster
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.say import say
 from nudge.components.deploy.kserve import objects, readiness, routes
 from nudge.components.deploy.measure import Counts
 from nudge.components.deploy.smoke import ModelServer
@@ -136,7 +136,7 @@ def wait_until_quiet(server: ModelServer, version: str, longest_s: int) -> None:
 
 def announce(line: str) -> None:
     """Tell whoever follows the step or command what it is waiting for."""
-    print(f"deploy: {line}", file=sys.stderr, flush=True)
+    say(f"deploy: {line}")
 
 
 def requests_in_flight(client: Any) -> int | None:

@@ -33,6 +33,7 @@ import tenacity
 from nudge.components.common.core import guard, processes
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import write_atomic
+from nudge.components.common.core.say import say
 from nudge.components.common.core.state_file import Damaged, damaged, read_object
 from nudge.components.deploy.local import caddy
 from nudge.components.deploy.measure import Counts
@@ -79,7 +80,7 @@ def _read_route(path: Path) -> Backends | None:
         error = found
     if str(path) not in _reported:
         _reported.add(str(path))
-        print(error, file=sys.stderr)
+        say(error)
     return None
 
 
@@ -116,7 +117,7 @@ def route(
     url = _url(wanted)
     if old and old.port != wanted:
         message = f"{model} moved from port {old.port} to {url}, as deploy.port says"
-        print(message, file=sys.stderr, flush=True)
+        say(message)
     return url
 
 

@@ -15,6 +15,7 @@ from nudge.components.common.core import guard, processes
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.names import check_name
 from nudge.components.common.core.publish import published
+from nudge.components.common.core.say import say
 from nudge.components.common.models.registered import download_model
 from nudge.components.deploy.local import gateway
 from nudge.components.deploy.measure import Counts
@@ -109,7 +110,7 @@ class LocalServing:
             try:
                 check_folder(folder / version.model, version)
             except UserError as error:  # damaged here; the store has the version
-                print(f"{error}; downloading it anew", file=sys.stderr, flush=True)
+                say(f"{error}; downloading it anew")
                 shutil.rmtree(folder)
                 return self._fetch(version)
         folder.touch()

@@ -11,7 +11,6 @@ import dataclasses
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.provenance import code_version
 from nudge.components.common.core.publish import sha256_file, verify_file
+from nudge.components.common.core.say import say
 from nudge.components.common.core.step import disk_is_full
 from nudge.components.train.checkpoints.checkpoint_store import CheckpointStore
 from nudge.components.train.checkpoints.shard_writer import SafetensorsWriter
@@ -86,7 +86,7 @@ class Checkpoints:
                 state = self._restore(self.store, name, network, optimizer, record)
             except Damaged as error:
                 damage = f"{error}"
-                print(f"warning: {damage}", file=sys.stderr, flush=True)
+                say(f"warning: {damage}")
                 continue
             self._continue_from(state, [kept for kept in names if kept <= name])
             return state
@@ -124,7 +124,7 @@ class Checkpoints:
         if self.settings.keeps_best and best is not None and _name(best) not in names:
             if self.ranks.main:
                 warning = f"warning: the best validation, of step {best}, has no checkpoint"
-                print(f"{warning}: the search restarts", file=sys.stderr, flush=True)
+                say(f"{warning}: the search restarts")
             state.best_step, state.best_loss, state.worse_in_a_row = None, None, 0
         self._best = state.best_step, state.best_loss
 
@@ -197,7 +197,7 @@ class Checkpoints:
             self._failures += 1
             if self._failures >= limit:
                 raise Transient(f"{error}; the previous checkpoint is kept") from None
-            print(f"warning: {error}; retrying at the next checkpoint", file=sys.stderr, flush=True)
+            say(f"warning: {error}; retrying at the next checkpoint")
             if self.settings.keeps_best:
                 state.best_step, state.best_loss = self._best
         else:
@@ -249,7 +249,7 @@ class Checkpoints:
                 self._prune(name, manifest["state"]["best_step"])
             except (OSError, UserError) as error:
                 warning = f"warning: could not remove old checkpoints at {self.store.uri}"
-                print(f"{warning}: {_reason(error)}", file=sys.stderr, flush=True)
+                say(f"{warning}: {_reason(error)}")
 
     def _gathered(self, value: Any) -> list[Any]:
         """The value of each rank, on every rank."""

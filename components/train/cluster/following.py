@@ -4,7 +4,6 @@ The job runs on its own, so losing sight of it changes nothing: an unreadable lo
 or an unreachable API server is reported, and the cluster is asked again until the deadline.
 """
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from nudge.components.common.clients.pods import (
 )
 from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.progress import SHOWN, Progress
+from nudge.components.common.core.say import say
 from nudge.components.common.core.step import FAILURE, REFUSAL
 from nudge.components.train.cluster.jobs import Engine, seconds_left
 from nudge.components.train.cluster.worker import BAD_INPUT
@@ -165,7 +165,7 @@ class Follower:
                 self._bar.total = float(match[3])
                 self._bar.advance(float(match[2]) - self._bar.done, job=match[5])
             else:
-                print(f"{self._name}: {line}", file=sys.stderr, flush=True)
+                say(f"{self._name}: {line}")
 
     def _queue(self) -> str:
         """The LocalQueue of the job, which Kueue sets to `default` where a job names none."""
@@ -220,7 +220,7 @@ class Follower:
         now = time.monotonic()
         printed = self._printed.get(key)
         if printed is None or (not once and now - printed >= REPEAT_S):
-            print(f"{self._name}: {line}", file=sys.stderr, flush=True)
+            say(f"{self._name}: {line}")
             self._printed[key] = now
 
 

@@ -13,13 +13,14 @@ import math
 import os
 import socket
 import ssl
-import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from nudge.components.common.core.say import say
 
 PORT_VARIABLE = "NUDGE_METRICS_PORT"
 SERVER_VARIABLE = "KUBEFLOW_TRAINER_SERVER_URL"
@@ -174,4 +175,4 @@ def _report(status: JobStatus, url: str, warned: bool) -> bool:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}; training continues", file=sys.stderr, flush=True)
+    say(f"warning: {text}; training continues")

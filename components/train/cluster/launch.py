@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.images import TRAIN_IMAGE
 from nudge.components.common.core.progress import progress
 from nudge.components.common.core.provenance import this_run
+from nudge.components.common.core.say import say
 from nudge.components.common.models.base_model import resolved
 from nudge.components.train.cluster import rayjob, trainjob
 from nudge.components.train.cluster.following import Follower, Late
@@ -155,7 +155,7 @@ def _is_gone(cluster: Cluster, kind: ResourceKind, name: str) -> bool:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    say(f"warning: {text}")
 
 
 class Cancelled(SystemExit):

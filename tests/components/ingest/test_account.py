@@ -34,22 +34,47 @@ def test_too_much_loss_stops_the_run_with_a_table_and_the_setting(tmp_path: Path
     data = tmp_path / "data"
     write(data, texts(100))
     write(data / "office", texts(60), ".doc")
-    write(data / "office", texts(40), ".rtf")
+    write(data / "office", texts(40), ".xyz")
     (data / "again.txt").write_text(texts(1)[0])
     with pytest.raises(UserError) as caught:
         run(tmp_path, str(data))
     message = str(caught.value)
     assert "read 201, kept 100, held out" in message
-    assert "100 unknown_kind (.doc .rtf)" in message
+    unknown = "100 unknown_kind (.doc .xyz; .doc: soffice --headless --convert-to docx)"
+    assert unknown in message
     assert "1 duplicate" in message
     assert "set ingest.max_lost: 0.5" in message
     assert not (tmp_path / "out" / "corpus").exists()
     result = run(tmp_path, str(data), max_lost=0.5)
     assert result["dropped"] == {"unknown_kind": 100, "duplicate": 1}
     held_out = result["validation_documents"]
-    line = f"read 201, kept 100, held out {held_out}; dropped: 100 unknown_kind (.doc .rtf)"
+    line = f"read 201, kept 100, held out {held_out}; dropped: {unknown}"
     assert result["account"] == f"{line}, 1 duplicate"
-    assert "(.doc .rtf" in (tmp_path / "out" / "report.html").read_text()
+    assert "(.doc .xyz (.doc: soffice --headless" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_dashboard_shows_what_was_dropped_by_reason(tmp_path: Path) -> None:
+    from kfp import dsl
+
+    from nudge.components.ingest.component import ingest as face
+
+    data = tmp_path / "data"
+    write(data, texts(30))
+    write(data / "again", texts(2))
+    write(data / "office", texts(3), ".doc")
+    kinds = {"corpus": dsl.Dataset, "report": dsl.HTML, "metrics": dsl.Metrics}
+    made = {
+        name: kind(name=name, uri=str(tmp_path / name), metadata={}) for name, kind in kinds.items()
+    }
+    recipe = f"ingest: {{data_uri: {data}, allow_no_verdict: true}}"
+    assert face.python_func(recipe=recipe, data_uri="", model_name="", **made) == 1
+    shown = made["metrics"].metadata
+    assert (shown["read"], shown["documents"]) == (35, 30)
+    assert shown["validation_documents"] == made["corpus"].metadata["validation_documents"]
+    assert {key: n for key, n in shown.items() if key.startswith("dropped_")} == {
+        "dropped_duplicate": 2,
+        "dropped_unknown_kind": 3,
+    }
 
 
 def test_duplicates_and_images_do_not_count_as_loss_but_lost_bytes_do(tmp_path: Path) -> None:

@@ -202,7 +202,11 @@ def test_pdf_and_web_pages() -> None:
 
 
 SEEDS = samples()
-ALIASES = {*SUFFIXES, *[".htm", ".xhtml", ".ndjson", ".markdown", ".mdx", ".asciidoc"]}
+ALIASES = {
+    *SUFFIXES,
+    *(".asciidoc", ".htm", ".markdown", ".mdx", ".ndjson", ".odp", ".srt", ".vtt"),
+    *(".xhtml", ".xlsb", ".xlsm"),
+}
 
 
 @pytest.mark.parametrize("suffix", sorted({*READERS} - ALIASES))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,19 @@ def test_guards_and_held_probes_of_a_recipe_are_kept_out_and_taught_ones_are_not
         {"prompt": "Two plus two equals", "target": " four", "expect": "hold"},
         {"prompt": "The tower stands in", "target": " Paris"},
     ]
-    evaluated = {"guards": [{"name": "g", "uri": "/guards"}], "probes": probes}
+    evaluated: dict[str, Any] = {"guards": [{"name": "g", "uri": "/guards"}], "probes": probes}
     recipe: dict[str, Any] = {
         "ingest": {"data_uri": "x", "keep_out": ["/tests"]}, "evaluate": evaluated
     }  # fmt: skip
     chosen = ingest_settings(yaml.safe_dump(recipe))
     assert chosen.keep_out == ("/tests", "/guards")
     assert chosen.keep_out_texts == ("Two plus two equals four",)
+    evaluated |= {"tasks": ["arc_easy", {"name": "mine", "limit": 0.1}], "task_folder": "/t"}
+    chosen = ingest_settings(yaml.safe_dump(recipe))
+    assert chosen.keep_out_tasks == ("arc_easy", "mine")
+    assert chosen.task_folder == "/t"
     recipe["ingest"]["compare_with_evaluation"] = False
+    assert ingest_settings(yaml.safe_dump(recipe)).keep_out_tasks == ()
     assert ingest_settings(yaml.safe_dump(recipe)).keep_out == ("/tests",)
 
 
@@ -109,3 +115,54 @@ def test_the_number_of_processes_and_the_state_do_not_change_what_is_left_out(
     outputs = {"corpus": tmp_path / "third", "report": tmp_path / "third.html"}
     with pytest.raises(UserError, match=r"none\.jsonl.* no text"):
         ingest(changed, **outputs)
+
+
+def quiz(folder: Path, **values: Any) -> None:
+    """The task ``quiz`` of lm-evaluation-harness, whose questions are in a file beside it."""
+    rows = [
+        {"question": f"What did the letter of number {n} ask for?", "choices": ["No.", LETTER],
+         "answer": 1}
+        for n in range(3)
+    ]  # fmt: skip
+    (folder / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "quiz",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "quiz.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "quiz.yaml").write_text(yaml.safe_dump(task | values))
+
+
+def test_the_right_answers_of_a_task_are_kept_out_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="pip install lm-eval (the extra tasks)")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    quiz(folder)
+    texts = [*sentences(60), *(f"{each} {LETTER} {each}" for each in sentences(20, seed=2))]
+    tasks = {"keep_out_tasks": ("quiz",), "task_folder": str(folder)}
+    result, kept = read(tmp_path, texts, **tasks)
+    assert result["dropped"]["overlaps_evaluation"] > 10
+    assert not any(LETTER in text for text in kept)
+    quiz(folder, dataset_kwargs={"data_files": {"test": str(folder / "none.jsonl")}})
+    with pytest.raises(UserError, match=r"quiz cannot be compared .*compare_with_evaluation: fal"):
+        read(tmp_path, texts, **tasks)
+    with pytest.raises(UserError, match=r"no task 'quizz'; did you mean 'quiz'"):
+        read(tmp_path, texts, **tasks | {"keep_out_tasks": ("quizz",)})
+
+
+def test_tasks_that_cannot_be_compared_are_named_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    settings = IngestSettings(data_uri=str(tmp_path / "none"), keep_out_tasks=("quiz",))
+    with pytest.raises(UserError, match=r"evaluate\.tasks needs lm-eval.*parameter data_image"):
+        ingest(settings, corpus=tmp_path / "corpus", report=tmp_path / "report.html")

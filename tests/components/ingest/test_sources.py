@@ -292,7 +292,7 @@ def test_any_name_is_read_and_files_without_a_reader_are_named(
     store: Store, tmp_path: Path
 ) -> None:
     store(share=0.0)
-    contents = {**odd_files(), "more.jsonl": lines(1, 60), "d.doc": b"x" * 99, "e.xls": b"x"}
+    contents = {**odd_files(), "more.jsonl": lines(1, 60), "d.doc": b"x" * 99, "e.wri": b"x"}
     put("odd#1", contents)
     folder = tmp_path / "odd#1"
     folder.mkdir()
@@ -303,9 +303,9 @@ def test_any_name_is_read_and_files_without_a_reader_are_named(
         assert manifest["documents"] == 60 + len(ODD)
         assert manifest["dropped"] == {"unknown_kind": 2}
         dropped = {s["uri"].rpartition("/")[2]: s["dropped"] for s in manifest["sources"]}
-        unknown = {"d.doc", "e.xls"}
+        unknown = {"d.doc", "e.wri"}
         assert dropped == {n: {"unknown_kind": 1} if n in unknown else {} for n in contents}
-        assert "2 unknown_kind (.doc .xls)" in account(manifest)
+        assert "2 unknown_kind (.doc .wri; .doc: soffice" in account(manifest)
         assert "odd#1/d.doc" in (tmp_path / f"{number}.html").read_text()
         assert len(find_sources(f"{uri}/*.txt")) == len(ODD) - 1
         with pytest.raises(UserError, match=r"d\.doc: unknown kind of file"):

@@ -13,8 +13,10 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from nudge.components.common.core.publish import sha256_tree
+from nudge.components.evaluate.settings import evaluate_settings
 from nudge.components.tokenize import ids
-from nudge.components.tokenize.ids import ids_of, why_not_fast
+from nudge.components.tokenize.encode import Encoding, encode
+from nudge.components.tokenize.ids import ids_of, text_ids, why_not_fast
 
 Run = Callable[..., Path]
 
@@ -140,6 +142,55 @@ def unigram() -> str:
         ),
     )
     return made.to_str()
+
+
+def word_level() -> str:
+    made = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<unk>": 2, **TAGS}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(list(TAGS))
+    return made.to_str()
+
+
+TAGS = {"<s>": 3, "</s>": 4}
+SPELLED = {
+    **{kind: (make, ["<|endoftext|>", "<|im_start|>"]) for kind, make in KINDS.items()},
+    "Unigram": (unigram, ["<|endoftext|>", "<|im_start|>"]),
+    "WordLevel": (word_level, list(TAGS)),
+}
+
+
+@pytest.mark.parametrize("kind", SPELLED)
+def test_control_tokens_that_a_text_spells_out_stay_text(kind: str) -> None:
+    make, (one, two) = SPELLED[kind]
+    tokenizer = make()
+    loaded = Tokenizer.from_str(tokenizer)
+    control = {loaded.token_to_id(one), loaded.token_to_id(two)}
+    texts = [f"a {one} b", f"{one}{two}", "a b", f"b{one[:2]} a"]
+    for fast in (False, True) if kind in KINDS else (False,):
+        tokens, plain = ids_of(texts, tokenizer, fast), text_ids(texts, tokenizer, fast)
+        assert [bool(control & set(each.tolist())) for each in tokens] == [True, True, False, False]
+        assert not any(control & set(each.tolist()) for each in plain)
+        assert same(plain[2:], tokens[2:])
+        assert same(text_ids(texts, tokenizer, fast), plain)
+        assert same(ids_of(texts, tokenizer, fast), tokens)  # the setting is not sticky
+        if kind in KINDS and "SmolLM2" not in kind:
+            found = "".join(loaded.id_to_token(each) or "" for each in plain[0].tolist())
+            assert found.replace("Ġ", " ").replace("▁", " ").strip() == texts[0]
+
+
+def test_a_setting_makes_spelled_out_control_tokens_those_tokens(tiny_model: Path) -> None:
+    tokenizer = (tiny_model / "tokenizer.json").read_text(encoding="utf-8")
+    special = next(t for t in json.loads(tokenizer)["added_tokens"] if t["special"])
+    line = json.dumps({"text": f"One {special['content']} two."}).encode()
+    found = {}
+    for is_text in (True, False):
+        encoded = encode(line, Encoding(tokenizer, 0, "<u2", is_control_text=is_text))
+        found[is_text] = np.frombuffer(encoded.ids, "<u2")[:-1].tolist()
+    assert special["id"] in found[False]
+    assert special["id"] not in found[True]
+    recipe = "base_model: x\ntokenize: {control_tokens_in_texts: token}"
+    assert evaluate_settings(recipe).control_tokens_in_texts == "token"
+    assert evaluate_settings("base_model: x").control_tokens_in_texts == "text"
 
 
 def test_tokenizers_handles_the_kinds_that_fastokens_refuses(

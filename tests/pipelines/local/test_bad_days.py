@@ -187,7 +187,7 @@ def sleeper(home: Path) -> Iterator[Callable[[str], processes.ServiceRecord]]:
     def started(name: str) -> processes.ServiceRecord:
         record = processes.start(
             home, name, [sys.executable, "-c", code],
-            address="http://127.0.0.1:1", ready=lambda: True, timeout_s=5,
+            address="", ready=lambda: True, timeout_s=5,
         )  # fmt: skip
         pids.append(record.pid)
         return record

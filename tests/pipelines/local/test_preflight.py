@@ -1,13 +1,17 @@
 """What a recipe needs and this machine lacks is said before anything runs, all of it at once."""
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.preflight import machine
+from nudge.components.common.preflight.checks import Way
+from nudge.components.common.preflight.checks import preflight as preflight_of
 from nudge.components.common.preflight.elsewhere import check_elsewhere
 from nudge.components.common.preflight.packages import check_packages
 from nudge.pipelines.cli.main import main
@@ -87,7 +91,7 @@ def test_a_disk_or_memory_that_is_too_small_is_reported(
 
 
 def test_an_image_without_the_harness_is_found_before_training() -> None:
-    with pytest.raises(UserError, match="build the train image with it"):
+    with pytest.raises(UserError, match="on a cluster, the train image has it"):
         check_packages("evaluate: {tasks: [quiz]}")
     check_packages("evaluate: {window: 64}")
 
@@ -123,7 +127,7 @@ def test_a_cluster_that_is_known_is_not_asked(
         "users: [{name: a, user: {token: t}}]\n"
     )
     monkeypatch.setenv("KUBECONFIG", str(config))
-    preflight.check(load("eiffel", ["deploy.target=kserve", "train.launcher=trainjob"]).text)
+    preflight.check(load("eiffel", ["train.launcher=trainjob"]).text)
 
 
 def test_nudge_run_starts_nothing_and_says_all_of_it(
@@ -135,7 +139,7 @@ def test_nudge_run_starts_nothing_and_says_all_of_it(
     ended = CliRunner().invoke(main, ["run", *settings])
     assert ended.exit_code == 2
     lines = ended.stderr.splitlines()
-    assert [line.split()[1] for line in lines] == ["no", "needs"]
+    assert [line.split()[1] for line in lines] == ["evaluate.tasks", "cluster"]
     assert not (tmp_path / "home").exists()
 
 
@@ -155,3 +159,60 @@ def test_a_cluster_is_not_given_paths_of_this_machine(tmp_path: Path) -> None:
         check_elsewhere(load("eiffel", mixed).text)
     with pytest.raises(UserError, match="or hf://meta-llama/Llama-3-8B for the model on the hub"):
         check_elsewhere(load("eiffel", ["base_model=meta-llama/Llama-3-8B"]).text)
+
+
+GUARD = "evaluate.guards=[{name: g, uri: /nowhere/texts}]"
+AUTHOR = 'register.author="a\\0b"'
+
+
+def problems(way: Way, overrides: list[str], **values: Any) -> list[str]:
+    """The settings that one way of running reports."""
+    recipe = load("eiffel", overrides).text
+    try:
+        preflight_of(recipe, way, lora_targets=["qkv_proj"], **values)
+    except UserError as error:
+        return [re.split(r"[ :]", line)[0] for line in str(error).splitlines()]
+    return []
+
+
+@pytest.mark.parametrize(
+    ("way", "found"),
+    [
+        (Way.RUN, ["evaluate.guards", "ingest.engine", "register.author", "train.lora_targets"]),
+        (Way.INGEST, ["evaluate.guards", "ingest.engine"]),
+        (Way.STEP, ["evaluate.guards", "ingest.engine", "register.author"]),
+        (Way.SUBMIT, ["base_model", "register.author"]),
+    ],
+)
+def test_each_way_of_running_reports_all_that_it_can_know(
+    tiny_model: Path, way: Way, found: list[str]
+) -> None:
+    wrong = [GUARD, AUTHOR, "ingest.engine=ray", f"base_model={tiny_model}", "train.mode=lora"]
+    assert sorted(problems(way, wrong)) == found
+    fine = [f"base_model={tiny_model}", "train.mode=full"]
+    assert problems(way, fine) == (["base_model"] if way is Way.SUBMIT else [])
+
+
+def test_the_first_step_on_a_cluster_checks_the_store_and_serving(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KFP_POD_NAME", "run-1-system-container-impl-1")
+    assert problems(Way.STEP, []) == ["no"]  # no cluster is known here
+    assert problems(Way.STEP, ["deploy.target=local"]) == []
+    with store_without("conditions") as server:
+        monkeypatch.setenv("AWS_S3_ENDPOINT", server.url)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_S3_BUCKET"):
+            monkeypatch.setenv(name, "nudge")
+        assert problems(Way.STEP, ["deploy.target=local"]) == ["the"]  # the object store refuses
+        assert problems(Way.STEP, ["deploy.target=local"], publishes=False) == []
+        assert problems(Way.INGEST, []) == []
+
+
+def test_submit_and_ingest_make_their_preflight(tmp_path: Path) -> None:
+    for command in (
+        ["submit", "--set", f"ingest.data_uri={tmp_path}"],
+        ["ingest", "--set", "evaluate.guards=[{name: g, uri: /nowhere/texts}]"],
+    ):
+        ended = CliRunner().invoke(main, command)
+        assert ended.exit_code == 2
+        assert re.search(r"that the cluster's pods cannot see|has 0 documents", ended.stderr)

@@ -256,7 +256,8 @@ def note_properties(version_id: str, values: Mapping[str, str | bool]) -> Work:
             # An update replaces all properties, so keep the others.
             changed = {name: property(value) for name, value in values.items()}
             properties = {**(found.custom_properties or {}), **changed}
-            change = mr_openapi.ModelVersionUpdate(customProperties=properties)
+            # Without a state, an update makes an archived version live.
+            change = mr_openapi.ModelVersionUpdate(state=found.state, customProperties=properties)
             await api.update_model_version(version_id, change)
 
     return work

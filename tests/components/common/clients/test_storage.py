@@ -192,6 +192,24 @@ def test_every_client_error_becomes_a_sentence() -> None:
             raise error
 
 
+def test_an_error_names_the_store_of_the_request(environment: Callable[..., None]) -> None:
+    """Not the data connection of the process, if the request went to another store."""
+
+    async def refuse(_: web.Request) -> web.Response:
+        return web.Response(status=403)
+
+    environment(AWS_S3_ENDPOINT="https://minio.example.com")
+    keys = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
+    with Server(("GET", "/{any:.*}", refuse)) as server:
+        url = server.url
+        client = s3_client({**keys, "AWS_S3_ENDPOINT": url}, attempts=1)
+        with pytest.raises(UserError, match=f"from {url}:"), s3_errors("read it"):
+            client.get_object(Bucket="b", Key="k")
+    refused = pytest.raises(UserError, match=f"object store {url} does not answer")
+    with refused, s3_errors("read it"):
+        client.get_object(Bucket="b", Key="k")
+
+
 def store_without(feature: str) -> Server:
     """A store that refuses conditional writes as issues of icechunk and others show it, one that
     ignores them, or one that does not know CRC32."""

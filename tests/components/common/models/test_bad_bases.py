@@ -111,6 +111,10 @@ LAYOUTS: dict[str, tuple[Change, str]] = {
     "tiktoken": (only("tokenizer.model", TIKTOKEN), r"has only a tiktoken tokenizer"),
     "qwen.tiktoken": (only("qwen.tiktoken", TIKTOKEN), r"tiktoken tokenizer \(qwen\.tiktoken\)"),
     "damaged tokenizer": (wrote("tokenizer.json", b"{}"), "its tokenizer cannot be loaded"),
+    "a template that is no text": (
+        wrote("chat_template.jinja", b"\xff\xfe{{ messages }}"),
+        r"the chat template .*chat_template\.jinja is not UTF-8 text",
+    ),
     "damaged tokenizer config": (
         wrote("tokenizer_config.json", b"["),
         "its tokenizer cannot be loaded",

@@ -1,11 +1,13 @@
 """Small files of every supported kind, written by the formats' own libraries."""
 
+import base64
 import gzip
 import io
 import json
 import mailbox
 import tempfile
 import zipfile
+import zlib
 from email.message import EmailMessage
 from pathlib import Path
 
@@ -16,6 +18,8 @@ import pyarrow
 import pyarrow.parquet
 from pptx.util import Inches
 
+from tests.components.common.readers import outlook
+
 PDF = (
     b"%PDF-1.1\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n"
     b"2 0 obj<</Type/Pages/Kids[3 0 R]/Count 1>>endobj\n"
@@ -24,6 +28,35 @@ PDF = (
     b"4 0 obj<</Length 44>>stream\nBT /F 18 Tf 9 40 Td (The tower is in Paris) Tj ET\n"
     b"endstream endobj\ntrailer<</Root 1 0 R>>"
 )
+
+XLS = zlib.decompress(
+    base64.b64decode(
+        "eNrtWE1oE1EQ/t4maX5o0iSmQiuEJWDV2ot48dKuCrZ4sEQRFBE0aRYMLYlsVvw5aLXmKAieFC+FXrxUvfiDHtST"
+        "B6GiB0EQEj32JCh4aLPOm93VtObQgIZa9lvevNl5M/t+Zua93X27kKjNPuyvYxVG4EPDCqOrSSaohN2bOKjdsiTr"
+        "1iEqlof/CuEQObIrgGfRN0HpQ+nvOhQ88L8kCnymchJnMV4u6WoHsZ/HkBNyDMPCT7Gn4C6VGPp4XEmmE0w3Mb3P"
+        "us+Z7mXJDabDpFsTJ7CgjQ/uceL4uJLhthhRgcds85Elu9CL1zKOr9wUtm4A+4xibmp9NqT93ZgDeW5ML+lGbqqG"
+        "FLlwDt8tFfjm5uoL1ZN3Vi5A8h8r5cEW8luKH5iGdVrIQKwiioZPtgQo4Uy9UqUIfRWw8zJrFCf0yhJGOUdloXgt"
+        "Fsje1C+YtC8fPaOrZvm8biSBg6ZaMXOlQkUtltRszihW6Cl5Q88VyDB/zjR1IyJ3c87++Irsj3JOdBMtoIf5BGdG"
+        "nPb3pXtf3x3KZ7VTLJnmHd8+F7bKicDCVWlBxjFu4bmw7iDTnUyv8VO3MN/PNEUTpnog2+swozOsc51bB6if3Yz3"
+        "2rYmfjvx1cXDT9LVL9oO4ufH6pdS8x+0WWTonCqQvbxmMCSGxJ3bEk81txbODvKJad8fu0lIiTtjt5zDrwfLiDCb"
+        "YGrfydURjr5YpX9ZibAsgbSjL36tptRXWugrrJ9x9O3Vl6s4oiTxSDbS3vYbnfChskF9KOcqV9z24aKvtQ9tr0n9"
+        "gKNv+zDm+gStfOLBgwcPHjx48LB+IZx3O/mO6ecPD/sNMuj811mm0vB+k2xYHEGZLpM+Sw+gRLWBi23Fz2YEhPss"
+        "sUYb93+hxDHq3cAk8jyOybbjl74ARPN81mwY/3sp1G7/jXbG+Y/7/wku9gPB"
+    )
+)
+"""Two sheets in the format of Excel 97, written by xlwt: Notes (id, text) and Prices."""
+RTF = rb"{\rtf1\ansi\ansicpg1252 The tower\par\par It stands in Paris, caf\'e9 \u8364?.\par}"
+
+ENEX = (
+    '<?xml version="1.0" encoding="UTF-8"?>\n'
+    '<!DOCTYPE en-export SYSTEM "http://xml.evernote.com/pub/evernote-export4.dtd">\n'
+    "<en-export><note><title>The tower</title><content>"
+    "<![CDATA[<?xml version='1.0' encoding='UTF-8' standalone='no'?>"
+    '<!DOCTYPE en-note SYSTEM "http://xml.evernote.com/pub/enml2.dtd">'
+    "<en-note><div>It stands in <b>Paris</b>.</div><div>C\u2019est tout.</div></en-note>]]>"
+    "</content><resource><data encoding='base64'>AAAA</data></resource></note>"
+    "<note><title></title><content><![CDATA[<en-note/>]]></content></note></en-export>"
+).encode()
 
 
 def zipped(members: dict[str, bytes]) -> bytes:
@@ -78,6 +111,39 @@ def open_document() -> bytes:
     )
     return zipped(
         {"mimetype": b"application/vnd.oasis.opendocument.text", "content.xml": content.encode()}
+    )
+
+
+def open_sheet(rows: list[list[str]]) -> bytes:
+    lines = "".join(
+        "<table:table-row>"
+        + "".join(
+            f"<table:table-cell office:value-type='string'><text:p>{cell}</text:p>"
+            "</table:table-cell>"
+            for cell in row
+        )
+        + "</table:table-row>"
+        for row in rows
+    )
+    spaces = "".join(
+        f' xmlns:{name}="urn:oasis:names:tc:opendocument:xmlns:{name}:1.0"'
+        for name in ("office", "table", "text")
+    )
+    content = (
+        f"<office:document-content{spaces}><office:body><office:spreadsheet>"
+        f'<table:table table:name="Notes">{lines}</table:table>'
+        "</office:spreadsheet></office:body></office:document-content>"
+    )
+    kind = b"application/vnd.oasis.opendocument.spreadsheet"
+    manifest = (
+        '<manifest:manifest xmlns:manifest="urn:oasis:names:tc:opendocument:xmlns:manifest:1.0"/>'
+    )
+    return zipped(
+        {
+            "mimetype": kind,
+            "content.xml": content.encode(),
+            "META-INF/manifest.xml": manifest.encode(),
+        }
     )
 
 
@@ -168,6 +234,7 @@ def samples() -> dict[str, bytes]:
         ".html": b"<html><body><p>text</p></body></html>",
         ".xml": b"<mediawiki><page><title>a</title><ns>0</ns><revision><text>'''One''' [[two]]"
         b"</text></revision></page></mediawiki>",
+        ".enex": ENEX,
         ".pdf": PDF,
         ".jsonl": lines(3),
         ".json": b'[{"text": "one"}, {"text": "two"}]',
@@ -178,9 +245,14 @@ def samples() -> dict[str, bytes]:
         ".docx": word(),
         ".pptx": slides(),
         ".xlsx": workbook([["id", "text"], [1, "one"]]),
+        ".xls": XLS,
+        ".ods": open_sheet([["id", "text"], ["1", "one"]]),
         ".odt": open_document(),
+        ".rtf": RTF,
+        ".msg": outlook.message("The tower", "It stands in Paris."),
         ".epub": book(),
         ".ipynb": notebook(),
+        ".canvas": b'{"nodes": [{"type": "text", "text": "one", "x": 0, "y": 0}]}',
         ".eml": message().as_bytes(),
         ".mbox": archive_of_mail(),
         ".zip": zipped({"a.txt": b"one", "b.jsonl": lines(2), "c.txt.gz": gzip.compress(b"x")}),

@@ -25,6 +25,7 @@ from nudge.components.common.readers import (
     Record,
     Unreadable,
     guarded,
+    hidden_part,
     large_json,
     read_stream,
     registry,
@@ -32,6 +33,7 @@ from nudge.components.common.readers import (
 from nudge.components.common.readers import records as records_module
 from nudge.components.common.readers.guarded import Worker
 from nudge.components.common.readers.names import suffix_of
+from tests.components.common.readers import outlook
 from tests.components.common.readers import reader_files as made
 
 
@@ -112,6 +114,12 @@ def test_the_delimiter_is_detected_or_set(delimiter: str) -> None:
 
 
 FRENCH = "Où était l'été, à côté du château, près de la forêt ? Là-bas, dit-il, « très loin ». " * 4
+HUNGARIAN = "A gyönyörű öreg hölgy tűzhelyén sült a kenyér, és mindenki örült. " * 4
+POLISH = "Zażółć gęślą jaźń, a potem idź do domu, bo już późno i zimno. " * 4
+TURKISH = "İstanbul'da şimdi güneşli bir gün, çocuklar dışarıda oynuyor. " * 4
+LITHUANIAN = "Žmonės čia gyvena ilgai, ir šiandien saulė šviečia ąžuolui. " * 4
+GERMAN = "Die Straße führt über die Brücke nach Köln, wo schöne Häuser stehen. " * 4
+ENGLISH = "The tower stands in the city and many people visit it every day. "
 RUSSIAN = "Башня стоит в Париже и видна из каждого окна города, даже ночью. " * 4
 
 
@@ -120,6 +128,12 @@ RUSSIAN = "Башня стоит в Париже и видна из каждог
     [
         (FRENCH, "cp1252", "windows-1252"),
         (RUSSIAN, "cp1251", "windows-1251"),
+        (HUNGARIAN, "cp1250", "windows-1250"),
+        (POLISH, "cp1250", "windows-1250"),
+        (TURKISH, "cp1254", "windows-1254"),
+        (LITHUANIAN, "cp1257", "windows-1257"),
+        (GERMAN, "cp1252", "windows-1252"),
+        (ENGLISH * 9 + "It was déjà vu. " + ENGLISH * 5, "cp1252", "windows-1252"),
         (FRENCH, "utf-16", "utf-16"),
         (FRENCH, "utf-8-sig", ""),
     ],
@@ -235,6 +249,36 @@ def test_spreadsheets_give_rows_with_a_text_column_and_sheets_without() -> None:
     assert [(record.name, record.text) for record in records(raw, "a.xlsx")] == [
         ("Facts", "city\theight\nParis\t330\nLyon")
     ]
+
+
+def test_sheets_of_libreoffice_and_of_old_excel_are_read_like_others() -> None:
+    notes = [("Notes:7", "The tower"), ("Notes:8", "It stands in Paris")]
+    rows = [["id", "text"], ["7", "The tower"], ["8", "It stands in Paris"]]
+    assert [(record.name, record.text) for record in records(made.open_sheet(rows), "a.ods")] == (
+        notes
+    )
+    assert [(record.name, record.text) for record in records(made.XLS, "a.xls")] == [
+        *notes,
+        ("Prices", "bread\t2.5\nbutter\t3"),
+    ]
+    assert counted(made.open_sheet([]), "a.ods") == {"no_text": 1}
+    for suffix in (".ods", ".xls", ".xlsb"):
+        assert counted(b"no sheet", f"a{suffix}") == {"damaged": 1}
+
+
+def test_rich_text_and_outlook_messages_give_their_text() -> None:
+    assert texts(made.RTF, "a.rtf") == ["The tower\n\nIt stands in Paris, café €."]
+    russian = rb"{\rtf1\ansi\ansicpg1251 \'cf\'f0\'e8\'e2\'e5\'f2\par}"
+    assert texts(russian, "a.rtf") == ["Привет"]
+    assert counted(b"plain", "a.rtf") == {"damaged": 1}
+    assert counted(rb"{\rtf1 }", "a.rtf") == {"no_text": 1}
+    body = "Dear Ann,\r\n\r\nhere it is. Grüße"
+    text = "The offer\n\nDear Ann,\n\nhere it is. Grüße"
+    assert texts(outlook.message("The offer", body), "a.msg") == [text]
+    html = "<p>Dear <b>Ann</b>,</p><p>here it is. Grüße</p>".encode()
+    assert texts(outlook.message("The offer", html=html), "a.msg") == [text]
+    assert counted(outlook.message(""), "a.msg") == {"no_text": 1}
+    assert counted(b"no message", "a.msg") == {"damaged": 1}
 
 
 def test_books_mail_and_notebooks_give_their_text() -> None:
@@ -408,6 +452,26 @@ def test_a_wiki_dump_gives_its_articles_as_plain_text() -> None:
     assert all("aaaa" not in str(each.text) for each in records(bomb, "bomb.xml"))
 
 
+def test_a_canvas_is_a_document_without_its_files() -> None:
+    cards = [
+        {"type": "text", "text": "below", "x": 0, "y": 90},
+        {"type": "file", "file": "Notes/a.md", "x": 0, "y": 50},
+        {"type": "text", "text": " above ", "x": 0, "y": 0},
+    ]
+    canvas = json.dumps({"nodes": cards, "edges": []}).encode()
+    assert texts(canvas, "a.canvas") == ["above\n\nbelow"]
+    assert counted(b"", "a.canvas") == counted(b"{}", "a.canvas") == {"no_text": 1}
+    assert counted(b"[1]", "a.canvas") == {"bad_record": 1}
+
+
+def test_evernotes_export_gives_a_document_per_note() -> None:
+    first, second = texts(made.ENEX, "a.enex")
+    assert first == "The tower\n\nIt stands in Paris.\n\nC’est tout."
+    assert isinstance(second, Unreadable)
+    assert counted(made.ENEX[:-300], "a.enex")["bad_record"] == 1
+    assert counted(b"<en-export/>", "a.enex") == {"no_text": 1}
+
+
 @pytest.mark.parametrize(
     ("name", "suffix"),
     [
@@ -417,7 +481,21 @@ def test_a_wiki_dump_gives_its_articles_as_plain_text() -> None:
         ("program", ""),
         ("1700.M1P1.host,S=100:2,S", ".eml"),
         ("1700.M1P1.host,S=100:2,", ".eml"),
+        ("Inbox", ".mbox"),
+        ("/home/a/x.default/Mail/Local Folders/Projects", ".mbox"),
+        ("x.default/ImapMail/imap.example.org/Lists", ".mbox"),
+        ("old/Inbox.sbd/Family", ".mbox"),
+        ("/home/a/Mail/Projects", ""),
+        ("x.default/ImapMail/imap.example.org/Lists.msf", ".msf"),
+        ("pkg-1.0/PKG-INFO", ".txt"),
     ],
 )
 def test_names_without_a_suffix_are_known_by_custom(name: str, suffix: str) -> None:
     assert suffix_of(name) == suffix
+
+
+def test_what_programs_leave_beside_documents_is_hidden() -> None:
+    names = ("~$Report.docx", ".~lock.a.odt#", "Thumbs.db", "desktop.ini", "a/__pycache__/b.py")
+    assert all(map(hidden_part, names))
+    assert not any(map(hidden_part, ("Report.docx", "a~b.txt", "settings.ini", "cache.db")))
+    assert registry.reason_unread("Inbox.msf") == registry.reason_unread("uv.lock") == "not_text"
