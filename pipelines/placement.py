@@ -16,7 +16,7 @@ from kfp import dsl, kubernetes
 from kfp.dsl.pipeline_channel import PipelineChannel
 
 from nudge.components.common.core.environment import PIPELINE_RUN_LABEL, RUN_ID
-from nudge.components.common.core.images import DATA_IMAGE, POD_CREDENTIALS, TRAIN_IMAGE
+from nudge.components.common.core.images import DATA_IMAGE, POD_CREDENTIALS, TAG, TRAIN_IMAGE
 from nudge.pipelines.steps import BACKOFF_FACTOR, BACKOFF_S, STEPS
 
 CONNECTION = "nudge-data-connection"
@@ -187,7 +187,9 @@ def pipeline(
         build.__name__ = function.__name__
         build.__doc__ = "\n".join([inspect.getdoc(function) or "", *lines])
         build.__signature__ = signature  # type: ignore[attr-defined]
-        compiled = dsl.pipeline(name=name, description=description)(build)
+        # `nudge doctor` reads the release from there (see `nudge.pipelines.cluster.versions`).
+        made_by = f"{description} (nudge {TAG})"
+        compiled = dsl.pipeline(name=name, description=made_by)(build)
         compiled.pipeline_spec.CopyFrom(_with_sizes(compiled.pipeline_spec))
         return compiled
 

@@ -19,6 +19,8 @@ class StepState:
     outputs: dict[str, str] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     error: str = ""
+    usage: dict[str, float] = field(default_factory=dict)
+    """What this run spent on it (a plain `Usage`)."""
     attempts: int = 1
     note: str = ""
     """Why it waits, where that is known."""
@@ -34,6 +36,8 @@ class StepState:
         elif kind == "step_end":
             self.status, self.seconds = event["status"], event["seconds"]
             self.outputs, self.results = event["outputs"], event["results"]
+            self.usage = event.get("usage") or {}
         elif kind == "step_failed":
             self.status, self.error = "failed", event["error"]
             self.seconds = max(event["time"] - self.started, 0.0)  # the clock may have been set
+            self.usage = event.get("usage") or {}

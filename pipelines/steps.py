@@ -90,6 +90,8 @@ class Step:
     """The plain parameters that may be left out; they are empty then."""
     outputs: tuple[str, ...] = ()
     """The parameters that are paths it writes."""
+    about_run: str = ""
+    """What reads its second parameter from a recipe: values of sections about all steps."""
     services: bool = False
     """Whether it needs the object store or the model registry in any case."""
     publishes: bool = False
@@ -110,6 +112,10 @@ class Step:
         if self.reader:
             return self._load(self.reader)(recipe)
         return step_settings(self.settings_class(), self.section, recipe)
+
+    def read_about_run(self, recipe: str) -> list[Any]:
+        """Its second parameter from a recipe, as a list; empty if it has none."""
+        return [self._load(self.about_run)(recipe)] if self.about_run else []
 
     def plain_function(self) -> Any:
         """The function that does the work."""
@@ -137,7 +143,7 @@ class Step:
         return getattr(loaded, attribute)
 
 
-_DATA = ("250m 1 4", "2 4 8", "1Gi 4Gi 16Gi", "4Gi 16Gi 32Gi")
+_DATA = ("250m 1 4", "2 4 8", "512Mi 1Gi 2Gi", "4Gi 16Gi 32Gi")
 _MODEL = ("500m 4 8", "4 8 16", "3Gi 16Gi 64Gi", "12Gi 32Gi 128Gi")
 _COPY = ("100m", "2", "512Mi", "8Gi")
 _CALL = ("100m", "1", "256Mi", "2Gi")
@@ -147,10 +153,14 @@ _MODEL_FOLDER = {"model": "The model folder that `train` made."}
 _VERSION = {"version": "The version's name."}
 _REGISTERED = {"registered_model": "The model's name in the registry."}
 
-# A real run of the recipe `eiffel` trained and evaluated with 800m and 8Gi. Peak resident memory on
-# two cores (AMD EPYC): ingest of 2 MB of text 325 MiB, tokenize 415 MiB, upload of 300 MB
-# 200 MiB. The other requests are estimates so far, as are those for larger texts; the limits bound
-# what larger texts and models take.
+# Peak resident memory of a step's processes together, for generated text on two busy cores (AMD
+# EPYC with AVX2); a step starts one process per core of its limit:
+#     ingest: 2 MB with one process 258 MiB; 20 MB with two 348 MiB, with eight 749 MiB
+#     tokenize: 2 MB 416 MiB; 20 MB with two or eight 409 MiB
+#     upload: 600 MB 205 MiB
+# More text needs no more (tests/components/ingest/test_memory.py); longer documents do, up to the
+# limits. A real run of the recipe `eiffel` trained and evaluated with 800m and 8Gi; what larger
+# models need depends on the model, so those requests are estimates.
 STEPS = {
     step.name: step
     for step in (
@@ -196,6 +206,7 @@ STEPS = {
             resources=Resources(96, *_MODEL, gpu=True, shm="8Gi", images=True, retries=4),
             inputs=_TOKENS,
             outputs=("model", "history", "report"),
+            about_run="limits:limits_of",
             runs="new text",
             outcome=("{steps} steps, {tokens} tokens, last loss {loss:.3f}",),
             about="Train the base model on token shards.",
@@ -225,6 +236,7 @@ STEPS = {
                 "history": "What `train` wrote while it trained (or the empty one of `fetch`).",
             },
             outputs=("evaluation", "report", "scores"),
+            about_run="settings:prices_of",
             runs="new text",
             outcome=("{base_bits_per_byte:.4f} -> {candidate_bits_per_byte:.4f} bits per byte",),
             about="Score the base model, the served version and a candidate on held-out text.",

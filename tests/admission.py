@@ -53,9 +53,10 @@ def refusal(found: Object, operation: str, body: Object, user: str, allowed: All
     for rule in spec["validations"]:
         if not cel.evaluate(rule["expression"], context):
             name = found["metadata"]["name"]
+            binding = f"{name}.nudge"
             return (
                 f'{body["kind"].lower()}s "{body["metadata"]["name"]}" is forbidden: '
-                f"ValidatingAdmissionPolicy '{name}' with binding '{name}' denied request: "
+                f"ValidatingAdmissionPolicy '{name}' with binding '{binding}' denied request: "
                 f"{rule['message']}"
             )
     return ""

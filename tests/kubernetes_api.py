@@ -21,7 +21,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -284,7 +284,7 @@ class KubernetesApi(Objects):
         if verb == "list":
             return JSONResponse(self._list(kind, part["namespace"], query))
         if part["subresource"] == "pendingworkloads":
-            return JSONResponse(self._pending(part))
+            return JSONResponse(self._pending(part, query))
         if part["subresource"] == "log":
             self._existing(key, part)
             return PlainTextResponse(self._log(part["name"], query))
@@ -323,22 +323,39 @@ class KubernetesApi(Objects):
             raise Refused(404, f'{plural} "{key[2]}" not found', name=key[2], kind=part["plural"])
         return self.objects[key]
 
-    def _pending(self, part: dict[str, Any]) -> Object:
-        """As Kueue's visibility API answers; positions count from 0."""
-        if part["name"] not in self.pending:
-            raise Refused(404, f'localqueue "{part["name"]}" not found')
-        items = [
-            {
-                "metadata": {"name": name, "namespace": part["namespace"]},
-                "priority": 0,
-                "localQueueName": part["name"],
-                "positionInClusterQueue": position,
-                "positionInLocalQueue": position,
-            }
-            for position, name in enumerate(self.pending[part["name"]])
-        ]
+    def _pending(self, part: dict[str, Any], query: Mapping[str, str]) -> Object:
+        """The pending Workloads of a LocalQueue.
+
+        No recording has this. It follows Kueue's source (commit ff69552e, 2026-08): `Get` in
+        pkg/visibility/storage/pending_workloads_lq.go, boundedLimitOffset and newPendingWorkload in
+        utils.go there, and apis/visibility/v1beta2/types.go.
+        """
+        queue = part["name"]
+        if queue not in self.pending:
+            message = f'localqueue.visibility.kueue.x-k8s.io "{queue}" not found'
+            raise Refused(404, message, name=queue, kind="localqueue")
+        limit = min(max(int(query.get("limit") or 0) or 1000, 0), 100_000)
+        offset = max(int(query.get("offset") or 0), 0)
+        items = []
+        for position, name in enumerate(self.pending[queue][offset : offset + limit], offset):
+            meta: Object = {"name": name, "namespace": part["namespace"]}
+            if workload := self.find("Workload", name):
+                kept = ("apiVersion", "kind", "name", "uid")
+                owners = workload["metadata"].get("ownerReferences", [])
+                meta["ownerReferences"] = [{key: each[key] for key in kept} for each in owners]
+                meta["creationTimestamp"] = workload["metadata"]["creationTimestamp"]
+            items.append(
+                {
+                    "metadata": meta,
+                    "priority": 0,
+                    "localQueueName": queue,
+                    "positionInClusterQueue": position,
+                    "positionInLocalQueue": position,
+                }
+            )
         version = f"{part['group']}/{part['version']}"
-        return {"kind": "PendingWorkloadsSummary", "apiVersion": version, "items": items}
+        summary = {"kind": "PendingWorkloadsSummary", "apiVersion": version}
+        return {**summary, "metadata": {}, "items": items}
 
     def _group(self, name: str) -> Response:
         """What the server says of an API group; it prefers the newest version."""

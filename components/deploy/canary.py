@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from nudge.components.common.clients.registry.releases import NOT_PROMOTED, Served, Version
 from nudge.components.deploy.admission import CANARY_PLAN, NotPromoted
-from nudge.components.deploy.measure import Counts, Measured, Probe
+from nudge.components.deploy.measure import Counts, Measured, Probe, prompts_of
 from nudge.components.deploy.settings import CanaryLimits, DeploySettings
 from nudge.components.deploy.smoke import ModelServer
 from nudge.components.deploy.traffic import Check
@@ -167,10 +167,7 @@ def _observe(
 ) -> dict[str, Measured]:
     """Measure both versions over the same period; a candidate that mostly fails ends it early."""
     versions = {name: world.version(name) for name in servers}
-    prompts = [settings.smoke_prompt]
-    for version in versions.values():
-        listed = json.loads(str(version.properties.get("expected_next", "[]")))
-        prompts += [each["prompt"] for each in listed if each["prompt"] not in prompts]
+    prompts = prompts_of(settings.smoke_prompt, list(versions.values()))
     before = {name: world.counts(name) for name in servers}
     started = time.monotonic()
     candidate, incumbent = (

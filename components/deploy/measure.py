@@ -1,8 +1,9 @@
 """What users of a version experience, measured: errors, time to first token, speed, answers.
 
 The canary asks the candidate and the incumbent the same prompts at the same time, each from its own
-server, and streams the answers. The gateway or the server counts what users send. vLLM's counters
-include the requests of the canary, so on a cluster those count twice.
+server and in its own form (a chat or a text to continue), and streams the answers. The gateway or
+the server counts what users send. vLLM's counters include the requests of the canary, so on a
+cluster those count twice.
 """
 
 import itertools
@@ -10,12 +11,20 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nudge.components.common.clients.registry.releases import Version
-from nudge.components.deploy.smoke import NEUTRAL, SURE, ModelServer
+from nudge.components.deploy.smoke import (
+    NEUTRAL,
+    SURE,
+    Asked,
+    ModelServer,
+    expected_next,
+    in_form_of,
+    request,
+)
 
 PAUSE_S = 1.0
 """Between two requests to one version: the canary must not be a load of its own."""
@@ -53,13 +62,28 @@ class Measured:
         return self.errors / self.requests if self.requests else 0.0
 
 
+def prompts_of(smoke_prompt: str, versions: Sequence[Version]) -> dict[str, Asked]:
+    """The smoke prompt and the evaluated prompts of all versions; each as a text, or as the turns
+    of the chat in which a version was evaluated."""
+    found: dict[str, Asked] = {smoke_prompt: smoke_prompt}
+    for version in versions:
+        for each in expected_next(version):
+            if not isinstance(found.get(each["prompt"]), list):
+                found[each["prompt"]] = each.get("messages") or each["prompt"]
+    return found
+
+
 @dataclass
 class Probe:
-    """Asks one version until it is stopped; `measured` can be read at any time."""
+    """Asks one version until it is stopped; `measured` can be read at any time.
+
+    ``prompts`` come from `prompts_of`. The version gets each in the form in which it was evaluated,
+    and any other prompt as a chat if it was trained on conversations, else as a text.
+    """
 
     server: ModelServer
     version: Version
-    prompts: Sequence[str]
+    prompts: Mapping[str, Asked]
     tokens: int
     _first: list[float] = field(default_factory=list)
     _speeds: list[float] = field(default_factory=list)
@@ -69,10 +93,18 @@ class Probe:
     _right: int = 0
 
     def __post_init__(self) -> None:
-        listed = json.loads(str(self.version.properties.get("expected_next", "[]")))
+        listed = expected_next(self.version)
         self._expected = {each["prompt"]: each["token"] for each in listed if each["p"] > SURE}
+        own: dict[str, Asked] = {
+            each["prompt"]: each.get("messages") or each["prompt"] for each in listed
+        }
+        self._asked_as = {prompt: own.get(prompt) or self._form(prompt) for prompt in self.prompts}
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._ask_all, daemon=True)
+
+    def _form(self, prompt: str) -> Asked:
+        form, turns = in_form_of(self.version, prompt), self.prompts[prompt]
+        return form if isinstance(form, str) or isinstance(turns, str) else turns
 
     def __enter__(self) -> "Probe":
         self._thread.start()
@@ -111,7 +143,8 @@ class Probe:
         import httpx
 
         try:
-            text, first_s, speed = stream(client, self.version.model, prompt, self.tokens)
+            asked = self._asked_as[prompt]
+            text, first_s, speed = stream(client, self.version.model, asked, self.tokens)
         except (httpx.HTTPError, *MALFORMED):
             with self._lock:
                 self._asked, self._errors = self._asked + 1, self._errors + 1
@@ -126,17 +159,16 @@ class Probe:
                 self._right += text.lstrip().startswith(self._expected[prompt].strip())
 
 
-def stream(client: Any, model: str, prompt: str, tokens: int) -> tuple[str, float, float | None]:
-    """A greedy completion: its text, the seconds until its first token, and tokens per second.
+def stream(client: Any, model: str, asked: Asked, tokens: int) -> tuple[str, float, float | None]:
+    """A greedy answer: its text, the seconds until its first token, and tokens per second.
 
     The speed is None if the server does not stream, or for fewer than two tokens. Raises
     `httpx.HTTPError`, or one of `MALFORMED` if the answer is not a completion.
     """
-    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0.0}
+    path, body = request(model, asked, tokens)
     for fields in NEUTRAL:
         started = time.monotonic()
-        request = {**body, **fields, "stream": True}
-        with client.stream("POST", "/v1/completions", json=request) as answer:
+        with client.stream("POST", path, json={**body, **fields, "stream": True}) as answer:
             if answer.status_code in (400, 422):  # these refuse an unknown field
                 continue
             answer.raise_for_status()
@@ -146,17 +178,30 @@ def stream(client: Any, model: str, prompt: str, tokens: int) -> tuple[str, floa
 
 def _read(answer: Any, started: float) -> tuple[str, float, float | None]:
     if not answer.headers.get("content-type", "").startswith("text/event-stream"):
-        text = json.loads(answer.read())["choices"][0]["text"]
-        return str(text), time.monotonic() - started, None
+        text = _text(json.loads(answer.read())["choices"][0])
+        return text, time.monotonic() - started, None
     parts, times = [], []
     for line in answer.iter_lines():
         if not line.startswith("data:") or line.removeprefix("data:").strip() == "[DONE]":
             continue
         choices = json.loads(line.removeprefix("data:"))["choices"]
-        if choices and choices[0].get("text"):
-            parts.append(choices[0]["text"])
+        if choices and (text := _text(choices[0])):
+            parts.append(text)
             times.append(time.monotonic())
     if not parts:
         raise ValueError("an empty answer")
     took = times[-1] - times[0]
     return "".join(parts), times[0] - started, (len(times) - 1) / took if took else None
+
+
+def _text(choice: Any) -> str:
+    """The text of a completion, of a chat's answer, or of a part of one; empty if it has none.
+
+    Reasoning counts too, which servers report separately: vLLM as ``reasoning`` (before 0.12 as
+    ``reasoning_content``), transformers as ``reasoning_content``.
+    """
+    if "text" in choice:
+        return str(choice["text"] or "")
+    part = choice["delta" if "delta" in choice else "message"]
+    names = ("content", "reasoning_content", "reasoning")
+    return next((str(part[name]) for name in names if part.get(name)), "")

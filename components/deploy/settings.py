@@ -128,6 +128,9 @@ class DeploySettings:
     """How long the candidate is observed at each share below 100, in seconds."""
     canary_limits: CanaryLimits = field(default_factory=CanaryLimits)
     """How much worse the candidate may serve."""
+    public_key: str = ""
+    """A PEM public key (EC, NIST curves), or the path of one: only versions that its private key
+    signed are served. Empty means no check, unless NUDGE_PUBLIC_KEY is set."""
     unverified: list[Literal["hf", "pvc"]] = field(default_factory=list)
     """Serve versions from ``hf://`` or ``pvc://``, whose files cannot be compared with the
     evaluated ones."""

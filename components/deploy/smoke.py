@@ -32,6 +32,10 @@ NEUTRAL: list[dict[str, Any]] = [
 """Fields of a request that ask for plain greedy decoding, by server; each refuses the others'."""
 
 
+Asked = str | list[dict[str, str]]
+"""A text to continue, or the turns of a chat that the model must answer."""
+
+
 @dataclass(frozen=True)
 class ModelServer:
     """Where a version answers, and the token that it asks for (none on this machine).
@@ -69,16 +73,33 @@ def smoke_test(server: ModelServer, version: Version, settings: DeploySettings) 
     prompt = settings.smoke_prompt
     with server.client() as client:
         _wait(client, server)
-        chat = bool(version.properties.get("chat"))
-        asked = [{"role": "user", "content": prompt}] if chat else prompt
+        asked = in_form_of(version, prompt)
         answer = _complete(client, version.model, asked, settings.smoke_tokens)["text"]
         if not answer.strip():
             raise UserError(
                 f"the smoke test of {version.model} failed: an empty answer to {prompt!r}"
             )
-        for expected in json.loads(str(version.properties.get("expected_next", "[]"))):
+        for expected in expected_next(version):
             _compare(client, version, expected, settings.smoke_tolerance)
     return str(answer)
+
+
+def expected_next(version: Version) -> list[dict[str, Any]]:
+    """What the evaluated model answers: ``prompt``, perhaps ``messages``, ``token`` and ``p``."""
+    return list(json.loads(str(version.properties.get("expected_next", "[]"))))
+
+
+def in_form_of(version: Version, prompt: str) -> Asked:
+    """A prompt as users of a version ask it: a user turn if it was trained on conversations."""
+    return [{"role": "user", "content": prompt}] if version.properties.get("chat") else prompt
+
+
+def request(model: str, asked: Asked, tokens: int) -> tuple[str, dict[str, Any]]:
+    """The path and the body of a request for a greedy answer of at most ``tokens`` tokens."""
+    body = {"model": model, "max_tokens": tokens, "temperature": 0.0, "n": 1}
+    if isinstance(asked, str):
+        return "/v1/completions", {**body, "prompt": asked}
+    return "/v1/chat/completions", {**body, "messages": asked}
 
 
 def _wait(client: Any, server: ModelServer) -> None:
@@ -137,7 +158,7 @@ def _likeliest(choice: dict[str, Any]) -> dict[str, float] | None:
 def _complete(
     client: Any,
     model: str,
-    asked: str | list[dict[str, str]],
+    asked: Asked,
     tokens: int,
     probabilities: bool = False,
 ) -> dict[str, Any]:
@@ -150,9 +171,7 @@ def _complete(
     import httpx
 
     chat = not isinstance(asked, str)
-    path = "/v1/chat/completions" if chat else "/v1/completions"
-    body: dict[str, Any] = {"model": model, "max_tokens": tokens, "temperature": 0.0, "n": 1}
-    body["messages" if chat else "prompt"] = asked
+    path, body = request(model, asked, tokens)
     wanted: dict[str, Any] = {"logprobs": True, "top_logprobs": TOP} if chat else {"logprobs": TOP}
     vllm, *others = NEUTRAL
     try:

@@ -21,15 +21,18 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.names import check_name
 from nudge.components.common.models.registered import expected
 from nudge.components.deploy.settings import DeploySettings
+from nudge.components.deploy.signed import check_signature
 
 FOLDER = "/mnt/models"
 """Where KServe puts a model in the server's container."""
 
 
 def check_version(version: Version, settings: DeploySettings) -> None:
-    """Raise `UserError` unless a version's names are sound and its URI is where its uploads are."""
+    """Raise `UserError` unless a version's names are sound, its URI is where its uploads are, and
+    the keys that are set signed it."""
     check_name("the model", version.model)
     check_name("the version", version.name)
+    check_signature(version, settings)
     title, uri = f"{version.model} {version.name}", version.uri
     scheme = uri.partition("://")[0]
     if scheme == "s3":

@@ -15,7 +15,7 @@ import numpy as np
 from nudge.components.common.artifacts.corpus import Document
 from nudge.components.common.artifacts.evaluation import LearnedSample
 from nudge.components.common.chat import ChatTemplate, Conversation, Message, Refusal
-from nudge.components.common.chat.masks import Encoder, Masked, Plain
+from nudge.components.common.chat.masks import Encoder, Masked, rendered
 from nudge.components.common.core.errors import UserError
 from nudge.components.evaluate.settings import EvaluateSettings
 from nudge.components.evaluate.texts import beginnings
@@ -87,8 +87,7 @@ class Scorer:
     def samples(self, conversation: Conversation) -> list[Masked]:
         """The ids and learned spans of a conversation; raises `Refusal` if it has none."""
         assert self._template is not None
-        texts = [Plain(each) for each in self._template.render(conversation)]
-        found = self._encoder.encode(texts)
+        found = self._encoder.encode(rendered(self._template, conversation))
         for each in found:
             if isinstance(each, Refusal):
                 raise each
@@ -151,7 +150,7 @@ def learned_samples(
     if template is None:
         return ()
     return tuple(
-        LearnedSample(text=each.text, learned=each.learned)
+        LearnedSample(text=each.rendered.text, learned=each.rendered.learned)
         for conversation in found[:SHOWN]
-        for each in template.render(conversation)[:1]
+        for each in rendered(template, conversation)[:1]
     )

@@ -40,7 +40,7 @@ def evaluate(
 
     from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.evaluate.evaluate import evaluate
-    from nudge.components.evaluate.settings import evaluate_settings
+    from nudge.components.evaluate.settings import evaluate_settings, prices_of
 
     with exit_with_user_errors():
         named = {"base_model": base_model, "model_name": model_name}
@@ -48,9 +48,9 @@ def evaluate(
         inputs = {"corpus": corpus, "model": model, "history": history}
         outputs = {"evaluation": evaluation, "report": report, "scores": scores}
         paths = {name: Path(artifact.path) for name, artifact in {**inputs, **outputs}.items()}
-        result = evaluate(settings, **paths)
+        result = evaluate(settings, prices_of(recipe), **paths)
         Path(evaluation_sha256).write_text(result["evaluation_sha256"])
-        for name in ("promote", "base_bits_per_byte", "candidate_bits_per_byte"):
-            if math.isfinite(result[name]):
-                metrics.log_metric(name, result[name])
+        for name, value in result.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                metrics.log_metric(name, value)
     return int(result["promote"])

@@ -4,14 +4,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from nudge.components.common.core.prices import Prices
 from nudge.components.common.core.publish import sha256_file
 from nudge.components.common.core.step import step
 from nudge.components.evaluate.settings import EvaluateSettings
+
+NO_PRICES = Prices()
 
 
 @step("evaluate", outputs=("evaluation", "report", "scores"), reuse=False)
 def evaluate(
     settings: EvaluateSettings,
+    prices: Prices = NO_PRICES,
+    /,
     *,
     corpus: Path,
     model: Path,
@@ -22,9 +27,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Find the version that is served now and the guards' texts, then `judge` the candidate.
 
-    Returns the results of `judge`, and ``evaluation_sha256``.
+    The evaluation and its report also say what the candidate took to make, and what that costs by
+    ``prices``. Returns the results of `judge`, ``evaluation_sha256``, and the total's figures.
     """
     # These load torch and transformers, which the pipeline's face must not need.
+    from nudge.components.evaluate.account import add_cost, track_evaluation
     from nudge.components.evaluate.incumbent import bring, find_incumbent
     from nudge.components.evaluate.judge import judge
     from nudge.components.evaluate.tasks import check_tasks
@@ -45,4 +52,6 @@ def evaluate(
     inputs = {"corpus": corpus, "model": model, "history": history}
     outputs = {"evaluation": evaluation, "report": report, "scores": scores}
     result = judge(plain, incumbent=incumbent, served=served, guards=guards, **inputs, **outputs)
-    return {**result, "evaluation_sha256": sha256_file(evaluation)}
+    cost = add_cost(evaluation, report, model, prices)
+    track_evaluation(evaluation, report, history)
+    return {**result, **cost, "evaluation_sha256": sha256_file(evaluation)}

@@ -111,10 +111,31 @@ def _preferred(client: Any, settings: JudgeSettings, question: str, a: str, b: s
     return letter
 
 
+ALONE = re.compile(r"[\W_]*([ABCabc])[\W_]*")
+STATED = re.compile(r"(?i:.*(?::|=|\bis))[\W_]*(?i:answer\s+)?([ABC])[\W_]*")
+BETTER = re.compile(
+    r"[\W_]*(?i:answer\s+)?([ABC])[\W_]*\s(?i:is\s+(?:clearly\s+|much\s+|the\s+)?better"
+    r"(?:\s+answer|\s+one|\s+than\s+(?:answer\s+)?[ABC])?)[\W_]*"
+)
+NEGATED = re.compile(r"\b(?:no|not|neither|nor|worse|weaker|less)\b|n't\b", re.IGNORECASE)
+
+
 def letter_in(text: str) -> str:
-    """The verdict in a judge's reply: ``A``, ``B`` or ``C``, or empty if there is none."""
+    """The verdict in a judge's reply: ``A``, ``B`` or ``C``, or empty if there is none.
+
+    The first or the last line must be a letter by itself, or state one at its end (``The better
+    answer is B``); a reply of one line may also be ``A is better``. Any other letter may be an
+    article or part of an explanation.
+    """
     # Reasoning is not a verdict, even if the token limit cut it off.
     reply = text.rpartition("</think>")[2].partition("<think>")[0]
-    # A lower-case letter counts only by itself, because "a" is also an article.
-    match = re.search(r"\b([ABC])\b", reply) or re.fullmatch(r"\W*([abc])\W*", reply)
-    return match[1].upper() if match else ""
+    lines = [line for line in reply.splitlines() if line.strip()]
+    forms = (ALONE, STATED, BETTER) if len(lines) == 1 else (ALONE, STATED)
+    found = {
+        match[1].upper()
+        for line in lines[:1] + lines[-1:]
+        if not NEGATED.search(line)
+        for match in (form.fullmatch(line) for form in forms)
+        if match
+    }
+    return found.pop() if len(found) == 1 else ""

@@ -249,6 +249,14 @@ def _colored(samples: Sequence[LearnedSample]) -> list[list[tuple[str, bool]]]:
     return colored
 
 
+def hours(value: float | None) -> str:
+    """Hours or kilowatt-hours to three significant digits, without an exponent."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    digits = 2 if not value else min(6, max(0, 2 - math.floor(math.log10(abs(value)))))
+    return f"{value:,.{digits}f}"
+
+
 def _finalize(value: Any) -> Any:
     if value is None or isinstance(value, jinja2.Undefined):
         return MISSING
@@ -264,7 +272,13 @@ PAGES = jinja2.Environment(
     lstrip_blocks=True,
 )
 PAGES.filters.update(
-    fixed=fixed, signed=signed, p=probability, surprise=surprise, token=token_text, short=short
+    fixed=fixed,
+    signed=signed,
+    p=probability,
+    surprise=surprise,
+    token=token_text,
+    short=short,
+    hours=hours,
 )
 PAGES.tests["finite"] = finite
 PAGES.globals["csp"] = CSP

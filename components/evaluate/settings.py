@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from nudge.components.common.clients.registry.names import OptionalRegistryName
 from nudge.components.common.clients.registry.url import RegistryUrl
 from nudge.components.common.core import default_guard
+from nudge.components.common.core.prices import Prices
 from nudge.components.common.core.recipe import some_settings, step_settings
 from nudge.components.common.core.sample_size import MIN_DOCUMENTS
 from nudge.components.common.core.settings import settings
@@ -214,3 +215,8 @@ def evaluate_settings(recipe: str, **overrides: Any) -> EvaluateSettings:
     if chosen.unverified:
         return chosen
     return replace(chosen, unverified=some_settings(Unverified, "deploy", recipe).unverified)
+
+
+def prices_of(recipe: str) -> Prices:
+    """The prices in a recipe's text, for the cost in the report."""
+    return step_settings(Prices, "prices", recipe)

@@ -181,6 +181,8 @@ class Documents:
         self._database.execute("SET enable_progress_bar = false")
         rest = ", ".join(f"{name} {ROW[name]}" for name in REST)
         self._database.execute(f"CREATE TABLE docs ({rest}, text_at BIGINT, characters BIGINT)")
+        # The sides of first user turns in earlier runs; see `twins`.
+        self._database.execute("CREATE TABLE remembered (first UBIGINT, side DOUBLE)")
         self._texts = (folder / "texts").open("w+b")
         self._rows: list[tuple[Any, ...]] = []
         self._unwritten_bytes = 0
@@ -235,6 +237,14 @@ class Documents:
                 turns = table["turns"].to_pylist()
                 columns |= {"doc": docs, "object": here, "turns": turns}
                 self._insert(columns, table["text"].to_pylist())
+
+    def remember(self, sides: Sequence[tuple[int, float]]) -> None:
+        """Add sides that an earlier run remembered, by the hash of a first user turn."""
+        firsts, values = [first for first, _ in sides], [side for _, side in sides]
+        self.run(
+            "INSERT INTO remembered SELECT unnest(?::UBIGINT[]), unnest(?::DOUBLE[])",
+            [firsts, values],
+        )
 
     def close(self) -> None:
         self._database.close()

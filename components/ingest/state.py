@@ -1,7 +1,8 @@
 """What ingest keeps between runs, so that the next run reads only new and changed objects.
 
 ``state_uri`` contains ``manifest.json`` (nudge.ingest-state, version 1) and Parquet files of clean
-documents, including dropped duplicates, since the document that they duplicate may disappear. The
+documents, including dropped duplicates, since the document that they duplicate may disappear, and
+one of sides (see `twins`), by hashes, since all documents of a cluster but one may disappear. The
 manifest lists each object by URI and version (ETag or time, and size) with its facts and the file
 with its documents. A file is used if its sha256 matches and cleaning has not changed (settings,
 code, libraries); otherwise its objects are reread. The manifest is written last, and files that it
@@ -25,8 +26,10 @@ from nudge.components.common.core.store import MANIFEST, Missing
 from nudge.components.ingest.duplicates import Documents
 from nudge.components.ingest.settings import IngestSettings
 from nudge.components.ingest.sources import Source
+from nudge.components.ingest.twins import sides_to_remember
 
 FORMAT, VERSION = "nudge.ingest-state", 1
+SIDES = "sides"
 FILES = 16
 """If there are more, all are rewritten as one."""
 CLEANING = (
@@ -82,14 +85,21 @@ class IngestState:
     ) -> None:
         self._uri, self._folder, self._store = uri, folder, open_store(uri)
         self._cleaning = _cleaning(settings, keep_out)
+        self._seed = settings.split_seed
+        self._remembered: list[tuple[int, float]] = []
         self._before: dict[str, Any] = {"objects": {}, "files": {}}
         with contextlib.suppress(Missing):
             manifest = read_manifest(self._fetch(MANIFEST), FORMAT, VERSION)
             if manifest["cleaning"] == self._cleaning:
                 self._before = manifest
+            elif SIDES in manifest:  # they outlive a change of cleaning
+                self._before[SIDES] = manifest[SIDES]
 
     def restore(self, sources: list[Source], documents: Documents) -> dict[int, dict[str, Any]]:
-        """Add the documents of unchanged objects; returns their facts by number."""
+        """Add the documents of unchanged objects, and the sides that earlier runs remembered;
+        returns the facts of these objects by number."""
+        self._remembered = self._sides()
+        documents.remember(self._remembered)
         unchanged: dict[str, dict[int, int]] = {}
         facts = {}
         for number, source in enumerate(sources):
@@ -123,7 +133,8 @@ class IngestState:
             name = before[sources[number].uri]["file"]
             files[name] = self._before["files"][name]
         new = [number for number in facts if number not in old]
-        if not new and len(before) == len(old):
+        sides = sides_to_remember(documents)
+        if not new and len(before) == len(old) and sides == self._remembered:
             return
         objects_kept = sum(1 for entry in before.values() if entry["file"] in files)
         if len(files) >= FILES or len(old) < objects_kept / 2:
@@ -140,14 +151,52 @@ class IngestState:
             fact, version = facts[number], sources[number].listed
             entry = {"version": version, "file": name, "number": number, "facts": fact}
             objects[sources[number].uri] = entry
-        body = {"cleaning": self._cleaning, "objects": objects, "files": files}
+        body: dict[str, Any] = {
+            "cleaning": self._cleaning,
+            "objects": objects,
+            "files": files,
+        }
+        kept = set(files)
+        if sides:
+            body[SIDES] = self._keep_sides(sides)
+            kept.add(body[SIDES]["file"])
         self._publish(body)
         with self._reported("tidied up"):
             self._store.delete(
                 name
                 for name in self._store.children()
-                if name.startswith("documents-") and name not in files
+                if name.startswith(("documents-", f"{SIDES}-")) and name not in kept
             )
+
+    def _sides(self) -> list[tuple[int, float]]:
+        """The remembered sides of first user turns; none if they were drawn with another seed."""
+        import pyarrow.parquet
+
+        known = self._before.get(SIDES)
+        if not known or known["split_seed"] != self._seed:
+            return []
+        try:
+            path = self._fetch(known["file"])
+        except Missing:
+            return []
+        table = pyarrow.parquet.read_table(path) if sha256_file(path) == known["sha256"] else None
+        path.unlink()
+        if table is None:
+            return []
+        return list(zip(table["first"].to_pylist(), table["side"].to_pylist(), strict=True))
+
+    def _keep_sides(self, sides: list[tuple[int, float]]) -> dict[str, Any]:
+        """Store sides; returns their entry in the manifest."""
+        import pyarrow.parquet
+
+        firsts, values = zip(*sides, strict=True)
+        path = self._folder / f"{SIDES}-{uuid.uuid4().hex}.parquet"
+        columns = {"first": pyarrow.array(firsts, pyarrow.uint64()), "side": list(values)}
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+        entry = {"file": path.name, "sha256": sha256_file(path), "split_seed": self._seed}
+        self._put(path)
+        path.unlink()
+        return entry
 
     def _publish(self, body: dict[str, Any]) -> None:
         path = self._folder / MANIFEST

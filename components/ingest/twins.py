@@ -6,6 +6,10 @@ for texts, and each pair is checked). Conversations connected by twins, or by be
 as a whole, form a cluster, and all of it has one split: that of the largest keyed hash of a first
 user turn in it. So twins never land on both sides, and as a corpus grows, a cluster can only change
 from held out to trained on.
+
+A conversation that so came to be trained on must not be held out after the rest of its cluster has
+vanished from the sources. The state of `ingest` therefore remembers its side by the hash of its
+first user turn (`sides_to_remember`); `judge` finds these in the table ``remembered``.
 """
 
 import functools
@@ -77,8 +81,11 @@ def judge(documents: Documents, prompts: str) -> None:
     )
     run(
         """CREATE TABLE sides AS
-        SELECT doc, max(share) OVER (PARTITION BY cluster) AS joint
-        FROM (SELECT doc, coalesce(u, doc) AS cluster, share FROM asked LEFT JOIN edges ON doc = v)
+        SELECT doc, max(greatest(share, side)) OVER (PARTITION BY cluster) AS joint
+        FROM (
+            SELECT doc, coalesce(u, doc) AS cluster, share, coalesce(side, 0) AS side
+            FROM asked LEFT JOIN edges ON doc = v LEFT JOIN remembered USING (first)
+        )
         """
     )
     run(
@@ -87,6 +94,23 @@ def judge(documents: Documents, prompts: str) -> None:
             coalesce(joint, side) AS side
         FROM found LEFT JOIN sides USING (doc) LEFT JOIN repeated USING (doc)
         """
+    )
+
+
+def sides_to_remember(documents: Documents) -> list[tuple[int, float]]:
+    """The side of each first user turn, by its hash, that a cluster has changed now or earlier;
+    none of a forgotten conversation. `judge` was called."""
+    if not documents.conversations:
+        return list(documents.query("SELECT first, side FROM remembered ORDER BY first"))
+    return list(
+        documents.query(
+            """SELECT first, max(side) FROM (
+                SELECT first, joint AS side FROM asked JOIN sides USING (doc) WHERE joint > share
+                UNION ALL SELECT first, side FROM remembered
+            ) WHERE first NOT IN (
+                SELECT first FROM asked JOIN verdicts USING (doc) WHERE reason = 'forgotten'
+            ) GROUP BY first ORDER BY first"""
+        )
     )
 
 

@@ -94,7 +94,7 @@ async def _version(client: Any, model_id: str, entry: Registration) -> Any:
             description=entry.description,
             custom_properties=storable(entry.properties),
         )
-        return await client.upsert_model_version(fresh, model_id)
+        return await client.register_version(fresh, model_id, entry.uri)
 
     return await _find_or_create(
         f"version {entry.version!r}",

@@ -18,6 +18,7 @@ from nudge.components.register import pending
 from nudge.components.register.entry import Registration, enter
 from nudge.components.register.evaluated import evaluated_manifest
 from nudge.components.register.settings import RegisterSettings
+from nudge.components.register.sign import signed
 
 
 @step("register", reuse=False)
@@ -58,6 +59,12 @@ def register(
     assert results.verdict is not None
     reason = results.verdict.reason
     candidate = results.models["candidate"]
+    manifest = evaluated_manifest(uri, settings.model_name, version, candidate)
+    evidence = {"manifest_sha256": manifest, "evaluation_sha256": digest}
+    signatures = signed(
+        model, facts, results, name=settings.model_name, version=version, uri=uri, run_id=run_id,
+        **evidence,
+    )  # fmt: skip
     entry = Registration(
         model_name=settings.model_name,
         version=version,
@@ -69,8 +76,8 @@ def register(
         registry_name=settings.registry_name,
         properties={
             **_properties(results, facts, run_id),
-            "manifest_sha256": evaluated_manifest(uri, settings.model_name, version, candidate),
-            "evaluation_sha256": digest,
+            **evidence,
+            **signatures,
         },
     )
     url = registry_url(settings.registry_url)
@@ -139,6 +146,7 @@ def _properties(
         "expected_next": json.dumps(_expected_next(results)),
         "chat": True if facts.chat else None,
         **comparison_properties(results.incumbent),
+        **(results.cost.properties() if results.cost else {}),
     }
     for name, metrics in results.metrics.items():
         flat |= {f"{name}.{key}": value for key, value in plain(metrics).items()}

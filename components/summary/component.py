@@ -24,6 +24,7 @@ def summary(
     """
     from pathlib import Path
 
+    from nudge.components.common.core.prices import Prices
     from nudge.components.common.core.provenance import this_run
     from nudge.components.common.core.recipe import some_settings, step_settings
     from nudge.components.common.core.step import exit_with_user_errors
@@ -43,4 +44,5 @@ def summary(
             error=status.error_message or "",
             page=Path(page.path),
             notifications=step_settings(NotifySettings, "notify", recipe),
+            prices=step_settings(Prices, "prices", recipe),
         )

@@ -9,7 +9,7 @@ from nudge.components.common.clients.registry.names import RegistryName
 from nudge.components.common.clients.registry.url import RegistryUrl
 from nudge.components.common.core.settings import settings
 
-Event = Literal["promoted", "refused", "failed", "awaiting approval"]
+Event = Literal["promoted", "refused", "failed", "awaiting approval", "over budget"]
 Channel = Literal["webhook", "slack", "teams", "email"]
 
 
@@ -32,7 +32,13 @@ class NotifySettings:
     NUDGE_NOTIFY_TEAMS (each a URL) and NUDGE_NOTIFY_SMTP (``smtp://user:password@host:587``, or
     ``smtps://``)."""
     events: list[Event] = field(
-        default_factory=lambda: ["promoted", "refused", "failed", "awaiting approval"]
+        default_factory=lambda: [
+            "promoted",
+            "refused",
+            "failed",
+            "awaiting approval",
+            "over budget",
+        ]
     )
     """About what. A night without new text is no event."""
     email_to: list[Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+$")]] = field(

@@ -10,28 +10,34 @@ from typing import Any
 import jinja2
 
 from nudge.components.common.artifacts.approval import read_approval
+from nudge.components.common.artifacts.cost import step_cost
+from nudge.components.common.artifacts.schema import plain as plain_values
 from nudge.components.common.clients.registry.lookup import (
     find_model,
     find_model_artifact,
     find_model_version,
 )
 from nudge.components.common.clients.registry.releases import NOT_PROMOTED, find_served
+from nudge.components.common.core.budget import OVER_BUDGET
 from nudge.components.common.core.environment import (
     NODE_ANNOTATION,
     PIPELINE_RUN_LABEL,
     in_pipeline_step,
 )
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.figures import amounts
+from nudge.components.common.core.prices import Prices
 from nudge.components.common.core.progress import RESULTS, last_events
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.sanitize import visible
 from nudge.components.common.core.say import say
 from nudge.components.common.core.step import step
+from nudge.components.common.core.usage import NOTHING, Usage, of_earlier_steps, usage_of
 from nudge.components.summary.notify import Notice, notify, shortened
 from nudge.components.summary.settings import NotifySettings
 
 NOTHING_NEW = "there is no new text: the served version was trained on all of it"
-NO_NOTIFICATIONS = NotifySettings()
+NO_NOTIFICATIONS, NO_PRICES = NotifySettings(), Prices()
 PATIENCE_S = 10.0
 READ_LINES, LOG_LINES = 100, 15
 """Of each step's log: how many of the last lines are searched for results, and how many are sent
@@ -74,6 +80,14 @@ It failed{% if task %} in `{{ task }}`{% endif %}: {{ error }}
 {% else %}
 Nothing was promoted: {{ missing | trim('.') }}. The served version has not changed.
 {% endif %}
+{% if used %}
+
+| step | used |
+|---|---|
+{% for name, amount in used.items() %}
+| {{ name }} | {{ amount }} |
+{% endfor %}
+{% endif %}
 """
 )
 
@@ -90,18 +104,24 @@ def summary(
     error: str,
     page: Path,
     notifications: NotifySettings = NO_NOTIFICATIONS,
+    prices: Prices = NO_PRICES,
 ) -> dict[str, Any]:
     """Write the page from the run's final state and the registry's record of its version.
 
     The exit handler cannot read the outputs of the steps, so it asks the registry. If the registry
     does not answer, the page says so: that does not mean that nothing was registered.
     ``notifications`` says whom to tell how the run ended (see `nudge.components.summary.notify`).
+    The page also lists what each step used, and what that costs by ``prices``.
     """
     from nudge.components.common.clients.registry.connection import registry_url, with_registry
 
     failed, why, verdict = _local_events()
-    if notifications.channels and in_pipeline_step():
-        failed, why, verdict = _cluster_events(run_id)
+    usages = of_earlier_steps(reused=False)
+    if (notifications.channels or prices.known) and in_pipeline_step():
+        results, failed, why = _cluster_logs(run_id)
+        verdict = _verdict(results)
+        found_usages = {name: usage_of(each.get("usage")) for name, each in results.items()}
+        usages = {name: each for name, each in found_usages.items() if each}
     task, error = failed or task, why or error
     found: dict[str, Any] | None = None
     missing = verdict or f"the registry has no version {version} of {model_name} by this run"
@@ -112,17 +132,22 @@ def summary(
         missing = f"it is unknown whether a version was registered ({problem})"
     values = {"run_id": run_id, "state": state, "task": task, "error": error}
     text = PAGE.render(
-        **values, model_name=model_name, version=version, found=found, missing=missing
+        **values,
+        model_name=model_name,
+        version=version,
+        found=found,
+        missing=missing,
+        used=_amounts(usages, prices),
     )
     write_atomic(page, text)
     promoted = bool(found and found["endpoint"])
-    results = {"state": state, "registered": bool(found), "promoted": promoted}
+    ended: dict[str, Any] = {"state": state, "registered": bool(found), "promoted": promoted}
     notice = _notice(Notice("", run_id, model_name, version, "", ""), task, error, missing, found)
     if sent := notify(notifications, notice) if notice else {}:
         for channel, outcome in sent.items():
             say(f"notify: {channel}: {outcome}", stdout=True)
-        results["notified"] = sent
-    return results
+        ended["notified"] = sent
+    return ended
 
 
 def _notice(
@@ -130,6 +155,10 @@ def _notice(
 ) -> Notice | None:
     """What to tell people about the run; None for a night without new text."""
     name = f"{blank.model} {blank.version}"
+    if OVER_BUDGET in error:
+        text = error[error.index(OVER_BUDGET) + len(OVER_BUDGET) :]
+        title = f"{blank.model}: the run {blank.run_id} is over budget"
+        return replace(blank, event="over budget", title=title, text=shortened(text))
     if error or task:
         title = f"{blank.model}: the run {blank.run_id} failed" + (f" in {task}" if task else "")
         return replace(blank, event="failed", title=title, text=shortened(error))
@@ -155,10 +184,34 @@ def _notice(
     )  # fmt: skip
 
 
-def _cluster_events(run_id: str) -> tuple[str, str, str]:
-    """The same as `_local_events` on a cluster, from the logs of the run's pods.
+def _amounts(usages: dict[str, Usage], prices: Prices) -> dict[str, str]:
+    """What each step used and all together, in words; empty if nothing is known."""
+    currency = prices.currency if prices.known else ""
+    together = {**usages, "together": sum(usages.values(), NOTHING)} if usages else {}
+    return {
+        name: amounts(plain_values(step_cost(usage, prices)), currency) or "nothing"
+        for name, usage in together.items()
+    }
 
-    A failed step's error is the end of its log. What cannot be read is left empty.
+
+def _cluster_events(run_id: str) -> tuple[str, str, str]:
+    """The same as `_local_events` on a cluster, from the logs of the run's pods."""
+    results, failed, why = _cluster_logs(run_id)
+    return failed, why, _verdict(results)
+
+
+def _verdict(results: dict[str, dict[str, Any]]) -> str:
+    """Why nothing is to be promoted, by the steps' results; empty if something is."""
+    if results.get("ingest", {}).get("new") == 0:
+        return NOTHING_NEW
+    evaluated = results.get("evaluate", {})
+    return "" if evaluated.get("promote", 1) else str(evaluated.get("reason", ""))
+
+
+def _cluster_logs(run_id: str) -> tuple[dict[str, dict[str, Any]], str, str]:
+    """The results of each step of a run on a cluster, the failed step, and its error.
+
+    The error is the end of its log. What cannot be read is left empty.
     """
     from nudge.components.common.clients.kube import POD, connect
 
@@ -180,11 +233,7 @@ def _cluster_events(run_id: str) -> tuple[str, str, str]:
                 failed, why = _step_of(pod), "\n".join(lines[-LOG_LINES:])
     except UserError as error:
         say(f"the logs of the run's steps cannot be read: {error}", stdout=True)
-    evaluated = results.get("evaluate", {})
-    verdict = "" if evaluated.get("promote", 1) else str(evaluated.get("reason", ""))
-    if results.get("ingest", {}).get("new") == 0:
-        verdict = NOTHING_NEW
-    return failed, why, verdict
+    return results, failed, why
 
 
 def _log_end(cluster: Any, pod: dict[str, Any]) -> list[str]:

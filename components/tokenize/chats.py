@@ -3,16 +3,15 @@
 import collections
 import datetime
 import functools
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from nudge.components.common.chat import ChatTemplate, Conversation, Learn, Refusal, Rendered
+from nudge.components.common.chat import ChatTemplate, Conversation, Learn, Refusal
 from nudge.components.common.chat.lengths import TooLong, cut_at_turn
-from nudge.components.common.chat.masks import Encoder, Masked, Plain, hidden
+from nudge.components.common.chat.masks import Encoder, Masked, Plain, rendered
 from nudge.components.common.chat.template import Origin
 from nudge.components.tokenize.ids import ids_of
 
@@ -81,8 +80,6 @@ class ChatEncoder:
             frozenset(chat.control_tokens),
             chat.date,
         )
-        longest_first = sorted(chat.control_tokens, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._encoder = Encoder(tokenizer, lambda texts: ids_of(texts, tokenizer, fast))
 
     def encode(
@@ -122,11 +119,11 @@ class ChatEncoder:
         return self.encode({0: part})[0]
 
     def _rendered(self, conversation: Conversation) -> list[Plain] | Refusal:
-        cleared: Callable[[Rendered], Plain] = Plain
+        learn = self._chat.learn
         try:
             if self._chat.spelled_out == "text":
-                conversation, cleared = hidden(conversation, self._control)
-            return [cleared(each) for each in self._template.render(conversation, self._chat.learn)]
+                return rendered(self._template, conversation, learn)
+            return [Plain(each) for each in self._template.render(conversation, learn)]
         except Refusal as refusal:
             return refusal
 

@@ -16,6 +16,7 @@ from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.recipe import step_settings
 from nudge.components.common.core.step import disk_is_full, exit_with_user_errors
 from nudge.components.common.core.uris import is_local, local_path
+from nudge.components.train.limits import limits_of
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.torchrun import ERROR_VARIABLE, TRANSIENT
 
@@ -37,7 +38,9 @@ def main(
 
             settings = step_settings(TrainSettings, "train", recipe, base_model=base_model)
             local = _local_tokens(tokens, Path(folder))
-            train_rank(settings, tokens=local, model=model, history=history, report=report)
+            limits = limits_of(recipe)
+            paths = {"tokens": local, "model": model, "history": history, "report": report}
+            train_rank(settings, limits, **paths)
         except BaseException as error:
             reported = error if isinstance(error, UserError) else None
             if disk_is_full(error):

@@ -29,6 +29,7 @@ def train(
     from nudge.components.common.core.recipe import step_settings
     from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.common.preflight.packages import check_packages
+    from nudge.components.train.limits import limits_of
     from nudge.components.train.settings import TrainSettings
     from nudge.components.train.train import train
 
@@ -40,7 +41,7 @@ def train(
             "history": Path(history.path),
             "report": Path(report.path),
         }
-        results = train(settings, tokens=Path(tokens.path), **paths)
+        results = train(settings, limits_of(recipe), tokens=Path(tokens.path), **paths)
         model.metadata.update(results)
         for name, value in results.items():
             metrics.log_metric(name, value)
@@ -84,6 +85,7 @@ def train_on_nodes(
     from nudge.components.common.core.recipe import step_settings
     from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.common.preflight.packages import check_packages
+    from nudge.components.train.limits import limits_of
     from nudge.components.train.settings import TrainSettings, on_nodes
     from nudge.components.train.train import train
 
@@ -104,7 +106,7 @@ def train_on_nodes(
             "history": Path(history.path),
             "report": Path(report.path),
         }
-        results = train(settings, tokens=Path(tokens.path), **paths)
+        results = train(settings, limits_of(recipe), tokens=Path(tokens.path), **paths)
         model.metadata.update(results)
         for name, value in results.items():
             metrics.log_metric(name, value)

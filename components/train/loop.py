@@ -12,6 +12,7 @@ import torch
 
 from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.progress import Progress
+from nudge.components.common.core.usage import plain_usage
 from nudge.components.common.models.language_model import likeliest, target_ids, target_probability
 from nudge.components.train.bad_numbers import find
 from nudge.components.train.checkpoints.checkpoints import Checkpoints
@@ -22,6 +23,7 @@ from nudge.components.train.network import Network
 from nudge.components.train.ranks import Ranks
 from nudge.components.train.record import NoTrainingLog, TrainingLog
 from nudge.components.train.settings import TrainSettings
+from nudge.components.train.spending import Spending
 from nudge.components.train.stopping import Stopping
 
 
@@ -88,14 +90,18 @@ def train_loop(
     record: TrainingLog | NoTrainingLog,
     checkpoints: Checkpoints,
     bar: Progress,
+    spending: Spending,
 ) -> TrainingState:
     """Train the network's model in place up to optimizer step ``steps``; return the final state.
 
     Training starts from the newest checkpoint if there is one. Raises `UserError` before a step
-    whose loss or gradient is not finite, and, after SIGTERM, once a checkpoint is written.
+    whose loss or gradient is not finite, and, after SIGTERM or when the budget does not suffice,
+    once a checkpoint is written.
     """
     ranks = network.ranks
     state = checkpoints.resume(network, optimizer, record) or TrainingState()
+    spending.resume(state)
+    first_step = state.step
     bar.advance(state.step)
     started = time.monotonic() - state.seconds
     if state.step == 0:
@@ -140,8 +146,13 @@ def train_loop(
             if state.step == steps or (every and state.step % every == 0):
                 better = _validate(network, validation, settings, state, record, checkpoints)
             due = state.step % settings.checkpoint_every == 0
-            if state.step < steps and (due or (better and settings.keeps_best)):
+            over = spending.after_step(state, steps, first_step) if state.step < steps else ""
+            if state.step < steps and (due or over or (better and settings.keeps_best)):
+                used = spending.total()
+                state.used = plain_usage(used)
                 checkpoints.save(network, optimizer, state, record)
+                if over := over or spending.at_checkpoint(used):
+                    raise spending.stop(over, state, steps, checkpoints.finish(state))
     checkpoints.wait_for_last(state)
     return state
 

@@ -12,6 +12,7 @@ from nudge.components.common.artifacts.schema import parse_artifact
 from nudge.components.common.artifacts.tokens import read_tokens_manifest, verified_tokenizer
 from nudge.components.common.core.progress import progress
 from nudge.components.common.core.publish import published, write_atomic
+from nudge.components.common.core.usage import plain_usage
 from nudge.components.common.models import language_model
 from nudge.components.common.models.base_model import model_sha256
 from nudge.components.common.models.end_of_document import document_start_id
@@ -20,6 +21,7 @@ from nudge.components.train.adapt import adapt, initial_adapters
 from nudge.components.train.checkpoints.open_checkpoints import open_checkpoints
 from nudge.components.train.checkpoints.training_state import TrainingState, identity
 from nudge.components.train.data import PackedSplit
+from nudge.components.train.limits import Limits
 from nudge.components.train.loop import make_optimizer, planned_steps, train_loop
 from nudge.components.train.model import Start, check_length, check_tokenizer, check_vocabulary
 from nudge.components.train.quantization_cost import quantization_cost
@@ -28,13 +30,21 @@ from nudge.components.train.record import NoBar, NoTrainingLog, open_record
 from nudge.components.train.report import render_report
 from nudge.components.train.result import facts_of, write_model
 from nudge.components.train.settings import TrainSettings
+from nudge.components.train.spending import Spending
 from nudge.components.train.torchrun import threads_each
 
 
 def train_one_rank(
-    settings: TrainSettings, ranks: Ranks, tokens: Path, model: Path, history: Path, report: Path
+    settings: TrainSettings,
+    ranks: Ranks,
+    tokens: Path,
+    model: Path,
+    history: Path,
+    report: Path,
+    limits: Limits,
 ) -> None:
     """Train as one of ``ranks``; the main rank writes the outputs. See `train`."""
+    spending = Spending(ranks, limits)
     manifest = read_tokens_manifest(tokens)
     check_tokenizer(manifest, settings)
     precision = networks.precision_on(ranks.device, settings.precision)
@@ -74,7 +84,7 @@ def train_one_rank(
         bar.note(stage="training")
         state = train_loop(
             network, optimizer, tokenizer, training, validation, settings, steps, record,
-            checkpoints, bar,
+            checkpoints, bar, spending,
         )  # fmt: skip
         facts["selected_on"] = []
         if settings.keeps_best:
@@ -84,10 +94,12 @@ def train_one_rank(
         bar.note(stage="writing the model")
         facts["training"] |= _training_facts(state, settings, ranks)
         write_model(model_part, start, network, settings, tokenizer, facts)
+        facts["training"]["usage"] = plain_usage(spending.total())
         if ranks.main:
             facts["weights_sha256"] = model_sha256(model_part)
             write_model_facts(model_part, parse_artifact(facts, ModelFacts, "the model's facts"))
             write_atomic(report, render_report(facts, record.lines))
+            record.report(report)
 
 
 def _load_network(

@@ -4,17 +4,14 @@ the job's status if this is a TrainJob."""
 import contextlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from nudge.components.common.core.sanitize import masked
-from nudge.components.common.core.say import say
+from nudge.components.common.clients.tracking import Tracking
 from nudge.components.train.cluster.job_status import JobStatus, open_job_status
 
 METRICS, PROBES = "metrics.jsonl", "probes.jsonl"
-MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
 class TrainingLog:
@@ -24,7 +21,7 @@ class TrainingLog:
     ``replay``, so that its history is complete.
     """
 
-    def __init__(self, folder: Path, board: Any, tracking: "Tracking", status: JobStatus) -> None:
+    def __init__(self, folder: Path, board: Any, tracking: Tracking, status: JobStatus) -> None:
         self.lines: dict[str, list[str]] = {METRICS: [], PROBES: []}
         self._files: dict[str, IO[str]] = {
             name: (folder / name).open("w", encoding="utf-8", buffering=1) for name in self.lines
@@ -48,6 +45,10 @@ class TrainingLog:
             self.metric(json.loads(line))
         for line in lines[PROBES]:
             self.probe(json.loads(line))
+
+    def report(self, path: Path) -> None:
+        """Store the training's page in MLflow."""
+        self._tracking.file(path, "train.html")
 
     def close(self) -> None:
         for file in self._files.values():
@@ -83,6 +84,9 @@ class NoTrainingLog:
     def replay(self, lines: dict[str, list[str]]) -> None:
         pass
 
+    def report(self, path: Path) -> None:
+        pass
+
 
 class NoBar:
     """A progress bar for ranks that display nothing."""
@@ -94,55 +98,6 @@ class NoBar:
         pass
 
 
-class Tracking:
-    """A run in MLflow, or none.
-
-    If MLflow fails, it prints a warning and stops tracking, but training continues: a pipelines
-    server may set MLflow's variables in pods whose image has no mlflow.
-    """
-
-    def __init__(self) -> None:
-        self._mlflow: Any = None
-
-    def start(self, name: str, settings: dict[str, Any]) -> None:
-        """Start the run if MLFLOW_TRACKING_URI is set."""
-        if not os.environ.get(MLFLOW_VARIABLE, "").strip():
-            return
-        # MLflow's own default is 7 retries per request, which takes minutes if nothing answers.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        with self._or_warn():
-            import mlflow
-
-            self._mlflow = mlflow
-            mlflow.start_run(run_name=name)
-            mlflow.log_params({key: masked(str(value))[:500] for key, value in settings.items()})
-
-    def metrics(self, values: dict[str, float], step: int) -> None:
-        if self._mlflow is not None:
-            with self._or_warn():
-                self._mlflow.log_metrics(values, step=step, synchronous=False)
-
-    def end(self, status: str) -> None:
-        """End the run as FINISHED or FAILED."""
-        if self._mlflow is not None:
-            with self._or_warn():
-                self._mlflow.end_run(status)
-
-    @contextlib.contextmanager
-    def _or_warn(self) -> Iterator[None]:
-        try:
-            yield
-        # MLflow's plugins and transports may raise anything; none of it should end the training.
-        except Exception as error:  # noqa: BLE001
-            self._mlflow = None
-            missing = isinstance(error, ModuleNotFoundError) and error.name == "mlflow"
-            reason = "mlflow is not installed" if missing else f"{type(error).__name__}: {error}"
-            warning = f"warning: {MLFLOW_VARIABLE} is set, but the run is not tracked: {reason}"
-            advice = "; pip install 'nudge-lm[mlflow]', or unset it" if missing else ""
-            say(f"{warning}{advice}")
-
-
 @contextlib.contextmanager
 def open_record(
     folder: Path, name: str, settings: dict[str, Any], steps: int
@@ -151,7 +106,7 @@ def open_record(
     MLflow if it is configured and works."""
     from tensorboardX import SummaryWriter
 
-    with _tracked(name, settings) as tracking, open_job_status(steps) as status:
+    with _tracked(name, settings, folder) as tracking, open_job_status(steps) as status:
         board = SummaryWriter(str(folder / "tensorboard"), write_to_disk=True)
         record = TrainingLog(folder, board, tracking, status)
         try:
@@ -161,11 +116,12 @@ def open_record(
 
 
 @contextlib.contextmanager
-def _tracked(name: str, settings: dict[str, Any]) -> Iterator[Tracking]:
+def _tracked(name: str, settings: dict[str, Any], folder: Path) -> Iterator[Tracking]:
     tracking = Tracking()
     tracking.start(name, settings)
     try:
         yield tracking
+        tracking.write(folder)
     except BaseException:
         tracking.end("FAILED")
         raise

@@ -11,6 +11,7 @@ from nudge.components.common.artifacts.model import read_model_facts
 from nudge.components.common.artifacts.tokens import ChatFacts, Tokens
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.provenance import code_version
+from nudge.components.common.core.usage import NOTHING, usage_of
 from nudge.components.common.models.end_of_document import end_of_document_id
 from nudge.components.common.models.registered import split_pin
 from nudge.components.train.adapt import lora_config
@@ -90,6 +91,7 @@ def parse_chat(facts: dict[str, Any]) -> ChatFacts | None:
 def results(model: Path, history: Path) -> dict[str, Any]:
     """The step's summary figures, read from its finished outputs."""
     training = read_model_facts(model).training
+    used = usage_of(training.usage) or NOTHING
     lines = (history / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     values = [json.loads(line) for line in lines]
     losses = [value["loss"] for value in values if "loss" in value]
@@ -100,6 +102,8 @@ def results(model: Path, history: Path) -> dict[str, Any]:
         "loss": losses[-1],
         "validation_loss": validation[-1],
         "tokens_per_s": training.tokens_per_s,
+        "core_hours": used.core_hours,
+        "gpu_hours": used.gpu_hours,
     }
 
 

@@ -24,6 +24,7 @@ import psutil
 
 from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.processes import RANK_CHILD, child_environment, usable_cores
+from nudge.components.train.limits import NO_LIMITS, Limits
 from nudge.components.train.settings import TrainSettings
 
 ERROR_VARIABLE = "NUDGE_ERROR_FILE"
@@ -47,14 +48,17 @@ def processes_wanted(settings: TrainSettings) -> int:
     return count if count > 1 else 0
 
 
-def run_ranks(count: int, settings: TrainSettings, paths: dict[str, Path]) -> None:
+def run_ranks(
+    count: int, settings: TrainSettings, paths: dict[str, Path], limits: Limits = NO_LIMITS
+) -> None:
     """Run ``count`` ranks until they end, and forward SIGTERM to them.
 
     Raises `UserError` with the message of the rank that failed, and `Transient` if one died.
     """
     with tempfile.TemporaryDirectory() as folder:
         recipe, error = Path(folder) / "recipe.json", Path(folder) / "error"
-        recipe.write_text(json.dumps({"train": dataclasses.asdict(settings)}), encoding="utf-8")
+        values = {"train": dataclasses.asdict(settings), **limits.plain()}
+        recipe.write_text(json.dumps(values), encoding="utf-8")
         command = [
             *(sys.executable, "-P", "-m", "torch.distributed.run", *on_this_machine(Path(folder))),
             *("--nproc-per-node", str(count), "-m", "nudge.components.train"),

@@ -4,13 +4,24 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from nudge.components.common.artifacts.model import read_model_facts
+from nudge.components.common.clients.tracking import track_history
 from nudge.components.common.core.step import step
+from nudge.components.common.core.usage import NOTHING, Usage, add, of_earlier_steps, usage_of
+from nudge.components.train.limits import NO_LIMITS, Limits
 from nudge.components.train.settings import TrainSettings
 
 
-@step("train", outputs=("model", "history", "report"))
+@step("train", outputs=("model", "history", "report"), no_inputs=("limits",))
 def train(
-    settings: TrainSettings, *, tokens: Path, model: Path, history: Path, report: Path
+    settings: TrainSettings,
+    limits: Limits = NO_LIMITS,
+    /,
+    *,
+    tokens: Path,
+    model: Path,
+    history: Path,
+    report: Path,
 ) -> dict[str, Any]:
     """Train a base model, or a fresh one, on token shards.
 
@@ -26,8 +37,9 @@ def train(
     - ``report``: an HTML page.
 
     If torchrun's variables are set, this process is one rank of several, and rank 0 writes. Raises
-    `UserError` if the tokenizer does not fit the model, the loss is not finite, memory runs out, or
-    a checkpoint is from another run.
+    `UserError` if the tokenizer does not fit the model, the loss is not finite, memory runs out, a
+    checkpoint is from another run, or the run needs more than its ``limits`` (found out once the
+    speed is known, and at each checkpoint).
     """
     from nudge.components.common.models.base_model import resolved
     from nudge.components.train.result import results
@@ -36,19 +48,38 @@ def train(
     # The served model may change meanwhile; resolve it once for all ranks and the lineage.
     settings = dataclasses.replace(settings, base_model=resolved(settings.base_model))
     paths = {"tokens": tokens, "model": model, "history": history, "report": report}
+    spent = sum(of_earlier_steps(reused=False).values(), NOTHING)
+    limits = dataclasses.replace(limits, used=spent)
     if settings.launcher != "local":
         from nudge.components.train.cluster.launch import launch
 
-        launch(settings, paths)
+        launch(settings, paths, limits)
+        track_history(history, model.name, dataclasses.asdict(settings), report)
+        # Its wall time is this step's own.
+        add(dataclasses.replace(training_usage(model), seconds=0.0))
     elif count := processes_wanted(settings):
-        run_ranks(count, settings, paths)
+        run_ranks(count, settings, paths, limits)
+        # The ranks are children of this process, which counts all but their GPUs.
+        add(Usage(gpu_seconds=training_usage(model).gpu_seconds))
     else:
-        train_rank(settings, **paths)
+        train_rank(settings, limits, **paths)
     return results(model, history)
 
 
+def training_usage(model: Path) -> Usage:
+    """What the ranks that trained a model used, by its facts."""
+    return usage_of(read_model_facts(model).training.usage) or NOTHING
+
+
 def train_rank(
-    settings: TrainSettings, *, tokens: Path, model: Path, history: Path, report: Path
+    settings: TrainSettings,
+    limits: Limits = NO_LIMITS,
+    /,
+    *,
+    tokens: Path,
+    model: Path,
+    history: Path,
+    report: Path,
 ) -> None:
     """Train as the rank that torchrun's variables describe, or alone; see `train`."""
     from nudge.components.train.memory import explain_out_of_memory
@@ -56,4 +87,4 @@ def train_rank(
     from nudge.components.train.ranks import joined_ranks
 
     with explain_out_of_memory(settings), joined_ranks() as ranks:
-        train_one_rank(settings, ranks, tokens, model, history, report)
+        train_one_rank(settings, ranks, tokens, model, history, report, limits)

@@ -12,7 +12,13 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from nudge.components.common.core.figures import MISSING, finite, probability
+from nudge.components.common.core.figures import (
+    MISSING,
+    amounts,
+    finite,
+    per_gain,
+    probability,
+)
 from nudge.components.common.core.guard import header_file, is_here
 from nudge.components.common.core.progress import RESULTS, SHOWN, figures
 from nudge.components.common.core.say import say
@@ -287,6 +293,9 @@ def _where(values: dict[str, Any]) -> Table:
     rows = {"verdict": values["reason"], "model": values["model_uri"]}
     if values["version"]:
         rows["registered"] = f"{values['registered_model']} {values['version']}"
+    usage, cost = values.get("usage") or {}, values.get("cost") or {}
+    used = amounts(usage.get("total") or {}, usage.get("currency") or "")
+    rows["used"] = "; ".join(filter(None, (used, per_gain(cost))))
     return _rows(rows)
 
 

@@ -188,6 +188,9 @@ def comparison(found: "list[PastRun]") -> dict[str, Any]:
         key: [run.row()[key] for run in found]
         for key in ("recipe", "state", "version", "seconds", "bits_per_byte", "difference")
     }
+    for key in ("core_hours", "gpu_hours", "cost"):
+        if any(values := [run.row()[key] for run in found]):
+            outcome[key] = values
     for name in ("base", "incumbent"):
         metrics = [(run.result.get("metrics") or {}).get(name) or {} for run in found]
         outcome[f"{name}_bits_per_byte"] = [each.get("bits_per_byte") for each in metrics]

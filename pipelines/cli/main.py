@@ -60,6 +60,10 @@ COMMANDS = {
     "register": Command(
         "release:register", "Finish an interrupted registration.", ("data", "release", "local")
     ),
+    "verify": Command("verify:verify", "Check the signature of a version.", ("release", "local")),
+    "registry": Command(
+        "registry:registry", "Copy models between registries.", ("release", "local")
+    ),
     "compile": Command("compiling:compile_", "Write the pipelines as YAML.", ("pipeline",)),
     "upload": Command("cluster:upload", "Upload a pipeline to a server.", ("pipeline",)),
     "submit": Command("cluster:submit", "Run a pipeline on a server.", ("pipeline", "data")),

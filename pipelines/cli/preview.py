@@ -127,6 +127,7 @@ class _TemplateOnce:
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
+        self._settings = STEPS["tokenize"].read_settings(recipe.text)
         self.made: ChatTemplate | None = None
 
     def texts(self, row: Any) -> list[Rendered]:
@@ -134,21 +135,26 @@ class _TemplateOnce:
         if row.turns is None:
             return [Rendered(row.text, ((0, len(row.text)),))]
         learn: Learn = (self._recipe.values.get("train") or {}).get("learn", "assistant")
-        return self.get().render(from_json(row.text), learn)
+        from nudge.components.common.chat.masks import rendered
+
+        template, conversation = self.get(), from_json(row.text)
+        if self._settings.control_tokens == "refuse":
+            return template.render(conversation, learn)
+        return [each.rendered for each in rendered(template, conversation, learn)]
 
     def get(self) -> ChatTemplate:
         """The template; raises `UserError` if the base model has none that can be used."""
         if self.made is None:
             from nudge.components.common.models.base_model import local_tokenizer
 
-            settings = STEPS["tokenize"].read_settings(self._recipe.text)
+            settings = self._settings
             if settings.tokenizer == "train":
                 raise UserError(
                     "conversations need the tokenizer of a base model with an end-of-turn token; "
                     "set base_model and remove tokenize.tokenizer: train"
                 )
             folder = local_tokenizer(settings.base_model)
-            self.made = template_of_folder(folder, getattr(settings, "chat_template", ""))
+            self.made = template_of_folder(folder, settings.chat_template)
         return self.made
 
 

@@ -149,8 +149,9 @@ def execute(
 
     Raises `UserError` if something is missing before it starts.
     """
-    from nudge.pipelines.local import following
+    from nudge.pipelines.local import budget, following
 
+    budget.check(recipe, home)
     compiled, variables = _prepare(recipe, home, engine, compiled, from_env)
     current = _begin(recipe, home, fresh)
     follow = following.follow(

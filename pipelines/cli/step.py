@@ -85,6 +85,7 @@ def _run(each: steps.Step, arguments: dict[str, Any]) -> None:
     if each.settings:
         loaded = load(arguments.pop("recipe_name"), arguments.pop("overrides"))
         positional.append(each.read_settings(loaded.text))
+        positional += each.read_about_run(loaded.text)
     if into:
         outputs = {name: into / name for name in each.outputs}
         if there := [str(path) for path in outputs.values() if path.exists()]:

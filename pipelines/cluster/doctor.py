@@ -10,10 +10,12 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nudge.components.common.core import environment
 from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.images import TAG
 
 DISK_GB = 10.0
 """What the default recipe, its caches and its services need, with room to spare."""
@@ -59,6 +61,8 @@ def examine() -> list[Finding]:
         "pipelines server": _pipelines,
         "permissions": _permissions,
         "pod security": _pod_security,
+        "cluster versions": _cluster_versions,
+        "nudge versions": _nudge_versions,
     }
     return [_finding(name, check) for name, check in checks.items()]
 
@@ -199,6 +203,7 @@ def _registry() -> Finding:
 
 def _pipelines() -> Finding:
     from nudge.pipelines.cluster.connect import connect
+    from nudge.pipelines.cluster.versions import server_release
 
     try:
         server = connect()
@@ -207,14 +212,14 @@ def _pipelines() -> Finding:
         state = "not used" if unknown else "missing"
         return Finding("pipelines server", state, str(error))
     try:
-        health = server.api("HealthzServiceApi").healthz_service_get_healthz
-        server.change("ask for its health", health)
+        release = server_release(server)
         runs = server.api("RunServiceApi").run_service_list_runs
         server.change("list the runs", runs, page_size=1, namespace=server.namespace)
     except UserError as error:
         sentence, _, fix = str(error).partition(": ")
         return Finding("pipelines server", "missing", f"{server.url}: {sentence} failed", fix)
-    return Finding("pipelines server", "ok", server.url)
+    shown = f"{server.url} (Kubeflow Pipelines {release})" if release else server.url
+    return Finding("pipelines server", "ok", shown)
 
 
 def _permissions() -> Finding:
@@ -262,6 +267,53 @@ def _pod_security() -> Finding:
     )
     found_text = f"the namespace {meta['name']} enforces restricted: no model can be served in it"
     return Finding("pod security", "missing", found_text, fix)
+
+
+def _cluster_versions() -> Finding:
+    """Whether the cluster's components serve a version of their API that nudge speaks."""
+    from nudge.pipelines.cluster import versions
+
+    name = "cluster versions"
+    if shutil.which("oc") is None:
+        return Finding(name, "not used", "`oc` is not installed")
+
+    def get(path: str) -> dict[str, Any] | None:
+        asked = _oc("get", "--raw", path)
+        try:
+            answer = json.loads(asked.stdout) if asked.returncode == 0 else None
+        except ValueError:
+            return None
+        return answer if isinstance(answer, dict) else None
+
+    if get("/version") is None:
+        return Finding(name, "not used", "the cluster does not answer `oc`")
+    found = versions.served(get)
+    listed = _oc("get", "clusterserviceversions", "--output=name").stdout.split()
+    operators = versions.operators(each.rpartition("/")[2] for each in listed)
+    shown = ", ".join([*operators, *found.known])
+    if found.absent:
+        shown += f"; not there: {', '.join(found.absent)}"
+    if found.unknown:
+        fix = "compare the releases with the table in docs/cluster.md; a newer nudge may speak it"
+        return Finding(name, "missing", "; ".join(found.unknown), fix)
+    return Finding(name, "ok", shown)
+
+
+def _nudge_versions() -> Finding:
+    """Whether client, uploaded pipelines and their images are of one release of nudge."""
+    from nudge.pipelines.cluster.connect import connect
+    from nudge.pipelines.cluster.versions import skew
+
+    name = "nudge versions"
+    try:
+        found, different = skew(connect())
+    except UserError:  # the check of the server says why
+        return Finding(name, "not used", "no pipelines server answers")
+    client = f"client {TAG}"
+    if not different:
+        return Finding(name, "ok", ", ".join([client, *found]))
+    fix = "upgrade in the order of docs/cluster.md (Upgrade): images, then `nudge upload`"
+    return Finding(name, "missing", "; ".join(different), fix)
 
 
 def _oc(*arguments: str) -> subprocess.CompletedProcess[str]:

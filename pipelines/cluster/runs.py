@@ -204,7 +204,7 @@ def submit(
     made = server.change(
         f"start a run of {pipeline}", server.api("RunServiceApi").run_service_create_run, body
     )
-    paths = nodes.paths(_spec(newest))
+    paths = nodes.paths(spec_of(newest))
     steps = {name: StepState(name) for name in paths}
     return Following(made.run_id, run_link(server, made.run_id), steps=steps, paths=paths)
 
@@ -268,7 +268,7 @@ def coerce_parameters(version: Any, parameters: dict[str, Any]) -> dict[str, Any
     Raises `UserError` for an unknown, missing or wrongly typed parameter, and for a value that a
     pipeline with the step `register` could not register.
     """
-    known = _spec(version).get("root", {}).get("inputDefinitions", {}).get("parameters", {})
+    known = spec_of(version).get("root", {}).get("inputDefinitions", {}).get("parameters", {})
     for name in parameters.keys() - known.keys():
         if name in ("cpu", "memory") and "size" in known:
             raise UserError(
@@ -292,7 +292,7 @@ def coerce_parameters(version: Any, parameters: dict[str, Any]) -> dict[str, Any
         name: _coerced(name, value, known[name].get("parameterType", ""))
         for name, value in parameters.items()
     }
-    if "register" in nodes.paths(_spec(version)):
+    if "register" in nodes.paths(spec_of(version)):
         check_parameters(made)
     return made
 
@@ -311,7 +311,8 @@ def _coerced(name: str, value: Any, type: str) -> Any:
     return made
 
 
-def _spec(version: Any) -> dict[str, Any]:
+def spec_of(version: Any) -> dict[str, Any]:
+    """The pipeline's own spec in a version from the server, without that of its platforms."""
     spec = version.pipeline_spec or {}
     return dict(spec.get("pipeline_spec", spec))
 

@@ -58,6 +58,25 @@ class PastRun:
     """The object that `nudge run --json` printed; empty if the run did not end."""
 
     @property
+    def spent(self) -> dict[str, Any]:
+        """What the run used in all: core_hours, gpu_hours, kwh and cost, as far as known."""
+        return _mapping(_mapping(self.result, "usage"), "total")
+
+    def spent_on(self, step: str) -> dict[str, Any]:
+        """The same for one of its steps."""
+        return _mapping(_mapping(_mapping(self.result, "usage"), "steps"), step)
+
+    @property
+    def currency(self) -> str:
+        """Of its costs; empty if its recipe has no prices."""
+        return str(_mapping(self.result, "usage").get("currency") or "")
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """What its candidate took to make, reused steps included (a plain `Cost`)."""
+        return _mapping(self.result, "cost")
+
+    @property
     def page(self) -> Path:
         """The run's own page, which links the reports of its steps."""
         return self.folder / "index.html"
@@ -87,6 +106,10 @@ class PastRun:
             "version": self.version or None,
             "bits_per_byte": self.bits_per_byte,
             "difference": self.difference,
+            "core_hours": _number(self.spent, "core_hours"),
+            "gpu_hours": _number(self.spent, "gpu_hours"),
+            "cost": _number(self.spent, "cost"),
+            "currency": self.currency or None,
             "reason": self.reason,
             "page": str(self.page) if self.page.is_file() else None,
             "folder": str(self.folder),
@@ -186,6 +209,12 @@ def _outcome(result: dict[str, Any]) -> dict[str, Any]:
     }
     names = {"recipe": result.get("recipe"), "model": result.get("registered_model")}
     return found | {key: str(value) for key, value in names.items() if value}
+
+
+def _mapping(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """The mapping below a key; empty if there is none, as in the result of an older nudge."""
+    found = values.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def _number(values: Any, key: str) -> float | None:

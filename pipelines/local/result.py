@@ -4,9 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nudge.components.common.artifacts.cost import step_cost
 from nudge.components.common.artifacts.evaluation import Evaluation, read_evaluation
+from nudge.components.common.artifacts.schema import plain
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.prices import Prices
 from nudge.components.common.core.publish import write_atomic
+from nudge.components.common.core.recipe import step_settings
 from nudge.components.common.core.say import say
+from nudge.components.common.core.usage import NOTHING, usage_of
 from nudge.pipelines.local import history, run_page
 from nudge.pipelines.local.run import Run
 from nudge.pipelines.steps import NOTHING_NEW, PIPELINE, STEPS
@@ -28,7 +34,9 @@ def result(run: Run) -> dict[str, Any]:
     missing (deploy.approval).
     model_path, report, page: local files; the page links every step's report. model_uri: in the
     object store; registered_model, version: in the registry; endpoint, served_model: for OpenAI's
-    API. error: None, or what failed.
+    API. usage: what this run spent, by step and as a total: {core_hours, gpu_hours, kwh, cost}; a
+    reused step cost nothing. cost: what the candidate took to make, reused steps included, and per
+    gained bit per byte; None if not evaluated. error: None, or what failed.
     """
     evaluation = _evaluation(run)
     results = {name: step.results for name, step in run.steps.items()}
@@ -69,6 +77,8 @@ def result(run: Run) -> dict[str, Any]:
         "served_model": results["deploy"].get("served_model"),
         "report": str(run.folder / "report.html") if report else None,
         "page": str(run.folder / "index.html"),
+        "usage": usage(run),
+        "cost": evaluation.cost and plain(evaluation.cost),
         "seconds": round(run.seconds, 3),
         "overhead_seconds": round(run.seconds - sum(s.seconds for s in run.steps.values()), 3),
         "error": failed.error if failed else None,
@@ -90,6 +100,22 @@ def result(run: Run) -> dict[str, Any]:
     if run.exit_status and not failed:
         values["error"] = f"the pipeline ended with status {run.exit_status}; see {run.log}"
     return values
+
+
+def usage(run: Run) -> dict[str, Any]:
+    """What the run spent: ``steps`` and ``total``, and the ``currency`` of a cost."""
+    try:
+        prices = step_settings(Prices, "prices", run.recipe.text)
+    except UserError:  # the recipe of a run that an older nudge began
+        prices = Prices()
+    spent = {name: usage_of(step.usage) for name, step in run.steps.items()}
+    known = {name: each for name, each in spent.items() if each}
+    total = sum(known.values(), NOTHING)
+    return {
+        "steps": {name: plain(step_cost(each, prices)) for name, each in known.items()},
+        "total": plain(step_cost(total, prices)),
+        "currency": prices.currency if prices.known else "",
+    }
 
 
 def keep_result(run: Run) -> dict[str, Any]:

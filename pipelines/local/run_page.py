@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from nudge.components.common.core.figures import amounts, per_gain
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.sanitize import CSP, masked, visible
 from nudge.pipelines.local.history import PastRun, curve
@@ -74,12 +75,15 @@ def render(run: PastRun, links: list[dict[str, str]]) -> str:
         headline=HEADLINES.get(run.state, run.state),
         reference="the version served then" if "incumbent" in metrics else "the base model",
         duration=duration(run.seconds or 0),
+        spent=amounts(run.spent, run.currency),
+        per_gain=per_gain(run.cost),
         links=links,
         steps=[
             {
                 "name": step.name,
                 "status": step.status,
                 "seconds": f"{step.seconds:.1f}" if step.seconds else "",
+                "usage": amounts(run.spent_on(step.name), run.currency),
                 "result": step.error or described(step.name, step.results),
             }
             for step in run.steps.values()

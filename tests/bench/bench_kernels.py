@@ -296,7 +296,7 @@ def _without_gradients(*leaves: Tensor) -> None:
         leaf.grad = None
 
 
-def masked(shape: Shape) -> list[Measure]:
+def masked(shape: Shape, rounds: int = ROUNDS) -> list[Measure]:
     """The cost of masked rows, and how far the gradients are from those of eager."""
     hidden, weight, targets = draw(shape)
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(1))
@@ -307,7 +307,7 @@ def masked(shape: Shape) -> list[Measure]:
         part = targets.clone()
         part[order[: percent * len(targets) // 100].to(DEVICE)] = -100
         cases[percent] = part, len(targets) - percent * len(targets) // 100
-    for number in range(ROUNDS + 1):  # the first round warms up
+    for number in range(rounds + 1):  # the first round warms up
         for percent, (part, valid) in cases.items():
 
             def run(part: Tensor = part, valid: int = valid) -> Tensor:
@@ -404,12 +404,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="compare the fused loss with its peers")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--masked", action="store_true", help="measure only masked rows")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="with --masked")
     given = parser.parse_args()
     if given.memory_of:
         print(_extra_memory_here(SMOLLM2, given.memory_of))
         return
     if given.masked:
-        publish("kernels-masked", masked(SMOLLM2), ["torch"], device_name())
+        publish("kernels-masked", masked(SMOLLM2, given.rounds), ["torch"], device_name())
         return
     if CUDA and (why := native.why_not(torch.cuda.current_device())):
         print(f"running without the kernel: {why}")

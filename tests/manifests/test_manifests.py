@@ -35,8 +35,13 @@ KUBERNETES = "1.33"
 @functools.cache
 def built(folder: str) -> list[dict[str, Any]]:
     """The objects that `kubectl kustomize` builds of a folder; the connection from its example."""
+    return kustomized(_with_connection(folder))
+
+
+def kustomized(folder: Path) -> list[dict[str, Any]]:
+    """The objects of a folder that may be anywhere."""
     kubectl = str(Path(sys.executable).parent / "kubectl")
-    command = [kubectl, "kustomize", str(_with_connection(folder))]
+    command = [kubectl, "kustomize", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "deprecated" not in done.stderr
@@ -50,6 +55,7 @@ def _with_connection(folder: str) -> Path:
 
     copy = Path(tempfile.mkdtemp()) / folder
     shutil.copytree(ROOT / folder, copy)
+    shutil.copytree(ROOT / "project", copy.parent / "project")
     shutil.copy(copy / "data-connection.env.example", copy / "data-connection.env")
     return copy
 
@@ -227,10 +233,10 @@ def test_names_that_belong_together_agree() -> None:
     storage = server["spec"]["objectStorage"]["externalStorage"]
     assert storage["s3CredentialsSecret"]["secretName"] == CONNECTION
     for binding in of_kind("RoleBinding"):
-        if binding["metadata"]["name"] == "nudge-runner":
+        if binding["metadata"]["name"].partition(".")[0] == "nudge-runner":
             assert binding["subjects"][0]["name"] == "pipeline-runner-nudge"
     notebook = found["overlays/dev", "Notebook", "nudge-workbench"]["spec"]["template"]["spec"]
-    registry = found["cluster-admin", "RoleBinding", "nudge-runner"]
+    registry = found["cluster-admin", "RoleBinding", "nudge-runner.nudge"]
     accounts = [each["name"] for each in registry["subjects"]]
     assert accounts == ["pipeline-runner-nudge", notebook["serviceAccountName"]]
     assert {each["namespace"] for each in registry["subjects"]} == {"nudge"}

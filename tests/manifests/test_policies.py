@@ -224,7 +224,8 @@ def refusals(
             for rule in rules
         ):
             continue
-        request = {"userInfo": {"username": user}, "operation": operation}
+        userinfo = {"username": user}
+        request = {"userInfo": userinfo, "operation": operation, "namespace": "nudge"}
         context: Object = {"object": body, "oldObject": old, "request": request, "variables": {}}
         if not all(cel.evaluate(each["expression"], context) for each in spec["matchConditions"]):
             continue
@@ -554,9 +555,11 @@ def test_a_step_changes_no_service_of_others() -> None:
 def test_each_policy_is_bound_to_the_project_and_denies() -> None:
     found = built("cluster-admin")
     names = {e["metadata"]["name"] for e in found if e["kind"] == "ValidatingAdmissionPolicy"}
-    bindings = [e["spec"] for e in found if e["kind"] == "ValidatingAdmissionPolicyBinding"]
-    assert {each["policyName"] for each in bindings} == names
-    for each in bindings:
+    bindings = [e for e in found if e["kind"] == "ValidatingAdmissionPolicyBinding"]
+    assert {each["spec"]["policyName"] for each in bindings} == names
+    for binding in bindings:
+        each = binding["spec"]
+        assert binding["metadata"]["name"] == f"{each['policyName']}.nudge"
         assert each["validationActions"] == ["Deny"]
         labels = each["matchResources"]["namespaceSelector"]["matchLabels"]
         assert labels == HERE

@@ -22,8 +22,10 @@ def finished_run(
     promoted: bool = True,
     failed: str = "",
     settings: tuple[str, ...] = (),
+    core_hours: float = 0.0,
 ) -> Run:
-    """A run of eiffel that ended: promoted, not better, or failed in the step ``failed``."""
+    """A run of eiffel that ended: promoted, not better, or failed in the step ``failed``; its
+    training took ``core_hours``."""
     run = begin(load("eiffel", settings), home, fresh=True)
     folder = run.folder / "artifacts"
     now = 1_790_000_000.0
@@ -40,6 +42,9 @@ def finished_run(
             return
         paths = {name: str(path) for name, path in outputs.items()}
         values = {"status": "done", "seconds": 2.0, "outputs": paths, "results": results}
+        if core_hours:
+            used = core_hours * 3600 if step == "train" else 0.0
+            values["usage"] = {"seconds": 2.0, "core_seconds": used}
         write({"step": step, "event": "step_end", **values})
 
     def page(step: str) -> Path:

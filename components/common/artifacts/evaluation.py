@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from nudge.components.common.artifacts.corpus import Source
+from nudge.components.common.artifacts.cost import Cost
 from nudge.components.common.artifacts.model import BaseModel, Training
 from nudge.components.common.artifacts.schema import Omitted, read_artifact, write_artifact
 
@@ -343,6 +344,8 @@ class Evaluation:
     corpus: CorpusCounts | None = None
     lineage: Lineage | None = None
     training: Training | None = None
+    cost: Omitted[Cost] = None
+    """None if an older release evaluated the model."""
 
 
 def read_evaluation(path: Path) -> Evaluation:

@@ -43,6 +43,9 @@ class Training:
     """Before training, with the base model's own weights; None unless the base was quantized."""
     quantized_bits_per_byte: Omitted[float] = None
     """The same with the quantized weights."""
+    usage: Omitted[dict[str, float]] = None
+    """What all ranks used, interrupted attempts included: the fields of
+    `nudge.components.common.core.usage.Usage`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 
 from nudge.components.common.chat.conversation import Conversation
 from nudge.components.common.chat.refusals import Refusal
-from nudge.components.common.chat.render import Rendered
+from nudge.components.common.chat.render import Learn, Rendered
+from nudge.components.common.chat.template import ChatTemplate
 
 IdsOf = Callable[[list[str]], list[np.ndarray]]
 PRIVATE = range(0xE001, 0xF8FF)
@@ -91,6 +92,15 @@ def hidden(
         return Plain(Rendered(text, learned), literal)
 
     return conversation.with_messages(messages), cleared
+
+
+def rendered(
+    template: ChatTemplate, conversation: Conversation, learn: Learn = "assistant"
+) -> list[Plain]:
+    """The texts that teach a conversation (see `ChatTemplate.render`). A control token that a turn
+    spells out stays text. Raises `Refusal` as `ChatTemplate.render` does."""
+    conversation, cleared = hidden(conversation, template.control)
+    return [cleared(each) for each in template.render(conversation, learn)]
 
 
 class Encoder:

@@ -59,7 +59,7 @@ class ChatTemplate:
                 f"{self._name} leaves out the answer; it renders: {text[:500]!r}; correct it, or "
                 "set tokenize.chat_template to another template"
             )
-        match = self._control.search(tail) if self.control_tokens else None
+        match = self.control.search(tail) if self.control_tokens else None
         if not match:
             known = ", ".join(sorted(self.control_tokens)[:10]) or "none"
             raise UserError(
@@ -91,7 +91,8 @@ class ChatTemplate:
         return asked
 
     @functools.cached_property
-    def _control(self) -> re.Pattern[str]:
+    def control(self) -> re.Pattern[str]:
+        """Finds a control token in a text."""
         longest_first = sorted(self.control_tokens, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
@@ -102,7 +103,7 @@ class ChatTemplate:
 
     def control_token_in(self, text: str) -> str:
         """The first control token that a text spells out, or an empty string."""
-        match = self._control.search(text)
+        match = self.control.search(text)
         return match.group() if match else ""
 
     def render(self, conversation: Conversation, learn: Learn = "assistant") -> list[Rendered]:

@@ -62,7 +62,7 @@ class Cluster:
         return found
 
     def subresource(
-        self, kind: ResourceKind, name: str, part: str, patience_s: float
+        self, kind: ResourceKind, name: str, part: str, patience_s: float, **query: str
     ) -> Object | None:
         """A subresource of an object; None if the cluster lacks the object or this kind."""
         found: Object | None = self.requests.json(
@@ -70,6 +70,7 @@ class Cluster:
             "get",
             name,
             subresource=part,
+            query_params=list(query.items()),
             missing_is_none=True,
             patience_s=patience_s,
         )

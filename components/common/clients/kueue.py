@@ -1,6 +1,7 @@
 """Why Kueue keeps a job or a pod waiting: the conditions of its Workload, and its position."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 from decimal import Decimal
@@ -18,6 +19,8 @@ LOCAL_QUEUES = tuple(
 )
 """Kueue's visibility API, newest version first: an aggregated API that a cluster may not serve."""
 PENDING, PATIENCE_S = "pendingworkloads", 2.0
+PAGE = 1000
+"""Workloads per request: as many as Kueue returns by default, from the front of the queue."""
 
 NEVER_FITS = re.compile(
     r"insufficient quota for (?P<resource>\S+) in flavor (?P<flavor>\S+), previously considered "
@@ -89,16 +92,30 @@ def queue_position(cluster: Cluster, workload: Mapping[str, Any]) -> str:
         return ""
     for kind in LOCAL_QUEUES:
         try:
-            found = cluster.subresource(kind, queue, PENDING, PATIENCE_S)
+            found = _position(cluster, kind, queue, workload["metadata"]["name"])
         except UserError:
             return ""
-        if found is None:  # no such version or queue
-            continue
-        waiting = found.get("items") or []
+        if found is not None:
+            return found
+    return ""
+
+
+def _position(cluster: Cluster, kind: ResourceKind, queue: str, name: str) -> str | None:
+    """As `queue_position`; None if the cluster has no queue of this kind and name."""
+    for offset in itertools.count(step=PAGE):
+        page = cluster.subresource(
+            kind, queue, PENDING, PATIENCE_S, offset=str(offset), limit=str(PAGE)
+        )
+        if page is None:
+            return None if offset == 0 else ""
+        waiting = page.get("items") or []
+        last = len(waiting) < PAGE
         for each in waiting:
-            if each["metadata"]["name"] == workload["metadata"]["name"]:
-                return f"position {each['positionInLocalQueue'] + 1} of {len(waiting)}"
-        return ""
+            if each["metadata"]["name"] == name:
+                total = str(offset + len(waiting)) if last else f"{offset + PAGE} or more"
+                return f"position {each['positionInLocalQueue'] + 1} of {total}"
+        if last:
+            break
     return ""
 
 

@@ -43,3 +43,25 @@ def _written(value: Any, digits: int, sign: str) -> str:
     if not is_count and (size >= LARGE or 0 < size < 0.5 * 10.0**-digits):
         return f"{value:{sign}.2e}".replace("-", "−")
     return f"{value:{sign},.{digits}f}".replace("-", "−")
+
+
+def amounts(spent: dict[str, Any], currency: str) -> str:
+    """``USD 1.20, 0.012 core hours``: what was used, without what is zero or unknown."""
+    parts = [f"{currency} {spent['cost']:.2f}"] if currency and spent.get("cost") else []
+    for key, unit in (("gpu_hours", "GPU hours"), ("core_hours", "core hours"), ("kwh", "kWh")):
+        if value := spent.get(key):
+            parts.append(f"{value:.2g} {unit}")
+    return ", ".join(parts)
+
+
+def per_gain(cost: dict[str, Any]) -> str:
+    """The cost of one bit per byte gained, in money or hours; empty without a gain."""
+    if value := cost.get("per_gained_bit"):
+        return f"{cost.get('currency', '')} {value:.2f} per gained bit per byte"
+    for key, unit in (
+        ("gpu_hours_per_gained_bit", "GPU hours"),
+        ("core_hours_per_gained_bit", "core hours"),
+    ):
+        if value := cost.get(key):
+            return f"{value:.2g} {unit} per gained bit per byte"
+    return ""

@@ -65,6 +65,8 @@ STEP_CHILD = (
 """The beginnings of the names that the steps of a run get besides."""
 SECRETS = ("HF_TOKEN", "HF_HUB_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Of `MODEL_CHILD`, what only a step gets: a server that loads a folder downloads nothing."""
+STEPS_ONLY = ("NUDGE_SIGNING_", "NUDGE_NOTIFY_")
+"""The beginnings of the names that only steps get: keys and addresses that ranks do not need."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +132,18 @@ def child_environment(
     (PYTHONSAFEPATH), nor do the processes that it starts: a file ``click.py`` there would run.
     """
     secret = () if "NUDGE_" in prefixes else SECRETS
+    steps_only = () if "KFP_" in prefixes else STEPS_ONLY
     kept = {
         name: value
         for name, value in os.environ.items()
         if name in EVERY_CHILD
         or name.startswith("LC_")
-        or (prefixes and name.startswith(prefixes) and name not in secret)
+        or (
+            prefixes
+            and name.startswith(prefixes)
+            and name not in secret
+            and not name.startswith(steps_only)
+        )
     }
     return {**kept, **(more or {}), "PYTHONSAFEPATH": "1"}
 

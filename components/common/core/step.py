@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
@@ -42,6 +41,7 @@ from nudge.components.common.core.publish import published, sha256_file, sha256_
 from nudge.components.common.core.say import say
 from nudge.components.common.core.state_file import Damaged, read_object, read_text
 from nudge.components.common.core.uris import is_local, local_path
+from nudge.components.common.core.usage import Usage, measured, plain_usage, usage_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,46 +52,60 @@ REFUSAL, FAILURE = "error: ", "failed: "
 RETRY_PATIENCE_S = 5.0
 DIGESTS = "digests.json"
 """The file of a kept result with the sha256 of each of its outputs."""
+USAGE = "usage.json"
+"""The file of a kept result with what making it used; older releases kept none."""
 _status: ContextVar[str] = ContextVar("status")
 """The status of the running step: done or reused."""
+_reused: ContextVar[Usage | None] = ContextVar("reused", default=None)
+"""What making the reused result of the running step used, where that is known."""
 
 
 def step(
-    name: str, *, outputs: tuple[str, ...] = (), reuse: bool = True
+    name: str,
+    *,
+    outputs: tuple[str, ...] = (),
+    reuse: bool = True,
+    no_inputs: tuple[str, ...] = (),
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declare a step's plain function; it returns a dict of JSON values (its small results).
 
     ``reuse=False`` is for steps that read or change the world outside their inputs: ingest, upload,
-    register, deploy.
+    register, deploy. ``no_inputs`` are parameters that do not change what the step makes.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
-        work = reusable(name, outputs=outputs)(function) if reuse else function
+        kept = reusable(name, outputs=outputs, no_inputs=no_inputs)
+        work = kept(function) if reuse else function
 
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            started = time.monotonic()
             emit_event(name, "step_start")
             _status.set("done")
-            try:
-                result = work(*args, **kwargs)
-            except BaseException as error:
-                paths = [bound.arguments[key] for key in outputs]
-                full = disk_is_full(error)
-                reported = _full_disk(name, paths, bound.arguments, error) if full else error
-                emit_event(name, "step_failed", error=f"{reported or type(reported).__name__}")
-                if reported is error:
-                    raise
-                raise reported from error
+            _reused.set(None)
+            with measured() as meter:
+                try:
+                    result = work(*args, **kwargs)
+                except BaseException as error:
+                    paths = [bound.arguments[key] for key in outputs]
+                    full = disk_is_full(error)
+                    reported = _full_disk(name, paths, bound.arguments, error) if full else error
+                    text = f"{reported or type(reported).__name__}"
+                    emit_event(name, "step_failed", error=text, usage=plain_usage(meter.read()))
+                    if reported is error:
+                        raise
+                    raise reported from error
+                used = meter.read()
             fields = result if isinstance(result, dict) else {}
-            seconds = time.monotonic() - started
             written = {key: str(bound.arguments[key]) for key in outputs}
-            values = {"status": _status.get(), "seconds": seconds, "outputs": written}
-            emit_event(name, "step_end", **values, results=fields)
-            log_results(name, fields)
+            values = {"status": _status.get(), "seconds": used.seconds, "outputs": written}
+            usage = {"usage": plain_usage(used)}
+            if made_with := _reused.get():
+                usage["made_with"] = plain_usage(made_with)
+            emit_event(name, "step_end", **values, results=fields, **usage)
+            log_results(name, {**fields, **usage})
             return result
 
         return run
@@ -100,9 +114,10 @@ def step(
 
 
 def reusable(
-    name: str, *, outputs: tuple[str, ...] = ()
+    name: str, *, outputs: tuple[str, ...] = (), no_inputs: tuple[str, ...] = ()
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Only the reuse of `step`, for the part of a step whose inputs must be looked up first."""
+    left_out = (*outputs, *no_inputs)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
@@ -114,22 +129,31 @@ def reusable(
                 return function(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            inputs = {key: value for key, value in bound.arguments.items() if key not in outputs}
+            inputs = {key: value for key, value in bound.arguments.items() if key not in left_out}
             kept = Path(store) / name / reuse_key(name, inputs)
             found = _kept_result(kept)
             if found is None:
-                result = function(*args, **kwargs)
-                _keep(kept, {output: bound.arguments[output] for output in outputs}, result)
+                with measured() as meter:
+                    result = function(*args, **kwargs)
+                    used = meter.read()
+                made = {output: bound.arguments[output] for output in outputs}
+                _keep(kept, made, result, used)
                 return result
             for output in outputs:
                 _link(kept / output, bound.arguments[output])
             _status.set("reused")
+            _reused.set(found["usage"])
             os.utime(kept)  # for `nudge clean`
             return found["result"]
 
         return run
 
     return decorate
+
+
+def kept_usage() -> Usage | None:
+    """What making the reused result of the running step used; None if it was not reused."""
+    return _reused.get()
 
 
 def _kept_result(kept: Path) -> dict[str, Any] | None:
@@ -144,10 +168,11 @@ def _kept_result(kept: Path) -> dict[str, Any] | None:
         # What an older nudge kept has no digests, and its result need not be an object.
         result = json.loads(read_text(kept / "result.json", ""))
         wrong = [name for name, each in digests.items() if _fingerprint(kept / name) != each]
+        made_with = read_object(kept / USAGE, "") if (kept / USAGE).exists() else None
     except (Damaged, OSError, ValueError) as error:
         wrong = [str(error)]
     if not wrong:
-        return {"result": result}
+        return {"result": result, "usage": usage_of(made_with)}
     say(f"{kept} is damaged ({wrong[0]}); the step runs anew")
     shutil.rmtree(kept)
     return None
@@ -194,7 +219,7 @@ def reuse_key(name: str, inputs: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _keep(kept: Path, outputs: dict[str, Path], result: Any) -> None:
+def _keep(kept: Path, outputs: dict[str, Path], result: Any, used: Usage) -> None:
     """Put finished outputs into the store; if two runs finish the same work, the first one does."""
     kept.parent.mkdir(parents=True, exist_ok=True)
     with (kept.parent / ".lock").open("w") as lock:
@@ -205,6 +230,7 @@ def _keep(kept: Path, outputs: dict[str, Path], result: Any) -> None:
             for name, path in outputs.items():
                 _link(path, part / name)
             (part / "result.json").write_text(json.dumps(result))
+            (part / USAGE).write_text(json.dumps(plain_usage(used)))
             digests = {name: _fingerprint(part / name) for name in outputs}
             (part / DIGESTS).write_text(json.dumps(digests))
 

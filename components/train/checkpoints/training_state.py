@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nudge.components.train.data import PackedSplit
@@ -23,6 +23,8 @@ class TrainingState:
     best_step: int | None = None
     best_loss: float | None = None
     worse_in_a_row: int = 0
+    used: dict[str, float] = field(default_factory=dict)
+    """What all ranks used until then, earlier attempts included (a plain `Usage`)."""
 
     def validated(self, loss: float) -> bool:
         """Record this step's validation loss; return whether it is finite and the best so far."""

@@ -23,6 +23,8 @@ from nudge.components.common.clients.kube import (
     ResourceKind,
     connect,
 )
+from nudge.components.common.clients.tracking import for_nodes
+from nudge.components.common.core.budget import OVER_BUDGET
 from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.images import TRAIN_IMAGE
 from nudge.components.common.core.progress import progress
@@ -40,6 +42,7 @@ from nudge.components.train.cluster.jobs import (
     job_name,
 )
 from nudge.components.train.cluster.worker import OUTPUTS
+from nudge.components.train.limits import NO_LIMITS, Limits
 from nudge.components.train.settings import TrainSettings
 
 ENGINES: dict[str, Engine] = {"trainjob": trainjob, "rayjob": rayjob}
@@ -53,7 +56,7 @@ ABANDONED_H = 14 * 24.0
 """Hours without a write after which the folder of a job that no longer exists is removed."""
 
 
-def launch(settings: TrainSettings, paths: dict[str, Path]) -> None:
+def launch(settings: TrainSettings, paths: dict[str, Path], limits: Limits = NO_LIMITS) -> None:
     """Train as a job of the cluster; ``paths`` are the tokens and the outputs on this machine.
 
     Raises `UserError` with the cause (the rank's sentence, container states, events, the end of the
@@ -78,7 +81,7 @@ def launch(settings: TrainSettings, paths: dict[str, Path]) -> None:
         try:
             if adopted is None:
                 bar.note(stage="uploading the tokens")
-                _send(handover, settings, paths["tokens"])
+                _send(handover, settings, paths["tokens"], limits)
             body = engine.body(
                 settings.cluster, name=name, handover=handover.uri,
                 schema=schema, step=_this_step(cluster, settings.cluster.image),
@@ -107,8 +110,10 @@ def launch(settings: TrainSettings, paths: dict[str, Path]) -> None:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Whether a retry would fail in the same way, so that no checkpoint is of use to it."""
-    return isinstance(error, UserError) and not isinstance(error, Transient)
+    """Whether a retry would fail in the same way, so that no checkpoint is of use to it. A larger
+    budget resumes from one."""
+    refused = isinstance(error, UserError) and not isinstance(error, Transient)
+    return refused and OVER_BUDGET not in str(error)
 
 
 def _delete(cluster: Cluster, engine: Engine, job: dict[str, Any]) -> None:
@@ -185,7 +190,7 @@ def _root(settings: TrainSettings) -> str:
     return f"s3://{bucket}/nudge/jobs"
 
 
-def _send(handover: Handover, settings: TrainSettings, tokens: Path) -> None:
+def _send(handover: Handover, settings: TrainSettings, tokens: Path, limits: Limits) -> None:
     """Send the inputs: the tokens, and the same recipe with `launcher: local` for the ranks. Its
     base model is resolved here, because the nodes' account has no access to the registry."""
     there = dataclasses.replace(
@@ -196,7 +201,8 @@ def _send(handover: Handover, settings: TrainSettings, tokens: Path) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.json"
-        recipe.write_text(json.dumps({"train": dataclasses.asdict(there)}), encoding="utf-8")
+        values = {"train": dataclasses.asdict(there), **limits.plain()}
+        recipe.write_text(json.dumps(values), encoding="utf-8")
         handover.send("recipe", recipe)
     handover.send("tokens", tokens)
 
@@ -216,7 +222,10 @@ def _this_step(cluster: Cluster, image: str) -> Step:
     return Step(
         image=image or images.get(STEP_CONTAINER, TRAIN_IMAGE),
         owner={"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid},
-        variables={each: os.environ[each] for each in PASSED_ON if each in os.environ},
+        variables={
+            **{each: os.environ[each] for each in PASSED_ON if each in os.environ},
+            **for_nodes(),
+        },
         trusted={key: value for key, value in bundle.items() if key != "name"} or None,
     )
 

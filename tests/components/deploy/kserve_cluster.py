@@ -120,6 +120,7 @@ class ServingCluster:
         """Update pods and status to the current InferenceService."""
         uid, annotations = service["metadata"]["uid"], service["metadata"]["annotations"]
         revision, replicas = pods.revision(service), pods.replicas(service)
+        generation = service["metadata"]["generation"]
         known = self._deployed.get(uid)
         if service["spec"]["predictor"]["model"]["runtime"] not in self.runtimes:
             self._report(service, "invalid-runtime")
@@ -129,7 +130,9 @@ class ServingCluster:
             self._kill(service["metadata"]["name"])
             self._report(service, "stop")
         elif known is None or known.get("stopped"):
-            self._deployed[uid] = {"generation": 1, "revision": revision, "replicas": replicas}
+            self._deployed[uid] = {
+                "generation": 1, "revision": revision, "replicas": replicas, "of": generation,
+            }  # fmt: skip
             for reason in ("VirtualServiceCRDNotFound", "UpdateFailed"):
                 self.api.warn(service, reason, "as on every service that works")
             self._roll_out(service, "create" if known is None else "start")
@@ -137,8 +140,9 @@ class ServingCluster:
             rolled = known["revision"] != revision
             # Observed to be ahead of the InferenceService's: one for pods, one for their number.
             known["generation"] += rolled + (known["replicas"] != replicas)
-            known |= {"revision": revision, "replicas": replicas}
-            self._roll_out(service, "update" if rolled else "scale")
+            changed = known["of"] != generation  # a label changes the metadata alone
+            known |= {"revision": revision, "replicas": replicas, "of": generation}
+            self._roll_out(service, ("update" if changed else "label") if rolled else "scale")
 
     def _roll_out(self, service: dict[str, Any], case: str) -> None:
         """Start the pods of the current template next to the older ones, which end once the new
@@ -173,7 +177,8 @@ class ServingCluster:
             self._report_pod(pod, fate)
         if fate != "ready":
             stuck = {"create": "failed-load" if bad else "create", "start": "start"}
-            case_played = stuck.get(case, "update-stuck")
+            later = "update-stuck-later" if fate == "missing" else "update-stuck"
+            case_played = stuck.get(case, later)
             self._report(service, case_played, ready=case_played not in ("create", "start"))
             return
         self._report(service, case, ready=False)

@@ -1,5 +1,6 @@
 """A canary with real servers, on this machine and on KServe, and its judgement."""
 
+import contextlib
 import itertools
 import json
 import time
@@ -192,18 +193,129 @@ def test_an_answer_that_is_no_completion_is_an_error() -> None:
     from nudge.components.deploy.smoke import ModelServer
     from tests.web_server import Server
 
-    bodies = itertools.cycle(["null", "[]", '{"choices": ["x"]}', '{"choices": [null]}', "{}", "?"])
+    bodies = itertools.cycle(
+        [
+            *("null", "[]", '{"choices": ["x"]}', '{"choices": [null]}', "{}", "?"),
+            *('{"choices": [{"message": null}]}', '{"choices": [{"message": "x"}]}'),
+        ]
+    )
 
     async def answer(_: web.Request) -> web.Response:
         return web.Response(text=next(bodies), content_type="application/json")
 
     version = Version("m", "v2", "1", "v2", "s3://b/v2", False, 0, {})
     with Server(("POST", "/v1/completions", answer)) as server:
-        probe = measure.Probe(ModelServer(server.url), version, ["Paris"], 1)
-        for _ in range(6):
+        prompts = measure.prompts_of("Paris", [version])
+        probe = measure.Probe(ModelServer(server.url), version, prompts, 1)
+        for _ in range(8):
             with probe.server.client(timeout_s=5.0) as client:
                 probe._ask(client, "Paris")
-    assert (probe.measured().requests, probe.measured().errors) == (6, 6)
+    assert (probe.measured().requests, probe.measured().errors) == (8, 8)
+
+
+CHUNKS = """\
+data: {"id":"chatcmpl-1","choices":[{"delta":{"role":"assistant"},"index":0}],"model":"m"}
+
+data: {"id":"chatcmpl-1","choices":[{"delta":{"content":" Paris"},"index":0}],"model":"m"}
+
+data: {"id":"chatcmpl-1","choices":[{"delta":{},"index":0,"finish_reason":"stop"}],"model":"m"}
+
+data: [DONE]
+
+"""
+"""What `transformers serve` streams for a chat, without the fields that say when and by whom."""
+
+
+class Endpoint:
+    """A server that streams chats and completions, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.chats: list[Any] = []
+        self.texts: list[Any] = []
+
+    async def chat(self, request: Any) -> Any:
+        from aiohttp import web
+
+        self.chats.append((await request.json())["messages"])
+        return web.Response(text=CHUNKS, content_type="text/event-stream")
+
+    async def complete(self, request: Any) -> Any:
+        from aiohttp import web
+
+        self.texts.append((await request.json())["prompt"])
+        return web.json_response({"choices": [{"text": " Paris"}]})
+
+
+def test_each_version_is_asked_in_its_own_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat model gets turns, and one that continues texts gets the prompts' text."""
+    from nudge.components.deploy.smoke import ModelServer
+    from tests.web_server import Server
+
+    monkeypatch.setattr(measure, "PAUSE_S", 0.01)
+    monkeypatch.setattr(canary, "POLL_S", 0.05)
+    monkeypatch.setattr(canary, "PATIENCE", 200)
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}]
+    sure = {"token": " Paris", "p": 0.9}
+    properties: dict[str, Any] = {
+        "chat-model": {
+            "chat": True,
+            "expected_next": [{"prompt": "Where?", "messages": turns} | sure],
+        },
+        "text-model": {"expected_next": [{"prompt": "It is in"} | sure]},
+    }
+    versions = {
+        name: Version(
+            "m", name, "1", "v", "s3://b/v", False, 0,
+            {**each, "expected_next": json.dumps(each["expected_next"])},
+        )
+        for name, each in properties.items()
+    }  # fmt: skip
+    world = canary.World(
+        live=dict, counts=lambda _: None, move=None, version=versions.__getitem__,  # type: ignore[arg-type]
+        record=print, note=print,
+    )  # fmt: skip
+    ends = {name: Endpoint() for name in versions}
+    with contextlib.ExitStack() as stack:
+        servers = {
+            name: ModelServer(
+                stack.enter_context(
+                    Server(
+                        ("POST", "/v1/chat/completions", each.chat),
+                        ("POST", "/v1/completions", each.complete),
+                    )
+                ).url
+            )
+            for name, each in ends.items()
+        }
+        settings = DeploySettings(smoke_prompt="Hello", canary_duration_s=0.3)
+        found = canary._observe(settings, servers, world)
+    for each in found.values():
+        assert (each.errors, each.answers > 0, each.right) == (0, True, each.answers)
+        assert each.requests >= canary.ENOUGH
+    chat, text = ends.values()
+    asked = [[{"role": "user", "content": prompt}] for prompt in ("Hello", "It is in")]
+    assert chat.chats[:3] == [asked[0], turns, asked[1]]
+    assert text.texts[:3] == ["Hello", "Where?", "It is in"]
+    assert chat.texts == text.chats == []
+
+
+def test_a_version_is_asked_with_the_turns_of_its_own_evaluation() -> None:
+    from nudge.components.deploy.smoke import ModelServer
+
+    def version(name: str, system: str, **more: Any) -> tuple[Version, list[dict[str, str]]]:
+        turns = [{"role": "system", "content": system}, {"role": "user", "content": "Where?"}]
+        entry = {"prompt": "Where?", "messages": turns, "token": "In", "p": 0.9}
+        values = {"expected_next": json.dumps([entry]), **more}
+        return Version("m", name, "1", "v", "s3://b/v", False, 0, values), turns
+
+    made = [version("v1", "Be brief.", chat=True), version("v2", "Be kind.", chat=True)]
+    made.append(version("asked as a chat, but trained on texts", "Rhyme."))
+    prompts = measure.prompts_of("Hello", [each for each, _ in made])
+    hello = [{"role": "user", "content": "Hello"}]
+    for each, turns in made:
+        probe = measure.Probe(ModelServer("http://127.0.0.1"), each, prompts, 1)
+        wanted = hello if each.properties.get("chat") else "Hello"
+        assert probe._asked_as == {"Hello": wanted, "Where?": turns}
 
 
 def test_a_difference_that_nobody_notices_is_not_worse() -> None:

@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 
 from nudge.components.common.clients.registry import connection, releases
-from nudge.components.common.clients.registry.releases import Served, Version
 from nudge.components.common.core import progress, provenance
-from nudge.components.common.core.errors import UserError
 from nudge.components.deploy import approval, canary, targets, traffic
 from nudge.components.deploy.measure import Measured
 from nudge.components.deploy.smoke import ModelServer
 from nudge.components.evaluate import incumbent as standing
+from tests.components.deploy.memory_registry import MemoryRegistry, run_in_memory
 from tests.components.deploy.orders import (
     SETTINGS,
     Orders,
@@ -44,69 +43,6 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Orders]:
     def world() -> World:
         return made[-1].world
 
-    def read(look: Callable[[], Any]) -> Any:
-        async def work(_: Any) -> Any:
-            return look()
-
-        return work
-
-    def find_version(model: str, name: str) -> Any:
-        def look() -> Version:
-            if name not in world().versions:
-                raise UserError(f"no version {name}")
-            return world().versions[name]
-
-        return read(look)
-
-    def find_served(model: str) -> Any:
-        return read(lambda: world().served)
-
-    def note_served(version: Version, served: Served, *_: str) -> Any:
-        def write() -> None:
-            actor().step("note_served")
-            world().served = served
-
-        return read(write)
-
-    def note_promotion(version: Version, reason: str) -> Any:
-        def write() -> None:
-            actor().step("note_promotion")
-            known = world().versions[version.name]
-            values = {"promoted": not reason, releases.NOT_PROMOTED: reason}
-            world().versions[version.name] = dataclasses.replace(
-                known, properties={**known.properties, **values}
-            )
-
-        return read(write)
-
-    def note_properties(version_id: str, values: Any) -> Any:
-        def write() -> None:
-            actor().step("note")
-            known = world().versions[version_id]
-            if values.get("approval") == "approved":
-                world().approved |= {version_id}
-            world().versions[version_id] = dataclasses.replace(
-                known, properties={**known.properties, **values}
-            )
-
-        return read(write)
-
-    def archive(version_id: str) -> Any:
-        def write() -> None:
-            known = world().versions[version_id]
-            world().versions[version_id] = dataclasses.replace(known, archived=True)
-
-        return read(write)
-
-    def list_versions(model: str) -> Any:
-        return read(lambda: list(world().versions.values()))
-
-    def with_registry(url: str, work: Any, attempts_s: float = 0) -> Any:
-        coroutine = work(None)
-        with pytest.raises(StopIteration) as done:  # work in memory never waits
-            coroutine.send(None)
-        return done.value.value
-
     @contextlib.contextmanager
     def quiet(*_: Any, **__: Any) -> Iterator[Any]:
         yield SimpleNamespace(advance=lambda *_, **__: None)
@@ -117,15 +53,16 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Orders]:
             name: Measured(requests=9, errors=9 if name in world().slow else 0) for name in servers
         }
 
-    functions = (find_version, find_served, note_served, note_promotion)
-    more = (note_properties, archive, list_versions)
-    for module, patched in ((releases, (*functions, *more)), (traffic, functions)):
-        for function in patched:
-            monkeypatch.setattr(module, function.__name__, function)
+    registry = MemoryRegistry(world)
+    functions = ("find_version", "find_served", "note_served", "note_promotion")
+    more = ("note_properties", "archive", "list_versions")
+    for module, names in ((releases, (*functions, *more)), (traffic, functions)):
+        for name in names:
+            monkeypatch.setattr(module, name, getattr(registry, name))
     monkeypatch.setattr(approval, "now", lambda: "2026-01-01T00:00:00+00:00")
     monkeypatch.setattr(progress, "progress", quiet)
     monkeypatch.setattr(provenance, "this_run", lambda given: given)  # a person's command is no run
-    monkeypatch.setattr(connection, "with_registry", with_registry)
+    monkeypatch.setattr(connection, "with_registry", run_in_memory)
     monkeypatch.setattr(traffic, "smoke_test", lambda *_: "an answer")
     monkeypatch.setattr(canary, "_observe", observe)
     monkeypatch.setattr(targets, "find_target", lambda *_: world())

@@ -14,7 +14,7 @@ from nudge.components.common.clients.kube import connect
 from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.settings import parse
-from nudge.components.deploy.kserve import objects, readiness, routes
+from nudge.components.deploy.kserve import kserve, lifecycle, objects, readiness, routes
 from nudge.components.deploy.kserve.kserve import KServe
 from nudge.components.deploy.settings import DeploySettings
 from tests.components.deploy import kserve_pods as pods
@@ -65,27 +65,47 @@ def digest(settings: DeploySettings) -> str:
 
 def test_the_recorded_status_says_ready_while_an_update_crashes() -> None:
     """An older nudge relied on these: the generation, Ready and the model's state."""
-    last = pods.recorded("update-stuck")[-1]
-    assert last["obs"] >= last["gen"]
-    assert last["cond"]["Ready"] == "True"
-    assert last["model"]["transitionStatus"] == "UpToDate"
+    for case in ("update-stuck", "update-stuck-later"):
+        last = pods.recorded(case)[-1]
+        assert last["obs"] >= last["gen"]
+        assert last["cond"]["Ready"] == "True"
+        assert last["model"]["transitionStatus"] == "UpToDate"
     (*_, started) = pods.recorded("start")
     assert started["cond"]["Ready"] == "True"
     assert started["obs"] < started["gen"]
 
 
+def test_a_failure_is_reported_within_twenty_seconds() -> None:
+    """A failure counts once it has lasted, or when the pods say so, which costs two polls."""
+    assert lifecycle.SUSPECT_S + 2 * kserve.POLL_S <= 20
+
+
 def test_an_update_is_ready_when_only_its_pods_run(cluster: ServingCluster) -> None:
     bring_up()
+    cluster.notices_after_s = 0.7  # until then the old pod alone runs, and is Ready
     changed = settings(arguments=["--max-model-len=4096"])
     bring_up(changed)
     assert running(cluster) == {digest(changed): 1}
 
 
-def test_a_changed_label_is_waited_for(cluster: ServingCluster) -> None:
+def test_a_changed_label_is_waited_for(
+    cluster: ServingCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It creates new pods, but no new generation of the InferenceService."""
     bring_up()
+    cluster.notices_after_s = 0.7
     changed = replace(SETTINGS, registry_name="another")
+    played: list[str] = []
+    report = cluster._report
+
+    def note(service: dict[str, Any], case: str, **how: Any) -> None:
+        played.append(case)
+        report(service, case, **how)
+
+    monkeypatch.setattr(cluster, "_report", note)
     bring_up(changed)
+    assert "label" in played  # as recorded, where Ready stays True
+    assert "update" not in played
     (service,) = cluster.api.all("InferenceService")
     assert service["metadata"]["generation"] == 1
     assert running(cluster) == {digest(changed): 1}

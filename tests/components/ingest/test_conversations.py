@@ -213,6 +213,42 @@ def test_twins_share_a_split_over_many_nights(tmp_path: Path) -> None:
         trained |= {text for text, side in sides.items() if side == "train"}
 
 
+def test_twins_of_conversations_that_vanish_stay_trained_on(tmp_path: Path) -> None:
+    """Every second twin vanishes after the first night, and the rest must not be held out."""
+    prompts = [CHOICE.sample(WORDS, 40) for _ in range(60)]
+    twins = [
+        [chat(" ".join(words), phrase(30)) for words in (prompt, [*prompt[:9], *prompt[10:]])]
+        for prompt in prompts
+    ]
+    state = {"state_uri": str(tmp_path / "state"), "validation_share": 0.5}
+    write_lines(tmp_path / "data" / "a.jsonl", [first for first, _ in twins])
+    write_lines(tmp_path / "data" / "b.jsonl", [second for _, second in twins])
+    run(tmp_path, "one", repeated_prompts="keep", **state)
+    before = side_of(tmp_path / "one")
+    (tmp_path / "data" / "a.jsonl").unlink()
+    # Without its state, a run cannot know what was trained on.
+    run(tmp_path, "unaware", repeated_prompts="keep", validation_share=0.5)
+    fresh = side_of(tmp_path / "unaware")
+    changed = [text for text in fresh if fresh[text] != before[text]]
+    assert len(changed) > 5
+    for night in ("two", "three"):
+        run(tmp_path, night, repeated_prompts="keep", **state)
+        assert side_of(tmp_path / night).items() <= before.items()
+    # They are remembered even if the conversations are absent for a night, and cleaning changes.
+    (tmp_path / "data" / "b.jsonl").unlink()
+    write_lines(tmp_path / "data" / "c.jsonl", chats(40))
+    run(tmp_path, "away", **state)
+    write_lines(tmp_path / "data" / "b.jsonl", [second for _, second in twins])
+    run(tmp_path, "back", repeated_prompts="keep", filters=[], **state)
+    after = side_of(tmp_path / "back")
+    assert {text: after[text] for text in fresh}.items() <= before.items()
+    # Conversations that are forgotten leave no hash behind.
+    run(tmp_path, "less", forget=["b.jsonl"], **state)
+    run(tmp_path, "returned", repeated_prompts="keep", **state)
+    returned = side_of(tmp_path / "returned")
+    assert {text: returned[text] for text in fresh} == fresh
+
+
 def test_prompts_that_share_a_template_are_no_twins(tmp_path: Path) -> None:
     rows = [chat(f"What is the capital of country number {n}?", phrase(3)) for n in range(80)]
     template = phrase(60)

@@ -16,13 +16,19 @@ import pytest
 
 from nudge.components.common.clients.registry import connection as registry_module
 from nudge.components.common.clients.registry.connection import Unreachable, with_registry
-from nudge.components.common.clients.registry.lookup import PARALLEL, find_model
+from nudge.components.common.clients.registry.lookup import (
+    PARALLEL,
+    find_environment,
+    find_model,
+)
 from nudge.components.common.clients.registry.releases import (
     Served,
+    archive,
     archive_older,
     find_served,
     find_version,
     list_versions,
+    note_properties,
     note_served,
 )
 from nudge.components.common.core.errors import UserError
@@ -231,6 +237,35 @@ def test_simultaneous_first_deployments_both_succeed(tmp_path: Path) -> None:
         work = note_served(version, served, "env", "vllm")
         list(pool.map(lambda _: with_registry(url, work), range(2)))
         assert with_registry(url, find_served("m")) == served
+
+
+def test_environments_and_services_of_others_are_not_taken(url: str) -> None:
+    """A lookup of `team_a` returns the environment `team-a`, and in MariaDB also `TEAM_A`."""
+    model_id = enter(url, entry("m", "v1"))["registered_model_id"]
+    body = {"name": "team-a"}
+    environment = httpx.post(f"{url}{API}/serving_environments", json=body).json()["id"]
+    assert with_registry(url, lambda client: find_environment(client, "team_a")) is None
+    found = with_registry(url, lambda client: find_environment(client, "team-a"))
+    assert found is not None
+    assert found.id == environment
+    shares = {"metadataType": "MetadataStringValue", "string_value": '{"v9": 100}'}
+    service = {
+        "name": "m-mirror",
+        "registeredModelId": model_id,
+        "servingEnvironmentId": environment,
+        "customProperties": {"shares": shares, "endpoint": shares, "history": shares},
+    }
+    httpx.post(f"{url}{API}/inference_services", json=service).raise_for_status()
+    assert with_registry(url, find_served("m")) is None
+
+
+def test_a_note_on_an_archived_version_leaves_it_archived(url: str) -> None:
+    """The server sets a version to LIVE if an update names no state."""
+    version_id = enter(url, entry("m", "v1"))["version_id"]
+    with_registry(url, archive(version_id))
+    with_registry(url, note_properties(version_id, {"note": "kept"}))
+    found = with_registry(url, find_version("m", "v1"))
+    assert (found.archived, found.properties["note"]) == (True, "kept")
 
 
 @pytest.mark.parametrize("spoken", ["v1alpha3", "v1"])

@@ -226,6 +226,8 @@ FOUND = {
     ("events", "found", "event", "text"),
     [
         (("train", "CUDA out of memory", ""), None, "failed", "CUDA out of memory"),
+        (("train", "over budget: the run has used 3 GPU hours", ""), None, "over budget",
+         "the run has used 3 GPU hours"),
         (("", "", "not better"), None, "refused", "not better"),
         (("", "", summarizing.NOTHING_NEW), None, "", ""),
         (("", "", ""), {"endpoint": "http://e"}, "promoted", "0.1 bits per byte better"),

@@ -50,6 +50,43 @@ def test_json_has_the_rendered_texts_and_what_is_learned(tmp_path: Path, base: P
     assert "a.jsonl 2" in shown
 
 
+@pytest.mark.parametrize("control_tokens", ["text", "refuse"])
+def test_a_control_token_in_a_turn_is_shown_as_it_is_learned(
+    tmp_path: Path, base: Path, control_tokens: str
+) -> None:
+    spelled = {"role": "assistant", "content": "ChatML ends a turn with <|im_end|> and a newline."}
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [{"messages": [TURNS[0], spelled]}, {"messages": TURNS}]
+    (data / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    set_to = ("--set", f"tokenize.control_tokens={control_tokens}")
+    result = preview(tmp_path, base, "--json", *set_to)
+    assert result.exit_code == 0, result.output
+    *first, _ = json.loads(result.stdout)
+    if control_tokens == "refuse":
+        assert first == []
+        assert "left out: 1 control_token" in preview(tmp_path, base, *set_to).output
+        return
+    [chat] = first
+    learned = [chat["text"][start:end] for start, end in chat["learned"]]
+    assert learned == [f"\n{spelled['content']}<|im_end|>"]
+
+
+def test_the_guides_recipe_of_three_lines(tmp_path: Path, base: Path) -> None:
+    guide = (Path(__file__).parents[3] / "docs" / "guide.md").read_text(encoding="utf-8")
+    recipe = guide.partition("a recipe of three lines is enough:")[2].split("```")[1]
+    values = yaml.safe_load(recipe.removeprefix("yaml\n"))
+    assert recipe.count("\n") == 4
+    assert set(values) == {"base_model", "model_name", "ingest"}
+    rows = [{"messages": TURNS}]
+    (tmp_path / values["ingest"]["data_uri"]).write_text("\n".join(map(json.dumps, rows)))
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**values, "base_model": str(base)}))
+    result = CliRunner().invoke(main, ["preview", str(path), "--json"])
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)) == 1
+
+
 def test_data_that_teaches_nothing_is_refused(tmp_path: Path, base: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.jsonl").write_text(json.dumps({"messages": TURNS[:1]}))

@@ -24,6 +24,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 SWAGGER = json.loads((Path(__file__).parent / "kfp-v2beta1.swagger.json").read_text())
+# As healthzResponse in backend/src/apiserver/main.go (commit 7b70c7b9, 2026-08) has them; the
+# description does not.
+SWAGGER["definitions"]["v2beta1GetHealthzResponse"]["properties"] |= {
+    "tag_name": {"type": "string"},
+    "commit_sha": {"type": "string"},
+}
 MAX_PARAMETER_BYTES = 10000
 NOW = "2026-01-01T02:00:00Z"
 TAKEN = {
@@ -70,6 +76,8 @@ class Pipelines:
         """The log of each pod; what is asked of another is answered as the real one does."""
         self.no_logs = 0
         """A status that every request for a log is answered with; 0 answers them."""
+        self.release = "unknown"
+        """The release that the server's build names, as TAG_NAME does; "unknown" without one."""
         self.token = "sha256~canary-token"
 
     async def answer(self, request: Request) -> Response:
@@ -146,7 +154,8 @@ class Pipelines:
         if verb.startswith("List"):
             return self._list(verb, at, query)
         if verb == "GetHealthz":
-            return {"multi_user": False}
+            built = {"tag_name": self.release, "commit_sha": "unknown"}
+            return {"multi_user": False, "pipeline_store": "kubernetes", **built}
         if verb == "CreatePipeline":
             return self._add(self.pipelines, "pipeline_id", {**body, "created_at": NOW})
         if verb == "CreateExperiment":

@@ -1,14 +1,19 @@
 """`nudge doctor` finds what is missing, says how to fix it, and shows that the rest is fine."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from nudge.components.common.clients.kueue import WORKLOAD
+from nudge.components.common.core.images import TAG
+from nudge.components.deploy.kserve.objects import INFERENCE_SERVICE
+from nudge.components.train.cluster import rayjob, trainjob
 from nudge.pipelines.cli.main import main
-from nudge.pipelines.cluster import doctor
+from nudge.pipelines.cluster import doctor, versions
 from tests.pipelines.cluster.pipelines_server import Pipelines, serving
 
 VARIABLES = ("AWS_S3_ENDPOINT", "AWS_S3_BUCKET", "NUDGE_REGISTRY_URL", "NUDGE_PIPELINES_URL")
@@ -51,6 +56,8 @@ def test_a_laptop_lacks_nothing_and_sees_what_is_not_used() -> None:
         "pipelines server",
         "permissions",
         "pod security",
+        "cluster versions",
+        "nudge versions",
     ):
         assert found[name].state == "not used"
 
@@ -139,8 +146,84 @@ def test_a_namespace_that_admits_no_predictor_is_found(
         assert f"{doctor.ENFORCE}=baseline" in found.fix
 
 
+def serves(tmp_path: Path, groups: dict[str, str]) -> None:
+    """An `oc` on a cluster that serves these versions of API groups."""
+    cases = ""
+    for group, served in groups.items():
+        body = {"kind": "APIGroup", "versions": [{"version": each} for each in served.split()]}
+        cases += f"""*"--raw /apis/{group}") echo '{json.dumps(body)}';;\n"""
+    listed = "clusterserviceversion.operators.coreos.com"
+    program(
+        tmp_path, "oc",
+        f"""case "$*" in
+        {cases}*"--raw /version") echo '{{}}';;
+        *clusterserviceversions*) echo {listed}/rhods-operator.3.5.0; echo {listed}/other.v1.0;;
+        *) exit 1;;
+        esac""",
+    )  # fmt: skip
+
+
+def test_what_the_cluster_runs_is_compared_with_the_table(tmp_path: Path) -> None:
+    groups = {
+        "pipelines.kubeflow.org": "v2beta1",
+        "serving.kserve.io": "v1alpha1 v1beta1",
+        "trainer.kubeflow.org": "v1alpha1",
+        "kueue.x-k8s.io": "v1beta1",
+    }
+    serves(tmp_path, groups)
+    found = states()["cluster versions"]
+    assert found.state == "ok"
+    assert found.found == (
+        "rhods-operator 3.5.0, Kubeflow Pipelines v2beta1, KServe v1beta1, Kubeflow Trainer "
+        "v1alpha1, Kueue v1beta1; not there: KubeRay"
+    )
+    serves(tmp_path, {**groups, "trainer.kubeflow.org": "v1 v2alpha1"})
+    found = states()["cluster versions"]
+    assert found.state == "missing"
+    assert found.found == "Kubeflow Trainer serves v1, v2alpha1, not v1alpha1"
+    assert "docs/cluster.md" in found.fix
+
+
+def test_the_table_of_versions_is_the_documented_one() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "cluster.md").read_text(encoding="utf-8")
+    for each in versions.COMPONENTS:
+        spoken = " or ".join(f"`{each.group}/{one}`" for one in each.versions)
+        assert re.search(rf"\| {each.name} \| {re.escape(spoken)} \|", text), each
+    for kind in (WORKLOAD, INFERENCE_SERVICE, rayjob.KIND, trainjob.KIND):
+        (known,) = [each for each in versions.COMPONENTS if each.group == kind.group]
+        assert kind.api_version.rpartition("/")[2] in known.versions
+
+
+def test_pipelines_of_another_release_are_named(server: Pipelines) -> None:
+    for name in ("rollback", "evaluate-only"):
+        assert CliRunner().invoke(main, ["upload", name]).exit_code == 0
+    found = states()["nudge versions"]
+    assert (found.state, found.fix) == ("ok", "")
+    assert found.found == f"client {TAG}, evaluate-only {TAG}, rollback {TAG}"
+    for version in server.versions.values():
+        spec = version["pipeline_spec"]["pipeline_spec"]
+        parameters = spec["root"]["inputDefinitions"]["parameters"]
+        if spec["pipelineInfo"]["name"] == "rollback":
+            described = spec["pipelineInfo"]["description"].replace(f"(nudge {TAG})", "")
+            spec["pipelineInfo"]["description"] = described
+        else:
+            parameters["data_image"]["defaultValue"] = "quay.io/nudge-lm/nudge-data-python:0.1.0"
+            pinned = f"quay.io/nudge-lm/nudge-train-python@sha256:{'0' * 64}"
+            parameters["train_image"]["defaultValue"] = pinned
+    found = states()["nudge versions"]
+    assert found.state == "missing"
+    assert found.found == (
+        f"evaluate-only runs the data_image 0.1.0, but was made by nudge {TAG}; the newest version "
+        f"of rollback is of nudge before 0.2.0, this client is {TAG}"
+    )
+    assert "nudge upload" in found.fix
+
+
 def test_a_pipelines_server_is_asked(server: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert states()["pipelines server"].state == "ok"
+    server.release = "2.16.0"
+    found = states()["pipelines server"]
+    assert found.state == "ok"
+    assert found.found.endswith("(Kubeflow Pipelines 2.16.0)")
     monkeypatch.setenv("NUDGE_PIPELINES_TOKEN", "stale")
     found = states()["pipelines server"]
     assert found.state == "missing"

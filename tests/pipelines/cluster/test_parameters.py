@@ -176,6 +176,14 @@ def test_a_recipe_that_is_too_long_is_sent_by_uri(
     assert len(state.runs) == 1
 
 
+def test_a_recipe_that_is_too_long_needs_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_S3_BUCKET", raising=False)
+    fits = "name: " + "x" * (runs.MAX_PARAMETER_BYTES - 100)
+    assert runs.sendable({"recipe": fits}) == {"recipe": fits}
+    with pytest.raises(UserError, match="the pipelines server accepts only 10000"):
+        runs.sendable({"recipe": fits + "x" * 200})
+
+
 def test_a_size_is_one_of_three(state: Pipelines, url: str) -> None:
     nudge("upload")
     assert nudge("submit", "--no-follow", "-p", "size=small").exit_code == 0

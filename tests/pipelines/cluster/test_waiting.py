@@ -4,9 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from nudge.pipelines.cluster.waiting import Waiting
+from nudge.pipelines.cluster.runs import POLL_S
+from nudge.pipelines.cluster.waiting import INTERVAL_S, PATIENCE_S, Waiting
 from tests.components.train.cluster.recorded_jobs import changes, reason_of
 from tests.kubernetes_api import KubernetesApi
+
+
+def test_a_reason_is_shown_within_thirty_seconds() -> None:
+    assert INTERVAL_S + PATIENCE_S + POLL_S <= 30
 
 
 @pytest.mark.parametrize("served", ["v1beta1", "v1beta2"])

@@ -65,6 +65,10 @@ class RegistryClient(ModelRegistryAPIClient):
             if not token:
                 return items
 
+    async def register_version(self, version: Any, model_id: str, uri: str) -> Any:
+        """A new version. Its artifact, which has the ``uri``, is created separately."""
+        return await self.upsert_model_version(version, model_id)
+
     async def close(self) -> None:
         """Close the connection."""
         await self._transport.close()

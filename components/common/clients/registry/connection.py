@@ -11,9 +11,12 @@ from urllib.parse import urlsplit
 import pydantic
 import tenacity
 
+from nudge.components.common.clients.registry.mlflow_connection import with_mlflow
+from nudge.components.common.clients.registry.unreachable import Unreachable as Unreachable
+from nudge.components.common.clients.registry.url import is_mlflow
 from nudge.components.common.clients.registry.url import registry_url as registry_url
 from nudge.components.common.core.environment import REGISTRY_TOKEN_PATH, SERVICE_ACCOUNT
-from nudge.components.common.core.errors import Transient, UserError
+from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.retries import BACKOFF
 
 T = TypeVar("T")
@@ -30,19 +33,10 @@ PERMANENT = re.compile(
 42) and exceeded limits (54), and MariaDB's codes for the same."""
 
 
-class Unreachable(Transient):
-    """The registry cannot be used now; the same request may succeed later.
-
-    ``permanent`` if only another URL can help.
-    """
-
-    def __init__(self, message: str, *, permanent: bool = False) -> None:
-        super().__init__(message)
-        self.permanent = permanent
-
-
 def with_registry(url: str, work: Callable[[Any], Awaitable[T]], attempts_s: float = 0) -> T:
-    """Run ``work(client)`` with a `RegistryClient`, and retry it while the registry is down.
+    """Run ``work(registry)`` with the registry of a URL, and retry it while the registry is down.
+
+    The registry is a `Registry`: a `RegistryClient`, or an `MlflowRegistry` for ``mlflow+https://``.
 
     ``work`` must be safe to repeat. Raises `Unreachable` if the registry does not answer within
     ``attempts_s`` (`ATTEMPTS_S` if 0) or not in a usable way, and `UserError` if it refuses a
@@ -55,6 +49,8 @@ def with_registry(url: str, work: Callable[[Any], Awaitable[T]], attempts_s: flo
     from nudge.components.common.clients.registry.client import NotARegistry, RegistryClient
 
     url = registry_url(url)
+    if is_mlflow(url):
+        return with_mlflow(url, work, attempts_s or ATTEMPTS_S)
     token_file = Path(os.environ.get(REGISTRY_TOKEN_PATH, SERVICE_ACCOUNT / "token"))
     withheld = token_file.is_file() and not may_have_token(url)
     token = None

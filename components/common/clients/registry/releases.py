@@ -196,10 +196,11 @@ def note_served(version: Version, served: Served, environment: str, runtime: str
             if service is None:
                 return False
             # An update replaces all properties, so keep those of others.
-            change = mr_openapi.InferenceServiceUpdate(
-                modelVersionId=version.id,
-                desiredState="DEPLOYED",
-                customProperties={**(service.custom_properties or {}), **properties},
+            # Unvalidated: the ids of MLflow's registry are not numbers.
+            change = mr_openapi.InferenceServiceUpdate.model_construct(
+                model_version_id=version.id,
+                desired_state=mr_openapi.InferenceServiceState.DEPLOYED,
+                custom_properties={**(service.custom_properties or {}), **properties},
             )
             async with client.get_client() as api:
                 await api.update_inference_service(service.id, change)
@@ -208,14 +209,14 @@ def note_served(version: Version, served: Served, environment: str, runtime: str
         if await update():
             return
         environment_id = await _environment(client, environment)
-        fresh = mr_openapi.InferenceServiceCreate(
+        fresh = mr_openapi.InferenceServiceCreate.model_construct(
             name=served.model,
             runtime=runtime,
-            registeredModelId=version.model_id,
-            modelVersionId=version.id,
-            servingEnvironmentId=environment_id,
-            desiredState="DEPLOYED",
-            customProperties=properties,
+            registered_model_id=version.model_id,
+            model_version_id=version.id,
+            serving_environment_id=environment_id,
+            desired_state=mr_openapi.InferenceServiceState.DEPLOYED,
+            custom_properties=properties,
         )
         try:
             async with client.get_client() as api:
@@ -255,7 +256,8 @@ def note_properties(version_id: str, values: Mapping[str, str | bool]) -> Work:
             # An update replaces all properties, so keep the others.
             changed = {name: property(value) for name, value in values.items()}
             properties = {**(found.custom_properties or {}), **changed}
-            change = mr_openapi.ModelVersionUpdate(customProperties=properties)
+            # Without a state, an update makes an archived version live.
+            change = mr_openapi.ModelVersionUpdate(state=found.state, customProperties=properties)
             await api.update_model_version(version_id, change)
 
     return work

@@ -9,12 +9,21 @@ import pydantic
 
 from nudge.components.common.core.errors import UserError
 
+MLFLOW = "mlflow+"
+"""The beginning of the URL of MLflow's registry: ``mlflow+https://HOST``."""
+
+
+def is_mlflow(url: str) -> bool:
+    """Whether a registry's URL names an MLflow server."""
+    return url.startswith(MLFLOW)
+
 
 def registry_url(url: str = "") -> str:
     """The registry's URL, normalized: ``url`` or else NUDGE_REGISTRY_URL.
 
     Removes the API's own path (``/api/model_registry/v1alpha3``) and a trailing slash; keeps the
-    path of a gateway before it. Raises `UserError` if there is no URL or it is invalid.
+    path of a gateway before it. ``mlflow+https://HOST`` is MLflow's registry. Raises `UserError` if
+    there is no URL or it is invalid.
     """
     url = (url or os.environ.get("NUDGE_REGISTRY_URL", "")).strip()
     if not url:
@@ -22,8 +31,9 @@ def registry_url(url: str = "") -> str:
             "no model registry is known: set registry_url in the recipe or "
             "NUDGE_REGISTRY_URL (on a laptop, `nudge services up` starts one)"
         )
+    prefix = MLFLOW if is_mlflow(url) else ""
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(url.removeprefix(prefix))
         wrong = parts.scheme not in ("http", "https") or not parts.hostname
         wrong = wrong or bool(parts.query or parts.fragment or parts.username or parts.port == 0)
     except ValueError:
@@ -32,10 +42,11 @@ def registry_url(url: str = "") -> str:
         shown = re.sub(r"//[^/@]*@", "//...@", url)
         raise UserError(
             f"{shown!r} is not the URL of a model registry: expected https://HOST, or http://, "
-            "with a port and a path if needed, and without user, query or fragment"
+            "with a port and a path if needed, and without user, query or fragment "
+            "(mlflow+https://HOST for MLflow's registry)"
         )
     path = re.sub(r"/api/model_registry(/v[^/]+(/.*)?)?/*$", "", parts.path).rstrip("/")
-    return f"{parts.scheme}://{parts.netloc}{path}"
+    return f"{prefix}{parts.scheme}://{parts.netloc}{path}"
 
 
 RegistryUrl = Annotated[str, pydantic.AfterValidator(lambda url: url and registry_url(url))]

@@ -1,5 +1,6 @@
 """A faulty registry: transient faults of every kind are retried, others are reported."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from nudge.components.common.clients.registry.connection import (
     with_registry,
 )
 from nudge.components.common.clients.registry.releases import find_served, find_version
+from nudge.components.common.clients.registry.values import check_sendable
 from nudge.components.common.core.errors import UserError
 from tests.faulty_proxy import FAULTS, Fault, FaultyProxy
 from tests.local_registry import running_registry
@@ -94,6 +96,28 @@ def test_only_answers_in_the_registrys_form_count(handler: Any) -> None:
         pytest.raises(Unreachable, match="is not a Model Registry"),
     ):
         with_registry(server.url, find_served("nothing"))
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"loss": {"double_value": math.nan}}, "loss.double_value is nan"),
+        ({"loss": {"double_value": -math.inf}}, "loss.double_value is -inf"),
+        ({"name": "n" * 256}, "name has 256 characters"),
+        ({"externalId": "n" * 256}, "externalId has 256 characters"),
+        ({"uri": "x" * 65_536}, "uri has 65536 bytes"),
+        ({"uri": "é" * 32_768}, "uri has 65536 bytes"),
+        ({"customProperties": {"k" * 256: {}}}, "the name of the property 'kkk"),
+        ([{"a\0": 1}], "contains a NUL"),
+    ],
+)
+def test_what_no_registry_stores_is_refused_with_its_field(body: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check_sendable(body)
+
+
+def test_what_every_registry_stores_is_sent() -> None:
+    check_sendable({"name": "n" * 255, "uri": "x" * 65_535, "customProperties": {"k" * 255: 0.5}})
 
 
 def test_a_wrong_registry_path_is_reported(registry: str) -> None:

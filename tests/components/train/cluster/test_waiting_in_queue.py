@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from nudge.components.common.clients.kube import connect
-from nudge.components.common.clients.kueue import explain_wait, queue_of
+from nudge.components.common.clients.kueue import (
+    LOCAL_QUEUES,
+    PATIENCE_S,
+    explain_wait,
+    queue_of,
+    queue_position,
+)
 from nudge.components.common.core.errors import UserError
 from nudge.components.train.cluster import following, trainjob
 from nudge.components.train.settings import LaunchSettings
@@ -166,6 +172,24 @@ def test_the_position_in_the_queue_is_shown_where_kueue_reports_it(
         assert "position 1 of 2; " in positions[-1]
 
 
+def test_a_position_beyond_the_first_page_is_found(api: KubernetesApi) -> None:
+    """Kueue lists 1000 pending Workloads by default."""
+    job = waits(api)
+    workload = add_workload(api, job, {}, queue="gpus")
+    name = workload["metadata"]["name"]
+    for before, after, text in (
+        (1500, 700, "position 1501 of 2000 or more"),
+        (2000, 0, "position 2001 of 2001"),
+        (999, 0, "position 1000 of 1000 or more"),
+        (3, 0, "position 4 of 4"),
+    ):
+        others = [f"other-{number}" for number in range(before + after)]
+        api.pending["gpus"] = [*others[:before], name, *others[before:]]
+        assert queue_position(connect(), workload) == text
+    api.pending["gpus"] = [f"other-{number}" for number in range(1000)]
+    assert queue_position(connect(), workload) == ""
+
+
 def test_the_queue_that_kueue_assigned_is_shown(api: KubernetesApi, tmp_path: Path) -> None:
     """Kueue labels a job that names no queue with `default`."""
     job = waits(api, LaunchSettings())
@@ -201,6 +225,11 @@ def test_the_deadline_reports_kueues_reason(api: KubernetesApi) -> None:
     add_workload(api, job, status, queue="gpus")
     with pytest.raises(UserError, match="queue gpus never admitted it: .*LocalQueue nosuch"):
         follow(job, settings=settings)
+
+
+def test_a_reason_is_reported_within_thirty_seconds() -> None:
+    assert following.QUEUE_POLL_S + following.POLL_S + PATIENCE_S * len(LOCAL_QUEUES) <= 30
+    assert following.REPEAT_S == 60
 
 
 def test_the_cluster_prefers_the_newest_version(api: KubernetesApi) -> None:

@@ -1,0 +1,76 @@
+"""Whether a run will stay within its budget, by what earlier runs of its recipe used here."""
+
+from pathlib import Path
+
+from nudge.components.common.core.budget import OVER_BUDGET, over
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.prices import Budget, Prices
+from nudge.components.common.core.recipe import step_settings
+from nudge.components.common.core.usage import NOTHING, Usage, usage_of
+from nudge.components.summary.notify import Notice, notify
+from nudge.components.summary.settings import NotifySettings
+from nudge.components.train.settings import TrainSettings
+from nudge.pipelines.local import history
+from nudge.pipelines.recipes import Recipe
+from nudge.pipelines.steps import PIPELINE
+
+SEARCHED_RUNS = 30
+
+
+def check(recipe: Recipe, home: Path) -> None:
+    """Raise `UserError` if the run will need more than its budget, and notify of that.
+
+    Without an earlier run of the recipe, or without a budget, there is nothing to compare; training
+    then checks its own speed after the first steps.
+    """
+    budget = step_settings(Budget, "budget", recipe.text)
+    prices = step_settings(Prices, "prices", recipe.text)
+    expected, run_ids = estimate(recipe, home)
+    if not run_ids:
+        return
+    why = over(budget, prices, expected, "needs")
+    if not why:
+        return
+    text = (
+        f"{why}; this is what the steps used in {' and '.join(run_ids)}. Nothing was started. "
+        "Raise the limit for this run with `--set budget.KEY=VALUE`, or train less"
+    )
+    model = str(recipe.values.get("model_name") or recipe.name)
+    title = f"{model}: a run of {recipe.name} was not started: it is over budget"
+    settings = step_settings(NotifySettings, "notify", recipe.text)
+    notify(settings, Notice("over budget", f"after-{run_ids[0]}", model, "", title, text))
+    raise UserError(f"{OVER_BUDGET}{text}")
+
+
+def estimate(recipe: Recipe, home: Path) -> tuple[Usage, list[str]]:
+    """What a run will probably use, and the earlier runs that say so: of each step its newest
+    complete execution, training in proportion to its epochs or steps."""
+    found: dict[str, Usage] = {}
+    said_by: list[str] = []
+    for run in history.runs(home)[:SEARCHED_RUNS]:
+        if run.recipe != recipe.name:
+            continue
+        for name, step in run.steps.items():
+            used = usage_of(step.usage)
+            if name in found or step.status != "done" or used is None:
+                continue
+            found[name] = used.times(_ratio(recipe, run)) if name == "train" else used
+            if run.run_id not in said_by:
+                said_by.append(run.run_id)
+        if len(found) == len(PIPELINE):
+            break
+    # Without a training, the rest says little about a run.
+    return sum(found.values(), NOTHING), said_by if "train" in found else []
+
+
+def _ratio(recipe: Recipe, run: history.PastRun) -> float:
+    """How much more a run trains than an earlier one; 1 if the settings do not say."""
+    now = step_settings(TrainSettings, "train", recipe.text)
+    before = history.settings(run)
+    steps = before.get("train.max_steps")
+    if now.max_steps and steps:
+        return float(now.max_steps / steps)
+    epochs = before.get("train.epochs")
+    if now.max_steps or steps or not epochs:
+        return 1.0
+    return float(now.epochs / epochs)
