@@ -16,6 +16,7 @@ from nudge.components.evaluate.perplexity import score
 from nudge.components.evaluate.probes import answer
 from nudge.components.evaluate.settings import Probe
 from nudge.components.train.data import PackedSplit
+from nudge.components.train.limits import NO_LIMITS
 from nudge.components.train.one_rank import train_one_rank
 from nudge.components.train.ranks import Ranks
 from nudge.components.train.record import NoBar
@@ -63,7 +64,7 @@ def _train(here: Here, name: str, settings: TrainSettings, device: str) -> Path:
     outputs = {each: folder / each for each in ("model", "history", "report")}
     _, tokens = _base(here)
     if device == "cpu":
-        train_one_rank(settings, Ranks(), tokens, **outputs)
+        train_one_rank(settings, Ranks(), tokens, **outputs, limits=NO_LIMITS)
     else:
         train_rank(settings, tokens=tokens, **outputs)
     return folder

@@ -5,6 +5,7 @@ Ray comes from PyPI into an environment of its own: the test needs neither PyTor
 """
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -123,6 +124,10 @@ def head(ray: Path) -> Iterator[Head]:
         head.stop()
 
 
+def _succeeds(url: str) -> bool:
+    return "success" in _ask(url)
+
+
 def test_a_head_answers_its_probes_and_runs_a_job(head: Head) -> None:
     probes = {
         (probe["httpGet"]["port"], probe["httpGet"]["path"])
@@ -131,8 +136,7 @@ def test_a_head_answers_its_probes_and_runs_a_job(head: Head) -> None:
     }
     assert len(probes) == 2
     for port, path in sorted(probes):
-        url = f"{head.urls[port]}{path}"
-        _until(head, lambda url=url: "success" in _ask(url))
+        _until(head, functools.partial(_succeeds, f"{head.urls[port]}{path}"))
     print(f"the head answers after {head.starts} start(s)")
     jobs = f"{head.urls[rayjob.DASHBOARD_PORT]}/api/jobs/"
     assert json.loads(_ask(jobs)) == []
