@@ -49,7 +49,9 @@ def train_one_rank(
     check_tokenizer(manifest, settings)
     precision = networks.precision_on(ranks.device, settings.precision)
     settings = dataclasses.replace(settings, precision=precision)
-    language_model.set_up_torch(threads_each(ranks.local_world, settings), settings.seed)
+    threads = threads_each(ranks.local_world, settings)
+    # Only a training on CPUs promises the same bits.
+    language_model.set_up_torch(threads, settings.seed, deterministic=ranks.device.type == "cpu")
     tokenizer = language_model.load_tokenizer(verified_tokenizer(tokens))
     length, seed, begins = settings.sequence_length, settings.seed, document_start_id(tokenizer)
     packing = settings.packing

@@ -21,14 +21,14 @@ from nudge.kernels.cpu_products import linear, onednn_is_faster
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def set_up_torch(threads: int, seed: int) -> None:
-    """Make torch on this machine deterministic: fixed threads, fixed seed, fixed algorithms."""
+def set_up_torch(threads: int, seed: int, deterministic: bool = True) -> None:
+    """Fix torch's threads and seed, and if ``deterministic`` its algorithms."""
     # cuBLAS refuses deterministic algorithms without it; it is read at the first use of a GPU
     # (https://docs.nvidia.com/cuda/cublas/#results-reproducibility).
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads or usable_cores())
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)
     # No code reads memory before writing it; filling it took 7 % of a training step on a CPU.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
