@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from nudge.pipelines.cli.output import echo
 from nudge.pipelines.gpu_check.catalog import NAMES, chosen
 from nudge.pipelines.gpu_check.run import run_checks, write_report
 
@@ -40,11 +41,11 @@ def gpu_check(out: Path, device: str, only: tuple[str, ...], listing: bool) -> N
     Exit status: 0 no check failed, 1 one failed, 2 none could run.
     """
     if listing:
-        click.echo("\n".join(NAMES))
+        echo("\n".join(NAMES))
         return
-    report = run_checks(device, chosen(only), click.echo)
+    report = run_checks(device, chosen(only), echo)
     result, page = write_report(report, out)
     counts = ", ".join(f"{report.count(each)} {each}" for each in ("passed", "failed", "skipped"))
-    click.echo(f"{counts} in {report.seconds:.0f} s\n{result}\n{page}")
+    echo(f"{counts} in {report.seconds:.0f} s\n{result}\n{page}")
     if report.count("failed"):
         sys.exit(1)

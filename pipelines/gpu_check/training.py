@@ -87,7 +87,7 @@ def _reloaded_loss(here: Here, folder: Path) -> float:
 
     _, tokens = _base(here)
     model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", local_files_only=True, dtype=torch.float32
+        folder / "model", local_files_only=True, trust_remote_code=False, dtype=torch.float32
     ).to(here.device)
     start = document_start_id(load_tokenizer(tokens / "tokenizer"))
     split = PackedSplit(tokens, "validation", LENGTH, seed=1, start=start)
