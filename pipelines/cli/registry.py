@@ -1,13 +1,12 @@
 """`nudge registry`: what concerns all models of a registry."""
 
-import json
 import os
 
 import click
 
 from nudge.components.common.core.environment import REGISTRY_URL
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.sanitize import visible
+from nudge.pipelines.cli.output import echo, echo_json
 
 
 @click.group()
@@ -45,12 +44,12 @@ def copy(source: str, target: str, models: tuple[str, ...], as_json: bool) -> No
         raise UserError(f"{source} and {target} are the same registry")
     copied = copy_models(one, other, list(models) or None)
     if as_json:
-        click.echo(json.dumps(copied, indent=2))
+        echo_json(copied)
         return
     for model, versions in copied.items():
-        click.echo(visible(f"{model}: {', '.join(versions) or 'nothing new'}"))
+        echo(f"{model}: {', '.join(versions) or 'nothing new'}")
     if not copied:
-        click.echo(f"{source} has no models")
+        echo(f"{source} has no models")
 
 
 def _here() -> str:

@@ -5,8 +5,8 @@ from pathlib import Path
 import click
 
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.sanitize import visible
 from nudge.pipelines.cli import connections
+from nudge.pipelines.cli.output import echo
 
 
 @click.command()
@@ -47,8 +47,8 @@ def verify(version: str, model: str, key: str, into: Path | None) -> None:
         check_signed(name, found.name, found.properties, public)
     except BadSignature as error:
         raise UserError(f"{name} {found.name} does not verify with {key}: {error}") from None
-    click.echo(visible(f"{name} {found.name} is signed by the key {key}"))
+    echo(f"{name} {found.name} is signed by the key {key}")
     for label, file in FILES.items() if into else ():
         assert into is not None
         write_atomic(into / file, str(found.properties[label]))
-        click.echo(str(into / file))
+        echo(str(into / file))

@@ -217,7 +217,8 @@ def test_twins_of_conversations_that_vanish_stay_trained_on(tmp_path: Path) -> N
     """Every second twin vanishes after the first night, and the rest must not be held out."""
     prompts = [CHOICE.sample(WORDS, 40) for _ in range(60)]
     twins = [
-        [chat(" ".join(words), phrase(30)) for words in (prompt, [*prompt[:9], *prompt[10:]])]
+        # With long answers, which make no near duplicates of the conversations.
+        [chat(" ".join(words), phrase(120)) for words in (prompt, [*prompt[:9], *prompt[10:]])]
         for prompt in prompts
     ]
     state = {"state_uri": str(tmp_path / "state"), "validation_share": 0.5}
