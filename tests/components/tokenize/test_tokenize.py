@@ -41,7 +41,8 @@ def test_each_document_has_its_tokenizers_ids_and_one_end_token(
         documents = list(read_documents(corpus, split))
         assert reader.documents == len(documents)
         for index, document in enumerate(documents):
-            ids = tokenizer(document.text, add_special_tokens=False)["input_ids"]
+            options = {"add_special_tokens": False, "split_special_tokens": True}
+            ids = tokenizer(document.text, **options)["input_ids"]
             assert reader.document(index).tolist() == [*ids, tokenizer.vocab["<|endoftext|>"]]
     manifest = plain(read_tokens_manifest(tokens))
     assert len(manifest["splits"]["train"]["shards"]) == 4
