@@ -80,15 +80,10 @@ def submit(
     from nudge.pipelines.cluster import connect, runs
 
     loaded = load(recipe, overrides)
-    given = _parameters(parameters)
-    preflight(
-        loaded.text,
-        Way.SUBMIT,
-        lora_targets=STEPS["train"].read_settings(loaded.text).lora_targets,
-        version=given.get("version", ""),
-        model_name=given.get("model_name", ""),
-    )
-    values = runs.sendable({"recipe": loaded.text, **given})
+    targets = STEPS["train"].read_settings(loaded.text).lora_targets
+    # `runs.submit` checks the names, if the pipeline registers.
+    preflight(loaded.text, Way.SUBMIT, lora_targets=targets, publishes=False)
+    values = runs.sendable({"recipe": loaded.text, **_parameters(parameters)})
     server = connect.connect(url)
     run = runs.submit(server, pipeline, name or loaded.name, values)
     echo(f"{run.run_id} {run.link}")

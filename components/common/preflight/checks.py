@@ -4,7 +4,7 @@
 |---|---|---|---|---|
 | texts: guards, probes, prompts | yes (1) | yes | those in a package | yes |
 | packages: Ray, lm-eval | yes (2) | Ray | no: images have their own | Ray |
-| names: what the registry must store | yes | no: it registers nothing | yes | yes |
+| names: what the registry must store | yes | no: it registers nothing | yes (3) | yes |
 | paths: no file of this machine | it has them | it has them | yes | it would not find them |
 | base: model, tokenizer, LoRA | yes | no: it loads none | if it is here | no: `train` does |
 | machine: disk and memory | yes | no | no: another machine trains | no: another pod trains |
@@ -13,7 +13,8 @@
 | serving: KServe and permissions | yes | no | no: the pipeline's account counts | yes |
 
 (1) Those in an object store later, because the embedded one may not run yet. (2) Not with
-`--engine docker`, whose images have their own.
+`--engine docker`, whose images have their own. (3) By `pipelines.cluster.runs.submit`, which knows
+whether the pipeline registers.
 
 That enough documents are held out is known after ingest, in every way (`check_held_out`).
 """
