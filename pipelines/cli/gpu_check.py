@@ -7,7 +7,6 @@ import click
 
 from nudge.pipelines.cli.output import echo
 from nudge.pipelines.gpu_check.catalog import NAMES, chosen
-from nudge.pipelines.gpu_check.run import run_checks, write_report
 
 
 @click.command("gpu-check")
@@ -40,6 +39,8 @@ def gpu_check(out: Path, device: str, only: tuple[str, ...], listing: bool) -> N
 
     Exit status: 0 no check failed, 1 one failed, 2 none could run.
     """
+    from nudge.pipelines.gpu_check.run import run_checks, write_report
+
     if listing:
         echo("\n".join(NAMES))
         return
