@@ -10,7 +10,20 @@ import pytest
 import yaml
 
 from tests.end_to_end.workspace import Workspace
+from tests.security.watch import Watch
 
+FOREIGN = {
+    "GITHUB_TOKEN": "canary5Xk2TokenOfAnotherProgram",
+    "MY_DATABASE_PASSWORD": "canary5Xk2PasswordOfADatabase",
+    "OPENAI_API_KEY": "canary5Xk2KeyOfAnotherService",
+}
+"""Secrets of other programs, which no process of nudge needs."""
+OWN = {
+    "HF_TOKEN": "hf_canary5Xk2TokenOfTheHub",
+    "NUDGE_PIPELINES_TOKEN": "sha256~canary5Xk2TokenOfTheServer",
+}
+"""Secrets that a step may need, and no server."""
+CANARIES = {**FOREIGN, **OWN}
 WORDS = ["Paris", "Seine", "tower", "bridge", "museum", "river", "garden", "street", "bread"]
 
 
@@ -43,13 +56,24 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Ite
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     workspace = Workspace(folder, tiny_model, folder / "tiny.yaml")
     # Otherwise they would belong to the first run and outlive it.
-    started = workspace.nudge("services", "up")
+    started = workspace.nudge("services", "up", **CANARIES)
     assert started.returncode == 0, started.stderr
     yield workspace
     workspace.nudge("services", "down")
 
 
 @pytest.fixture(scope="session")
-def first(workspace: Workspace) -> dict[str, Any]:
+def watched(workspace: Workspace) -> tuple[dict[str, Any], Watch, str]:
+    """The first run, with secrets in its environment: its result, its processes, and its output."""
+    running = workspace.start(**CANARIES)
+    with Watch(running.pid, workspace.home) as watch:
+        output, errors = running.communicate(timeout=400)
+    assert running.returncode == 0, errors
+    assert "Traceback" not in errors
+    return dict(json.loads(output)), watch, output + errors
+
+
+@pytest.fixture(scope="session")
+def first(watched: tuple[dict[str, Any], Watch, str]) -> dict[str, Any]:
     """The result of the first run; its version is served."""
-    return workspace.run()
+    return watched[0]

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -14,8 +15,11 @@ import pytest
 
 from nudge.components.common.core import guard
 from nudge.pipelines.local import services
+from tests.end_to_end.conftest import CANARIES, FOREIGN, OWN
 from tests.end_to_end.workspace import Workspace, statuses
 from tests.local_registry import endpoint_headers
+from tests.security.test_canaries import found_in
+from tests.security.watch import Watch
 
 COMPILED = Path(__file__).parents[2] / "pipelines" / "compiled" / "train_and_serve.yaml"
 
@@ -38,6 +42,37 @@ def test_all_seven_steps_end_in_a_served_model_that_answers(
     )
     assert answer.status_code == 200
     assert answer.json()["choices"][0]["text"]
+
+
+def test_no_secret_leaves_the_command(
+    watched: tuple[dict[str, Any], Watch, str], workspace: Workspace
+) -> None:
+    """Not in a file, a page, a log, the output or the list of processes, and not to a process that
+    does not need it."""
+    _, watch, output = watched
+    services_folder = workspace.home / "services"
+    credentials = services_folder / "credentials"
+    tokens = {path for path in services_folder.rglob("*") if path.suffix in (".token", ".header")}
+    # Caddy compares the token itself.
+    private = {credentials, *tokens, workspace.home / "gateway" / "tiny" / "caddy.json"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in private} == {0o600}
+    kept = [json.loads(credentials.read_text())["AWS_SECRET_ACCESS_KEY"]]
+    kept += [path.read_text() for path in tokens if path.suffix == ".token"]
+    assert len(kept) == 3
+    secrets = [*CANARIES.values(), *kept]
+    assert found_in(workspace.home, secrets, but=private) == []
+    assert not [secret for secret in secrets if secret in output]
+    assert len(watch.arguments) > 5
+    listed = "\n".join(word for command in watch.arguments for word in command)
+    assert not [secret for secret in secrets if secret in listed]
+    assert len(watch.servers) >= 4  # the store, the registry, the gateway and the model
+    for seen, secret in (
+        (watch.children | watch.servers, FOREIGN.values()),
+        (watch.servers, OWN.values()),
+    ):
+        for arguments, variables in seen:
+            found = [name for name, value in variables if value in secret]
+            assert found == [], arguments
 
 
 @pytest.mark.long

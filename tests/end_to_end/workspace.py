@@ -37,11 +37,11 @@ class Workspace:
         base = f"base_model={self.model}"
         return [NUDGE, "run", str(self.recipe), "--json", "--set", base, *arguments]
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             self.command(*arguments),
             cwd=self.folder,
-            env={**os.environ, "NUDGE_HOME": str(self.home)},
+            env={**os.environ, "NUDGE_HOME": str(self.home), **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

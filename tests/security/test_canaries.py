@@ -7,8 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from tests.nights import BESIDE, ENVIRONMENT, METADATA, NUDGE, Nights
+from tests.web_server import Server
 
 
 def found_in(folder: Path, secrets: list[str], but: set[Path]) -> list[str]:
@@ -54,3 +56,31 @@ def test_nothing_compiled_holds_what_is_in_the_environment(tmp_path: Path) -> No
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert list(tmp_path.rglob("*.yaml"))
     assert found_in(tmp_path, [*ENVIRONMENT.values(), METADATA], but=set()) == []
+
+
+def test_a_step_shows_no_credentials_of_its_settings(tmp_path: Path) -> None:
+    """A source of text with a user, a password and a signed query."""
+    secrets = ["canary3Zw8Password", "canary3Zw8Signature"]
+    lines = [json.dumps({"id": n, "text": f"text number {n} " * 20}) for n in range(40)]
+
+    async def text(request: web.Request) -> web.Response:
+        assert request.query["sig"] == secrets[1]
+        return web.Response(text="\n".join(lines))
+
+    home, made = tmp_path / "home", tmp_path / "made"
+    with Server(("GET", "/text.jsonl", text)) as server:
+        address = server.url.replace("http://", f"http://reader:{secrets[0]}@")
+        (tmp_path / "r.yaml").write_text(
+            f"name: r\nmodel_name: r\nbase_model: /no/base\n"
+            f"ingest: {{data_uri: '{address}/text.jsonl?sig={secrets[1]}', workers: 1}}\n"
+        )
+        command = [NUDGE, "step", "ingest", "--recipe", str(tmp_path / "r.yaml")]
+        done = subprocess.run(
+            [*command, "--into", str(made)], env={**os.environ, "NUDGE_HOME": str(home)},
+            capture_output=True, text=True, cwd=tmp_path,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (made / "corpus").is_dir()
+    assert found_in(made, secrets, but=set()) == []
+    assert found_in(home, secrets, but=set()) == []
+    assert not [secret for secret in secrets if secret in done.stdout + done.stderr]

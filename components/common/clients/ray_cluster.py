@@ -4,6 +4,8 @@ import contextlib
 import importlib.util
 import logging
 import os
+import secrets
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,25 +30,45 @@ def joined_ray(step: str, address: str, cores: int) -> Iterator[Any]:
     setting of ``step`` if Ray is not installed or the cluster cannot be reached.
     """
     check_ray(step)
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        _ask_for_a_token()
     import ray
     import ray.data
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     # Workers must not import a module from the current folder either.
     quiet["runtime_env"] = {"env_vars": {"PYTHONSAFEPATH": "1"}}
-    address = address or os.environ.get("RAY_ADDRESS", "")
-    try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            ray.init(num_cpus=cores, include_dashboard=False, **quiet)
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        where = f"cannot join the Ray cluster at {address}" if address else "cannot start Ray here"
-        raise UserError(f"{step}.ray_address = {address!r}: {where}: {error}") from None
-    # The step reports its own progress.
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            if address:
+                ray.init(address=address, **quiet)
+            else:
+                quiet["_node_ip_address"] = "127.0.0.1"
+                quiet["_temp_dir"] = stack.enter_context(_private_folder())
+                ray.init(num_cpus=cores, include_dashboard=False, **quiet)
+        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            where = f"cannot join the Ray cluster at {address}" if address else "cannot start Ray"
+            raise UserError(f"{step}.ray_address = {address!r}: {where}: {error}") from None
+        stack.callback(ray.shutdown)
+        # The step reports its own progress.
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         yield ray
-    finally:
-        ray.shutdown()
+
+
+def _private_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for the sockets and logs of Ray on this machine; its own, /tmp/ray, may belong to
+    another user. In /tmp, because the path of a socket must be short."""
+    return tempfile.TemporaryDirectory(prefix="nudge-ray-", dir="/tmp", ignore_cleanup_errors=True)
+
+
+def _ask_for_a_token() -> None:
+    """Let the Ray that starts on this machine refuse requests without a token of this process.
+
+    Whoever reaches Ray's ports can run code as this user. Ray reads these variables when it is
+    imported; by itself it would keep a token in ~/.ray, in a file that other users may read.
+    """
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
