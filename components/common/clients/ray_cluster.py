@@ -32,7 +32,7 @@ def joined_ray(step: str, address: str, cores: int) -> Iterator[Any]:
     check_ray(step)
     address = address or os.environ.get("RAY_ADDRESS", "")
     if not address:
-        _ask_for_a_token()
+        _keep_to_this_user()
     import ray
     import ray.data
 
@@ -44,8 +44,8 @@ def joined_ray(step: str, address: str, cores: int) -> Iterator[Any]:
             if address:
                 ray.init(address=address, **quiet)
             else:
-                quiet["_node_ip_address"] = "127.0.0.1"
-                quiet["_temp_dir"] = stack.enter_context(_private_folder())
+                # Ray opens its own folder to everybody, so a private one contains it.
+                quiet["_temp_dir"] = f"{stack.enter_context(_private_folder())}/ray"
                 ray.init(num_cpus=cores, include_dashboard=False, **quiet)
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             where = f"cannot join the Ray cluster at {address}" if address else "cannot start Ray"
@@ -63,12 +63,16 @@ def _private_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="nudge-ray-", dir="/tmp", ignore_cleanup_errors=True)
 
 
-def _ask_for_a_token() -> None:
-    """Let the Ray that starts on this machine refuse requests without a token of this process.
+def _keep_to_this_user() -> None:
+    """Let the Ray that starts here listen on the loopback interface only, and refuse requests
+    without a token of this process.
 
     Whoever reaches Ray's ports can run code as this user. Ray reads these variables when it is
     imported; by itself it would keep a token in ~/.ray, in a file that other users may read.
     """
+    # Where clusters are off, as on macOS, Ray uses the loopback address; `_node_ip_address` cannot
+    # ask for it (`get_node_ip_address` and `resolve_ip_for_localhost` in ray/_private/services.py).
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
