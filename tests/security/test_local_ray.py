@@ -56,14 +56,12 @@ def test_only_this_process_can_use_a_local_ray() -> None:
         }
         assert listening <= {"127.0.0.1", "::1"}, listening
         words = [word for process in family for word in process.cmdline()]
-        folders = {found[0] for word in words if (found := re.search(r"/tmp/nudge-ray-\w+", word))}
+        folders = {each[0] for word in words if (each := re.search(r"/tmp/nudge-ray-\w+", word))}
         assert len(folders) == 1
         assert stat.S_IMODE(Path(*folders).stat().st_mode) == 0o700
         assert not [word for word in words if word.startswith(("/tmp/ray/", "--temp-dir=/tmp/ray"))]
         known = next(found for each in family if (found := each.environ().get("RAY_AUTH_TOKEN")))
-        variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
-            "0"  # looks for Ray on the loopback address
-        )
+        variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # to look at the loopback address
         right = {**variables, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": known}
         assert "attacked" in join(address, right)
         for mode in ("disabled", "token"):
