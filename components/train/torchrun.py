@@ -70,6 +70,9 @@ def run_ranks(
             "OMP_NUM_THREADS": str(threads_each(count, settings)),
             "PYTHONSAFEPATH": "1",  # torchrun does not pass -P to the ranks
             STORE_VARIABLE: str(Path(folder) / "ranks"),
+            # The agent would offer a store to the ranks on all interfaces, without a password
+            # (torch/distributed/elastic/rendezvous/dynamic_rendezvous.py).
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             **_on_loopback(os.environ),
         }
         ranks = subprocess.Popen(command, env=child_environment(RANK_CHILD, variables))
