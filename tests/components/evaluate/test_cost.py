@@ -66,7 +66,7 @@ def test_the_cost_stands_beside_the_verdict(made: Path) -> None:
 def test_without_prices_the_report_counts_hours(made: Path) -> None:
     add_cost(made / "evaluation", made / "report", made / "model", Prices())
     page = (made / "report").read_text()
-    assert "2.00 GPU hours" in page
+    assert "2.00 <small>GPU hours</small>" in page
     assert "40.0 GPU hours per gained bit per byte" in page
     assert "set <code>prices</code>" in page
 
