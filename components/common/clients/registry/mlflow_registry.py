@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
-from nudge.components.common.clients.registry.values import check_sendable
+from nudge.components.common.clients.registry.values import TYPES, check_sendable
 from nudge.components.common.core.errors import UserError
 
 T = TypeVar("T")
@@ -99,7 +99,10 @@ class MlflowRegistry:
 
         body = _version_json(await self._get(version_id))
         return mr_openapi.ModelVersion.model_construct(
-            id=body["id"], name=body["name"], custom_properties=_values(body["customProperties"])
+            id=body["id"],
+            name=body["name"],
+            state=mr_openapi.ModelVersionState(body["state"]),
+            custom_properties=_values(body["customProperties"]),
         )
 
     async def update_model_version(self, version_id: str, body: Any) -> Any:
@@ -207,13 +210,13 @@ class MlflowRegistry:
         return [_version(each) for each in await self._raw_versions(model_id)]
 
     async def _raw_versions(self, model_id: str) -> list[Any]:
-        """A model's versions that have a name, oldest first; of one name only the first."""
+        """A model's versions, oldest first; of those with the same name only the first."""
         quoted = model_id.replace("'", "''")
         search = self._client.search_model_versions
         found = await self._pages(search, filter_string=f"name='{quoted}'", max_results=PAGE)
         by_name: dict[str, Any] = {}
         for each in sorted(found, key=lambda version: int(version.version)):
-            # What somebody registered with MLflow itself is known by its number.
+            # One that was registered without nudge is named by its number.
             by_name.setdefault(each.tags.get(VERSION) or str(each.version), each)
         return list(by_name.values())
 
@@ -336,11 +339,8 @@ def _typed(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(typed: dict[str, Any]) -> Any:
-    kind = typed["metadataType"]
-    if kind == "MetadataIntValue":
-        return int(typed["int_value"])
-    field = {"MetadataBoolValue": "bool_value", "MetadataDoubleValue": "double_value"}
-    return typed[field.get(kind, "string_value")]
+    field, _ = TYPES[typed["metadataType"]]
+    return int(typed[field]) if field == "int_value" else typed[field]
 
 
 def _mirrored(properties: dict[str, Any]) -> dict[str, str]:

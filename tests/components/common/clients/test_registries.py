@@ -20,6 +20,7 @@ from nudge.components.common.clients.registry.copying import copy_models
 from nudge.components.common.clients.registry.lookup import list_models
 from nudge.components.common.clients.registry.releases import (
     Served,
+    archive,
     archive_older,
     find_served,
     find_standing,
@@ -164,6 +165,15 @@ def test_a_changed_property_leaves_the_others(url: str) -> None:
     changed = with_registry(url, find_version("noted", "v1")).properties
     expected = {**version.properties, "promoted": False, "not_promoted": "v0 is better"}
     assert changed == expected
+
+
+def test_an_archived_version_stays_archived_when_a_property_changes(url: str) -> None:
+    enter(url, entry("stays", "v1"))
+    version = with_registry(url, find_version("stays", "v1"))
+    with_registry(url, archive(version.id))
+    with_registry(url, note_promotion(version, "v0 is better"))
+    found = with_registry(url, find_version("stays", "v1"))
+    assert (found.archived, found.properties["not_promoted"]) == (True, "v0 is better")
 
 
 def test_what_cannot_be_stored_is_refused(url: str) -> None:
