@@ -16,7 +16,9 @@ from nudge.components.common.readers.unreadable import Unreadable
 ROW_KEYS = ("sender_name", "isPinned")
 """Keys of the messages in an export that has them below a key, without a key ``text``."""
 ALL_CHATS = "chats.list.item.messages.item"
-"""ijson's path of the messages in Telegram's export of a whole account."""
+"""ijson's path of the messages in Telegram's export of an account."""
+CHAT = "nudge.chat"
+"""The key for the number and the name of a message's chat, in a large export of an account."""
 SIDE_FILES = frozenset(
     (
         *("canvases.json", "channels.json", "dms.json", "file_conversations.json", "groups.json"),
@@ -46,7 +48,7 @@ def exported(value: Any, options: ReadOptions) -> Records | None:
     return exported_rows(iter([value]), options)
 
 
-def exported_rows(rows: Iterator[Any], options: ReadOptions, chat: str = "") -> Records | None:
+def exported_rows(rows: Iterator[Any], options: ReadOptions) -> Records | None:
     """`exported` for the items of an array; if they are no chats, None, and the first is consumed.
 
     Only the messages of one day are in memory.
@@ -61,9 +63,18 @@ def exported_rows(rows: Iterator[Any], options: ReadOptions, chat: str = "") -> 
             return _assistants(itertools.chain([first], rows), read, options)
     for is_kind, read_post in MESSENGERS:
         if is_kind(first):
-            posts = _posts(itertools.chain([first], rows), read_post)
-            return days(posts, options, chat)
+            return _chats(itertools.chain([first], rows), read_post, options)
     return None
+
+
+def _chats(rows: Iterable[Any], read: "Reads", options: ReadOptions) -> Records:
+    for (_, name), group in itertools.groupby(rows, key=_chat_of):
+        yield from days(_posts(group, read), options, name)
+
+
+def _chat_of(row: Any) -> tuple[int, str]:
+    number, name = row.get(CHAT, (0, "")) if isinstance(row, dict) else (0, "")
+    return number, name
 
 
 def _assistants(rows: Iterable[Any], read: "Turns", options: ReadOptions) -> Records:

@@ -5,11 +5,12 @@ from typing import IO, Any
 
 from nudge.components.common.chat.forms import LISTS, PAIRS
 from nudge.components.common.readers import records
-from nudge.components.common.readers.chat_exports import ALL_CHATS, ROW_KEYS
+from nudge.components.common.readers.chat_exports import ALL_CHATS, CHAT, ROW_KEYS
 from nudge.components.common.readers.records import ReadOptions
 from nudge.components.common.readers.unreadable import Unreadable
 
 CHUNK_BYTES = 1 << 16
+CHAT_PATH = ALL_CHATS.removesuffix(".messages.item")
 BODIES = (*LISTS, *(answered for _, answered in PAIRS))
 """Keys that an object with a conversation has."""
 
@@ -48,13 +49,35 @@ def items(stream: IO[bytes], options: ReadOptions) -> Iterator[Any]:
             return
         stream.seek(0)
         metered.since_item = 0
-        for item in ijson.items(metered, path, buf_size=CHUNK_BYTES, use_float=True):
+        found = ijson.items(metered, path, buf_size=CHUNK_BYTES, use_float=True)
+        for item in _with_chats(metered) if path == ALL_CHATS else found:
             metered.since_item = 0
             yield item
     except _TooLong:
         yield Unreadable("too_long", f"one item has more than {records.RECORD_BYTES} bytes")
     except (ijson.JSONError, ValueError, RecursionError) as error:
         yield Unreadable("bad_record", str(error)[:200])
+
+
+def _with_chats(stream: _Metered) -> Iterator[Any]:
+    """The items at `ALL_CHATS`; each has under `CHAT` the number and the name of its chat."""
+    import ijson
+
+    number, names = 0, {}
+
+    def events() -> Iterator[Any]:
+        nonlocal number
+        for prefix, event, value in ijson.parse(stream, buf_size=CHUNK_BYTES, use_float=True):
+            if (prefix, event) == (CHAT_PATH, "start_map"):
+                number += 1
+                names.clear()
+            elif prefix in (f"{CHAT_PATH}.name", f"{CHAT_PATH}.id"):
+                names[prefix.rpartition(".")[2]] = value
+            yield prefix, event, value
+
+    for item in ijson.items(events(), ALL_CHATS):
+        name = str(names.get("name") or names.get("id") or number)
+        yield {**item, CHAT: (number, name)} if isinstance(item, dict) else item
 
 
 def _path_of_array(stream: _Metered, options: ReadOptions) -> str | None:
