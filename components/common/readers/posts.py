@@ -23,18 +23,28 @@ class Post(NamedTuple):
 
 def days(posts: Iterable[Post | Unreadable], options: ReadOptions, chat: str = "") -> Records:
     """One document per day, named by it and by the ``chat``, if that is set."""
-    for day, group in itertools.groupby(posts, key=lambda post: getattr(post, "day", "")):
-        of_day = []
+    latest = ""
+
+    def day_of(post: Post | Unreadable) -> str:
+        nonlocal latest
+        if isinstance(post, Post):
+            latest = post.day
+        return latest
+
+    for day, group in itertools.groupby(posts, key=day_of):
+        of_day: list[Post] = []
+        lost: list[Unreadable] = []
         for post in group:
             if isinstance(post, Unreadable):
-                yield Record(chat, post)
+                lost.append(post)
             else:
                 of_day.append(post)
-        if not of_day:
-            continue
-        written = [post for post in sorted(of_day, key=lambda post: post.at) if post.text.strip()]
-        name = f"{chat}:{day}" if chat else day
-        yield Record(name, _document(written, options) if written else Unreadable("not_text"))
+        if of_day:
+            of_day.sort(key=lambda post: post.at)
+            written = [post for post in of_day if post.text.strip()]
+            name = f"{chat}:{day}" if chat else day
+            yield Record(name, _document(written, options) if written else Unreadable("not_text"))
+        yield from (Record(chat, each) for each in lost)
 
 
 def transcript(turns: Iterable[tuple[str, str]], between: str = "\n") -> str:

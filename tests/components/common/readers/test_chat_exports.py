@@ -189,8 +189,11 @@ def test_telegrams_chats_are_a_document_per_day() -> None:
     assert "ingest.assistant_name" in refused.detail
     damaged = telegram()
     del damaged["messages"][2]["date"]
-    bodies = [record.text for record in read(damaged, "result.json")]
-    assert Unreadable("bad_record", "KeyError: 'date'") in bodies
+    assert [(record.name, record.text) for record in read(damaged, "result.json")] == [
+        ("2024-03-01", first.replace("Ann: Soon?\n", "")),
+        ("", Unreadable("bad_record", "KeyError: 'date'")),
+        *expected[1:],
+    ]
 
 
 def test_a_large_export_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
