@@ -73,5 +73,5 @@ def _json(properties: Mapping[str, Any], name: str) -> dict[str, Any]:
     except ValueError:
         raise BadSignature(f"the property {name} is not JSON") from None
     if not isinstance(found, dict):
-        raise BadSignature(f"the property {name} is no signature")
+        raise BadSignature(f"the property {name} is not a JSON object")
     return found

@@ -16,7 +16,7 @@ NEEDS = "signing needs the package cryptography: pip install 'nudge-lm[sign]'"
 
 
 class BadSignature(Exception):
-    """An envelope that the key did not sign, or that is none."""
+    """Something that is not an envelope, or that the key did not sign."""
 
 
 def read_public_key(value: str) -> Any:
@@ -64,15 +64,17 @@ def verify(envelope: Any, key: Any) -> dict[str, Any]:
         signature = base64.b64decode(envelope["signatures"][0]["sig"], validate=True)
         kind = envelope["payloadType"]
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise BadSignature(f"it is no signed envelope ({error!r})") from None
+        raise BadSignature(f"it is not a signed envelope ({error!r})") from None
     if kind != PAYLOAD_TYPE:
         raise BadSignature(f"its payload is {kind!r}, expected {PAYLOAD_TYPE}")
     try:
         key.verify(signature, _pae(payload), ec.ECDSA(_hash(key)))
     except InvalidSignature:
         raise BadSignature("the key did not sign it") from None
-    statement = json.loads(payload)
-    return dict(statement)
+    try:
+        return dict(json.loads(payload))
+    except (ValueError, TypeError):
+        raise BadSignature("its payload is not a JSON object") from None
 
 
 def _pae(payload: bytes) -> bytes:

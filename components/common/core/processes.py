@@ -224,7 +224,7 @@ def locked(home: Path, name: str) -> Iterator[None]:
 def read_record(home: Path, name: str) -> ServiceRecord | None:
     """The record of a server that was started, whether or not it still runs.
 
-    A damaged record is made again from the running process.
+    A damaged record is rebuilt from the running process.
     """
     path = home / "services" / f"{name}.json"
     try:
@@ -335,8 +335,10 @@ def start(
 
 
 def _listens(process: psutil.Process, address: str) -> bool:
-    """Whether a process, or one that it started, has the port of an address: another user's program
-    may have taken it meanwhile, and answers."""
+    """Whether a process, or one that it started, listens on the port of an address.
+
+    Another user's program may have taken the port in the meantime, and would answer instead.
+    """
     port = urlsplit(address).port
     if port is None:  # it is reached in another way
         return True

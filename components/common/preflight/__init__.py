@@ -1,2 +1,2 @@
-"""Checks that report a problem before hours are spent: `preflight` of `checks` for every way of
-running, and again, before the first training step, the checks of `train` on the loaded model."""
+"""Checks that report a problem before hours are spent: `checks.preflight` runs them for every way
+of running; `train` checks the loaded model itself before its first step."""

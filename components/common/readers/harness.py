@@ -1,7 +1,6 @@
 """Tasks of lm-evaluation-harness: which ones exist, and the texts of their examples."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from nudge.components.common.core.errors import UserError, nearest
@@ -78,7 +77,6 @@ def _texts(task: Any, example: Any) -> Iterator[str]:
 def _folder(uri: str) -> str | None:
     if not uri:
         return None
-    path: Path = local_path(uri) if is_local(uri) else Path()
-    if not is_local(uri) or not path.is_dir():
+    if not is_local(uri) or not local_path(uri).is_dir():
         raise UserError(f"evaluate.task_folder = {uri!r}: not a folder on this machine")
-    return str(path)
+    return str(local_path(uri))
