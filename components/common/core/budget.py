@@ -1,5 +1,6 @@
 """Whether a run's usage stays within the recipe's section `budget`."""
 
+from nudge.components.common.core.figures import money, significant
 from nudge.components.common.core.prices import Budget, Prices
 from nudge.components.common.core.usage import Usage
 
@@ -10,17 +11,21 @@ OVER_BUDGET = "over budget: "
 def over(budget: Budget, prices: Prices, used: Usage, verb: str) -> str:
     """Why ``used`` exceeds the budget, such as "the run has used 3.2 GPU hours, and
     budget.gpu_hours is 3"; empty if it does not. ``verb`` is "has used" or "needs"."""
-    cost = prices.cost(**used.amounts())
+
+    def hours(amount: float, unit: str) -> tuple[float, str]:
+        return amount, f"{significant(amount, 3)} {unit}"
+
+    cost = prices.cost(**used.amounts()) or 0.0
     measures = {
-        "cost": (cost, f"{prices.currency} {{:.2f}}", budget.cost),
-        "gpu_hours": (used.gpu_hours, "{:.3g} GPU hours", budget.gpu_hours),
-        "core_hours": (used.core_hours, "{:.3g} core hours", budget.core_hours),
-        "hours": (used.seconds / 3600, "{:.3g} hours", budget.hours),
+        "cost": (cost, money(cost, prices.currency)),
+        "gpu_hours": hours(used.gpu_hours, "GPU hours"),
+        "core_hours": hours(used.core_hours, "core hours"),
+        "hours": hours(used.seconds / 3600, "hours"),
     }
-    found = [
-        f"the run {verb} {'about ' if verb == 'needs' else ''}{form.format(amount)}, and "
-        f"budget.{name} is {limit:g}"
-        for name, (amount, form, limit) in measures.items()
-        if limit is not None and amount is not None and amount > limit
-    ]
+    found = []
+    for name, (amount, shown) in measures.items():
+        limit = getattr(budget, name)
+        if limit is not None and amount > limit:
+            about = "about " if verb == "needs" else ""
+            found.append(f"the run {verb} {about}{shown}, and budget.{name} is {limit:g}")
     return "; ".join(found)

@@ -45,23 +45,34 @@ def _written(value: Any, digits: int, sign: str) -> str:
     return f"{value:{sign},.{digits}f}".replace("-", "−")
 
 
+def significant(value: float, digits: int = 2) -> str:
+    """``0.012``, ``3.2`` or ``1,250``: a few significant digits, but every digit of an integer."""
+    rounded = f"{value:.{digits}g}"
+    return f"{value:,.0f}" if "e+" in rounded else rounded
+
+
+def money(value: float, currency: str) -> str:
+    """``USD 1.20``; more decimals for less than half a cent."""
+    return f"{currency} {value:,.2f}" if value >= 0.005 else f"{currency} {significant(value)}"
+
+
 def amounts(spent: dict[str, Any], currency: str) -> str:
     """``USD 1.20, 0.012 core hours``: what was used, without what is zero or unknown."""
-    parts = [f"{currency} {spent['cost']:.2f}"] if currency and spent.get("cost") else []
+    parts = [money(spent["cost"], currency)] if currency and spent.get("cost") else []
     for key, unit in (("gpu_hours", "GPU hours"), ("core_hours", "core hours"), ("kwh", "kWh")):
         if value := spent.get(key):
-            parts.append(f"{value:.2g} {unit}")
+            parts.append(f"{significant(value)} {unit}")
     return ", ".join(parts)
 
 
 def per_gain(cost: dict[str, Any]) -> str:
     """The cost of one bit per byte gained, in money or hours; empty without a gain."""
     if value := cost.get("per_gained_bit"):
-        return f"{cost.get('currency', '')} {value:.2f} per gained bit per byte"
+        return f"{money(value, cost.get('currency', ''))} per gained bit per byte"
     for key, unit in (
         ("gpu_hours_per_gained_bit", "GPU hours"),
         ("core_hours_per_gained_bit", "core hours"),
     ):
         if value := cost.get(key):
-            return f"{value:.2g} {unit} per gained bit per byte"
+            return f"{significant(value)} {unit} per gained bit per byte"
     return ""

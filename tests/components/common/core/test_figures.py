@@ -4,7 +4,14 @@ import math
 
 import pytest
 
-from nudge.components.common.core.figures import MISSING, fixed, probability, signed
+from nudge.components.common.core.figures import (
+    MISSING,
+    amounts,
+    fixed,
+    per_gain,
+    probability,
+    signed,
+)
 from nudge.components.common.core.scripts import separates_words
 
 ODD = [math.nan, math.inf, -math.inf, None, "text", True]
@@ -30,6 +37,14 @@ def test_what_is_not_a_number_is_not_available(value: object) -> None:
 def test_a_figure_is_never_wider_than_a_column(value: float, digits: int, shown: str) -> None:
     assert fixed(value, digits) == shown
     assert len(signed(value, digits)) <= 16
+
+
+def test_amounts_keep_what_is_small_and_every_digit_before_the_point() -> None:
+    small = {"cost": 0.00048, "core_hours": 0.012}
+    assert amounts(small, "USD") == "USD 0.00048, 0.012 core hours"
+    large = {"cost": 3750.0, "gpu_hours": 1250.4, "core_hours": 99.6, "kwh": 3.21}
+    assert amounts(large, "EUR") == "EUR 3,750.00, 1,250 GPU hours, 100 core hours, 3.2 kWh"
+    assert per_gain({"gpu_hours_per_gained_bit": 250.0}) == "250 GPU hours per gained bit per byte"
 
 
 @pytest.mark.parametrize(
