@@ -63,7 +63,8 @@ def _with_chats(stream: _Metered) -> Iterator[Any]:
     """The items at `ALL_CHATS`; each has under `CHAT` the number and the name of its chat."""
     import ijson
 
-    number, names = 0, {}
+    number = 0
+    names: dict[str, Any] = {}
 
     def events() -> Iterator[Any]:
         nonlocal number

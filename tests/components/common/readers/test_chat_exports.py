@@ -1,6 +1,5 @@
 """Exports of chats: the turns that a person saw, as conversations where the roles are known."""
 
-import io
 import json
 from typing import Any
 
@@ -8,20 +7,16 @@ import pytest
 
 from nudge.components.common.chat.conversation import Conversation
 from nudge.components.common.readers import (
-    Page,
-    ReadOptions,
     Record,
     Unreadable,
-    read_stream,
     records,
 )
+from tests.components.common.readers import reading
 
 
 def read(value: Any, name: str = "conversations.json", **options: Any) -> list[Record]:
     raw = value if isinstance(value, bytes) else json.dumps(value).encode()
-    stream = io.BufferedReader(io.BytesIO(raw))  # type: ignore[type-var]
-    found = read_stream(stream, name, ReadOptions(**{"format": "auto"} | options))
-    return [r._replace(text=r.text.text()) if isinstance(r.text, Page) else r for r in found]
+    return reading.records(raw, name, **{"format": "auto"} | options)
 
 
 def turns(record: Record) -> list[tuple[str, str]]:
