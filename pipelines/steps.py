@@ -91,7 +91,7 @@ class Step:
     outputs: tuple[str, ...] = ()
     """The parameters that are paths it writes."""
     about_run: str = ""
-    """What reads its second parameter from a recipe: values of sections about all steps."""
+    """The function that reads its second parameter, from the recipe's sections about all steps."""
     services: bool = False
     """Whether it needs the object store or the model registry in any case."""
     publishes: bool = False

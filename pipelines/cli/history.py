@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 SPARKS = "▁▂▃▄▅▆▇█"
 CURVE_POINTS = 20
-ANSI = re.compile(r"\x1b\[[0-9;]*m")
 TASK = re.compile(r".*Executing task '([\w-]+)'|.*Task '([\w-]+)' finished")
 COLORS = {"promoted": "green", "failed": "red", "interrupted": "red", "unreadable": "red"}
 
@@ -290,7 +289,7 @@ def logs(run: str, step: str | None, raw: bool) -> None:
     if not found.log.is_file():
         raise UserError(f"{found.run_id} has no log (its file {found.log} is missing)")
     with found.log.open(encoding="utf-8", errors="replace") as file:
-        lines = (ANSI.sub("", line.rstrip("\n")) for line in file)
+        lines = (click.unstyle(line.rstrip("\n")) for line in file)
         for line in step_lines(lines, step, raw):
             echo(line)
 

@@ -1,4 +1,4 @@
-"""`nudge registry`: what concerns all models of a registry."""
+"""`nudge registry`: copy models from one registry to another."""
 
 import os
 
@@ -33,8 +33,8 @@ def copy(source: str, target: str, models: tuple[str, ...], as_json: bool) -> No
     nudge registry copy https://registry.team.svc:8443 here --model notes
 
     Versions, properties, archived states and what is served are copied; the weights stay where
-    their URIs say. Versions that TARGET has already stay as they are, so the same command finishes
-    a copy that was interrupted.
+    their URIs say. Versions that TARGET already has are not changed, so rerunning the command
+    finishes an interrupted copy.
     """
     from nudge.components.common.clients.registry.connection import registry_url
     from nudge.components.common.clients.registry.copying import copy_models

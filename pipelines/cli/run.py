@@ -14,7 +14,6 @@ from click.shell_completion import CompletionItem
 
 from nudge.components.common.core.environment import REGISTRY_URL, nudge_home
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.sanitize import visible
 from nudge.pipelines.cli import display
 from nudge.pipelines.cli.output import echo
 from nudge.pipelines.cli.screen import Screen
@@ -241,7 +240,7 @@ def _report(current: "Run", values: dict[str, Any], as_json: bool, home: Path) -
             echo(line)  # on a line of its own, never folded
     if values["error"]:
         echo(
-            f"error: {visible(values['error'])}\n"
+            f"error: {values['error']}\n"
             f"the full log: {current.log} (`nudge logs {current.run_id}`)\n"
             "Fix the problem and rerun the same command; finished steps are reused",
             err=True,

@@ -48,7 +48,7 @@ def verify(version: str, model: str, key: str, into: Path | None) -> None:
     except BadSignature as error:
         raise UserError(f"{name} {found.name} does not verify with {key}: {error}") from None
     echo(f"{name} {found.name} is signed by the key {key}")
-    for label, file in FILES.items() if into else ():
-        assert into is not None
-        write_atomic(into / file, str(found.properties[label]))
-        echo(str(into / file))
+    if into:
+        for label, file in FILES.items():
+            write_atomic(into / file, str(found.properties[label]))
+            echo(into / file)

@@ -1,4 +1,5 @@
-"""The versions of what a cluster runs, against what nudge knows, and of nudge's own parts there.
+"""Compares the versions of a cluster's components, and of nudge's pipelines and images there, with
+what this release knows.
 
 A project's account may read neither the operators nor their images, so the cluster's components
 are known by the versions of their APIs, which everybody may read, and by the operators that the
@@ -9,9 +10,9 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
+from nudge.components.common.core.images import TAG
 from nudge.pipelines.cluster import runs
 from nudge.pipelines.cluster.connect import PipelinesServer
 from nudge.pipelines.compile import COMPILED
@@ -92,7 +93,6 @@ def server_release(server: PipelinesServer) -> str:
 def skew(server: PipelinesServer) -> tuple[list[str], list[str]]:
     """The uploaded pipelines by name and release, and a sentence for each that differs from this
     client or from its own images. Raises `UserError` if the server does not list them."""
-    client = version("nudge-lm")
     names = {path.stem.replace("_", "-") for path in COMPILED.glob("*.yaml")}
     listing = server.api("PipelineServiceApi").pipeline_service_list_pipelines
     entries = server.every("list the pipelines", listing, "pipelines", namespace=server.namespace)
@@ -105,10 +105,10 @@ def skew(server: PipelinesServer) -> tuple[list[str], list[str]]:
         spec = runs.spec_of(newest)
         release = release_of(spec)
         found.append(f"{name} {release or 'of a release before 0.2.0'}")
-        if release != client:
+        if release != TAG:
             different.append(
                 f"the newest version of {name} is of nudge {release or 'before 0.2.0'}, this "
-                f"client is {client}"
+                f"client is {TAG}"
             )
         images = image_releases(spec)
         different += [

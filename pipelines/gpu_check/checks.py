@@ -42,11 +42,6 @@ class Check:
     run: Callable[[Here], dict[str, Any]]
     limit_s: float = 90.0
 
-    @property
-    def group(self) -> str:
-        """The first part of the name: kernel, train or speed."""
-        return self.name.partition("-")[0]
-
 
 @dataclass(frozen=True)
 class Outcome:

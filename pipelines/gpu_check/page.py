@@ -1,4 +1,4 @@
-"""The page of `nudge gpu-check`: what failed and why, the kernel's table, and every check."""
+"""The page of `nudge gpu-check`: what failed and why, the loss's speed, and every check."""
 
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,8 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
         "ours": _seconds(ours),
         "eager": _seconds(row["eager"]),
         "products": _seconds(row["products"]),
-        "of_eager": f"{ours / row['eager']:.2f}" if row["eager"] else "",
-        "of_products": f"{100 * row['products'] / ours:.0f} %" if row["products"] else "",
+        "of_eager": f"{ours / row['eager']:.2f}",
+        "of_products": f"{100 * row['products'] / ours:.0f} %",
         "memory": _mebibytes(row["ours_memory"]),
         "eager_memory": _mebibytes(row["eager_memory"]),
     }
@@ -102,8 +102,8 @@ def _shares(masked: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{1e3 * value:,.1f} ms"
+def _seconds(value: float) -> str:
+    return f"{1e3 * value:,.1f} ms"
 
 
 def _mebibytes(value: float | None) -> str:

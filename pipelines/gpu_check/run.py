@@ -181,9 +181,10 @@ def _follow(
         elif now > deadline:
             failed = "stopped, because the time for all checks was over"
         if failed:
-            name = running.get("name") or next(
-                each for each in names if each not in {done.name for done in report.checks}
-            )
+            done = {each.name for each in report.checks}
+            name = running.get("name") or next((each for each in names if each not in done), None)
+            if name is None:  # it died after its last check, such as in CUDA's own cleanup
+                return
             title = running.get("title", name)
             outcome = Outcome(name, title, "failed", failed, worker.log(), round(now - since, 1))
             _add(report, outcome, names, tell)

@@ -40,14 +40,14 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table; times are seconds of forward + backward, memory is bytes beyond inputs
-    and gradients, and what was not measured is None."""
+    """One line of a table; times are seconds of forward + backward, and memory is bytes beyond
+    inputs and gradients (None on a CPU, where it is not measured)."""
 
     name: str
     shape: str
     ours: float
-    eager: float | None
-    products: float | None
+    eager: float
+    products: float
     ours_memory: float | None = None
     eager_memory: float | None = None
 
@@ -167,9 +167,7 @@ def _masked(
 
         runs[str(percent)] = _step(loss, (hidden, weight))
     taken = _medians(runs, gpu, rounds)
-    return [
-        {"percent": percent, "seconds": taken[str(percent)]} for percent in MASKED
-    ]  # fmt: skip
+    return [{"percent": percent, "seconds": taken[str(percent)]} for percent in MASKED]
 
 
 def table(here: Here) -> dict[str, Any]:

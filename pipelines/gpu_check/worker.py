@@ -1,4 +1,4 @@
-"""A process that runs checks one after another and writes how each ends, a JSON line each.
+"""A process that runs checks one after another and writes how each ends, one JSON line per event.
 
 It is a process of its own, because a fault on a GPU can leave CUDA unusable until the process ends.
 Lines are ``{"event": "machine", ...}``, ``{"event": "start", "name", "title", "limit_s"}`` and

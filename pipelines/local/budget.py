@@ -18,7 +18,7 @@ SEARCHED_RUNS = 30
 
 
 def check(recipe: Recipe, home: Path) -> None:
-    """Raise `UserError` if the run will need more than its budget, and notify of that.
+    """Raise `UserError` if the run will need more than its budget, and send a notification.
 
     Without an earlier run of the recipe, or without a budget, there is nothing to compare; training
     then checks its own speed after the first steps.
@@ -43,10 +43,13 @@ def check(recipe: Recipe, home: Path) -> None:
 
 
 def estimate(recipe: Recipe, home: Path) -> tuple[Usage, list[str]]:
-    """What a run will probably use, and the earlier runs that say so: of each step its newest
-    complete execution, training in proportion to its epochs or steps."""
+    """What a run will probably use, and the ids of the earlier runs that this is based on.
+
+    It is the sum of each step's newest complete execution; training is scaled by its epochs or
+    steps.
+    """
     found: dict[str, Usage] = {}
-    said_by: list[str] = []
+    run_ids: list[str] = []
     for run in history.runs(home)[:SEARCHED_RUNS]:
         if run.recipe != recipe.name:
             continue
@@ -55,16 +58,16 @@ def estimate(recipe: Recipe, home: Path) -> tuple[Usage, list[str]]:
             if name in found or step.status != "done" or used is None:
                 continue
             found[name] = used.times(_ratio(recipe, run)) if name == "train" else used
-            if run.run_id not in said_by:
-                said_by.append(run.run_id)
+            if run.run_id not in run_ids:
+                run_ids.append(run.run_id)
         if len(found) == len(PIPELINE):
             break
-    # Without a training, the rest says little about a run.
-    return sum(found.values(), NOTHING), said_by if "train" in found else []
+    # Without a training, the other steps say little about a run.
+    return sum(found.values(), NOTHING), run_ids if "train" in found else []
 
 
 def _ratio(recipe: Recipe, run: history.PastRun) -> float:
-    """How much more a run trains than an earlier one; 1 if the settings do not say."""
+    """How many times as long a run trains as an earlier one; 1 if the settings do not say."""
     now = step_settings(TrainSettings, "train", recipe.text)
     before = history.settings(run)
     steps = before.get("train.max_steps")

@@ -59,7 +59,7 @@ class PastRun:
 
     @property
     def spent(self) -> dict[str, Any]:
-        """What the run used in all: core_hours, gpu_hours, kwh and cost, as far as known."""
+        """What the run used in total: core_hours, gpu_hours, kwh and cost, as far as known."""
         return _mapping(_mapping(self.result, "usage"), "total")
 
     def spent_on(self, step: str) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class PastRun:
 
     @property
     def currency(self) -> str:
-        """Of its costs; empty if its recipe has no prices."""
+        """The currency of its costs; empty if its recipe has no prices."""
         return str(_mapping(self.result, "usage").get("currency") or "")
 
     @property

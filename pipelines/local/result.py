@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import click
+
 from nudge.components.common.artifacts.cost import step_cost
 from nudge.components.common.artifacts.evaluation import Evaluation, read_evaluation
 from nudge.components.common.artifacts.schema import plain
@@ -11,6 +13,7 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.prices import Prices
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.recipe import step_settings
+from nudge.components.common.core.sanitize import masked
 from nudge.components.common.core.say import say
 from nudge.components.common.core.usage import NOTHING, usage_of
 from nudge.pipelines.local import history, run_page
@@ -98,8 +101,17 @@ def result(run: Run) -> dict[str, Any]:
             f"the engine skipped {', '.join(skipped)}, which should have run; see {run.log}"
         )
     if run.exit_status and not failed:
-        values["error"] = f"the pipeline ended with status {run.exit_status}; see {run.log}"
+        ended = f"the pipeline ended with status {run.exit_status}"
+        said = _last_line(run.log)
+        values["error"] = f"{ended}: {said}; see {run.log}" if said else f"{ended}; see {run.log}"
     return values
+
+
+def _last_line(log: Path) -> str:
+    """The last line of a log that is not blank, without colors; empty if there is none."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    _, _, line = text.rstrip().rpartition("\n")
+    return masked(click.unstyle(line).strip())
 
 
 def usage(run: Run) -> dict[str, Any]:

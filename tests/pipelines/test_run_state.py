@@ -261,7 +261,14 @@ def test_a_better_model_that_got_no_traffic_says_why(run: Run) -> None:
 
 def test_an_engine_that_fails_before_any_step_is_an_error(run: Run) -> None:
     run.exit_status = 1
-    assert str(run.log) in result(run)["error"]
+    assert result(run)["error"] == f"the pipeline ended with status 1; see {run.log}"
+    run.log.write_text(
+        "Traceback\n  ...\nModuleNotFoundError: No module named \x1b[96m'kfp'\x1b[0m\n\n"
+    )
+    assert result(run)["error"] == (
+        "the pipeline ended with status 1: ModuleNotFoundError: No module named 'kfp'; see "
+        f"{run.log}"
+    )
 
 
 def test_progress_is_taken_in() -> None:
