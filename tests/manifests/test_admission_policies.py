@@ -1,7 +1,7 @@
 """Which objects the account of a step may create and change.
 
 No API server runs here: `refusals` evaluates the CEL of the ValidatingAdmissionPolicies with the
-package common-expression-language, which is not the implementation of the API server.
+package common-expression-language from PyPI, which is not the API server's implementation.
 """
 
 import copy
