@@ -22,7 +22,7 @@ test: setup  ## the tests
 	$(PYTEST)
 
 test-long: setup  ## the tests that take minutes, with the optional packages that they need
-	$(call install,mlflow ray tasks)
+	$(call install,mlflow ray sign tasks)
 	$(PYTEST) -m long
 
 # What uv.lock pins for these extras, checked against its hashes. PyTorch comes separately, because

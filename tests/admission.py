@@ -1,9 +1,10 @@
-"""Evaluates the CEL of a ValidatingAdmissionPolicy in the manifests, as the API server does.
+"""Evaluates the CEL of a ValidatingAdmissionPolicy in the manifests.
 
-No API server was asked. The text and the status (422) of a refusal follow the source of Kubernetes
+This is not the API server's CEL but the package common-expression-language from PyPI, and no API
+server has confirmed the results. Of Kubernetes' CEL library, only the authorizer's check of a
+permission is here. The text and the status (422) of a refusal follow the source of Kubernetes
 (apiserver/pkg/admission/plugin/policy/validating/dispatcher.go, and NewForbidden in
-apiserver/pkg/admission/errors.go). The package common-expression-language is not the CEL of the API
-server. Of its library for Kubernetes, only the authorizer's check of a permission is here.
+apiserver/pkg/admission/errors.go).
 """
 
 from collections.abc import Callable

@@ -15,11 +15,11 @@ import pytest
 from nudge.components.common.core.processes import free_port
 
 STARTS_S = 240.0
-"""With the download of the server."""
+"""How long the server may take to start, including its download."""
 
 
 def version() -> str:
-    """Of the installed client, mlflow-skinny; skips the test if it is not installed."""
+    """The version of the installed client, mlflow-skinny; skips the test if there is none."""
     try:
         return importlib.metadata.version("mlflow-skinny")
     except importlib.metadata.PackageNotFoundError:

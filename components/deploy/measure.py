@@ -46,7 +46,7 @@ class Measured:
     """One version over one period; a figure is None if nothing was measured."""
 
     requests: int = 0
-    """Of the canary and of users together."""
+    """The canary's and the users' together."""
     errors: int = 0
     first_token_s: float | None = None
     """The median."""

@@ -1,7 +1,8 @@
-"""Refuse versions that are not signed, where a public key says who may sign.
+"""Refuse versions that are not signed, if a public key says who may sign.
 
-The key is in the recipe (`deploy.public_key`) or in NUDGE_PUBLIC_KEY, which an operator sets for
-every run and which a recipe cannot remove. With both, both must have signed.
+The key is in the recipe (`deploy.public_key`) or in NUDGE_PUBLIC_KEY, which an operator sets on a
+machine for every run and which a recipe cannot remove. With both, both must have signed. The
+pipelines do not pass NUDGE_PUBLIC_KEY to the steps on a cluster.
 """
 
 import os

@@ -32,7 +32,7 @@ def ml_bom(
     def digest(sha256: str) -> list[Any]:
         return [HashType.from_composite_str(f"sha256:{sha256}")] if len(sha256) == 64 else []
 
-    made = Component(
+    trained = Component(
         type=ComponentType.MACHINE_LEARNING_MODEL,
         name=name,
         version=version,
@@ -58,7 +58,7 @@ def ml_bom(
         hashes=digest(facts.data_fingerprint),
     )
     bill = Bom()
-    bill.metadata.component = made
+    bill.metadata.component = trained
     bill.components.add(data)
     needs = [data]
     if facts.base_model.uri:
@@ -70,14 +70,14 @@ def ml_bom(
         )
         bill.components.add(base)
         needs.append(base)
-    bill.register_dependency(made, needs)
+    bill.register_dependency(trained, needs)
     body = json.loads(JsonV1Dot6(bill).output_as_string())
     body["metadata"]["component"]["modelCard"] = _card(facts, results)
     return json.dumps(body, sort_keys=True)
 
 
 def _card(facts: ModelFacts, results: Evaluation) -> dict[str, Any]:
-    """The model card of CycloneDX, which its Python library does not have yet."""
+    """The model card of CycloneDX, which its Python library does not support yet."""
     figures = [
         {"type": f"{which} {key}", "value": f"{value:.6g}", "slice": "held-out text"}
         for which, metrics in results.metrics.items()

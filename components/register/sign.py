@@ -81,7 +81,7 @@ def _oms_signature(model: Path, key: str, password: str) -> str:
     left_out = [*sorted(here - listed), "manifest.json"]
     hashes = hashing.Config().set_ignored_paths(paths=left_out, ignore_git_paths=True)
     config = signing.Config().set_hashing_config(hashes)
-    # Annotated as str, and passed on to where bytes are needed (model-signing 1.1.1).
+    # model-signing 1.1.1 annotates the password as str, but needs bytes.
     secret: Any = password.encode() if password else None
     config.use_elliptic_key_signer(private_key=Path(key), password=secret)
     with tempfile.TemporaryDirectory() as folder:

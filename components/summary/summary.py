@@ -185,7 +185,7 @@ def _notice(
 
 
 def _amounts(usages: dict[str, Usage], prices: Prices) -> dict[str, str]:
-    """What each step used and all together, in words; empty if nothing is known."""
+    """What each step and the whole run used, in words; empty if nothing is known."""
     currency = prices.currency if prices.known else ""
     together = {**usages, "together": sum(usages.values(), NOTHING)} if usages else {}
     return {
@@ -194,14 +194,8 @@ def _amounts(usages: dict[str, Usage], prices: Prices) -> dict[str, str]:
     }
 
 
-def _cluster_events(run_id: str) -> tuple[str, str, str]:
-    """The same as `_local_events` on a cluster, from the logs of the run's pods."""
-    results, failed, why = _cluster_logs(run_id)
-    return failed, why, _verdict(results)
-
-
 def _verdict(results: dict[str, dict[str, Any]]) -> str:
-    """Why nothing is to be promoted, by the steps' results; empty if something is."""
+    """Why the run has nothing to promote, by the steps' results; empty if it has something."""
     if results.get("ingest", {}).get("new") == 0:
         return NOTHING_NEW
     evaluated = results.get("evaluate", {})
@@ -265,10 +259,7 @@ def _local_events() -> tuple[str, str, str]:
     `kfp.local` reports only the exit handler as failed; a cluster reports the task and its message.
     """
     events = {name: event for name, event in last_events().items() if name != "summary"}
-    evaluated = events.get("evaluate", {}).get("results", {})
-    verdict = "" if evaluated.get("promote", 1) else str(evaluated["reason"])
-    if events.get("ingest", {}).get("results", {}).get("new") == 0:
-        verdict = NOTHING_NEW
+    verdict = _verdict({name: event.get("results", {}) for name, event in events.items()})
     for name, event in events.items():
         if event["event"] != "step_end":
             return name, str(event.get("error", "it was killed")), verdict

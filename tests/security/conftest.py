@@ -1,6 +1,8 @@
 """The embedded store and registry, with a version that a run uploaded and registered."""
 
 import hashlib
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,15 @@ from nudge.components.upload.upload import upload
 from nudge.pipelines.local import services
 from tests.security.uploads import NAME, looked_up
 from tests.tiny import make_trained_model
+
+
+@pytest.fixture(scope="module")
+def open_folder() -> Iterator[Path]:
+    """A folder that every user of the machine can reach."""
+    folder = Path(tempfile.mkdtemp(prefix="nudge-open-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from nudge.components.train.peers import own_peers
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.torchrun import STORE_VARIABLE, run_ranks
 from tests.components.train.conftest import SMALL, outputs, write_tokens
-from tests.security.test_local_services import as_other_user, as_root
+from tests.security.other_user import as_other_user, as_root
 
 VALIDATE, SET, GET, MAGIC = 0, 1, 3, 0x3C85F7CE
 POISONED = struct.pack("<Q", len(b"poison")) + b"poison"

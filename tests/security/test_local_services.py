@@ -1,12 +1,10 @@
-"""Attacks on what runs on a laptop: by another user of the machine, and by a web page.
+"""Attacks on the services on a laptop: by another user of the machine, and by a web page.
 
-The other user is a process with another uid, so those tests need root. Each home here can be
-reached by everybody, as one in a shared folder can: only what nudge does itself protects it.
+The home here is in a folder that everybody can reach: only what nudge does itself protects it.
 """
 
 import http.client
 import json
-import multiprocessing
 import os
 import shutil
 import socket
@@ -14,8 +12,7 @@ import ssl
 import stat
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,44 +27,12 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.deploy.local import gateway
 from nudge.pipelines.local import object_store, parts, services, talking
 from tests.local_registry import endpoint_headers
+from tests.security.other_user import as_other_user, as_root
 from tests.web_server import Server
 
-OTHER_UID = 65534
 EVIL_PAGE = {"Origin": "https://evil.example", "Host": "evil.example"}
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 SETTINGS_FRAME = 4
-
-as_root = pytest.mark.skipif(
-    os.getuid() != 0, reason="acting as another user of this machine needs root"
-)
-
-
-def as_other_user(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``work`` returns, or the name of the exception it raises, as another user."""
-    receiving, sending = multiprocessing.Pipe(duplex=False)
-
-    def run() -> None:
-        os.setgroups([])
-        os.setgid(OTHER_UID)
-        os.setuid(OTHER_UID)
-        try:
-            sending.send(work(*arguments))
-        except Exception as error:  # noqa: BLE001 - the test judges by its name
-            sending.send(type(error).__name__)
-
-    child = multiprocessing.get_context("fork").Process(target=run)
-    child.start()
-    child.join(60)
-    assert receiving.poll(1)
-    return receiving.recv()
-
-
-@pytest.fixture(scope="module")
-def open_folder() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="nudge-open-"))
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -176,77 +141,6 @@ def test_another_user_reads_nothing_of_a_home(home: Path, endpoint: str) -> None
     for path in (home, home / "services", home / "gateway", home / "reuse"):
         assert as_other_user(os.listdir, path) == "PermissionError", path
     assert as_other_user((home / "gateway" / "m" / "caddy.json").read_text) == "PermissionError"
-
-
-@as_root
-def test_a_home_that_an_older_nudge_left_open_is_closed(open_folder: Path) -> None:
-    old = open_folder / "old"
-    (old / "services").mkdir(parents=True)
-    (old / "runs").mkdir()
-    (old / "runs" / "recipe.yaml").write_text("private")
-    for path in (old, old / "services", old / "runs"):
-        path.chmod(0o775)
-    assert as_other_user((old / "runs" / "recipe.yaml").read_text) == "private"
-    with processes.locked(old, "up"):
-        pass
-    assert as_other_user((old / "runs" / "recipe.yaml").read_text) == "PermissionError"
-    modes = {stat.S_IMODE(path.stat().st_mode) for path in (old, old / "services", old / "runs")}
-    assert modes == {0o700}
-
-
-@as_root
-def test_a_home_that_another_user_made_is_refused(
-    open_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In a shared folder, somebody may make `.nudge` before nudge does."""
-    trap = open_folder / "trap"
-    trap.mkdir(mode=0o777)
-    os.chown(trap, OTHER_UID, OTHER_UID)
-    with (
-        pytest.raises(UserError, match=f"belongs to another user .uid {OTHER_UID}."),
-        processes.locked(trap, "up"),
-    ):
-        pass
-    assert list(trap.iterdir()) == []
-    (open_folder / "mine").mkdir(mode=0o700)
-    link = open_folder / "link"
-    link.symlink_to(open_folder / "mine")
-    os.chown(link, OTHER_UID, OTHER_UID, follow_symlinks=False)
-    with pytest.raises(UserError, match="belongs to another user"):
-        processes.private_home(link)
-    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")  # a volume of a pod
-    with processes.locked(trap, "up"):
-        pass
-
-
-@as_root
-def test_what_another_user_put_into_a_home_is_refused(open_folder: Path) -> None:
-    """A folder of tokens that is theirs, and a token in a folder that an older nudge left open."""
-    theirs = open_folder / "with-their-folder"
-    (theirs / "services").mkdir(parents=True)
-    os.chown(theirs / "services", OTHER_UID, OTHER_UID)
-    token = open_folder / "with-their-token" / "services" / "model-registry.token"
-    token.parent.mkdir(parents=True)
-    token.parent.chmod(0o777)
-    token.write_text("a" * 43)
-    os.chown(token, OTHER_UID, OTHER_UID)
-    for home in (theirs, token.parents[1]):
-        with pytest.raises(UserError, match="something in it, belongs to another user"):
-            processes.private_home(home)
-
-
-@as_root
-def test_a_home_in_a_folder_of_root_that_everybody_can_write_to_is_refused(
-    open_folder: Path,
-) -> None:
-    """Somebody else may make the folder of the tokens there."""
-    shared = open_folder / "shared"
-    shared.mkdir()
-    shared.chmod(0o1777)
-    assert as_other_user(processes.private_home, shared) == "UserError"
-    own = shared / "own"
-    assert as_other_user(processes.private_home, own) is None
-    assert own.stat().st_uid == OTHER_UID
 
 
 def test_a_program_that_takes_a_servers_port_is_not_taken_for_it(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def wait_until_quiet(server: ModelServer, version: str, longest_s: int) -> None:
 
 
 def announce(line: str) -> None:
-    """Tell whoever follows the step or command what it is waiting for."""
+    """Report what the step or command is waiting for."""
     say(f"deploy: {line}")
 
 

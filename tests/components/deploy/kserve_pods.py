@@ -2,8 +2,11 @@
 AI's KServe (fork of 2026-08-22) on Kubernetes 1.36, and pods and ReplicaSets like those of that
 cluster.
 
-``recorded/inferenceservice-status.jsonl`` has one line per change of an InferenceService, with the
-case it belongs to: ``gen`` is metadata.generation and ``obs`` status.observedGeneration.
+``recorded/inferenceservice-status.jsonl`` has one line per change of an InferenceService: ``gen``
+is metadata.generation and ``obs`` status.observedGeneration. Each line's ``case`` was added here.
+The recording does not say why the pods of `update-stuck` and `update-stuck-later` did not become
+ready; that the second had an image that could not be pulled is a guess. Neither is recorded for an
+update whose pods cannot be scheduled or created, which plays `update-stuck` too.
 """
 
 import functools

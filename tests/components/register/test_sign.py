@@ -25,6 +25,7 @@ from nudge.components.deploy.verify import check_version
 from nudge.components.register.sign import signed
 
 pytest.importorskip("model_signing")
+pytestmark = pytest.mark.long  # `make test-long` installs the extra `sign`
 
 FACTS = ModelFacts(
     base_model=BaseModel(uri="hf://base/model", sha256="b" * 64),

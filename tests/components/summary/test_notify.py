@@ -284,10 +284,12 @@ def test_on_a_cluster_the_reason_is_in_the_logs_of_the_run(
         pod("ingest", 0, "Succeeded", "read", 'ingest: results {"new": 1}')
         verdict = {"promote": 0, "reason": "0.01 bits per byte worse"}
         pod("evaluate", 0, "Succeeded", f"evaluate: results {json.dumps(verdict)}", "done")
-        assert summarizing._cluster_events("run-1") == ("", "", "0.01 bits per byte worse")
+        results, *failure = summarizing._cluster_logs("run-1")
+        assert failure == ["", ""]
+        assert summarizing._verdict(results) == "0.01 bits per byte worse"
         pod("train", 0, "Failed", "step 10", "error: the loss is not finite")
-        failed, why, _ = summarizing._cluster_events("run-1")
-        assert (failed, why) == ("train", "step 10\nerror: the loss is not finite")
-        assert summarizing._cluster_events("another") == ("", "", "")
+        _, *failure = summarizing._cluster_logs("run-1")
+        assert failure == ["train", "step 10\nerror: the loss is not finite"]
+        assert summarizing._cluster_logs("another") == ({}, "", "")
         api.forbid("list", "pods")
-        assert summarizing._cluster_events("run-1") == ("", "", "")
+        assert summarizing._cluster_logs("run-1") == ({}, "", "")

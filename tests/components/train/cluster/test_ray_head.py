@@ -31,6 +31,9 @@ from tests.kubernetes_schemas import definition, schema
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 PATIENCE_S = 300.0
+STARTS = 2
+SLOW_AGENT = "Timed out waiting for file"
+"""What the raylet logs when it ends itself because an agent did not report its port in time."""
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +71,11 @@ def options(ports: dict[str, int]) -> list[str]:
 
 
 class Head:
-    """A head that runs. It is started once more when it ends, as in a pod.
+    """A head that runs. It is started once more if a slow agent ended it, as in a pod.
 
-    Ray 2.60 ends itself if its dashboard agent does not report its port within 15 s, which is too
-    short for a busy machine; neither an option nor a variable changes that.
+    Ray 2.60 ends itself if its dashboard agent does not report its port within 15 s, which a busy
+    machine may not manage (https://github.com/ray-project/ray/issues/65983). The test is skipped if
+    that happens `STARTS` times, and fails if the head ends for any other reason.
     """
 
     def __init__(self, ray: Path) -> None:
@@ -102,9 +106,15 @@ class Head:
         )
 
     def keep_running(self) -> None:
-        if self._process.poll() is not None:
-            self.stop()
-            self._start()
+        if self._process.poll() is None:
+            return
+        logs = Path(self._temporary).glob("session_*/logs/raylet*")
+        text = "".join(path.read_text(errors="replace") for path in logs)
+        assert SLOW_AGENT in text, f"the head ended with {self._process.returncode}: {text[-3000:]}"
+        if self.starts == STARTS:
+            pytest.skip(f"Ray's agent took over 15 s to start here, {STARTS} times")
+        self.stop()
+        self._start()
 
     def stop(self) -> None:
         self._process.terminate()
@@ -144,7 +154,8 @@ def test_a_head_answers_its_probes_and_runs_a_job(head: Head) -> None:
     made = json.loads(_ask(jobs, {"entrypoint": "echo $((6 * 7))"}))
     job = f"{jobs}{made['submission_id']}"
     _until(head, lambda: json.loads(_ask(job))["status"] == "SUCCEEDED")
-    assert json.loads(_ask(f"{job}/logs"))["logs"].splitlines()[-1] == "42"
+    # Ray writes the entrypoint to the same log, and may do so after the job's own output.
+    assert "42" in json.loads(_ask(f"{job}/logs"))["logs"].splitlines()
 
 
 def _ask(url: str, body: dict[str, str] | None = None) -> str:
