@@ -16,7 +16,8 @@ class ControlTokens:
 
     def is_in(self, text: str) -> bool:
         """Whether a text spells one out."""
-        # Looking for two characters is 50 times as fast as matching 300 names.
+        # The pattern alone takes 10 times as long on English text if names begin with < and with [,
+        # as Mistral's do; it is as fast if all begin alike.
         return any(each in text for each in self._beginnings) and bool(self._pattern.search(text))
 
     def as_text(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
