@@ -15,6 +15,8 @@ INSTRUCTION_SETS = (
     *("asimd", "sve", "sve2", "bf16", "i8mm"),
 )
 """Those that matter for matrix products, as Linux names them on x86 and arm64."""
+LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+"""Variables that keep the libraries from instructions that the processor has."""
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -39,10 +41,6 @@ def cpu_products() -> str:
     found = f"{single} for float32, {half} for bfloat16 (torch: {_capability()}"
     limits = [f"{name}={os.environ[name]}" for name in LIMITS if os.environ.get(name)]
     return ", ".join([found, *limits]) + ")"
-
-
-LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
-"""Variables that keep the libraries from instructions that the processor has."""
 
 
 def gpu_kernel(device: int = 0) -> str:

@@ -1,5 +1,6 @@
 """Writes a shard of tokens from arrays of ids."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from nudge.components.common.artifacts.tokens import NO_SPANS, ShardWriter
 
 def write_shard(
     path: Path,
-    documents: list[np.ndarray],
+    documents: Sequence[np.ndarray],
     dtype: np.dtype[Any],
-    learned: list[np.ndarray] | None = None,
+    learned: Sequence[np.ndarray] | None = None,
 ) -> None:
     """Write documents, each an integer array of ids, as one shard; ids must fit ``dtype``.
 

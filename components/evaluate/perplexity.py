@@ -19,6 +19,7 @@ from nudge.components.common.chat import Conversation
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.progress import Progress
 from nudge.components.common.core.scripts import separates_words
+from nudge.components.common.models.control_tokens import ControlTokens
 from nudge.components.common.models.end_of_document import document_start_id, end_of_document_id
 from nudge.components.common.models.language_model import check_loss, hidden_states, next_token_loss
 from nudge.components.evaluate.chats import Scorer, assistant_text
@@ -142,12 +143,11 @@ def _samples(
     tokenizer: Any,
     before: list[int],
     scorer: Scorer | None,
-    is_control_text: bool = True,
+    is_control_text: bool,
 ) -> list[tuple[list[int], np.ndarray]]:
     """The ids to score, and for each token after the first whether it is; bool [ids - 1]."""
     if isinstance(text, str):
-        options = {"add_special_tokens": False, "split_special_tokens": is_control_text}
-        ids = before + tokenizer(text, verbose=False, **options)["input_ids"]
+        ids = before + _text_ids(text, tokenizer, is_control_text)
         return [(ids, np.ones(max(0, len(ids) - 1), np.bool_))]
     assert scorer is not None
     found = []
@@ -158,6 +158,20 @@ def _samples(
             scored[max(first - 1, 0) : last - 1] = True
         found.append((masked.ids.tolist(), scored))
     return found
+
+
+def _text_ids(text: str, tokenizer: Any, is_control_text: bool) -> list[int]:
+    """The ids of a text, as `tokenize` encodes it."""
+
+    def encode(piece: str) -> list[int]:
+        options = {"add_special_tokens": False, "split_special_tokens": is_control_text}
+        return list(tokenizer(piece, verbose=False, **options)["input_ids"])
+
+    if not is_control_text:
+        return encode(text)
+    added = tokenizer.added_tokens_decoder.items()
+    control = ControlTokens({each.content: number for number, each in added if each.special})
+    return control.as_text(text, encode)
 
 
 def summarize(scores: Sequence[Score]) -> Metrics:

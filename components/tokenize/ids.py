@@ -9,12 +9,13 @@ import functools
 import itertools
 import json
 import os
-import re
 from collections.abc import Iterable
 
 import fastokens
 import numpy as np
 from tokenizers import Tokenizer
+
+from nudge.components.common.models.control_tokens import ControlTokens
 
 CACHED_WORDS = 1 << 17
 """Words whose tokens a process caches. The library's default of 10,000 is full after a few MB of
@@ -93,48 +94,24 @@ def text_ids(texts: list[str], tokenizer: str, fast: bool) -> list[np.ndarray]:
     control = _control(tokenizer)
     for number, text in enumerate(texts):
         if control.is_in(text):
-            found[number] = _as_text(text, tokenizer, control)
+            found[number] = _as_text(text, tokenizer)
     return found
-
-
-class _Control:
-    """The control tokens of a tokenizer: their ids, and where texts spell them out."""
-
-    def __init__(self, tokenizer: str) -> None:
-        added = json.loads(tokenizer).get("added_tokens") or ()
-        special = [each for each in added if each["special"] and each["content"]]
-        names = sorted((each["content"] for each in special), key=len, reverse=True)
-        self.ids = np.array([each["id"] for each in special], np.uint32)
-        self._beginnings = sorted({name[:2] for name in names})
-        self._pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
-
-    def is_in(self, text: str) -> bool:
-        # Looking for two characters is 50 times as fast as matching 300 names.
-        return any(each in text for each in self._beginnings) and bool(self._pattern.search(text))
-
-    def cut(self, text: str) -> list[str]:
-        """The text in pieces without a control token: each is cut after its first character."""
-        at = [match.start() + 1 for match in self._pattern.finditer(text)]
-        return [text[first:last] for first, last in itertools.pairwise([0, *at, len(text)])]
 
 
 @functools.lru_cache(maxsize=1)
-def _control(tokenizer: str) -> _Control:
-    return _Control(tokenizer)
+def _control(tokenizer: str) -> ControlTokens:
+    added = json.loads(tokenizer).get("added_tokens") or ()
+    return ControlTokens({each["content"]: each["id"] for each in added if each["special"]})
 
 
-def _as_text(text: str, tokenizer: str, control: _Control) -> np.ndarray:
+def _as_text(text: str, tokenizer: str) -> np.ndarray:
     made = exact(tokenizer)
     made.encode_special_tokens = True
     try:
-        found = _exactly(text, tokenizer)
-        if np.isin(found, control.ids).any():
-            # Unigram and WordLevel have control tokens in their vocabulary too.
-            pieces = [_exactly(piece, tokenizer) for piece in control.cut(text) if piece]
-            found = np.concatenate(pieces)
+        found = _control(tokenizer).as_text(text, lambda piece: _exact_ids(piece, tokenizer))
     finally:
         made.encode_special_tokens = False
-    return found
+    return np.array(found, np.uint32)
 
 
 def _quickly(texts: list[str], tokenizer: str) -> list[np.ndarray]:
@@ -151,6 +128,10 @@ def _one(text: str, tokenizer: str) -> np.ndarray:
 
 
 def _exactly(text: str, tokenizer: str) -> np.ndarray:
+    return np.array(_exact_ids(text, tokenizer), np.uint32)
+
+
+def _exact_ids(text: str, tokenizer: str) -> list[int]:
     # One text at a time: the tokenizer stores many times an id's size beside each id.
     [found] = exact(tokenizer).encode_batch_fast([text], add_special_tokens=False)
-    return np.array(found.ids, np.uint32)
+    return list(found.ids)

@@ -38,9 +38,8 @@ def main(
 
             settings = step_settings(TrainSettings, "train", recipe, base_model=base_model)
             local = _local_tokens(tokens, Path(folder))
-            limits = limits_of(recipe)
             paths = {"tokens": local, "model": model, "history": history, "report": report}
-            train_rank(settings, limits, **paths)
+            train_rank(settings, paths, limits_of(recipe))
         except BaseException as error:
             reported = error if isinstance(error, UserError) else None
             if disk_is_full(error):

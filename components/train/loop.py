@@ -101,7 +101,6 @@ def train_loop(
     ranks = network.ranks
     state = checkpoints.resume(network, optimizer, record) or TrainingState()
     spending.resume(state)
-    first_step = state.step
     bar.advance(state.step)
     started = time.monotonic() - state.seconds
     if state.step == 0:
@@ -146,7 +145,7 @@ def train_loop(
             if state.step == steps or (every and state.step % every == 0):
                 better = _validate(network, validation, settings, state, record, checkpoints)
             due = state.step % settings.checkpoint_every == 0
-            over = spending.after_step(state, steps, first_step) if state.step < steps else ""
+            over = spending.after_step(state, steps) if state.step < steps else ""
             if state.step < steps and (due or over or (better and settings.keeps_best)):
                 used = spending.total()
                 state.used = plain_usage(used)

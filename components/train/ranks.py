@@ -68,10 +68,10 @@ def joined_ranks() -> Iterator[Ranks]:
         yield Ranks(device=device)
         return
     initialized = dist.is_initialized()  # by Ray Train, which also destroys the group
-    here = STORE_VARIABLE in os.environ
-    with own_peers() if here else contextlib.nullcontext():
+    store = os.environ.get(STORE_VARIABLE, "")  # if all ranks are on this machine
+    with own_peers() if store else contextlib.nullcontext():
         if not initialized:
-            _initialize(BACKENDS[device.type], world)
+            _initialize(BACKENDS[device.type], world, store)
         saving = dist.new_group(backend="gloo", timeout=TIMEOUT)
     try:
         yield Ranks(
@@ -87,9 +87,8 @@ def joined_ranks() -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
-def _initialize(backend: str, world: int) -> None:
-    """Initialize torch's default process group: through a file if the ranks are on one machine."""
-    path = os.environ.get(STORE_VARIABLE)
+def _initialize(backend: str, world: int, path: str) -> None:
+    """Initialize torch's default process group, through the file ``path`` if there is one."""
     if not path:
         dist.init_process_group(backend, timeout=TIMEOUT)
         return

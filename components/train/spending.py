@@ -18,12 +18,12 @@ class Spending:
     def __init__(self, ranks: Ranks, limits: Limits) -> None:
         self._ranks, self._limits = ranks, limits
         self._meter = Meter()
-        self._before = NOTHING
+        self._before, self._resumed_at = NOTHING, 0
         self._first: tuple[int, Usage] | None = None
 
     def resume(self, state: TrainingState) -> None:
         """Count what the attempts before this one used."""
-        self._before = usage_of(state.used) or NOTHING
+        self._before, self._resumed_at = usage_of(state.used) or NOTHING, state.step
 
     def total(self) -> Usage:
         """What all ranks used, including earlier attempts of this training."""
@@ -48,9 +48,9 @@ class Spending:
         )
         return self._before + now
 
-    def after_step(self, state: TrainingState, steps: int, started_at: int) -> str:
+    def after_step(self, state: TrainingState, steps: int) -> str:
         """Once, after the first steps: why the training would exceed the budget; else empty."""
-        done = state.step - started_at
+        done = state.step - self._resumed_at
         after = min(PROJECT_AFTER, max(2, steps // 10))
         if not self._limits.any or done not in (1, after):
             return ""

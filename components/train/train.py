@@ -62,7 +62,7 @@ def train(
         # The ranks are children of this process, which counts all but their GPUs.
         add(Usage(gpu_seconds=training_usage(model).gpu_seconds))
     else:
-        train_rank(settings, limits, **paths)
+        train_rank(settings, paths, limits)
     return results(model, history)
 
 
@@ -71,20 +71,12 @@ def training_usage(model: Path) -> Usage:
     return usage_of(read_model_facts(model).training.usage) or NOTHING
 
 
-def train_rank(
-    settings: TrainSettings,
-    limits: Limits = NO_LIMITS,
-    /,
-    *,
-    tokens: Path,
-    model: Path,
-    history: Path,
-    report: Path,
-) -> None:
-    """Train as the rank that torchrun's variables describe, or alone; see `train`."""
+def train_rank(settings: TrainSettings, paths: dict[str, Path], limits: Limits) -> None:
+    """Train as the rank that torchrun's variables describe, or alone; ``paths`` are the tokens and
+    the outputs of `train`."""
     from nudge.components.train.memory import explain_out_of_memory
     from nudge.components.train.one_rank import train_one_rank
     from nudge.components.train.ranks import joined_ranks
 
     with explain_out_of_memory(settings), joined_ranks() as ranks:
-        train_one_rank(settings, ranks, tokens, model, history, report, limits)
+        train_one_rank(settings, ranks, **paths, limits=limits)

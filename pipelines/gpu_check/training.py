@@ -66,7 +66,7 @@ def _train(here: Here, name: str, settings: TrainSettings, device: str) -> Path:
     if device == "cpu":
         train_one_rank(settings, Ranks(), tokens, **outputs, limits=NO_LIMITS)
     else:
-        train_rank(settings, tokens=tokens, **outputs)
+        train_rank(settings, {"tokens": tokens, **outputs}, NO_LIMITS)
     return folder
 
 

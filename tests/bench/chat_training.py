@@ -10,8 +10,6 @@ Unpacked, both train on the same conversations in the same order, so that the lo
 import itertools
 import json
 import tempfile
-import time
-from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,27 +17,30 @@ from typing import Any
 import numpy as np
 import torch
 
-from nudge.components.common.artifacts.tokens import TokenReader, token_dtype
+from nudge.components.common.artifacts.tokens import TokenReader
 from nudge.components.common.chat import conversation_of, template_of_folder
 from nudge.components.common.chat.masks import Encoder, Masked, Plain
-from nudge.components.common.core.publish import sha256_tree
 from nudge.components.common.models.base_model import local_model
-from nudge.components.common.models.end_of_document import end_of_document_id
-from nudge.components.common.models.language_model import load_model, load_tokenizer
+from nudge.components.common.models.language_model import load_tokenizer
 from nudge.components.train.data import IGNORED, PackedSplit
-from nudge.components.train.loop import learning_rate
 from nudge.components.train.meter import memory_bytes
 from nudge.components.train.settings import TrainSettings
-from nudge.components.train.train import train
 from nudge.pipelines import recipes
-from tests.bench.bench_chat import BASE, marked
+from tests.bench.bench_chat import marked
 from tests.bench.results import Measure
-from tests.token_shards import write_shard
+from tests.bench.training import (
+    BASE,
+    LENGTH,
+    Run,
+    Watch,
+    model_and_optimizers,
+    ours,
+    settings,
+    write_artifact,
+)
 
 PEER = "TRL's SFTTrainer"
-LENGTH = 256
 SIDES = ("ours packed", "TRL packed", "ours unpacked", "TRL unpacked")
-Run = dict[str, Any]
 
 
 def conversations() -> list[list[dict[str, str]]]:
@@ -52,7 +53,6 @@ def write_tokens(folder: Path) -> None:
     """Write the conversations as a tokens artifact; the first two are for validation."""
     base = local_model(BASE)
     tokenizer = load_tokenizer(base)
-    tokenizer.save_pretrained(folder / "tokenizer")
     template = template_of_folder(base)
 
     def ids_of(texts: list[str]) -> list[np.ndarray]:
@@ -66,68 +66,27 @@ def write_tokens(folder: Path) -> None:
     ]
     made = [each for each in encoder.encode(plain) if isinstance(each, Masked)]
     assert len(made) == len(plain)
-    splits = {}
-    for name, chosen in (("train", made[2:]), ("validation", made[:2])):
-        path = folder / f"{name}.bin"
-        ids, learned = [each.ids for each in chosen], [each.learned for each in chosen]
-        write_shard(path, ids, token_dtype(len(tokenizer)), learned)
-        digest = sha256(path.read_bytes()).hexdigest()
-        splits[name] = {"shards": [{"file": path.name, "sha256": digest}]}
-    manifest = {
-        "format": "nudge.tokens", "version": 1, "corpus_fingerprint": "c" * 64,
-        "end_of_document_id": end_of_document_id(tokenizer), "vocab_size": len(tokenizer),
-        "tokenizer_sha256": sha256_tree(folder / "tokenizer"), "splits": splits,
-    }  # fmt: skip
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-def settings(steps: int, batch: int, packing: bool) -> TrainSettings:
-    return TrainSettings(
-        base_model=BASE, sequence_length=LENGTH, batch_sequences=batch, epochs=99.0,
-        micro_batch_sequences=batch, max_steps=steps, validation_sequences=1, packing=packing,
-    )  # fmt: skip
+    ids, learned = [each.ids for each in made], [each.learned for each in made]
+    splits = {"train": (ids[2:], learned[2:]), "validation": (ids[:2], learned[:2])}
+    write_artifact(folder, tokenizer, splits)
 
 
 def one_side(side: str, tokens: Path, steps: int, batch: int) -> Run:
     """Train as one of `SIDES`, in this process: seconds at the end of each step, losses, learned
     tokens so far, and peak bytes."""
-    given = settings(steps, batch, side.endswith(" packed"))
-    return ours(tokens, given) if side.startswith("ours") else peer(tokens, given)
+    packing = side.endswith(" packed")
+    chosen = settings(steps, batch, micro_batch_sequences=batch, packing=packing)
+    return ours(tokens, chosen) if side.startswith("ours") else peer(tokens, chosen)
 
 
-def ours(tokens: Path, given: TrainSettings) -> Run:
-    with tempfile.TemporaryDirectory() as folder:
-        paths = {name: Path(folder) / name for name in ("model", "history", "report")}
-        train(given, tokens=tokens, **paths)
-        text = (paths["history"] / "metrics.jsonl").read_text()
-    found = [value for value in map(json.loads, text.splitlines()) if "loss" in value]
-    return {
-        "seconds": [value["seconds"] for value in found],
-        "losses": [value["loss"] for value in found],
-        "tokens": [value["tokens"] for value in found],
-        "bytes": found[-1]["memory_bytes"],
-    }
-
-
-def peer(tokens: Path, given: TrainSettings) -> Run:
+def peer(tokens: Path, chosen: TrainSettings) -> Run:
     """Train with TRL, which renders, masks and packs the conversations itself."""
     import datasets
-    import transformers
     import trl
 
     tokenizer = load_tokenizer(local_model(BASE))
     tokenizer.chat_template = marked(template_of_folder(local_model(BASE)).text)
-    seconds: list[float] = []
-    losses: list[float] = []
     learned: list[int] = []
-
-    class Watch(transformers.TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.monotonic() - started)
-
-        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-            if "loss" in logs:
-                losses.append(logs["loss"])
 
     class Trainer(trl.SFTTrainer):
         def _get_train_sampler(self, *_: Any) -> Any:
@@ -137,42 +96,31 @@ def peer(tokens: Path, given: TrainSettings) -> Run:
             learned.append(int((inputs["labels"][:, 1:] != IGNORED).sum()))
             return super().compute_loss(model, inputs, *more, **named)
 
-    model = load_model(local_model(BASE)).train()
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if p.dim() >= 2]},
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=given.learning_rate, betas=given.betas, weight_decay=given.weight_decay,
-        fused=True,
-    )  # fmt: skip
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate(given, step, given.max_steps) / given.learning_rate
-    )
+    model, optimizers = model_and_optimizers(chosen)
+    watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
         arguments = trl.SFTConfig(
-            folder, max_steps=given.max_steps, use_cpu=True, bf16=False, max_length=LENGTH,
-            packing=given.packing, assistant_only_loss=True, gradient_checkpointing=False,
-            per_device_train_batch_size=given.batch_sequences, max_grad_norm=given.clip_norm,
+            folder, max_steps=chosen.max_steps, use_cpu=True, bf16=False, max_length=LENGTH,
+            packing=chosen.packing, assistant_only_loss=True, gradient_checkpointing=False,
+            per_device_train_batch_size=chosen.batch_sequences, max_grad_norm=chosen.clip_norm,
             save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
-            seed=given.seed,
+            seed=chosen.seed,
         )  # fmt: skip
         trainer = Trainer(
-            model, arguments, processing_class=tokenizer, callbacks=[Watch()],
-            train_dataset=datasets.Dataset.from_list(in_order(tokens, given)),
-            optimizers=(optimizer, schedule),
+            model, arguments, processing_class=tokenizer, callbacks=[watch],
+            train_dataset=datasets.Dataset.from_list(in_order(tokens, chosen)),
+            optimizers=optimizers,
         )  # fmt: skip
-        started = time.monotonic()
         trainer.train()
     peak = memory_bytes(torch.device("cpu"))
     counts = np.cumsum(learned).tolist()
-    return {"seconds": seconds, "losses": losses, "tokens": counts, "bytes": peak}
+    return {"seconds": watch.seconds, "losses": watch.losses, "tokens": counts, "bytes": peak}
 
 
-def in_order(tokens: Path, given: TrainSettings) -> list[dict[str, Any]]:
+def in_order(tokens: Path, chosen: TrainSettings) -> list[dict[str, Any]]:
     """The conversations that our side trains on, in its order."""
-    split = PackedSplit(tokens, "train", LENGTH, given.seed, packing=given.packing)
-    rows = split.batch(0, 0, given.max_steps * given.batch_sequences)
+    split = PackedSplit(tokens, "train", LENGTH, chosen.seed, packing=chosen.packing)
+    rows = split.batch(0, 0, chosen.max_steps * chosen.batch_sequences)
     reader = TokenReader(tokens, "train")
     index_of = {
         tuple(reader.document(n)[: int(reader.learned(n)[-1, 1]) - 1].tolist()): n

@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ run_ranks(2, TrainSettings(**settings), {name: Path(path) for name, path in path
 
 @pytest.fixture(scope="module")
 def training(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Any]:
-    """A training with two ranks, which goes on until the module's tests have ended."""
+    """A training with two ranks that runs until the module's tests have ended."""
     folder = tmp_path_factory.mktemp("ranks")
     tokens = write_tokens(folder / "tokens", tiny_model)
     settings = TrainSettings(base_model=str(tiny_model), **{**SMALL, "max_steps": 1_000_000})
@@ -132,11 +132,11 @@ def test_the_ranks_are_started_without_a_port_to_meet_at(
 
 
 def test_a_rank_listens_on_the_loopback_interface_only(tmp_path: Path) -> None:
-    """And at no store: one rank alone, as torchrun would start it."""
+    """And not at a store's port: a single rank, started as torchrun would start it."""
     program = (
-        "import json, psutil, torch.distributed as dist\n"
+        "import json, os, psutil, torch.distributed as dist\n"
         "from nudge.components.train.ranks import _initialize\n"
-        "_initialize('gloo', 1); dist.new_group(backend='gloo')\n"
+        f"_initialize('gloo', 1, os.environ['{STORE_VARIABLE}']); dist.new_group(backend='gloo')\n"
         "found = psutil.Process().net_connections(kind='inet')\n"
         "print(json.dumps([[*each.laddr] for each in found if each.status == 'LISTEN']))\n"
         "dist.destroy_process_group()\n"
@@ -180,24 +180,61 @@ def connect(port: int) -> socket.socket:
     return socket.create_connection(("127.0.0.1", port), timeout=5)
 
 
-def connect_and_stay(port: int) -> str:
+def through_ipv6(port: int) -> socket.socket:
+    client = socket.socket(socket.AF_INET6)
+    client.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    client.settimeout(5)
+    client.connect(("::ffff:127.0.0.1", port))
+    return client
+
+
+def from_another_loopback_address(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=5, source_address=("127.0.0.2", 0))
+
+
+def half_closed(port: int) -> socket.socket:
+    """A peer that has sent everything already."""
+    client = connect(port)
+    client.shutdown(socket.SHUT_WR)
+    return client
+
+
+def connect_and_stay(way: Callable[[int], socket.socket], port: int) -> str:
     """Connect, and keep the connection until the other side ends it."""
-    with connect(port) as client:
+    with way(port) as client:
         return client.recv(1).hex() or "ended"
 
 
-@as_root
-def test_a_peer_of_another_user_is_noticed() -> None:
+def test_own_peers_are_accepted() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        with own_peers(), connect(port), listener.accept()[0]:
-            pass
-        with ThreadPoolExecutor() as pool:
-            other = pool.submit(as_other_user, connect_and_stay, port)
-            with (
-                pytest.raises(UserError, match=r"another user .*uid 65534"),
-                contextlib.ExitStack() as stack,
-                own_peers(),
-            ):
+        with contextlib.ExitStack() as stack, own_peers():
+            stack.enter_context(connect(port))
+            stack.enter_context(through_ipv6(port))
+            for _ in range(2):
                 stack.enter_context(listener.accept()[0])
-            assert other.result() == "ended"
+
+
+def test_a_peer_that_has_gone_is_refused() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        contextlib.ExitStack() as stack,
+        pytest.raises(UserError, match=r"another user .*uid unknown"),
+        own_peers(),
+    ):
+        connect(listener.getsockname()[1]).close()
+        stack.enter_context(listener.accept()[0])
+
+
+@as_root
+@pytest.mark.parametrize("way", [connect, through_ipv6, from_another_loopback_address, half_closed])
+def test_a_peer_of_another_user_is_noticed(way: Callable[[int], socket.socket]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor() as pool:
+        other = pool.submit(as_other_user, connect_and_stay, way, listener.getsockname()[1])
+        with (
+            pytest.raises(UserError, match=r"another user .*uid 65534"),
+            contextlib.ExitStack() as stack,
+            own_peers(),
+        ):
+            stack.enter_context(listener.accept()[0])
+        assert other.result() == "ended"

@@ -17,6 +17,7 @@ from nudge.components.common.core.recipe import step_settings
 from nudge.components.common.core.step import exit_with_user_errors
 from nudge.components.train.cluster.handover import Handover
 from nudge.components.train.cluster.worker import OUTPUTS, TRY_AGAIN
+from nudge.components.train.limits import limits_of
 from nudge.components.train.ranks import BACKENDS, TIMEOUT
 from nudge.components.train.settings import TrainSettings
 
@@ -68,9 +69,11 @@ def run_rank(configuration: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         handover.fetch("recipe", folder / "recipe")
-        settings = step_settings(TrainSettings, "train", (folder / "recipe").as_uri())
+        recipe = (folder / "recipe").as_uri()
+        settings = step_settings(TrainSettings, "train", recipe)
         outputs = {name: folder / name for name in OUTPUTS}
-        train_rank(settings, tokens=_tokens(handover, folder), **outputs)
+        paths = {"tokens": _tokens(handover, folder), **outputs}
+        train_rank(settings, paths, limits_of(recipe))
         for name, path in outputs.items():
             if path.exists():  # only the first rank has outputs
                 handover.send(name, path)

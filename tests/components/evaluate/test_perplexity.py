@@ -174,6 +174,6 @@ def test_the_first_token_of_a_conversation_is_only_context() -> None:
     found = [Masked(np.array([5, 6, 7, 8]), np.array([[0, 2], [3, 4]]))]
     scorer: Any = SimpleNamespace(samples=lambda _: found)
     conversation: Any = None
-    ((ids, scored),) = perplexity._samples(conversation, None, [], scorer)
+    ((ids, scored),) = perplexity._samples(conversation, None, [], scorer, True)
     assert ids == [5, 6, 7, 8]
     assert scored.tolist() == [True, False, True]

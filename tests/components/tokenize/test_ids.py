@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from nudge.components.common.core.publish import sha256_tree
+from nudge.components.evaluate.perplexity import _text_ids as scored_ids
 from nudge.components.evaluate.settings import evaluate_settings
 from nudge.components.tokenize import ids
 from nudge.components.tokenize.encode import Encoding, encode
@@ -173,6 +175,11 @@ def test_control_tokens_that_a_text_spells_out_stay_text(kind: str) -> None:
         assert same(plain[2:], tokens[2:])
         assert same(text_ids(texts, tokenizer, fast), plain)
         assert same(ids_of(texts, tokenizer, fast), tokens)  # the setting is not sticky
+        scorer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer))
+        for text, as_token, as_text in zip(texts, tokens, plain, strict=True):
+            # evaluate scores the ids that training sees
+            assert scored_ids(text, scorer, False) == as_token.tolist()
+            assert scored_ids(text, scorer, True) == as_text.tolist()
         if kind in KINDS and "SmolLM2" not in kind:
             found = "".join(loaded.id_to_token(each) or "" for each in plain[0].tolist())
             assert found.replace("Ġ", " ").replace("▁", " ").strip() == texts[0]

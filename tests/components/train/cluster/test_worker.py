@@ -4,15 +4,22 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from nudge.components.common.core.errors import Transient, UserError
-from nudge.components.train.cluster import worker
+from nudge.components.common.core.prices import Budget, Prices
+from nudge.components.common.core.usage import Usage
+from nudge.components.train.cluster import ray_driver, worker
 from nudge.components.train.cluster.handover import Handover
+from nudge.components.train.cluster.launch import _send
 from nudge.components.train.cluster.ray_driver import _cause
+from nudge.components.train.limits import Limits
+from nudge.components.train.settings import TrainSettings
 
 ROOT = Path(__file__).parents[4]
 RUNTIME = ROOT / "manifests" / "overlays" / "multi-node" / "training-runtime.yaml"
@@ -135,3 +142,25 @@ def test_a_missing_base_model_ends_the_worker_with_its_sentence(tmp_path: Path) 
     )
     assert done.returncode == worker.BAD_INPUT, done.stderr[-2000:]
     assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_a_rank_on_ray_has_the_limits_of_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The recipe is one that `launch` sends. Ray itself is replaced: only the device is asked."""
+    limits = Limits(Budget(core_hours=3.0), Prices(core_hour=2.0), Usage(core_seconds=60.0))
+    handover = Handover(str(tmp_path / "handover"))
+    (tmp_path / "tokens").write_text("tokens")
+    settings = TrainSettings(mode="scratch", model_size="10M")
+    _send(handover, settings, tmp_path / "tokens", limits)
+    ray = SimpleNamespace(get_device=lambda: torch.device("cpu"))
+    ray.train = SimpleNamespace(torch=ray)
+    for name in ("ray", "ray.train", "ray.train.torch"):
+        monkeypatch.setitem(sys.modules, name, ray)
+    got: list[Limits] = []
+    monkeypatch.setattr(
+        "nudge.components.train.train.train_rank", lambda *given: got.append(given[-1])
+    )
+    monkeypatch.setattr(ray_driver, "_tokens", lambda *_: tmp_path)
+    ray_driver.run_rank({"handover": handover.uri})
+    assert got == [limits]
