@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -141,10 +141,16 @@ def test_the_literal_windows_of_a_document(
     monkeypatch.setattr(perplexity, "_losses", losses)
     monkeypatch.setattr(perplexity, "check_loss", lambda model: None)
     model = SimpleNamespace(device=torch.device("cpu"))
-    tokens = {"input_ids": [20, 21, 22, 23, 24]}
+
+    class Tokenizer:
+        added_tokens_decoder: ClassVar[dict[int, Any]] = {}
+
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            return {"input_ids": [20, 21, 22, 23, 24]}
+
     with progress("test") as bar:
         (scored,) = score(
-            model, lambda *_, **__: tokens, ["text"], first_token=first, window=4, stride=2, bar=bar
+            model, Tokenizer(), ["text"], first_token=first, window=4, stride=2, bar=bar
         )
     assert seen == list(zip(inputs, targets, strict=True))
     assert scored == Score(float(scored.tokens), 5 if first == 7 else 4, 4, 1)
