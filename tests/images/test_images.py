@@ -139,7 +139,9 @@ def test_the_data_image_is_small_and_each_says_what_is_in_it(
     build = tool()
     sizes = {name: build.size_mb(docker, image) for name, image in built.items()}
     print(sizes)
-    assert sizes["data"] < 900  # 230 MB of it are lm-evaluation-harness, which ingest reads tasks with
+    assert (
+        sizes["data"] < 900
+    )  # 230 MB of it are lm-evaluation-harness, which ingest reads tasks with
     for name, image in built.items():
         shown = run(docker, image, "cat", "/opt/nudge/share/nudge/sbom.cdx.json")
         found = {canonicalize_name(c["name"]) for c in json.loads(shown.stdout)["components"]}
