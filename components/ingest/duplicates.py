@@ -65,16 +65,17 @@ class _Words(dict[str, int]):
     """Hashes of words without case, accents and surrounding punctuation; 0 if nothing is left."""
 
     def __missing__(self, word: str) -> int:
-        plain = word.strip(MARKS).lower()
-        if not plain.isascii():
-            apart = unicodedata.normalize("NFD", plain)
-            plain = "".join(c for c in apart if not unicodedata.combining(c))
         if len(self) >= WORDS_HELD:
             self.clear()
-        # Most forms of a word differ only in case and punctuation.
-        value = self.get(plain)
-        if value is None:
-            self[plain] = value = _hash(plain) if plain else 0
+        plain = word.strip(MARKS).lower()
+        if plain.isascii():  # most forms of a word differ only in case and punctuation
+            value = self.get(plain)
+            if value is None:
+                self[plain] = value = _hash(plain) if plain else 0
+        else:
+            apart = unicodedata.normalize("NFD", plain)
+            plain = "".join(c for c in apart if not unicodedata.combining(c))
+            value = _hash(plain) if plain else 0
         self[word] = value
         return value
 
