@@ -292,7 +292,8 @@ class Cleaner:
         except BrokenProcessPool:
             raise UserError(
                 f"one of the {self._workers} cleaning processes was killed, most likely because "
-                "memory ran out; give the step more memory, or lower ingest.workers"
+                "memory ran out; give the step more memory (on a cluster: a larger `size`), or "
+                "lower ingest.workers"
             ) from None
 
     def _take(self, tally: Tally, results: list[Row | Drop]) -> None:

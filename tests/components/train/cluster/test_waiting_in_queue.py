@@ -140,6 +140,25 @@ def test_the_reason_is_shown_when_it_changes(
     assert "100m more needed" in shown[1]
 
 
+def test_an_unchanged_reason_and_trouble_are_repeated_once_a_minute(
+    api: KubernetesApi,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A minute takes 0.4 s here. In 30 polls the line appears a few times, not 30."""
+    monkeypatch.setattr(following, "REPEAT_S", 0.4)
+    job = waits(api)
+    status = recorded("trainjob-nudge-dry-ec9d4", "ExceedsMaxQuota")
+    add_workload(api, job, status, queue="gpus")
+    api.forbid("list", "pods")
+    completes(api, job, 1.5)
+    follow(job, settings=WAITS)
+    shown = [each for each in stages(tmp_path) if "cpu never fits" in each]
+    assert 2 <= len(shown) <= 5
+    assert 2 <= capfd.readouterr().err.count("cannot read the job's pods") <= 5
+
+
 @pytest.mark.parametrize("served", ["v1beta2", "v1beta1", "none", "forbidden"])
 def test_the_position_in_the_queue_is_shown_where_kueue_reports_it(
     api: KubernetesApi, tmp_path: Path, served: str
