@@ -15,8 +15,8 @@ pytestmark = pytest.mark.long
 
 PYRIGHT = "pyright[nodejs]==1.1.414"  # Node.js comes from PyPI too
 NOT_SET_UP = {
-    *("ray", "mlflow", "lm_eval"),
-    *("datasets", "datatrove", "matplotlib", "orjson", "spacy", "torch_npu", "xxhash"),
+    *("ray", "mlflow", "lm_eval", "model_signing"),
+    *("datasets", "datatrove", "matplotlib", "orjson", "spacy", "torch_npu", "trl", "xxhash"),
 }
 """What `make setup` does not install: extras of their own, and the benchmarks' peers."""
 
