@@ -288,6 +288,25 @@ def test_a_tokenizer_without_bytes_uses_its_own_offsets() -> None:
     assert made.reason == "no_end_of_turn"
 
 
+def test_no_token_covers_the_end_of_a_prompt_and_the_start_of_an_answer() -> None:
+    """A served model continues from the tokens of the prompt, so training must do so too."""
+    vocabulary = {letter: number for number, letter in enumerate("Ċuserhi:")} | {"ĊĊ": 9}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("Ċ", "Ċ")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    prompt, answer = "user:\n", "\nhi<end>"
+    text = tokenizer.to_str()
+    apart = [tokenizer.encode(each).ids for each in (prompt, answer)]
+    assert tokenizer.encode(prompt + answer).ids != apart[0] + apart[1]
+    encoder = Encoder(text, lambda texts: ids_of(texts, text, False))
+    rendered = Rendered(prompt + answer, ((len(prompt), len(prompt + answer)),))
+    [made] = encoder.encode([Plain(rendered)])
+    assert isinstance(made, Masked)
+    assert made.ids.tolist() == apart[0] + apart[1]
+    assert made.learned.tolist() == [[len(apart[0]), len(made.ids)]]
+
+
 def test_a_span_without_a_token_is_refused() -> None:
     """One token covers the text around the span, so that nothing would be learned of it."""
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "hello": 1}, unk_token="[UNK]"))
