@@ -43,7 +43,7 @@ CHUNK = 128
 """Grams that are hashed at once; the 112 hashes of each stay in a core's cache."""
 WORDS_HELD = 1 << 16
 """About 10 MB in each process. With twice as many, 16 MB of text with 112,000 distinct words take
-1.2 s instead of 1.7 s; but then ten times the text needs 1.3 times the memory."""
+1.2 s instead of 1.7 s; but then ten times the text needs up to 1.3 times the memory."""
 LONG = 1 << 20
 """Characters of a text that are processed together."""
 MARKS = string.punctuation + "“”„‘’‚«»‹›…–—"
