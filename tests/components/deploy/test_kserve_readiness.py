@@ -130,8 +130,12 @@ def test_an_unschedulable_replica_is_not_ready(
 ) -> None:
     bring_up()
     cluster.new_pods = "unschedulable"
-    with pytest.raises(UserError, match=r"not ready after 2 s(.|\n)*3 Insufficient nvidia.com/gpu"):
+    with pytest.raises(
+        UserError, match=r"not ready after 2 s(.|\n)*3 Insufficient nvidia.com/gpu"
+    ) as error:
         bring_up(settings(replicas=2, start_timeout_s=2))
+    # Events of the pods do not hide the conditions of the InferenceService.
+    assert "PredictorReady=" in str(error.value)
     shown = capfd.readouterr().err
     assert shown.count("is not scheduled: 0/3 nodes are available: 3 Insufficient") == 1
 

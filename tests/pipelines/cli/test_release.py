@@ -83,22 +83,6 @@ def test_where_nothing_was_run_models_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["models", "rollback"])
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        (" m", "begins or ends with a blank"),
-        ("n" * 245, "has 245 characters; the registry stores up to 244"),
-        ("m\x01", "contains the control character"),
-    ],
-)
-def test_a_model_name_that_no_registry_stores_is_refused_when_it_is_read(
-    monkeypatch: pytest.MonkeyPatch, command: str, name: str, message: str
-) -> None:
-    monkeypatch.setenv("NUDGE_REGISTRY_URL", "http://127.0.0.1:9")  # it is not asked
-    assert message in nudge(command, "--model", name, status=2).stderr
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -107,6 +91,9 @@ def test_a_model_name_that_no_registry_stores_is_refused_when_it_is_read(
         (("rollback", "--model", "other"), "no version of other is served"),
         (("promote", "v3"), "no version 'v3' of m"),
         (("split", "v1=90", "v2=20"), "the shares v1 90, v2 20 do not add up to 100"),
+        (("promote", "v2", "--model", " m"), "begins or ends with a blank"),
+        (("promote", "v2", "--model", "m" * 245), "the registry stores up to 244"),
+        (("promote", "v2", "--model", "m\x01"), "contains the control character"),
     ],
 )
 def test_what_makes_no_sense_starts_nothing(
