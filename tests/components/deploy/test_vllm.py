@@ -71,7 +71,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mo
         process = subprocess.Popen(command, env=env, cwd=log.parent, stdout=output, stderr=output)
     address = f"http://127.0.0.1:{port}"
     try:
-        until = time.monotonic() + 300
+        until = time.monotonic() + 600
         while time.monotonic() < until:
             assert process.poll() is None, log.read_text()[-3000:]
             try:
