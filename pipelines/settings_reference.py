@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 import pydantic
 
+from nudge.components.common.core.prices import Prices
 from nudge.components.common.core.recipe import SHARED
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.evaluate.settings import EvaluateSettings
@@ -21,6 +22,7 @@ from nudge.components.register.settings import RegisterSettings
 from nudge.components.tokenize.settings import TokenizeSettings
 from nudge.components.train.settings import TrainSettings
 from nudge.components.upload.settings import UploadSettings
+from nudge.pipelines.plan.settings import PlanSettings
 
 SETTINGS: dict[str, type] = {
     "ingest": IngestSettings,
@@ -30,6 +32,8 @@ SETTINGS: dict[str, type] = {
     "upload": UploadSettings,
     "register": RegisterSettings,
     "deploy": DeploySettings,
+    "plan": PlanSettings,
+    "prices": Prices,
 }
 
 Schema = dict[str, Any]

@@ -15,6 +15,7 @@ import yaml
 
 from nudge.components.common.core.aliases import meant
 from nudge.components.common.core.errors import UserError, nearest
+from nudge.components.common.core.prices import Prices
 from nudge.components.common.core.recipe import (
     SECTIONS,
     SHARED,
@@ -23,10 +24,11 @@ from nudge.components.common.core.recipe import (
     step_settings,
 )
 from nudge.components.common.core.uris import read_text
+from nudge.pipelines.plan.settings import PlanSettings
 from nudge.pipelines.steps import SETTINGS
 
 FOLDER = Path(__file__).parent
-TOP = ("name", "title", *SHARED, *SECTIONS)
+TOP = ("name", "title", *SHARED, *SECTIONS, "plan", "prices")
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ def check(values: Mapping[str, Any]) -> None:
     ]
     text = yaml.safe_dump(dict(values))
     parsed: dict[str, Any] = {}
-    for section, kind in settings_classes().items():
+    others: dict[str, type[Any]] = {"plan": PlanSettings, "prices": Prices}
+    for section, kind in {**settings_classes(), **others}.items():
         try:
             parsed[section] = step_settings(kind, section, text)
         except UserError as error:
