@@ -29,7 +29,7 @@ def check_submitted(name: str, text: str) -> str:
     values = read_recipe(text)
     train = step_settings(TrainSettings, "train", text)
     states = step_settings(PlanSettings, "plan", text).gpus is not None
-    if not states and (train.launcher == "local" or not values.get("train", {}).get("cluster")):
+    if not states and (train.launcher == "local" or not (values.get("train") or {}).get("cluster")):
         return ""
     return check_fits(name, text)
 
