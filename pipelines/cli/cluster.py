@@ -9,6 +9,7 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.sanitize import visible
 from nudge.pipelines.cli import display
 from nudge.pipelines.cli.screen import Screen
+from nudge.pipelines.plan.check import check_submitted
 from nudge.pipelines.recipes import load
 
 URL = click.option("--url", default="", help="The pipelines server; default: NUDGE_PIPELINES_URL.")
@@ -72,6 +73,9 @@ def submit(
     nudge upload                                  once, and after each change of nudge
     nudge submit mine.yaml -p gpu_count=2
 
+    A recipe that states its hardware (`plan.gpus`, or `train.cluster`) is refused if it does not
+    fit there; `nudge plan` shows why.
+
     Exit status: 0 the run succeeded (or was started, with --no-follow), 1 it did not succeed,
     2 the input was refused. Ctrl-C stops following; the run continues.
     """
@@ -80,6 +84,8 @@ def submit(
 
     loaded = load(recipe, overrides)
     check_elsewhere(loaded.text)
+    if line := check_submitted(loaded.name, loaded.text):
+        click.echo(visible(line), err=True)
     values = runs.sendable({"recipe": loaded.text, **_parameters(parameters)})
     server = connect.connect(url)
     run = runs.submit(server, pipeline, name or loaded.name, values)

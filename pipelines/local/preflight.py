@@ -24,6 +24,7 @@ from nudge.components.summary.settings import NotifySettings
 from nudge.components.tokenize.settings import TokenizeSettings
 from nudge.components.train.settings import TrainSettings
 from nudge.components.upload.settings import UploadSettings
+from nudge.pipelines.plan.check import check_here
 
 
 def check(recipe: str, use_env_services: bool = False) -> None:
@@ -45,6 +46,7 @@ def check(recipe: str, use_env_services: bool = False) -> None:
     checks.append(partial(check_packages, recipe))
     checks.append(partial(check_texts, recipe, only_local=True))
     checks.append(partial(_check_model, train))
+    checks.append(partial(check_here, recipe))
     if deploy.target == "kserve":
         checks.append(partial(connect, deploy.kserve.namespace))
     upload = step_settings(UploadSettings, "upload", recipe)

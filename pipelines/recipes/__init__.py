@@ -15,6 +15,7 @@ import yaml
 
 from nudge.components.common.core.aliases import meant
 from nudge.components.common.core.errors import UserError, nearest
+from nudge.components.common.core.prices import Prices
 from nudge.components.common.core.recipe import (
     SECTIONS,
     SHARED,
@@ -23,10 +24,13 @@ from nudge.components.common.core.recipe import (
     step_settings,
 )
 from nudge.components.common.core.uris import read_text
+from nudge.pipelines.plan.settings import PlanSettings
 from nudge.pipelines.steps import SETTINGS
 
 FOLDER = Path(__file__).parent
-TOP = ("name", "title", *SHARED, *SECTIONS)
+ESTIMATES: dict[str, type[Any]] = {"plan": PlanSettings, "prices": Prices}
+"""Sections that no step reads: they describe the hardware and its prices."""
+TOP = ("name", "title", *SHARED, *SECTIONS, *ESTIMATES)
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ def _is_there(path: Path) -> bool:
 
 def settings_classes() -> dict[str, type[Any]]:
     """The settings class of each section."""
-    return {section: step.settings_class() for section, step in SETTINGS.items()}
+    return {section: step.settings_class() for section, step in SETTINGS.items()} | ESTIMATES
 
 
 def check(values: Mapping[str, Any]) -> None:

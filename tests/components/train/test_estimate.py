@@ -1,0 +1,113 @@
+"""The estimated memory is the memory that training takes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from nudge.components.train.estimate import Estimator
+from nudge.components.train.settings import TrainSettings
+from tests.components.train.conftest import write_tokens
+
+MiB = 2**20
+TRAINED = {
+    "sequence_length": 256, "batch_sequences": 4, "micro_batch_sequences": 2, "max_steps": 2,
+    "epochs": 9.0, "threads": 1, "validation_sequences": 2, "learning_rate": 1e-4,
+}  # fmt: skip
+CONFIGURATIONS: dict[str, tuple[int, dict[str, Any]]] = {
+    "full": (1, {}),
+    "full, one micro-batch": (1, {"batch_sequences": 2}),
+    "full, micro-batch of 8": (1, {"micro_batch_sequences": 8, "batch_sequences": 16}),
+    "full, long rows": (1, {"sequence_length": 1024, "micro_batch_sequences": 1}),
+    "full, recomputed": (1, {"activation_checkpointing": True, "micro_batch_sequences": 8,
+                             "batch_sequences": 8}),
+    "full, bfloat16": (1, {"precision": "bfloat16"}),
+    "lora": (1, {"mode": "lora"}),
+    "lora, micro-batch of 8": (1, {"mode": "lora", "micro_batch_sequences": 8,
+                                   "batch_sequences": 16}),
+    "lora, bfloat16": (1, {"mode": "lora", "precision": "bfloat16"}),
+    "lora, recomputed": (1, {"mode": "lora", "activation_checkpointing": True,
+                             "micro_batch_sequences": 8, "batch_sequences": 8}),
+    "full, two shards": (2, {}),
+    "full, two replicas": (2, {"parallelism": "ddp"}),
+    "lora, two shards": (2, {"mode": "lora"}),
+    "lora, two shards, bfloat16": (2, {"mode": "lora", "precision": "bfloat16"}),
+}  # fmt: skip
+QUICK = ("full", "lora, recomputed")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 33 M parameters: 530 MB with gradients and AdamW's moments."""
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
+        vocab_size=8000, max_position_embeddings=2048,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def measured(settings: dict[str, Any], ranks: int, tokens: Path, folder: Path) -> list[int]:
+    torchrun = [
+        *("-m", "torch.distributed.run", "--standalone"), *("--nproc-per-node", str(ranks)),
+    ]  # fmt: skip
+    done = subprocess.run(
+        [
+            *(sys.executable, *(torchrun if ranks > 1 else ())),
+            *("-m", "tests.components.train.measured_peak", json.dumps(settings)),
+            *(str(tokens), str(folder)),
+        ],
+        capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[3],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"peak"')]
+    return [each["peak"] for each in found]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in QUICK else pytest.mark.long) for n in CONFIGURATIONS],
+)
+def test_the_estimated_peak_is_the_measured_one(
+    name: str, model: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    ranks, values = CONFIGURATIONS[name]
+    settings = {**TRAINED, "base_model": str(model), **values}
+    tokens = write_tokens(tmp_path / "tokens", tiny_model, documents=400)
+    peaks = measured(settings, ranks, tokens, tmp_path / "out")
+    config = AutoConfig.from_pretrained(model)
+    memory = Estimator(config, TrainSettings(**settings), ranks, "cpu").memory()
+    assert len(peaks) == ranks
+    print(f"\n{name}: estimated {memory.peak / MiB:.0f} MiB, measured "
+          f"{[round(peak / MiB) for peak in peaks]} MiB, parts {memory}")  # fmt: skip
+    for peak in peaks:
+        assert abs(memory.peak - peak) < max(0.1 * peak, 150 * MiB), (memory, peak)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "gemma3_text", "mixtral", "bloom", "mamba"])
+def test_every_kind_of_architecture_can_be_estimated(kind: str) -> None:
+    config = AutoConfig.for_model(kind)
+    config.get_text_config().num_hidden_layers = 4
+    settings = TrainSettings(base_model="x", sequence_length=64, micro_batch_sequences=1)
+    one, two = (
+        Estimator(config, TrainSettings(**{**vars(settings), "micro_batch_sequences": n}), 1, "cpu")
+        .memory() for n in (1, 2)
+    )  # fmt: skip
+    assert one.weights == one.gradients == one.optimizer // 2
+    assert 0 < one.activations < two.activations
+
+
+def test_sharding_divides_the_state_and_keeps_the_activations() -> None:
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4)
+    settings = TrainSettings(base_model="x", sequence_length=64)
+    one, four = (Estimator(config, settings, ranks, "cpu").memory() for ranks in (1, 4))
+    assert four.weights == one.weights // 4
+    assert four.optimizer == one.optimizer // 4
+    assert four.gathered > one.gathered == 0
