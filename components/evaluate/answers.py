@@ -1,5 +1,6 @@
 """Query each model for everything, with one model in memory at a time."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +11,15 @@ import transformers
 
 from nudge.components.common.artifacts.scores import Score
 from nudge.components.common.chat import ChatTemplate, Conversation
+from nudge.components.common.core.processes import usable_cores
 from nudge.components.common.core.progress import progress
-from nudge.components.common.models.language_model import (
-    load_model,
-    load_tokenizer,
-    set_up_torch,
-    speed_up_products,
-)
+from nudge.components.common.models.language_model import load_tokenizer, set_up_torch
+from nudge.components.common.models.weights import WeightFiles
 from nudge.components.evaluate.chats import Question, Scorer
 from nudge.components.evaluate.completions import Completion, complete
 from nudge.components.evaluate.perplexity import first_token_id, score
 from nudge.components.evaluate.probes import answer
+from nudge.components.evaluate.ranks import NoProgress, Ranks, load, ranks_wanted, started
 from nudge.components.evaluate.settings import EvaluateSettings
 from nudge.components.evaluate.tasks import Measured, run_tasks
 
@@ -65,18 +64,46 @@ def ask(
 ) -> dict[str, Answers]:
     """The answers of the models in ``folders``, by name, to the same ``texts`` by set.
 
-    The models run on the first GPU if torch sees one, else on the CPU.
+    The models run one after the other, on a GPU if torch sees one, else on the CPU. Each is
+    sharded over the ranks that `ranks_wanted` counts.
     """
-    set_up_torch(settings.threads, settings.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype_of(settings, folders["candidate"])
+    count = ranks_wanted(settings.processes, list(folders.values()), dtype)
+    arguments = (settings, dict(folders), texts, asked, dtype)
+    with started(count, ask_as, *arguments) as ranks:
+        return ask_as(ranks, *arguments)
+
+
+def dtype_of(settings: EvaluateSettings, candidate: Path) -> torch.dtype:
+    """The dtype in which all models are evaluated: the setting's; for ``auto`` on a GPU that of the
+    candidate's files, and on a CPU float32, which holds the same values and is faster there."""
+    if settings.precision != "auto":
+        dtype: torch.dtype = getattr(torch, settings.precision)
+        return dtype
+    return WeightFiles(candidate).dtype if torch.cuda.is_available() else torch.float32
+
+
+def ask_as(
+    ranks: Ranks,
+    settings: EvaluateSettings,
+    folders: Mapping[str, Path],
+    texts: Mapping[str, Sequence[str | Conversation]],
+    asked: Asked,
+    dtype: torch.dtype,
+) -> dict[str, Answers]:
+    """The work of one rank; the answers of the main rank count."""
+    threads = settings.threads or max(1, usable_cores() // ranks.world)
+    set_up_torch(threads, settings.seed)
     answers = {}
-    with progress("evaluate", unit="tokens") as bar:
+    shown: Any = progress("evaluate", unit="tokens")
+    if not ranks.main:
+        shown = contextlib.nullcontext(NoProgress())
+    with shown as bar:
         for name, folder in folders.items():
             tokenizer = load_tokenizer(folder)
             first = first_token_id(tokenizer, settings.first_token)
             bar.note(stage=f"loading {name}")
-            model = load_model(folder).to(device, getattr(torch, settings.precision))
-            speed_up_products(model)
+            model = load(folder, dtype, ranks)
             template = asked.templates[name] if asked.chat else None
             tokens = settings.answer_tokens if asked.chat else settings.completion_tokens
             scores = {}
@@ -92,6 +119,7 @@ def ask(
                     bar=bar,
                     batch_tokens=settings.batch_tokens,
                     scorer=Scorer(folder, tokenizer, asked.templates[name]),
+                    ranks=ranks,
                 )
             bar.note(stage=f"asking {name}")
             answers[name] = Answers(
@@ -116,17 +144,18 @@ def ask(
                 tokenizer=tokenizer,
                 template=template,
                 first=None if first is None else tokenizer.convert_ids_to_tokens(first),
-                ran=_ran(device, settings),
+                ran=_ran(ranks, dtype),
             )
             del model
     return answers
 
 
-def _ran(device: torch.device, settings: EvaluateSettings) -> dict[str, str]:
-    cuda = device.type == "cuda"
+def _ran(ranks: Ranks, dtype: torch.dtype) -> dict[str, str]:
+    cuda = ranks.device.type == "cuda"
+    device = torch.cuda.get_device_name(ranks.device) if cuda else "CPU"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else "CPU",
-        "precision": settings.precision,
+        "device": f"{ranks.world} ranks, {device}" if ranks.world > 1 else device,
+        "precision": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

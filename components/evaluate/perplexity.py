@@ -22,6 +22,7 @@ from nudge.components.common.core.scripts import separates_words
 from nudge.components.common.models.end_of_document import document_start_id, end_of_document_id
 from nudge.components.common.models.language_model import check_loss, hidden_states, next_token_loss
 from nudge.components.evaluate.chats import Scorer, assistant_text
+from nudge.components.evaluate.ranks import Ranks
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of one forward pass; windows of similar length are scored together."""
@@ -78,6 +79,7 @@ def score(
     bar: Progress,
     batch_tokens: int = 0,
     scorer: Scorer | None = None,
+    ranks: Ranks | None = None,
 ) -> list[Score]:
     """Score every text; ``first_token`` is the id of the token before a document's first token.
 
@@ -85,9 +87,11 @@ def score(
     token, but its bytes count. ``scorer`` encodes conversations. Only their learned tokens are
     scored, and their bytes and words are those of the assistant turns.
 
-    ``batch_tokens`` 0 means `BATCH_TOKENS` of the model's device. Raises `UserError` for a model
+    ``batch_tokens`` 0 means `BATCH_TOKENS` of the model's device. Each of several ``ranks`` scores
+    its share of the batches, and all return the same scores. Raises `UserError` for a model
     whose loss is not that of its own logits.
     """
+    ranks = ranks or Ranks()
     check_loss(model)
     most = batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"])
     before = [] if first_token is None else [first_token]
@@ -105,26 +109,17 @@ def score(
     ]
     jobs.sort(key=lambda job: job[1].end - job[1].begin)
     nats = [0.0] * len(texts)
-    for batch in _batches(jobs, most):
-        length = max(part.end - part.begin for _, part in batch)
-        # Padding is on the right, so causal attention never sees it.
-        inputs = torch.zeros((len(batch), length), dtype=torch.int64)
-        targets = torch.zeros((len(batch), length), dtype=torch.int64)
-        counted = torch.zeros((len(batch), length), dtype=torch.bool)
-        for row, (index, part) in enumerate(batch):
-            of_document, scored = tokenized[index]
-            ids = torch.tensor(of_document[part.begin : part.end + 1])
-            size = part.end - part.begin
-            inputs[row, :size] = ids[:-1]
-            targets[row, :size] = ids[1:]
-            chosen = torch.from_numpy(scored[part.scored_from : part.end])
-            counted[row, part.scored_from - part.begin : size] = chosen
-        losses = _losses(model, inputs, targets, counted).cpu().double()
-        for (index, part), of_window in zip(
-            batch, losses.split(counted.sum(1).tolist()), strict=True
-        ):
-            nats[owners[index]] += float(of_window.sum())
-            bar.advance(part.end - part.scored_from)
+    batches = _batches(jobs, most)
+    for start in range(0, len(batches), ranks.world):
+        together = batches[start : start + ranks.world]
+        # Every rank must run the model, so one without a batch repeats the last and ignores it.
+        batch = together[min(ranks.rank, len(together) - 1)]
+        losses = _batch_losses(model, tokenized, batch)
+        if ranks.rank < len(together):
+            for (index, _), of_window in zip(batch, losses, strict=True):
+                nats[owners[index]] += float(of_window.sum())
+        bar.advance(sum(part.end - part.scored_from for each in together for _, part in each))
+    nats = ranks.summed(nats)
     tokens = [0] * len(texts)
     for owner, (_, scored) in zip(owners, tokenized, strict=True):
         tokens[owner] += int(scored.sum())
@@ -190,6 +185,28 @@ def _exp(nats: float) -> float:
         return math.exp(nats)
     except OverflowError:
         return math.inf
+
+
+def _batch_losses(
+    model: Any, tokenized: list[tuple[list[int], np.ndarray]], batch: list[tuple[int, Window]]
+) -> Sequence[torch.Tensor]:
+    """The losses of the scored tokens of each window, in float64 on the CPU."""
+    length = max(part.end - part.begin for _, part in batch)
+    # Padding is on the right, so causal attention never sees it.
+    inputs = torch.zeros((len(batch), length), dtype=torch.int64)
+    targets = torch.zeros((len(batch), length), dtype=torch.int64)
+    counted = torch.zeros((len(batch), length), dtype=torch.bool)
+    for row, (index, part) in enumerate(batch):
+        of_document, scored = tokenized[index]
+        ids = torch.tensor(of_document[part.begin : part.end + 1])
+        size = part.end - part.begin
+        inputs[row, :size] = ids[:-1]
+        targets[row, :size] = ids[1:]
+        chosen = torch.from_numpy(scored[part.scored_from : part.end])
+        counted[row, part.scored_from - part.begin : size] = chosen
+    losses = _losses(model, inputs, targets, counted).cpu().double()
+    parts: Sequence[torch.Tensor] = losses.split(counted.sum(1).tolist())
+    return parts
 
 
 def _losses(

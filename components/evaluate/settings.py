@@ -172,8 +172,12 @@ class EvaluateSettings:
     """The confidence level of the bootstrap interval."""
     resamples: Annotated[int, Field(ge=100)] = 10_000
     """Bootstrap resamples of the documents."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights. bfloat16 halves memory; its scores are accurate to about 3 digits."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """The dtype of all models' weights. `auto`: that of the candidate's files on a GPU, and float32
+    on a CPU. Scores in bfloat16 are accurate to about 3 digits."""
+    processes: Annotated[int, Field(ge=0)] = 0
+    """Ranks on this machine that share the weights of each model (FSDP2). 0: one, or one per GPU if
+    a model's weights take more than 60 % of a GPU's memory."""
     batch_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens per forward pass; 0 means 2,048 on a CPU and 16,384 on a GPU."""
     threads: Annotated[int, Field(ge=0)] = 0

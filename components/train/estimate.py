@@ -32,8 +32,12 @@ MiB = 2**20
 RUNTIME_BYTES = {"cuda": 1024 * MiB, "cpu": 64 * MiB}
 """What torch itself takes: the context and libraries of a GPU, and the thread pools, products'
 workspaces and allocator of a CPU process."""
-SIMULATED_LAYERS = (2, 4)
+SIMULATED_LAYERS = (1, 3)
 """A deeper model is simulated with these two depths, and its memory extrapolated linearly."""
+_SIMULATED: dict[tuple[str, ...], tuple[int, ...]] = {}
+_COMPLETE: dict[tuple[str, ...], Any] = {}
+"""Simulations and complete models, by config and settings: a plan tries several settings, and each
+simulation takes seconds."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,10 @@ class Estimator:
 
     @functools.cached_property
     def _complete(self) -> Any:
-        return self.model()
+        key = self._key(False)
+        if key not in _COMPLETE:
+            _COMPLETE[key] = self.model()
+        return _COMPLETE[key]
 
     def model(self, layers: int = 0) -> Any:
         """The model on the meta device, with its adapters and dtypes; ``layers`` 0 means all."""
@@ -148,30 +155,58 @@ class Estimator:
 
         Without the chunk of logits, both grow linearly with the rows.
         """
-        one, two = self._simulated_rows(1), self._simulated_rows(2)
+        one, two = (self._recomputing(number) for number in (1, 2))
         after_loss, peak, loss = (a + (b - a) * (rows - 1) for a, b in zip(one, two, strict=True))
         vocabulary = head_weight(self._complete).shape[0]
         bfloat16 = self.settings.precision == "bfloat16"
         chunk = self._chunk(rows * self.settings.sequence_length, vocabulary, bfloat16)
         return max(0, max(peak, after_loss + chunk) - loss - chunk), loss + chunk
 
-    @functools.cache  # noqa: B019
-    def _simulated_rows(self, rows: int) -> tuple[int, ...]:
+    @property
+    def layers(self) -> int:
+        """The model's decoder layers; 0 if its config does not say."""
         depth = getattr(self.config.get_text_config(), "num_hidden_layers", 0)
+        return depth if isinstance(depth, int) else 0
+
+    def _recomputing(self, rows: int) -> tuple[int, ...]:
+        """`_simulated_rows` with the setting `activation_checkpointing`, which may be a number."""
+        count = self.settings.activation_checkpointing
+        if isinstance(count, bool):
+            return self._simulated_rows(rows, count)
+        share = min(1.0, count / max(1, self.layers))
+        none, every = (self._simulated_rows(rows, each) for each in (False, True))
+        return tuple(round(a + share * (b - a)) for a, b in zip(none, every, strict=True))
+
+    def _simulated_rows(self, rows: int, recompute: bool) -> tuple[int, ...]:
         low, high = SIMULATED_LAYERS
-        if not isinstance(depth, int) or depth <= high:
-            return self._simulated(rows, 0)
-        one, other = self._simulated(rows, low), self._simulated(rows, high)
+        if self.layers <= high:
+            return self._simulated(rows, 0, recompute)
+        one, other = (self._simulated(rows, depth, recompute) for depth in (low, high))
         return tuple(
-            round(b + (b - a) / (high - low) * (depth - high))
+            round(b + (b - a) / (high - low) * (self.layers - high))
             for a, b in zip(one, other, strict=True)
         )
 
-    def _simulated(self, rows: int, layers: int) -> tuple[int, ...]:
+    def _simulated(self, rows: int, layers: int, recompute: bool) -> tuple[int, ...]:
         """Bytes after the loss, at the peak, and of the loss; without the chunk of logits."""
+        key = (*self._key(recompute), f"{self._sharded} {rows} {layers}")
+        if key not in _SIMULATED:
+            _SIMULATED[key] = self._run(rows, layers, recompute)
+        return _SIMULATED[key]
+
+    def _key(self, recompute: bool) -> tuple[str, ...]:
+        """The config and those settings on which a model and its simulation depend."""
+        same = dataclasses.replace(
+            self.settings, micro_batch_sequences=1, batch_sequences=1, parallelism="fsdp",
+            processes=0, activation_checkpointing=recompute,
+        )  # fmt: skip
+        return self.config.to_json_string(), repr(same)
+
+    def _run(self, rows: int, layers: int, recompute: bool) -> tuple[int, ...]:
+        """Count the allocations of one training step on fake tensors, as `_simulated` returns."""
         settings, model = self.settings, self.model(layers)
         model.train()
-        if settings.activation_checkpointing:
+        if recompute:
             options = {"use_reentrant": False, "preserve_rng_state": False}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # it has a new name
@@ -193,7 +228,9 @@ class Estimator:
             autocast: Any = contextlib.nullcontext()
             if bfloat16:
                 autocast = torch.autocast("cpu", torch.bfloat16)
-            with _Allocations() as counted:
+            there = [*model.parameters(), *model.buffers()]
+            there += [p.grad for p in model.parameters() if p.grad is not None]
+            with _Allocations(there) as counted:
                 with autocast:
                     hidden = hidden_states(model, ids, positions)
                     kept = counted.now
@@ -230,12 +267,14 @@ class _Loss(torch.autograd.Function):
 
 
 class _Allocations(TorchDispatchMode):
-    """Counts the bytes of the storages that operations create, while they are alive."""
+    """Counts the bytes of the storages that operations create, while they are alive; those of the
+    tensors that are ``there`` before do not count, although operations return views of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, there: list[torch.Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._known.update({tensor.untyped_storage(): 0 for tensor in there})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:

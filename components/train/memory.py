@@ -32,7 +32,7 @@ def explain_out_of_memory(settings: TrainSettings) -> Iterator[None]:
         other = [
             f"set train.{text}"
             for text, done in (
-                ("activation_checkpointing: true", settings.activation_checkpointing),
+                ("activation_checkpointing: true", settings.activation_checkpointing is True),
                 ("mode: lora", settings.mode != "full"),
             )
             if not done

@@ -16,7 +16,7 @@ from nudge.components.common.models.language_model import (
 )
 from nudge.components.train.data import IGNORED, Rows
 from nudge.components.train.ranks import Ranks
-from nudge.components.train.recompute import keep_less
+from nudge.components.train.recompute import keep_less, recompute_layers
 from nudge.components.train.settings import TrainSettings
 
 
@@ -59,7 +59,7 @@ class Network:
         if not any(parameter.is_meta for parameter in model.parameters()):
             model.to(self.ranks.device)
         if settings.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_layers(model, self._layers(), settings)
         elif not settings.compile:  # the compiler decides itself what to keep
             keep_less(model)
         if settings.compile:

@@ -13,6 +13,30 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from nudge.components.common.core.errors import UserError
+from nudge.components.train.settings import TrainSettings
+
+
+def recompute_layers(model: Any, layers: list[nn.Module], settings: TrainSettings) -> None:
+    """Let the layers that the setting `activation_checkpointing` counts keep only their inputs.
+
+    The first layers are recomputed; the others keep what `keep_less` leaves. Raises `UserError` if
+    the model can only recompute all of them.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    count = settings.activation_checkpointing
+    if isinstance(count, bool) or count >= len(layers):
+        return
+    for layer in layers[count:]:
+        if not hasattr(layer, "gradient_checkpointing"):
+            raise UserError(
+                f"train.activation_checkpointing = {count}: {type(model).__name__} recomputes "
+                "all layers or none; set it to true or false"
+            )
+        layer.gradient_checkpointing = False  # type: ignore[assignment]
+        if not settings.compile:
+            keep_less(layer)
+
 
 def keep_less(model: nn.Module) -> None:
     """Let gated MLPs and RMSNorms keep their inputs instead of their intermediate results.

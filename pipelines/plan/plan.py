@@ -3,6 +3,7 @@
 Everything comes from the model's config and the recipe; nothing is downloaded or started.
 """
 
+import bisect
 import dataclasses
 import glob
 import math
@@ -26,7 +27,7 @@ BYTES_PER_TOKEN = 4
 HOST_BYTES = 2**30
 """What a rank with a GPU takes on the host beside checkpoints: libraries, one part of a file while
 it is read, and one tensor while it is written."""
-MiB = 2**20
+RECOMPUTE = "train.activation_checkpointing: true"
 
 
 @dataclass(frozen=True)
@@ -306,7 +307,7 @@ def _changes(config: Any, train: TrainSettings, machine: _Machine) -> list[Chang
          lambda s: dataclasses.replace(s, micro_batch_sequences=1)),
         ("train.parallelism: fsdp", "more exchange between ranks, same result",
          lambda s: dataclasses.replace(s, parallelism="fsdp")),
-        ("train.activation_checkpointing: true", "about a third more computation, same result",
+        (RECOMPUTE, "up to a third more computation, same result",
          lambda s: dataclasses.replace(s, activation_checkpointing=True)),
         ("train.precision: bfloat16", "rounding",
          lambda s: dataclasses.replace(s, precision="bfloat16")),
@@ -322,6 +323,8 @@ def _changes(config: Any, train: TrainSettings, machine: _Machine) -> list[Chang
         if changed == current or (setting.endswith("fsdp") and machine.ranks == 1):
             continue
         if attempt(setting, costs, changed, machine):
+            if setting == RECOMPUTE:
+                found[-1] = _fewest_recomputed(config, changed, machine) or found[-1]
             return found
         current = changed
     while more.ranks <= 512:
@@ -331,3 +334,22 @@ def _changes(config: Any, train: TrainSettings, machine: _Machine) -> list[Chang
             return found
         more = dataclasses.replace(more, ranks=2 * more.ranks)
     return found
+
+
+def _fewest_recomputed(config: Any, train: TrainSettings, machine: _Machine) -> Change | None:
+    """The change that recomputes as few layers as fit; None if all of them are needed."""
+    assert machine.device_bytes is not None
+    layers = _estimator(config, train, machine).layers
+    peaks: dict[int, int] = {}
+
+    def fits(count: int) -> bool:
+        changed = dataclasses.replace(train, activation_checkpointing=count)
+        peaks[count] = int(_estimator(config, changed, machine).memory().peak)
+        return _fits(peaks[count], machine.device_bytes)
+
+    fewest = bisect.bisect_left(range(1, layers), True, key=fits) + 1
+    if fewest >= layers or fewest not in peaks:
+        return None
+    costs = f"recomputes {fewest} of {layers} layers, same result"
+    setting = f"train.activation_checkpointing: {fewest}"
+    return Change(setting, costs, peaks[fewest], True)

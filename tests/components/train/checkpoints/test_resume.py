@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.models.language_model import load_model
@@ -72,6 +73,26 @@ def test_two_interruptions_give_the_same_bits(
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
     kind = "validation_loss"
     assert lines(tmp_path / "cut", kind) == lines(tmp_path / "whole", kind)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_checkpoint_contains_only_what_is_trained(
+    small: Small, tokens: Path, tmp_path: Path, mode: str
+) -> None:
+    settings = small(mode=mode, max_steps=2, checkpoint_every=1, checkpoints=str(tmp_path / "c"))
+    train(settings, tokens=tokens, **outputs(tmp_path / "a"))
+    (folder,) = (tmp_path / "c").iterdir()
+    names: set[str] = set()
+    for file in (folder / "step-000000001").glob("*.safetensors"):
+        names |= load_file(file).keys()
+    trained = {name.removeprefix("model.") for name in names if name.startswith("model.")}
+    assert names == {
+        f"{part}.{name}"
+        for name in trained
+        for part in ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")
+    }
+    assert all("lora_" in name for name in trained) == (mode == "lora")
+    assert trained
 
 
 def test_dropout_is_the_same_after_an_interruption(
