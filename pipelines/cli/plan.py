@@ -86,8 +86,9 @@ def _show(plan: Plan) -> None:
     if plan.gpu_hours:
         row("GPU hours", f"{plan.gpu_hours:,.1f}")
     if plan.hours is not None:
-        unknown = "unknown: set prices.gpu_hour"
-        row("cost", unknown if plan.cost is None else f"{plan.cost:,.2f} {plan.currency}")
+        unknown = "unknown: set a price, such as prices.gpu_hour"
+        cost = unknown if plan.cost is None else f"{plan.cost:,.2f} {plan.currency}"
+        row("cost of training, without energy", cost)
     row("largest micro-batch that fits", f"{plan.largest_micro_batch} sequences")
     row("fits", "yes" if plan.fits else "no")
     screen.print(table)

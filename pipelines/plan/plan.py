@@ -14,6 +14,7 @@ from typing import Any
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.prices import Prices
+from nudge.components.common.core.processes import usable_cores
 from nudge.components.common.core.recipe import step_settings
 from nudge.components.common.core.uris import is_local, local_path
 from nudge.components.ingest.settings import IngestSettings
@@ -79,6 +80,8 @@ class _Machine:
     device: str
     device_bytes: int | None
     host_bytes: int | None
+    cores: float
+    """CPU cores of all nodes."""
 
 
 def plan_recipe(name: str, text: str, config_file: Path | None = None) -> Plan:
@@ -120,7 +123,7 @@ def plan_recipe(name: str, text: str, config_file: Path | None = None) -> Plan:
         tokens_per_s=speed,
         hours=hours,
         gpu_hours=None if hours is None else hours * gpus,
-        cost=_cost(hours, gpus, machine.nodes, prices),
+        cost=_cost(hours, gpus, machine, prices),
         currency=prices.currency,
         fits=fits,
         largest_micro_batch=_largest(estimate, machine),
@@ -139,19 +142,21 @@ def _machine(train: TrainSettings, assumed: PlanSettings) -> _Machine:
             f"{gpus} GPUs do not divide over {nodes} nodes: set plan.gpus to a multiple of "
             "train.cluster.nodes"
         )
+    cluster_job = train.launcher != "local"
+    cores = nodes * _quantity(cluster.cpu) if cluster_job else float(usable_cores())
     host = assumed.host_memory_gb * 1e9
     if not host and train.launcher != "local":
         host = _quantity(cluster.memory)
     if gpus:
         ranks = train.processes or gpus if train.launcher == "local" else gpus
         memory = int(assumed.gpu_memory_gb * 1e9)
-        return _Machine(ranks, nodes, "cuda", memory, int(host) or None)
+        return _Machine(ranks, nodes, "cuda", memory, int(host) or None, cores)
     ranks = (train.processes or 1) if train.launcher == "local" else nodes
     if not host:
         import psutil
 
         host = psutil.virtual_memory().total
-    return _Machine(ranks, nodes, "cpu", int(host) // max(1, ranks // nodes), int(host))
+    return _Machine(ranks, nodes, "cpu", int(host) // max(1, ranks // nodes), int(host), cores)
 
 
 def _gpus_here() -> int:
@@ -252,9 +257,13 @@ def _steps(train: TrainSettings, tokens: int | None) -> tuple[int | None, int | 
     return steps, total if tokens is None else min(total, math.ceil(tokens * train.epochs))
 
 
-def _cost(hours: float | None, gpus: int, nodes: int, prices: Prices) -> float | None:
-    price = gpus * prices.gpu_hour if gpus else nodes * prices.node_hour
-    return hours * price if hours is not None and price else None
+def _cost(hours: float | None, gpus: int, machine: _Machine, prices: Prices) -> float | None:
+    """What training costs, without energy, which is not known before; None if nothing is known."""
+    if hours is None:
+        return None
+    return prices.cost(
+        gpu_hours=hours * gpus, core_hours=hours * machine.cores, node_hours=hours * machine.nodes
+    )
 
 
 def _largest(estimate: Any, machine: _Machine) -> int:

@@ -15,7 +15,7 @@ import yaml
 
 from nudge.components.common.core.aliases import meant
 from nudge.components.common.core.errors import UserError, nearest
-from nudge.components.common.core.prices import Prices
+from nudge.components.common.core.prices import Budget, Prices
 from nudge.components.common.core.recipe import (
     SECTIONS,
     SHARED,
@@ -28,9 +28,9 @@ from nudge.pipelines.plan.settings import PlanSettings
 from nudge.pipelines.steps import SETTINGS
 
 FOLDER = Path(__file__).parent
-ESTIMATES: dict[str, type[Any]] = {"plan": PlanSettings, "prices": Prices}
-"""Sections that no step reads: they describe the hardware and its prices."""
-TOP = ("name", "title", *SHARED, *SECTIONS, *ESTIMATES)
+RUN_SECTIONS: dict[str, type[Any]] = {"plan": PlanSettings, "prices": Prices, "budget": Budget}
+"""Sections about all steps together."""
+TOP = ("name", "title", *SHARED, *SECTIONS, *RUN_SECTIONS)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _is_there(path: Path) -> bool:
 
 def settings_classes() -> dict[str, type[Any]]:
     """The settings class of each section."""
-    return {section: step.settings_class() for section, step in SETTINGS.items()} | ESTIMATES
+    return {section: step.settings_class() for section, step in SETTINGS.items()} | RUN_SECTIONS
 
 
 def check(values: Mapping[str, Any]) -> None:
@@ -152,6 +152,8 @@ def check(values: Mapping[str, Any]) -> None:
             "tokenize.tokenizer: train needs train.mode: scratch, because a base model knows only "
             "the token ids of its own tokenizer"
         )
+    if "budget" in parsed and parsed["budget"].cost and not parsed.get("prices", Prices()).known:
+        problems.append("budget.cost needs a price, such as prices.gpu_hour or prices.core_hour")
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
 
