@@ -82,7 +82,9 @@ def _show(plan: Plan) -> None:
         row(f"  {PARTS[name]}", _gb(size))
     row("training tokens", _number(plan.tokens) + f" ({plan.tokens_from})")
     row("steps", _number(plan.steps))
-    row("hours", "unknown: set plan.tokens_per_s" if plan.hours is None else f"{plan.hours:,.1f}")
+    speed = "unknown" if plan.tokens_per_s is None else f"{plan.tokens_per_s:,.0f} per second"
+    row("speed", f"{speed} ({plan.tokens_per_s_from.removeprefix('unknown: ')})")
+    row("hours", "unknown" if plan.hours is None else f"{plan.hours:,.1f}")
     if plan.gpu_hours:
         row("GPU hours", f"{plan.gpu_hours:,.1f}")
     if plan.hours is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.prices import Prices
 from nudge.components.common.core.processes import usable_cores
@@ -22,6 +23,7 @@ from nudge.components.tokenize.settings import TokenizeSettings
 from nudge.components.train.settings import TrainSettings
 from nudge.pipelines.plan.config import model_config
 from nudge.pipelines.plan.settings import PlanSettings
+from nudge.pipelines.plan.speed import measured_speed
 
 BYTES_PER_TOKEN = 4
 """English text has about four bytes per token."""
@@ -63,6 +65,8 @@ class Plan:
     tokens_from: str
     steps: int | None
     tokens_per_s: float | None
+    tokens_per_s_from: str
+    """The setting, or the run that measured it."""
     hours: float | None
     gpu_hours: float | None
     cost: float | None
@@ -98,7 +102,10 @@ def plan_recipe(name: str, text: str, config_file: Path | None = None) -> Plan:
     disk = _disk(config, train, sizes)
     tokens, source = _tokens(train, assumed, step_settings(IngestSettings, "ingest", text))
     steps, trained = _steps(train, tokens)
-    speed = assumed.tokens_per_s or None
+    speed, speed_from = assumed.tokens_per_s or None, "plan.tokens_per_s"
+    if speed is None:
+        measured = measured_speed(nudge_home(), train, machine.ranks, machine.device)
+        speed, speed_from = measured or (None, "unknown: set plan.tokens_per_s")
     hours = trained / speed / 3600 if trained is not None and speed else None
     gpus = machine.ranks if machine.device == "cuda" else 0
     host = _host(train, machine, sizes, memory)
@@ -121,6 +128,7 @@ def plan_recipe(name: str, text: str, config_file: Path | None = None) -> Plan:
         tokens_from=source,
         steps=steps,
         tokens_per_s=speed,
+        tokens_per_s_from=speed_from,
         hours=hours,
         gpu_hours=None if hours is None else hours * gpus,
         cost=_cost(hours, gpus, machine, prices),

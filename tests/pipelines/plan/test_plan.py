@@ -1,6 +1,8 @@
 """`nudge plan`: what fits, what does not, and what to change."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,20 @@ import pytest
 from click.testing import CliRunner
 from transformers import LlamaConfig
 
+from nudge.components.common.artifacts.model import (
+    BaseModel,
+    ModelFacts,
+    Training,
+    write_model_facts,
+)
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.recipe import step_settings
+from nudge.components.train.settings import TrainSettings
 from nudge.pipelines.cli.main import main
 from nudge.pipelines.plan.check import check_here, check_submitted
 from nudge.pipelines.plan.plan import Plan, plan_recipe
 from nudge.pipelines.recipes import load
+from tests.pipelines.finished_run import finished_run
 
 SETTINGS = (
     "train.sequence_length=128", "train.mode=full", "train.precision=float32", "plan.gpus=1",
@@ -28,6 +39,12 @@ def base(tmp_path: Path) -> str:
         num_hidden_layers=4, num_attention_heads=8, vocab_size=16000, dtype="bfloat16",
     ).save_pretrained(tmp_path)  # fmt: skip
     return str(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NUDGE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
 
 
 def planned(base: str, *overrides: str) -> Plan:
@@ -85,6 +102,47 @@ def test_a_recipe_that_does_not_fit_says_what_to_change_in_order(base: str) -> N
     assert plan.change[-1].fits
     assert plan.change[-1].device_peak_bytes <= 1.6e9
     assert not any(change.fits for change in plan.change[:-1])
+
+
+def test_no_more_layers_are_recomputed_than_needed(base: str) -> None:
+    rows = "train.micro_batch_sequences=1"
+    kept, every = (
+        planned(base, rows, f"train.activation_checkpointing={value}").device_peak_bytes
+        for value in ("false", "true")
+    )
+    limit = (kept + every) / 2
+    (change,) = planned(base, rows, f"plan.gpu_memory_gb={limit / 1e9}").change
+    assert re.fullmatch(r"train.activation_checkpointing: [123]", change.setting)
+    assert change.costs.endswith("of 4 layers, same result")
+    count = int(change.setting[-1])
+    assert every < change.device_peak_bytes <= limit
+    fewer = planned(base, rows, f"train.activation_checkpointing={count - 1 or 'false'}")
+    assert fewer.device_peak_bytes > limit
+
+
+def test_the_speed_is_that_of_the_newest_run_with_the_same_settings(base: str, home: Path) -> None:
+    recipe = load("one-gpu", [f"base_model={base}", *SETTINGS, "plan.tokens_per_s=0"])
+    train = step_settings(TrainSettings, "train", recipe.text)
+
+    def write(speed: float, **changes: Any) -> str:
+        run = finished_run(home)
+        facts = ModelFacts(
+            base_model=BaseModel(uri=base, sha256=""), data_fingerprint="", tokenizer_sha256="",
+            settings={**dataclasses.asdict(train), **changes}, seed=1, code_version="",
+            training=Training(tokens_per_s=speed, ranks=1, device="NVIDIA H100"),
+        )  # fmt: skip
+        write_model_facts(run.folder / "artifacts" / "train" / "model", facts)
+        return run.run_id
+
+    write(400.0)
+    newest = write(500.0)
+    write(900.0, sequence_length=64)
+    finished_run(home)  # its model is damaged
+    plan = plan_recipe(recipe.name, recipe.text)
+    assert (plan.tokens_per_s, plan.tokens_per_s_from) == (500.0, newest)
+    assert plan.hours == pytest.approx(2_000_000 / 500 / 3600)
+    other = load("one-gpu", [f"base_model={base}", *SETTINGS, "plan.tokens_per_s=0", "plan.gpus=0"])
+    assert plan_recipe(other.name, other.text).hours is None
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not(base: str) -> None:
