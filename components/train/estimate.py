@@ -29,12 +29,15 @@ from nudge.components.train.settings import TrainSettings
 from nudge.kernels.chunked import CPU_ROWS, row_stride, rows_on_cuda
 
 MiB = 2**20
+FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+"""How architectures fail on fake tensors, for example in operations whose result has no fixed
+shape, such as some routers of experts."""
 RUNTIME_BYTES = {"cuda": 1024 * MiB, "cpu": 64 * MiB}
 """What torch itself takes: the context and libraries of a GPU, and the thread pools, products'
 workspaces and allocator of a CPU process."""
 SIMULATED_LAYERS = (1, 3)
 """A deeper model is simulated with these two depths, and its memory extrapolated linearly."""
-_SIMULATED: dict[tuple[str, ...], tuple[int, ...]] = {}
+_SIMULATED: dict[tuple[str, ...], tuple[tuple[int, ...], bool]] = {}
 _COMPLETE: dict[tuple[str, ...], Any] = {}
 """Simulations and complete models, by config and settings: a plan tries several settings, and each
 simulation takes seconds."""
@@ -76,6 +79,8 @@ class Estimator:
 
     def __init__(self, config: Any, settings: TrainSettings, ranks: int, device: str) -> None:
         self.config, self.settings, self.ranks, self.device = config, settings, ranks, device
+        self.simulated = True
+        """Whether activations came from simulated steps so far, and not from a formula."""
 
     @functools.cached_property
     def _complete(self) -> Any:
@@ -88,7 +93,7 @@ class Estimator:
         """The model on the meta device, with its adapters and dtypes; ``layers`` 0 means all."""
         config = copy.deepcopy(self.config)
         if layers:
-            _set_layers(config, layers)
+            set_layers(config, layers)
         return adapt(meta_model(config), self.settings)
 
     def sizes(self) -> Sizes:
@@ -191,8 +196,26 @@ class Estimator:
         """Bytes after the loss, at the peak, and of the loss; without the chunk of logits."""
         key = (*self._key(recompute), f"{self._sharded} {rows} {layers}")
         if key not in _SIMULATED:
-            _SIMULATED[key] = self._run(rows, layers, recompute)
-        return _SIMULATED[key]
+            try:
+                _SIMULATED[key] = self._run(rows, layers, recompute), True
+            except FAILURES:
+                _SIMULATED[key] = self._by_formula(rows, layers, recompute), False
+        figures, simulated = _SIMULATED[key]
+        self.simulated = self.simulated and simulated
+        return figures
+
+    def _by_formula(self, rows: int, layers: int, recompute: bool) -> tuple[int, ...]:
+        """As `_simulated`: 34 bytes per token, hidden size and layer in 16 bits, and 2 of them if
+        the layer is recomputed (Korthikanti et al., arXiv:2205.05198, without the attention matrix,
+        which torch does not keep)."""
+        head = head_weight(self._complete)
+        width = head.shape[1] * rows * self.settings.sequence_length
+        size = 2 if self.settings.precision == "bfloat16" else 4
+        depth = layers or max(1, self.layers)
+        layer = 17 * size * width
+        kept = depth * (size * width if recompute else layer)
+        loss = size * width + (head.numel() * head.element_size() if head.requires_grad else 0)
+        return kept + loss, kept + loss + layer, loss
 
     def _key(self, recompute: bool) -> tuple[str, ...]:
         """The config and those settings on which a model and its simulation depend."""
@@ -301,7 +324,8 @@ def _bytes(parameters: Iterator[nn.Parameter]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def _set_layers(config: Any, layers: int) -> None:
+def set_layers(config: Any, layers: int) -> None:
+    """Shorten the model of a config, in place."""
     text = config.get_text_config()
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == text.num_hidden_layers:

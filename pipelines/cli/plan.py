@@ -75,7 +75,8 @@ def _show(plan: Plan) -> None:
     limit = _gb(plan.device_memory_bytes)
     row(f"memory per {device}", f"{_gb(plan.device_peak_bytes)} of {limit}")
     for name, size in plan.device_parts.items():
-        row(f"  {PARTS[name]}", _gb(size))
+        rough = plan.activations_from if name == "activations" else ""
+        row(f"  {PARTS[name]}", f"{_gb(size)}{f' ({rough})' if rough else ''}")
     row("host memory per node", f"{_gb(plan.host_peak_bytes)} of {_gb(plan.host_memory_bytes)}")
     row("disk", _gb(plan.disk_bytes))
     for name, size in plan.disk_parts.items():

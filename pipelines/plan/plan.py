@@ -56,6 +56,8 @@ class Plan:
     device_memory_bytes: int | None
     device_peak_bytes: int
     device_parts: dict[str, int]
+    activations_from: str
+    """The formula counts where the architecture cannot run on tensors without data."""
     host_memory_bytes: int | None
     host_peak_bytes: int
     """Per node."""
@@ -120,6 +122,7 @@ def plan_recipe(name: str, text: str, config_file: Path | None = None) -> Plan:
         device_memory_bytes=machine.device_bytes,
         device_peak_bytes=memory.peak,
         device_parts=dataclasses.asdict(memory),
+        activations_from="a simulated step" if estimate.simulated else "a rough formula",
         host_memory_bytes=machine.host_bytes,
         host_peak_bytes=host,
         disk_bytes=sum(disk.values()),

@@ -21,5 +21,5 @@ class PlanSettings:
     """Training tokens per epoch; 0: estimated from the size of the text if that is on this machine,
     at four bytes per token."""
     tokens_per_s: Annotated[float, Field(ge=0)] = 0.0
-    """Training speed over all ranks, in tokens per second. 0: that of this machine's newest run with
-    the same model and settings; without such a run, the plan has no hours and no cost."""
+    """Tokens per second in training, over all ranks. 0: those of this machine's newest run with the
+    same model and settings; without such a run, the plan has no hours and no cost."""

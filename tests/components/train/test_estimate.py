@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from nudge.components.train.estimate import Estimator
+from nudge.components.common.models.loading import meta_model
+from nudge.components.train.estimate import FAILURES, Estimator, set_layers
 from nudge.components.train.settings import TrainSettings
 from tests.components.train.conftest import write_tokens
 
@@ -120,6 +122,45 @@ def test_every_kind_of_architecture_can_be_estimated(kind: str) -> None:
     )  # fmt: skip
     assert one.weights == one.gradients == one.optimizer // 2
     assert 0 < one.activations < two.activations
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_every_causal_class_that_can_be_built_can_be_estimated() -> None:
+    settings = TrainSettings(base_model="x", sequence_length=32, micro_batch_sequences=1)
+    simulated, by_formula = [], []
+    for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        try:
+            config = AutoConfig.for_model(kind)
+            if (getattr(config.get_text_config(), "num_hidden_layers", 0) or 0) > 2:
+                set_layers(config, 2)
+            meta_model(config)
+        except FAILURES + (ImportError, OSError):  # its default config does not build
+            continue
+        estimate = Estimator(config, settings, 1, "cpu")
+        memory = estimate.memory()
+        assert memory.weights > 0, kind
+        assert memory.activations > 0, kind
+        (simulated if estimate.simulated else by_formula).append(kind)
+    print(f"\n{len(simulated)} simulated; by the formula: {by_formula}")
+    assert len(simulated) > 10 * len(by_formula)
+
+
+def test_the_formula_is_near_the_simulated_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LlamaConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=6)
+    settings = TrainSettings(base_model="x", sequence_length=128, micro_batch_sequences=4)
+    simulated = Estimator(config, settings, 1, "cpu")
+    expected = simulated.memory()
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no shapes")
+
+    monkeypatch.setattr("nudge.components.train.estimate._SIMULATED", {})
+    monkeypatch.setattr(Estimator, "_run", fails)
+    rough = Estimator(config, settings, 1, "cpu")
+    assert 0.5 < rough.memory().activations / expected.activations < 2
+    assert simulated.simulated
+    assert not rough.simulated
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
