@@ -7,10 +7,11 @@ of the batches.
 
 import contextlib
 import multiprocessing
-import os
+import multiprocessing.connection
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from nudge.components.common.models.loading import empty_model
 from nudge.components.common.models.weights import WeightFiles
 
 BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others in one collective call before it fails."""
 ONE_GPU_SHARE = 0.6
 """The share of a GPU's memory that weights may take on one rank; the rest is for activations."""
 
@@ -110,6 +113,7 @@ def started(count: int, follow: Callable[..., None], *arguments: Any) -> Iterato
             for process in others:
                 process.join()
         except RuntimeError as error:
+            multiprocessing.connection.wait([each.sentinel for each in others], timeout=5)
             died = [process for process in others if process.exitcode]
             if not died:
                 raise
@@ -137,10 +141,10 @@ def _run(
 
 def _join(rank: int, count: int, meeting: str) -> Ranks:
     ranks = _on_device(rank, count)
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     dist.init_process_group(
-        BACKENDS[ranks.device.type], init_method=meeting, rank=rank, world_size=count
-    )
+        BACKENDS[ranks.device.type], init_method=meeting, rank=rank, world_size=count,
+        timeout=TIMEOUT,
+    )  # fmt: skip
     return ranks
 
 
