@@ -9,7 +9,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nudge.components.train.recompute import keep_less
+from nudge.components.common.core.errors import UserError
+from nudge.components.train.network import Network
+from nudge.components.train.recompute import keep_less, recompute_layers
+from nudge.components.train.settings import TrainSettings
 
 
 class Products(TorchDispatchMode):
@@ -89,3 +92,23 @@ def test_an_mlp_with_adapters_stays_unchanged() -> None:
     keep_less(model)
     changed = [type(module).__name__ for module in model.modules() if "forward" in vars(module)]
     assert set(changed) == {"LlamaRMSNorm"}
+
+
+def test_a_number_of_layers_is_recomputed() -> None:
+    plain = make("llama")
+    found = []
+    for count in (False, 1, 2, True):
+        settings = TrainSettings(base_model="x", activation_checkpointing=count)
+        found.append(step(Network(copy.deepcopy(plain), settings).model, autocast=False))
+    kept = [each[2] for each in found]
+    assert kept[0] > kept[1] > kept[2] == kept[3]
+    for gradients, *_ in found:
+        for one, other in zip(gradients, found[0][0], strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_model_that_recomputes_all_layers_or_none_says_so() -> None:
+    model = make("llama")
+    settings = TrainSettings(base_model="x", activation_checkpointing=1)
+    with pytest.raises(UserError, match="recomputes all layers or none; set it to true or false"):
+        recompute_layers(model, [nn.Identity(), nn.Identity()], settings)
