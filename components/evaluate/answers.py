@@ -11,6 +11,7 @@ import transformers
 
 from nudge.components.common.artifacts.scores import Score
 from nudge.components.common.chat import ChatTemplate, Conversation
+from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.processes import usable_cores
 from nudge.components.common.core.progress import progress
 from nudge.components.common.models.language_model import load_tokenizer, set_up_torch
@@ -77,10 +78,18 @@ def ask(
 def dtype_of(settings: EvaluateSettings, candidate: Path) -> torch.dtype:
     """The dtype in which all models are evaluated: the setting's; for ``auto`` on a GPU that of the
     candidate's files, and on a CPU float32, which holds the same values and is faster there."""
+    cuda = torch.cuda.is_available()
+    lacks = cuda and not torch.cuda.is_bf16_supported(including_emulation=False)
     if settings.precision != "auto":
         dtype: torch.dtype = getattr(torch, settings.precision)
+        if lacks and dtype == torch.bfloat16:
+            raise UserError(
+                f"evaluate.precision = bfloat16: {torch.cuda.get_device_name()} has no bfloat16 "
+                "instructions; set it to float32 or auto"
+            )
         return dtype
-    return WeightFiles(candidate).dtype if torch.cuda.is_available() else torch.float32
+    stored = WeightFiles(candidate).dtype
+    return stored if cuda and not (lacks and stored == torch.bfloat16) else torch.float32
 
 
 def ask_as(

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nudge.components.common.core.errors import UserError
+
 BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others in one collective call before it fails."""
@@ -59,6 +61,11 @@ def joined_ranks() -> Iterator[Ranks]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda and local >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {local} of this machine has no GPU: there are {torch.cuda.device_count()}, and "
+            "each rank needs one; set train.processes or train.cluster.gpus_per_node to that number"
+        )
     if cuda:
         torch.cuda.set_device(device)
         torch.use_deterministic_algorithms(False)  # only CPU runs promise determinism

@@ -9,13 +9,15 @@ import torch
 
 from nudge.components.common.artifacts.evaluation import Metrics
 from nudge.components.common.chat import Message
-from nudge.components.common.core.errors import Transient
+from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.models.weights import WeightFiles
 from nudge.components.evaluate.answers import Answers, Asked, ask, ask_as, dtype_of
 from nudge.components.evaluate.chats import Question
 from nudge.components.evaluate.perplexity import summarize
 from nudge.components.evaluate.ranks import Ranks, load, ranks_wanted, started
 from nudge.components.evaluate.settings import EvaluateSettings, Probe
+from nudge.components.train.network import precision_on
+from nudge.components.train.ranks import joined_ranks
 from tests.tiny import make_tiny_model
 
 TEXTS = {
@@ -74,6 +76,26 @@ def test_two_ranks_find_what_one_finds(
     layers = sum(torch.Size(files.shape(n)).numel() for n in files.names if ".layers." in n)
     assert shares == [layers // 2, layers // 2]  # of the base, and then of the candidate
     assert two["candidate"].ran["device"] == "2 ranks, CPU"
+
+
+def test_a_gpu_without_bfloat16_or_with_too_many_ranks(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla V100")
+    half = settings(precision="bfloat16")
+    with pytest.raises(UserError, match="Tesla V100 has no bfloat16 instructions; set it to float"):
+        dtype_of(half, tiny_model)
+    with pytest.raises(UserError, match="Tesla V100 has no bfloat16 instructions; set it to float"):
+        precision_on(torch.device("cuda"), "bfloat16")
+    assert precision_on(torch.device("cuda"), "auto") == "float32"
+    with pytest.raises(UserError, match="this machine has 2 GPUs, and each rank needs one"):
+        ranks_wanted(3, [tiny_model], torch.float32)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="rank 2 of this machine has no GPU: there are 2"):
+        joined_ranks().__enter__()
 
 
 def dies(ranks: Ranks, *arguments: Any) -> None:
