@@ -72,7 +72,7 @@ bench-%: setup  ## one benchmark: ours beside the named peer, in one run
 # Not after `setup`, which needs the network: any Python with torch, setuptools and pip will do.
 WHEEL_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 wheel:  ## the fused loss with its CUDA kernel, in dist/; needs nvcc and torch, no GPU, no network
-	$(WHEEL_PYTHON) -m pip wheel --quiet --no-index --no-deps --no-build-isolation --check-build-dependencies --wheel-dir dist ./kernels
+	NUDGE_KERNELS_CUDA=1 $(WHEEL_PYTHON) -m pip wheel --quiet --no-index --no-deps --no-build-isolation --check-build-dependencies --wheel-dir dist ./kernels
 
 # make images ENGINE=buildah BASE_IMAGE=... TORCH=cpu OFFLINE=1 PIP_CONF=... CA=... NETWORK=host
 images: setup  ## the container images, with podman, docker or buildah

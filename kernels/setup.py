@@ -1,7 +1,8 @@
-"""Builds the wheel: compiles csrc with nvcc against torch's stable ABI, with no GPU or network.
+"""Builds the package; with NUDGE_KERNELS_CUDA=1, which `make wheel` sets, also the CUDA library.
 
-With NUDGE_KERNELS_WITHOUT_CUDA=1 nothing is compiled. An editable installation compiles nothing
-either; it finds the library in build/ after `make wheel`.
+It compiles csrc with nvcc against torch's stable ABI, with no GPU or network. Otherwise nothing is
+compiled, so that `pip install ./kernels` works without nvcc and before torch is installed. An
+editable installation compiles nothing either; it finds the library in build/ after `make wheel`.
 
 One wheel works with every Python and with every torch 2.11 or newer, including CPU-only builds.
 torch's own CUDAExtension builds for one Python and fails on a CPU-only torch, so this file calls
@@ -20,9 +21,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
-WITHOUT_CUDA = bool(os.environ.get("NUDGE_KERNELS_WITHOUT_CUDA"))
-"""Build a wheel of only the Python files, for a machine without nvcc; the loss then uses torch
-operations."""
+WITH_CUDA = bool(os.environ.get("NUDGE_KERNELS_CUDA"))
+"""Compile the library, which needs nvcc and torch. Without it the loss uses torch operations."""
 TARGET_TORCH = "0x020b000000000000"  # 2.11: uses nothing newer of torch's stable ABI
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90": "compute_90", "compute_90": "compute_90"}
 """Machine code for Ampere (and Ada) and Hopper; PTX, which the driver compiles for newer GPUs."""
@@ -91,7 +91,7 @@ class BuildWithLibrary(build_py):
     def run(self) -> None:
         shutil.rmtree(self.build_lib, ignore_errors=True)  # remove an earlier build
         super().run()
-        if WITHOUT_CUDA or self.editable_mode:
+        if not WITH_CUDA or self.editable_mode:
             return
         name = "libnudge_kernels.so"
         compile_library(HERE / "build" / name, self.distribution.get_version())
@@ -104,17 +104,17 @@ class AnyPython(bdist_wheel):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.root_is_pure = WITHOUT_CUDA
+        self.root_is_pure = not WITH_CUDA
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", "any" if WITHOUT_CUDA else super().get_tag()[2]
+        return "py3", "none", super().get_tag()[2] if WITH_CUDA else "any"
 
 
 class WithLibrary(Distribution):
     """Marks the distribution as not pure Python, so its files go to the platform's folder."""
 
     def has_ext_modules(self) -> bool:
-        return not WITHOUT_CUDA
+        return WITH_CUDA
 
 
 if __name__ == "__main__":

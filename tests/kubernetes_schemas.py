@@ -11,6 +11,7 @@ CEL (x-kubernetes-validations) are not evaluated.
     definition(body)     its CRD, or None
 """
 
+import builtins
 import functools
 import gzip
 import json
@@ -138,7 +139,9 @@ def _model_problems(value: Any, type: str, path: str) -> list[str]:
             return [f"{path}: expected a mapping"]
         each = [_model_problems(part, match[1], f"{path}.{key}") for key, part in value.items()]
         return [problem for part in each for problem in part]
-    plain = {"str": str, "datetime": str, "int": int, "float": (int, float), "bool": bool}
+    plain: dict[str, tuple[builtins.type, ...]] = {
+        "str": (str,), "datetime": (str,), "int": (int,), "float": (int, float), "bool": (bool,),
+    }  # fmt: skip
     if type in plain:
         right = isinstance(value, plain[type]) and (type == "bool" or not isinstance(value, bool))
         return [] if right else [f"{path}: {value!r} is not of type {type}"]

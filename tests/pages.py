@@ -32,7 +32,12 @@ def look(opened: Any, page: Path, width: int, scheme: str) -> tuple[Any, list[st
     faults: list[str] = []
     shown.on("console", lambda message: faults.append(f"console: {message.text}"))
     shown.on("pageerror", lambda error: faults.append(f"error: {error}"))
-    shown.on("dialog", lambda dialog: (faults.append("dialog"), dialog.dismiss()))
+
+    def dismiss(dialog: Any) -> None:
+        faults.append("dialog")
+        dialog.dismiss()
+
+    shown.on("dialog", dismiss)
     shown.on("request", lambda asked: faults.append(f"asks for {asked.url}"))
     shown.goto(page.as_uri())
     faults.remove(f"asks for {page.as_uri()}")

@@ -3,6 +3,8 @@
 """
 
 import ast
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -184,3 +186,53 @@ def test_a_cycle_is_noticed_also_through_an_import_inside_a_function() -> None:
     assert cycles(graph(files)) == [["nudge.pipelines.a", "nudge.pipelines.b", "nudge.pipelines.c"]]
     only_types = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import nudge.pipelines.a"
     assert cycles(graph({**files, Path("pipelines/c.py"): only_types})) == []
+
+
+def top_imports(source: str) -> Iterator[str]:
+    """The modules that importing a source imports: those outside of its functions."""
+    todo: list[ast.AST] = [ast.parse(source)]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.expr):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        todo += ast.iter_child_nodes(node)
+
+
+def loaded_with(modules: list[str], files: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """The packages of others that importing modules imports, each with the module that does."""
+    todo, seen = list(modules), set()
+    while todo:
+        name = todo.pop()
+        if name in seen or name not in files:
+            continue
+        seen.add(name)
+        todo.append(name.rpartition(".")[0])  # importing a module imports its package
+        for each in top_imports(files[name]):
+            if each.startswith("nudge."):
+                todo += [each, each.rpartition(".")[0]]
+            elif (package := each.partition(".")[0]) not in sys.stdlib_module_names:
+                yield package, name
+
+
+def test_commands_and_settings_import_only_what_every_installation_has() -> None:
+    """`nudge COMMAND --help` and `nudge settings` work without an extra."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    known = {{"pyyaml": "yaml"}.get(name, name) for name in project["dependencies"]}
+    files = {
+        "nudge." + ".".join(path.with_suffix("").parts).removesuffix(".__init__"): text
+        for path, text in sources().items()
+    }
+    checked = [
+        name
+        for name in files
+        if name.startswith("nudge.pipelines.cli.") or name.endswith(".settings")
+    ]
+    assert len(checked) > 20
+    found = {each for each in loaded_with(checked, files) if each[0] not in known}
+    assert sorted(found) == []

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from nudge.components.common.clients.registry.connection import RegistryUrl
+from nudge.components.common.clients.registry.url import RegistryUrl
 from nudge.components.common.core.recipe import read_recipe, some_settings, step_settings
 from nudge.components.common.core.settings import settings
 

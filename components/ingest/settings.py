@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from nudge.components.common.clients.registry.connection import RegistryUrl
 from nudge.components.common.clients.registry.names import OptionalRegistryName
+from nudge.components.common.clients.registry.url import RegistryUrl
 from nudge.components.common.core import default_guard
 from nudge.components.common.core.errors import nearest
 from nudge.components.common.core.recipe import some_settings, step_settings

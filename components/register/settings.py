@@ -4,8 +4,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from nudge.components.common.clients.registry.connection import RegistryUrl
 from nudge.components.common.clients.registry.names import RegistryName
+from nudge.components.common.clients.registry.url import RegistryUrl
 from nudge.components.common.core.settings import settings
 
 

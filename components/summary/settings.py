@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from nudge.components.common.clients.registry.connection import RegistryUrl
 from nudge.components.common.clients.registry.names import RegistryName
+from nudge.components.common.clients.registry.url import RegistryUrl
 from nudge.components.common.core.settings import settings
 
 Event = Literal["promoted", "refused", "failed", "awaiting approval"]

@@ -27,8 +27,9 @@ from nudge.components.common.core.environment import (
 )
 from nudge.components.common.core.errors import UserError
 from nudge.pipelines.local import object_store, parts
-from nudge.pipelines.local.object_store import BUCKET
-from nudge.pipelines.local.parts import REGISTRY, STORE
+from nudge.pipelines.local.object_store import BUCKET as BUCKET
+from nudge.pipelines.local.parts import REGISTRY as REGISTRY
+from nudge.pipelines.local.parts import STORE as STORE
 from nudge.pipelines.local.registry.copy import check
 
 VARIABLES = (*CONNECTION, REGISTRY_URL)

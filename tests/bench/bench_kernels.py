@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -294,6 +295,11 @@ MASKED = (0, 50, 70, 90)
 """Percent of the rows without a target: prompts, in a corpus of conversations."""
 
 
+def _without_gradients(*leaves: Tensor) -> None:
+    for leaf in leaves:
+        leaf.grad = None
+
+
 def masked(shape: Shape) -> list[Measure]:
     """The cost of masked rows, and how far the gradients are from those of eager."""
     hidden, weight, targets = draw(shape)
@@ -317,10 +323,10 @@ def masked(shape: Shape) -> list[Measure]:
             if number:
                 taken[percent] += [seconds() for _, seconds in group[1:] or group]
             elif percent not in apart:
-                hidden.grad = weight.grad = None
+                _without_gradients(hidden, weight)
                 run()
                 ours = [g.clone() for g in (hidden.grad, weight.grad) if g is not None]
-                hidden.grad = weight.grad = None
+                _without_gradients(hidden, weight)
                 eager(hidden, weight, part).backward()
                 theirs = [g for g in (hidden.grad, weight.grad) if g is not None]
                 pairs = zip(ours, theirs, strict=True)
@@ -358,7 +364,8 @@ def sweep(here: dict[str, Loss]) -> tuple[list[Measure], str]:
     ):  # fmt: skip
         lines: dict[str, list[tuple[int, float]]] = {}
         for value in values:
-            shape = replace(SWEPT, name="sweep", **{field: value})
+            change: dict[str, Any] = {field: value}
+            shape = replace(SWEPT, name="sweep", **change)
             seconds = times(shape, here, ROUNDS - 3)
             ours = seconds[OURS]
             three = seconds[PRODUCTS]

@@ -119,7 +119,7 @@ def peer(tokens: Path, given: TrainSettings) -> Run:
             return torch.utils.data.SequentialSampler(examples)
 
     model = load_model(local_model(BASE)).train()
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p.dim() >= 2]},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]

@@ -85,6 +85,7 @@ def test_killed_and_run_again(
     url = os.environ["NUDGE_REGISTRY_URL"]
     assert [each.name for each in with_registry(url, list_versions(name))] == [run_id]
     served = with_registry(url, find_served(name))
+    assert served is not None
     assert (served.shares, served.endpoint) == ({run_id: 100}, result["endpoint"])
     client = s3_client()
     keys = list_keys(client, services.BUCKET, f"models/{name}")

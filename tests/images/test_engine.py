@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from nudge.components.common.core.environment import CONTAINER_LABEL
 from nudge.components.common.core.errors import UserError
 from nudge.pipelines.local import containers, services
 from tests.local_registry import endpoint_headers
@@ -96,7 +97,7 @@ def test_a_run_that_is_killed_leaves_no_container(
     docker: str, result: dict[str, Any], place: Path
 ) -> None:
     def running() -> list[str]:
-        command = [docker, "ps", "--filter", f"label={containers.LABEL}", "--format", "{{.Image}}"]
+        command = [docker, "ps", "--filter", f"label={CONTAINER_LABEL}", "--format", "{{.Image}}"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
     def wait(what: bool) -> None:

@@ -117,7 +117,8 @@ def test_gradcheck_and_opcheck(options: dict[str, Any], reduction: str) -> None:
     leaves = {key: chosen[key] for key in ("hidden", "weight", "bias") if key in chosen}
 
     def call(*values: Tensor) -> Tensor:
-        return fused_linear_cross_entropy(**{**chosen, **dict(zip(leaves, values, strict=True))})
+        named: dict[str, Any] = {**chosen, **dict(zip(leaves, values, strict=True))}
+        return fused_linear_cross_entropy(**named)
 
     assert torch.autograd.gradcheck(call, tuple(leaves.values()))
     shared = (

@@ -72,8 +72,7 @@ def test_views_and_frozen_weights() -> None:
     torch.manual_seed(0)
     x, weight = draw(9, 8, 7)[..., :6].transpose(0, 1), draw(11, 6).T  # neither is contiguous
     wanted = nn.functional.linear(x, weight.T)
-    made = cpu_products.linear(x.float(), weight.float().T)
-    assert_matches([made], [wanted])
+    assert_matches([cpu_products.linear(x.float(), weight.float().T)], [wanted])
     with Products() as seen:
         kept = weight.float().T.contiguous()
         made = gradients(lambda x: cpu_products.linear(x, kept), x.float().requires_grad_())
@@ -174,8 +173,8 @@ def test_the_loss_uses_it(dtype: torch.dtype, reduction: Any, monkeypatch: Any) 
     logits = nn.functional.linear(*exact)
     wanted = nn.functional.cross_entropy(logits, targets, reduction=reduction)
     wanted.backward()
-    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.01, "atol": 0.01}
+    rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (0.01, 0.01)
     torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-5)
     for leaf, true in zip(leaves, exact, strict=True):
         assert leaf.grad is not None
-        torch.testing.assert_close(leaf.grad.double(), true.grad, **close)
+        torch.testing.assert_close(leaf.grad.double(), true.grad, rtol=rtol, atol=atol)

@@ -35,12 +35,13 @@ FEATURES = {
 def poisoned() -> Iterator[None]:
     """Newly allocated tensors contain NaN."""
     before = torch.are_deterministic_algorithms_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic  # its type does not list what it reads
+    filled = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()
     yield
-    torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+    deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(before)
 
 

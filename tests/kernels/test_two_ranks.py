@@ -3,13 +3,14 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from nudge.kernels import (
     FusedLinearCrossEntropy,
@@ -18,6 +19,7 @@ from nudge.kernels import (
 )
 
 SPLIT = 13  # of 29, for uneven slices
+REDUCTIONS: tuple[Literal["mean", "sum"], ...] = ("mean", "sum")
 
 
 def _start(rank: int, meeting: str) -> None:
@@ -39,8 +41,10 @@ def _vocabulary(rank: int, meeting: str) -> None:
     _start(rank, meeting)
     hidden, weight, bias, targets = _inputs()
     mine = slice(0, SPLIT) if rank == 0 else slice(SPLIT, 29)
-    for options in ({}, {"label_smoothing": 0.1, "z_loss": 1e-2, "logit_softcap": 2.0}):
-        for reduction in ("mean", "sum"):
+    choices: tuple[dict[str, Any], ...]
+    choices = ({}, {"label_smoothing": 0.1, "z_loss": 1e-2, "logit_softcap": 2.0})
+    for options in choices:
+        for reduction in REDUCTIONS:
             whole = fused_linear_cross_entropy(
                 hidden, weight, targets, bias=bias, reduction=reduction, **options
             )
@@ -68,10 +72,10 @@ def _sharded(rank: int, meeting: str) -> None:
     fully_shard(head, mesh=init_device_mesh("cpu", (2,)))
     rows = slice(0, 8) if rank == 0 else slice(8, 17)
     head(hidden[rows], targets[rows]).backward()
-    assert head.weight.grad is not None
-    made = head.weight.grad.full_tensor()  # type: ignore[operator]
+    assert isinstance(head.weight.grad, DTensor)
+    made = head.weight.grad.full_tensor()
     with pytest.raises(ValueError, match="weight is a sharded DTensor: use FusedLinear"):
-        head.reshard()
+        head.reshard()  # type: ignore[operator]  # `fully_shard` adds it
         fused_linear_cross_entropy(hidden, head.weight, targets)
     whole = fused_linear_cross_entropy(hidden, weight, targets, reduction="sum") / 2
     torch.testing.assert_close(made, torch.autograd.grad(whole, weight)[0])

@@ -174,9 +174,9 @@ def asked_for() -> set[tuple[str, str, str]]:
             kinds = engines or [each for each in known.values() if isinstance(each, ResourceKind)]
             if ast.unparse(node.args[0]).endswith("engine.KIND"):
                 kinds = [each.KIND for each in ENGINES.values()]
-            given = known.get(ast.unparse(node.args[0]))
-            for kind in [given] if isinstance(given, ResourceKind) else kinds:
-                found |= {(kind.group, kind.plural, verb) for verb in VERBS[method]}
+            named = known.get(ast.unparse(node.args[0]))
+            for each in [named] if isinstance(named, ResourceKind) else kinds:
+                found |= {(each.group, each.plural, verb) for verb in VERBS[method]}
     return found
 
 

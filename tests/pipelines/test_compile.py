@@ -17,6 +17,7 @@ from nudge.components.train.cluster import jobs
 from nudge.pipelines import compile as compiling
 from nudge.pipelines import placement
 from nudge.pipelines.cli.main import main
+from nudge.pipelines.steps import STEPS
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,7 +127,8 @@ def quantity(text: str) -> float:
 def resources_of(documents: list[dict[str, Any]], size: str) -> dict[str, dict[str, float]]:
     """What each step requests and may use, as the backend resolves it: an input of the task, chosen
     by an expression, of which ``{...}[string_value]`` is the form used here (CEL)."""
-    spec, found = documents[0], {}
+    spec = documents[0]
+    found: dict[str, dict[str, float]] = {}
     executors = spec["deploymentSpec"]["executors"]
     for group, tasks in tasks_by_group(spec).items():
         inputs = (spec["components"][group] if group else spec["root"])["inputDefinitions"]
@@ -295,7 +297,7 @@ def test_check_names_what_is_stale_and_compile_mends_it(
 def test_every_row_of_a_readme_says_something() -> None:
     made = {path.relative_to(ROOT): text for path, text in compiling.generated().items()}
     pages = [text for path, text in made.items() if path.match("components/*/README.md")]
-    assert len(pages) == len({step.folder for step in compiling.STEPS.values()})
+    assert len(pages) == len({step.folder for step in STEPS.values()})
     for page in pages:
         rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
         assert rows

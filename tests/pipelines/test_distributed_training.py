@@ -7,7 +7,7 @@ import pytest
 from kfp import components, local
 
 from nudge.components.common.core.progress import last_events
-from nudge.components.train.cluster import launch as launching
+from nudge.components.train.cluster.jobs import job_name
 from nudge.pipelines import compile as compiling
 from nudge.pipelines.local.runner import for_local_engine
 from nudge.pipelines.recipes import load
@@ -47,8 +47,8 @@ def test_a_job_of_the_cluster_trains_what_is_served(
             raise_on_error=True,
         )
         for_local_engine(compiled, arguments)(**arguments)
-        assert api.find("TrainJob", launching.job_name("run-1")) is None
-    assert [job["metadata"]["name"] for job in jobs] == [launching.job_name("run-1")]
+        assert api.find("TrainJob", job_name("run-1")) is None
+    assert [job["metadata"]["name"] for job in jobs] == [job_name("run-1")]
     assert jobs[0]["spec"]["trainer"]["resourcesPerNode"]["limits"]["cpu"] == "1"
     ended = {name: event["event"] for name, event in last_events().items()}
     assert ended == dict.fromkeys(STEPS, "step_end")

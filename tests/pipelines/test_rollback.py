@@ -72,6 +72,7 @@ def test_the_old_version_answers_again(registry: str, home: Path, tmp_path: Path
     pipeline(**arguments)
     assert ask(endpoint, home) == old
     served = with_registry(registry, find_served(NAME))
+    assert served is not None
     assert (served.main, served.endpoint) == ("v1", endpoint)
     names = [record.name for record in processes.records(home)]
     assert [name for name in names if name.startswith("serving-")] == [f"serving-{NAME}@v1"]

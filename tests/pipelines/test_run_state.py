@@ -60,8 +60,10 @@ def evaluated(run: Run, promote: bool) -> None:
 def served(run: Run) -> None:
     end(run, "upload", uri="s3://nudge/models/m/v", files=3, bytes=9)
     end(run, "register", registered_model="m", version="v")
-    deployed = {"endpoint": "http://127.0.0.1:1", "served_model": "m"}
-    end(run, "deploy", **deployed, smoke_prompt="it is", smoke_answer=" so")
+    end(
+        run, "deploy", endpoint="http://127.0.0.1:1", served_model="m", smoke_prompt="it is",
+        smoke_answer=" so",
+    )  # fmt: skip
 
 
 def test_the_recipe_in_a_runs_folder_has_no_credentials(tmp_path: Path) -> None:
@@ -241,8 +243,10 @@ def test_a_better_model_that_got_no_traffic_says_why(run: Run) -> None:
     evaluated(run, promote=True)
     served(run)
     why = "v was compared with v1, but v2 has the traffic now"
-    refused = {"promoted": False, "reason": why, "endpoint": "http://127.0.0.1:1"}
-    end(run, "deploy", **refused, served_model="m", version="v")
+    end(
+        run, "deploy", promoted=False, reason=why, endpoint="http://127.0.0.1:1",
+        served_model="m", version="v",
+    )  # fmt: skip
     run.exit_status = 0
     values = keep_result(run)
     assert (values["promoted"], values["endpoint"]) == (False, None)
@@ -325,7 +329,7 @@ def test_a_bar_of_unknown_length_is_not_full_and_its_clock_goes_on(run: Run) -> 
     with display.Live(console, run) as live:
         step = run.steps["evaluate"]
         step.apply({"event": "step_start", "time": time.time() - 42})
-        progress = {"done": 3220, "total": None, "unit": "tokens", "fields": {}}
+        progress: dict[str, Any] = {"done": 3220, "total": None, "unit": "tokens", "fields": {}}
         step.apply({"event": "progress", **progress})
         live.show(run)
         assert live._bars is not None

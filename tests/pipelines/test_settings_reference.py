@@ -17,7 +17,7 @@ def leaves(schema: dict[str, Any], prefix: str = "") -> dict[str, dict[str, Any]
 
 def test_every_setting_has_a_meaning() -> None:
     schema = recipe_schema()
-    fields = {}
+    fields: dict[str, Any] = {}
     for section in recipes.settings_classes():
         fields |= leaves(schema["properties"][section], f"{section}.")
     for name, definition in schema["$defs"].items():

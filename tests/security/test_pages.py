@@ -13,7 +13,7 @@ import pytest
 
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
-from nudge.components.train.settings import TrainSettings
+from nudge.components.train.settings import TrainSettings, WatchedPrompt
 from nudge.components.train.train import train
 from tests.components.train.conftest import SMALL, write_tokens
 from tests.pages import browser, look
@@ -76,7 +76,7 @@ def test_the_page_of_train(chromium: Any, tmp_path: Path, tiny_model: Path) -> N
     tokens = write_tokens(tmp_path / "tokens", tiny_model)
     manifest = json.loads((tokens / "manifest.json").read_text())
     (tokens / "manifest.json").write_text(json.dumps({**manifest, "corpus_fingerprint": HOSTILE}))
-    watch = {"prompt": HOSTILE, "target": HOSTILE}
+    watch = WatchedPrompt(prompt=HOSTILE, target=HOSTILE)
     settings = TrainSettings(base_model=str(tiny_model), **{**SMALL, "max_steps": 3}, watch=watch)
     made = {name: tmp_path / name for name in ("model", "history", "report.html")}
     model, history, report = made.values()
@@ -95,5 +95,5 @@ def test_every_page_that_a_step_leaves_is_met_by_hostile_text() -> None:
             if re.search(r"Output\[dsl\.(HTML|Markdown|SlicedClassificationMetrics)\]", signature):
                 pages.add(name)
     assert pages == set(COVERED)
-    for path in COVERED.values():
-        assert re.search("hostile", (ROOT / path).read_text(), re.IGNORECASE), path
+    for test in COVERED.values():
+        assert re.search("hostile", (ROOT / test).read_text(), re.IGNORECASE), test

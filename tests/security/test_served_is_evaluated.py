@@ -322,9 +322,10 @@ def test_what_is_neither_file_nor_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "x.safetensors").write_bytes(b"x")
-    entry = {"x.safetensors": {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}}
+    sha256 = hashlib.sha256(b"x").hexdigest()
+    entry = {"x.safetensors": {"bytes": 1, "sha256": sha256}}
     write_manifest(folder / "manifest.json", "nudge.upload", 1, {"files": entry})
-    check(folder, weights=weights_sha256({"x.safetensors": entry["x.safetensors"]["sha256"]}))
+    check(folder, weights=weights_sha256({"x.safetensors": sha256}))
     (tmp_path / "outside").mkdir()
     (folder / "more").symlink_to(tmp_path / "outside")
     with pytest.raises(Tampered, match="more is neither a file nor a folder"):

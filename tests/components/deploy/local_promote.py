@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nudge.components.common.clients.registry.releases import note_served
 from nudge.components.common.core import processes
 from nudge.components.deploy import traffic
 from nudge.components.deploy.deploy import deploy
@@ -81,5 +82,5 @@ if __name__ == "__main__":
     LocalServing._serve = quick_server  # type: ignore[method-assign]
     for name in ("bring_up", "move", "retire"):
         setattr(LocalServing, name, killer.around(getattr(LocalServing, name)))
-    traffic.note_served = killer.record(traffic.note_served)
+    traffic.note_served = killer.record(note_served)  # type: ignore[attr-defined]
     promote(sys.argv[1], sys.argv[2])

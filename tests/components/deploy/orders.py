@@ -44,7 +44,8 @@ class Actor(threading.Thread):
 
     def __init__(self, name: str, work: Callable[["Actor"], None]) -> None:
         super().__init__(name=name, daemon=True)
-        self.label, self.ended, self.seen = "", False, ()
+        self.label, self.ended = "", False
+        self.seen: tuple[str, ...] = ()
         self.well = False
         self.problem: Exception | None = None
         self._work, self._command = work, ""

@@ -69,7 +69,9 @@ class Site:
         rollback(self.settings, registered_model=self.model)
 
     def served(self) -> Served:
-        return with_registry(self.registry, find_served(self.model))
+        served = with_registry(self.registry, find_served(self.model))
+        assert served is not None
+        return served
 
     def version(self, name: str) -> Version:
         return with_registry(self.registry, find_version(self.model, name))

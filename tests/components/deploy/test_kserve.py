@@ -76,7 +76,7 @@ def test_the_cluster_accepts_the_objects(values: dict[str, Any]) -> None:
 
 def test_an_image_is_served_from_its_registry() -> None:
     values = {"connection": "", "pull_secret": "quay"}
-    uploads = {"uploads": "oci://quay.io/team"}
+    uploads: dict[str, Any] = {"uploads": "oci://quay.io/team"}
     uri = f"oci://quay.io/team/m@sha256:{'0' * 64}"
     made = objects.inference_service(
         version(uri=uri), parse(DeploySettings, {"kserve": values, **uploads}, "deploy")
@@ -139,6 +139,7 @@ def test_shifts_lose_no_requests(cluster: ServingCluster, model: str, registry: 
     assert stream.faults == []
     assert (cluster.weights(), cluster.up()) == ({"v1": 100}, {"v1"})
     served = with_registry(registry, find_served(model))
+    assert served is not None
     assert (served.main, served.endpoint) == ("v1", endpoint)
     (left,) = cluster.api.all("Lease")
     assert "holderIdentity" not in left["spec"]
@@ -326,7 +327,9 @@ def test_a_gateway_splits_the_traffic_on_a_cluster_without_routes(
     first = deploy(PLAIN, registered_model=model, version="v1")
     name = objects.endpoint_name(model)
     assert first["endpoint"] == f"https://{name}.models.example.com"
-    assert with_registry(registry, find_served(model)).endpoint == first["endpoint"]
+    served = with_registry(registry, find_served(model))
+    assert served is not None
+    assert served.endpoint == first["endpoint"]
     (route,) = cluster.api.all("HTTPRoute")
     assert problems(route) == []
     assert route["spec"]["hostnames"] == [f"{name}.models.example.com"]
@@ -420,7 +423,9 @@ def test_with_one_gpu_the_old_version_makes_room(
     finally:
         stream.stop()
     assert (cluster.weights(), cluster.up()) == ({"v2": 100}, {"v2"})
-    assert with_registry(registry, find_served(model)).main == "v2"
+    served = with_registry(registry, find_served(model))
+    assert served is not None
+    assert served.main == "v2"
     rollback(ALONE, registered_model=model)
     assert (cluster.weights(), cluster.up()) == ({"v1": 100}, {"v1"})
 

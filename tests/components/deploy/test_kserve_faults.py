@@ -74,7 +74,8 @@ def promote_and_kill(
             kill()
         return met
 
-    cluster.api._do, registry.only = answer_or_kill, registry_or_kill  # type: ignore[method-assign]
+    cluster.api._do = answer_or_kill  # type: ignore[method-assign,assignment]
+    registry.only = registry_or_kill
     command = [sys.executable, "-m", "tests.components.deploy.kserve_promote", model, version]
     child.append(
         subprocess.Popen(
@@ -108,7 +109,9 @@ def test_a_killed_promote_can_be_finished_or_undone(
     assert stream.faults == []
     assert (cluster.weights(), cluster.up()) == ({wanted: 100}, {wanted})
     assert (len(cluster.api.all("Route")), len(cluster.api.all("Lease"))) == (1, 1)
-    assert with_registry(registry, find_served(model)).main == wanted
+    served = with_registry(registry, find_served(model))
+    assert served is not None
+    assert served.main == wanted
 
 
 @pytest.mark.long

@@ -55,6 +55,7 @@ def test_killed_at_every_boundary_and_run_again(
     monkeypatch.setattr(LocalServing, "_serve", quick_server)
     promote(NAME, "v1")
     served = with_registry(url, find_served(NAME))
+    assert served is not None
     stream = Stream(served.endpoint, NAME, endpoint_token(home), clients=2)
     try:
         now, other = "v1", "v2"
@@ -74,7 +75,9 @@ def test_killed_at_every_boundary_and_run_again(
 def check(home: Path, url: str, version: str) -> None:
     """One version is served, the registry says so, and no server runs besides."""
     assert gateway.routes(home)[NAME].shares == {version: 100}
-    assert with_registry(url, find_served(NAME)).shares == {version: 100}
+    served = with_registry(url, find_served(NAME))
+    assert served is not None
+    assert served.shares == {version: 100}
     here = [each for each in processes.records(home) if NAME in each.name]
     assert {each.name for each in here} == {f"gateway-{NAME}", f"serving-{NAME}@{version}"}
     (serving,) = (each.pid for each in here if each.name.startswith("serving-"))

@@ -59,6 +59,9 @@ class MemoryTarget:
         self._change()
         return True
 
+    def counts(self, model: str, version: str) -> None:
+        """Nothing counts the requests here."""
+
     def bring_up(self, version: Version) -> ModelServer:
         self._change()
         if self.one_gpu and self.up - {version.name}:

@@ -15,9 +15,11 @@ FIRST = 0
 
 def ours(folder: Path, texts: list[str], window: int, stride: int) -> list[float]:
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    sizes = {"first_token": FIRST, "window": window, "stride": stride}
     with progress("test") as bar:
-        return [s.nats for s in score(model, tokenizer, texts, **sizes, bar=bar)]
+        scores = score(
+            model, tokenizer, texts, first_token=FIRST, window=window, stride=stride, bar=bar
+        )
+    return [each.nats for each in scores]
 
 
 def test_the_hugging_face_stride_recipe_agrees(tiny_model: Path) -> None:

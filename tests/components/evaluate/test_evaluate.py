@@ -233,7 +233,7 @@ def test_a_guard_set_is_scored_and_stops_the_promotion(
     numbers = [" ".join(map(str, generator.integers(0, 999, 20))) for _ in range(20)]
     path = tmp_path / "numbers.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in numbers))
-    guard = {"name": "numbers", "uri": f"file://{path}"}
+    guard: dict[str, Any] = {"name": "numbers", "uri": f"file://{path}"}
     result = workspace.run(guards=[Guard(**guard, limit=0.0)])
     (guarded,) = result["guards"]
     assert guarded["metrics"]["base"]["documents"] == 20

@@ -10,13 +10,13 @@ import pytest
 import torch
 from tokenizers import processors
 
+from nudge.components.common.artifacts.scores import Score
 from nudge.components.common.chat.masks import Masked
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.progress import progress
 from nudge.components.common.models.language_model import load_model, load_tokenizer
 from nudge.components.evaluate import perplexity
 from nudge.components.evaluate.perplexity import (
-    Score,
     Window,
     first_token_id,
     score,

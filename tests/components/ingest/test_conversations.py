@@ -157,7 +157,7 @@ def test_a_long_conversation_is_cut_at_a_turn(
     texts = [f"{role}{number}" * 90 for number in (1, 2, 3) for role in ("q", "a")]
     rows = [chat(*texts, system="S"), chat("x" * 500, "y" * 500), *chats(40)]
     write_lines(tmp_path / "data" / "a.jsonl", rows)
-    values = {"max_conversation_characters": 600, "validation_share": 0.3}
+    values: dict[str, Any] = {"max_conversation_characters": 600, "validation_share": 0.3}
     result = run(tmp_path, too_long=too_long, **values)
     found = [each.conversation for each in documents(tmp_path / "corpus") if each.conversation]
     [cut] = [each for each in found if each.messages[0].content == "S"]
@@ -177,7 +177,7 @@ def test_duplicates_by_the_whole_and_by_the_user_side(tmp_path: Path) -> None:
         chat("Same?", "Yes."), chat("Same?", "Ahoy!", system="You are a sailor."),
     ]  # fmt: skip
     write_lines(tmp_path / "data" / "a.jsonl", [*rows, *chats(40)])
-    values = {"validation_share": 0.3, "near_duplicates": True}
+    values: dict[str, Any] = {"validation_share": 0.3, "near_duplicates": True}
     dropped = run(tmp_path, **values)["dropped"]
     assert dropped["duplicate"] == 1
     assert dropped["repeated_prompt"] == 1

@@ -82,7 +82,8 @@ def union_find(rows: list[tuple[str, list[int]]]) -> list[int]:
 
     seen: dict[tuple[int, int] | str, int] = {}
     for number, (sha256, keys) in enumerate(rows):
-        for mark in (sha256, *enumerate(keys)):
+        marks: list[tuple[int, int] | str] = [sha256, *enumerate(keys)]
+        for mark in marks:
             one, other = root(seen.setdefault(mark, number)), root(number)
             parent[max(one, other)] = min(one, other)
     return [root(number) for number in range(len(rows))]

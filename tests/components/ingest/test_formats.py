@@ -9,6 +9,7 @@ import lzma
 import tracemalloc
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -19,24 +20,25 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from nudge.components.common.artifacts.corpus import zstd
+from nudge.components.common.chat.conversation import Conversation
 from nudge.components.common.readers import Page, ReadOptions, Unreadable, read_stream, records
 from nudge.components.common.readers.registry import READERS
 from nudge.components.common.readers.source_code import SUFFIXES
 from tests.components.common.readers.reader_files import PDF, samples
 
 OPTIONS = ReadOptions()
-PACKERS = {
+CHECKED: dict[int, int] = {zstd.CompressionParameter.checksum_flag: 1}
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
     ".zst": lambda raw: zstd.compress(raw, options=CHECKED),
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
 }
-CHECKED = {zstd.CompressionParameter.checksum_flag: 1}
 
 
 def read(
     raw: bytes, name: str, options: ReadOptions = OPTIONS
-) -> list[tuple[str, str | Unreadable]]:
+) -> list[tuple[str, str | Unreadable | Conversation]]:
     stream = io.BufferedReader(io.BytesIO(raw))  # type: ignore[type-var]
     records = read_stream(stream, name, options)
     return [(r.name, r.text.text() if isinstance(r.text, Page) else r.text) for r in records]

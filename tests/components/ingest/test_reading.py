@@ -23,7 +23,7 @@ from nudge.components.ingest.overlap import overlap_of
 from nudge.components.ingest.settings import IngestSettings
 from nudge.components.ingest.sources import Source
 from tests.components.ingest.test_state import lines, tree
-from tests.faulty_proxy import FaultyProxy
+from tests.faulty_proxy import Fault, FaultyProxy
 
 Store = Callable[..., FaultyProxy]
 
@@ -100,7 +100,7 @@ def read(folder: Path, uri: str, name: str, **values: Any) -> dict[str, Any]:
 def test_fetching_ahead_through_faults_gives_the_same_corpus(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    faults = ("500", "503", "reset", "cut-download")
+    faults: tuple[Fault, ...] = ("500", "503", "reset", "cut-download")
     proxy = store(share=0.0, seed=3, retry_after_s=0, faults=faults)
     put("small", 5)
     with monkeypatch.context() as patched:
@@ -186,9 +186,12 @@ def test_ray_reads_the_same_corpus(
     put("ray", 8)
     here = read(tmp_path, "s3://nudge/ray", "here")
     asked: set[str] = set()
-    monkeypatch.setattr(
-        reading, "fetched", lambda source: asked.add(source.uri) or sources.fetched(source)
-    )
+
+    def noted(source: Source) -> Any:
+        asked.add(source.uri)
+        return sources.fetched(source)
+
+    monkeypatch.setattr(reading, "fetched", noted)
     proxy.share = 0.1
     place = str(tmp_path / "state")
     for name in ("ray", "known"):

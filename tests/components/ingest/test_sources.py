@@ -33,7 +33,7 @@ from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
 from tests.components.ingest.test_state import tree
 from tests.components.ingest.web import files, hub, streamed, whole
-from tests.faulty_proxy import FaultyProxy
+from tests.faulty_proxy import Fault, FaultyProxy
 from tests.web_server import Server
 
 Store = Callable[..., FaultyProxy]
@@ -87,7 +87,7 @@ def put(prefix: str, contents: dict[str, bytes]) -> Any:
 def test_a_store_that_fails_a_fifth_of_the_time_gives_the_same_corpus(
     store: Store, tmp_path: Path
 ) -> None:
-    faults = ("500", "503", "reset", "cut-download")
+    faults: tuple[Fault, ...] = ("500", "503", "reset", "cut-download")
     proxy = store(share=0.0, seed=11, retry_after_s=0, faults=faults)
     put("faults", objects())
     manifest = read(tmp_path, "s3://nudge/faults")
@@ -104,7 +104,7 @@ def test_a_store_that_fails_a_fifth_of_the_time_gives_the_same_corpus(
 
 
 def test_a_truncated_answer_is_resumed_at_its_offset(store: Store, tmp_path: Path) -> None:
-    cut = 3
+    cut = 3  # slow answers first
     asked: list[int] = []
 
     def is_hurt(method: str, path: str) -> bool:
@@ -114,7 +114,8 @@ def test_a_truncated_answer_is_resumed_at_its_offset(store: Store, tmp_path: Pat
     raw = lines(1, 2000)
     put("cut", {"a.jsonl": raw})
     proxy.requests.clear()
-    proxy.planned.extend(["slow"] * cut + ["cut-download"] * 2)  # type: ignore[list-item]
+    planned: list[Fault] = ["slow", "slow", "slow", "cut-download", "cut-download"]
+    proxy.planned.extend(planned)
     assert read(tmp_path, "s3://nudge/cut/a.jsonl")["documents"] == 2000
     assert proxy.counts["cut-download"] == 2
     for method, path, headers, _ in proxy.requests:
@@ -157,7 +158,7 @@ def test_an_object_that_changes_while_it_is_read_is_never_mixed(
             client.put_object(Bucket="nudge", Key="moving/a.jsonl", Body=body)
         return False
 
-    client = None
+    client: Any = None
     direct = os.environ.get("AWS_S3_ENDPOINT")
     proxy = store(only=change)
     os.environ["AWS_S3_ENDPOINT"] = proxy.upstream

@@ -69,9 +69,12 @@ def hub(folder: Path, name: str) -> list[Route]:
         return web.json_response([entry(path) for path in found])
 
     async def paths(request: web.Request) -> web.Response:
-        asked = await (request.json() if request.content_type.endswith("json") else request.post())
-        given = asked.getall("paths") if hasattr(asked, "getall") else asked["paths"]
-        return web.json_response([entry(folder / p) for p in given if (folder / p).exists()])
+        if request.content_type.endswith("json"):
+            wanted = (await request.json())["paths"]
+        else:
+            wanted = (await request.post()).getall("paths")
+        found = [folder / str(path) for path in wanted]
+        return web.json_response([entry(path) for path in found if path.exists()])
 
     async def resolve(request: web.Request) -> web.StreamResponse:
         path = folder / request.match_info["path"]

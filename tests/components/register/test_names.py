@@ -143,7 +143,7 @@ def test_unreadable_entries_of_others_do_not_hide_the_rest(url: str, tmp_path: P
 
 def test_a_listing_reads_what_a_lookup_reads(url: str) -> None:
     """The listing parses the registry's JSON itself; every type of property comes out the same."""
-    values = {
+    values: dict[str, Any] = {
         "loss": 0.5,
         "steps": 7,
         "big": 20261130121212,

@@ -48,8 +48,10 @@ def release(environment: dict[str, str], model: Path, evaluation: Path) -> Relea
     def release(name: str, version: str, run: str = "", **settings: Any) -> dict[str, Any]:
         uri = upload(UploadSettings(model_name=name), model=model, version=version)["uri"]
         given = RegisterSettings(model_name=name, **settings)
-        paths = {"model": model, "evaluation": evaluation}
-        return register(given, uri=uri, version=version, run_id=run or version, **paths)
+        return register(
+            given, uri=uri, version=version, run_id=run or version, model=model,
+            evaluation=evaluation,
+        )  # fmt: skip
 
     return release
 
@@ -199,11 +201,16 @@ def test_an_image_is_registered_and_finished_after_an_outage_too(
     home, _ = parts
     with ImageRegistry(tmp_path / "images") as images:
         make_base_image(f"oci://{images.host}/base:1")
-        target = {"target": f"oci://{images.host}/team", "base_image": f"{images.host}/base:1"}
-        sent = UploadSettings(model_name="image", **target)
+        sent = UploadSettings(
+            model_name="image",
+            target=f"oci://{images.host}/team",
+            base_image=f"{images.host}/base:1",
+        )
         uri = upload(sent, model=model, version="v1")["uri"]
         given = RegisterSettings(model_name="image")
-        inputs = {"version": "v1", "run_id": "run-1", "model": model, "evaluation": evaluation}
+        inputs: dict[str, Any] = {
+            "version": "v1", "run_id": "run-1", "model": model, "evaluation": evaluation,
+        }  # fmt: skip
         monkeypatch.setattr(connection, "ATTEMPTS_S", 0.5)
         processes.stop(home, services.REGISTRY)
         with pytest.raises(UserError, match="does not answer") as failed:
@@ -231,7 +238,9 @@ def test_an_image_is_registered_and_finished_after_an_outage_too(
 def test_an_evaluation_of_an_older_release_or_of_other_weights_is_rejected(
     environment: dict[str, str], model: Path, evaluation: Path
 ) -> None:
-    inputs = {"uri": "s3://b/k", "version": "v1", "run_id": "r", "model": model}
+    inputs: dict[str, Any] = {
+        "uri": "s3://b/k", "version": "v1", "run_id": "r", "model": model,
+    }  # fmt: skip
     facts = json.loads((model / "nudge.json").read_text()) | {"weights_sha256": "f" * 64}
     (model / "nudge.json").write_text(json.dumps(facts))
     with pytest.raises(

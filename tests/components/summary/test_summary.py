@@ -80,8 +80,10 @@ def test_a_version_that_got_no_traffic_says_why(
     monkeypatch.setattr(
         "nudge.components.common.clients.registry.connection.with_registry", lambda *_, **__: found
     )
-    path, ended = tmp_path / "page.md", {"state": "SUCCEEDED", "task": "", "error": ""}
-    result = module.summary("m", "http://r", version="v2", run_id="v2", page=path, **ended)
+    path = tmp_path / "page.md"
+    result = module.summary(
+        "m", "http://r", version="v2", run_id="v2", state="SUCCEEDED", task="", error="", page=path
+    )
     assert (result["registered"], result["promoted"]) == (True, False)
     page = path.read_text(encoding="utf-8")
     assert "**m v2** is registered, not promoted." in page

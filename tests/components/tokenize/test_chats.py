@@ -135,8 +135,8 @@ def test_the_mask_has_every_answer_with_its_end_of_turn_token_and_nothing_else(r
     assert manifest.chat is not None
     assert (manifest.chat.source, manifest.chat.end_of_turn_id) == ("model", 2)
     texts = sum(len(reader.document(n)) for n in range(6) if not len(reader.learned(n)))
-    spans = sum(int((s[:, 1] - s[:, 0]).sum()) for s in map(reader.learned, range(6)))
-    assert split.learned_tokens == texts + spans
+    in_spans = sum(int((s[:, 1] - s[:, 0]).sum()) for s in map(reader.learned, range(6)))
+    assert split.learned_tokens == texts + in_spans
 
 
 def test_the_prompt_is_encoded_as_the_server_encodes_it(run: Run) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from nudge.components.common.core.publish import sha256_tree
 from nudge.components.train.settings import TrainSettings
 from tests.components.train import spied_rank
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "sequence_length": 16, "batch_sequences": 4, "micro_batch_sequences": 2, "max_steps": 12,
     "learning_rate": 3e-3, "threads": 1, "validation_every": 4, "checkpoint_every": 3,
     "epochs": 9.0,

@@ -32,7 +32,8 @@ def write_random_model(folder: Path, files: int = 3) -> Path:
     folder.mkdir(parents=True)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
-    generator, weight_map = torch.Generator().manual_seed(1), {}
+    generator = torch.Generator().manual_seed(1)
+    weight_map: dict[str, str] = {}
     for index in range(files):
         name = f"model-{index + 1:05}-of-{files:05}.safetensors"
         part = list(shapes)[index::files]
@@ -60,6 +61,7 @@ def peak() -> int:
 
 
 def main() -> None:
+    from nudge.components.common.models import language_model
     from nudge.components.train import one_rank
     from nudge.components.train.model import Start
     from nudge.components.train.ranks import joined_ranks
@@ -76,9 +78,9 @@ def main() -> None:
             fill(*arguments)
             loaded.append(peak())
 
-        Start.fill = measured  # type: ignore[method-assign]
+        Start.fill = measured  # type: ignore[method-assign,assignment]
         # The model has no tokenizer, from whose start token it would generate.
-        one_rank.language_model.check_generates = lambda *_: None
+        language_model.check_generates = lambda *_: None
         network = one_rank._load_network(start, settings, ranks, 100, None)
         share = sum(
             local.numel() * local.element_size()

@@ -145,7 +145,11 @@ def test_masked_rows_skip_the_head_with_the_same_gradients(masked: int) -> None:
             assert max(seen.rows, default=0) <= max(valid, 1) or valid > 64
             assert sum(seen.rows) < 200 + 200 * (valid == 200)
         results.append(
-            [part.cpu() for part in (made_there.losses, made_there.hidden, made_there.weight)]
+            [
+                part.cpu()
+                for part in (made_there.losses, made_there.hidden, made_there.weight)
+                if part is not None
+            ]
         )
     here = chunked(
         Inputs(hidden, weight, None, targets, None), None, Options(), Wanted(True, True, False)
@@ -178,9 +182,10 @@ def shown(values: Any) -> str:
 def test_evaluation_gives_the_same_figures_as_on_the_cpu(tiny_model: Path) -> None:
     texts = ["The tower of Paris is tall, and so is the next.", "Another text, not so long."]
     figures = []
+    bar: Any = NoBar()
     for device in (second_device.load(), torch.device("cpu")):
         model, tokenizer = load_model(tiny_model).to(device), load_tokenizer(tiny_model)
-        scores = score(model, tokenizer, texts, first_token=None, window=16, stride=8, bar=NoBar())
+        scores = score(model, tokenizer, texts, first_token=None, window=16, stride=8, bar=bar)
         probes = answer(model, tokenizer, [Probe(prompt="the tower of", target=" Paris")])
         completions = complete(model, tokenizer, ["the tower of"], 5, twice=True)
         figures.append((scores, probes, completions))

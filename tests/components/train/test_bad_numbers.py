@@ -70,7 +70,7 @@ def test_an_overflow_names_the_learning_rate(small: Small, tokens: Path, tmp_pat
 def test_a_bad_row_is_named(
     small: Small, tokens: Path, tmp_path: Path, spoil: Callable[..., None]
 ) -> None:
-    calls = []
+    calls: list[None] = []
 
     def change(output: torch.Tensor) -> torch.Tensor:
         calls.append(None)
@@ -92,7 +92,7 @@ def test_a_bad_row_is_named(
 def test_a_fault_that_does_not_repeat_looks_like_hardware(
     backward: bool, small: Small, tokens: Path, tmp_path: Path, spoil: Callable[..., None]
 ) -> None:
-    calls = []
+    calls: list[None] = []
 
     def change(output: torch.Tensor) -> torch.Tensor:
         calls.append(None)

@@ -41,8 +41,8 @@ def draw(count: int, seed: int = 4) -> tuple[list[np.ndarray], list[np.ndarray]]
             continue
         spans, at = [], 0
         for _ in range(random.integers(1, 4)):
-            begin = at + random.integers(1, 4)
-            at = begin + random.integers(1, 4)
+            begin = at + int(random.integers(1, 4))
+            at = begin + int(random.integers(1, 4))
             spans.append((begin, at))
         tail = random.integers(0, 3)  # nothing learns from what follows the last answer
         documents.append(random.integers(1, 250, at + tail))

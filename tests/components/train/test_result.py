@@ -182,7 +182,9 @@ def test_documents_begin_as_in_evaluation(
         (tokens / "manifest.json").write_text(json.dumps(manifest))
     expected = first_token_id(load_tokenizer(tokens / "tokenizer"), "auto")
     assert expected == tokenizer.convert_tokens_to_ids(bos or "<|endoftext|>")
-    summed_loss, firsts, validated = Network.summed_loss, [], []
+    summed_loss = Network.summed_loss
+    firsts: list[int] = []
+    validated: list[int] = []
 
     def watched(self: Network, rows: Rows) -> torch.Tensor:
         documents = (rows.positions == 0) & (rows.targets != IGNORED)

@@ -36,9 +36,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImageRegistry
 
 
 @pytest.fixture
-def proxy(
-    registry: ImageRegistry, faulty_proxy: Callable[..., FaultyProxy]
-) -> Iterator[FaultyProxy]:
+def proxy(registry: ImageRegistry, faulty_proxy: Callable[..., FaultyProxy]) -> FaultyProxy:
     return faulty_proxy(f"http://{registry.host}", share=0.0, slow_s=0.05, retry_after_s=0)
 
 

@@ -114,13 +114,14 @@ def test_a_repeat_sends_only_what_is_missing(
     proxy: FaultyProxy, direct: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The store is gone after three parts of the large file.
-    parts = threading.Lock(), []
+    lock = threading.Lock()
+    parts: list[str] = []
 
     def from_the_fourth(method: str, path: str) -> bool:
-        with parts[0]:
+        with lock:
             if method == "PUT" and "partNumber=" in path:
-                parts[1].append(path)
-            return len(parts[1]) > 3
+                parts.append(path)
+            return len(parts) > 3
 
     proxy.share, proxy.faults, proxy.only = 1.0, ("reset",), from_the_fourth
     monkeypatch.setattr(sending, "CONCURRENCY", 1)

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 import types
 from typing import ClassVar
 
@@ -79,8 +80,8 @@ def test_without_a_terminal_one_line_a_minute_says_all_that_is_known(
     console = Console(file=io.StringIO(), width=20)
     run = types.SimpleNamespace(steps={"train": StepState("train")})
     step, clock, wall = run.steps["train"], [100.0], [1000.0]
-    monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(display.time, "time", lambda: wall[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "time", lambda: wall[0])
     with display.Live(console, run) as live:  # type: ignore[arg-type]
         step.apply({"event": "step_start", "time": 1000.0})
         for second in range(0, 130, 10):

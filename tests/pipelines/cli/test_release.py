@@ -51,9 +51,9 @@ def down(home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
             NAME, f"s3://nudge/models/{NAME}/{version}", version=version,
             model_format_name="vLLM", model_format_version="1",
         )  # fmt: skip
-    version = with_registry(url, find_version(NAME, "v1"))
+    first = with_registry(url, find_version(NAME, "v1"))
     served = Served(NAME, endpoint, {"v1": 100}, ("v1",))
-    with_registry(url, note_served(version, served, "local", "transformers"))
+    with_registry(url, note_served(first, served, "local", "transformers"))
     route = gateway.Backends(port, {"v1": 100}, {"v1": "127.0.0.1:1"})
     gateway.switch(home / "gateway" / NAME, route)
     services.down(home)

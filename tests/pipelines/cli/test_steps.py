@@ -116,6 +116,6 @@ def test_each_command_exists_and_its_help_has_an_example_or_a_sentence() -> None
         assert command is not None, name
         assert command.help, name
     shown = nudge("--help").stdout
-    for name, command in COMMANDS.items():
+    for name, listed in COMMANDS.items():
         assert f"  {name} " in shown
-        assert command.help in shown
+        assert listed.help in shown

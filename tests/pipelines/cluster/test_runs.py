@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from nudge.pipelines.cli import display
-from nudge.pipelines.cluster import connect, logs, nodes, runs, waiting
-from nudge.pipelines.compile import PIPELINES
+from nudge.pipelines.cluster import connect, logs, nodes, waiting
+from nudge.pipelines.compile import COMPILED, PIPELINES
 from tests.kubernetes_api import KubernetesApi
 from tests.pipelines.cluster.conftest import nudge
 from tests.pipelines.cluster.pipelines_server import Pipelines
@@ -23,7 +23,7 @@ def test_a_version_is_uploaded_once(state: Pipelines, url: str) -> None:
     assert again.stdout.endswith("exists already\n")
     (version,) = state.versions.values()
     assert first.stdout.split()[0] == version["name"]
-    text = (runs.COMPILED / "train_and_serve.yaml").read_text()
+    text = (COMPILED / "train_and_serve.yaml").read_text()
     documents = list(yaml.safe_load_all(text))
     assert version["pipeline_spec"] == {
         "pipeline_spec": documents[0],
@@ -59,7 +59,7 @@ def test_a_changed_pipeline_is_a_new_version_of_the_same(
 ) -> None:
     nudge("upload")
     path = tmp_path / "mine.yaml"
-    text = (runs.COMPILED / "train_and_serve.yaml").read_text()
+    text = (COMPILED / "train_and_serve.yaml").read_text()
     path.write_text(text.replace("nvidia.com/gpu", "amd.com/gpu"))
     assert "uploaded" in nudge("upload", str(path)).stdout
     assert (len(state.pipelines), len(state.versions)) == (1, 2)
@@ -355,7 +355,8 @@ def test_the_link_leads_to_the_dashboard_where_one_is_known(
 
 
 def test_a_failed_run_says_which_step_and_where_its_log_is(state: Pipelines, url: str) -> None:
-    failed = {"display_name": "train", "state": "FAILED", "error": {"message": "out of memory"}}
+    failed: dict[str, Any] = {"display_name": "train", "state": "FAILED"}
+    failed["error"] = {"message": "out of memory"}
     failed["child_tasks"] = [{"pod_name": "train-and-serve-x-123"}]
     state.story = [{"state": "FAILED", "run_details": {"task_details": [failed]}}]
     nudge("upload")

@@ -256,7 +256,7 @@ def test_the_watcher_leaves_services_with_a_record_and_ends_with_the_last(
             assert record.process() is not None
             processes.stop(home, "a")
 
-    monkeypatch.setattr(service_watch.time, "sleep", slept)
+    monkeypatch.setattr(time, "sleep", slept)
     service_watch.watch(home)
 
 

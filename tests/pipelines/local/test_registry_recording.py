@@ -62,8 +62,8 @@ def test_every_row_gets_the_answer_of_that_database(tmp_path: Path, database: st
             elif "save" in row:
                 ids[row["save"]] = "none"
             compared += 1
-            seen = [answer.status_code]
-            wanted = [expected["status"]]
+            seen: list[Any] = [answer.status_code]
+            wanted: list[Any] = [expected["status"]]
             if answer.status_code >= 400:
                 own = "json" in answer.headers.get("content-type", "")
                 seen.append(answer.json()["code"] if own else None)

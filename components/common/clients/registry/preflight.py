@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from nudge.components.common.clients.registry.connection import RegistryUrl
 from nudge.components.common.clients.registry.names import PublishedName
+from nudge.components.common.clients.registry.url import RegistryUrl
 from nudge.components.common.clients.registry.values import check_sendable
 from nudge.components.common.core.names import check_name
 from nudge.components.common.core.recipe import URI_SCHEMES, some_settings

@@ -57,8 +57,7 @@ def test_system_prompts_and_inputs() -> None:
         ("assistant", "tower"),
     ]
     turns = [{"from": "system", "value": "Be brief."}, *FORMS["ShareGPT"]["conversations"]]
-    row = {"conversations": turns}
-    assert conversation_of(row).messages[0].role == "system"
+    assert conversation_of({"conversations": turns}).messages[0].role == "system"
     history = {"history": [["Hello", "Hi!"]], "instruction": QUESTION, "output": ANSWER}
     assert [m.content for m in conversation_of(history).messages] == [
         "Hello",

@@ -2,6 +2,8 @@
 
 import datetime
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -20,13 +22,16 @@ TURNS = [
 ]
 
 
-def learned(family: Family, turns: list[dict[str, object]], **options: object) -> list[list[str]]:
+Turn = dict[str, Any] | dict[str, str] | dict[str, object]
+
+
+def learned(family: Family, turns: Sequence[Turn], **options: Any) -> list[list[str]]:
     """The learned parts of each text."""
-    texts = family.template().render(conversation_of({"messages": turns}), **options)
+    texts = family.template().render(conversation(*turns), **options)
     return [[each.text[start:end] for start, end in each.learned] for each in texts]
 
 
-def conversation(*turns: dict[str, object]) -> Conversation:
+def conversation(*turns: Turn) -> Conversation:
     return conversation_of({"messages": list(turns)})
 
 
@@ -157,7 +162,7 @@ def test_tool_calls_are_learned_and_their_results_are_not() -> None:
 def test_learn_chooses_turns() -> None:
     rome = "<b>In Rome</b>, ahoy.<|im_end|>"
     assert learned(templates.CHATML, TURNS, learn="last") == [[rome]]
-    unlearned = [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]]
+    unlearned: list[Turn] = [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]]
     assert learned(templates.CHATML, unlearned) == [[rome]]
     [parts] = learned(templates.CHATML, TURNS, learn="all")
     assert parts == ["".join(parts)]

@@ -31,6 +31,7 @@ from nudge.components.common.readers import (
 )
 from nudge.components.common.readers import records as records_module
 from nudge.components.common.readers.guarded import Worker
+from nudge.components.common.readers.names import suffix_of
 from tests.components.common.readers import reader_files as made
 
 
@@ -213,8 +214,8 @@ def test_a_parquet_file_with_one_text_in_every_row_is_bounded() -> None:
 def test_office_files_give_their_text() -> None:
     parts = "The tower", "It stands in Paris.", "height | 330 m", "It was built in 1889."
     assert texts(made.word(), "a.docx") == ["\n\n".join(parts)]
-    parts = "The tower", "It stands in Paris.", "Mention the year 1889."
-    assert texts(made.slides(), "a.pptx") == ["\n\n".join(parts)]
+    slides = "The tower", "It stands in Paris.", "Mention the year 1889."
+    assert texts(made.slides(), "a.pptx") == ["\n\n".join(slides)]
     assert texts(made.open_document(), "a.odt") == ["The tower\n\nIt stands  in Paris."]
     bomb = made.zipped({"word/document.xml": bytes(300 << 20)})
     for suffix in (".docx", ".pptx", ".odt", ".xlsx", ".epub"):
@@ -419,4 +420,4 @@ def test_a_wiki_dump_gives_its_articles_as_plain_text() -> None:
     ],
 )
 def test_names_without_a_suffix_are_known_by_custom(name: str, suffix: str) -> None:
-    assert registry.suffix_of(name) == suffix
+    assert suffix_of(name) == suffix

@@ -179,7 +179,12 @@ def test_a_run_without_a_checkpoint_store_resumes_from_a_named_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trained = []
-    monkeypatch.setattr(loop, "accumulate", lambda *args: trained.append(0) or accumulate(*args))
+
+    def counting(*arguments: Any) -> Any:
+        trained.append(0)
+        return accumulate(*arguments)
+
+    monkeypatch.setattr(loop, "accumulate", counting)
     resume = (half[1] / "step-000000009").as_uri()
     train(small(resume=resume), tokens=tokens, **outputs(tmp_path / "a"))
     assert len(trained) == 3
@@ -269,7 +274,7 @@ def selected_on(folder: Path) -> list[int]:
 def validations(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     """Validation losses by step, for the test to fill in; each replaces the loss of its step."""
     losses: dict[int, float] = {}
-    validated = TrainingState.validated
+    validated: Any = TrainingState.validated
     monkeypatch.setattr(
         TrainingState, "validated", lambda self, loss: validated(self, losses.get(self.step, loss))
     )

@@ -61,11 +61,11 @@ def pod_of(api: KubernetesApi, job: dict[str, Any]) -> tuple[str, str]:
     labels, container = engine.LOG
     owner = {"apiVersion": job["apiVersion"], "kind": job["kind"]}
     owner |= {"name": name, "uid": job["metadata"]["uid"]}
-    pod = {"name": f"{name}-0", "labels": {**engine.pods(name), **labels}}
-    meta = {**pod, "ownerReferences": [owner]}
+    pod = f"{name}-0"
+    meta = {"name": pod, "labels": {**engine.pods(name), **labels}, "ownerReferences": [owner]}
     spec = {"containers": [{"name": container, "image": "i"}]}
     api.add({"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec})
-    return pod["name"], container
+    return pod, container
 
 
 def really_trains(api: KubernetesApi) -> Callable[[dict[str, Any]], None]:

@@ -9,7 +9,7 @@ from kfp import dsl
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.train.component import train_on_nodes
-from nudge.components.train.settings import TrainSettings, on_nodes
+from nudge.components.train.settings import LaunchSettings, TrainSettings, on_nodes
 from tests.components.train.cluster.test_launch import really_trains
 from tests.components.train.conftest import SMALL
 from tests.kubernetes_api import KubernetesApi
@@ -69,7 +69,7 @@ def test_parameters_define_the_job_and_its_model_comes_back(
 
 
 def test_empty_parameters_keep_the_recipes_values() -> None:
-    recipe = TrainSettings(base_model="b", cluster={"nodes": 7, "runtime": "mine"})
+    recipe = TrainSettings(base_model="b", cluster=LaunchSettings(nodes=7, runtime="mine"))
     found = on_nodes(recipe, {"nodes": "", "tolerations": [], "cpu": "2"})
     assert found.launcher == "trainjob"
     assert (found.cluster.nodes, found.cluster.runtime, found.cluster.cpu) == (7, "mine", "2")

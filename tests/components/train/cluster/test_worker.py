@@ -11,6 +11,7 @@ import yaml
 
 from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.train.cluster import worker
+from nudge.components.train.cluster.handover import Handover
 from nudge.components.train.cluster.ray_driver import _cause
 
 ROOT = Path(__file__).parents[4]
@@ -47,7 +48,7 @@ def test_the_exit_status_says_whether_a_restart_may_help(
     sentence: str,
 ) -> None:
     monkeypatch.setattr(worker, "command", rank_that(action))
-    monkeypatch.setattr(worker.Handover, "fetch", lambda self, name, target: None)
+    monkeypatch.setattr(Handover, "fetch", lambda self, name, target: None)
     with pytest.raises(SystemExit) as ended:
         worker.main.main([str(tmp_path)], standalone_mode=False)
     assert ended.value.code == status
@@ -122,7 +123,7 @@ def test_the_runtime_fails_at_once_after_bad_input_and_restarts_otherwise() -> N
 
 @pytest.mark.long
 def test_a_missing_base_model_ends_the_worker_with_its_sentence(tmp_path: Path) -> None:
-    handover = worker.Handover(str(tmp_path / "shared"))
+    handover = Handover(str(tmp_path / "shared"))
     (tmp_path / "recipe").write_text("train: {base_model: /no/such/model}")
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens" / "one").write_text("x")
