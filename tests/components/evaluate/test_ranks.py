@@ -50,7 +50,7 @@ def test_two_ranks_find_what_one_finds(
     folders = {"base": tiny_model, "candidate": make_tiny_model(tmp_path / "other", seed=3)}
     asked = questions(folders)
     one = ask(settings(), folders, TEXTS, asked)
-    shares = []
+    shares: list[int] = []
 
     def spied(*arguments: Any) -> Any:
         model = load(*arguments)

@@ -18,11 +18,11 @@ from nudge.components.train.settings import TrainSettings
 from tests.components.train.conftest import write_tokens
 
 MiB = 2**20
-TRAINED = {
+TRAINED: dict[str, Any] = {
     "sequence_length": 256, "batch_sequences": 4, "micro_batch_sequences": 2, "max_steps": 2,
     "epochs": 9.0, "threads": 1, "validation_sequences": 2, "learning_rate": 1e-4,
 }  # fmt: skip
-SHORT = {"precision": "bfloat16", "sequence_length": 32, "batch_sequences": 2, "max_steps": 1,
+SHORT: dict[str, Any] = {"precision": "bfloat16", "sequence_length": 32, "batch_sequences": 2, "max_steps": 1,
          "micro_batch_sequences": 1, "validation_sequences": 1}  # fmt: skip
 """Few tokens: a CPU without bfloat16 instructions trains on a handful of them per second."""
 CONFIGURATIONS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -174,7 +174,7 @@ def test_weights_are_counted_once(mode: str) -> None:
 
 def test_fewer_recomputed_layers_take_more_memory() -> None:
     config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=8)
-    values = {"base_model": "x", "sequence_length": 64}
+    values: dict[str, Any] = {"base_model": "x", "sequence_length": 64}
     peaks = [
         Estimator(config, TrainSettings(**values, activation_checkpointing=each), 1, "cpu")
         .memory().peak for each in (False, 1, 4, 8, True)
