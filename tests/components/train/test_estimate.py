@@ -22,8 +22,10 @@ TRAINED: dict[str, Any] = {
     "sequence_length": 256, "batch_sequences": 4, "micro_batch_sequences": 2, "max_steps": 2,
     "epochs": 9.0, "threads": 1, "validation_sequences": 2, "learning_rate": 1e-4,
 }  # fmt: skip
-SHORT: dict[str, Any] = {"precision": "bfloat16", "sequence_length": 32, "batch_sequences": 2, "max_steps": 1,
-         "micro_batch_sequences": 1, "validation_sequences": 1}  # fmt: skip
+SHORT: dict[str, Any] = {
+    "precision": "bfloat16", "sequence_length": 32, "batch_sequences": 2, "max_steps": 1,
+    "micro_batch_sequences": 1, "validation_sequences": 1,
+}  # fmt: skip
 """Few tokens: a CPU without bfloat16 instructions trains on a handful of them per second."""
 CONFIGURATIONS: dict[str, tuple[int, dict[str, Any]]] = {
     "full": (1, {}),
