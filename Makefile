@@ -14,8 +14,7 @@ help:  ## list these targets
 run: setup  ## the whole pipeline here, on the default recipe
 	$(BIN)/nudge run eiffel
 
-# One worker more than cores, because tests often wait for the servers that they start: on two cores
-# three workers use 82 % of the processor.
+# One worker more than cores, because tests often wait for the servers that they start.
 WORKERS := $(shell cores=$$(nproc); echo $$((cores < 4 ? cores + 1 : 4)))
 PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 

@@ -87,8 +87,8 @@ LONG = (
     "security/test_current_folder.py::test_no_rank_takes_code_from_the_current_folder",
     "security/test_read_is_registered.py::test_a_writer_of_the_bucket",
 )  # fmt: skip
-"""The beginnings of the names of tests that take over ten seconds on two cores and that a quicker
-test backs up; they run with the long ones."""
+"""The beginnings of the names of tests that take over ten seconds on two cores; they run with the
+long ones."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects

@@ -175,9 +175,11 @@ def rollback(
     """
     from nudge.components.common.clients.registry.connection import registry_url, with_registry
     from nudge.components.common.clients.registry.releases import (
+        find_served,
+    )
+    from nudge.components.common.clients.registry.rollbacks import (
         Rollback,
         find_rollback,
-        find_served,
         note_rollback,
     )
     from nudge.components.common.core.provenance import this_run

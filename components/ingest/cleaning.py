@@ -69,15 +69,12 @@ class Drop(NamedTuple):
 
 
 def share_of(text: str, settings: IngestSettings) -> float:
-    """The keyed hash of a text, in [0, 1)."""
+    """The keyed hash of a text, in [0, 1); below ``validation_share`` the text is held out.
+
+    A document stays in its split as the corpus grows, for as long as its text does not change.
+    """
     digest = hmac.digest(str(settings.split_seed).encode(), text.encode(), "sha256")
     return int.from_bytes(digest[:8]) / 2**64
-
-
-def split_of(text: str, settings: IngestSettings) -> str:
-    """The split of a document. It depends on a keyed hash of the text, so the document stays in its
-    split as the corpus grows, for as long as its text does not change."""
-    return "validation" if share_of(text, settings) < settings.validation_share else "train"
 
 
 def clean_all(

@@ -73,7 +73,6 @@ def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, A
     from nudge.components.ingest.mix import apply_mix
     from nudge.components.ingest.new_text import is_new
     from nudge.components.ingest.overlap import overlap_of, texts_to_keep_out
-    from nudge.components.ingest.report import render_report
     from nudge.components.ingest.state import IngestState
     from nudge.components.ingest.twins import judge
 
@@ -117,16 +116,7 @@ def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, A
             if state:
                 lasting = {n: fact for n, fact in read.items() if not fact["lost"]}
                 state.keep(sources, lasting, set(old), documents)
-        lengths = documents.query(
-            f"SELECT 1::BIGINT << floor(log2(characters))::INT AS low, count(*) {KEPT} "
-            "GROUP BY low ORDER BY low"
-        )
-        held_out = documents.query(
-            f"SELECT turns IS NOT NULL, text_at, bytes {KEPT} AND side < ? ORDER BY sha256 LIMIT 3",
-            [settings.validation_share],
-        )
-        shown = [documents.plain_text(*place)[:600] for place in held_out]
-        page = render_report(counts, fingerprint, dict(lengths), samples, shown)
+        page = _page(documents, settings, counts, fingerprint, samples)
         documents.close()
     write_atomic(report, page)
     return {
@@ -143,6 +133,28 @@ def _ingest(settings: IngestSettings, corpus: Path, report: Path) -> dict[str, A
         "fingerprint": fingerprint,
         "new": int(is_new(settings, fingerprint)),
     }
+
+
+def _page(
+    documents: "Documents",
+    settings: IngestSettings,
+    counts: dict[str, Any],
+    fingerprint: str,
+    samples: dict[str, list[str]],
+) -> str:
+    """The report: the counts, the lengths of texts, and some of what is held out and dropped."""
+    from nudge.components.ingest.report import render_report
+
+    lengths = documents.query(
+        f"SELECT 1::BIGINT << floor(log2(characters))::INT AS low, count(*) {KEPT} "
+        "GROUP BY low ORDER BY low"
+    )
+    held_out = documents.query(
+        f"SELECT turns IS NOT NULL, text_at, bytes {KEPT} AND side < ? ORDER BY sha256 LIMIT 3",
+        [settings.validation_share],
+    )
+    shown = [documents.plain_text(*row)[:600] for row in held_out]
+    return render_report(counts, fingerprint, dict(lengths), samples, shown)
 
 
 def _read_all(

@@ -30,9 +30,9 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 """The fractions of held-out documents to choose from; the smallest one that is enough is taken."""
 PRODUCT_SIZE, PRODUCT_S = 1024, 0.5
 """The size of the matrix products that measure this machine, and for how long."""
-LORA_FLOPS, FULL_FLOPS = 4, 6
-"""FLOPs per parameter and token: 2 forward, 2 back to the activations, 2 back to the weights (PaLM,
-arXiv:2204.02311, appendix B), which LoRA does not need for the weights that it leaves alone."""
+LORA_FLOPS = 4
+"""FLOPs per parameter and token: 2 forward, 2 back to the activations, and not the 2 back to
+the weights (PaLM, arXiv:2204.02311, appendix B), because LoRA leaves most of them alone."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,9 @@ def tokens_in(text: Text, base_model: str) -> int | None:
     return round(count * text.kept_bytes / len(text.sample.encode()))
 
 
-def training_s(tokens: int, parameters: int, flops_per_parameter: int = LORA_FLOPS) -> float:
-    """Seconds that this machine needs to train on so many tokens at the speed of its matrix
-    products, which is measured now; a run adds what is not a product."""
+def training_s(tokens: int, parameters: int) -> float:
+    """Seconds that this machine needs to train with LoRA on a number of tokens, at the speed of its
+    matrix products, which is measured now; a run adds what is not a product."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -158,7 +158,7 @@ def training_s(tokens: int, parameters: int, flops_per_parameter: int = LORA_FLO
             torch.cuda.synchronize()
         products += 1
     speed = products * 2 * PRODUCT_SIZE**3 / (time.perf_counter() - started)
-    return tokens * parameters * flops_per_parameter / speed
+    return tokens * parameters * LORA_FLOPS / speed
 
 
 def short(number: float) -> str:

@@ -46,10 +46,6 @@ class Shape:
     vocabulary: int
     dtype: torch.dtype = torch.bfloat16 if CUDA else torch.float32
 
-    @property
-    def logits_bytes(self) -> int:
-        return self.rows * self.vocabulary * self.dtype.itemsize
-
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.name} N={self.rows} D={self.size} V={self.vocabulary} {dtype}"

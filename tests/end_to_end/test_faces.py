@@ -24,7 +24,7 @@ RECIPE = Path(__file__).parent / "tiny.yaml"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("faces")
 
 
@@ -34,11 +34,11 @@ def recipe(tiny_model: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def made(place: Path, recipe: str) -> dict[str, Any]:
+def made(workspace: Path, recipe: str) -> dict[str, Any]:
     """What the four steps make that need no services, one after the other."""
 
     def artifact(kind: Any, name: str) -> Any:
-        return kind(name=name, uri=str(place / name), metadata={})
+        return kind(name=name, uri=str(workspace / name), metadata={})
 
     corpus, tokens = artifact(dsl.Dataset, "corpus"), artifact(dsl.Dataset, "tokens")
     model, history = artifact(dsl.Model, "model"), artifact(dsl.Artifact, "history")
@@ -72,7 +72,7 @@ def made(place: Path, recipe: str) -> dict[str, Any]:
         metrics=metrics,
         report=report,
         scores=scores,
-        evaluation_sha256=str(place / "evaluation_sha256"),
+        evaluation_sha256=str(workspace / "evaluation_sha256"),
     )
     return {**locals(), "promote": promote}
 
@@ -92,7 +92,7 @@ def test_each_step_goes_on_from_the_one_before(made: dict[str, Any]) -> None:
 
 
 def test_upload_register_and_deploy_by_themselves(
-    made: dict[str, Any], place: Path, recipe: str, home: Path, connected: dict[str, str]
+    made: dict[str, Any], workspace: Path, recipe: str, home: Path, connected: dict[str, str]
 ) -> None:
     named = {"recipe": recipe, "model_name": "by-hand", "version": "v1", "run_id": "run-1"}
     uri = upload.python_func(**named, model=made["model"])
@@ -100,7 +100,7 @@ def test_upload_register_and_deploy_by_themselves(
     registered = dsl.Model(name="registered", uri=str(home / "registered"), metadata={})
     # The evaluation ran without a registry; that nothing is served is known only here.
     evaluation = Path(made["evaluation"].path)
-    assert (place / "evaluation_sha256").read_text() == sha256_file(evaluation)
+    assert (workspace / "evaluation_sha256").read_text() == sha256_file(evaluation)
     results = json.loads(evaluation.read_text())
     assert results["incumbent"]["state"] == "unknown"
     results["incumbent"]["state"] = "none"
@@ -129,17 +129,17 @@ def test_upload_register_and_deploy_by_themselves(
 
 
 def test_the_first_step_refuses_what_could_not_be_registered(
-    place: Path, recipe: str, capfd: pytest.CaptureFixture[str]
+    workspace: Path, recipe: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    corpus = dsl.Dataset(name="none", uri=str(place / "unregistered"), metadata={})
+    corpus = dsl.Dataset(name="none", uri=str(workspace / "unregistered"), metadata={})
     with pytest.raises(SystemExit) as ended:
         ingest.python_func(
             recipe=recipe,
             data_uri="",
             model_name="",
             corpus=corpus,
-            report=dsl.HTML(name="none", uri=str(place / "none.html"), metadata={}),
-            metrics=dsl.Metrics(name="none", uri=str(place / "none.json"), metadata={}),
+            report=dsl.HTML(name="none", uri=str(workspace / "none.html"), metadata={}),
+            metrics=dsl.Metrics(name="none", uri=str(workspace / "none.json"), metadata={}),
             version="a/b",
             registers=True,
         )
@@ -149,18 +149,18 @@ def test_the_first_step_refuses_what_could_not_be_registered(
 
 
 def test_bad_input_ends_a_face_with_its_text_alone(
-    place: Path, recipe: str, capfd: pytest.CaptureFixture[str]
+    workspace: Path, recipe: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    corpus = dsl.Dataset(name="none", uri=str(place / "none"), metadata={})
-    report = dsl.HTML(name="none", uri=str(place / "none.html"), metadata={})
+    corpus = dsl.Dataset(name="none", uri=str(workspace / "none"), metadata={})
+    report = dsl.HTML(name="none", uri=str(workspace / "none.html"), metadata={})
     with pytest.raises(SystemExit) as ended:
         ingest.python_func(
             recipe=recipe,
-            data_uri=str(place / "nowhere.txt"),
+            data_uri=str(workspace / "nowhere.txt"),
             model_name="",
             corpus=corpus,
             report=report,
-            metrics=dsl.Metrics(name="none", uri=str(place / "none.json"), metadata={}),
+            metrics=dsl.Metrics(name="none", uri=str(workspace / "none.json"), metadata={}),
         )
     assert ended.value.code == 2
     errors = capfd.readouterr().err
@@ -171,16 +171,18 @@ def test_bad_input_ends_a_face_with_its_text_alone(
 
 
 def test_a_model_that_is_fetched_is_evaluated_as_it_was(
-    made: dict[str, Any], place: Path, recipe: str
+    made: dict[str, Any], workspace: Path, recipe: str
 ) -> None:
-    folder = place / "uploaded"
+    folder = workspace / "uploaded"
     shutil.copytree(made["model"].path, folder)
     files = {path.name: {"sha256": sha256_file(path)} for path in folder.iterdir()}
     write_manifest(folder / "manifest.json", "nudge.upload", 1, {"files": files})
-    model = dsl.Model(name="again", uri=str(place / "again"), metadata={})
-    history = dsl.Artifact(name="empty", uri=str(place / "empty"), metadata={})
+    model = dsl.Model(name="again", uri=str(workspace / "again"), metadata={})
+    history = dsl.Artifact(name="empty", uri=str(workspace / "empty"), metadata={})
     fetch.python_func(model_uri=str(folder), model=model, history=history)
-    evaluation = dsl.Artifact(name="evaluation", uri=str(place / "evaluation-again"), metadata={})
+    evaluation = dsl.Artifact(
+        name="evaluation", uri=str(workspace / "evaluation-again"), metadata={}
+    )
     promote = evaluate.python_func(
         recipe=recipe,
         base_model="",
@@ -189,10 +191,12 @@ def test_a_model_that_is_fetched_is_evaluated_as_it_was(
         model=model,
         history=history,
         evaluation=evaluation,
-        metrics=dsl.Metrics(name="metrics-again", uri=str(place / "metrics-again"), metadata={}),
-        evaluation_sha256=str(place / "sha256-again"),
-        report=dsl.HTML(name="report-again", uri=str(place / "report-again"), metadata={}),
-        scores=dsl.Dataset(name="scores-again", uri=str(place / "scores-again"), metadata={}),
+        metrics=dsl.Metrics(
+            name="metrics-again", uri=str(workspace / "metrics-again"), metadata={}
+        ),
+        evaluation_sha256=str(workspace / "sha256-again"),
+        report=dsl.HTML(name="report-again", uri=str(workspace / "report-again"), metadata={}),
+        scores=dsl.Dataset(name="scores-again", uri=str(workspace / "scores-again"), metadata={}),
     )
     assert promote == made["promote"]
     before, after = (

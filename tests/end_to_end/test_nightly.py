@@ -40,7 +40,7 @@ def test_nights(nights: Nights) -> None:
         assert shares == {first["version"]: 100}, name
 
     promoted = [nights.results[name] for name in ("first", "second", "third", "fourth")]
-    # Mended and run again, it went on from what the failed night had made.
+    # After the fix, the rerun continued from what the failed night had made.
     assert statuses(promoted[1])["train"] == "reused"
     for before, night in itertools.pairwise(promoted):
         assert night["promoted"], night["reason"]

@@ -25,7 +25,7 @@ TINY = Path(__file__).parents[1] / "end_to_end" / "tiny.yaml"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a tiny model that everybody may read; its services are stopped afterwards."""
     folder = tmp_path_factory.mktemp("engine")
     model = make_tiny_model(folder / "model")
@@ -36,12 +36,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     services.down(folder / "home")
 
 
-def start(place: Path, *settings: str) -> "subprocess.Popen[str]":
+def start(workspace: Path, *settings: str) -> "subprocess.Popen[str]":
     command = [NUDGE, "run", str(TINY), "--json", "--engine", "docker", *settings]
     return subprocess.Popen(
-        [*command, "--set", f"base_model={place / 'model'}"],
-        cwd=place,
-        env={**os.environ, "NUDGE_HOME": str(place / "home")},
+        [*command, "--set", f"base_model={workspace / 'model'}"],
+        cwd=workspace,
+        env={**os.environ, "NUDGE_HOME": str(workspace / "home")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -49,8 +49,8 @@ def start(place: Path, *settings: str) -> "subprocess.Popen[str]":
 
 
 @pytest.fixture(scope="module")
-def result(place: Path, built: dict[str, str]) -> dict[str, Any]:
-    with start(place) as running:
+def result(workspace: Path, built: dict[str, str]) -> dict[str, Any]:
+    with start(workspace) as running:
         output, errors = running.communicate(timeout=800)
     assert running.returncode == 0, errors
     return dict(json.loads(output))
@@ -58,34 +58,38 @@ def result(place: Path, built: dict[str, str]) -> dict[str, Any]:
 
 @pytest.mark.long
 @pytest.mark.timeout(2400)
-def test_the_compiled_pipeline_ends_in_a_served_model(result: dict[str, Any], place: Path) -> None:
+def test_the_compiled_pipeline_ends_in_a_served_model(
+    result: dict[str, Any], workspace: Path
+) -> None:
     assert {step["status"] for step in result["steps"]} == {"done"}
     assert result["promoted"]
     body = {"model": result["served_model"], "prompt": "Paris", "max_tokens": 4}
     answer = httpx.post(
         f"{result['endpoint']}/v1/completions",
         json=body,
-        headers=endpoint_headers(place / "home"),
+        headers=endpoint_headers(workspace / "home"),
         timeout=60,
     )
     assert answer.json()["choices"][0]["text"]
-    log = (place / "home" / "runs" / result["run_id"] / "run.log").read_text()
+    log = (workspace / "home" / "runs" / result["run_id"] / "run.log").read_text()
     for name in ("data", "train"):
         assert f"Found image 'quay.io/nudge-lm/nudge-{name}-python:0.2.0'" in log
 
 
 @pytest.mark.long
 @pytest.mark.timeout(2400)
-def test_every_step_ran_under_an_id_that_nobody_has(result: dict[str, Any], place: Path) -> None:
-    artifacts = place / "home" / "runs" / result["run_id"] / "artifacts"
+def test_every_step_ran_under_an_id_that_nobody_has(
+    result: dict[str, Any], workspace: Path
+) -> None:
+    artifacts = workspace / "home" / "runs" / result["run_id"] / "artifacts"
     made = [path.stat() for path in artifacts.rglob("*")]
     assert len(made) > 20
-    user = containers.user_of(place / "home")
+    user = containers.user_of(workspace / "home")
     assert user != 0
     assert {each.st_uid for each in made} == {user}
     assert user >= 1_000_000_000 or user == os.getuid()
-    secrets = json.loads((place / "home" / "services" / "credentials").read_text())
-    for path in (place / "home" / "runs").rglob("*"):
+    secrets = json.loads((workspace / "home" / "services" / "credentials").read_text())
+    for path in (workspace / "home" / "runs").rglob("*"):
         if path.is_file():
             content = path.read_bytes()
             assert not [key for key in secrets.values() if key.encode() in content], path
@@ -94,7 +98,7 @@ def test_every_step_ran_under_an_id_that_nobody_has(result: dict[str, Any], plac
 @pytest.mark.long
 @pytest.mark.timeout(2400)
 def test_a_run_that_is_killed_leaves_no_container(
-    docker: str, result: dict[str, Any], place: Path
+    docker: str, result: dict[str, Any], workspace: Path
 ) -> None:
     def running() -> list[str]:
         command = [docker, "ps", "--filter", f"label={CONTAINER_LABEL}", "--format", "{{.Image}}"]
@@ -107,7 +111,7 @@ def test_a_run_that_is_killed_leaves_no_container(
             time.sleep(0.2)
 
     for ended_by in (signal.SIGINT, signal.SIGKILL):
-        with start(place, "--fresh", "--set", "ingest.validation_share=0.2") as run:
+        with start(workspace, "--fresh", "--set", "ingest.validation_share=0.2") as run:
             wait(True)
             run.send_signal(ended_by)
             run.communicate(timeout=120)

@@ -98,7 +98,7 @@ def test_a_run_goes_on_only_with_the_model_that_it_trained(
     assert (ended.run_id == before) is same
     assert ended.steps["upload"].status == "done"
     assert ended.folder.name == ended.run_id
-    # What was told of the other model stands in no run but its own.
+    # A run's events never mention the other model.
     said = "".join(path.read_text() for path in folder.glob("events*.jsonl"))
     assert ('"step_start"' in said) is same
     if not same:
@@ -219,18 +219,18 @@ def test_a_server_does_not_keep_the_temporary_folder_of_the_run_that_starts_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path / "of the run"))
-    told = tmp_path / "told"
+    written = tmp_path / "written"
     for outer in ("", "/var/tmp"):
         monkeypatch.setenv("NUDGE_OUTER_TMPDIR", outer)
         command = [
             "sh",
             "-c",
-            f"echo \"$TMPDIR\" > '{told}.part'; mv '{told}.part' '{told}'; sleep 9",
+            f"echo \"$TMPDIR\" > '{written}.part'; mv '{written}.part' '{written}'; sleep 9",
         ]
-        processes.start(tmp_path, "server", command, address="", ready=told.exists, timeout_s=9)
+        processes.start(tmp_path, "server", command, address="", ready=written.exists, timeout_s=9)
         processes.stop(tmp_path, "server")
-        assert told.read_text().strip() == outer
-        told.unlink()
+        assert written.read_text().strip() == outer
+        written.unlink()
 
 
 def test_the_steps_get_the_recipe_with_its_credentials(

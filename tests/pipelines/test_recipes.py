@@ -28,8 +28,8 @@ def test_every_shipped_recipe_is_named_as_its_file_and_valid() -> None:
 def test_a_shipped_recipe_holds_out_enough_for_a_verdict(name: str, tmp_path: Path) -> None:
     text = load(name, ["ingest.only_new=false", "ingest.workers=1"]).text
     settings = step_settings(IngestSettings, "ingest", text)
-    told = ingest(settings, corpus=tmp_path / "corpus", report=tmp_path / "report")
-    assert told["validation_documents"] >= MIN_DOCUMENTS
+    result = ingest(settings, corpus=tmp_path / "corpus", report=tmp_path / "report")
+    assert result["validation_documents"] >= MIN_DOCUMENTS
 
 
 def test_overrides_reach_the_step_and_stay_in_the_text() -> None:

@@ -98,14 +98,14 @@ def test_ctrl_c_before_there_is_a_run_is_no_failure(monkeypatch: pytest.MonkeyPa
     assert (ended.exit_code, ended.stderr) == (130, "stopped\n")
 
 
-def told(*events: tuple[str, str]) -> list[str]:
+def lines_of(*events: tuple[str, str]) -> list[str]:
     return [json.dumps({"step": step, "event": event}) for step, event in events]
 
 
 def cut_off(home: Path, *events: tuple[str, str], failed: str = "", kept: bool = False) -> str:
-    """A run of eiffel that came as far as these events and ended, however; returns its id."""
+    """A run of eiffel that ended after these events; returns its id."""
     run = begin(load("eiffel"), home, fresh=True)
-    run.events.write_text("".join(f"{line}\n" for line in told(*events)))
+    run.events.write_text("".join(f"{line}\n" for line in lines_of(*events)))
     if failed:
         run.steps[failed].apply({"event": "step_failed", "time": 1.0, "error": "it burst"})
     if failed or kept:
@@ -132,13 +132,13 @@ def test_a_run_that_was_cut_off_while_it_published_goes_on(tmp_path: Path, end: 
     then = end.pop("then", None)
     run_id = cut_off(tmp_path, *end.pop("events"), **end)
     assert begin(load("eiffel", ["seed=7"]), tmp_path).run_id != run_id
-    if then is not None:  # it was gone on with before, and cut off sooner
+    if then is not None:  # an earlier continuation ended sooner
         once = begin(load("eiffel"), tmp_path)
-        once.events.write_text("".join(f"{line}\n" for line in told(*then)))
+        once.events.write_text("".join(f"{line}\n" for line in lines_of(*then)))
         once.lock.close()
     again = begin(load("eiffel"), tmp_path)
     assert (again.run_id, again.continued) == (run_id, True)
-    assert not (again.folder / "events.jsonl").exists()  # what it had told is not told again
+    assert not (again.folder / "events.jsonl").exists()  # its events are not shown twice
     # It is at work now, and another one is another run.
     assert begin(load("eiffel"), tmp_path).run_id != run_id
 

@@ -33,8 +33,8 @@ def test_nothing_that_a_run_leaves_holds_a_secret(nights: Nights) -> None:
     secrets = [*ENVIRONMENT.values(), *BESIDE.values(), METADATA, keys["AWS_SECRET_ACCESS_KEY"]]
     assert found_in(left, secrets, but={credentials}) == []
     assert credentials.stat().st_mode & 0o077 == 0
-    for place in ("runs", "model-registry", "object-store", "services", "reuse"):
-        assert any((left / place).rglob("*")), place  # the search had something to search
+    for name in ("runs", "model-registry", "object-store", "services", "reuse"):
+        assert any((left / name).rglob("*")), name  # the search had something to search
 
 
 @pytest.mark.long

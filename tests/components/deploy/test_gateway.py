@@ -44,8 +44,8 @@ def test_shares_are_exact(home: Path, servers: dict[str, str]) -> None:
     texts = [answer.json()["choices"][0]["text"] for answer in answers]
     assert collections.Counter(texts) == {"v1": 93, "v2": 7}
     # A small share comes evenly, not in a row.
-    places = [place for place, text in enumerate(texts) if text == "v2"]
-    assert max(b - a for a, b in itertools.pairwise(places)) < 20
+    positions = [position for position, text in enumerate(texts) if text == "v2"]
+    assert max(b - a for a, b in itertools.pairwise(positions)) < 20
     (route,) = gateway.routes(home).values()
     assert (route.shares, route.servers) == ({"v1": 93, "v2": 7}, servers)
 

@@ -65,8 +65,8 @@ def test_our_own_task_runs_offline(tiny_model: Path, folder: Path) -> None:
         for choice in choices:
             start, ids = tokenizer(question)["input_ids"], tokenizer(question + choice)["input_ids"]
             rows = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
-            places = range(len(start), len(ids))
-            likely.append(sum(rows[place - 1, ids[place]].item() for place in places))
+            positions = range(len(start), len(ids))
+            likely.append(sum(rows[position - 1, ids[position]].item() for position in positions))
         right += likely.index(max(likely)) == answer
     assert measured.metric == "acc"
     assert measured.value == pytest.approx(right / 2)
@@ -115,6 +115,6 @@ def test_without_the_harness_its_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_missing_task_folder_is_an_error(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra tasks is not installed")
-    for place in (str(tmp_path / "none"), "s3://bucket/tasks"):
+    for uri in (str(tmp_path / "none"), "s3://bucket/tasks"):
         with pytest.raises(UserError, match="not a folder on this machine"):
-            check_tasks(settings(place, "arc_easy"))
+            check_tasks(settings(uri, "arc_easy"))

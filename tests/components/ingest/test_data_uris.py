@@ -25,18 +25,18 @@ def texts(kind: str, count: int) -> list[str]:
 
 def save_to_disk(folder: Path, split: str, documents: list[str]) -> None:
     """One split as ``DatasetDict.save_to_disk`` of datasets 4 lays it out, in two shards."""
-    place = folder / split
-    place.mkdir(parents=True)
+    target = folder / split
+    target.mkdir(parents=True)
     half = len(documents) // 2
     shards = [f"data-{n:05d}-of-00002.arrow" for n in range(2)]
     for name, part in zip(shards, (documents[:half], documents[half:]), strict=True):
         table = pyarrow.table({"text": part, "label": [0] * len(part)})
-        with pyarrow.ipc.new_stream(place / name, table.schema) as writer:
+        with pyarrow.ipc.new_stream(target / name, table.schema) as writer:
             writer.write_table(table, max_chunksize=20)
     features = {"text": {"dtype": "string", "_type": "Value"}}
-    (place / "dataset_info.json").write_text(json.dumps({"citation": "", "features": features}))
+    (target / "dataset_info.json").write_text(json.dumps({"citation": "", "features": features}))
     state = {"_data_files": [{"filename": name} for name in shards], "_split": split}
-    (place / "state.json").write_text(json.dumps(state))
+    (target / "state.json").write_text(json.dumps(state))
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
 
 

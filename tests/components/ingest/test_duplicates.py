@@ -9,10 +9,11 @@ import pytest
 
 from nudge.components.common.artifacts.corpus import read_documents
 from nudge.components.ingest import duplicates, ordering
-from nudge.components.ingest.cleaning import Row, split_of
+from nudge.components.ingest.cleaning import Row
 from nudge.components.ingest.duplicates import BUCKETS, NGRAM, ROWS, Documents, word_hashes
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
+from tests.components.ingest.splits import split_of
 
 
 def signature(text: str) -> list[int]:
@@ -24,8 +25,8 @@ def words(count: int, choice: random.Random) -> list[str]:
 
 
 def changed(text: list[str], count: int, choice: random.Random) -> list[str]:
-    places = set(choice.sample(range(len(text)), count))
-    return [f"x{choice.randrange(10**6)}" if n in places else w for n, w in enumerate(text)]
+    positions = set(choice.sample(range(len(text)), count))
+    return [f"x{choice.randrange(10**6)}" if n in positions else w for n, w in enumerate(text)]
 
 
 def jaccard(one: list[str], other: list[str]) -> float:
@@ -104,9 +105,9 @@ def test_clusters_equal_those_of_union_find(tmp_path: Path, seed: int) -> None:
         rows.append((f"{number:05d}", keys))
     shares = {sha256: choice.random() for sha256, _ in rows}
     documents = Documents(tmp_path)
-    for place, (sha256, keys) in enumerate(rows):
+    for index, (sha256, keys) in enumerate(rows):
         row = Row("id", "text", "", "", sha256, shares[sha256], 4, 4, tuple(keys))
-        documents.add(0, place, row)
+        documents.add(0, index, row)
     documents.find_duplicates(near=True)
     verdicts = dict(documents.query("SELECT doc, reason FROM verdicts"))
     documents.close()
@@ -133,7 +134,7 @@ def test_a_document_never_moves_between_splits(tmp_path: Path) -> None:
     choice = random.Random(7)
     settings = IngestSettings(data_uri=str(tmp_path / "*.txt"), validation_share=0.3)
     texts: list[list[str]] = []
-    places: dict[str, str] = {}
+    first: dict[str, str] = {}
     moved = 0
     for night in range(3):
         for number in range(50):
@@ -156,11 +157,11 @@ def test_a_document_never_moves_between_splits(tmp_path: Path) -> None:
         for split, kept in splits.items():
             for text in kept:
                 assert split_of(text, settings) == split
-                assert places.setdefault(text, split) == split
-        trained = {k for t, s in places.items() if s == "train" for k in pairs(t)}
+                assert first.setdefault(text, split) == split
+        trained = {k for t, s in first.items() if s == "train" for k in pairs(t)}
         moved += len({k for row in keys["validation"] for k in row} & trained)
     assert moved == 0
-    assert len(places) > 70
+    assert len(first) > 70
 
 
 def test_texts_larger_than_the_memory_of_the_tables_come_back(
@@ -170,15 +171,15 @@ def test_texts_larger_than_the_memory_of_the_tables_come_back(
     texts = [chr(0x4E00 + number) * 1_000_000 for number in range(30)]
     (tmp_path / "again").mkdir()
     documents, again = Documents(tmp_path), Documents(tmp_path / "again")
-    for place, text in enumerate(texts):
-        keys = tuple(range(place * BUCKETS, (place + 1) * BUCKETS))
-        documents.add(3, place, Row("id", text, "", "", str(place), 0.5, 0, 3_000_000, keys))
+    for index, text in enumerate(texts):
+        keys = tuple(range(index * BUCKETS, (index + 1) * BUCKETS))
+        documents.add(3, index, Row("id", text, "", "", str(index), 0.5, 0, 3_000_000, keys))
     documents.find_duplicates(near=True)
     documents.save(tmp_path / "saved.parquet", [3])
     again.load(tmp_path / "saved.parquet", {3: 8})
     for held, number in ((documents, 3), (again, 8)):
         found = held.query("SELECT doc, text_at, bytes FROM docs")
-        read = {doc: held.text(*place) for doc, *place in found}
+        read = {doc: held.text(*where) for doc, *where in found}
         assert read == {(number << duplicates.PLACES) | n: text for n, text in enumerate(texts)}
         held.close()
 

@@ -13,13 +13,13 @@ from nudge.components.common.artifacts.schema import plain
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.recipe import step_settings
 from nudge.components.ingest import cleaning
-from nudge.components.ingest.cleaning import split_of
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
+from tests.components.ingest.splits import split_of
 
 
 def texts(count: int) -> list[str]:
-    return [f"Document number {n} about {n * n} things, told at length {n}." for n in range(count)]
+    return [f"Document number {n} about {n * n} things, shown at length {n}." for n in range(count)]
 
 
 def write(folder: Path, documents: list[str], name: str = "a.jsonl") -> Path:

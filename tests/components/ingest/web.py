@@ -60,12 +60,12 @@ def hub(folder: Path, name: str) -> list[Route]:
         return web.json_response({"id": name, "sha": commit, "private": False, "siblings": []})
 
     async def tree(request: web.Request) -> web.Response:
-        place = folder / request.match_info.get("path", "")
-        if not place.is_dir():
+        target = folder / request.match_info.get("path", "")
+        if not target.is_dir():
             headers = {"X-Error-Code": "EntryNotFound"}
             return web.json_response({"error": "none"}, status=404, headers=headers)
         deep = request.query.get("recursive", "").lower() in ("1", "true")
-        found = sorted(place.rglob("*") if deep else place.iterdir())
+        found = sorted(target.rglob("*") if deep else target.iterdir())
         return web.json_response([entry(path) for path in found])
 
     async def paths(request: web.Request) -> web.Response:

@@ -18,9 +18,9 @@ from nudge.components.common.artifacts.tokens import (
     read_tokens_manifest,
     token_dtype,
     verified_tokenizer,
-    write_shard,
 )
 from nudge.components.common.core.errors import UserError
+from tests.token_shards import write_shard
 
 Run = Callable[..., Path]
 DOCUMENTS = [[5, 1, 0], [0], [299, 17, 4, 2, 0]]

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from nudge.components.common.artifacts.tokens import token_dtype, write_shard
+from nudge.components.common.artifacts.tokens import token_dtype
 from nudge.components.common.core.publish import sha256_tree
 from nudge.components.train.settings import TrainSettings
 from tests.components.train import spied_rank
+from tests.token_shards import write_shard
 
 SMALL: dict[str, Any] = {
     "sequence_length": 16, "batch_sequences": 4, "micro_batch_sequences": 2, "max_steps": 12,

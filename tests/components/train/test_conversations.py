@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nudge.components.common.artifacts.tokens import TokenReader, token_dtype, write_shard
+from nudge.components.common.artifacts.tokens import TokenReader, token_dtype
 from nudge.components.common.core.errors import UserError
 from nudge.components.train.data import IGNORED, PackedSplit, Rows, tokens_in
 from nudge.components.train.loop import accumulate
@@ -26,6 +26,7 @@ from nudge.components.train.packing import pack
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
 from tests.components.train.conftest import lines, outputs, weights, write_tokens
+from tests.token_shards import write_shard
 
 LENGTH = 24
 

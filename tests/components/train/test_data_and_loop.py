@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from nudge.components.common.artifacts.tokens import TokenReader, token_dtype, write_shard
+from nudge.components.common.artifacts.tokens import TokenReader, token_dtype
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.models.language_model import load_tokenizer
 from nudge.components.train.adapt import adapt
@@ -25,6 +25,7 @@ from nudge.components.train.model import check_length
 from nudge.components.train.network import Network
 from nudge.components.train.record import NoTrainingLog
 from nudge.components.train.settings import TrainSettings, WatchedPrompt
+from tests.token_shards import write_shard
 
 END = 0
 LENGTHS = [5, 1, 17, 40, 3, 9, 26]

@@ -107,8 +107,8 @@ class Pipelines:
         if self.no_logs:
             return JSONResponse({"error_message": "no logs here"}, status_code=self.no_logs)
         if run not in self.runs or pod not in self.logs:
-            told = f"Failed to read logs for run {run}"
-            return Response(json.dumps({"error_message": told, "error_details": told}))
+            message = f"Failed to read logs for run {run}"
+            return Response(json.dumps({"error_message": message, "error_details": message}))
         return Response(self.logs[pod], media_type="text/plain")
 
     def _operation(self, method: str, path: str) -> tuple[Any, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Refusals, faults, TLS and tokens of a pipelines server, each told in a sentence."""
+"""Refusals, faults, TLS and tokens of a pipelines server, each reported in one sentence."""
 
 import shutil
 import socket

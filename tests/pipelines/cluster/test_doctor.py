@@ -55,12 +55,12 @@ def test_a_laptop_lacks_nothing_and_sees_what_is_not_used() -> None:
         assert found[name].state == "not used"
 
 
-@pytest.mark.parametrize("place", ["a file", "/proc"])
+@pytest.mark.parametrize("where", ["a file", "/proc"])
 def test_a_disk_that_cannot_be_written_is_no_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     (tmp_path / "a file").touch()
-    monkeypatch.setenv("NUDGE_HOME", str((tmp_path / place).resolve() / "home"))
+    monkeypatch.setenv("NUDGE_HOME", str((tmp_path / where).resolve() / "home"))
     disk = states()["disk"]
     assert (disk.state, disk.fix) == (
         "missing",

@@ -139,7 +139,7 @@ def shown(state: str, *made: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def recorded(name: str, state: str) -> dict[str, Any]:
-    """What a real server told of a run (Kubeflow Pipelines of 2026-08 with Argo 4.1)."""
+    """What a real server reported about a run (Kubeflow Pipelines of 2026-08 with Argo 4.1)."""
     run = json.loads((Path(__file__).parent / name).read_text())
     return {"state": state, "run_details": run["run_details"], "finished_at": run["finished_at"]}
 
@@ -196,7 +196,7 @@ def test_logs_and_figures_of_the_steps_are_shown(
 def test_a_real_run_is_followed(
     state: Pipelines, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run as a real server told it while it trained, and after deploy had failed twice."""
+    """A run as a real server reported it while it trained, and after deploy had failed twice."""
     monkeypatch.setattr(logs, "INTERVAL_S", 0.0)
     monkeypatch.setattr(display, "MINUTE_S", 0.0)
     train = f"{WORKFLOW}-retry-system-container-impl-2562324982"

@@ -39,10 +39,10 @@ PREFIX = "/api/model_registry/v1alpha3"
 
 
 def described(name: str) -> dict[str, Any]:
-    """The API's description, with two things said that it means but does not say.
+    """The API's description, with two additions that make it match the real server.
 
-    Its artifacts are told apart by a discriminator, which JSON Schema's oneOf knows nothing of; and
-    its lists take a page size, a filter and a page token as any string but document no 400.
+    A discriminator distinguishes its artifacts, which JSON Schema's oneOf does not know; and its
+    lists take a page size, a filter and a page token as any string but document no 400.
     """
     text = (Path(__file__).parent / name).read_text()
     found: dict[str, Any] = yaml.safe_load(text)
@@ -52,8 +52,8 @@ def described(name: str) -> dict[str, Any]:
     schemas = found["components"]["schemas"]
     for kind, reference in schemas["Artifact"]["discriminator"]["mapping"].items():
         schema = schemas[reference.rsplit("/", 1)[-1]]
-        told = {"properties": {"artifactType": {"enum": [kind]}}, "required": ["artifactType"]}
-        schema["allOf"] = [*schema.get("allOf", []), told]
+        kind_only = {"properties": {"artifactType": {"enum": [kind]}}, "required": ["artifactType"]}
+        schema["allOf"] = [*schema.get("allOf", []), kind_only]
     for path in found["paths"].values():
         for operation in path.values():
             if isinstance(operation, dict) and "responses" in operation:

@@ -7,7 +7,7 @@ versions that had all of it before, which is what a rollback needs.
 
 import json
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
@@ -27,9 +27,6 @@ KEPT_HISTORY = 20
 """How many versions that had all the traffic are remembered."""
 NOT_PROMOTED = "not_promoted"
 """The custom property with the reason why a version got no traffic; empty if it got some."""
-
-ROLLBACK = "rollback"
-"""The custom property of the served model's entity with the last `Rollback` that a run decided."""
 
 Work = Callable[[Any], Awaitable[Any]]
 
@@ -78,20 +75,11 @@ class Served:
         return {*self.shares, *([self.before] if self.before else [])}
 
 
-@dataclass(frozen=True)
-class Rollback:
-    """A rollback that a run decided: the version it returns to, and the traffic before it."""
-
-    run_id: str
-    version: str
-    shares: dict[str, int]
-
-
 def find_version(model: str, version: str) -> Callable[[Any], Awaitable[Version]]:
     """Work that returns a `Version`; raises `UserError` that suggests existing ones."""
 
     async def work(client: Any) -> Version:
-        entry = await _model(client, model)
+        entry = await model_entity(client, model)
         found = await find_model_version(client, entry.id, version)
         if found is None:
             versions = await list_model_versions(client, entry.id)
@@ -109,7 +97,7 @@ def list_versions(model: str) -> Callable[[Any], Awaitable[list[Version]]]:
     """Work that returns every `Version` of a model that has an artifact, oldest first."""
 
     async def work(client: Any) -> list[Version]:
-        entry = await _model(client, model)
+        entry = await model_entity(client, model)
         found = await client.list_json(f"/registered_models/{entry.id}/versions")
         versions = await together(_listed(client, model, entry, version) for version in found)
         return [version for version in versions if version]
@@ -166,7 +154,7 @@ def find_served(model: str) -> Callable[[Any], Awaitable[Served | None]]:
 
     async def work(client: Any) -> Served | None:
         entry = await find_model(client, model)
-        service = entry and await _service(client, model, str(entry.id))
+        service = entry and await service_entity(client, model, str(entry.id))
         return _read(model, service) if service else None
 
     return work
@@ -204,7 +192,7 @@ def note_served(version: Version, served: Served, environment: str, runtime: str
         properties = _properties(served)
 
         async def update() -> bool:
-            service = await _service(client, served.model, version.model_id)
+            service = await service_entity(client, served.model, version.model_id)
             if service is None:
                 return False
             # An update replaces all properties, so keep those of others.
@@ -243,43 +231,6 @@ def note_served(version: Version, served: Served, environment: str, runtime: str
     return work
 
 
-def find_rollback(model: str, run_id: str) -> Callable[[Any], Awaitable[Rollback | None]]:
-    """Work that returns the model's last `Rollback` if this run decided it, or else None."""
-
-    async def work(client: Any) -> Rollback | None:
-        entry = await find_model(client, model)
-        service = entry and await _service(client, model, str(entry.id))
-        if not service or ROLLBACK not in service.custom_properties:
-            return None
-        text = service.custom_properties[ROLLBACK].actual_instance.string_value
-        found = Rollback(**json.loads(text))
-        return found if found.run_id == run_id else None
-
-    return work
-
-
-def note_rollback(model: str, rollback: Rollback) -> Work:
-    """Work that records a rollback before it moves the traffic, so that a retry finds it."""
-
-    async def work(client: Any) -> None:
-        import mr_openapi
-
-        entry = await _model(client, model)
-        service = await _service(client, model, str(entry.id))
-        if service is None:
-            raise UserError(f"no version of {model} is served, so there is nothing to roll back")
-        # An update replaces all properties, so keep the others.
-        text = json.dumps(asdict(rollback))
-        properties = {**(service.custom_properties or {}), ROLLBACK: _text(text)}
-        change = mr_openapi.InferenceServiceUpdate(
-            desiredState="DEPLOYED", customProperties=properties
-        )
-        async with client.get_client() as api:
-            await api.update_inference_service(service.id, change)
-
-    return work
-
-
 def note_promotion(version: Version, reason: str) -> Work:
     """Work that records why a version was not promoted; an empty ``reason`` means that it was."""
 
@@ -297,7 +248,7 @@ def note_properties(version_id: str, values: Mapping[str, str | bool]) -> Work:
                 kind = "MetadataBoolValue"
                 plain = mr_openapi.MetadataBoolValue(bool_value=value, metadataType=kind)
                 return mr_openapi.MetadataValue(plain)
-            return _text(value)
+            return text_value(value)
 
         async with client.get_client() as api:
             found = await api.get_model_version(version_id)
@@ -332,7 +283,7 @@ async def _environment(client: Any, name: str) -> str:
     return str(found.id)
 
 
-async def _model(client: Any, model: str) -> Any:
+async def model_entity(client: Any, model: str) -> Any:
     entry = await find_model(client, model)
     if entry is None:
         raise UserError(
@@ -379,7 +330,7 @@ async def _listed(client: Any, model: str, entry: Any, found: dict[str, Any]) ->
     )
 
 
-async def _service(client: Any, model: str, model_id: str) -> Any:
+async def service_entity(client: Any, model: str, model_id: str) -> Any:
     """The model's InferenceService entity that nudge wrote, or None."""
     async with client.get_client() as api:
         for service in await pages(api.get_inference_services):
@@ -414,10 +365,10 @@ def _properties(served: Served) -> dict[str, Any]:
         "withdrawn": json.dumps(served.withdrawn[-KEPT_HISTORY:]),
         "canary": served.canary,
     }
-    return {name: _text(value) for name, value in values.items()}
+    return {name: text_value(value) for name, value in values.items()}
 
 
-def _text(value: str) -> Any:
+def text_value(value: str) -> Any:
     import mr_openapi
 
     return mr_openapi.MetadataValue(

@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 
 from nudge.components.common.chat import ChatTemplate
 
-ROLES = "{% for m in messages %}"
-
 
 @dataclass(frozen=True)
 class Family:

@@ -31,7 +31,7 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     monkeypatch.setattr(_pslinux, "boot_time", lambda: real + seconds)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a start is told by the clock")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere start times depend on the clock")
 def test_a_server_is_the_same_after_the_clock_was_set(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
