@@ -9,6 +9,7 @@ from nudge.components.common.core.errors import UserError
 from nudge.pipelines.cli import display
 from nudge.pipelines.cli.output import echo
 from nudge.pipelines.cli.screen import Screen
+from nudge.pipelines.plan.check import check_submitted
 from nudge.pipelines.recipes import load
 from nudge.pipelines.steps import STEPS
 
@@ -73,6 +74,9 @@ def submit(
     nudge upload                                  once, and after each change of nudge
     nudge submit mine.yaml -p gpu_count=2
 
+    A recipe that states its hardware (`plan.gpus`, or `train.cluster`) is refused if it does not
+    fit there; `nudge plan` shows why.
+
     Exit status: 0 the run succeeded (or was started, with --no-follow), 1 it did not succeed,
     2 the input was refused. Ctrl-C stops following; the run continues.
     """
@@ -83,6 +87,8 @@ def submit(
     targets = STEPS["train"].read_settings(loaded.text).lora_targets
     # `runs.submit` checks the names, if the pipeline registers.
     preflight(loaded.text, Way.SUBMIT, lora_targets=targets, publishes=False)
+    if line := check_submitted(loaded.name, loaded.text):
+        echo(line, err=True)
     values = runs.sendable({"recipe": loaded.text, **_parameters(parameters)})
     server = connect.connect(url)
     run = runs.submit(server, pipeline, name or loaded.name, values)

@@ -24,10 +24,11 @@ from nudge.components.common.core.recipe import (
     step_settings,
 )
 from nudge.components.common.core.uris import read_text
+from nudge.pipelines.plan.settings import PlanSettings
 from nudge.pipelines.steps import SETTINGS
 
 FOLDER = Path(__file__).parent
-RUN_SECTIONS: dict[str, type[Any]] = {"prices": Prices, "budget": Budget}
+RUN_SECTIONS: dict[str, type[Any]] = {"plan": PlanSettings, "prices": Prices, "budget": Budget}
 """Sections about all steps together."""
 TOP = ("name", "title", *SHARED, *SECTIONS, *RUN_SECTIONS)
 
