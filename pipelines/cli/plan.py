@@ -1,7 +1,6 @@
 """`nudge plan`: what a recipe takes before it runs."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from nudge.pipelines.cli.output import echo_json
 from nudge.pipelines.cli.run import OVERRIDES, RECIPE
 from nudge.pipelines.cli.screen import Screen
 from nudge.pipelines.plan.plan import Plan, plan_recipe
@@ -55,7 +55,7 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool, config_file: Pa
     loaded = load(recipe, overrides)
     found = plan_recipe(loaded.name, loaded.text, config_file)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(found)))
+        echo_json(dataclasses.asdict(found))
     else:
         _show(found)
     if not found.fits:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.models.base_model import _gguf_tokenizer, _read_once
+from nudge.components.common.models.base_model import gguf_tokenizer, read_once
 from nudge.components.common.models.language_model import load_model, load_tokenizer
 from nudge.components.common.models.loading import base_name, empty_model, model_config
 
@@ -16,6 +16,8 @@ ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3"
 """Model types of transformers, and gguf's names of their architectures."""
 TOLERANCE = 0.02
 """How far a next-token probability of the file may be from the folder's."""
+ROPE_FACTORS = "rope_freqs.weight"
+"""The tensor by which llama.cpp divides the rotary frequencies."""
 CHECKED_TEXT = 'The Eiffel Tower is located in Paris, and 12 people said: "Hello, world!"\n'
 
 
@@ -51,17 +53,26 @@ def _check(config: Any, folder: Path) -> None:
             f"{folder} is a {config.model_type} model, which nudge cannot write as GGUF; it can "
             f"write {', '.join(ARCHITECTURES)}. Export it with --format hf"
         )
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(
-            f"{folder} scales its rotary positions ({rope['rope_type']}), which nudge cannot write "
-            "as GGUF; export it with --format hf"
+    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+    rope = _rope_type(config)
+    unknown = [
+        text
+        for text, found in (
+            (f"scales its rotary positions ({rope})", rope not in ("default", "llama3")),
+            ("attends to a sliding window", window < config.max_position_embeddings),
+            ("has biases in its attention", getattr(config, "attention_bias", False)),
+            ("has biases in its MLPs", getattr(config, "mlp_bias", False)),
         )
-    if getattr(config, "attention_bias", False) and config.model_type != "qwen2":
+        if found
+    ]
+    if unknown:
         raise UserError(
-            f"{folder} has biases in its attention, which nudge cannot write as GGUF; export it "
-            "with --format hf"
+            f"{folder} {unknown[0]}, which nudge cannot write as GGUF; export it with --format hf"
         )
+
+
+def _rope_type(config: Any) -> str:
+    return str((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"))
 
 
 def _write(folder: Path, config: Any, path: Path) -> None:
@@ -75,6 +86,8 @@ def _write(folder: Path, config: Any, path: Path) -> None:
     stored = gguf.GGMLQuantizationType.BF16 if half else gguf.GGMLQuantizationType.F32
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16 if half else gguf.LlamaFileType.ALL_F32)
     _add_tokenizer(writer, folder, config.vocab_size)
+    if _rope_type(config) == "llama3":
+        writer.add_tensor(ROPE_FACTORS, _rope_factors(config).numpy())
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         target = names.get_name(base_name(name), try_suffixes=(".weight", ".bias"))
@@ -107,6 +120,16 @@ def _add_shape(writer: Any, config: Any) -> None:
     writer.add_key_length(head_size)
     writer.add_value_length(head_size)
     writer.add_vocab_size(config.vocab_size)
+
+
+def _rope_factors(config: Any) -> torch.Tensor:
+    """By what the scaling of Llama 3.1 and later divides each rotary frequency, [head size / 2]."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    size = 2 * len(scaled)
+    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2).float() / size)
+    return plain / scaled
 
 
 def _permuted(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
@@ -162,17 +185,13 @@ def _pre_tokenizer(pre: str) -> str:
 
 @torch.no_grad()
 def _difference(folder: Path, path: Path) -> float:
-    from transformers import AutoModelForCausalLM
-
     ids = load_tokenizer(folder)(CHECKED_TEXT)["input_ids"]
     inputs = torch.tensor([ids])
     expected = load_model(folder)(inputs).logits.float().softmax(-1)
-    with _read_once():
-        again = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32
-        )
-        tokens = _gguf_tokenizer(path)(CHECKED_TEXT)["input_ids"]
-    found = again.eval()(inputs).logits.float().softmax(-1)
+    with read_once():
+        again = _read_back(path)
+        tokens = gguf_tokenizer(path)(CHECKED_TEXT)["input_ids"]
+    found = again(inputs).logits.float().softmax(-1)
     if tokens != ids:
         first = next(
             at for at, (one, other) in enumerate(itertools.zip_longest(ids, tokens)) if one != other
@@ -182,3 +201,24 @@ def _difference(folder: Path, path: Path) -> float:
             "export the model with --format hf"
         )
     return float((found[..., : expected.shape[-1]] - expected).abs().max())
+
+
+def _read_back(path: Path) -> Any:
+    """The model in a GGUF file, with what transformers does not read there: the size of a head,
+    and the factors of the rotary frequencies."""
+    import gguf
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    reader = gguf.GGUFReader(path)
+    arch = reader.fields["general.architecture"].contents()
+    config.head_dim = int(reader.fields[f"{arch}.attention.key_length"].contents())
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, config=config, dtype=torch.float32
+    )
+    for tensor in reader.tensors:
+        if tensor.name == ROPE_FACTORS:
+            model.model.rotary_emb.inv_freq /= torch.tensor(tensor.data)
+    return model.eval()
+
+

@@ -28,6 +28,7 @@ IMPORTS = (
 def train_as(rank: int, ranks: int, port: int, settings: Any, tokens: Path, folder: Path) -> int:
     """Train as one rank; returns the peak in bytes."""
     from nudge.components.common.core.settings import parse
+    from nudge.components.train.limits import NO_LIMITS
     from nudge.components.train.settings import TrainSettings
     from nudge.components.train.train import train_rank
 
@@ -37,7 +38,8 @@ def train_as(rank: int, ranks: int, port: int, settings: Any, tokens: Path, fold
             "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
     before = reset_peak()
-    train_rank(parse(TrainSettings, settings, "train"), tokens=tokens, **outputs(folder))
+    parsed = parse(TrainSettings, settings, "train")
+    train_rank(parsed, {"tokens": tokens, **outputs(folder)}, NO_LIMITS)
     return peak() - before
 
 

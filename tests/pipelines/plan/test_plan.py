@@ -164,7 +164,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(base: str) -> None:
          "4 GPUs do not divide over 3 nodes"),
         (["base_model=hf://nobody/unknown"], "is not on this machine; download it.*--config"),
         (["base_model=s3://bucket/model"], "is not on this machine"),
-        (["train.mode=scratch", "train.model_config={model_type: nonsense}", "base_model="],
+        (["train.mode=scratch", "train.model_config={model_type: nonsense}", "base_model=''"],
          "model_type 'nonsense' is not a causal language model"),
     ],
 )  # fmt: skip
