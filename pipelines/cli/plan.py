@@ -77,6 +77,9 @@ def _show(plan: Plan) -> None:
     for name, size in plan.device_parts.items():
         rough = plan.activations_from if name == "activations" else ""
         row(f"  {PARTS[name]}", f"{_gb(size)}{f' ({rough})' if rough else ''}")
+    evaluated = f"{_gb(plan.evaluation_bytes)} of {limit}"
+    too_large = plan.evaluation_bytes > (plan.device_memory_bytes or plan.evaluation_bytes)
+    row("evaluation, weights on one device", f"{evaluated}{': too large' if too_large else ''}")
     row("host memory per node", f"{_gb(plan.host_peak_bytes)} of {_gb(plan.host_memory_bytes)}")
     row("disk", _gb(plan.disk_bytes))
     for name, size in plan.disk_parts.items():
@@ -93,7 +96,7 @@ def _show(plan: Plan) -> None:
         cost = unknown if plan.cost is None else f"{plan.cost:,.2f} {plan.currency}"
         row("cost of training, without energy", cost)
     row("largest micro-batch that fits", f"{plan.largest_micro_batch} sequences")
-    row("fits", "yes" if plan.fits else "no")
+    row("training fits", "yes" if plan.fits else "no")
     screen.print(table)
     if plan.change:
         screen.print("Change, in this order, until it fits:")

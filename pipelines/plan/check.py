@@ -1,23 +1,26 @@
 """Refuse a recipe that does not fit its hardware, before anything is spent."""
 
+import math
+
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.recipe import read_recipe, step_settings
 from nudge.components.common.core.uris import is_local, local_path
+from nudge.components.common.preflight.machine import is_large
 from nudge.components.train.settings import TrainSettings
+from nudge.pipelines.plan.config import ConfigNotHere, base_of
 from nudge.pipelines.plan.settings import PlanSettings
 
-SMALL_SHARE = 0.02
-"""A base model whose file takes less of this machine's memory is not planned before a run: training
-all of its weights takes 16 bytes per parameter, and a 4-bit file has half a byte."""
+SMALLEST_WEIGHT = 0.5
+"""Bytes per parameter in a file of 4 bits."""
 
 
 def check_here(text: str) -> None:
     """Raise `UserError` if training on this machine would need more memory than it has.
 
-    A small base model is not checked, because the plan takes seconds.
+    A small model is not checked, because the plan takes seconds.
     """
     train = step_settings(TrainSettings, "train", text)
-    if train.launcher == "local" and _is_large(train.base_model):
+    if train.launcher == "local" and _is_large(train):
         check_fits("", text)
 
 
@@ -36,13 +39,14 @@ def check_submitted(name: str, text: str) -> str:
 
 def check_fits(name: str, text: str) -> str:
     """One line about a plan; raises `UserError` if the recipe does not fit."""
-    from nudge.pipelines.plan.config import ConfigNotHere
     from nudge.pipelines.plan.plan import plan_recipe
 
     try:
         plan = plan_recipe(name, text)
     except ConfigNotHere as error:
         return f"not planned: {error}"
+    except ImportError as error:  # whoever only submits needs no torch
+        return f"not planned: the Python package {error.name} is not installed"
     peak, limit = plan.device_peak_bytes / 1e9, (plan.device_memory_bytes or 0) / 1e9
     device = "GPU" if plan.device == "cuda" else "rank"
     if plan.fits:
@@ -54,16 +58,27 @@ def check_fits(name: str, text: str) -> str:
     raise UserError(
         f"training needs {peak:,.1f} GB per {device}{host}, but there are {limit:,.1f} GB. Change "
         f"in this order: {changes or 'use a machine with more memory'}. `nudge plan` shows the "
-        "parts"
+        "parts; the recipe's section `plan` says what the hardware has"
     )
 
 
-def _is_large(uri: str) -> bool:
-    import psutil
-
-    if not uri or not is_local(uri):
-        return False
+def _is_large(train: TrainSettings) -> bool:
+    """Whether a plan is worth its seconds; the size of a file only gives a bound."""
+    if train.mode == "scratch":
+        return is_large(_scratch_parameters(train))
+    uri = base_of(train.base_model)
+    if not is_local(uri):  # only a config that is here is planned
+        return True
     path = local_path(uri)
-    files = [path] if path.is_file() else [*path.glob("*.safetensors")]
-    size = sum(file.stat().st_size for file in files)
-    return size > SMALL_SHARE * psutil.virtual_memory().total
+    if path.is_file():
+        return is_large(path.stat().st_size / SMALLEST_WEIGHT)
+    return is_large(sum(file.stat().st_size for file in path.glob("*.safetensors")) / 2)
+
+
+def _scratch_parameters(train: TrainSettings) -> float:
+    """About how many parameters a fresh model has; infinity if its config has to be built."""
+    number, unit = train.model_size[:-1], train.model_size[-1:]
+    try:
+        return float(number) * {"M": 1e6, "B": 1e9}[unit]
+    except (ValueError, KeyError):
+        return math.inf

@@ -26,12 +26,10 @@ def model_config(train: TrainSettings, tokenize: TokenizeSettings, file: Path | 
     machine, or if transformers does not know the architecture.
     """
     if file is not None:
-        return _parsed(json.loads(file.read_text(encoding="utf-8")), str(file))
+        return _read(file, str(file))
     if train.mode == "scratch":
         return _fresh(train, tokenize)
-    uri = train.base_model
-    if uri.startswith("incumbent://"):
-        uri = uri.partition("?else=")[2] or uri
+    uri = base_of(train.base_model)
     if is_local(uri):
         return _local(uri)
     if urlsplit(uri).scheme == "hf":
@@ -39,11 +37,16 @@ def model_config(train: TrainSettings, tokenize: TokenizeSettings, file: Path | 
         shape = SHAPES / f"{name.replace('/', '--')}.json"
         found = _cached(name) or (shape if shape.is_file() else None)
         if found:
-            return _parsed(json.loads(found.read_text(encoding="utf-8")), uri)
+            return _read(found, uri)
     raise ConfigNotHere(
         f"base_model {uri}: its config.json is not on this machine; download it from the model's "
         "page and pass it with --config config.json"
     )
+
+
+def base_of(uri: str) -> str:
+    """A base model's URI; of ``incumbent://MODEL?else=URI``, the one that the first run trains."""
+    return (uri.partition("?else=")[2] or uri) if uri.startswith("incumbent://") else uri
 
 
 def _fresh(train: TrainSettings, tokenize: TokenizeSettings) -> Any:
@@ -63,7 +66,7 @@ def _local(uri: str) -> Any:
         return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     if not (path / "config.json").is_file():
         raise UserError(f"base_model {uri}: {path} has no config.json; name a model folder")
-    return _parsed(json.loads((path / "config.json").read_text(encoding="utf-8")), uri)
+    return _read(path / "config.json", uri)
 
 
 def _cached(name: str) -> Path | None:
@@ -71,6 +74,16 @@ def _cached(name: str) -> Path | None:
 
     found = try_to_load_from_cache(name, "config.json")
     return Path(found) if isinstance(found, str) else None
+
+
+def _read(file: Path, where: str) -> Any:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: {file} is not a readable config.json: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: {file} is not a config.json: it is no JSON object")
+    return _parsed(values, where)
 
 
 def _parsed(values: dict[str, Any], where: str) -> Any:

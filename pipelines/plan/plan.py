@@ -30,6 +30,7 @@ BYTES_PER_TOKEN = 4
 HOST_BYTES = 2**30
 """What a rank with a GPU takes on the host beside checkpoints: libraries, one part of a file while
 it is read, and one tensor while it is written."""
+DEFAULT_GPU_BYTES = 80 * 10**9
 RECOMPUTE = "train.activation_checkpointing: true"
 
 
@@ -74,6 +75,9 @@ class Plan:
     cost: float | None
     currency: str
     fits: bool
+    evaluation_bytes: int
+    """Weights during evaluation, which loads one model at a time in float32 on one device. ``fits``
+    is about training alone."""
     largest_micro_batch: int
     """Sequences per micro-batch; 0 if not even one fits."""
     change: list[Change] = field(default_factory=list)
@@ -137,6 +141,7 @@ def plan_recipe(name: str, text: str, config_file: Path | None = None) -> Plan:
         cost=_cost(hours, gpus, machine, prices),
         currency=prices.currency,
         fits=fits,
+        evaluation_bytes=4 * sizes.parameters,
         largest_micro_batch=_largest(estimate, machine),
         change=[] if fits else _changes(config, train, machine),
     )
@@ -161,6 +166,9 @@ def _machine(train: TrainSettings, assumed: PlanSettings) -> _Machine:
     if gpus:
         ranks = train.processes or gpus if train.launcher == "local" else gpus
         memory = int(assumed.gpu_memory_gb * 1e9)
+        if not memory:
+            here = train.launcher == "local" and assumed.gpus is None
+            memory = _gpu_memory_here() if here else DEFAULT_GPU_BYTES
         return _Machine(ranks, nodes, "cuda", memory, int(host) or None, cores)
     ranks = (train.processes or 1) if train.launcher == "local" else nodes
     if not host:
@@ -174,6 +182,14 @@ def _gpus_here() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def _gpu_memory_here() -> int:
+    """Bytes of this machine's smallest GPU."""
+    import torch
+
+    count = torch.cuda.device_count()
+    return min(int(torch.cuda.get_device_properties(n).total_memory) for n in range(count))
 
 
 def _quantity(text: str) -> float:

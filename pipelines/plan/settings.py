@@ -12,8 +12,9 @@ class PlanSettings:
     gpus: Annotated[int, Field(ge=0)] | None = None
     """GPUs that train together, over all nodes; 0 trains on CPUs. Not set: those of `train.cluster`
     for a cluster job, otherwise those of this machine."""
-    gpu_memory_gb: Annotated[float, Field(gt=0)] = 80.0
-    """Memory of each GPU, in GB of 10^9 bytes."""
+    gpu_memory_gb: Annotated[float, Field(ge=0)] = 0.0
+    """Memory of each GPU, in GB of 10^9 bytes. 0: that of this machine's GPUs if training uses
+    them, otherwise 80."""
     host_memory_gb: Annotated[float, Field(ge=0)] = 0.0
     """Memory of each node, in GB of 10^9 bytes; 0: `train.cluster.memory` for a cluster job,
     otherwise that of this machine if it trains on CPUs, and no limit with GPUs."""

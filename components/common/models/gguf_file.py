@@ -220,5 +220,3 @@ def _read_back(path: Path) -> Any:
         if tensor.name == ROPE_FACTORS:
             model.model.rotary_emb.inv_freq /= torch.tensor(tensor.data)
     return model.eval()
-
-

@@ -3,7 +3,7 @@ uses after its imports.
 
 ``python -m tests.components.train.measured_peak RUNS TOKENS OUTPUTS``; ``RUNS`` is a JSON list of
 ``[name, ranks, settings]``. It prints one JSON line per run, with a value per rank: ``{"name",
-"peaks": [bytes]}``. Each rank is a fork, so the imports are paid once.
+"peaks": [bytes], "cpu_seconds": [seconds]}``. Each rank is a fork, so the imports are paid once.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ IMPORTS = (
 def train_as(rank: int, ranks: int, port: int, settings: Any, tokens: Path, folder: Path) -> int:
     """Train as one rank; returns the peak in bytes."""
     from nudge.components.common.core.settings import parse
+    from nudge.components.common.preflight import machine
     from nudge.components.train.limits import NO_LIMITS
     from nudge.components.train.settings import TrainSettings
     from nudge.components.train.train import train_rank
@@ -37,6 +38,7 @@ def train_as(rank: int, ranks: int, port: int, settings: Any, tokens: Path, fold
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
+    machine.LARGE = 0  # as for a model that takes much of this machine
     before = reset_peak()
     parsed = parse(TrainSettings, settings, "train")
     train_rank(parsed, {"tokens": tokens, **outputs(folder)}, NO_LIMITS)
@@ -69,12 +71,14 @@ def main() -> None:
         started = [
             forked(rank, ranks, port, settings, tokens, where) for rank in range(ranks)
         ]  # fmt: skip
-        peaks = []
+        peaks, seconds = [], []
         for child, receiving in started:
             with os.fdopen(receiving) as pipe:
                 peaks.append(int(pipe.read() or -1))
-            os.waitpid(child, 0)
-        print("\n" + json.dumps({"name": name, "peaks": peaks}), flush=True)
+            used = os.wait4(child, 0)[2]
+            seconds.append(round(used.ru_utime + used.ru_stime, 2))
+        figures = {"name": name, "peaks": peaks, "cpu_seconds": seconds}
+        print("\n" + json.dumps(figures), flush=True)
 
 
 if __name__ == "__main__":

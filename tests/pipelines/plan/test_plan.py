@@ -73,6 +73,7 @@ def test_the_large_recipes_fit_their_gpus(recipe: str, parameters: int, gpus: in
     assert plan["device_peak_bytes"] == sum(plan["device_parts"].values()) < 80e9
     assert plan["largest_micro_batch"] >= 1
     assert plan["hours"] is plan["cost"] is None
+    assert plan["evaluation_bytes"] == 4 * parameters
 
 
 def test_the_figures_of_a_plan_add_up(base: str) -> None:
@@ -164,7 +165,8 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(base: str) -> None:
          "4 GPUs do not divide over 3 nodes"),
         (["base_model=hf://nobody/unknown"], "is not on this machine; download it.*--config"),
         (["base_model=s3://bucket/model"], "is not on this machine"),
-        (["train.mode=scratch", "train.model_config={model_type: nonsense}", "base_model=''"],
+        (["train.mode=scratch", "tokenize.tokenizer=train", "base_model=''",
+          "train.model_config={model_type: nonsense}"],
          "model_type 'nonsense' is not a causal language model"),
     ],
 )  # fmt: skip
@@ -183,8 +185,52 @@ def test_a_run_that_does_not_fit_is_refused_before_it_starts(base: str) -> None:
         check_submitted(small.name, small.text)
     assert check_submitted("eiffel", load("eiffel").text) == ""
     check_here(small.text)  # its base model has no weights here, so it is small
-    (Path(base) / "model.safetensors").touch()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("nudge.pipelines.plan.check.SMALL_SHARE", -1)
+        patched.setattr("nudge.components.common.preflight.machine.LARGE", -1)
         with pytest.raises(UserError, match="training needs"):
             check_here(small.text)
+
+
+@pytest.mark.parametrize("command", ["run", "submit"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [
+            *("train.mode=scratch", "tokenize.tokenizer=train", "base_model=''"),
+            *("train.model_size=30B", "plan.gpus=2"),
+        ],
+        ["base_model=hf://Qwen/Qwen3-8B", "plan.gpus=1", "plan.gpu_memory_gb=16"],
+    ],
+    ids=["scratch", "base model"],
+)
+def test_the_commands_refuse_what_does_not_fit(command: str, values: list[str]) -> None:
+    data = "ingest.data_uri=package://nudge.pipelines.recipes/corpora/paris/*.jsonl"
+    words = [word for each in (data, *values) for word in ("--set", each)]
+    done = CliRunner().invoke(main, [command, "one-gpu", *words])
+    assert done.exit_code == 2, done.output
+    assert "training needs" in done.stderr
+    assert "Change in this order: train." in done.stderr
+
+
+def test_a_base_model_whose_config_is_not_here_is_not_planned() -> None:
+    recipe = load("one-gpu", ["base_model=s3://bucket/model", "plan.gpus=1"])
+    check_here(recipe.text)
+    assert check_submitted("x", recipe.text).startswith("not planned: base_model s3://bucket/model")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothing.yaml"], "nothing.yaml"),
+        (["one-gpu-8b", "--set", "base_model=hf://nobody/nothing"], "pass it with --config"),
+        (["one-gpu-8b", "--set", "base_model=/nowhere"], "/nowhere"),
+        (["one-gpu-8b", "--set", "plan.gpus=-1"], "plan.gpus"),
+        (["one-gpu-8b", "--set", "plan.memory=1"], "plan.memory"),
+        (["one-gpu-8b", "--config", "README.md"], "README.md"),
+    ],
+)
+def test_wrong_arguments_are_a_sentence(words: list[str], message: str) -> None:
+    done = CliRunner().invoke(main, ["plan", *words], catch_exceptions=False)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.output
