@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
@@ -11,8 +12,10 @@ from rich.text import Text
 from nudge.pipelines.cli.output import echo_json
 from nudge.pipelines.cli.run import OVERRIDES, RECIPE
 from nudge.pipelines.cli.screen import Screen
-from nudge.pipelines.plan.plan import Plan, plan_recipe
 from nudge.pipelines.recipes import load
+
+if TYPE_CHECKING:
+    from nudge.pipelines.plan.plan import Plan
 
 PARTS = {
     "weights": "weights",
@@ -52,6 +55,8 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool, config_file: Pa
     The sections `plan` and `prices` of the recipe describe the hardware, the speed and the prices.
     Exit status: 0 it fits, 1 it does not, 2 the input was refused.
     """
+    from nudge.pipelines.plan.plan import plan_recipe
+
     loaded = load(recipe, overrides)
     found = plan_recipe(loaded.name, loaded.text, config_file)
     if as_json:
@@ -62,7 +67,7 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool, config_file: Pa
         sys.exit(1)
 
 
-def _show(plan: Plan) -> None:
+def _show(plan: "Plan") -> None:
     screen = Screen()
     device = "GPU" if plan.device == "cuda" else "rank on a CPU"
     table = Table(show_header=False, box=None)

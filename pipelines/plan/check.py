@@ -3,12 +3,12 @@
 import math
 
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.hardware import PlanSettings
 from nudge.components.common.core.recipe import read_recipe, step_settings
 from nudge.components.common.core.uris import is_local, local_path
 from nudge.components.common.preflight.machine import is_large
 from nudge.components.train.settings import TrainSettings
 from nudge.pipelines.plan.config import ConfigNotHere, base_of
-from nudge.pipelines.plan.settings import PlanSettings
 
 SMALLEST_WEIGHT = 0.5
 """Bytes per parameter in a file of 4 bits."""

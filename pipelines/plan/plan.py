@@ -14,6 +14,7 @@ from typing import Any
 
 from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.hardware import PlanSettings
 from nudge.components.common.core.prices import Prices
 from nudge.components.common.core.processes import usable_cores
 from nudge.components.common.core.recipe import step_settings
@@ -22,7 +23,6 @@ from nudge.components.ingest.settings import IngestSettings
 from nudge.components.tokenize.settings import TokenizeSettings
 from nudge.components.train.settings import TrainSettings
 from nudge.pipelines.plan.config import model_config
-from nudge.pipelines.plan.settings import PlanSettings
 from nudge.pipelines.plan.speed import measured_speed
 
 BYTES_PER_TOKEN = 4
