@@ -207,8 +207,10 @@ def _with_precision(train: TrainSettings, machine: _Machine) -> TrainSettings:
 
     from nudge.components.train.network import precision_on
 
-    here = "bfloat16" if machine.device == "cuda" else precision_on(torch.device("cpu"), "auto")
-    return dataclasses.replace(train, precision=here)
+    if machine.device == "cuda":
+        return dataclasses.replace(train, precision="bfloat16")
+    here = precision_on(torch.device("cpu"), "auto")
+    return dataclasses.replace(train, precision="bfloat16" if here == "bfloat16" else "float32")
 
 
 def _estimator(config: Any, train: TrainSettings, machine: _Machine) -> Any:

@@ -130,7 +130,8 @@ def test_every_kind_of_architecture_can_be_estimated(kind: str) -> None:
 @pytest.mark.timeout(1200)
 def test_every_causal_class_that_can_be_built_can_be_estimated() -> None:
     settings = TrainSettings(base_model="x", sequence_length=32, micro_batch_sequences=1)
-    simulated, by_formula = [], []
+    simulated: list[str] = []
+    by_formula: list[str] = []
     for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         try:
             config = AutoConfig.for_model(kind)

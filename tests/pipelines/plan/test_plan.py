@@ -85,6 +85,7 @@ def test_the_figures_of_a_plan_add_up(base: str) -> None:
     assert plan.disk_parts["base_model"] == 2 * plan.parameters
     assert plan.tokens == 2_000_000  # two epochs
     assert plan.hours == pytest.approx(2_000_000 / 500 / 3600)
+    assert plan.hours is not None
     assert plan.cost == pytest.approx(3 * plan.hours)
     assert plan.fits
     assert plan.largest_micro_batch == 32  # all of the batch
