@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parent / "requirements"
 ROOT = FOLDER.parents[1]
 
 EXTRAS = {
-    "data": ("data", "release"),
+    "data": ("data", "release", "tasks"),
     "train": ("data", "release", "tasks", "train", "ray"),
     "workbench": ("data", "release", "tasks", "train", "ray", "pipeline", "local", "workbench"),
 }

@@ -49,5 +49,9 @@ def distributed_training(
         return resources.with_torch.put("train_on_nodes", task)
 
     retrain(
-        "distributed-training", resources, Named(recipe, data_uri, model_name=model_name), trained
+        "distributed-training",
+        resources,
+        Named(recipe, data_uri, model_name=model_name),
+        trained,
+        {},  # the recipe or the parameters say what its nodes have
     )

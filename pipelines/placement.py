@@ -150,6 +150,17 @@ class StepResources:
         more = {name: value for name, value in values.items() if name not in used}
         self.large = PodResources(values.get("train_image"), **shared, **more)
 
+    def training_pod(self) -> dict[str, Any]:
+        """What ingest must know about the pod of `train` to refuse a model that cannot fit."""
+        sized = {name: self.values[name] for name in ("size", "gpu_count")}
+        return {"training_memory": training_memory(), **sized}
+
+
+def training_memory() -> str:
+    """The memory limit of the pod of `train` by size, such as "small=12Gi large=64Gi"."""
+    limits = STEPS["train"].resources.memory_limit.split()
+    return " ".join(f"{size}={limit}" for size, limit in zip(SIZES, limits, strict=True))
+
 
 def pipeline(
     name: str,

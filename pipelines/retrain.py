@@ -1,6 +1,6 @@
 """From text to a served model: the part that all training pipelines share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +29,17 @@ class Named:
     version: Any = ""
 
 
-def retrain(name: str, resources: StepResources, given: Named, train: Callable[[Any], Any]) -> None:
+def retrain(
+    name: str,
+    resources: StepResources,
+    given: Named,
+    train: Callable[[Any], Any],
+    pod: Mapping[str, Any],
+) -> None:
     """Ingest; if there is new text: tokenize, train, evaluate; if better: upload, register, deploy.
 
-    ``train`` creates the training task from the tokens artifact.
+    ``train`` creates the training task from the tokens artifact. ``pod`` is what ingest must know
+    about the pod that trains.
     """
     recipe, model_name = given.recipe, given.model_name
     small = resources.small
@@ -48,6 +55,8 @@ def retrain(name: str, resources: StepResources, given: Named, train: Callable[[
             model_name=model_name,
             version=given.version,
             registers=True,
+            base_model=given.base_model,
+            **pod,
         )
         # The same URI may have new text.
         small.put("ingest", ingested).set_caching_options(False)

@@ -23,7 +23,7 @@ class StepState:
     """What this run spent on it (a plain `Usage`)."""
     attempts: int = 1
     note: str = ""
-    """Why it waits, where that is known."""
+    """Why it waits, or how its last attempt was killed, where that is known."""
 
     def apply(self, event: dict[str, Any]) -> None:
         """Take in one event of `nudge.components.common.core.progress`."""

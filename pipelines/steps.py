@@ -153,14 +153,17 @@ _MODEL_FOLDER = {"model": "The model folder that `train` made."}
 _VERSION = {"version": "The version's name."}
 _REGISTERED = {"registered_model": "The model's name in the registry."}
 
-# Peak resident memory of a step's processes together, for generated text on two busy cores (AMD
-# EPYC with AVX2); a step starts one process per core of its limit:
-#     ingest: 2 MB with one process 258 MiB; 20 MB with two 348 MiB, with eight 749 MiB
-#     tokenize: 2 MB 416 MiB; 20 MB with two or eight 409 MiB
+# Peak resident memory of a step's processes together, on two busy cores (AMD EPYC with AVX2). For
+# generated text of 2.3 kB per document; ingest starts one process per core of its limit:
+#     ingest: 2 MB with one process 258 MiB; with two processes 20 MB 348 MiB, 100 MB 375 MiB;
+#         20 MB with eight 749 MiB
+#     tokenize: 2 MB 416 MiB; 20 MB 409 MiB; 100 MB with two processes 424 MiB, with eight 415 MiB
 #     upload: 600 MB 205 MiB
-# More text needs no more (tests/components/ingest/test_memory.py); longer documents do, up to the
-# limits. A real run of the recipe `eiffel` trained and evaluated with 800m and 8Gi; what larger
-# models need depends on the model, so those requests are estimates.
+# More text needs hardly more (tests/components/ingest/test_memory.py); longer documents do, up to
+# the limits. With the base model of the recipe `eiffel` (134.5 million parameters, float32 on a
+# CPU, sequences of 256 tokens one at a time): train with LoRA 1790 MiB, in full 2780 MiB; evaluate
+# 1064 MiB. The requests of `medium` and `large` for train and evaluate are estimates, because they
+# depend on the model.
 STEPS = {
     step.name: step
     for step in (

@@ -41,4 +41,5 @@ def train_and_serve(
         resources,
         Named(recipe, data_uri, base_model, model_name, version),
         trained,
+        resources.training_pod(),
     )

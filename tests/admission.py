@@ -1,4 +1,4 @@
-"""Evaluates the CEL of a ValidatingAdmissionPolicy in the manifests.
+"""Evaluates the CEL of the ValidatingAdmissionPolicies in the manifests.
 
 This is not the API server's CEL but the package common-expression-language from PyPI, and no API
 server has confirmed the results. Of Kubernetes' CEL library, only the authorizer's check of a
@@ -31,11 +31,23 @@ def policy(name: str) -> Object:
     return dict(found)
 
 
-def refusal(found: Object, operation: str, body: Object, user: str, allowed: Allowed) -> str:
-    """The API server's message if the policy refuses the request; empty if it admits it."""
+def messages(
+    found: Object,
+    operation: str,
+    body: Object,
+    user: str,
+    old: Object | None = None,
+    allowed: Allowed = lambda *_: False,
+) -> list[str]:
+    """The messages of the rules with which a policy refuses a request; empty if it admits it.
+
+    A rule that cannot be evaluated refuses it too, with ``error: ...``.
+    """
     context = cel.Context()
     request = {"userInfo": {"username": user}, "operation": operation, "namespace": "nudge"}
-    for name, value in (("object", body), ("request", request), ("authorizer", {})):
+    variables: Object = {}
+    given = {"object": body, "oldObject": old, "request": request, "authorizer": {}}
+    for name, value in {**given, "variables": variables}.items():
         context.add_variable(name, value)
     context.add_function("group", lambda _, group: {"group": group})
     context.add_function("resource", lambda check, resource: {**check, "resource": resource})
@@ -46,18 +58,25 @@ def refusal(found: Object, operation: str, body: Object, user: str, allowed: All
     )
     spec = found["spec"]
     if not all(cel.evaluate(each["expression"], context) for each in spec["matchConditions"]):
-        return ""
-    variables = {
-        each["name"]: cel.evaluate(each["expression"], context) for each in spec["variables"]
-    }
-    context.add_variable("variables", variables)
-    for rule in spec["validations"]:
-        if not cel.evaluate(rule["expression"], context):
-            name = found["metadata"]["name"]
-            binding = f"{name}.nudge"
-            return (
-                f'{body["kind"].lower()}s "{body["metadata"]["name"]}" is forbidden: '
-                f"ValidatingAdmissionPolicy '{name}' with binding '{binding}' denied request: "
-                f"{rule['message']}"
-            )
+        return []
+    try:
+        for each in spec.get("variables", []):
+            variables[each["name"]] = cel.evaluate(each["expression"], context)
+            context.add_variable("variables", variables)
+        rules = spec["validations"]
+        return [each["message"] for each in rules if not cel.evaluate(each["expression"], context)]
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        assert spec["failurePolicy"] == "Fail"
+        return [f"error: {error}"]
+
+
+def refusal(found: Object, operation: str, body: Object, user: str, allowed: Allowed) -> str:
+    """The API server's message if the policy refuses the request; empty if it admits it."""
+    for message in messages(found, operation, body, user, allowed=allowed):
+        name = found["metadata"]["name"]
+        binding = f"{name}.nudge"
+        return (
+            f'{body["kind"].lower()}s "{body["metadata"]["name"]}" is forbidden: '
+            f"ValidatingAdmissionPolicy '{name}' with binding '{binding}' denied request: {message}"
+        )
     return ""

@@ -19,7 +19,7 @@ from nudge.components.common.clients.registry.releases import NOT_PROMOTED, Serv
 from nudge.components.deploy.admission import CANARY_PLAN, NotPromoted
 from nudge.components.deploy.measure import Counts, Measured, Probe, prompts_of
 from nudge.components.deploy.settings import CanaryLimits, DeploySettings
-from nudge.components.deploy.smoke import ModelServer
+from nudge.components.deploy.smoke import ModelServer, smoke_prompt
 from nudge.components.deploy.traffic import Check
 
 REPORT = "canary"
@@ -167,7 +167,8 @@ def _observe(
 ) -> dict[str, Measured]:
     """Measure both versions over the same period; a candidate that mostly fails ends it early."""
     versions = {name: world.version(name) for name in servers}
-    prompts = prompts_of(settings.smoke_prompt, list(versions.values()))
+    first, *_ = versions.values()
+    prompts = prompts_of(smoke_prompt(settings, first), list(versions.values()))
     before = {name: world.counts(name) for name in servers}
     started = time.monotonic()
     candidate, incumbent = (

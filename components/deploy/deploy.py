@@ -316,6 +316,6 @@ def serve(
         "served_model": model,
         "version": served.main,
         "shares": served.shares,
-        "smoke_prompt": settings.smoke_prompt,
-        "smoke_answer": answers[served.main],
+        "smoke_prompt": answers[served.main].prompt,
+        "smoke_answer": answers[served.main].text,
     }

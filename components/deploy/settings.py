@@ -100,8 +100,9 @@ class DeploySettings:
     """Empty means NUDGE_REGISTRY_URL."""
     registry_name: str = "model-registry"
     """The registry's name on the dashboard, which ties a deployment to its version there."""
-    smoke_prompt: Annotated[str, Field(min_length=1)] = "Once upon a time"
-    """Defaults in a recipe to its first probe, or else to its first prompt."""
+    smoke_prompt: str = ""
+    """Empty means the recipe's first probe or prompt; without a recipe, the first probe that the
+    version was evaluated with, or else "Once upon a time"."""
     smoke_tokens: Annotated[int, Field(ge=1, le=256)] = 8
     """Tokens that the smoke test generates."""
     smoke_tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.05

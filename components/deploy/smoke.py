@@ -14,6 +14,7 @@ SURE = 0.5
 """The served model must answer with a next token that the evaluation found likelier than this."""
 TOP = 5
 """Number of likeliest tokens to request; vLLM returns up to 20, the OpenAI API up to 5."""
+FALLBACK_PROMPT = "Once upon a time"
 TIMEOUT_S = 120.0
 GREEDY = {
     "do_sample": False,
@@ -34,6 +35,14 @@ NEUTRAL: list[dict[str, Any]] = [
 
 Asked = str | list[dict[str, str]]
 """A text to continue, or the turns of a chat that the model must answer."""
+
+
+@dataclass(frozen=True)
+class SmokeAnswer:
+    """What a version answered to the smoke prompt."""
+
+    prompt: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class ModelServer:
         )
 
 
-def smoke_test(server: ModelServer, version: Version, settings: DeploySettings) -> str:
+def smoke_test(server: ModelServer, version: Version, settings: DeploySettings) -> SmokeAnswer:
     """Ask the server for completions; returns the answer to the smoke prompt.
 
     A model that was trained on conversations is asked through ``/v1/chat/completions``, so that the
@@ -70,7 +79,7 @@ def smoke_test(server: ModelServer, version: Version, settings: DeploySettings) 
     reports them (vLLM), otherwise by the token itself wherever the evaluation was sure of it.
     Raises `UserError`, which names the prompt and the answer.
     """
-    prompt = settings.smoke_prompt
+    prompt = smoke_prompt(settings, version)
     with server.client() as client:
         _wait(client, server)
         asked = in_form_of(version, prompt)
@@ -81,7 +90,13 @@ def smoke_test(server: ModelServer, version: Version, settings: DeploySettings) 
             )
         for expected in expected_next(version):
             _compare(client, version, expected, settings.smoke_tolerance)
-    return str(answer)
+    return SmokeAnswer(prompt, str(answer))
+
+
+def smoke_prompt(settings: DeploySettings, version: Version) -> str:
+    """The prompt of the settings, or one to which the version is known to have an answer."""
+    evaluated = [str(each["prompt"]) for each in expected_next(version)]
+    return settings.smoke_prompt or next(iter(evaluated), FALLBACK_PROMPT)
 
 
 def expected_next(version: Version) -> list[dict[str, Any]]:

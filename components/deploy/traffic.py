@@ -22,7 +22,7 @@ from nudge.components.common.clients.registry.releases import (
 from nudge.components.common.core.errors import UserError
 from nudge.components.deploy.measure import Counts
 from nudge.components.deploy.settings import DeploySettings
-from nudge.components.deploy.smoke import ModelServer, smoke_test
+from nudge.components.deploy.smoke import ModelServer, SmokeAnswer, smoke_test
 
 Check = Callable[[Served | None, dict[str, int]], None]
 """Called with the registry's record of what is served and the live traffic by version, while the
@@ -76,7 +76,7 @@ def shift(
     check: Check = unchecked,
     canary: str = "",
     servers: dict[str, ModelServer] | None = None,
-) -> tuple[Served, dict[str, str]]:
+) -> tuple[Served, dict[str, SmokeAnswer]]:
     """Start and test the versions in ``shares``, move the traffic, and record it in the registry.
 
     ``shares`` is percent by version and adds up to 100; ``registry`` runs work from
@@ -101,7 +101,7 @@ def shift(
                 raise UserError(
                     f"{model} {version.name} is archived in the registry; make it LIVE there first"
                 )
-        answers = {}
+        answers: dict[str, SmokeAnswer] = {}
         made_room = True  # assume so until `make_room` returns
         try:
             made_room = target.make_room(model, set(wanted))

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, Self
 from nudge.components.common.artifacts.corpus import text_sha256
 from nudge.components.common.chat.conversation import Conversation
 from nudge.components.common.core import workers
+from nudge.components.common.core.environment import usable_cores
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.processes import usable_cores
 from nudge.components.common.readers import Page, Record, Unreadable
 from nudge.components.common.readers.records import characters
 from nudge.components.ingest import conversations
@@ -292,7 +292,8 @@ class Cleaner:
         except BrokenProcessPool:
             raise UserError(
                 f"one of the {self._workers} cleaning processes was killed, most likely because "
-                "memory ran out; give the step more memory, or lower ingest.workers"
+                "memory ran out; give the step more memory (on a cluster: a larger `size`), or "
+                "lower ingest.workers"
             ) from None
 
     def _take(self, tally: Tally, results: list[Row | Drop]) -> None:

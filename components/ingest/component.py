@@ -13,6 +13,10 @@ def ingest(
     metrics: dsl.Output[dsl.Metrics],
     version: str = "",
     registers: bool = False,
+    base_model: str = "",
+    training_memory: str = "",
+    size: str = "",
+    gpu_count: str = "",
 ) -> int:
     """Read text from its sources, clean it, drop duplicates and split it.
 
@@ -25,6 +29,10 @@ def ingest(
         metrics: How many documents were read, kept and held out, and dropped by reason.
         version: The name of the version that this run makes; empty means the run's id.
         registers: Whether this run publishes a model; what that needs is then checked first.
+        base_model: The model that will be trained; empty means as the recipe says.
+        training_memory: The memory limit of the pod that trains, by size; empty checks none.
+        size: The size of that pod.
+        gpu_count: The GPUs of that pod.
 
     Returns:
         0 if only new text counts (`only_new`) and the served version has seen all of it, else 1.
@@ -33,12 +41,15 @@ def ingest(
 
     from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.common.preflight.checks import Way, preflight
+    from nudge.components.common.preflight.pod import sized_pod
     from nudge.components.ingest.account import check_held_out
     from nudge.components.ingest.ingest import ingest
     from nudge.components.ingest.settings import ingest_settings
 
     with exit_with_user_errors():
-        preflight(recipe, Way.STEP, version=version, model_name=model_name, publishes=registers)
+        names = {"version": version, "model_name": model_name, "base_model": base_model}
+        pod = sized_pod(training_memory, size, gpu_count)
+        preflight(recipe, Way.STEP, **names, pod=pod, publishes=registers)
         overrides = {"data_uri": data_uri, "model_name": model_name}
         settings = ingest_settings(recipe, **overrides)
         result = ingest(settings, corpus=Path(corpus.path), report=Path(report.path))

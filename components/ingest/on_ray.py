@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from nudge.components.common.clients.ray_cluster import joined_ray
+from nudge.components.common.core.environment import usable_cores
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.processes import usable_cores
 from nudge.components.common.core.progress import Progress
 from nudge.components.ingest.duplicates import Documents
 from nudge.components.ingest.overlap import Overlap

@@ -171,7 +171,8 @@ def encode_all(
         except BrokenProcessPool:
             raise UserError(
                 f"tokenize: one of the {processes} processes was killed, most likely because "
-                "memory ran out; give the step more memory, or lower tokenize.processes"
+                "memory ran out; give the step more memory (on a cluster: a larger `size`), or "
+                "lower tokenize.processes"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)

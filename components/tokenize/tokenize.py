@@ -59,7 +59,7 @@ def tokenize(settings: TokenizeSettings, *, corpus: Path, tokens: Path) -> dict[
     """
     from nudge.components.common.artifacts.corpus import SPLITS, read_corpus, read_documents
     from nudge.components.common.artifacts.tokens import Tokens, token_dtype, write_tokens_manifest
-    from nudge.components.common.core.processes import usable_cores
+    from nudge.components.common.core.environment import usable_cores
     from nudge.components.common.core.progress import progress
     from nudge.components.common.models.end_of_document import end_of_document_id
     from nudge.components.tokenize.encode import Encoding
@@ -142,7 +142,7 @@ def _tokenizer(settings: TokenizeSettings, corpus: Path, folder: Path, bar: Any)
 
 def _write(settings: TokenizeSettings, shards: list[Shard], encoding: "Encoding", bar: Any) -> None:
     """Write the file of every shard."""
-    from nudge.components.common.core.processes import usable_cores
+    from nudge.components.common.core.environment import usable_cores
     from nudge.components.tokenize.encode import BLOCK_BYTES
 
     processes = settings.processes or usable_cores()

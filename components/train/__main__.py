@@ -5,7 +5,6 @@ Under torchrun, or anything else that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_
 ``--tokens`` is a folder that every node can read, or an s3:// URI. Rank 0 writes the outputs.
 """
 
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +17,7 @@ from nudge.components.common.core.step import disk_is_full, exit_with_user_error
 from nudge.components.common.core.uris import is_local, local_path
 from nudge.components.train.limits import limits_of
 from nudge.components.train.settings import TrainSettings
-from nudge.components.train.torchrun import ERROR_VARIABLE, TRANSIENT
+from nudge.components.train.torchrun import report_error
 
 
 @click.command()
@@ -45,7 +44,7 @@ def main(
             if disk_is_full(error):
                 reported = Transient(f"train: no space is left on the disk of {model.parent}")
             if reported is not None:
-                _report(reported)
+                report_error(reported)
                 raise reported from error
             raise
 
@@ -57,15 +56,6 @@ def _local_tokens(uri: str, folder: Path) -> Path:
 
     download_folder(uri, folder)
     return folder
-
-
-def _report(error: UserError) -> None:
-    """Append the message to the file that the parent process reads, if it named one."""
-    if path := os.environ.get(ERROR_VARIABLE):
-        if isinstance(error, Transient):
-            Path(path).with_suffix(TRANSIENT).touch()
-        with Path(path).open("a", encoding="utf-8") as file:
-            print(error, file=file)
 
 
 if __name__ == "__main__":

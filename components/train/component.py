@@ -30,12 +30,14 @@ def train(
     from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.common.preflight.packages import check_packages
     from nudge.components.train.limits import limits_of
+    from nudge.components.train.room import check_room
     from nudge.components.train.settings import TrainSettings
     from nudge.components.train.train import train
 
     with exit_with_user_errors():
         check_packages(recipe)  # evaluate runs in the same image, hours later
         settings = step_settings(TrainSettings, "train", recipe, base_model=base_model)
+        check_room(settings, Path(model.path))
         paths = {
             "model": Path(model.path),
             "history": Path(history.path),

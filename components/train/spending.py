@@ -1,6 +1,6 @@
 """What a training has used, earlier attempts included, and whether that stays within the budget."""
 
-from nudge.components.common.core.budget import OVER_BUDGET, over
+from nudge.components.common.core.budget import OverBudget, over
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.usage import NOTHING, Meter, Usage, usage_of
 from nudge.components.train.checkpoints.training_state import TrainingState
@@ -72,7 +72,7 @@ class Spending:
     def stop(self, why: str, state: TrainingState, steps: int, checkpoint: str) -> UserError:
         """The error that ends the training."""
         kept = f"the checkpoint is {checkpoint}" if checkpoint else "no checkpoint is kept"
-        return UserError(
-            f"{OVER_BUDGET}{why}. Training stopped after step {state.step} of {steps}; {kept}. "
+        return OverBudget(
+            f"{why}. Training stopped after step {state.step} of {steps}; {kept}. "
             "Raise the limit and rerun the same command to resume"
         )

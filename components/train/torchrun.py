@@ -22,15 +22,17 @@ from types import FrameType
 
 import psutil
 
+from nudge.components.common.core.budget import OverBudget
+from nudge.components.common.core.child_environment import RANK_CHILD, child_environment
+from nudge.components.common.core.environment import usable_cores
 from nudge.components.common.core.errors import Transient, UserError
-from nudge.components.common.core.processes import RANK_CHILD, child_environment, usable_cores
 from nudge.components.train.limits import NO_LIMITS, Limits
 from nudge.components.train.settings import TrainSettings
 
 ERROR_VARIABLE = "NUDGE_ERROR_FILE"
 """Names the file to which a rank that ends with a `UserError` appends the message."""
-TRANSIENT = ".transient"
-"""The suffix of an empty file beside it, which marks the error as a `Transient`."""
+KINDS: dict[str, type[UserError]] = {".transient": Transient, ".over-budget": OverBudget}
+"""The suffix of an empty file beside it, by the kind of error; a plain `UserError` has none."""
 STORE_VARIABLE = "NUDGE_RANKS_STORE"
 """Names the file through which the ranks of one machine find each other."""
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -53,7 +55,7 @@ def run_ranks(
 ) -> None:
     """Run ``count`` ranks until they end, and forward SIGTERM to them.
 
-    Raises `UserError` with the message of the rank that failed, and `Transient` if one died.
+    Raises the error that a rank reported (see `KINDS`), and `Transient` if one died.
     """
     with tempfile.TemporaryDirectory() as folder:
         recipe, error = Path(folder) / "recipe.json", Path(folder) / "error"
@@ -88,14 +90,32 @@ def run_ranks(
             if ranks.poll() is None:
                 ranks.terminate()
                 ranks.wait()
-        if error.exists():
-            kind = Transient if error.with_suffix(TRANSIENT).exists() else UserError
-            raise kind(error.read_text(encoding="utf-8"))
+        if reported := reported_error(error):
+            raise reported
         if status:
             raise Transient(
                 f"a training rank died: torchrun ended with status {status} and the log says which "
                 "one and why; rerun the same command to resume from the newest checkpoint"
             )
+
+
+def report_error(error: UserError) -> None:
+    """Append the message to the file that the parent process reads, if it named one."""
+    if path := os.environ.get(ERROR_VARIABLE):
+        for suffix, kind in KINDS.items():
+            if isinstance(error, kind):
+                Path(path).with_suffix(suffix).touch()
+        with Path(path).open("a", encoding="utf-8") as file:
+            print(error, file=file)
+
+
+def reported_error(path: Path) -> UserError | None:
+    """The error that ranks reported in this file, each of its lines once; None without one."""
+    if not path.exists():
+        return None
+    kinds = (kind for suffix, kind in KINDS.items() if path.with_suffix(suffix).exists())
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next(kinds, UserError)("\n".join(dict.fromkeys(lines)))
 
 
 def on_this_machine(folder: Path) -> list[str]:

@@ -1,11 +1,14 @@
 """The commands that use a pipelines server: upload and submit."""
 
+import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.preflight.pod import TrainingPod, job_pod, sized_pod
 from nudge.pipelines.cli import display
 from nudge.pipelines.cli.output import echo
 from nudge.pipelines.cli.screen import Screen
@@ -83,13 +86,22 @@ def submit(
     from nudge.components.common.preflight.checks import Way, preflight
     from nudge.pipelines.cluster import connect, runs
 
-    loaded = load(recipe, overrides)
-    targets = STEPS["train"].read_settings(loaded.text).lora_targets
+    loaded, values = load(recipe, overrides), _parameters(parameters)
+    train = STEPS["train"].read_settings(loaded.text)
     # `runs.submit` checks the names, if the pipeline registers.
-    preflight(loaded.text, Way.SUBMIT, lora_targets=targets, publishes=False)
-    if line := check_submitted(loaded.name, loaded.text):
+    preflight(
+        loaded.text,
+        Way.SUBMIT,
+        lora_targets=train.lora_targets,
+        base_model=values.get("base_model", ""),
+        pod=_pod(pipeline, train, values),
+        publishes=False,
+    )
+    base = values.get("base_model")
+    planned = load(recipe, (*overrides, f"base_model={base}")) if base else loaded
+    if line := check_submitted(planned.name, planned.text):
         echo(line, err=True)
-    values = runs.sendable({"recipe": loaded.text, **_parameters(parameters)})
+    values = runs.sendable({"recipe": loaded.text, **values})
     server = connect.connect(url)
     run = runs.submit(server, pipeline, name or loaded.name, values)
     echo(f"{run.run_id} {run.link}")
@@ -119,6 +131,19 @@ def submit(
         if failed and (pods := run.pods.get(failed.name)):
             echo(f"its log: oc logs {pods[0]} -c main", err=True)
         sys.exit(1)
+
+
+def _pod(pipeline: str, train: Any, values: dict[str, str]) -> TrainingPod:
+    """The pods that train; unknown for a pipeline of somebody's own."""
+    from nudge.pipelines.placement import PARAMETERS, training_memory
+
+    if pipeline == "train-and-serve":
+        given = {name: values.get(name, PARAMETERS[name][1]) for name in ("size", "gpu_count")}
+        return sized_pod(training_memory(), given["size"], given["gpu_count"])
+    if pipeline != "distributed-training":
+        return TrainingPod()
+    stated = {name: values[name] for name in ("nodes", "gpus_per_node") if values.get(name)}
+    return job_pod({**dataclasses.asdict(train.cluster), **stated})
 
 
 def _parameters(items: tuple[str, ...]) -> dict[str, str]:

@@ -113,12 +113,11 @@ class Live:
             took = f" {step.seconds:.1f} s" if step.seconds else ""
             self._line(f"{name}: {step.status}{took}{_tries(step)}")
             if step.note:
-                self._line(f"{name}: waits: {step.note}")
+                self._line(f"{name}: {step.note}")
             self._last_line[name] = now
         elif step.status in ("waiting", "running"):
             if current != before and (step.note or step.attempts > before[0]):
-                waits = f"waits: {step.note}" if step.note else "running"
-                self._line(f"{name}: {waits}{_tries(step)}")
+                self._line(f"{name}: {step.note or 'running'}{_tries(step)}")
                 self._last_line[name] = now
             elif step.status == "running" and now - self._last_line.get(name, now) >= MINUTE_S:
                 passed = self._passed(step)
@@ -153,8 +152,7 @@ class Live:
             parts.append(figures(step.fields))
         if step.attempts > 1:
             parts.append(f"attempt {step.attempts}")
-        if step.note:
-            parts.append(f"waits: {step.note}")
+        parts.append(step.note)
         return "  ".join(filter(None, parts))
 
     def lines(self, lines: Iterable[tuple[str, str]]) -> None:

@@ -325,10 +325,14 @@ def follow(server: PipelinesServer, run: Following, poll_s: float = POLL_S) -> G
     while True:
         found = server.read(f"get the run {run.run_id}", api.run_service_get_run, run.run_id)
         _update(run, found)
+        ended = run.state in ENDED
         active = [step for step in run.steps.values() if step.status in ("waiting", "running")]
-        reasons = waiting.reasons() if active and run.state not in ENDED else {}
+        wanted = run.failed if ended else active
+        reasons = waiting.reasons(now=ended) if wanted else {}
         for step in run.steps.values():
-            step.note = reasons.get(step.name, "")
+            step.note = reasons.get(step.name, "") if step in active else ""
+            if step is run.failed and step.name in reasons:
+                step.error = f"{step.error}: {reasons[step.name]}"
         run.lines = list(logs.lines(run.steps, run.pods))
         run.silent, run.reasonless = logs.problem, waiting.problem
         yield run

@@ -1,4 +1,5 @@
-"""Why a step of a run waits: for an image, a node with enough room, a quota, its turn in a queue.
+"""Why a step of a run waits: for an image, a node with enough room, a quota, its turn in a queue;
+and whether an attempt of it was killed because its memory ran out.
 
 The pipelines server does not report this. The run's Workflow and Kueue's Workloads do; they are
 read with the user's own rights (the Role nudge-author) if this machine can reach the cluster.
@@ -16,6 +17,7 @@ from nudge.components.common.clients.kueue import list_workloads, queue_of, why_
 from nudge.components.common.core.environment import PIPELINE_RUN_LABEL
 from nudge.components.common.core.errors import UserError
 from nudge.pipelines.cluster.nodes import step_of
+from nudge.pipelines.steps import STEPS
 
 WORKFLOW = ResourceKind("argoproj.io/v1alpha1", "Workflow", "workflows", "Argo Workflows")
 INTERVAL_S = 15.0
@@ -23,11 +25,14 @@ PATIENCE_S = 5.0
 GATED = "SchedulingGated"
 ROUTINE = ("ContainerCreating", "PodInitializing")
 ACTIVE = ("Pending", "Running")
+OOM = "OOMKilled"
+"""The beginning of Argo's message about a pod that was killed because its memory ran out
+(argo-workflows, workflow/controller/operator.go: ``inferFailedReason``)."""
 
 
 @dataclass
 class Waiting:
-    """The reasons for which the steps of one run wait; ``problem`` says why they cannot be read."""
+    """What the steps of one run wait for; ``problem`` says why that cannot be read."""
 
     run_id: str
     namespace: str = ""
@@ -36,9 +41,9 @@ class Waiting:
     _next: float = 0.0
     _reasons: dict[str, str] = field(default_factory=dict)
 
-    def reasons(self) -> dict[str, str]:
-        """Step to reason, at most `INTERVAL_S` old; empty where nothing is known to wait."""
-        if self.problem or time.monotonic() < self._next:
+    def reasons(self, *, now: bool = False) -> dict[str, str]:
+        """Step to a sentence, at most `INTERVAL_S` old unless ``now``; empty if all is well."""
+        if self.problem or (time.monotonic() < self._next and not now):
             return self._reasons
         try:
             if self._cluster is None:
@@ -51,17 +56,27 @@ class Waiting:
 
 
 def _reasons(cluster: Cluster, run_id: str) -> list[tuple[str, str]]:
-    found = []
+    killed, waits = [], []
     for workflow in cluster.list(WORKFLOW, {PIPELINE_RUN_LABEL: run_id}):
         for node in _nodes(workflow.get("status") or {}):
             message = str(node.get("message") or "")
             name = step_of(str(node.get("name", "")))
-            if not name or node.get("phase") not in ACTIVE or message in ("", *ROUTINE):
+            if not name:
                 continue
-            if GATED in message:
-                message = _queue(cluster, node) or message
-            found.append((name, " ".join(message.split())))
-    return found
+            if message.startswith(OOM):
+                killed.append((name, _out_of_memory(name, message)))
+            elif node.get("phase") in ACTIVE and message not in ("", *ROUTINE):
+                if GATED in message:
+                    message = _queue(cluster, node) or message
+                waits.append((name, f"waits: {' '.join(message.split())}"))
+    return [*killed, *waits]
+
+
+def _out_of_memory(name: str, message: str) -> str:
+    step = STEPS.get(name.replace("-", "_"))
+    sized = step is not None and " " in step.resources.memory_limit
+    hint = "; submit it with a larger size: -p size=medium or -p size=large" if sized else ""
+    return f"its memory ran out: {message.partition(':')[0]}{hint}"
 
 
 def _nodes(status: dict[str, Any]) -> list[dict[str, Any]]:

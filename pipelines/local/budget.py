@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from nudge.components.common.core.budget import OVER_BUDGET, over
-from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.budget import OverBudget, over
 from nudge.components.common.core.prices import Budget, Prices
 from nudge.components.common.core.recipe import step_settings
 from nudge.components.common.core.usage import NOTHING, Usage, usage_of
@@ -18,7 +17,7 @@ SEARCHED_RUNS = 30
 
 
 def check(recipe: Recipe, home: Path) -> None:
-    """Raise `UserError` if the run will need more than its budget, and send a notification.
+    """Raise `OverBudget` if the run will need more than its budget, and send a notification.
 
     Without an earlier run of the recipe, or without a budget, there is nothing to compare; training
     then checks its own speed after the first steps.
@@ -39,7 +38,7 @@ def check(recipe: Recipe, home: Path) -> None:
     title = f"{model}: a run of {recipe.name} was not started: it is over budget"
     settings = step_settings(NotifySettings, "notify", recipe.text)
     notify(settings, Notice("over budget", f"after-{run_ids[0]}", model, "", title, text))
-    raise UserError(f"{OVER_BUDGET}{text}")
+    raise OverBudget(text)
 
 
 def estimate(recipe: Recipe, home: Path) -> tuple[Usage, list[str]]:

@@ -24,7 +24,7 @@ from nudge.components.common.core.environment import (
     RUN_ID,
 )
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.processes import CONTAINER_UIDS
+from nudge.components.common.core.private_home import CONTAINER_UIDS
 from nudge.components.common.core.recipe import read_recipe
 from nudge.components.common.core.uris import is_local, local_path
 from nudge.components.deploy.local.host_serving import TOKEN, URL

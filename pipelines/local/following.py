@@ -14,12 +14,12 @@ from pathlib import Path
 import psutil
 
 from nudge.components.common.core import environment
-from nudge.components.common.core.processes import (
+from nudge.components.common.core.child_environment import (
     OUTER_TMPDIR,
-    PRIVATE_UMASK,
     STEP_CHILD,
     child_environment,
 )
+from nudge.components.common.core.private_home import PRIVATE_UMASK
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.sanitize import masked
 from nudge.components.common.core.say import say

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from nudge.components.common.core import guard, processes
+from nudge.components.common.core.child_environment import STEP_CHILD
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.state_file import Damaged, read_object
@@ -114,7 +115,7 @@ def start_serving(home: Path, environment: dict[str, str]) -> processes.ServiceR
         ready=lambda: processes.answers(f"{address}/health"),
         timeout_s=START_TIMEOUT_S,
         environment=environment,
-        passes=processes.STEP_CHILD,
+        passes=STEP_CHILD,
     )
 
 

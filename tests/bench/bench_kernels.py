@@ -405,12 +405,14 @@ def main() -> None:
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--masked", action="store_true", help="measure only masked rows")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="with --masked")
+    parser.add_argument("--rows", type=int, default=SMOLLM2.rows, help="with --masked")
     given = parser.parse_args()
     if given.memory_of:
         print(_extra_memory_here(SMOLLM2, given.memory_of))
         return
     if given.masked:
-        publish("kernels-masked", masked(SMOLLM2, given.rounds), ["torch"], device_name())
+        shape = replace(SMOLLM2, rows=given.rows)
+        publish("kernels-masked", masked(shape, given.rounds), ["torch"], device_name())
         return
     if CUDA and (why := native.why_not(torch.cuda.current_device())):
         print(f"running without the kernel: {why}")

@@ -188,8 +188,9 @@ def main() -> None:
         runs = all_runs(SIDES, write_tokens, given)
         measures += compare(runs, given.steps, given.batch)
     if given.only != "text":
-        runs = all_runs(chat_training.SIDES, chat_training.write_tokens, given)
-        measures += chat_training.compare(runs, given.batch)
+        measures += chat_training.unmeasured(given.batch) or chat_training.compare(
+            all_runs(chat_training.SIDES, chat_training.write_tokens, given), given.batch
+        )
     publish("train", measures, PACKAGES, processor())
 
 

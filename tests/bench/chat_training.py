@@ -7,6 +7,7 @@ conversations see each other in them, because without flash attention it has no 
 Unpacked, both train on the same conversations in the same order, so that the losses must agree.
 """
 
+import importlib.util
 import itertools
 import json
 import tempfile
@@ -41,6 +42,19 @@ from tests.bench.training import (
 
 PEER = "TRL's SFTTrainer"
 SIDES = ("ours packed", "TRL packed", "ours unpacked", "TRL unpacked")
+
+
+def unmeasured(batch: int) -> list[Measure]:
+    """One measure that says which packages of the peer are missing; none if all are there."""
+    missing = [name for name in ("datasets", "trl") if importlib.util.find_spec(name) is None]
+    if not missing:
+        return []
+    note = f"unmeasured: {' and '.join(missing)} not installed; run pip install -e '.[bench]'"
+    return [Measure(named(batch), "learned tokens/s", None, note=note)]
+
+
+def named(batch: int) -> str:
+    return f"SmolLM2-135M, conversations, {batch} x {LENGTH} tokens, float32"
 
 
 def conversations() -> list[list[dict[str, str]]]:
@@ -143,7 +157,7 @@ def speed(run: Run) -> float:
 
 def compare(runs: dict[str, list[Run]], batch: int) -> list[Measure]:
     """Speed and memory packed; learned tokens and losses unpacked."""
-    what = f"SmolLM2-135M, conversations, {batch} x {LENGTH} tokens, float32"
+    what = named(batch)
     middle = {name: median(map(speed, kept)) for name, kept in runs.items()}
     peak = {name: median(run["bytes"] for run in kept) / 2**20 for name, kept in runs.items()}
     mine, theirs = runs["ours unpacked"][-1], runs["TRL unpacked"][-1]

@@ -13,6 +13,7 @@ from importlib import metadata
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nudge.components.common.core.processes import nudge_home
@@ -69,7 +70,7 @@ def publish(name: str, measures: Sequence[Measure], packages: Iterable[str], dev
         met = {True: "yes", False: "NO", None: ""}[m.met]
         what = f"{m.measure} ({m.note})" if m.note else m.measure
         figures = [_shown(m.ours), _shown(m.peer), m.peer_name, _shown(m.ratio)]
-        table.add_row(what, m.unit, *figures, goal, met)
+        table.add_row(escape(what), m.unit, *figures, goal, met)
     Console().print(table)
     for name, value in describe().items():
         print(f"{name:<17} {value}")

@@ -197,7 +197,7 @@ def server(done: Done, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mod
 def test_the_laptops_server_answers_as_the_evaluated_model(done: Done, server: ModelServer) -> None:
     settings = DeploySettings(smoke_prompt="Name the green city.")
     answer = smoke_test(server, version_of(done), settings)
-    assert answer == "Lviv"  # it ends its turn by itself
+    assert answer.text == "Lviv"  # it ends its turn by itself
     with pytest.raises(UserError, match="the served model is not the evaluated one"):
         smoke_test(server, version_of(done, token="X", p=0.99), settings)
 

@@ -13,7 +13,7 @@ from tests.end_to_end.test_install import ROOT, installation, uv, wheels
 __all__ = ["wheels"]  # the fixture
 pytestmark = pytest.mark.long
 
-PYRIGHT = "pyright==1.1.414"
+PYRIGHT = "pyright[nodejs]==1.1.414"  # Node.js comes from PyPI too
 NOT_SET_UP = {
     *("ray", "mlflow", "lm_eval"),
     *("datasets", "datatrove", "matplotlib", "orjson", "spacy", "torch_npu", "xxhash"),

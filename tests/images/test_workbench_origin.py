@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from nudge.components.common.core import processes
+from nudge.components.common.core.child_environment import child_environment
 
 ROOT = Path(__file__).parents[2]
 PREFIX = "/notebook/some-project/some-bench"
@@ -40,7 +41,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     log = (home / "log").open("w")
     server = subprocess.Popen(
         [str(program), *command[1:], "--allow-root"],  # the image's user is not root
-        env={**processes.child_environment(), "HOME": str(home)},
+        env={**child_environment(), "HOME": str(home)},
         stdout=log,
         stderr=subprocess.STDOUT,
     )

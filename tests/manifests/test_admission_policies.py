@@ -1,20 +1,19 @@
 """Which objects the account of a step may create and change.
 
-No API server runs here: `refusals` evaluates the CEL of the ValidatingAdmissionPolicies with the
-package common-expression-language from PyPI, which is not the API server's implementation.
+No API server runs here: `tests.admission` evaluates the CEL of the policies.
 """
 
 import copy
 from collections.abc import Callable
 from typing import Any
 
-import cel
 import pytest
 import yaml
 
 from nudge.components.train.cluster import rayjob, trainjob
 from nudge.components.train.cluster.jobs import Step
 from nudge.components.train.settings import LaunchSettings
+from tests import admission
 from tests.manifests.run_objects import Object, job, served
 from tests.manifests.test_manifests import BUILDS, ROOT, built
 
@@ -33,35 +32,19 @@ def refusals(
     plural, operation = f"{body['kind'].lower()}s", "UPDATE" if old else "CREATE"
     names = {plural, "*"} if not within else {f"{plural}/{within}", "*/*"}
     operation = "CONNECT" if within in ("exec", "attach", "portforward", "proxy") else operation
-    messages = []
+    found = []
     for policy in built("cluster-admin"):
         if policy["kind"] != "ValidatingAdmissionPolicy":
             continue
-        spec = policy["spec"]
-        rules = spec["matchConstraints"]["resourceRules"]
-        if not any(
+        rules = policy["spec"]["matchConstraints"]["resourceRules"]
+        if any(
             group in rule["apiGroups"]
             and operation in rule["operations"]
             and names & set(rule["resources"])
             for rule in rules
         ):
-            continue
-        userinfo = {"username": user}
-        request = {"userInfo": userinfo, "operation": operation, "namespace": "nudge"}
-        context: Object = {"object": body, "oldObject": old, "request": request, "variables": {}}
-        if not all(cel.evaluate(each["expression"], context) for each in spec["matchConditions"]):
-            continue
-        try:
-            for each in spec.get("variables", []):
-                value = cel.evaluate(each["expression"], context)
-                context["variables"] = {**context["variables"], each["name"]: value}
-            for rule in spec["validations"]:
-                if not cel.evaluate(rule["expression"], context):
-                    messages.append(rule["message"])
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            assert spec["failurePolicy"] == "Fail"
-            messages.append(f"error: {error}")
-    return messages
+            found += admission.messages(policy, operation, body, user, old)
+    return found
 
 
 SETTINGS = [

@@ -11,6 +11,7 @@ import pytest
 
 from nudge.components.common.core import processes
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.private_home import private_home
 from tests.security.other_user import OTHER_UID, as_other_user, as_root
 
 
@@ -49,7 +50,7 @@ def test_a_home_that_another_user_made_is_refused(
     link.symlink_to(open_folder / "mine")
     os.chown(link, OTHER_UID, OTHER_UID, follow_symlinks=False)
     with pytest.raises(UserError, match="belongs to another user"):
-        processes.private_home(link)
+        private_home(link)
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")  # a volume of a pod
     with processes.locked(trap, "up"):
         pass
@@ -68,7 +69,7 @@ def test_what_another_user_put_into_a_home_is_refused(open_folder: Path) -> None
     os.chown(token, OTHER_UID, OTHER_UID)
     for home in (theirs, token.parents[1]):
         with pytest.raises(UserError, match="something in it, belongs to another user"):
-            processes.private_home(home)
+            private_home(home)
 
 
 @as_root
@@ -79,7 +80,7 @@ def test_a_home_in_a_folder_of_root_that_everybody_can_write_to_is_refused(
     shared = open_folder / "shared"
     shared.mkdir()
     shared.chmod(0o1777)
-    assert as_other_user(processes.private_home, shared) == "UserError"
+    assert as_other_user(private_home, shared) == "UserError"
     own = shared / "own"
-    assert as_other_user(processes.private_home, own) is None
+    assert as_other_user(private_home, own) is None
     assert own.stat().st_uid == OTHER_UID

@@ -11,7 +11,7 @@ import pytest
 
 from nudge.components.common.clients.registry import connection
 from nudge.components.common.clients.registry.releases import find_served
-from nudge.components.common.core import processes
+from nudge.components.common.core.child_environment import child_environment
 from nudge.components.common.core.errors import UserError
 from nudge.components.train import torchrun
 from nudge.components.train.cluster import jobs, rayjob, trainjob
@@ -180,7 +180,7 @@ def test_a_jobs_pods_run_no_code_of_their_working_directory(engine: Any, tmp_pat
         flags = command[1 : command.index("-m")]
         done = subprocess.run(
             [sys.executable, *flags, "-c", "import nudge, click"], cwd=tmp_path,
-            env=processes.child_environment() | {"PYTHONSAFEPATH": ""},
+            env=child_environment() | {"PYTHONSAFEPATH": ""},
             capture_output=True, text=True,
         )  # fmt: skip
         assert (done.returncode, done.stdout) == (0, ""), done.stderr

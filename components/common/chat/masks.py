@@ -155,9 +155,8 @@ class Encoder:
         for (first, last), own in zip(itertools.pairwise(ends), found, strict=True):
             piece = full[first:last]
             if first in literal:
-                encoding = self._literal.encode(piece, add_special_tokens=False)
-                own = np.array(encoding.ids, np.int64)
-                starts.append(first + np.array([at for at, _ in encoding.offsets], np.int64))
+                own, at = self._as_text(piece)
+                starts.append(first + at)
             elif (at := self._byte_starts(piece, own)) is not None:
                 starts.append(first + at)
             else:
@@ -168,6 +167,17 @@ class Encoder:
         joined, at = np.concatenate(ids), np.concatenate(starts)
         control = self._control_ids if ends_turn else None
         return _spans(text.rendered, joined, at, control)
+
+    def _as_text(self, piece: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a spelled-out control token as text, and the character of each."""
+        encoding = self._literal.encode(piece, add_special_tokens=False)
+        ids = np.array(encoding.ids, np.int64)
+        if len(piece) > 1 and np.isin(ids, self._control_ids).any():
+            # Unigram and WordLevel have control tokens in their vocabulary too. No part spells one
+            # out, because the piece is cut after its first character.
+            (start, at), (rest, after) = self._as_text(piece[:1]), self._as_text(piece[1:])
+            return np.concatenate([start, rest]), np.concatenate([at, 1 + after])
+        return ids, np.array([at for at, _ in encoding.offsets], np.int64)
 
     def _byte_starts(self, piece: str, ids: np.ndarray) -> np.ndarray | None:
         """The character at which each token begins; None unless the tokens' bytes are the text."""

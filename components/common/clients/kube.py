@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import tenacity
 
 from nudge.components.common.clients.kube_requests import PATIENCE_S, Object, Requests
+from nudge.components.common.clients.kube_requests import NoSuchKind as NoSuchKind
 from nudge.components.common.clients.kube_requests import ResourceConflict as ResourceConflict
 from nudge.components.common.clients.kube_requests import ResourceKind as ResourceKind
 from nudge.components.common.core.environment import SERVICE_ACCOUNT, in_pod

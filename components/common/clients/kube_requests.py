@@ -60,6 +60,10 @@ class ResourceConflict(Exception):
         self.reason = reason
 
 
+class NoSuchKind(UserError):
+    """The cluster serves no such kind of object."""
+
+
 class _Busy(Exception):
     """An answer after which the same request may be repeated."""
 
@@ -99,8 +103,8 @@ class Requests:
         ``method`` is one of DynamicClient (get, create, patch, server_side_apply, delete), and
         ``how`` are its arguments. ``verb`` is for messages. With ``missing_is_none``, any 404 means
         None, not only the API server's own. Raises `ResourceConflict` for a 409,
-        `Transient` if the server stays busy or unreachable for ``patience_s``, and `UserError` for
-        other refusals.
+        `Transient` if the server stays busy or unreachable for ``patience_s``, `NoSuchKind` if it
+        does not serve the kind, and `UserError` for other refusals.
         """
         verb = verb or VERBS.get(method, method)
         doing = f"{verb} {kind.name}{f' {name}' if name else ''} in namespace {self._namespace}"
@@ -118,7 +122,7 @@ class Requests:
             return None
         if status == 404:
             needs = f"; it comes with {kind.needs}" if kind.needs else ""
-            raise UserError(
+            raise NoSuchKind(
                 f"{doing}: this cluster has no kind {kind.name} ({kind.api_version}){needs}"
             )
         if status == 409:

@@ -4,11 +4,11 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Mapping
-from decimal import Decimal
 from typing import Any
 
 from nudge.components.common.clients.kube import Cluster, ResourceKind
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.quantities import UNITS, quantity
 
 WORKLOAD = ResourceKind("kueue.x-k8s.io/v1beta1", "Workload", "workloads", "Kueue")
 """In its oldest version; `served` has the one to ask for."""
@@ -33,11 +33,6 @@ IN_USE = re.compile(
 )
 NO_QUEUE = re.compile(r"(LocalQueue|ClusterQueue) +(\S*) ?doesn't exist")
 SELECTOR = "doesn't match ClusterQueue selector"
-UNITS = {
-    "n": Decimal("1e-9"), "u": Decimal("1e-6"), "m": Decimal("1e-3"), "": Decimal(1),
-    **{unit: Decimal(1000) ** (power + 1) for power, unit in enumerate("kMGTPE")},
-    **{f"{unit}i": Decimal(1024) ** (power + 1) for power, unit in enumerate("KMGTPE")},
-}  # fmt: skip
 
 
 def served(cluster: Cluster) -> ResourceKind:
@@ -170,13 +165,8 @@ def _explained(message: str, namespace: str) -> str:
 
 
 def _short(found: re.Match[str]) -> str:
-    amount = _quantity(found["own"]) + _quantity(found["others"]) - _quantity(found["most"])
+    amount = quantity(found["own"]) + quantity(found["others"]) - quantity(found["most"])
     for unit in ("Gi", "Mi", "Ki") if found["own"].endswith("i") else ("", "m"):
         if amount % UNITS[unit] == 0:
             return f"{int(amount / UNITS[unit])}{unit}"
     return f"{amount.normalize():f}"
-
-
-def _quantity(text: str) -> Decimal:
-    match = re.fullmatch(r"([0-9.]+)([A-Za-z]*)", text)
-    return Decimal(match[1]) * UNITS.get(match[2], Decimal(1)) if match else Decimal(0)

@@ -1,11 +1,21 @@
 """Whether a run's usage stays within the recipe's section `budget`."""
 
+from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.figures import money, significant
 from nudge.components.common.core.prices import Budget, Prices
 from nudge.components.common.core.usage import Usage
 
 OVER_BUDGET = "over budget: "
-"""The beginning of the error of a run that its budget stops."""
+"""The beginning of the text of an `OverBudget`, by which other processes recognize it in a log."""
+
+
+class OverBudget(UserError):
+    """The budget stops the run. With a larger one, training resumes from its checkpoint."""
+
+    status = 3
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text if OVER_BUDGET in text else f"{OVER_BUDGET}{text}")
 
 
 def over(budget: Budget, prices: Prices, used: Usage, verb: str) -> str:

@@ -4,6 +4,8 @@ Each name is spelled here once. Nothing but the standard library is imported, so
 stays fast and `nudge doctor` works where no extra is installed.
 """
 
+import contextlib
+import math
 import os
 from pathlib import Path
 
@@ -83,3 +85,13 @@ def in_pipeline_step() -> bool:
 def nudge_home() -> Path:
     """The folder where nudge keeps its state: NUDGE_HOME, or ``.nudge`` in the current folder."""
     return Path(os.environ.get(HOME, ".nudge")).resolve()
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: by its affinity, and by the CPU limit of its container
+    (cgroup v2), which a pod on a large node has."""
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))  # "max": no number, no limit
+    return cores

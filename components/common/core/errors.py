@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import ClassVar
 
 from nudge.components.common.core.sanitize import masked, visible
 
@@ -12,6 +13,9 @@ class UserError(ValueError):
     The command line and the step runner print only this text, without a traceback. It masks
     credentials in URIs and makes control and bidirectional characters visible.
     """
+
+    status: ClassVar[int] = 2
+    """The exit status of a process that it ends."""
 
     def __str__(self) -> str:
         return visible(masked(super().__str__()))

@@ -8,13 +8,10 @@ import contextlib
 import fcntl
 import functools
 import json
-import math
-import os
 import socket
-import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,50 +20,14 @@ import psutil
 import tenacity
 
 from nudge.components.common.core import service_watch
-from nudge.components.common.core.environment import in_pod
+from nudge.components.common.core.child_environment import OUTER_TMPDIR, child_environment
 from nudge.components.common.core.environment import nudge_home as nudge_home
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.private_home import PRIVATE_UMASK, private_home
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.state_file import Damaged, read_object
 
 STOP_TIMEOUT_S = 10.0
-OUTER_TMPDIR = "NUDGE_OUTER_TMPDIR"
-"""Set in a run, whose TMPDIR goes when it ends: the TMPDIR around it, empty where there is none."""
-PRIVATE_UMASK = 0o077
-CONTAINER_UIDS = 1_000_000_000
-"""From here on are the user ids of the containers that root's runs start; no person has one."""
-EVERY_CHILD = (
-    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TERM"),
-    *("TMPDIR", OUTER_TMPDIR, "LD_LIBRARY_PATH", "COVERAGE_PROCESS_START"),
-    *("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONUTF8", "PYTHONHASHSEED", "VIRTUAL_ENV"),
-    *("SSL_CERT_FILE", "SSL_CERT_DIR", "XDG_CACHE_HOME"),
-)
-"""What a child gets of this process's variables, whatever it is for; none of them is a secret."""
-MODEL_CHILD = (
-    *("HF_", "TOKENIZERS_", "TRANSFORMERS_", "OMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTORCH_"),
-    *("CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "TRITON_", "KMP_", "ATEN_"),
-    *("HIP_", "HSA_", "ROCR_", "MIOPEN_"),
-)
-"""The beginnings of the names that a child which loads a model gets besides; see `SECRETS`."""
-RANK_CHILD = (
-    *(*MODEL_CHILD, "NUDGE_", "AWS_", "FSSPEC_", "MLFLOW_", "KUBEFLOW_TRAINER_"),
-    *("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"),
-    *("http_proxy", "https_proxy", "no_proxy", "ALL_PROXY", "all_proxy", "PET_"),
-    *("UCX_", "FI_", "RDMAV_", "DOCKER_CONFIG", "REGISTRY_AUTH_FILE"),
-)
-"""The beginnings of the names that the ranks of a training get besides; the step itself asks the
-registry and the cluster, so their tokens are not among them."""
-STEP_CHILD = (
-    *(*MODEL_CHILD, "NUDGE_", "AWS_", "KF_", "KFP_", "KUBE", "MLFLOW_", "RAY_", "DOCKER_"),
-    *("GOOGLE_", "GCS_", "AZURE_", "FSSPEC_", "REGISTRY_AUTH_FILE", "REQUESTS_CA_BUNDLE"),
-    *("CURL_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy"),
-    *("no_proxy", "ALL_PROXY", "all_proxy", "GIT_", "XDG_", "PET_", "WORLD_SIZE", "JAX_"),
-)
-"""The beginnings of the names that the steps of a run get besides."""
-SECRETS = ("HF_TOKEN", "HF_HUB_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-"""Of `MODEL_CHILD`, what only a step gets: a server that loads a folder downloads nothing."""
-STEPS_ONLY = ("NUDGE_SIGNING_", "NUDGE_NOTIFY_")
-"""The beginnings of the names that only steps get: keys and addresses that ranks do not need."""
 
 
 @dataclass(frozen=True)
@@ -110,93 +71,6 @@ def created(process: psutil.Process) -> str | float:
     # Field 22 of proc_pid_stat(5); the second is a name that may hold spaces and brackets.
     ticks = int(stat.rpartition(b")")[2].split()[19])
     return f"{boot.read_text().strip()}:{ticks}"
-
-
-def usable_cores() -> int:
-    """The cores that this process may use: by its affinity, and by the CPU limit of its container
-    (cgroup v2), which a pod on a large node has."""
-    cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, math.ceil(int(quota) / int(period))))  # "max": no number, no limit
-    return cores
-
-
-def child_environment(
-    prefixes: tuple[str, ...] = (), more: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """The variables of a child process: `EVERY_CHILD`, those of this process whose names begin with
-    one of ``prefixes``, and ``more``.
-
-    Python takes no module from the child's current folder or from a script's folder
-    (PYTHONSAFEPATH), nor do the processes that it starts: a file ``click.py`` there would run.
-    """
-    secret = () if "NUDGE_" in prefixes else SECRETS
-    steps_only = () if "KFP_" in prefixes else STEPS_ONLY
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name in EVERY_CHILD
-        or name.startswith("LC_")
-        or (
-            prefixes
-            and name.startswith(prefixes)
-            and name not in secret
-            and not name.startswith(steps_only)
-        )
-    }
-    return {**kept, **(more or {}), "PYTHONSAFEPATH": "1"}
-
-
-def private_home(home: Path) -> None:
-    """Make ``home``, where nudge keeps its state, or close it to other users if it is open to them.
-
-    The folders directly in it are closed too. Raises `OSError` if it cannot be made, and
-    `UserError` if it, or something in it, belongs to another user of this machine, who could change
-    what is kept there.
-    """
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if in_pod():  # a volume has an owner of its own, and there is no other user
-        _close([home, *home.iterdir()])
-        return
-    for found in (home.lstat(), home.stat()):  # a link, and what it leads to
-        _check_owner(home, found)
-    if home.stat().st_uid != os.getuid() and home.stat().st_mode & 0o022:
-        raise UserError(
-            f"{home} belongs to root, and every user can write there; set NUDGE_HOME to a folder "
-            "of your own"
-        )
-    inside = list(home.iterdir())
-    for path in inside:
-        with contextlib.suppress(FileNotFoundError):  # another command's temporary file
-            _check_owner(home, path.lstat())
-    # Others may have put something into a folder that was open until now.
-    for folder in _close([home, *inside]):
-        for path in folder.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):
-                _check_owner(home, path.lstat())
-
-
-def _check_owner(home: Path, found: os.stat_result) -> None:
-    of_container = os.getuid() == 0 and found.st_uid >= CONTAINER_UIDS
-    if found.st_uid not in (0, os.getuid()) and not of_container:
-        raise UserError(
-            f"{home}, or something in it, belongs to another user (uid {found.st_uid}), who could "
-            "read and change what is kept there; set NUDGE_HOME to a folder of your own"
-        )
-
-
-def _close(folders: list[Path]) -> list[Path]:
-    """Close this user's folders to others; returns those that others could write to."""
-    were_open = []
-    for folder in folders:
-        with contextlib.suppress(FileNotFoundError):
-            found = folder.lstat()
-            mine = found.st_uid == os.getuid() and stat.S_ISDIR(found.st_mode)
-            if mine and found.st_mode & 0o077:
-                folder.chmod(found.st_mode & 0o700)
-                were_open += [folder] if found.st_mode & 0o022 else []
-    return were_open
 
 
 @contextlib.contextmanager

@@ -275,8 +275,8 @@ def exit_with_user_errors(transient_status: int = 2) -> Any:
     """Exit with only the text of a `UserError`; used by the bodies of the faces.
 
     In a pod that text is also the termination message. A retry of the step finds it there, exits
-    with the same text and does no work, unless the error was `Transient`. The exit status is 2, or
-    ``transient_status`` after a `Transient`.
+    with the same text and does no work, unless the error was `Transient`. The exit status is the
+    error's own (2 for most), or ``transient_status`` after a `Transient`.
     """
     sentence = earlier_refusal()
     try:
@@ -290,7 +290,7 @@ def exit_with_user_errors(transient_status: int = 2) -> Any:
             with contextlib.suppress(OSError):  # not every container has this file
                 TERMINATION_LOG.write_bytes(message.encode()[:TERMINATION_BYTES])
         say(f"error: {error}")
-        sys.exit(transient_status if isinstance(error, Transient) else 2)
+        sys.exit(transient_status if isinstance(error, Transient) else error.status)
 
 
 def earlier_refusal() -> str:

@@ -11,8 +11,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig
 
+from nudge.components.common.core.environment import usable_cores
 from nudge.components.common.core.errors import UserError, one_line
-from nudge.components.common.core.processes import usable_cores
 from nudge.components.common.models.end_of_document import document_start_id
 from nudge.components.common.models.loading import empty_model
 from nudge.kernels import fused_linear_cross_entropy

@@ -6,15 +6,17 @@
 | packages: Ray, lm-eval | yes (2) | Ray | no: images have their own | Ray |
 | names: what the registry must store | yes | no: it registers nothing | yes (3) | yes |
 | paths: no file of this machine | it has them | it has them | yes | it would not find them |
-| base: model, tokenizer, LoRA | yes | no: it loads none | if it is here | no: `train` does |
-| machine: disk and memory | yes | no | no: another machine trains | no: another pod trains |
+| base: model, tokenizer, LoRA | yes | no: it loads none | if it is here (4) | its config (4) |
+| machine: disk and memory | yes | no | the pod's memory (5) | the pod's memory (5) |
 | cluster: it is known | for jobs and KServe | no | to start the run | it runs there |
 | store: conditional writes | if variables name it | no | no: pods have the key | yes |
 | serving: KServe and permissions | yes | no | no: the pipeline's account counts | yes |
 
 (1) Those in an object store later, because the embedded one may not run yet. (2) Not with
 `--engine docker`, whose images have their own. (3) By `pipelines.cluster.runs.submit`, which knows
-whether the pipeline registers.
+whether the pipeline registers. (4) Of a model in a bucket or on the hub, that it is there and what
+its config says; `train` checks the rest. (5) The limit of the pod that trains; `train` checks its
+own disk and memory before it downloads the model.
 
 That enough documents are held out is known after ingest, in every way (`check_held_out`).
 """
@@ -39,6 +41,8 @@ from nudge.components.common.preflight.base import check_base
 from nudge.components.common.preflight.elsewhere import check_elsewhere
 from nudge.components.common.preflight.machine import check_machine
 from nudge.components.common.preflight.packages import check_packages
+from nudge.components.common.preflight.pod import TrainingPod, check_pod
+from nudge.components.common.preflight.remote_base import check_remote_base
 from nudge.components.common.preflight.serving import check_serving
 from nudge.components.common.preflight.texts import check_texts
 
@@ -96,17 +100,19 @@ def preflight(
     lora_targets: Sequence[str] = (),
     version: str = "",
     model_name: str = "",
+    base_model: str = "",
+    pod: TrainingPod | None = None,
     publishes: bool = True,
     has_own_packages: bool = True,
     uses_env_store: bool = False,
 ) -> None:
     """Raise `UserError` with one line for each problem that this way of running can know.
 
-    ``lora_targets`` are those of `train`, with their default. ``version`` and ``model_name`` are
-    parameters of a pipeline (`check_registration`), and ``publishes`` is whether it uploads,
-    registers and deploys. ``has_own_packages``: the steps run with the packages that are installed
-    here. ``uses_env_store``: the variables of a data connection name the store. ``more`` are checks
-    of the caller's own.
+    ``lora_targets`` are those of `train`, with their default. ``version``, ``model_name`` and
+    ``base_model`` are parameters of a pipeline, ``pod`` is where it trains, and ``publishes`` is
+    whether it uploads, registers and deploys. ``has_own_packages``: the steps run with the packages
+    that are installed here. ``uses_env_store``: the variables of a data connection name the store.
+    ``more`` are checks of the caller's own.
     """
     publishes = publishes and way is not Way.INGEST
     checks: list[Check] = [partial(check_texts, recipe, CAN_READ[way])]
@@ -117,7 +123,9 @@ def preflight(
     if way is Way.SUBMIT:
         checks.append(partial(check_elsewhere, recipe))
     if way in (Way.RUN, Way.SUBMIT):
-        checks.append(partial(_check_model, recipe, lora_targets, way))
+        checks.append(partial(_check_model, recipe, lora_targets, way, base_model, pod))
+    if way is Way.STEP and in_pipeline_step():
+        checks.append(partial(_check_training, recipe, base_model, pod))
     if way is Way.RUN:
         checks.append(partial(_check_jobs, recipe))
     if publishes and (uses_env_store or (way is Way.STEP and in_pipeline_step())):
@@ -152,21 +160,33 @@ def _check_packages(recipe: str, way: Way) -> None:
         check_packages(recipe)
 
 
-def _check_model(recipe: str, lora_targets: Sequence[str], way: Way) -> None:
+def _check_model(
+    recipe: str, lora_targets: Sequence[str], way: Way, base_model: str, pod: TrainingPod | None
+) -> None:
     train = some_settings(Trained, "train", recipe)
+    base = base_model or train.base_model
     if train.mode == "scratch":
         return
-    if way is Way.SUBMIT and is_local(train.base_model) and "package://" not in train.base_model:
+    if way is Way.SUBMIT and is_local(base) and "package://" not in base:
         return  # `check_elsewhere` refuses one that is here; another may be in the image
     try:
         targets = list(lora_targets) if train.mode == "lora" else []
-        parameters = check_base(train.base_model, targets)
+        parameters = check_base(base, targets) or check_remote_base(base)
     except ImportError:
         if way is Way.SUBMIT:  # whoever only submits needs no tokenizers
             return
         raise
     if way is Way.RUN and train.launcher == "local":
         check_machine(parameters, train.mode, nudge_home(), shutil.which("nvidia-smi") is None)
+    elif way is Way.SUBMIT:
+        check_pod(parameters, train.mode, pod or TrainingPod())
+
+
+def _check_training(recipe: str, base_model: str, pod: TrainingPod | None) -> None:
+    train = some_settings(Trained, "train", recipe)
+    if train.mode != "scratch":
+        parameters = check_remote_base(base_model or train.base_model)
+        check_pod(parameters, train.mode, pod or TrainingPod())
 
 
 def _check_jobs(recipe: str) -> None:

@@ -22,18 +22,26 @@ def is_large(parameters: float) -> bool:
     return BYTES["full"] * parameters > LARGE * memory_bytes()
 
 
-def check_machine(parameters: int, mode: str, folder: Path, on_cpu: bool) -> None:
+def check_machine(
+    parameters: int,
+    mode: str,
+    folder: Path,
+    on_cpu: bool,
+    disk_bytes: int = COPIES_ON_DISK * 4,
+    remedy: str = "free some, or set NUDGE_HOME to a folder elsewhere",
+) -> None:
     """Raise `UserError` if the disk of ``folder`` or this machine's memory is too small.
 
-    Only a model that cannot fit is refused: activations and the operating system need more.
+    ``disk_bytes`` are per parameter; ``remedy`` says what to do about a small disk. Only a model
+    that cannot fit is refused: activations and the operating system need more.
     """
-    disk = COPIES_ON_DISK * 4 * parameters
+    disk = disk_bytes * parameters
     there = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
     free = shutil.disk_usage(there).free
     if free < disk:
         raise UserError(
             f"the disk of {there} has {_size(free)} free, and a model of {parameters:,} parameters "
-            f"needs about {_size(disk)}; free some, or set NUDGE_HOME to a folder elsewhere"
+            f"needs about {_size(disk)}; {remedy}"
         )
     memory, installed = BYTES[mode] * parameters, memory_bytes()
     if on_cpu and 0 < installed < memory:

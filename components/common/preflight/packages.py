@@ -20,7 +20,7 @@ def check_harness(tasks: object) -> None:
     if tasks and importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             "evaluate.tasks needs lm-evaluation-harness, which is not installed here; install the "
-            "extra: pip install 'nudge-lm[tasks]'; on a cluster, the train image has it"
+            "extra: pip install 'nudge-lm[tasks]'; on a cluster, nudge's own images have it"
         )
 
 

@@ -15,8 +15,10 @@ from nudge.components.common.readers.unreadable import Unreadable
 
 ROW_KEYS = ("sender_name", "isPinned")
 """Keys of the messages in an export that has them below a key, without a key ``text``."""
-ALL_CHATS = "chats.list.item.messages.item"
-"""ijson's path of the messages in Telegram's export of an account."""
+CHAT_LISTS = ("chats", "left_chats")
+"""The keys of the chats in Telegram's export of an account; the person has left the second ones."""
+ALL_CHATS = tuple(f"{key}.list.item.messages.item" for key in CHAT_LISTS)
+"""ijson's paths of the messages in them."""
 CHAT = "nudge.chat"
 """The key for the number and the name of a message's chat, in a large export of an account."""
 SIDE_FILES = frozenset(
@@ -39,10 +41,10 @@ def exported(value: Any, options: ReadOptions) -> Records | None:
     """The documents of a JSON value that is an export of chats; None for any other value."""
     if not isinstance(value, dict):
         return exported_rows(iter(value), options) if isinstance(value, list) else None
-    chats = value.get("chats")
-    if isinstance(chats, dict) and isinstance(chats.get("list"), list):  # all of Telegram
-        chats = [each for each in chats["list"] if isinstance(each, dict)]
-        return _telegrams(chats, options)
+    found = [value[key].get("list") for key in CHAT_LISTS if isinstance(value.get(key), dict)]
+    if any(isinstance(chats, list) for chats in found):  # all of Telegram
+        listed = itertools.chain(*(chats for chats in found if isinstance(chats, list)))
+        return _telegrams([each for each in listed if isinstance(each, dict)], options)
     if isinstance(value.get("messages"), list):
         return exported_rows(iter(value["messages"]), options)
     return exported_rows(iter([value]), options)

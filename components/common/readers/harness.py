@@ -46,8 +46,8 @@ def task_texts(names: Sequence[str], task_folder: str) -> Iterator[str]:
         check_harness(names)
     except UserError as error:
         raise UserError(
-            f"{error}; without it the training text cannot be compared with the tasks: run ingest "
-            "in that image (the pipeline's parameter data_image), or set "
+            f"{error}; without it the training text cannot be compared with the tasks: add it to "
+            "the image of ingest (the pipeline's parameter data_image), or set "
             "ingest.compare_with_evaluation: false"
         ) from None
     manager = task_manager(names, task_folder)

@@ -10,7 +10,6 @@ from nudge.components.common.readers.records import ReadOptions
 from nudge.components.common.readers.unreadable import Unreadable
 
 CHUNK_BYTES = 1 << 16
-CHAT_PATH = ALL_CHATS.removesuffix(".messages.item")
 BODIES = (*LISTS, *(answered for _, answered in PAIRS))
 """Keys that an object with a conversation has."""
 
@@ -24,6 +23,10 @@ class _Metered:
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream, self.since_item = stream, 0
+
+    def rewind(self) -> None:
+        self._stream.seek(0)
+        self.since_item = 0
 
     def read(self, size: int = CHUNK_BYTES) -> bytes:
         data = self._stream.read(size)
@@ -47,10 +50,9 @@ def items(stream: IO[bytes], options: ReadOptions) -> Iterator[Any]:
         if path is None:
             yield Unreadable("no_column", "no array of objects with the text column")
             return
-        stream.seek(0)
-        metered.since_item = 0
+        metered.rewind()
         found = ijson.items(metered, path, buf_size=CHUNK_BYTES, use_float=True)
-        for item in _with_chats(metered) if path == ALL_CHATS else found:
+        for item in _with_chats(metered) if path in ALL_CHATS else found:
             metered.since_item = 0
             yield item
     except _TooLong:
@@ -66,19 +68,23 @@ def _with_chats(stream: _Metered) -> Iterator[Any]:
     number = 0
     names: dict[str, Any] = {}
 
-    def events() -> Iterator[Any]:
+    def events(chat: str) -> Iterator[Any]:
         nonlocal number
         for prefix, event, value in ijson.parse(stream, buf_size=CHUNK_BYTES, use_float=True):
-            if (prefix, event) == (CHAT_PATH, "start_map"):
+            if (prefix, event) == (chat, "start_map"):
                 number += 1
                 names.clear()
-            elif prefix in (f"{CHAT_PATH}.name", f"{CHAT_PATH}.id"):
+            elif prefix in (f"{chat}.name", f"{chat}.id"):
                 names[prefix.rpartition(".")[2]] = value
+            if not prefix.startswith(chat):
+                stream.since_item = 0
             yield prefix, event, value
 
-    for item in ijson.items(events(), ALL_CHATS):
-        name = str(names.get("name") or names.get("id") or number)
-        yield {**item, CHAT: (number, name)} if isinstance(item, dict) else item
+    for path in ALL_CHATS:
+        stream.rewind()
+        for item in ijson.items(events(path.removesuffix(".messages.item")), path):
+            name = str(names.get("name") or names.get("id") or number)
+            yield {**item, CHAT: (number, name)} if isinstance(item, dict) else item
 
 
 def _path_of_array(stream: _Metered, options: ReadOptions) -> str | None:
@@ -90,7 +96,7 @@ def _path_of_array(stream: _Metered, options: ReadOptions) -> str | None:
             return "item"
         stream.since_item = 0
         is_below_a_key = prefix.endswith(".item") and prefix.count(".") == 1
-        is_below_a_key |= prefix == ALL_CHATS
+        is_below_a_key |= prefix in ALL_CHATS
         names = (options.text_column, *(BODIES if options.format != "text" else ()), *ROW_KEYS)
         if is_below_a_key and event == "map_key" and value in names:
             return prefix

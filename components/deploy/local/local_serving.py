@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.core import guard, processes
+from nudge.components.common.core.child_environment import MODEL_CHILD
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.names import check_name
 from nudge.components.common.core.publish import published
@@ -130,7 +131,7 @@ class LocalServing:
             timeout_s=self._settings.start_timeout_s,
             cwd=folder,
             environment={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-            passes=processes.MODEL_CHILD,
+            passes=MODEL_CHILD,
         )
 
     def _running(self, model: str, version: str) -> processes.ServiceRecord | None:

@@ -23,7 +23,7 @@ from nudge.components.common.core.progress import SHOWN, Progress
 from nudge.components.common.core.say import say
 from nudge.components.common.core.step import FAILURE, REFUSAL
 from nudge.components.train.cluster.jobs import Engine, seconds_left
-from nudge.components.train.cluster.worker import BAD_INPUT
+from nudge.components.train.cluster.worker import PERMANENT
 from nudge.components.train.settings import LaunchSettings
 
 POLL_S = 5.0
@@ -68,8 +68,9 @@ class Follower:
     def follow(self) -> None:
         """Return when the job is complete.
 
-        Raises `UserError` with the cause as soon as a rank fails for good, `Transient` if the job
-        failed for another reason or was deleted, and `Late` at the deadline.
+        Raises `UserError` with the cause as soon as a rank fails for good (`OverBudget` where the
+        budget stopped it), `Transient` if the job failed for another reason or was deleted, and
+        `Late` at the deadline.
         """
         end = time.monotonic() + seconds_left(self._job, self._settings)
         while True:
@@ -103,15 +104,15 @@ class Follower:
             self._read_log(pods)
         for key, line in troubles(pods).items():
             self._print(key, line, once=key.startswith(RESTARTED))
-        sentence = self._engine.refusal(found)
-        if stage != "failed" and not is_permanent(pods):
+        refusal, permanent = self._engine.refusal(found), permanent_end(pods)
+        if stage != "failed" and permanent is None:
             return stage == "complete"
-        why = why_of(self._cluster, pods, found, logs=not sentence)
-        cause = "\n".join(filter(None, (sentence, why)))
-        if is_permanent(pods) or sentence:
+        why = why_of(self._cluster, pods, found, logs=refusal is None)
+        cause = "\n".join(f"{part}" for part in (refusal, why) if part)
+        if kind := type(refusal) if refusal else permanent:
             if stage != "failed":  # its controller would only repeat the failure
                 self._delete()
-            raise UserError(f"the {self._title} failed: {cause}\n{status}".rstrip())
+            raise kind(f"the {self._title} failed: {cause}\n{status}".rstrip())
         longer = f"; {LONGER}" if "DeadlineExceeded" in status else ""
         raise Transient(f"the {self._title} failed: {status}{longer}\n{cause}".rstrip())
 
@@ -249,9 +250,10 @@ def pods_of(job: Mapping[str, Any], pods: Sequence[dict[str, Any]]) -> list[dict
     )
 
 
-def is_permanent(pods: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a container ended in a way that a restart would only repeat: killed for memory, or
-    with our own exit status for bad input. A pod that the cluster moves away does not count."""
+def permanent_end(pods: Sequence[Mapping[str, Any]]) -> type[UserError] | None:
+    """The kind of error with which a container ended that a restart would only repeat: killed for
+    memory, or with an exit status of our own. None without one, and for a pod that the cluster
+    moves away."""
     for pod in pods:
         conditions = pod.get("status", {}).get("conditions") or []
         if any((e["type"], e["status"]) == ("DisruptionTarget", "True") for e in conditions):
@@ -261,7 +263,7 @@ def is_permanent(pods: Sequence[Mapping[str, Any]]) -> bool:
                 end = status.get(field, {}).get("terminated") or {}
                 code, sentence = end.get("exitCode"), str(end.get("message") or "")
                 refused = sentence.startswith(REFUSAL)
-                refused |= code == BAD_INPUT and not sentence.startswith(FAILURE)
+                refused |= code in PERMANENT and not sentence.startswith(FAILURE)
                 if code and (refused or end.get("reason") == "OOMKilled"):
-                    return True
-    return False
+                    return PERMANENT.get(code, UserError)
+    return None

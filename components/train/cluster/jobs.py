@@ -11,6 +11,7 @@ from nudge.components.common.clients.kube import ResourceKind
 from nudge.components.common.clients.pods import QUEUE
 from nudge.components.common.core.environment import OWNED_LABEL as OWNED_LABEL
 from nudge.components.common.core.environment import RUN_LABEL as RUN_LABEL
+from nudge.components.common.core.errors import UserError
 from nudge.components.train.settings import LaunchSettings
 
 PRIORITY = "kueue.x-k8s.io/priority-class"
@@ -70,8 +71,8 @@ class Engine(Protocol):
         """The status that its controller reports, in one line."""
         ...
 
-    def refusal(self, job: dict[str, Any]) -> str:
-        """The training's own sentence about bad input, if the job's status has it; else empty."""
+    def refusal(self, job: dict[str, Any]) -> UserError | None:
+        """The training's own error, if the job's status has one that a retry would repeat."""
         ...
 
     def started_with(self, job: dict[str, Any]) -> Any:

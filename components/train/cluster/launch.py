@@ -19,12 +19,13 @@ from typing import Any
 from nudge.components.common.clients.kube import (
     POD,
     Cluster,
+    NoSuchKind,
     ResourceConflict,
     ResourceKind,
     connect,
 )
 from nudge.components.common.clients.tracking import for_nodes
-from nudge.components.common.core.budget import OVER_BUDGET
+from nudge.components.common.core.budget import OverBudget
 from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.images import TRAIN_IMAGE
 from nudge.components.common.core.progress import progress
@@ -60,7 +61,8 @@ def launch(settings: TrainSettings, paths: dict[str, Path], limits: Limits = NO_
     """Train as a job of the cluster; ``paths`` are the tokens and the outputs on this machine.
 
     Raises `UserError` with the cause (the rank's sentence, container states, events, the end of the
-    log) if the job failed in a way that a retry would repeat. Raises `Transient` if it failed for
+    log) if the job failed in a way that a retry would repeat, and `OverBudget` where its checkpoint
+    is of use to a larger budget. Raises `Transient` if it failed for
     another reason, was deleted, was never admitted by its queue, or is not done by its deadline.
     """
     engine, run_id = ENGINES[settings.launcher], this_run("")
@@ -99,21 +101,14 @@ def launch(settings: TrainSettings, paths: dict[str, Path], limits: Limits = NO_
             _clean_up(handover, keep_checkpoints=True)
             raise
         except UserError as error:
-            if _is_refusal(error):
-                _clean_up(handover)
+            if not isinstance(error, Transient):
+                _clean_up(handover, keep_checkpoints=isinstance(error, OverBudget))
             raise
         bar.note(stage="downloading the model")
         for output in OUTPUTS:
             handover.fetch(output, paths[output])
         _delete(cluster, engine, job)
         _clean_up(handover)
-
-
-def _is_refusal(error: BaseException) -> bool:
-    """Whether a retry would fail in the same way, so that no checkpoint is of use to it. A larger
-    budget resumes from one."""
-    refused = isinstance(error, UserError) and not isinstance(error, Transient)
-    return refused and OVER_BUDGET not in str(error)
 
 
 def _delete(cluster: Cluster, engine: Engine, job: dict[str, Any]) -> None:
@@ -148,10 +143,8 @@ def _remove_abandoned(cluster: Cluster, root: str, settings: TrainSettings) -> N
 def _is_gone(cluster: Cluster, kind: ResourceKind, name: str) -> bool:
     try:
         return cluster.get(kind, name) is None
-    except UserError as error:
-        if "has no kind" in str(error):
-            return True
-        raise
+    except NoSuchKind:
+        return True
 
 
 def _warn(text: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from nudge.components.common.clients.kube import ResourceKind
 from nudge.components.common.clients.pods import RESTRICTED
 from nudge.components.common.core.environment import PART_LABEL
+from nudge.components.common.core.errors import UserError
 from nudge.components.train.cluster.jobs import (
     OWNED_LABEL,
     RUN_LABEL,
@@ -17,7 +18,7 @@ from nudge.components.train.cluster.jobs import (
     pod_spec,
     resources,
 )
-from nudge.components.train.cluster.worker import BAD_INPUT
+from nudge.components.train.cluster.worker import PERMANENT
 from nudge.components.train.settings import LaunchSettings
 
 KIND = ResourceKind(
@@ -142,14 +143,15 @@ def describe_status(job: dict[str, Any]) -> str:
     return " ".join(found) or "its controller has not reported a status yet"
 
 
-def refusal(job: dict[str, Any]) -> str:
-    """The driver's sentence about bad input, from the log's end in the job's status; else empty."""
+def refusal(job: dict[str, Any]) -> UserError | None:
+    """The driver's own error, from the log's end in the job's status; None if a retry may help."""
     message = str((job.get("status") or {}).get("message") or "")
     code = EXIT_CODE.search(message)
-    if code is None or int(code[1]) != BAD_INPUT:
-        return ""
+    if code is None or int(code[1]) not in PERMANENT:
+        return None
     sentences = [line for line in message.splitlines() if line.startswith("error: ")]
-    return sentences[-1].removeprefix("error: ") if sentences else code.string.splitlines()[0]
+    text = sentences[-1].removeprefix("error: ") if sentences else code.string.splitlines()[0]
+    return PERMANENT[int(code[1])](text)
 
 
 def started_with(job: dict[str, Any]) -> Any:

@@ -110,9 +110,8 @@ def describe_status(job: dict[str, Any]) -> str:
     return describe(job)
 
 
-def refusal(job: dict[str, Any]) -> str:
-    """Empty: a TrainJob's status has no message of the training; its pods have."""
-    return ""
+def refusal(job: dict[str, Any]) -> None:
+    """None: a TrainJob's status has no error of the training; its pods have."""
 
 
 def started_with(job: dict[str, Any]) -> Any:

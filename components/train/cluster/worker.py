@@ -13,17 +13,18 @@ from pathlib import Path
 
 import click
 
+from nudge.components.common.core.budget import OverBudget
+from nudge.components.common.core.child_environment import RANK_CHILD, child_environment
 from nudge.components.common.core.environment import KUBERNETES
-from nudge.components.common.core.errors import Transient, UserError
-from nudge.components.common.core.processes import RANK_CHILD, child_environment
+from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.step import exit_with_user_errors
 from nudge.components.train.cluster.handover import Handover
-from nudge.components.train.torchrun import ERROR_VARIABLE, TRANSIENT
+from nudge.components.train.torchrun import ERROR_VARIABLE, reported_error
 
 OUTPUTS = ("model", "history", "report")
 
-BAD_INPUT = 2
-"""The exit status after a plain `UserError`: the same job would fail in the same way."""
+PERMANENT: dict[int, type[UserError]] = {each.status: each for each in (UserError, OverBudget)}
+"""The exit statuses after errors that the same job would meet each time."""
 TRY_AGAIN = 75
 """The exit status after a `Transient` (EX_TEMPFAIL of sysexits.h): a restart may succeed."""
 
@@ -59,8 +60,8 @@ def main(uri: str) -> None:
 def run_ranks_here(folder: Path) -> None:
     """Run this node's ranks; SIGTERM is passed on to them.
 
-    Raises `UserError` or `Transient` with the sentence of the rank that failed. Ends the process
-    with torchrun's status where no rank left one.
+    Raises the error that a rank reported (see `nudge.components.train.torchrun.KINDS`). Ends the
+    process with torchrun's status where no rank reported one.
     """
     error, killed_before = folder / "error", _killed_for_memory()
     variables = child_environment((*RANK_CHILD, KUBERNETES), {ERROR_VARIABLE: str(error)})
@@ -69,9 +70,8 @@ def run_ranks_here(folder: Path) -> None:
     status = ranks.wait()
     if not status:
         return
-    if error.exists():
-        kind = Transient if error.with_suffix(TRANSIENT).exists() else UserError
-        raise kind("\n".join(dict.fromkeys(error.read_text(encoding="utf-8").splitlines())))
+    if reported := reported_error(error):
+        raise reported
     if _killed_for_memory() > killed_before:
         raise UserError(
             "the kernel killed a rank because this node's memory ran out; raise "

@@ -43,6 +43,8 @@ class ModelServer:
         self._names = _names(service["spec"]["predictor"]["model"]["args"])
         asks = meta["annotations"][objects.AUTHENTICATION] == "true"
         self._authorization = f"Bearer {token}" if asks else None
+        self.chats: list[list[dict[str, str]]] = []
+        """The messages of every chat that was asked."""
         self._running = 0
         self._answered = {"2xx": 0, "5xx": 0}
         self._socket = socket.create_server(("127.0.0.1", 0))
@@ -102,6 +104,7 @@ class ModelServer:
         if "messages" in body:
             # As in OpenAI's API: https://platform.openai.com/docs/api-reference/chat/object
             assert all(each.keys() == {"role", "content"} for each in body["messages"])
+            self.chats.append(body["messages"])
             last = body["messages"][-1]["content"]
             choice = {"message": {"role": "assistant", "content": f"{last}? {self.version}"}}
             if body.get("logprobs") is True and body["top_logprobs"] >= 2:

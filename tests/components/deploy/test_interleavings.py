@@ -18,7 +18,7 @@ from nudge.components.common.clients.registry import connection, releases
 from nudge.components.common.core import progress, provenance
 from nudge.components.deploy import approval, canary, targets, traffic
 from nudge.components.deploy.measure import Measured
-from nudge.components.deploy.smoke import ModelServer
+from nudge.components.deploy.smoke import ModelServer, SmokeAnswer
 from nudge.components.evaluate import incumbent as standing
 from tests.components.deploy.memory_registry import MemoryRegistry, run_in_memory
 from tests.components.deploy.orders import (
@@ -63,7 +63,7 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Orders]:
     monkeypatch.setattr(progress, "progress", quiet)
     monkeypatch.setattr(provenance, "this_run", lambda given: given)  # a person's command is no run
     monkeypatch.setattr(connection, "with_registry", run_in_memory)
-    monkeypatch.setattr(traffic, "smoke_test", lambda *_: "an answer")
+    monkeypatch.setattr(traffic, "smoke_test", lambda *_: SmokeAnswer("a prompt", "an answer"))
     monkeypatch.setattr(canary, "_observe", observe)
     monkeypatch.setattr(targets, "find_target", lambda *_: world())
     monkeypatch.setattr(targets, "target_name", lambda *_: "local")

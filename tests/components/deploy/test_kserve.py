@@ -11,6 +11,7 @@ from nudge.components.common.clients.registry.connection import with_registry
 from nudge.components.common.clients.registry.releases import Version, find_served
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.settings import parse
+from nudge.components.deploy import targets
 from nudge.components.deploy.deploy import deploy, rollback, serve
 from nudge.components.deploy.kserve import kserve, lease, objects, routes
 from nudge.components.deploy.settings import DeploySettings
@@ -291,6 +292,8 @@ def test_the_commands_act_on_the_cluster(
 
     from nudge.pipelines.cli.main import main
 
+    # The router of this cluster is on this machine, and a real one is not.
+    monkeypatch.setattr(targets, "is_here", lambda url: False)
     recipe = tmp_path / "recipe.yaml"
     shipped = Path(services.__file__).parents[1] / "recipes" / "eiffel.yaml"
     text = shipped.read_text().replace("deploy:\n", "deploy:\n  target: kserve\n")

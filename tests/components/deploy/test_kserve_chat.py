@@ -31,6 +31,8 @@ def chat_model(registry: str) -> str:
 def test_a_chat_model_is_asked_as_users_ask_it(cluster: ServingCluster, chat_model: str) -> None:
     done = deploy(SETTINGS, registered_model=chat_model, version="v1")
     assert done["smoke_answer"] == f"{SETTINGS.smoke_prompt}? v1"
+    [served] = cluster.models.values()
+    assert served.chats == [[{"role": "user", "content": SETTINGS.smoke_prompt}], MESSAGES]
     with pytest.raises(UserError, match="the served model is not the evaluated one"):
         deploy(SETTINGS, registered_model=chat_model, version="odd")
     assert cluster.up() == {"v1"}

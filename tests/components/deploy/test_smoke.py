@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,12 @@ from nudge.components.common.models.language_model import (
     probabilities_along,
 )
 from nudge.components.deploy.settings import DeploySettings
-from nudge.components.deploy.smoke import ModelServer, smoke_test
+from nudge.components.deploy.smoke import (
+    FALLBACK_PROMPT,
+    ModelServer,
+    smoke_prompt,
+    smoke_test,
+)
 from tests.model_server import running_model_server
 from tests.tiny import make_tiny_model
 
@@ -42,6 +48,14 @@ def server(folder: Path) -> Iterator[ModelServer]:
 def version(token: str) -> Version:
     expected = json.dumps([{"prompt": PROMPT, "token": token, "p": 0.9}])
     return Version(NAME, "1", "1", "1", "file:///", False, 0, {"expected_next": expected})
+
+
+def test_without_a_recipe_a_version_is_asked_what_it_was_evaluated_with() -> None:
+    """A model of codes or of JSON may have nothing to say to the default prompt."""
+    evaluated, bare = version(" Paris"), replace(version(" Paris"), properties={})
+    assert smoke_prompt(DeploySettings(), evaluated) == PROMPT
+    assert smoke_prompt(DeploySettings(), bare) == FALLBACK_PROMPT
+    assert smoke_prompt(DeploySettings(smoke_prompt="x"), evaluated) == "x"
 
 
 @pytest.mark.long

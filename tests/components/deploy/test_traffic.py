@@ -18,7 +18,7 @@ from nudge.components.common.core import processes
 from nudge.components.common.core.errors import UserError
 from nudge.components.deploy import deploy, targets, traffic
 from nudge.components.deploy.settings import DeploySettings
-from nudge.components.deploy.smoke import ModelServer
+from nudge.components.deploy.smoke import ModelServer, SmokeAnswer
 from tests.local_registry import running_registry
 
 
@@ -108,10 +108,10 @@ def shift(
     archived.state = type(archived.state).ARCHIVED
     client.update(archived)
 
-    def smoke(server: ModelServer, version: Version, _: DeploySettings) -> str:
+    def smoke(server: ModelServer, version: Version, _: DeploySettings) -> SmokeAnswer:
         if version.name == "v3":
             raise UserError("v3 says nothing")
-        return "an answer"
+        return SmokeAnswer("a prompt", "an answer")
 
     monkeypatch.setattr(traffic, "smoke_test", smoke)
 

@@ -71,7 +71,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mo
         process = subprocess.Popen(command, env=env, cwd=log.parent, stdout=output, stderr=output)
     address = f"http://127.0.0.1:{port}"
     try:
-        until = time.monotonic() + 300
+        until = time.monotonic() + 600
         while time.monotonic() < until:
             assert process.poll() is None, log.read_text()[-3000:]
             try:
@@ -102,7 +102,7 @@ def test_the_smoke_test_passes_for_the_evaluated_model_only(
         best = likeliest(probabilities_along(loaded, ids, [])[0], tokenizer)[0]
         expected.append({"prompt": prompt, "token": best["token"], "p": best["p"]})
     settings = DeploySettings(smoke_prompt=PROMPTS[0], smoke_tolerance=1e-3)
-    assert smoke_test(server, version(model, expected), settings).strip()
+    assert smoke_test(server, version(model, expected), settings).text.strip()
     other = [{**expected[0], "p": expected[0]["p"] + 0.01}]
     with pytest.raises(UserError, match="the served model is not the evaluated one"):
         smoke_test(server, version(model, other), settings)
@@ -165,7 +165,7 @@ def test_the_smoke_test_asks_a_chat_model_through_its_chat_endpoint(
     settings = DeploySettings(smoke_prompt="Hello?", smoke_tolerance=1e-3)
     served = version(model, [expected])
     served.properties["chat"] = True
-    assert smoke_test(server, served, settings).strip()
+    assert smoke_test(server, served, settings).text.strip()
     other = version(model, [{**expected, "p": best["p"] - 0.01}])
     with pytest.raises(UserError, match="the served model is not the evaluated one"):
         smoke_test(server, other, settings)

@@ -58,6 +58,10 @@ def test_a_preference_counts_only_in_both_orders(judge: tuple[Judge, JudgeSettin
     (check,) = judge_checks(settings, found)
     assert not check.ok
     assert "a share of 50%, where 60% is required" in check.message
+    for letter in "ABC":  # a judge that looks at the order only
+        made.reply = letter
+        found = judged(settings, OLD, NEW)
+        assert (found.wins, found.losses, found.ties) == (0, 0, 3)
 
 
 @pytest.mark.parametrize(

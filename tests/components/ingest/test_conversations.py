@@ -112,13 +112,17 @@ def test_refused_records_are_counted_by_reason_with_file_and_row(tmp_path: Path)
         {"messages": [*chat("a", "b")["messages"], {"role": "assistant", "content": "c"}]},
         chat("A question?", "  "),
         {"messages": [{"role": "user", "content": {"image": 1}}]},
+        {"messages": [{"role": "system", "content": text} for text in "ab"] + good[0]["messages"]},
     ]
     write_lines(tmp_path / "data" / "a.jsonl", [*good, *bad])
     result = run(tmp_path, validation_share=0.3)
     assert result["dropped"] == {
         "content_not_text": 1, "empty_answer": 1, "no_assistant_turn": 1, "role_order": 1,
+        "two_system_turns": 1,
     }  # fmt: skip
     page = (tmp_path / "corpus.html").read_text()
+    for row in range(61, 66):
+        assert f"a.jsonl {row}" in page
     assert "a.jsonl 62: turn 3 is assistant, and assistant precedes it" in page
     assert "a.jsonl 64: message 1: it is an object" in page
 

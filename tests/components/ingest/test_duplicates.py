@@ -55,6 +55,20 @@ def test_case_accents_and_punctuation_do_not_count() -> None:
     assert signature("-- --") != signature("** **")  # neither has a word left
 
 
+def test_the_hash_of_a_word_does_not_depend_on_the_words_before() -> None:
+    words = ["\u0301.ab", ".ab", "\u0301", "(Ab)", "\u212a", "k", "\u0130", "é", "e", "--", "ab"]
+
+    def hashes(order: list[str]) -> dict[str, int]:
+        duplicates._words.clear()
+        return {word: duplicates._words[word] for word in order}
+
+    found = hashes(words)
+    assert found == hashes(words[::-1]) == {word: hashes([word])[word] for word in words}
+    assert found["(Ab)"] == found[".ab"] == found["ab"] != found["\u0301.ab"]
+    assert (found["--"], found["\u0301"]) == (0, 0)
+    assert (found["k"], found["e"]) == (found["\u212a"], found["é"])
+
+
 def test_scripts_without_spaces_have_near_duplicates_too() -> None:
     choice = random.Random(2)
     text = "".join(chr(choice.randrange(0x4E00, 0x9FFF)) for _ in range(400))

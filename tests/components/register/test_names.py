@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from nudge.components.common.clients.registry.lookup import (
     PARALLEL,
     find_environment,
     find_model,
+    find_model_artifact,
 )
 from nudge.components.common.clients.registry.releases import (
     Served,
@@ -89,6 +91,32 @@ def test_versions_that_a_lookup_cannot_distinguish_are_both_found(url: str) -> N
         httpx.post(f"{url}{API}/model_versions/{version}/artifacts", json=artifact)
     for name in ("v1_0", "v1-0", "v\\d"):
         assert with_registry(url, find_version("m", name)).name == name
+
+
+def test_models_that_a_lookup_cannot_distinguish_are_both_found(url: str) -> None:
+    enter(url, entry("t1-edge", "v1"))
+    # Another program registered it. The server answers "not found" for more than one match.
+    httpx.post(f"{url}{API}/registered_models", json={"name": "t1_edge"}).raise_for_status()
+    for name in ("t1_edge", "t1-edge"):
+        model = with_registry(url, partial(find_model, name=name))
+        assert model is not None
+        assert model.name == name
+
+
+def test_the_artifact_of_a_version_is_the_one_named_after_the_model(url: str) -> None:
+    """Without one of that name, the only one counts."""
+    body = {"name": "v1", "registeredModelId": enter(url, entry("m", "v0"))["registered_model_id"]}
+    version = httpx.post(f"{url}{API}/model_versions", json=body).json()["id"]
+
+    async def uri(client: Any) -> str | None:
+        found = await find_model_artifact(client, version, "m")
+        return found.uri if found else None
+
+    for name, expected in (("tokenizer", "s3://tokenizer"), ("logs", None), ("m", "s3://m")):
+        body = {"artifactType": "model-artifact", "name": name, "uri": f"s3://{name}"}
+        path = f"{url}{API}/model_versions/{version}/artifacts"
+        httpx.post(path, json=body).raise_for_status()
+        assert with_registry(url, uri) == expected
 
 
 @pytest.mark.parametrize("name", ["", " m", "m\n", "a\0b", "n" * 245, "x\u2028y"])

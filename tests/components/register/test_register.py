@@ -98,6 +98,7 @@ def test_a_run_registers_once_and_no_other_run_gets_its_version(
     assert release("once", "v1", run="run-1") == first
     with pytest.raises(UserError, match="v1 is registered already, by run 'run-1'"):
         release("once", "v1", run="run-2")
+    assert objects("once") == {"v1"}  # no pending registration, which could never succeed
     assert versions(environment, "once") == {"v1": False}
     version = with_registry(environment["NUDGE_REGISTRY_URL"], find_version("once", "v1"))
     assert version.id == first["version_id"]

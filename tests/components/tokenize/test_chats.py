@@ -214,6 +214,35 @@ def test_a_corpus_of_mostly_unlearnable_conversations_is_refused(run: Run) -> No
         run(documents([chat("a", f"b{n} " * 90) for n in range(3)] + [CHATS[0]])[:4], max_tokens=50)
 
 
+def test_each_refused_conversation_is_counted_and_named_with_its_reason(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A template that raises, a conversation longer than the context, and a lost answer."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content | replace('secret', '') }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    good = [chat(f"Question {n}?", f"Answer {n}.") for n in range(4)]
+    bad = [
+        chat("a", "b", system="Be brief."),
+        chat("a", "word " * 200),
+        chat("a", "It is secret."),
+    ]
+    tokens = run(documents([*good, *bad]), chat_template=template, max_tokens=80)
+    split = read_tokens_manifest(tokens).splits["train"]
+    assert split.conversations == 4
+    assert split.dropped == {
+        "template_raises": 1, "conversation_too_long": 1, "answer_rewritten": 1,
+    }  # fmt: skip
+    said = capsys.readouterr().err
+    assert re.search(r"\d of \d conversations cannot be learned from", said)
+    assert re.search(r"c4 of test: the chat template raises .*System role not supported", said)
+    assert re.search(r"c5 of test: .*more than 80 tokens", said)
+    assert re.search(r"c6 of test: .*leaves out or rewrites an answer: turn 2", said)
+
+
 def test_the_recipes_template_is_used_and_saved(run: Run) -> None:
     template = CHATML.replace("{{ m.role }}", "{{ m.role | upper }}").replace(
         "assistant\n{%", "ASSISTANT\n{%"
@@ -257,6 +286,37 @@ def test_a_tokenizer_without_bytes_uses_its_own_offsets() -> None:
     (made,) = offsets_encoder(tokenizer).encode([Plain(Rendered(text, ((6, len(text) - 5),)))])
     assert isinstance(made, Refusal)
     assert made.reason == "no_end_of_turn"
+
+
+def test_no_token_covers_the_end_of_a_prompt_and_the_start_of_an_answer() -> None:
+    """A served model continues from the tokens of the prompt, so training must do so too."""
+    vocabulary = {letter: number for number, letter in enumerate("Ċuserhi:")} | {"ĊĊ": 9}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("Ċ", "Ċ")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    prompt, answer = "user:\n", "\nhi<end>"
+    text = tokenizer.to_str()
+    apart = [tokenizer.encode(each).ids for each in (prompt, answer)]
+    assert tokenizer.encode(prompt + answer).ids != apart[0] + apart[1]
+    encoder = Encoder(text, lambda texts: ids_of(texts, text, False))
+    rendered = Rendered(prompt + answer, ((len(prompt), len(prompt + answer)),))
+    [made] = encoder.encode([Plain(rendered)])
+    assert isinstance(made, Masked)
+    assert made.ids.tolist() == apart[0] + apart[1]
+    assert made.learned.tolist() == [[len(apart[0]), len(made.ids)]]
+
+
+def test_a_span_without_a_token_is_refused() -> None:
+    """One token covers the text around the span, so that nothing would be learned of it."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "hello": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    [made] = offsets_encoder(tokenizer).encode([Plain(Rendered("hello", ((2, 4),)))], False)
+    assert isinstance(made, Refusal)
+    assert (made.reason, made.detail) == ("nothing_learned", "no token begins in 'll'")
+    [made] = offsets_encoder(tokenizer).encode([Plain(Rendered("hello", ((0, 5),)))], False)
+    assert isinstance(made, Refusal)
+    assert made.detail == "its only learned token is the first one"
 
 
 @pytest.mark.parametrize("text", ["plain", "Ünï 日本 👩‍👩‍👧 é", "tabs\t\n\n  spaces "])

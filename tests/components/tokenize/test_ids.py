@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from nudge.components.common.chat.masks import Encoder, Masked, Plain
+from nudge.components.common.chat.render import Rendered
 from nudge.components.common.core.publish import sha256_tree
 from nudge.components.evaluate.perplexity import _text_ids as scored_ids
 from nudge.components.evaluate.settings import evaluate_settings
@@ -183,6 +186,23 @@ def test_control_tokens_that_a_text_spells_out_stay_text(kind: str) -> None:
         if kind in KINDS and "SmolLM2" not in kind:
             found = "".join(loaded.id_to_token(each) or "" for each in plain[0].tolist())
             assert found.replace("Ġ", " ").replace("▁", " ").strip() == texts[0]
+
+
+@pytest.mark.parametrize("kind", SPELLED)
+def test_control_tokens_that_a_turn_spells_out_stay_text(kind: str) -> None:
+    make, (one, two) = SPELLED[kind]
+    tokenizer = make()
+    loaded = Tokenizer.from_str(tokenizer)
+    text = f"a {one} b{two} a{two}"
+    at = [(match.start(), match.end()) for match in re.finditer(re.escape(two), text)]
+    spelled = ((2, 2 + len(one)), at[0])
+    encoder = Encoder(tokenizer, lambda texts: ids_of(texts, tokenizer, False))
+    (made,) = encoder.encode([Plain(Rendered(text, ((2, len(text)),)), spelled)])
+    assert isinstance(made, Masked)
+    control = [loaded.token_to_id(one), loaded.token_to_id(two)]
+    assert np.isin(made.ids, control).nonzero()[0].tolist() == [len(made.ids) - 1]
+    assert made.learned[-1, -1] == len(made.ids)
+    assert made.learned[0, 0] == len(loaded.encode("a ", add_special_tokens=False).ids)
 
 
 def test_a_setting_makes_spelled_out_control_tokens_those_tokens(tiny_model: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nudge.components.common.artifacts.model import read_model_facts
+from nudge.components.common.core.budget import OverBudget
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.prices import Budget, Prices
 from nudge.components.common.core.usage import Meter, Usage
@@ -35,7 +36,7 @@ def test_a_projection_after_the_first_steps_stops_what_would_not_suffice(
 ) -> None:
     monkeypatch.setenv("NUDGE_CHECKPOINTS", str(tmp_path / "checkpoints"))
     paths = outputs(tmp_path / "a")
-    with pytest.raises(UserError, match=r"^over budget: the run needs about") as caught:
+    with pytest.raises(OverBudget, match=r"^over budget: the run needs about") as caught:
         train(small(), Limits(Budget(core_hours=1e-6), Prices()), tokens=tokens, **paths)
     assert "Training stopped after step 2 of 12" in str(caught.value)
     assert "budget.core_hours is 1e-06" in str(caught.value)
@@ -53,7 +54,7 @@ def test_what_is_spent_ends_the_training_at_a_checkpoint(
     monkeypatch.setenv("NUDGE_CHECKPOINTS", str(tmp_path / "checkpoints"))
     monkeypatch.setattr(spending.Spending, "after_step", lambda *_: "")  # only the checkpoints
     prices = Prices(core_hour=2.0)
-    with pytest.raises(UserError, match="has used USD 4") as caught:
+    with pytest.raises(OverBudget, match="has used USD 4") as caught:
         train(small(), Limits(Budget(cost=3.0), prices), tokens=tokens, **outputs(tmp_path))
     assert "stopped after step 6 of 12; the checkpoint is " in str(caught.value)
 

@@ -129,6 +129,8 @@ def test_packing_needs_few_rows_and_depends_only_on_its_arguments() -> None:
     assert len(rows) <= 1.03 * lengths.sum() / 256
     assert all(np.array_equal(a, b) for a, b in zip(rows, pack(lengths, 256, 3), strict=True))
     assert pack(np.empty(0, np.int64), 256, 3) == []
+    pairs = np.array([100, 156] * 500)  # two of 100 tokens in a row would waste 56
+    assert [len(row) for row in pack(pairs, 256, seed=3)] == [2] * 500
 
 
 def test_a_conversation_longer_than_a_row_is_refused(chats: Path) -> None:
@@ -181,8 +183,8 @@ def test_packed_unpacked_and_accumulated_losses_agree(
         torch.testing.assert_close(its_gradient, gradient, rtol=10 * tolerance, atol=tolerance)
 
 
-def test_conversations_in_a_row_do_not_see_each_other(chats: Path) -> None:
-    split = PackedSplit(chats, "train", LENGTH, seed=1)
+def test_conversations_in_a_row_do_not_see_each_other(tmp_path: Path, tiny_model: Path) -> None:
+    split = PackedSplit(chat_only(tmp_path, tiny_model), "train", LENGTH, seed=1)
     rows = split.batch(0, 0, split.rows)
     shared = next(n for n in range(split.rows) if (rows.positions[n, 1:] == 1).sum() > 1)
     inputs, targets, positions = (part[shared : shared + 1] for part in (

@@ -91,6 +91,9 @@ def test_where_nothing_was_run_models_leaves_nothing(
         (("rollback", "--model", "other"), "no version of other is served"),
         (("promote", "v3"), "no version 'v3' of m"),
         (("split", "v1=90", "v2=20"), "the shares v1 90, v2 20 do not add up to 100"),
+        (("promote", "v2", "--model", " m"), "begins or ends with a blank"),
+        (("promote", "v2", "--model", "m" * 245), "the registry stores up to 244"),
+        (("promote", "v2", "--model", "m\x01"), "contains the control character"),
     ],
 )
 def test_what_makes_no_sense_starts_nothing(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -268,19 +269,13 @@ def test_the_end_shows_what_the_run_came_to(
     assert url in rows["report"] or url in done.stdout
 
 
-def test_a_step_that_waits_says_why(
-    state: Pipelines,
-    url: str,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
+@pytest.fixture
+def workflow(
+    state: Pipelines, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[dict[str, Any]]:
+    """The nodes of the run's Workflow, by id, on a cluster that the user can reach."""
     monkeypatch.setattr(waiting, "INTERVAL_S", 0.0)
-    state.story = [shown("RUNNING", tasks("train", "RUNNING", "PENDING"))] * 2
-    state.story.append(shown("SUCCEEDED", tasks("train", "SUCCEEDED", "SUCCEEDED")))
-    nudge("upload")
-    path = f"{WORKFLOW}.root.exit-handler-1.condition-2.train.executor(0)"
-    room = "Unschedulable: 0/1 nodes are available: 1 Insufficient memory."
-    node = {"id": nodes.node_id(WORKFLOW, path), "name": path, "phase": "Pending", "message": room}
+    found: dict[str, Any] = {}
     with KubernetesApi(role="nudge-author") as api:
         # Argo's CRD is not among the schemas here.
         api._kinds["workflows", "argoproj.io/v1alpha1"] = ("argoproj.io/v1alpha1", "Workflow")
@@ -291,15 +286,59 @@ def test_a_step_that_waits_says_why(
             made = answer(name, *given)
             if name.endswith("CreateRun"):
                 meta = {"name": WORKFLOW, "labels": {"pipeline/runid": made["run_id"]}}
-                status = {"nodes": {node["id"]: node}}
                 key = ("Workflow", api.namespace, WORKFLOW)
-                api.objects[key] = {"metadata": meta, "status": status}
+                api.objects[key] = {"metadata": meta, "status": {"nodes": found}}
             return made
 
         monkeypatch.setattr(state, "_do", appear)
-        done = nudge("submit")
+        yield found
+
+
+def add_node(workflow: dict[str, Any], path: str, phase: str, message: str) -> None:
+    name = f"{WORKFLOW}.root.exit-handler-1{path}"
+    number = nodes.node_id(WORKFLOW, name)
+    workflow[number] = {"id": number, "name": name, "phase": phase, "message": message}
+
+
+def test_a_step_that_waits_says_why(state: Pipelines, url: str, workflow: dict[str, Any]) -> None:
+    state.story = [shown("RUNNING", tasks("train", "RUNNING", "PENDING"))] * 2
+    state.story.append(shown("SUCCEEDED", tasks("train", "SUCCEEDED", "SUCCEEDED")))
+    nudge("upload")
+    room = "Unschedulable: 0/1 nodes are available: 1 Insufficient memory."
+    add_node(workflow, ".condition-2.train.executor(0)", "Pending", room)
+    done = nudge("submit")
     assert done.exit_code == 0, done.output
     assert f"train: waits: {room}" in done.stderr
+
+
+@pytest.mark.parametrize("message", ["OOMKilled", "OOMKilled (exit code 137): more"])
+def test_a_step_whose_memory_ran_out_says_so(
+    state: Pipelines, url: str, workflow: dict[str, Any], message: str
+) -> None:
+    """In the words of older and of newer releases of Argo: while it is tried again, and at the end,
+    for the steps that the size of a run changes."""
+    state.story = [
+        shown("RUNNING", tasks("ingest", "RUNNING", "FAILED", "RUNNING")),
+        shown("FAILED", tasks("ingest", "FAILED", "FAILED", "FAILED")),
+    ]
+    nudge("upload")
+    add_node(workflow, ".ingest.executor(0)", "Failed", message)
+    add_node(workflow, ".ingest.executor(1)", "Running", "")
+    done = nudge("submit")
+    assert done.exit_code == 1
+    said = f"its memory ran out: {message.partition(':')[0]}; submit it with a larger size: -p size"
+    assert f"ingest: {said}" in done.stderr
+    assert f"error: ingest: the step failed: {said}" in done.stderr
+
+
+def test_a_step_without_sizes_names_none(
+    state: Pipelines, url: str, workflow: dict[str, Any]
+) -> None:
+    state.story = [shown("FAILED", tasks("upload", "FAILED", "FAILED"))]
+    nudge("upload")
+    add_node(workflow, ".condition-2.condition-3.upload.executor(0)", "Failed", "OOMKilled")
+    lines = nudge("submit").stderr.splitlines()
+    assert "error: upload: the step failed: its memory ran out: OOMKilled" in lines
 
 
 def test_a_server_that_goes_away_does_not_end_the_run(

@@ -92,7 +92,7 @@ def test_a_disk_or_memory_that_is_too_small_is_reported(
 
 
 def test_an_image_without_the_harness_is_found_before_training() -> None:
-    with pytest.raises(UserError, match="on a cluster, the train image has it"):
+    with pytest.raises(UserError, match="on a cluster, nudge's own images have it"):
         check_packages("evaluate: {tasks: [quiz]}")
     check_packages("evaluate: {window: 64}")
 

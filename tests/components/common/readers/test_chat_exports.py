@@ -171,6 +171,10 @@ def test_telegrams_chats_are_a_document_per_day() -> None:
     account = {"about": "x", "chats": {"about": "y", "list": [telegram(), telegram()]}}
     found = [(record.name, record.text) for record in read(account, "result.json")]
     assert found == [(f"Bakers:{name}", text) for name, text in expected] * 2
+    left = {"left_chats": {"about": "z", "list": [telegram() | {"name": "Left"}]}}
+    (*others, last) = read(account | left, "result.json")
+    assert (len(others), last.name) == (8, "Left:2024-03-03")
+    assert read(left, "result.json")[0].name == "Left:2024-03-01"
     (chat, *others) = read(telegram(), "result.json", assistant_name="bob")
     assert turns(chat) == [
         ("user", "See https://a.example and answer\n\nSoon?"),
@@ -194,14 +198,17 @@ def test_telegrams_chats_are_a_document_per_day() -> None:
 def test_a_large_export_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     unnamed = {**telegram(), "name": None}
     unnamed["messages"] = unnamed["messages"][:2]  # its last day is the first of the next chat
-    account = {"chats": {"list": [unnamed, telegram()]}}
+    left = {"about": "", "list": [telegram() | {"name": None, "id": None}]}
+    account = {"chats": {"list": [unnamed, telegram()]}, "left_chats": left}
     values = {
         "result.json": telegram(),
         "account.json": account,
+        "left.json": {"about": "x", "left_chats": left},
         "conversations.json": [chatgpt(bread(), "a3")] * 3,
     }
     found = {name: [r[:2] for r in read(value, name)] for name, value in values.items()}
     assert [name for name, _ in found["account.json"]][:2] == ["7:2024-03-01", "Bakers:2024-03-01"]
+    assert found["account.json"][-1][0] == "3:2024-03-03"
     monkeypatch.setattr(records, "RECORD_BYTES", 8000)
     monkeypatch.setattr("nudge.components.common.readers.large_json.CHUNK_BYTES", 64)
     for name, value in values.items():

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from nudge.components.common.core.budget import OverBudget
 from nudge.components.common.core.errors import UserError
 from nudge.components.train.cluster import launch as launching
 from nudge.components.train.cluster import trainjob
@@ -18,6 +19,9 @@ from nudge.components.train.settings import TrainSettings
 from tests.components.train.cluster.test_launch import NAME, fails, handover_of, sends_a_model
 from tests.components.train.conftest import outputs
 from tests.kubernetes_api import KubernetesApi
+
+ENDS = {"permanent": UserError, "budget": OverBudget}
+"""The errors of the ranks in the tests of `launch`."""
 
 
 def leaves_checkpoints(tmp_path: Path) -> Path:
@@ -28,7 +32,7 @@ def leaves_checkpoints(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("end", ["refused", "cancelled", "late", "permanent"])
+@pytest.mark.parametrize("end", ["refused", "cancelled", "late", "permanent", "budget"])
 def test_the_folder_of_a_job_that_ended_early_is_removed(
     api: KubernetesApi, settings: TrainSettings, tokens: Path, tmp_path: Path, end: str
 ) -> None:
@@ -44,8 +48,8 @@ def test_the_folder_of_a_job_that_ended_early_is_removed(
         assert handover_of(job).read("tokens")
         leaves_checkpoints(tmp_path)
         sent.set()
-        if end == "permanent":
-            fails(api, 2)(job)
+        if end in ENDS:
+            fails(api, ENDS[end].status)(job)
         if end == "cancelled":
             time.sleep(0.3)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -53,10 +57,11 @@ def test_the_folder_of_a_job_that_ended_early_is_removed(
     api.on_change(launching.ENGINES[settings.launcher].KIND.name, control)
     if end == "refused":
         api.forbid("create", settings.launcher + "s")
-    with pytest.raises((UserError, SystemExit)):
+    with pytest.raises((UserError, SystemExit)) as ended:
         launch(
             dataclasses.replace(settings, cluster=cluster), {"tokens": tokens, **outputs(tmp_path)}
         )
+    assert type(ended.value) is ENDS.get(end, type(ended.value))
     assert sent.is_set() is (end != "refused")
     left = sorted(path.name for path in (tmp_path / "shared").glob("*/*"))
     assert left == ([] if end in ("refused", "permanent") else ["checkpoints"])
@@ -79,6 +84,8 @@ def test_the_folder_of_an_abandoned_job_is_removed_by_a_later_launch(
         if job["metadata"]["name"] == NAME:
             sends_a_model(api, tmp_path / "made")(job)
 
+    if settings.launcher == "trainjob":
+        api.forget_version("ray.io/v1")  # as on a cluster without KubeRay
     api.on_change(launching.ENGINES[settings.launcher].KIND.name, control)
     launch(settings, {"tokens": tokens, **outputs(tmp_path)})
     assert [path.name for path in (tmp_path / "shared").iterdir()] == [running.name]

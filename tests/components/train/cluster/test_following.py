@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from nudge.components.common.clients.kube import Cluster, connect
+from nudge.components.common.core.budget import OverBudget
 from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.progress import progress
 from nudge.components.train.cluster import following, rayjob, trainjob
@@ -149,15 +150,20 @@ def test_a_pod_that_the_cluster_moves_away_is_no_permanent_failure(api: Kubernet
     follow(job)
 
 
-def test_a_rayjob_fails_with_the_sentence_of_its_driver(api: KubernetesApi) -> None:
+@pytest.mark.parametrize("kind", [UserError, OverBudget])
+def test_a_rayjob_fails_with_the_sentence_of_its_driver(
+    api: KubernetesApi, kind: type[UserError]
+) -> None:
     recorded = changes("rayjobs", "nudge-e6-f33422b9")
     (failed,) = [each for each in recorded if each.get("jobDeploymentStatus") == "Failed"][:1]
     job = new_job(api, rayjob, LaunchSettings())
-    set_recorded(api, job, failed)
-    with pytest.raises(UserError, match=f"failed: {SENTENCE}") as raised:
+    message = failed["message"].replace("exit code 2", f"exit code {kind.status}")
+    set_recorded(api, job, {**failed, "message": message})
+    with pytest.raises(UserError, match=f"failed: (over budget: )?{SENTENCE}") as raised:
         follow(job, rayjob)
-    assert not isinstance(raised.value, Transient)
-    assert "AppFailed Job entrypoint command failed with exit code 2" in str(raised.value)
+    assert type(raised.value) is kind
+    said = f"AppFailed Job entrypoint command failed with exit code {kind.status}"
+    assert said in str(raised.value)
     assert "Traceback" not in str(raised.value)
 
 

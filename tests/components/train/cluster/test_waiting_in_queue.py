@@ -140,6 +140,29 @@ def test_the_reason_is_shown_when_it_changes(
     assert "100m more needed" in shown[1]
 
 
+@pytest.mark.parametrize(("minute_s", "at_least", "at_most"), [(60.0, 1, 1), (0.1, 3, 1000)])
+def test_an_unchanged_reason_and_trouble_are_repeated_once_a_minute(
+    api: KubernetesApi,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    minute_s: float,
+    at_least: int,
+    at_most: int,
+) -> None:
+    monkeypatch.setattr(following, "REPEAT_S", minute_s)
+    job = waits(api)
+    status = recorded("trainjob-nudge-dry-ec9d4", "ExceedsMaxQuota")
+    add_workload(api, job, status, queue="gpus")
+    api.forbid("list", "pods")
+    completes(api, job, 1.5)
+    follow(job, settings=WAITS)
+    shown = [each for each in stages(tmp_path) if "cpu never fits" in each]
+    troubles = capfd.readouterr().err.count("cannot read the job's pods")
+    assert at_least <= len(shown) <= at_most
+    assert at_least <= troubles <= at_most
+
+
 @pytest.mark.parametrize("served", ["v1beta2", "v1beta1", "none", "forbidden"])
 def test_the_position_in_the_queue_is_shown_where_kueue_reports_it(
     api: KubernetesApi, tmp_path: Path, served: str

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from nudge.components.common.core.budget import OverBudget
 from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.prices import Budget, Prices
 from nudge.components.common.core.usage import Usage
@@ -20,6 +21,7 @@ from nudge.components.train.cluster.launch import _send
 from nudge.components.train.cluster.ray_driver import _cause
 from nudge.components.train.limits import Limits
 from nudge.components.train.settings import TrainSettings
+from nudge.components.train.torchrun import report_error, reported_error
 
 ROOT = Path(__file__).parents[4]
 RUNTIME = ROOT / "manifests" / "overlays" / "multi-node" / "training-runtime.yaml"
@@ -41,6 +43,12 @@ def rank_that(action: str) -> Any:
             "error.write_text('no answer'); error.with_suffix('.transient').touch(); sys.exit(1)",
             75,
             "error: no answer",
+        ),
+        (
+            "error.write_text('over budget: 3 h'); error.with_suffix('.over-budget').touch(); "
+            "sys.exit(1)",
+            3,
+            "error: over budget: 3 h",
         ),
         ("sys.exit(1)", 1, ""),
         ("os.kill(os.getpid(), 9)", 137, ""),
@@ -97,14 +105,27 @@ def test_a_rank_gets_only_the_variables_that_it_needs(
     assert not others.keys() & got.keys()
 
 
-@pytest.mark.parametrize("kind", [UserError, Transient])
+@pytest.mark.parametrize("kind", [UserError, Transient, OverBudget])
+def test_a_rank_reports_the_kind_of_its_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: type[UserError]
+) -> None:
+    monkeypatch.setenv("NUDGE_ERROR_FILE", str(tmp_path / "error"))
+    assert reported_error(tmp_path / "error") is None
+    for _ in range(2):  # two ranks of the node
+        report_error(kind("over budget: why"))
+    reported = reported_error(tmp_path / "error")
+    assert (type(reported), str(reported)) == (kind, "over budget: why")
+
+
+@pytest.mark.parametrize("kind", [UserError, Transient, OverBudget])
 def test_the_ray_driver_passes_on_the_kind_of_error(kind: type[UserError]) -> None:
     class Failed(Exception):
         def __init__(self, failures: dict[int, Exception]) -> None:
             super().__init__("a worker failed")
             self.worker_failures = failures
 
-    assert type(_cause(Failed({0: kind("why")}))) is kind
+    assert type(cause := _cause(Failed({0: kind("over budget: why")}))) is kind
+    assert str(cause) == "over budget: why"
     assert type(_cause(Failed({0: OSError("killed")}))) is Transient
 
 
@@ -120,7 +141,7 @@ def test_the_runtime_fails_at_once_after_bad_input_and_restarts_otherwise() -> N
     assert moved["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     assert permanent["action"] == "FailJob"
     codes = permanent["onExitCodes"]
-    assert codes["values"] == [worker.BAD_INPUT, 137]
+    assert codes["values"] == [*worker.PERMANENT, 137]
     assert worker.TRY_AGAIN not in codes["values"]
     assert codes["containerName"] == pod["containers"][0]["name"]
     (rule,) = jobset["failurePolicy"]["rules"]
@@ -140,7 +161,7 @@ def test_a_missing_base_model_ends_the_worker_with_its_sentence(tmp_path: Path) 
     done = subprocess.run(
         [sys.executable, "-m", module, handover.uri], capture_output=True, text=True, timeout=250
     )
-    assert done.returncode == worker.BAD_INPUT, done.stderr[-2000:]
+    assert done.returncode == UserError.status, done.stderr[-2000:]
     assert done.stderr.splitlines()[-1].startswith("error: ")
 
 
