@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.core.environment import nudge_home
+from nudge.components.common.core.environment import nudge_home, usable_cores
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.hardware import PlanSettings
 from nudge.components.common.core.prices import Prices
-from nudge.components.common.core.processes import usable_cores
 from nudge.components.common.core.recipe import step_settings
 from nudge.components.common.core.uris import is_local, local_path
 from nudge.components.ingest.settings import IngestSettings
