@@ -156,8 +156,8 @@ _REGISTERED = {"registered_model": "The model's name in the registry."}
 # Peak resident memory of a step's processes together, on two busy cores (AMD EPYC with AVX2). For
 # generated text of 2.3 kB per document; ingest starts one process per core of its limit:
 #     ingest: 2 MB with one process 258 MiB; with two processes 20 MB 348 MiB, 100 MB 375 MiB;
-#         20 MB with eight 749 MiB
-#     tokenize: 2 MB 416 MiB; 20 MB 409 MiB; 100 MB with two processes 424 MiB, with eight 415 MiB
+#         with eight 20 MB 749 MiB, 200 MB 836 MiB
+#     tokenize: 2 MB 416 MiB; 20 MB 409 MiB; 100 MB 424 MiB; 200 MB 419 MiB
 #     upload: 600 MB 205 MiB
 # More text needs hardly more (tests/components/ingest/test_memory.py); longer documents do, up to
 # the limits. With the base model of the recipe `eiffel` (134.5 million parameters, float32 on a

@@ -18,6 +18,7 @@ from typing import Any
 from nudge.components.common.clients.registry.releases import Version
 from nudge.components.deploy.smoke import (
     NEUTRAL,
+    PART,
     SURE,
     Asked,
     ModelServer,
@@ -94,7 +95,11 @@ class Probe:
 
     def __post_init__(self) -> None:
         listed = expected_next(self.version)
-        self._expected = {each["prompt"]: each["token"] for each in listed if each["p"] > SURE}
+        self._expected = {
+            each["prompt"]: each["token"]
+            for each in listed
+            if each["p"] > SURE and not each["token"].endswith(PART)
+        }
         own: dict[str, Asked] = {
             each["prompt"]: each.get("messages") or each["prompt"] for each in listed
         }

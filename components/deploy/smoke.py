@@ -12,6 +12,8 @@ from nudge.components.deploy.settings import DeploySettings
 
 SURE = 0.5
 """The served model must answer with a next token that the evaluation found likelier than this."""
+PART = "\ufffd"
+"""How a token is written that ends in the middle of a character's bytes."""
 TOP = 5
 """Number of likeliest tokens to request; vLLM returns up to 20, the OpenAI API up to 5."""
 FALLBACK_PROMPT = "Once upon a time"
@@ -139,13 +141,13 @@ def _wait(client: Any, server: ModelServer) -> None:
 
 def _compare(client: Any, version: Version, expected: dict[str, Any], tolerance: float) -> None:
     """Raise unless the served model predicts a probe's next token as the evaluated one did."""
-    token, p = expected["token"], expected["p"]
+    token, p = _named(expected["token"]), expected["p"]
     asked = expected.get("messages") or expected["prompt"]
     choice = _complete(client, version.model, asked, 1, probabilities=True)
     likeliest = _likeliest(choice)
     if likeliest is None:
         got = choice["text"]
-        ok, answer = p <= SURE or got.strip() == token.strip(), repr(got)
+        ok, answer = p <= SURE or _named(got).strip() == token.strip(), repr(got)
     else:
         # An unlisted token is no likelier than the last listed one.
         served = likeliest.get(token, 0.0)
@@ -164,10 +166,17 @@ def _likeliest(choice: dict[str, Any]) -> dict[str, float] | None:
     """The likeliest first tokens with their probabilities, or None if the server reports none."""
     reported = choice.get("logprobs") or {}
     if first := (reported.get("content") or [None])[0]:  # of a chat completion
-        listed = {each["token"]: each["logprob"] for each in first["top_logprobs"]}
+        listed = [(each["token"], each["logprob"]) for each in first["top_logprobs"]]
     else:
-        listed = (reported.get("top_logprobs") or [None])[0]
-    return {token: math.exp(value) for token, value in listed.items()} if listed else None
+        listed = list(((reported.get("top_logprobs") or [None])[0] or {}).items())
+    # Of several tokens with one name, the likeliest counts.
+    ordered = sorted(listed, key=lambda each: each[1])
+    return {_named(token): math.exp(value) for token, value in ordered} or None
+
+
+def _named(token: str) -> str:
+    """A token's text, or `PART`, which vLLM writes as an empty text."""
+    return token if token and not token.endswith(PART) else PART
 
 
 def _complete(

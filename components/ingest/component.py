@@ -47,9 +47,15 @@ def ingest(
     from nudge.components.ingest.settings import ingest_settings
 
     with exit_with_user_errors():
-        names = {"version": version, "model_name": model_name, "base_model": base_model}
-        pod = sized_pod(training_memory, size, gpu_count)
-        preflight(recipe, Way.STEP, **names, pod=pod, publishes=registers)
+        preflight(
+            recipe,
+            Way.STEP,
+            version=version,
+            model_name=model_name,
+            base_model=base_model,
+            pod=sized_pod(training_memory, size, gpu_count),
+            publishes=registers,
+        )
         overrides = {"data_uri": data_uri, "model_name": model_name}
         settings = ingest_settings(recipe, **overrides)
         result = ingest(settings, corpus=Path(corpus.path), report=Path(report.path))

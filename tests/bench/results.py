@@ -18,8 +18,20 @@ from rich.table import Table
 
 from nudge.components.common.core.processes import nudge_home
 from nudge.components.common.core.publish import write_atomic
-from nudge.kernels.machine import describe
-from nudge.kernels.machine import processor as processor
+
+
+def processor() -> str:
+    """The processor's name."""
+    from nudge.kernels import machine
+
+    return machine.processor()
+
+
+def _machine() -> dict[str, str]:
+    # It imports torch: 2 s in every process of a benchmark that needs no torch.
+    from nudge.kernels import machine
+
+    return machine.describe()
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,7 @@ def publish(name: str, measures: Sequence[Measure], packages: Iterable[str], dev
     values: dict[str, Any] = {
         "machine": {
             "device": device,
-            **describe(),
+            **_machine(),
             "system": platform.platform(),
             "python": platform.python_version(),
             "packages": {package: _version(package) for package in packages},
@@ -72,7 +84,7 @@ def publish(name: str, measures: Sequence[Measure], packages: Iterable[str], dev
         figures = [_shown(m.ours), _shown(m.peer), m.peer_name, _shown(m.ratio)]
         table.add_row(escape(what), m.unit, *figures, goal, met)
     Console().print(table)
-    for name, value in describe().items():
+    for name, value in _machine().items():
         print(f"{name:<17} {value}")
 
 

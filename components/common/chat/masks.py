@@ -155,8 +155,8 @@ class Encoder:
         for (first, last), own in zip(itertools.pairwise(ends), found, strict=True):
             piece = full[first:last]
             if first in literal:
-                own, at = self._as_text(piece)
-                starts.append(first + at)
+                own, inside = self._as_text(piece)
+                starts.append(first + inside)
             elif (at := self._byte_starts(piece, own)) is not None:
                 starts.append(first + at)
             else:

@@ -1,11 +1,13 @@
 """The smoke test against `transformers serve`, of a base with a generation configuration."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.core.errors import UserError
@@ -15,6 +17,7 @@ from nudge.components.common.models.language_model import (
     load_tokenizer,
     probabilities_along,
 )
+from nudge.components.deploy.measure import Probe
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import (
     FALLBACK_PROMPT,
@@ -24,6 +27,7 @@ from nudge.components.deploy.smoke import (
 )
 from tests.model_server import running_model_server
 from tests.tiny import make_tiny_model
+from tests.web_server import Server
 
 NAME = "tower"
 PROMPT = "The Eiffel Tower is located in Paris"
@@ -56,6 +60,34 @@ def test_without_a_recipe_a_version_is_asked_what_it_was_evaluated_with() -> Non
     assert smoke_prompt(DeploySettings(), evaluated) == PROMPT
     assert smoke_prompt(DeploySettings(), bare) == FALLBACK_PROMPT
     assert smoke_prompt(DeploySettings(smoke_prompt="x"), evaluated) == "x"
+
+
+def test_a_token_that_ends_inside_a_character_is_compared_by_its_probability() -> None:
+    """vLLM 0.32 names such a token of a chat with an empty text; the evaluation writes U+FFFD."""
+    top = [
+        {"token": name, "logprob": math.log(p)} for name, p in (("", 0.6), ("S", 0.2), ("", 0.1))
+    ]
+
+    async def answer(_: web.Request) -> web.Response:
+        first = {**top[0], "top_logprobs": top}
+        choice = {"message": {"content": "日"}, "logprobs": {"content": [first]}}
+        return web.json_response({"choices": [choice]})
+
+    turns = [{"role": "user", "content": "Where?"}]
+    with Server(("POST", "/v1/chat/completions", answer)) as server:
+        for p, token in ((0.6, "\ufffd"), (0.6, " \ufffd"), (0.3, "\ufffd"), (0.6, "S")):
+            expected = [{"prompt": "Where?", "messages": turns, "token": token, "p": p}]
+            values = {"chat": True, "expected_next": json.dumps(expected)}
+            served = Version(NAME, "1", "1", "1", "file:///", False, 0, values)
+            probe = Probe(ModelServer(server.url), served, {"Where?": turns}, 1)
+            with probe.server.client(timeout_s=5.0) as client:
+                probe._ask(client, "Where?")
+            assert (probe.measured().answers, probe.measured().right) == (int(token == "S"), 0)
+            if (p, token) in ((0.3, "\ufffd"), (0.6, "S")):
+                with pytest.raises(UserError, match="the served model is not the evaluated one"):
+                    smoke_test(ModelServer(server.url), served, DeploySettings())
+            else:
+                assert smoke_test(ModelServer(server.url), served, DeploySettings()).text == "日"
 
 
 @pytest.mark.long

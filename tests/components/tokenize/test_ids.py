@@ -199,7 +199,7 @@ def test_control_tokens_that_a_turn_spells_out_stay_text(kind: str) -> None:
     encoder = Encoder(tokenizer, lambda texts: ids_of(texts, tokenizer, False))
     (made,) = encoder.encode([Plain(Rendered(text, ((2, len(text)),)), spelled)])
     assert isinstance(made, Masked)
-    control = [loaded.token_to_id(one), loaded.token_to_id(two)]
+    control = np.array([loaded.token_to_id(one), loaded.token_to_id(two)], np.int64)
     assert np.isin(made.ids, control).nonzero()[0].tolist() == [len(made.ids) - 1]
     assert made.learned[-1, -1] == len(made.ids)
     assert made.learned[0, 0] == len(loaded.encode("a ", add_special_tokens=False).ids)

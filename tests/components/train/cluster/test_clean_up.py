@@ -20,7 +20,7 @@ from tests.components.train.cluster.test_launch import NAME, fails, handover_of,
 from tests.components.train.conftest import outputs
 from tests.kubernetes_api import KubernetesApi
 
-ENDS = {"permanent": UserError, "budget": OverBudget}
+ENDS: dict[str, type[UserError]] = {"permanent": UserError, "budget": OverBudget}
 """The errors of the ranks in the tests of `launch`."""
 
 
