@@ -20,7 +20,7 @@ LAYERS = (
         *("deploy_approved", "rollback"),
     ),
     ("compile", "disconnected", "settings_reference"),
-    ("local", "cluster"),
+    ("local", "cluster", "plan"),
     ("gpu_check",),
     ("cli",),
     ("api",),

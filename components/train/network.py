@@ -147,15 +147,21 @@ def precision_on(device: torch.device, setting: Literal["float32", "bfloat16", "
     """The precision that ``setting`` selects on a device.
 
     On a CPU without bfloat16 instructions, products in bfloat16 are far slower than in float32:
-    with only AVX2, SmolLM2-135M trained at 4 tokens/s in bfloat16 and 71 in float32.
+    with only AVX2, SmolLM2-135M trained at 4 tokens/s in bfloat16 and 71 in float32. Raises
+    `UserError` for bfloat16 on a GPU without it.
     """
-    if setting != "auto":
-        return setting
     if device.type == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        if setting == "bfloat16" and not supported:
+            raise UserError(
+                f"train.precision = bfloat16: {torch.cuda.get_device_name(device)} has no bfloat16 "
+                "instructions; set it to float32 or auto"
+            )
     else:
         capabilities = torch.cpu.get_capabilities()
         supported = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    if setting != "auto":
+        return setting
     return "bfloat16" if supported else "float32"
 
 

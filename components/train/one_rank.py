@@ -16,6 +16,7 @@ from nudge.components.common.core.usage import plain_usage
 from nudge.components.common.models import language_model
 from nudge.components.common.models.base_model import model_sha256
 from nudge.components.common.models.end_of_document import document_start_id
+from nudge.components.common.preflight.machine import is_large
 from nudge.components.train import network as networks
 from nudge.components.train.adapt import adapt, initial_adapters
 from nudge.components.train.checkpoints.open_checkpoints import open_checkpoints
@@ -23,8 +24,10 @@ from nudge.components.train.checkpoints.training_state import TrainingState, ide
 from nudge.components.train.data import PackedSplit
 from nudge.components.train.limits import Limits
 from nudge.components.train.loop import make_optimizer, planned_steps, train_loop
+from nudge.components.train.memory import return_freed_memory
 from nudge.components.train.model import Start, check_length, check_tokenizer, check_vocabulary
 from nudge.components.train.quantization_cost import quantization_cost
+from nudge.components.train.quantized import parameter_count
 from nudge.components.train.ranks import Ranks
 from nudge.components.train.record import NoBar, NoTrainingLog, open_record
 from nudge.components.train.report import render_report
@@ -109,6 +112,8 @@ def _load_network(
 ) -> networks.Network:
     """The initial model on these ranks, checked against the tokens and the settings."""
     base = start.empty(settings.seed)
+    if ranks.device.type == "cpu" and is_large(parameter_count(base)):
+        return_freed_memory()
     check_vocabulary(base, vocabulary, settings)
     check_length(base, settings)
     adapted = adapt(base, settings)

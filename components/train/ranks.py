@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nudge.components.common.core.errors import UserError
 from nudge.components.train.peers import own_peers
 from nudge.components.train.torchrun import STORE_VARIABLE
 
@@ -62,6 +63,11 @@ def joined_ranks() -> Iterator[Ranks]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda and local >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {local} of this machine has no GPU: there are {torch.cuda.device_count()}, and "
+            "each rank needs one; set train.processes or train.cluster.gpus_per_node to that number"
+        )
     if cuda:
         torch.cuda.set_device(device)
     if world == 1:

@@ -148,7 +148,8 @@ class TrainSettings:
     bfloat16 if the hardware has instructions for it, else float32."""
     activation_checkpointing: bool | Annotated[int, Field(ge=1)] = False
     """Recompute activations in the backward pass instead of keeping them: `true` those of every
-    layer, a number those of that many layers."""
+    layer, a number those of that many layers. If a recipe does not fit, `nudge plan` finds the
+    smallest number that does."""
     compile: bool = False
     """Compile each layer with `torch.compile`: minutes at the start, then faster steps."""
     processes: Annotated[int, Field(ge=0)] = 0

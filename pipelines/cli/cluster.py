@@ -12,6 +12,7 @@ from nudge.components.common.preflight.pod import TrainingPod, job_pod, sized_po
 from nudge.pipelines.cli import display
 from nudge.pipelines.cli.output import echo
 from nudge.pipelines.cli.screen import Screen
+from nudge.pipelines.plan.check import check_submitted
 from nudge.pipelines.recipes import load
 from nudge.pipelines.steps import STEPS
 
@@ -76,6 +77,9 @@ def submit(
     nudge upload                                  once, and after each change of nudge
     nudge submit mine.yaml -p gpu_count=2
 
+    A recipe that states its hardware (`plan.gpus`, or `train.cluster`) is refused if it does not
+    fit there; `nudge plan` shows why.
+
     Exit status: 0 the run succeeded (or was started, with --no-follow), 1 it did not succeed,
     2 the input was refused. Ctrl-C stops following; the run continues.
     """
@@ -93,6 +97,10 @@ def submit(
         pod=_pod(pipeline, train, values),
         publishes=False,
     )
+    base = values.get("base_model")
+    planned = load(recipe, (*overrides, f"base_model={base}")) if base else loaded
+    if line := check_submitted(planned.name, planned.text):
+        echo(line, err=True)
     values = runs.sendable({"recipe": loaded.text, **values})
     server = connect.connect(url)
     run = runs.submit(server, pipeline, name or loaded.name, values)

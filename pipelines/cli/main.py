@@ -45,6 +45,9 @@ COMMANDS = {
     "step": Command("step:step", "Run one step on existing artifacts.", EVERYTHING),
     "runs": Command("history:runs", "List, show, compare, delete runs.", EVERYTHING),
     "logs": Command("history:logs", "Print the log of a run or a step.", EVERYTHING),
+    "plan": Command(
+        "plan:plan", "Show memory, disk, hours and cost before a run.", ("data", "train", "local")
+    ),
     "recipes": Command("run:recipes", "List the recipes that ship with nudge."),
     "services": Command("services:services", "Start, stop, show embedded services.", EVERYTHING),
     "trace": Command("trace:trace", "Show what learned a document.", EVERYTHING),
@@ -54,6 +57,7 @@ COMMANDS = {
     "chat": Command("chat:chat", "Talk to one version, or to two.", EVERYTHING),
     "approve": Command("approval:approve", "Approve a version that waits; serve it.", EVERYTHING),
     "reject": Command("approval:reject", "Reject a version that waits.", ("release", "local")),
+    "export": Command("export:export", "Write a version as a folder or GGUF file.", EVERYTHING),
     "promote": Command("release:promote", "Give a version all of the traffic.", EVERYTHING),
     "split": Command("release:split", "Divide the traffic between versions.", EVERYTHING),
     "rollback": Command("release:rollback", "Go back to the previous version.", EVERYTHING),

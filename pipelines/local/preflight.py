@@ -8,6 +8,7 @@ from nudge.components.common.preflight.checks import Way, preflight
 from nudge.components.summary.notify import missing_addresses
 from nudge.components.summary.settings import NotifySettings
 from nudge.components.train.settings import TrainSettings
+from nudge.pipelines.plan.check import check_here
 
 
 def check(recipe: str, use_env_services: bool = False, in_containers: bool = False) -> None:
@@ -20,7 +21,7 @@ def check(recipe: str, use_env_services: bool = False, in_containers: bool = Fal
     preflight(
         recipe,
         Way.RUN,
-        more=[addresses],
+        more=[addresses, partial(check_here, recipe)],
         lora_targets=step_settings(TrainSettings, "train", recipe).lora_targets,
         has_own_packages=not in_containers,
         uses_env_store=use_env_services,

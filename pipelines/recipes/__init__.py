@@ -15,6 +15,7 @@ import yaml
 
 from nudge.components.common.core.aliases import meant
 from nudge.components.common.core.errors import UserError, nearest
+from nudge.components.common.core.hardware import PlanSettings
 from nudge.components.common.core.prices import Budget, Prices
 from nudge.components.common.core.recipe import (
     SECTIONS,
@@ -27,7 +28,7 @@ from nudge.components.common.core.uris import read_text
 from nudge.pipelines.steps import SETTINGS
 
 FOLDER = Path(__file__).parent
-RUN_SECTIONS: dict[str, type[Any]] = {"prices": Prices, "budget": Budget}
+RUN_SECTIONS: dict[str, type[Any]] = {"plan": PlanSettings, "prices": Prices, "budget": Budget}
 """Sections about all steps together."""
 TOP = ("name", "title", *SHARED, *SECTIONS, *RUN_SECTIONS)
 

@@ -19,7 +19,10 @@ OF_0_1 = sorted((Path(__file__).parent / "recipes_of_0_1").glob("*.yaml"))
 
 
 def test_every_shipped_recipe_is_named_as_its_file_and_valid() -> None:
-    assert set(shipped()) == {"chat", "eiffel", "many-nodes", "nightly", "one-gpu", "python-docs"}
+    assert set(shipped()) == {
+        "chat", "eiffel", "many-nodes", "nightly", "one-gpu", "one-gpu-8b", "one-node-70b",
+        "python-docs",
+    }  # fmt: skip
     for name, title in shipped().items():
         assert load(name).name == name
         assert title

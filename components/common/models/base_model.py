@@ -172,11 +172,11 @@ def _from_gguf(path: Path) -> Path:
     from transformers import AutoModelForCausalLM
 
     source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    with _gguf_errors(path), _read_once():
+    with _gguf_errors(path), read_once():
         quantized = AutoModelForCausalLM.from_pretrained(
             **source, dtype=torch.float32, trust_remote_code=False
         )
-        tokenizer = _gguf_tokenizer(path)
+        tokenizer = gguf_tokenizer(path)
     # transformers refuses to save a model that it loaded from GGUF, so copy its weights into a new
     # model whose config has no quantization.
     dropped = ("quantization_config", "_pre_quantization_dtype")
@@ -198,7 +198,7 @@ def _tokenizer_from_gguf(path: Path) -> Path:
     target = cache_folder() / f"{path.stem}-{sha256_file(path)[:16]}-{CONVERSION}-tokenizer"
     if not _kept(target):
         with _gguf_errors(path):
-            tokenizer = _gguf_tokenizer(path)
+            tokenizer = gguf_tokenizer(path)
         with published(target) as part:
             tokenizer.save_pretrained(part)
             _note_sizes(part)
@@ -239,7 +239,7 @@ def _kept(folder: Path) -> bool:
     return True
 
 
-def _gguf_tokenizer(path: Path) -> Any:
+def gguf_tokenizer(path: Path) -> Any:
     # AutoTokenizer would first read the complete file, only to look up this class: 8 s of 9.
     from transformers import PreTrainedTokenizerFast
 
@@ -255,7 +255,7 @@ def _gguf_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _read_once() -> Iterator[None]:
+def read_once() -> Iterator[None]:
     """Cache what transformers requests from gguf repeatedly while it loads one file: the file's
     vocabulary, read id by id (twice), and the names of its tensors (once per module)."""
     import gguf

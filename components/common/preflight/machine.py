@@ -13,6 +13,14 @@ BYTES = {"full": 16, "scratch": 16, "lora": 6}
 """Memory per parameter: float32 weights, gradients and AdamW's two moments; or, with LoRA, bfloat16
 weights and float32 ones while the adapters are merged."""
 
+LARGE = 0.3
+"""A model counts as large if training all of its weights takes more than this share of memory."""
+
+
+def is_large(parameters: float) -> bool:
+    """Whether training this many parameters, at 16 bytes each, takes much of this machine."""
+    return BYTES["full"] * parameters > LARGE * memory_bytes()
+
 
 def check_machine(
     parameters: int,

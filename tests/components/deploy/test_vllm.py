@@ -167,6 +167,7 @@ def test_the_smoke_test_asks_a_chat_model_through_its_chat_endpoint(
     served.properties["chat"] = True
     assert smoke_test(server, served, settings).text.strip()
     other = version(model, [{**expected, "p": best["p"] - 0.01}])
+    other.properties["chat"] = True
     with pytest.raises(UserError, match="the served model is not the evaluated one"):
         smoke_test(server, other, settings)
     prompts = prompts_of("Hello?", [served])

@@ -79,18 +79,34 @@ def watched(folder: Path) -> list[float]:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("mode", ["full", "lora"])
 def test_a_run_resumes_with_another_number_of_ranks(
-    small: Small, tokens: Path, alone: Path, tmp_path: Path
+    small: Small, tokens: Path, alone: Path, tmp_path: Path, mode: str, before: int, after: int
 ) -> None:
-    settings = small(checkpoints=str(tmp_path / "checkpoints"), checkpoints_kept=9)
-    run(settings, tokens, tmp_path / "two", ranks=2)
+    settings = small(mode=mode, checkpoints=str(tmp_path / "checkpoints"), checkpoints_kept=9)
+    expected = alone
+    if mode == "lora":
+        expected = tmp_path / "alone"
+        train(small(mode=mode), tokens=tokens, **outputs(expected))
+    run(settings, tokens, tmp_path / "before", ranks=before if before > 1 else 0)
     (folder,) = (tmp_path / "checkpoints").iterdir()
     for later in ("step-000000009", "step-000000006"):
         shutil.rmtree(folder / later)
-    train(settings, tokens=tokens, **outputs(tmp_path / "one"))
+    _check_shards(folder / "step-000000003", before)
+    run(settings, tokens, tmp_path / "after", ranks=after if after > 1 else 0)
     for kind in ("loss", "validation_loss"):
-        assert lines(tmp_path / "one", kind) == pytest.approx(lines(alone, kind), rel=1e-5)
-    assert lines(tmp_path / "one", "tokens") == lines(alone, "tokens")
+        found = lines(tmp_path / "after", kind)
+        assert found == pytest.approx(lines(expected, kind), rel=1e-5)
+    assert lines(tmp_path / "after", "tokens") == lines(expected, "tokens")
+
+
+def _check_shards(checkpoint: Path, ranks: int) -> None:
+    """Each rank wrote one file, with its share of the tensors."""
+    files = sorted(checkpoint.glob("*.safetensors"))
+    sizes = [file.stat().st_size for file in files]
+    assert len(files) == ranks
+    assert max(sizes) < 1.2 * sum(sizes) / ranks
 
 
 @pytest.mark.long

@@ -60,7 +60,12 @@ def test_the_watched_target_is_scored_as_in_evaluation(
 
 
 @pytest.mark.parametrize(
-    "values", [{"activation_checkpointing": True}, {"micro_batch_sequences": 1}]
+    "values",
+    [
+        {"activation_checkpointing": True},
+        {"activation_checkpointing": 1},
+        {"micro_batch_sequences": 1},
+    ],
 )
 def test_settings_that_save_memory_do_not_change_the_loss(
     small: Small, tokens: Path, tmp_path: Path, values: dict[str, object]

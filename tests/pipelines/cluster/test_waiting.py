@@ -47,4 +47,6 @@ def test_the_quota_that_a_steps_pod_waits_for_is_shown(
         }
         api.add(workload, **status)
         reason = Waiting("one").reasons()["train"]
-    assert reason.startswith("in the queue small: cpu never fits in flavor nudge-gpu: 32 requested")
+    assert reason.startswith(
+        "waits: in the queue small: cpu never fits in flavor nudge-gpu: 32 req"
+    )

@@ -195,7 +195,7 @@ def test_submit_knows_the_pod_that_trains(monkeypatch: pytest.MonkeyPatch) -> No
     job = ("--set", "train.launcher=trainjob", "--set", "train.cluster.memory=10Gi")
     assert "the 2 pods that train have at most 10Gi" in said(*job, *many)
     assert "pod" not in said(*job, *many, "-p", "nodes=5")
-    assert "at most 32Gi" in said("-p", "gpu_count=0", "-p", "base_model=s3://b/large")
+    assert "base_model s3://b/none has no config" in said("-p", "base_model=s3://b/none")
 
 
 @pytest.mark.usefixtures("store")

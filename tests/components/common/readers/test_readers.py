@@ -138,6 +138,12 @@ def test_books_mail_and_notebooks_give_their_text() -> None:
     assert counted(b"[]", "a.ipynb") == {"bad_record": 1}
 
 
+@pytest.mark.parametrize("suffix", ["txt", "md", "rst", "adoc", "org"])
+def test_text_with_markup_is_text(suffix: str) -> None:
+    text = "Title\n=====\n\nSome words.\n"
+    assert texts(text.encode(), f"a.{suffix}") == [text]
+
+
 def test_front_matter_is_removed_unless_it_is_kept() -> None:
     raw = b"---\ntitle: Tower\ntags: [a]\n---\n\n# Tower\n"
     assert texts(raw, "a.md") == ["# Tower\n"]
