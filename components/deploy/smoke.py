@@ -153,7 +153,9 @@ def _compare(client: Any, version: Version, expected: dict[str, Any], tolerance:
         served = likeliest.get(token, 0.0)
         last = 0.0 if token in likeliest else min(likeliest.values())
         ok = served - tolerance <= p <= max(served, last) + tolerance
-        answer = ", ".join(f"{name!r} (P {value:.2f})" for name, value in likeliest.items())
+        answer = ", ".join(
+            f"{name!r} (P {value:.2f})" for name, value in reversed(likeliest.items())
+        )
     if not ok:
         raise UserError(
             f"the smoke test of {version.model} {version.name} failed: after "

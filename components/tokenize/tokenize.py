@@ -20,8 +20,9 @@ from nudge.components.tokenize.chats import Account
 from nudge.components.tokenize.settings import TokenizeSettings
 
 if TYPE_CHECKING:
+    from nudge.components.common.artifacts.chat_facts import ChatFacts
     from nudge.components.common.artifacts.corpus import Corpus
-    from nudge.components.common.artifacts.tokens import ChatFacts, TokenShard, TokenSplit
+    from nudge.components.common.artifacts.tokens import TokenShard, TokenSplit
     from nudge.components.tokenize.chats import Chat
     from nudge.components.tokenize.encode import Encoding
 
@@ -239,7 +240,7 @@ def _chat(
 
     The tokenizer's folder gets the template too, so that the trained model has it.
     """
-    from nudge.components.common.artifacts.tokens import ChatFacts
+    from nudge.components.common.artifacts.chat_facts import ChatFacts
     from nudge.components.common.chat import template_of_folder
     from nudge.components.tokenize.chats import Chat
 

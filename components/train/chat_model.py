@@ -4,7 +4,7 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.artifacts.tokens import ChatFacts
+from nudge.components.common.artifacts.chat_facts import ChatFacts
 from nudge.components.common.chat import ChatTemplate, Message, Refusal, template_of_folder
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.models.end_of_document import end_ids

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from nudge.components.common.artifacts.chat_facts import ChatFacts
 from nudge.components.common.artifacts.model import read_model_facts
-from nudge.components.common.artifacts.tokens import ChatFacts, Tokens
+from nudge.components.common.artifacts.tokens import Tokens
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.provenance import code_version
 from nudge.components.common.core.usage import NOTHING, usage_of

@@ -1,5 +1,6 @@
 """`nudge gpu-check`: does everything work on this GPU, and how fast is the loss?"""
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -47,6 +48,8 @@ def gpu_check(out: Path, device: str, only: tuple[str, ...], listing: bool) -> N
     if listing:
         echo("\n".join(NAMES))
         return
+    if importlib.util.find_spec("torch") is None:  # only a child imports it
+        raise ModuleNotFoundError(name="torch")
     report = run_checks(device, chosen(only), echo)
     result, page = write_report(report, out)
     counts = ", ".join(f"{report.count(each)} {each}" for each in ("passed", "failed", "skipped"))

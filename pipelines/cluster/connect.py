@@ -41,12 +41,16 @@ PAGE = 100
 
 @dataclass(frozen=True)
 class PipelinesServer:
-    """A pipelines server; ``ca`` is a file of PEM certificates, empty for the system's CAs."""
+    """A pipelines server; ``ca`` is a file of PEM certificates, empty for the system's CAs.
+
+    ``patience_s`` is for how long `read` repeats a request while the server is busy or unreachable.
+    """
 
     url: str
     token: str = field(default="", repr=False)
     ca: str = ""
     namespace: str = ""
+    patience_s: float = PATIENCE_S
 
     def api(self, name: str) -> Any:
         """A generated API of `kfp_server_api`, such as ``RunServiceApi``."""
@@ -90,7 +94,7 @@ class PipelinesServer:
             return isinstance(error, urllib3.exceptions.HTTPError) and not broken
 
         retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_delay(PATIENCE_S),
+            stop=tenacity.stop_after_delay(self.patience_s),
             wait=BACKOFF,
             retry=tenacity.retry_if_exception(worth_repeating),
             reraise=True,

@@ -35,6 +35,11 @@ NEEDS_EXTRAS = (
     "trace v1",
     "clean --dry-run",
     "ask hello",
+    "plan eiffel",
+    "export v1 made",
+    f"verify v1 --key {__file__}",
+    "registry copy http://127.0.0.1:1 http://127.0.0.1:2",
+    "gpu-check",
     "chat",
     "approve v1",
     "reject v1",
@@ -69,16 +74,21 @@ STEPS = {
     "train": ("tokenize", "train", "evaluate", "fetch"),
     "release": ("upload", "register", "deploy", "summary"),
 }
-BASE_MODELS = {"gguf", "huggingface_hub", "torch", "transformers"}
+BASE_MODELS = {"gguf", "huggingface_hub", "safetensors", "torch", "transformers"}
 """What steps import that take a base model; the decorator of every step can reach it."""
+REGISTRY_AND_ENERGY = {"mlflow", "pynvml"}
+"""MLflow's registry, if its address is set, and the energy of a GPU, if there is one."""
 OPTIONAL = {
-    "data": {"compression", "ray", *BASE_MODELS},
-    "release": {"compression", *BASE_MODELS},
+    "data": {"compression", "ray", "lm_eval", *REGISTRY_AND_ENERGY, *BASE_MODELS},
+    "release": {
+        *("compression", *REGISTRY_AND_ENERGY, *BASE_MODELS),
+        *("cryptography", "cyclonedx", "model_signing"),  # the extra `sign`
+    },
     # The readers of guards name the extra `data`, and tasks the extra `tasks`.
     "train": {
         *("compression", "ray", "mlflow", "lm_eval"),
-        *("charset_normalizer", "docx", "ijson", "lxml", "openpyxl", "pptx", "pypdfium2"),
-        "trafilatura",
+        *("charset_normalizer", "docx", "ijson", "lxml", "mwparserfromhell", "openpyxl", "oxmsg"),
+        *("pptx", "py3langid", "pypdfium2", "python_calamine", "striprtf", "trafilatura"),
     },
 }
 """What is imported only if a setting asks for it, or where this Python lacks it, by extra."""

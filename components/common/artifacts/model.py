@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from nudge.components.common.artifacts.chat_facts import ChatFacts
 from nudge.components.common.artifacts.schema import Omitted, read_artifact, write_artifact
-from nudge.components.common.artifacts.tokens import ChatFacts
 
 FILE = "nudge.json"
 

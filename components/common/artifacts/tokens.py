@@ -36,6 +36,7 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import numpy as np
 
+from nudge.components.common.artifacts.chat_facts import ChatFacts
 from nudge.components.common.artifacts.schema import Omitted, read_artifact, write_artifact
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import sha256_tree, verify_file
@@ -71,21 +72,6 @@ class TokenSplit:
     """Tokens that the loss counts; None without conversations, because then all of them count."""
     dropped: Omitted[dict[str, int]] = None
     """Conversations that were left out, by reason."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatFacts:
-    """How conversations became text."""
-
-    template: str
-    """The Jinja text."""
-    source: str
-    """``model`` (the base's own), ``recipe``, or ``chatml`` for a base without one."""
-    learn: str
-    """``assistant``, ``last`` or ``all``."""
-    end_of_turn: str
-    """The token that ends an answer."""
-    end_of_turn_id: int
 
 
 @dataclass(frozen=True, kw_only=True)

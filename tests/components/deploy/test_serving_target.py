@@ -43,7 +43,7 @@ def test_a_step_on_a_cluster_does_not_serve_in_its_pod(monkeypatch: pytest.Monke
         ("evaluate: {probes: [], prompts: [c], window: 64}", "c"),
         ("evaluate: {prompts: [c]}\ndeploy: {smoke_prompt: d}", "d"),
         ("evaluate: {prompts: [c]}\ndeploy: {smoke_prompt: Once upon a time}", "Once upon a time"),
-        ("evaluate:\ndeploy:", "Once upon a time"),
+        ("evaluate:\ndeploy:", ""),
     ],
 )
 def test_the_smoke_prompt_comes_from_the_recipe(recipe: str, prompt: str) -> None:

@@ -180,22 +180,23 @@ def test_the_first_step_knows_the_pod_that_trains(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.usefixtures("store")
 def test_submit_knows_the_pod_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NUDGE_PIPELINES_URL", "http://127.0.0.1:9")
-    base = ["--set", "base_model=s3://b/large", "--set", "train.mode=lora"]
+    with Server() as pipelines:
+        monkeypatch.setenv("NUDGE_PIPELINES_URL", pipelines.url)  # it answers 404 at once
+        base = ["--set", "base_model=s3://b/large", "--set", "train.mode=lora"]
 
-    def said(*options: str) -> str:
-        ended = CliRunner().invoke(main, ["submit", *base, *options])
-        assert ended.exit_code == 2, ended.output
-        return ended.stderr
+        def said(*options: str) -> str:
+            ended = CliRunner().invoke(main, ["submit", *base, *options])
+            assert ended.exit_code == 2, ended.output
+            return ended.stderr
 
-    assert "the pod that trains has at most 32Gi" in said("-p", "gpu_count=0")
-    assert "pod" not in said("-p", "gpu_count=0", "-p", "size=large")
-    assert "pod" not in said()
-    many = ("--pipeline", "distributed-training", "-p", "gpus_per_node=0")
-    job = ("--set", "train.launcher=trainjob", "--set", "train.cluster.memory=10Gi")
-    assert "the 2 pods that train have at most 10Gi" in said(*job, *many)
-    assert "pod" not in said(*job, *many, "-p", "nodes=5")
-    assert "base_model s3://b/none has no config" in said("-p", "base_model=s3://b/none")
+        assert "the pod that trains has at most 32Gi" in said("-p", "gpu_count=0")
+        assert "pod" not in said("-p", "gpu_count=0", "-p", "size=large")
+        assert "pod" not in said()
+        many = ("--pipeline", "distributed-training", "-p", "gpus_per_node=0")
+        job = ("--set", "train.launcher=trainjob", "--set", "train.cluster.memory=10Gi")
+        assert "the 2 pods that train have at most 10Gi" in said(*job, *many)
+        assert "pod" not in said(*job, *many, "-p", "nodes=5")
+        assert "base_model s3://b/none has no config" in said("-p", "base_model=s3://b/none")
 
 
 @pytest.mark.usefixtures("store")
