@@ -30,7 +30,7 @@ import yaml
 
 from nudge.components.common.clients import image_registry
 from nudge.components.common.clients.image_reference import parse_reference
-from nudge.components.common.core import processes
+from nudge.components.common.local import processes
 
 USER, PASSWORD = "tester", "the-pass:word"
 HTPASSWD = f"{USER}:$2y$04$abcdefghijklmnopqrstuuDXI/cl1OMgyOrYGuFse7IqrZ7hYFGsm\n"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nudge.components.common.core import guard, processes
 from nudge.components.common.core.environment import REGISTRY_TOKEN_PATH
+from nudge.components.common.local import guard, processes
 from nudge.components.deploy.local import gateway
 from nudge.pipelines.local import parts, services
 

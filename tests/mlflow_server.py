@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from nudge.components.common.core.processes import free_port
+from nudge.components.common.local.processes import free_port
 
 STARTS_S = 240.0
 """How long the server may take to start, including its download."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from nudge.components.common.core.processes import free_port
+from nudge.components.common.local.processes import free_port
 from nudge.components.deploy.smoke import ModelServer
 
 TOKEN = "t" * 32

@@ -5,7 +5,7 @@ import os
 from nudge.components.common.clients.registry.releases import Served
 from nudge.components.common.core.environment import in_pipeline_step, nudge_home
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.guard import is_here
+from nudge.components.common.local.guard import is_here
 from nudge.components.deploy import approval
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.traffic import Target

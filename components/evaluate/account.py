@@ -7,10 +7,10 @@ from nudge.components.common.artifacts.cost import cost_of
 from nudge.components.common.artifacts.evaluation import read_evaluation, write_evaluation
 from nudge.components.common.artifacts.model import read_model_facts
 from nudge.components.common.clients.tracking import Tracking, tracked_run
-from nudge.components.common.core.prices import Prices
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.step import kept_usage
-from nudge.components.common.core.usage import Usage, of_earlier_steps, so_far, usage_of
+from nudge.components.common.spending.prices import Prices
+from nudge.components.common.spending.usage import Usage, of_earlier_steps, so_far, usage_of
 from nudge.components.evaluate.report import render_report
 
 

@@ -4,9 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.core.prices import Prices
 from nudge.components.common.core.publish import sha256_file
 from nudge.components.common.core.step import step
+from nudge.components.common.spending.prices import Prices
 from nudge.components.evaluate.settings import EvaluateSettings
 
 NO_PRICES = Prices()

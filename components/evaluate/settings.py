@@ -9,10 +9,10 @@ from pydantic import BeforeValidator, Field, model_validator
 from nudge.components.common.clients.registry.names import OptionalRegistryName
 from nudge.components.common.clients.registry.url import RegistryUrl
 from nudge.components.common.core import default_guard
-from nudge.components.common.core.prices import Prices
 from nudge.components.common.core.recipe import some_settings, step_settings
 from nudge.components.common.core.sample_size import MIN_DOCUMENTS
 from nudge.components.common.core.settings import settings
+from nudge.components.common.spending.prices import Prices
 
 
 @settings

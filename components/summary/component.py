@@ -24,10 +24,10 @@ def summary(
     """
     from pathlib import Path
 
-    from nudge.components.common.core.prices import Prices
     from nudge.components.common.core.provenance import this_run
     from nudge.components.common.core.recipe import some_settings, step_settings
     from nudge.components.common.core.step import exit_with_user_errors
+    from nudge.components.common.spending.prices import Prices
     from nudge.components.summary.settings import NotifySettings, SummarySettings
     from nudge.components.summary.summary import summary
 

@@ -18,7 +18,6 @@ from nudge.components.common.clients.registry.lookup import (
     find_model_version,
 )
 from nudge.components.common.clients.registry.releases import NOT_PROMOTED, find_served
-from nudge.components.common.core.budget import OVER_BUDGET
 from nudge.components.common.core.environment import (
     NODE_ANNOTATION,
     PIPELINE_RUN_LABEL,
@@ -26,13 +25,14 @@ from nudge.components.common.core.environment import (
 )
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.figures import amounts
-from nudge.components.common.core.prices import Prices
 from nudge.components.common.core.progress import RESULTS, last_events
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.sanitize import visible
 from nudge.components.common.core.say import say
 from nudge.components.common.core.step import step
-from nudge.components.common.core.usage import NOTHING, Usage, of_earlier_steps, usage_of
+from nudge.components.common.spending.budget import OVER_BUDGET
+from nudge.components.common.spending.prices import Prices
+from nudge.components.common.spending.usage import NOTHING, Usage, of_earlier_steps, usage_of
 from nudge.components.summary.notify import Notice, notify, shortened
 from nudge.components.summary.settings import NotifySettings
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nudge.components.train.data import Rows
-from nudge.components.train.network import Network
+from nudge.components.train.models.network import Network
 from nudge.components.train.settings import TrainSettings
 
 LARGE = {torch.float16: 2.0**7}

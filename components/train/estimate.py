@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nudge.components.common.models.language_model import head_weight, hidden_states
 from nudge.components.common.models.loading import meta_model
-from nudge.components.train.adapt import adapt
-from nudge.components.train.quantized import parameter_count
-from nudge.components.train.recompute import keep_less
+from nudge.components.train.models.adapt import adapt
+from nudge.components.train.models.quantized import parameter_count
+from nudge.components.train.models.recompute import keep_less
 from nudge.components.train.settings import TrainSettings
 from nudge.kernels.chunked import CPU_ROWS, row_stride, rows_on_cuda
 

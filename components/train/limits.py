@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nudge.components.common.core.prices import Budget, Prices
 from nudge.components.common.core.recipe import read_recipe, step_settings
-from nudge.components.common.core.usage import NOTHING, Usage, plain_usage, usage_of
+from nudge.components.common.spending.prices import Budget, Prices
+from nudge.components.common.spending.usage import NOTHING, Usage, plain_usage, usage_of
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ import torch
 
 from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.progress import Progress
-from nudge.components.common.core.usage import plain_usage
 from nudge.components.common.models.language_model import likeliest, target_ids, target_probability
+from nudge.components.common.spending.usage import plain_usage
 from nudge.components.train.bad_numbers import find
 from nudge.components.train.checkpoints.checkpoints import Checkpoints
 from nudge.components.train.checkpoints.training_state import TrainingState
 from nudge.components.train.data import IGNORED, PackedSplit, Rows, tokens_in, without_padding
 from nudge.components.train.meter import Meter
-from nudge.components.train.network import Network
+from nudge.components.train.models.network import Network
 from nudge.components.train.ranks import Ranks
 from nudge.components.train.record import NoTrainingLog, TrainingLog
 from nudge.components.train.settings import TrainSettings

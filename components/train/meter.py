@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nudge.components.common.models.language_model import head_weight
-from nudge.components.train.quantized import QuantizedLinear
+from nudge.components.train.models.quantized import QuantizedLinear
 
 BF16_PEAKS = {
     "NVIDIA B200": 2250e12,

@@ -12,26 +12,31 @@ from nudge.components.common.artifacts.schema import parse_artifact
 from nudge.components.common.artifacts.tokens import read_tokens_manifest, verified_tokenizer
 from nudge.components.common.core.progress import progress
 from nudge.components.common.core.publish import published, write_atomic
-from nudge.components.common.core.usage import plain_usage
 from nudge.components.common.models import language_model
 from nudge.components.common.models.base_model import model_sha256
 from nudge.components.common.models.end_of_document import document_start_id
 from nudge.components.common.preflight.machine import is_large
-from nudge.components.train import network as networks
-from nudge.components.train.adapt import adapt, initial_adapters
+from nudge.components.common.spending.usage import plain_usage
 from nudge.components.train.checkpoints.open_checkpoints import open_checkpoints
 from nudge.components.train.checkpoints.training_state import TrainingState, identity
 from nudge.components.train.data import PackedSplit
 from nudge.components.train.limits import Limits
 from nudge.components.train.loop import make_optimizer, planned_steps, train_loop
 from nudge.components.train.memory import return_freed_memory
-from nudge.components.train.model import Start, check_length, check_tokenizer, check_vocabulary
-from nudge.components.train.quantization_cost import quantization_cost
-from nudge.components.train.quantized import parameter_count
+from nudge.components.train.models import network as networks
+from nudge.components.train.models.adapt import adapt, initial_adapters
+from nudge.components.train.models.model import (
+    Start,
+    check_length,
+    check_tokenizer,
+    check_vocabulary,
+)
+from nudge.components.train.models.quantization_cost import quantization_cost
+from nudge.components.train.models.quantized import parameter_count
+from nudge.components.train.output.report import render_report
+from nudge.components.train.output.result import facts_of, write_model
 from nudge.components.train.ranks import Ranks
 from nudge.components.train.record import NoBar, NoTrainingLog, open_record
-from nudge.components.train.report import render_report
-from nudge.components.train.result import facts_of, write_model
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.spending import Spending
 from nudge.components.train.torchrun import threads_each

@@ -1,8 +1,8 @@
 """What a training has used, earlier attempts included, and whether that stays within the budget."""
 
-from nudge.components.common.core.budget import OverBudget, over
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.usage import NOTHING, Meter, Usage, usage_of
+from nudge.components.common.spending.budget import OverBudget, over
+from nudge.components.common.spending.usage import NOTHING, Meter, Usage, usage_of
 from nudge.components.train.checkpoints.training_state import TrainingState
 from nudge.components.train.limits import Limits
 from nudge.components.train.ranks import Ranks

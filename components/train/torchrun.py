@@ -22,10 +22,10 @@ from types import FrameType
 
 import psutil
 
-from nudge.components.common.core.budget import OverBudget
-from nudge.components.common.core.child_environment import RANK_CHILD, child_environment
 from nudge.components.common.core.environment import usable_cores
 from nudge.components.common.core.errors import Transient, UserError
+from nudge.components.common.local.child_environment import RANK_CHILD, child_environment
+from nudge.components.common.spending.budget import OverBudget
 from nudge.components.train.limits import NO_LIMITS, Limits
 from nudge.components.train.settings import TrainSettings
 

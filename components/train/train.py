@@ -7,7 +7,7 @@ from typing import Any
 from nudge.components.common.artifacts.model import read_model_facts
 from nudge.components.common.clients.tracking import track_history
 from nudge.components.common.core.step import step
-from nudge.components.common.core.usage import NOTHING, Usage, add, of_earlier_steps, usage_of
+from nudge.components.common.spending.usage import NOTHING, Usage, add, of_earlier_steps, usage_of
 from nudge.components.train.limits import NO_LIMITS, Limits
 from nudge.components.train.settings import TrainSettings
 
@@ -42,7 +42,7 @@ def train(
     speed is known, and at each checkpoint).
     """
     from nudge.components.common.models.base_model import resolved
-    from nudge.components.train.result import results
+    from nudge.components.train.output.result import results
     from nudge.components.train.torchrun import processes_wanted, run_ranks
 
     # The served model may change meanwhile; resolve it once for all ranks and the lineage.

@@ -19,9 +19,9 @@ from nudge.components.common.core.figures import (
     per_gain,
     probability,
 )
-from nudge.components.common.core.guard import header_file, is_here
 from nudge.components.common.core.progress import RESULTS, SHOWN, figures
 from nudge.components.common.core.say import say
+from nudge.components.common.local.guard import header_file, is_here
 from nudge.pipelines.cli.screen import Screen
 from nudge.pipelines.step_state import StepState
 from nudge.pipelines.steps import NOTHING_NEW, described

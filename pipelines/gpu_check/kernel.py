@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nudge.components.common.core.child_environment import MODEL_CHILD, child_environment
+from nudge.components.common.local.child_environment import MODEL_CHILD, child_environment
 from nudge.kernels import fused_linear_cross_entropy, native
 from nudge.kernels.arguments import Options
 from nudge.kernels.softmax_loss import loss_and_gradient

@@ -15,10 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.core.child_environment import MODEL_CHILD, child_environment
 from nudge.components.common.core.environment import HOME
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import write_atomic, write_manifest
+from nudge.components.common.local.child_environment import MODEL_CHILD, child_environment
 from nudge.pipelines.gpu_check.checks import Outcome
 from nudge.pipelines.gpu_check.page import render
 

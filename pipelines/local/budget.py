@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from nudge.components.common.core.budget import OverBudget, over
-from nudge.components.common.core.prices import Budget, Prices
 from nudge.components.common.core.recipe import step_settings
-from nudge.components.common.core.usage import NOTHING, Usage, usage_of
+from nudge.components.common.spending.budget import OverBudget, over
+from nudge.components.common.spending.prices import Budget, Prices
+from nudge.components.common.spending.usage import NOTHING, Usage, usage_of
 from nudge.components.summary.notify import Notice, notify
 from nudge.components.summary.settings import NotifySettings
 from nudge.components.train.settings import TrainSettings

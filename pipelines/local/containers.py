@@ -24,9 +24,9 @@ from nudge.components.common.core.environment import (
     RUN_ID,
 )
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.private_home import CONTAINER_UIDS
 from nudge.components.common.core.recipe import read_recipe
 from nudge.components.common.core.uris import is_local, local_path
+from nudge.components.common.local.private_home import CONTAINER_UIDS
 from nudge.components.deploy.local.host_serving import TOKEN, URL
 from nudge.components.ingest.listing import local_name, named_uris
 from nudge.pipelines.placement import OPTIONAL_KEYS, REQUIRED_KEYS, SETTINGS_KEYS

@@ -14,15 +14,15 @@ from pathlib import Path
 import psutil
 
 from nudge.components.common.core import environment
-from nudge.components.common.core.child_environment import (
+from nudge.components.common.core.publish import write_atomic
+from nudge.components.common.core.sanitize import masked
+from nudge.components.common.core.say import say
+from nudge.components.common.local.child_environment import (
     OUTER_TMPDIR,
     STEP_CHILD,
     child_environment,
 )
-from nudge.components.common.core.private_home import PRIVATE_UMASK
-from nudge.components.common.core.publish import write_atomic
-from nudge.components.common.core.sanitize import masked
-from nudge.components.common.core.say import say
+from nudge.components.common.local.private_home import PRIVATE_UMASK
 from nudge.pipelines.local.run import RECIPE, Run, begin, facts
 from nudge.pipelines.local.temporary import temporary_folder
 

@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 
 from nudge.components.common.core.errors import UserError, nearest
-from nudge.components.common.core.processes import locked
 from nudge.components.common.core.recipe import read_yaml
-from nudge.components.common.core.state_file import Damaged, read_lines, read_object
+from nudge.components.common.local.processes import locked
+from nudge.components.common.local.state_file import Damaged, read_lines, read_object
 from nudge.pipelines.local.run import BEFORE, EVENTS, Run, is_locked
 from nudge.pipelines.step_state import StepState
 from nudge.pipelines.steps import NOTHING_NEW, PIPELINE, SETTINGS

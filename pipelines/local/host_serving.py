@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.guard import Guard
+from nudge.components.common.local.guard import Guard
 from nudge.components.deploy.local.host_serving import TOKEN
 from nudge.components.deploy.local.local_serving import LocalServing
 from nudge.components.deploy.settings import DeploySettings

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.sanitize import CSP
-from nudge.components.common.core.state_file import read_lines
+from nudge.components.common.local.state_file import read_lines
 from nudge.pipelines.local.run_page import ENVIRONMENT, HEADLINES, STYLE, duration
 
 PAGE, LINES = "nights.html", "nights.jsonl"

@@ -9,7 +9,7 @@ from typing import Any
 
 from nudge.components.common.core.environment import S3_ACCESS_KEY, S3_SECRET_KEY
 from nudge.components.common.core.say import say
-from nudge.components.common.core.state_file import Damaged, read_object
+from nudge.components.common.local.state_file import Damaged, read_object
 
 BUCKET = "nudge"
 KEYS = (S3_ACCESS_KEY, S3_SECRET_KEY)

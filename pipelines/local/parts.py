@@ -6,11 +6,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from nudge.components.common.core import guard, processes
-from nudge.components.common.core.child_environment import STEP_CHILD
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import write_atomic
-from nudge.components.common.core.state_file import Damaged, read_object
+from nudge.components.common.local import guard, processes
+from nudge.components.common.local.child_environment import STEP_CHILD
+from nudge.components.common.local.state_file import Damaged, read_object
 from nudge.pipelines.local import object_store, store_security
 from nudge.pipelines.local.object_store import START_TIMEOUT_S
 from nudge.pipelines.local.registry.copy import check

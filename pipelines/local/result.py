@@ -10,12 +10,12 @@ from nudge.components.common.artifacts.cost import step_cost
 from nudge.components.common.artifacts.evaluation import Evaluation, read_evaluation
 from nudge.components.common.artifacts.schema import plain
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.prices import Prices
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.recipe import step_settings
 from nudge.components.common.core.sanitize import masked
 from nudge.components.common.core.say import say
-from nudge.components.common.core.usage import NOTHING, usage_of
+from nudge.components.common.spending.prices import Prices
+from nudge.components.common.spending.usage import NOTHING, usage_of
 from nudge.pipelines.local import history, run_page
 from nudge.pipelines.local.run import Run
 from nudge.pipelines.steps import NOTHING_NEW, PIPELINE, STEPS

@@ -18,11 +18,11 @@ import yaml
 from pydantic import Field
 
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.processes import locked, read_record
 from nudge.components.common.core.recipe import read_yaml
 from nudge.components.common.core.say import say
 from nudge.components.common.core.settings import parse, settings
-from nudge.components.common.core.state_file import damaged
+from nudge.components.common.local.processes import locked, read_record
+from nudge.components.common.local.state_file import damaged
 from nudge.components.deploy.local import gateway
 from nudge.components.deploy.local.local_serving import service_name
 from nudge.pipelines.local import tracing

@@ -8,11 +8,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.core.processes import locked
 from nudge.components.common.core.provenance import code_fingerprint
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.sanitize import masked
-from nudge.components.common.core.state_file import Damaged, read_lines, read_object
+from nudge.components.common.local.processes import locked
+from nudge.components.common.local.state_file import Damaged, read_lines, read_object
 from nudge.pipelines.local import temporary
 from nudge.pipelines.recipes import Recipe
 from nudge.pipelines.step_state import StepState

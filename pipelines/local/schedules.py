@@ -22,7 +22,7 @@ from typing import Literal
 from nudge.components.common.core.errors import UserError, nearest
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.say import say
-from nudge.components.common.core.state_file import Damaged, read_object
+from nudge.components.common.local.state_file import Damaged, read_object
 
 FOLDER = "schedules"
 DAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")

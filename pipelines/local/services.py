@@ -14,7 +14,6 @@ from typing import Any
 
 import psutil
 
-from nudge.components.common.core import guard, processes
 from nudge.components.common.core.environment import (
     CONNECTION,
     EMBEDDED,
@@ -26,6 +25,7 @@ from nudge.components.common.core.environment import (
     S3_REGION,
 )
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.local import guard, processes
 from nudge.pipelines.local import object_store, parts
 from nudge.pipelines.local.object_store import BUCKET as BUCKET
 from nudge.pipelines.local.parts import REGISTRY as REGISTRY

@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from nudge.components.common.core import processes
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.say import say
+from nudge.components.common.local import processes
 from nudge.components.deploy.deploy import serve
 from nudge.components.deploy.local import gateway
 from nudge.components.deploy.local.gateway import gateway_name, is_open

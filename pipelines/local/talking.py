@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nudge.components.common.clients.registry.releases import Version
-from nudge.components.common.core import guard, processes
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.local import guard, processes
 from nudge.components.deploy.local import gateway
 
 Message = dict[str, str]

@@ -23,7 +23,7 @@ from nudge.components.common.artifacts.corpus import (
 from nudge.components.common.chat.conversation import Conversation
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import write_atomic
-from nudge.components.common.core.state_file import Damaged, read_object
+from nudge.components.common.local.state_file import Damaged, read_object
 from nudge.components.common.readers import Page, Unreadable, read_stream, reason_unread
 from nudge.components.ingest import conversations
 from nudge.components.ingest.filters import make_filters, normalize

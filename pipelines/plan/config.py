@@ -50,7 +50,7 @@ def base_of(uri: str) -> str:
 
 
 def _fresh(train: TrainSettings, tokenize: TokenizeSettings) -> Any:
-    from nudge.components.train.model import llama_shape
+    from nudge.components.train.models.model import llama_shape
 
     values: dict[str, Any] = {"vocab_size": tokenize.vocab_size}
     if train.model_size:

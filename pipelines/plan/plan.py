@@ -15,9 +15,9 @@ from typing import Any
 from nudge.components.common.core.environment import nudge_home, usable_cores
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.hardware import PlanSettings
-from nudge.components.common.core.prices import Prices
 from nudge.components.common.core.recipe import step_settings
 from nudge.components.common.core.uris import is_local, local_path
+from nudge.components.common.spending.prices import Prices
 from nudge.components.ingest.settings import IngestSettings
 from nudge.components.tokenize.settings import TokenizeSettings
 from nudge.components.train.settings import TrainSettings
@@ -204,7 +204,7 @@ def _with_precision(train: TrainSettings, machine: _Machine) -> TrainSettings:
         return train
     import torch
 
-    from nudge.components.train.network import precision_on
+    from nudge.components.train.models.network import precision_on
 
     if machine.device == "cuda":
         return dataclasses.replace(train, precision="bfloat16")

@@ -16,7 +16,6 @@ import yaml
 from nudge.components.common.core.aliases import meant
 from nudge.components.common.core.errors import UserError, nearest
 from nudge.components.common.core.hardware import PlanSettings
-from nudge.components.common.core.prices import Budget, Prices
 from nudge.components.common.core.recipe import (
     SECTIONS,
     SHARED,
@@ -25,6 +24,7 @@ from nudge.components.common.core.recipe import (
     step_settings,
 )
 from nudge.components.common.core.uris import read_text
+from nudge.components.common.spending.prices import Budget, Prices
 from nudge.pipelines.steps import SETTINGS
 
 FOLDER = Path(__file__).parent

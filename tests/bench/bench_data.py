@@ -281,7 +281,7 @@ def reading(folder: Path) -> Iterator[Measure]:
 
     from nudge.components.train.data import PackedSplit
     from nudge.components.train.loop import accumulate
-    from nudge.components.train.network import Network
+    from nudge.components.train.models.network import Network
     from nudge.components.train.settings import TrainSettings
 
     tokens = folder / "tokens"

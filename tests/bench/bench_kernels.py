@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nudge.components.common.core.processes import nudge_home
 from nudge.components.common.core.publish import write_atomic
+from nudge.components.common.local.processes import nudge_home
 from nudge.kernels import fused_linear_cross_entropy, native
 from tests.bench.results import Measure, processor, publish
 

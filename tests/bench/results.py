@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nudge.components.common.core.processes import nudge_home
 from nudge.components.common.core.publish import write_atomic
+from nudge.components.common.local.processes import nudge_home
 
 
 def processor() -> str:

@@ -35,7 +35,7 @@ from nudge.components.evaluate.settings import EvaluateSettings, ExpectedAnswer,
 from nudge.components.register.register import _properties
 from nudge.components.tokenize.settings import TokenizeSettings
 from nudge.components.tokenize.tokenize import tokenize
-from nudge.components.train.chat_model import check_folder
+from nudge.components.train.output.chat_model import check_folder
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
 from tests.model_server import running_model_server

@@ -15,7 +15,7 @@ import nudge.pipelines.recipes
 from nudge.components.common.clients.registry.connection import with_registry
 from nudge.components.common.clients.registry.releases import find_served, list_versions
 from nudge.components.common.clients.storage import s3_client
-from nudge.components.common.core import processes
+from nudge.components.common.local import processes
 from nudge.pipelines.local import services
 from tests.end_to_end.workspace import Workspace, eventually, statuses
 from tests.local_registry import endpoint_headers

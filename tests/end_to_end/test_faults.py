@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from nudge.components.common.core import guard
+from nudge.components.common.local import guard
 from nudge.pipelines.cli.display import curl
 from nudge.pipelines.local import services
 from tests.end_to_end.workspace import Workspace, eventually, statuses

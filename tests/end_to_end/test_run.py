@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from nudge.components.common.core import guard
+from nudge.components.common.local import guard
 from nudge.pipelines.local import services
 from tests.end_to_end.conftest import CANARIES, FOREIGN, OWN
 from tests.end_to_end.workspace import Workspace, statuses

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from nudge.components.common.core import processes
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.local import processes
 from tests.images.building import call, tool
 
 PREFIX = "/notebook/some-project/some-bench"

@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from nudge.components.common.core import processes
-from nudge.components.common.core.child_environment import child_environment
+from nudge.components.common.local import processes
+from nudge.components.common.local.child_environment import child_environment
 
 ROOT = Path(__file__).parents[2]
 PREFIX = "/notebook/some-project/some-bench"

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nudge.components.common.core import processes
+from nudge.components.common.local import processes
 from nudge.pipelines.local import following as follow_module
 from nudge.pipelines.local.following import follow
 from nudge.pipelines.local.run import Run, begin

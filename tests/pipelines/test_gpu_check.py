@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from nudge.components.train import exported_weights
+from nudge.components.train.output import exported_weights
 from nudge.kernels import fused_linear_cross_entropy
 from nudge.kernels.softmax_loss import loss_and_gradient
 from nudge.pipelines.cli.main import main

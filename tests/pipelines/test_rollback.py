@@ -11,7 +11,7 @@ from kfp import components, local
 from nudge.components.common.clients.registry.connection import with_registry
 from nudge.components.common.clients.registry.releases import find_served
 from nudge.components.common.clients.storage import s3_client
-from nudge.components.common.core import processes
+from nudge.components.common.local import processes
 from nudge.components.deploy.deploy import deploy
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.upload.settings import UploadSettings

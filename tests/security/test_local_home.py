@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from nudge.components.common.core import processes
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.private_home import private_home
+from nudge.components.common.local import processes
+from nudge.components.common.local.private_home import private_home
 from tests.security.other_user import OTHER_UID, as_other_user, as_root
 
 

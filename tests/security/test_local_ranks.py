@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 import pytest
 
-from nudge.components.common.core import processes
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.local import processes
 from nudge.components.train.peers import own_peers
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.torchrun import STORE_VARIABLE, run_ranks

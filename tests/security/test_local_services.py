@@ -21,9 +21,9 @@ import psutil
 import pytest
 from aiohttp import web
 
-from nudge.components.common.core import guard, processes
 from nudge.components.common.core.environment import REGISTRY_TOKEN_PATH
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.local import guard, processes
 from nudge.components.deploy.local import gateway
 from nudge.pipelines.local import object_store, parts, services, talking
 from tests.local_registry import endpoint_headers

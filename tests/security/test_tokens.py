@@ -11,8 +11,8 @@ import pytest
 
 from nudge.components.common.clients.registry import connection
 from nudge.components.common.clients.registry.releases import find_served
-from nudge.components.common.core.child_environment import child_environment
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.local.child_environment import child_environment
 from nudge.components.train import torchrun
 from nudge.components.train.cluster import jobs, rayjob, trainjob
 from nudge.components.train.settings import LaunchSettings, TrainSettings

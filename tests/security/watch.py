@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from nudge.components.common.core import processes
+from nudge.components.common.local import processes
 
 Seen = tuple[tuple[str, ...], tuple[tuple[str, str], ...]]
 """A process's arguments and variables."""

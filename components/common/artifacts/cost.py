@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nudge.components.common.artifacts.schema import Omitted
-from nudge.components.common.core.prices import Prices
-from nudge.components.common.core.usage import NOTHING, Usage
+from nudge.components.common.spending.prices import Prices
+from nudge.components.common.spending.usage import NOTHING, Usage
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ class Training:
     """The same with the quantized weights."""
     usage: Omitted[dict[str, float]] = None
     """What all ranks used, interrupted attempts included: the fields of
-    `nudge.components.common.core.usage.Usage`."""
+    `nudge.components.common.spending.usage.Usage`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from typing import Any
 from nudge.components.common.core.environment import EVENTS
 from nudge.components.common.core.sanitize import visible
 from nudge.components.common.core.say import say
-from nudge.components.common.core.state_file import read_lines
+from nudge.components.common.local.state_file import read_lines
 
 SHOWN = re.compile(r"(\w+): ([\d.e+]+)(?:/([\d.e+]+))? (\S+) ?(.*)")
 """A line of progress in a pod's log, such as ``train: 12/60 steps loss 2.31``."""

@@ -39,9 +39,9 @@ from nudge.components.common.core.progress import emit_event, log_results
 from nudge.components.common.core.provenance import code_fingerprint
 from nudge.components.common.core.publish import published, sha256_file, sha256_tree
 from nudge.components.common.core.say import say
-from nudge.components.common.core.state_file import Damaged, read_object, read_text
 from nudge.components.common.core.uris import is_local, local_path
-from nudge.components.common.core.usage import Usage, measured, plain_usage, usage_of
+from nudge.components.common.local.state_file import Damaged, read_object, read_text
+from nudge.components.common.spending.usage import Usage, measured, plain_usage, usage_of
 
 P = ParamSpec("P")
 R = TypeVar("R")

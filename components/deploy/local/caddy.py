@@ -4,7 +4,7 @@ import json
 import time
 from typing import Any
 
-from nudge.components.common.core import guard
+from nudge.components.common.local import guard
 
 ADMIN = "admin.sock"
 REQUESTS = "requests.log"

@@ -30,11 +30,11 @@ from typing import Any
 
 import tenacity
 
-from nudge.components.common.core import guard, processes
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.say import say
-from nudge.components.common.core.state_file import Damaged, damaged, read_object
+from nudge.components.common.local import guard, processes
+from nudge.components.common.local.state_file import Damaged, damaged, read_object
 from nudge.components.deploy.local import caddy
 from nudge.components.deploy.measure import Counts
 

@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 from nudge.components.common.clients.registry.releases import Version
-from nudge.components.common.core import guard, processes
-from nudge.components.common.core.child_environment import MODEL_CHILD
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.names import check_name
 from nudge.components.common.core.publish import published
 from nudge.components.common.core.say import say
+from nudge.components.common.local import guard, processes
+from nudge.components.common.local.child_environment import MODEL_CHILD
 from nudge.components.common.models.registered import download_model
 from nudge.components.deploy.local import gateway
 from nudge.components.deploy.measure import Counts

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from nudge.components.common.core.guard import Guard
+from nudge.components.common.local.guard import Guard
 
 
 @click.command()

@@ -34,7 +34,7 @@ from nudge.components.common.core.step import disk_is_full
 from nudge.components.train.checkpoints.checkpoint_store import CheckpointStore
 from nudge.components.train.checkpoints.shard_writer import SafetensorsWriter
 from nudge.components.train.checkpoints.training_state import TrainingState, differences
-from nudge.components.train.network import Network
+from nudge.components.train.models.network import Network
 from nudge.components.train.ranks import Ranks
 from nudge.components.train.record import NoTrainingLog, TrainingLog
 from nudge.components.train.settings import TrainSettings

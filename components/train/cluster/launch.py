@@ -25,13 +25,13 @@ from nudge.components.common.clients.kube import (
     connect,
 )
 from nudge.components.common.clients.tracking import for_nodes
-from nudge.components.common.core.budget import OverBudget
 from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.images import TRAIN_IMAGE
 from nudge.components.common.core.progress import progress
 from nudge.components.common.core.provenance import this_run
 from nudge.components.common.core.say import say
 from nudge.components.common.models.base_model import resolved
+from nudge.components.common.spending.budget import OverBudget
 from nudge.components.train.cluster import rayjob, trainjob
 from nudge.components.train.cluster.following import Follower, Late
 from nudge.components.train.cluster.handover import CHECKPOINTS, Handover, idle_folders

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import click
 
-from nudge.components.common.core.budget import OverBudget
-from nudge.components.common.core.child_environment import RANK_CHILD, child_environment
 from nudge.components.common.core.environment import KUBERNETES
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.step import exit_with_user_errors
+from nudge.components.common.local.child_environment import RANK_CHILD, child_environment
+from nudge.components.common.spending.budget import OverBudget
 from nudge.components.train.cluster.handover import Handover
 from nudge.components.train.torchrun import ERROR_VARIABLE, reported_error
 

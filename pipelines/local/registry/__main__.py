@@ -7,8 +7,8 @@ from typing import Any
 import click
 import uvicorn
 
-from nudge.components.common.core.guard import Guard
-from nudge.components.common.core.state_file import Damaged
+from nudge.components.common.local.guard import Guard
+from nudge.components.common.local.state_file import Damaged
 from nudge.pipelines.local.registry.app import VERSIONS, create_app
 from nudge.pipelines.local.registry.copy import keep_copy
 

@@ -5,7 +5,7 @@ import sqlite3
 from datetime import datetime
 from pathlib import Path
 
-from nudge.components.common.core.state_file import damaged
+from nudge.components.common.local.state_file import damaged
 
 
 def copy_of(database: Path) -> Path:

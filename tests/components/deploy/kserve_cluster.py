@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from nudge.components.common.core import processes
+from nudge.components.common.local import processes
 from nudge.components.deploy.kserve import kserve, lease, lifecycle
 from nudge.components.deploy.kserve import objects as objects
 from nudge.components.deploy.kserve.routes import GatewayRoute

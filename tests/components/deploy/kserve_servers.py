@@ -25,7 +25,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from nudge.components.common.core import processes
+from nudge.components.common.local import processes
 from nudge.components.deploy.kserve import objects
 from nudge.components.deploy.local import caddy, gateway
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nudge.components.common.clients.registry.releases import note_served
-from nudge.components.common.core import processes
+from nudge.components.common.local import processes
 from nudge.components.deploy import traffic
 from nudge.components.deploy.deploy import deploy
 from nudge.components.deploy.local.local_serving import LocalServing, service_name

@@ -12,8 +12,8 @@ import pytest
 from aiohttp import web
 from click.testing import CliRunner
 
-from nudge.components.common.core import processes
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.local import processes
 from nudge.components.deploy.local import gateway
 from nudge.pipelines.cli.main import main
 from tests.components.deploy.stream import Stream

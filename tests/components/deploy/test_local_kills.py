@@ -12,7 +12,7 @@ import pytest
 
 from nudge.components.common.clients.registry.connection import with_registry
 from nudge.components.common.clients.registry.releases import find_served
-from nudge.components.common.core import processes
+from nudge.components.common.local import processes
 from nudge.components.deploy.local import gateway
 from nudge.components.deploy.local.local_serving import LocalServing
 from nudge.components.upload.settings import UploadSettings

@@ -9,8 +9,8 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
-from nudge.components.common.core import processes
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.local import processes
 from nudge.components.deploy.deploy import deploy, rollback, serve
 from nudge.components.deploy.local import gateway
 from nudge.components.deploy.settings import DeploySettings

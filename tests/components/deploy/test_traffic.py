@@ -14,8 +14,8 @@ from nudge.components.common.clients.registry.releases import (
     find_served,
     list_versions,
 )
-from nudge.components.common.core import processes
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.local import processes
 from nudge.components.deploy import deploy, targets, traffic
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.smoke import ModelServer, SmokeAnswer

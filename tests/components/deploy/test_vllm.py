@@ -18,8 +18,8 @@ import yaml
 
 from nudge.components.common.chat import Message, template_of_folder
 from nudge.components.common.clients.registry.releases import Version
-from nudge.components.common.core import processes
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.local import processes
 from nudge.components.common.models.base_model import local_model
 from nudge.components.common.models.language_model import (
     likeliest,

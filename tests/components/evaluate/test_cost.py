@@ -14,8 +14,8 @@ from nudge.components.common.artifacts.evaluation import (
     read_evaluation,
     write_evaluation,
 )
-from nudge.components.common.core.prices import Prices
-from nudge.components.common.core.usage import Usage, plain_usage
+from nudge.components.common.spending.prices import Prices
+from nudge.components.common.spending.usage import Usage, plain_usage
 from nudge.components.evaluate.account import add_cost
 
 FOUND = Evaluation(

@@ -24,8 +24,8 @@ from nudge.components.common.clients.registry.releases import (
     note_served,
 )
 from nudge.components.common.clients.storage import s3_client
-from nudge.components.common.core import processes
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.local import processes
 from nudge.components.deploy.local.local_serving import LocalServing
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.register.register import register

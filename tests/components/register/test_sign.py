@@ -195,7 +195,7 @@ def test_a_key_that_cannot_be_used_says_so_without_its_content(
 
 
 def test_only_steps_get_the_signing_key(keys: tuple[Path, Path]) -> None:
-    from nudge.components.common.core.child_environment import (
+    from nudge.components.common.local.child_environment import (
         MODEL_CHILD,
         RANK_CHILD,
         STEP_CHILD,

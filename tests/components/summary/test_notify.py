@@ -17,9 +17,9 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
 
 from nudge.components.common.clients.storage import s3_client
-from nudge.components.common.core import processes
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.settings import parse
+from nudge.components.common.local import processes
 from nudge.components.summary import notify as module
 from nudge.components.summary import summary as summarizing
 from nudge.components.summary.notify import Notice, notify

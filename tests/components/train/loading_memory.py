@@ -63,7 +63,7 @@ def peak() -> int:
 def main() -> None:
     from nudge.components.common.models import language_model
     from nudge.components.train import one_rank
-    from nudge.components.train.model import Start
+    from nudge.components.train.models.model import Start
     from nudge.components.train.ranks import joined_ranks
 
     settings = TrainSettings(base_model=sys.argv[1], **json.loads(sys.argv[2]))

@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from nudge.components.common.core.processes import free_port
+from nudge.components.common.local.processes import free_port
 from tests.components.train.conftest import outputs
 from tests.components.train.loading_memory import peak, reset_peak
 

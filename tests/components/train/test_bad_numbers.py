@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nudge.components.common.core.errors import UserError
-from nudge.components.train import model as starts
+from nudge.components.train.models import model as starts
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
 from tests.components.train.conftest import outputs
@@ -137,7 +137,9 @@ def test_damaged_base_weights_are_named(
 
     fill = starts.Start.fill
     monkeypatch.setattr(starts.Start, "fill", damaged)
-    monkeypatch.setattr("nudge.components.train.network.check_document_masking", lambda *_: None)
+    monkeypatch.setattr(
+        "nudge.components.train.models.network.check_document_masking", lambda *_: None
+    )
     text = message(small(), tokens, tmp_path)
     assert f"in {LAYER}.weight: this looks like damaged weights" in text
     assert "use an undamaged base model" in text

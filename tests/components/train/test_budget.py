@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from nudge.components.common.artifacts.model import read_model_facts
-from nudge.components.common.core.budget import OverBudget
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.prices import Budget, Prices
-from nudge.components.common.core.usage import Meter, Usage
+from nudge.components.common.spending.budget import OverBudget
+from nudge.components.common.spending.prices import Budget, Prices
+from nudge.components.common.spending.usage import Meter, Usage
 from nudge.components.train import spending
 from nudge.components.train.limits import Limits
 from nudge.components.train.settings import TrainSettings

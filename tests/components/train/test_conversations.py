@@ -21,7 +21,7 @@ from nudge.components.common.artifacts.tokens import TokenReader, token_dtype
 from nudge.components.common.core.errors import UserError
 from nudge.components.train.data import IGNORED, PackedSplit, Rows, tokens_in
 from nudge.components.train.loop import accumulate
-from nudge.components.train.network import Network
+from nudge.components.train.models.network import Network
 from nudge.components.train.packing import pack
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
@@ -207,7 +207,7 @@ import torch
 from pathlib import Path
 from nudge.components.train.data import PackedSplit
 from nudge.components.train.loop import accumulate, rank_rows
-from nudge.components.train.network import Network
+from nudge.components.train.models.network import Network
 from nudge.components.train.ranks import joined_ranks
 from nudge.components.train.settings import TrainSettings
 from tests.components.train.test_conversations import LENGTH, model

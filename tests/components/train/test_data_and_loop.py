@@ -18,11 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from nudge.components.common.artifacts.tokens import TokenReader, token_dtype
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.models.language_model import load_tokenizer
-from nudge.components.train.adapt import adapt
 from nudge.components.train.data import IGNORED, PackedSplit, Rows
 from nudge.components.train.loop import Loss, _watch, accumulate, learning_rate
-from nudge.components.train.model import check_length
-from nudge.components.train.network import Network
+from nudge.components.train.models.adapt import adapt
+from nudge.components.train.models.model import check_length
+from nudge.components.train.models.network import Network
 from nudge.components.train.record import NoTrainingLog
 from nudge.components.train.settings import TrainSettings, WatchedPrompt
 from tests.token_shards import write_shard

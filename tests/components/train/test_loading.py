@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nudge.components.common.models.language_model import load_model
-from nudge.components.train.adapt import adapt, initial_adapters
-from nudge.components.train.model import Start, check_length
+from nudge.components.train.models.adapt import adapt, initial_adapters
+from nudge.components.train.models.model import Start, check_length
 from nudge.components.train.settings import TrainSettings
 from tests.components.train.loading_memory import write_random_model
 

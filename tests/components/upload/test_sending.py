@@ -14,9 +14,9 @@ import pytest
 from nudge.components.common.clients import storage
 from nudge.components.common.clients.bucket import download_folder
 from nudge.components.common.clients.storage import s3_client
-from nudge.components.common.core import processes
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import sha256_file
+from nudge.components.common.local import processes
 from nudge.components.upload import sending
 from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload

@@ -14,8 +14,8 @@ from nudge.components.common.clients.registry.releases import (
     note_properties,
     note_served,
 )
-from nudge.components.common.core import guard, processes
 from nudge.components.common.core.environment import REGISTRY_TOKEN_PATH
+from nudge.components.common.local import guard, processes
 from nudge.components.deploy.approval import ask_for
 from nudge.components.deploy.local import gateway
 from nudge.components.deploy.local.local_serving import LocalServing

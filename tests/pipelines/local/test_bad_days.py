@@ -16,9 +16,9 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from nudge.components.common.core import guard, processes, service_watch
 from nudge.components.common.core.environment import bypass_proxy_here
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.local import guard, processes, service_watch
 from nudge.components.deploy.local import gateway
 from nudge.pipelines.cli.main import main
 from nudge.pipelines.local import parts, services

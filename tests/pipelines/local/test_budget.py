@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from nudge.components.common.core.budget import OverBudget
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.spending.budget import OverBudget
 from nudge.components.summary import notify as notifying
 from nudge.pipelines.cli.main import main
 from nudge.pipelines.local import budget

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from nudge.components.common.core import processes
+from nudge.components.common.local import processes
 from nudge.pipelines.local import parts, services
 from tests.local_registry import registry_headers, running_registry
 

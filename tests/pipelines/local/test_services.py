@@ -9,9 +9,9 @@ import botocore.exceptions
 import psutil
 import pytest
 
-from nudge.components.common.core import processes
 from nudge.components.common.core.environment import REGISTRY_TOKEN_PATH
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.local import processes
 from nudge.pipelines.local import parts, services
 
 

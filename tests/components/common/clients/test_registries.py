@@ -36,7 +36,7 @@ from nudge.components.common.clients.registry.rollbacks import (
     note_rollback,
 )
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.processes import free_port
+from nudge.components.common.local.processes import free_port
 from nudge.components.register.entry import Registration, enter
 from tests.local_registry import running_registry
 from tests.mlflow_server import mlflow_server

@@ -19,7 +19,7 @@ from nudge.components.common.models.language_model import (
 )
 from nudge.components.evaluate import perplexity
 from nudge.components.train.data import Rows
-from nudge.components.train.network import Network
+from nudge.components.train.models.network import Network
 from nudge.components.train.settings import TrainSettings
 
 LENGTH = 20

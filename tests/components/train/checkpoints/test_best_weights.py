@@ -15,7 +15,7 @@ from nudge.components.train.checkpoints.checkpoint_store import CheckpointStore
 from nudge.components.train.checkpoints.training_state import TrainingState
 from nudge.components.train.data import PackedSplit
 from nudge.components.train.loop import validation_loss
-from nudge.components.train.network import Network
+from nudge.components.train.models.network import Network
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
 from tests.components.train.conftest import lines, outputs, weights

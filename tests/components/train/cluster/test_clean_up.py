@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from nudge.components.common.core.budget import OverBudget
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.spending.budget import OverBudget
 from nudge.components.train.cluster import launch as launching
 from nudge.components.train.cluster import trainjob
 from nudge.components.train.cluster.launch import launch

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from nudge.components.common.clients.kube import Cluster, connect
-from nudge.components.common.core.budget import OverBudget
 from nudge.components.common.core.errors import Transient, UserError
 from nudge.components.common.core.progress import progress
+from nudge.components.common.spending.budget import OverBudget
 from nudge.components.train.cluster import following, rayjob, trainjob
 from nudge.components.train.cluster.following import Follower
 from nudge.components.train.cluster.jobs import Engine, Step, job_name

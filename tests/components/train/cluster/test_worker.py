@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
-from nudge.components.common.core.budget import OverBudget
 from nudge.components.common.core.errors import Transient, UserError
-from nudge.components.common.core.prices import Budget, Prices
-from nudge.components.common.core.usage import Usage
+from nudge.components.common.spending.budget import OverBudget
+from nudge.components.common.spending.prices import Budget, Prices
+from nudge.components.common.spending.usage import Usage
 from nudge.components.train.cluster import ray_driver, worker
 from nudge.components.train.cluster.handover import Handover
 from nudge.components.train.cluster.launch import _send

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nudge.components.common.artifacts.model import read_model_facts
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.models.language_model import load_model
-from nudge.components.train.quantized import QuantizedLinear, dequantized, quantized
+from nudge.components.train.models.quantized import QuantizedLinear, dequantized, quantized
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
 from tests.components.train.conftest import lines, outputs, run

@@ -18,10 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from nudge.components.common.models.loading import base_name
 from nudge.components.common.models.weights import INDEX, WEIGHTS
-from nudge.components.train.adapt import PART_A, PART_B
-from nudge.components.train.model import Start
-from nudge.components.train.network import Network
-from nudge.components.train.quantized import QuantizedLinear, dequantized
+from nudge.components.train.models.adapt import PART_A, PART_B
+from nudge.components.train.models.model import Start
+from nudge.components.train.models.network import Network
+from nudge.components.train.models.quantized import QuantizedLinear, dequantized
 from nudge.components.train.settings import TrainSettings
 
 MAX_FILE_BYTES = 5_000_000_000

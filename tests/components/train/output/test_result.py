@@ -26,8 +26,8 @@ from nudge.components.train.meter import (
     model_flops_utilization,
     peak_flops,
 )
-from nudge.components.train.model import llama_shape
-from nudge.components.train.network import Network, precision_on
+from nudge.components.train.models.model import llama_shape
+from nudge.components.train.models.network import Network, precision_on
 from nudge.components.train.settings import TrainSettings, WatchedPrompt
 from nudge.components.train.train import train
 from tests.components.train.conftest import lines, outputs, write_tokens

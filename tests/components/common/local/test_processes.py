@@ -13,7 +13,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from nudge.components.common.core import processes
+from nudge.components.common.local import processes
 from nudge.pipelines.cli.main import main
 
 

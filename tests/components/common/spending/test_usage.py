@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from nudge.components.common.artifacts.cost import cost_of
-from nudge.components.common.core import energy
-from nudge.components.common.core.budget import over
-from nudge.components.common.core.energy import Energy
-from nudge.components.common.core.prices import Budget, Prices
 from nudge.components.common.core.step import step
-from nudge.components.common.core.usage import Usage, add, measured, of_earlier_steps
+from nudge.components.common.spending import energy
+from nudge.components.common.spending.budget import over
+from nudge.components.common.spending.energy import Energy
+from nudge.components.common.spending.prices import Budget, Prices
+from nudge.components.common.spending.usage import Usage, add, measured, of_earlier_steps
 
 BURN = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
 

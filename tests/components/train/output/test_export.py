@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from nudge.components.common.models.language_model import load_model
-from nudge.components.train.card import model_card
-from nudge.components.train.export import finish_export
+from nudge.components.train.output.card import model_card
+from nudge.components.train.output.export import finish_export
 
 ROPES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"rope_theta": 5e5, "rope_type": "default"}, {"rope_theta": 5e5}),

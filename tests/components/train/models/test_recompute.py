@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nudge.components.common.core.errors import UserError
-from nudge.components.train.network import Network
-from nudge.components.train.recompute import keep_less, recompute_layers
+from nudge.components.train.models.network import Network
+from nudge.components.train.models.recompute import keep_less, recompute_layers
 from nudge.components.train.settings import TrainSettings
 
 

@@ -19,13 +19,13 @@ from urllib.parse import urlsplit
 import psutil
 import tenacity
 
-from nudge.components.common.core import service_watch
-from nudge.components.common.core.child_environment import OUTER_TMPDIR, child_environment
 from nudge.components.common.core.environment import nudge_home as nudge_home
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.private_home import PRIVATE_UMASK, private_home
 from nudge.components.common.core.publish import write_atomic
-from nudge.components.common.core.state_file import Damaged, read_object
+from nudge.components.common.local import service_watch
+from nudge.components.common.local.child_environment import OUTER_TMPDIR, child_environment
+from nudge.components.common.local.private_home import PRIVATE_UMASK, private_home
+from nudge.components.common.local.state_file import Damaged, read_object
 
 STOP_TIMEOUT_S = 10.0
 

@@ -13,8 +13,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from nudge.components.common.core.energy import Energy, gpus_in_use
 from nudge.components.common.core.progress import last_events
+from nudge.components.common.spending.energy import Energy, gpus_in_use
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.models.base_checks import check_lora_targets
-from nudge.components.train.quantized import quantize_layers
+from nudge.components.train.models.quantized import quantize_layers
 from nudge.components.train.settings import TrainSettings
 
 PART_A, PART_B = "lora_A.default.weight", "lora_B.default.weight"

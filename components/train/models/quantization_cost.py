@@ -6,9 +6,9 @@ from typing import Any
 
 from nudge.components.train.data import IGNORED, PackedSplit
 from nudge.components.train.loop import validation_loss
-from nudge.components.train.model import Start
-from nudge.components.train.network import Network
-from nudge.components.train.quantized import QuantizedLinear
+from nudge.components.train.models.model import Start
+from nudge.components.train.models.network import Network
+from nudge.components.train.models.quantized import QuantizedLinear
 from nudge.components.train.settings import TrainSettings
 
 

@@ -12,17 +12,21 @@ from nudge.components.common.artifacts.model import read_model_facts
 from nudge.components.common.artifacts.tokens import Tokens
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.provenance import code_version
-from nudge.components.common.core.usage import NOTHING, usage_of
 from nudge.components.common.models.end_of_document import end_of_document_id
 from nudge.components.common.models.registered import split_pin
-from nudge.components.train.adapt import lora_config
-from nudge.components.train.card import model_card
-from nudge.components.train.chat_model import check_folder, end_turns
-from nudge.components.train.export import finish_export
-from nudge.components.train.exported_weights import adapter_tensors, write_config, write_weights
-from nudge.components.train.model import Start
-from nudge.components.train.network import Network
-from nudge.components.train.quantized import parameter_count
+from nudge.components.common.spending.usage import NOTHING, usage_of
+from nudge.components.train.models.adapt import lora_config
+from nudge.components.train.models.model import Start
+from nudge.components.train.models.network import Network
+from nudge.components.train.models.quantized import parameter_count
+from nudge.components.train.output.card import model_card
+from nudge.components.train.output.chat_model import check_folder, end_turns
+from nudge.components.train.output.export import finish_export
+from nudge.components.train.output.exported_weights import (
+    adapter_tensors,
+    write_config,
+    write_weights,
+)
 from nudge.components.train.settings import TrainSettings
 
 

@@ -15,8 +15,8 @@ from nudge.components.common.models.language_model import (
     speed_up_products,
 )
 from nudge.components.train.data import IGNORED, Rows
+from nudge.components.train.models.recompute import keep_less, recompute_layers
 from nudge.components.train.ranks import Ranks
-from nudge.components.train.recompute import keep_less, recompute_layers
 from nudge.components.train.settings import TrainSettings
 
 

@@ -2,8 +2,8 @@
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.figures import money, significant
-from nudge.components.common.core.prices import Budget, Prices
-from nudge.components.common.core.usage import Usage
+from nudge.components.common.spending.prices import Budget, Prices
+from nudge.components.common.spending.usage import Usage
 
 OVER_BUDGET = "over budget: "
 """The beginning of the text of an `OverBudget`, by which other processes recognize it in a log."""

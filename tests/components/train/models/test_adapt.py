@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.models.language_model import load_model
-from nudge.components.train.adapt import adapt
-from nudge.components.train.exported_weights import write_config, write_weights
-from nudge.components.train.model import Start
-from nudge.components.train.network import Network
+from nudge.components.train.models.adapt import adapt
+from nudge.components.train.models.model import Start
+from nudge.components.train.models.network import Network
+from nudge.components.train.output.exported_weights import write_config, write_weights
 from nudge.components.train.settings import TrainSettings
 
 SHAPES = {

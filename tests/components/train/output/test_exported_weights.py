@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nudge.components.common.models.language_model import load_model
-from nudge.components.train.exported_weights import export_dtype, write_config, write_weights
-from nudge.components.train.model import Start
-from nudge.components.train.network import Network
+from nudge.components.train.models.model import Start
+from nudge.components.train.models.network import Network
+from nudge.components.train.output.exported_weights import export_dtype, write_config, write_weights
 from nudge.components.train.settings import TrainSettings
 from nudge.components.train.train import train
 from tests.components.common.models.test_loading import SHAPES
@@ -27,7 +27,7 @@ def test_several_files_have_the_same_weights_as_one(
     small: Small, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     train(small(mode=mode, max_steps=2), tokens=tokens, **outputs(tmp_path / "one"))
-    monkeypatch.setattr("nudge.components.train.exported_weights.MAX_FILE_BYTES", 30_000)
+    monkeypatch.setattr("nudge.components.train.output.exported_weights.MAX_FILE_BYTES", 30_000)
     train(small(mode=mode, max_steps=2), tokens=tokens, **outputs(tmp_path / "many"))
     folder = tmp_path / "many" / "model"
     files = sorted(path.name for path in folder.glob("*.safetensors"))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from nudge.components.common.core.state_file import damaged, read_text
+from nudge.components.common.local.state_file import damaged, read_text
 
 HOSTS = ("127.0.0.1", "localhost", "[::1]")
 """The names under which a server of this machine answers, whatever the port."""
