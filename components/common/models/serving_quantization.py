@@ -102,7 +102,9 @@ def quantize_folder(folder: Path, model: nn.Module, kind: Kind) -> Sizes:
     layers = quantizable_layers(model, kind)
     scheme = _scheme(layers, kind)
     before = WeightFiles(folder).bytes
-    weight_map, total, missing = {}, 0, {f"{name}.weight" for name in layers}
+    missing = {f"{name}.weight" for name in layers}
+    weight_map: dict[str, str] = {}
+    total = 0
     for path in sorted(folder.glob("*.safetensors")):
         tensors: dict[str, torch.Tensor] = {}
         with safe_open(path, framework="pt") as file:
@@ -208,7 +210,7 @@ def _compressed(weight: torch.Tensor, scheme: Any) -> dict[str, torch.Tensor]:
     from compressed_tensors.quantization.utils import calculate_qparams
 
     group = scheme.weights.group_size
-    rows = weight.float().unflatten(1, (-1, group or weight.shape[1]))
+    rows = weight.float().reshape(len(weight), -1, group or weight.shape[1])
     scale, zero = calculate_qparams(rows.amin(-1), rows.amax(-1), scheme.weights)
     compressor = BaseCompressor.get_value_from_registry(scheme.format.value)
     if group:  # vLLM computes with such scales in the model's dtype, with others in float32
