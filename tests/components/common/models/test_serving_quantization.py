@@ -71,6 +71,7 @@ def test_a_quantized_folder_is_smaller_and_predicts_nearly_the_same(
 ) -> None:
     folder = quantized(base, tmp_path / kind, kind)
     ours, theirs = load_model(folder), AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    assert ours.get_submodule(UP).weight.dtype == torch.float32  # ready for calls of its parts
     assert torch.equal(logits(ours), logits(theirs))
     before = logits(load_model(base))
     differs = (logits(ours) - before).abs().max() / before.std()
