@@ -122,7 +122,9 @@ def summary(
         verdict = _verdict(results)
         found_usages = {name: usage_of(each.get("usage")) for name, each in results.items()}
         usages = {name: each for name, each in found_usages.items() if each}
-    task, error = failed or task, why or error
+    # The engine names a task (its exit handler) after a success too.
+    succeeded = state == "SUCCEEDED" and not (failed or why)
+    task, error = ("", "") if succeeded else (failed or task, why or error)
     found: dict[str, Any] | None = None
     missing = verdict or f"the registry has no version {version} of {model_name} by this run"
     try:

@@ -245,9 +245,10 @@ def test_the_summary_tells_what_happened(
     monkeypatch.setattr(
         "nudge.components.common.clients.registry.connection.with_registry", lambda *_, **__: record
     )
+    # The engine names its exit handler, however the run ended.
     result = summarizing.summary(
-        "m", "http://r", version="v2", run_id="run-1", state="SUCCEEDED", task="", error="",
-        page=tmp_path / "page.md", notifications=to("webhook"),
+        "m", "http://r", version="v2", run_id="run-1", state="FAILED" if events[0] else "SUCCEEDED",
+        task="exit-handler-1", error="", page=tmp_path / "page.md", notifications=to("webhook"),
     )  # fmt: skip
     if not event:
         assert receiver.bodies == []
