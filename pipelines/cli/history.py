@@ -90,8 +90,8 @@ def _list(found: "list[PastRun]") -> Table:
 
     table = Table()
     table.add_column("run", no_wrap=True)
-    for column in ("recipe", "state"):
-        table.add_column(column)
+    table.add_column("recipe", overflow="fold")
+    table.add_column("state", min_width=len("interrupted"))  # wraps between words only
     for column in ("took", "bits/byte", "change"):
         table.add_column(column, justify="right", no_wrap=True)
     for run in found:

@@ -17,12 +17,13 @@ from typing import Any
 import yaml
 
 from nudge.components.common.core.errors import UserError, nearest
+from nudge.components.common.core.nothing_new import NOTHING_NEW
 from nudge.components.common.core.recipe import read_yaml
 from nudge.components.common.local.processes import locked
 from nudge.components.common.local.state_file import Damaged, read_lines, read_object
 from nudge.pipelines.local.run import BEFORE, EVENTS, Run, is_locked
 from nudge.pipelines.step_state import StepState
-from nudge.pipelines.steps import NOTHING_NEW, PIPELINE, SETTINGS
+from nudge.pipelines.steps import PIPELINE, SETTINGS
 
 STATES = (
     *("running", "promoted", "awaiting approval", "registered", "not better", "nothing new"),
@@ -195,7 +196,7 @@ def _outcome(result: dict[str, Any]) -> dict[str, Any]:
         state = "awaiting approval"
     elif result.get("promoted"):
         state = "promoted"
-    elif reason == NOTHING_NEW:
+    elif reason.startswith(NOTHING_NEW):
         state = "nothing new"
     else:
         state = "registered" if result.get("version") else "not better"

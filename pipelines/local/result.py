@@ -10,6 +10,7 @@ from nudge.components.common.artifacts.cost import step_cost
 from nudge.components.common.artifacts.evaluation import Evaluation, read_evaluation
 from nudge.components.common.artifacts.schema import plain
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.nothing_new import nothing_new
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.recipe import step_settings
 from nudge.components.common.core.sanitize import masked
@@ -18,7 +19,7 @@ from nudge.components.common.spending.prices import Prices
 from nudge.components.common.spending.usage import NOTHING, usage_of
 from nudge.pipelines.local import history, run_page
 from nudge.pipelines.local.run import Run
-from nudge.pipelines.steps import NOTHING_NEW, PIPELINE, STEPS
+from nudge.pipelines.steps import PIPELINE, STEPS
 
 PROBE_KEYS = ("prompt", "target", "p_before", "p_after", "expect", "ok")
 
@@ -47,9 +48,9 @@ def result(run: Run) -> dict[str, Any]:
     failed = run.failed
     names = ("nats_per_token", "token_perplexity", "bits_per_byte", "word_perplexity")
     counts = ("tokens", "bytes", "documents")
-    nothing_new = results["ingest"].get("new") == 0
+    no_text = nothing_new(results["ingest"]) if results["ingest"].get("new") == 0 else ""
     promoted = run.steps["deploy"].status == "done" and results["deploy"].get("promoted", True)
-    reason = NOTHING_NEW if nothing_new else evaluation.verdict and evaluation.verdict.reason
+    reason = no_text or (evaluation.verdict and evaluation.verdict.reason)
     if refused := results["deploy"].get("reason"):
         outcome = (
             refused if results["deploy"].get("awaiting_approval") else (f"not promoted: {refused}")

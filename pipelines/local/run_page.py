@@ -29,7 +29,7 @@ HEADLINES = {
     "promoted": "✓ The new model is served",
     "awaiting approval": "The new model is better and awaits approval",
     "registered": "The new model is registered, not served",
-    "not better": "✗ The new model is not better, so nothing changed",
+    "not better": "✗ The new model was refused, so nothing changed",
     "nothing new": "There was no new text, so nothing changed",
     "failed": "✗ The run failed",
     "refused": "✗ The run was refused before it began",
@@ -102,7 +102,8 @@ def next_commands(run: PastRun) -> dict[str, str]:
     found: dict[str, str] = {}
     if run.state == "promoted":
         found["ask it"] = f"nudge ask{model} 'a question'"
-        found["go back"] = f"nudge rollback{model}"
+        if "incumbent" in (run.result.get("metrics") or {}):
+            found["go back"] = f"nudge rollback{model}"
     elif run.state == "awaiting approval":
         found["serve it"] = f"nudge approve {run.version}{model}"
         found["refuse it"] = f"nudge reject {run.version}{model} --reason WHY"

@@ -18,6 +18,7 @@ from aiosmtpd.smtp import AuthResult
 
 from nudge.components.common.clients.storage import s3_client
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.nothing_new import nothing_new
 from nudge.components.common.core.settings import parse
 from nudge.components.common.local import processes
 from nudge.components.summary import notify as module
@@ -229,7 +230,8 @@ FOUND = {
         (("train", "over budget: the run has used 3 GPU hours", ""), None, "over budget",
          "the run has used 3 GPU hours"),
         (("", "", "not better"), None, "refused", "not better"),
-        (("", "", summarizing.NOTHING_NEW), None, "", ""),
+        (("", "", nothing_new({})), None, "", ""),
+        (("", "", nothing_new({"account": "kept 6", "dropped": {"not_utf8": 3}})), None, "", ""),
         (("", "", ""), {"endpoint": "http://e"}, "promoted", "0.1 bits per byte better"),
         (("", "", ""), {"not_promoted": "v3 has the traffic now"}, "refused", "v3 has the traffic"),
         (("", "", ""), {"not_promoted": "awaiting approval; run", "awaiting": True},

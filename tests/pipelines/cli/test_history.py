@@ -14,6 +14,7 @@ from nudge.pipelines.cli.main import main
 from nudge.pipelines.local import history
 from nudge.pipelines.local.run import Run, begin
 from nudge.pipelines.recipes import load
+from tests.pages import browser, look
 from tests.pipelines.finished_run import finished_run
 
 
@@ -56,6 +57,15 @@ def test_every_run_is_listed_with_how_it_ended(four: dict[str, Run]) -> None:
     assert json.loads(nudge("runs", "--recipe", "other", "--json").stdout) == []
 
 
+def test_a_narrow_list_breaks_no_state(
+    four: dict[str, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "70")
+    shown = nudge("runs").stdout
+    assert "interrupted" in shown
+    assert "promoted" in shown
+
+
 def test_an_active_run_says_so(four: dict[str, Run]) -> None:
     active = begin(load("eiffel"), four["failed"].folder.parents[1], fresh=True)
     active.events.write_text('{"time": 1, "step": "ingest", "event": "step_start"}\n{"tim')
@@ -83,6 +93,19 @@ def test_a_page_links_the_reports_of_three_steps(four: dict[str, Run], state: st
     assert links.found == ["report.html", "train.html", "ingest.html"]
     for link, step in zip(links.found, ("evaluate", "train", "ingest"), strict=True):
         assert f"{step} report" in (folder / link).read_text()
+
+
+@pytest.mark.parametrize("state", ["promoted", "not better", "failed"])
+def test_a_page_fits_a_telephone_and_a_desk(four: dict[str, Run], state: str) -> None:
+    with browser() as opened:
+        for width, scheme in ((390, "dark"), (1200, "light")):
+            page, faults = look(opened, four[state].folder / "index.html", width, scheme)
+            assert faults == []
+            heads = page.locator("thead th").evaluate_all(
+                "all => all.map(e => [e.innerText, e.getClientRects()[0].height])"
+            )
+            assert len({height for _, height in heads}) == 1
+            assert all(height < 40 for _, height in heads), f"a word is broken: {heads}"
 
 
 def test_show_says_what_to_do_next(four: dict[str, Run]) -> None:
