@@ -88,17 +88,17 @@ def runs(
 def _list(found: "list[PastRun]") -> Table:
     from nudge.pipelines.local.run_page import duration
 
-    table = Table()
+    table = Table(show_edge=False)
     table.add_column("run", no_wrap=True)
     table.add_column("recipe", overflow="fold")
-    table.add_column("state", min_width=len("interrupted"))  # wraps between words only
+    table.add_column("state", no_wrap=True)
     for column in ("took", "bits/byte", "change"):
         table.add_column(column, justify="right", no_wrap=True)
     for run in found:
         table.add_row(
             run.run_id,
             Text(run.recipe),
-            Text(run.state, COLORS.get(run.state, "")),
+            Text(run.state.replace("awaiting ", "awaiting\n"), COLORS.get(run.state, "")),
             "" if run.seconds is None else duration(run.seconds),
             "" if run.bits_per_byte is None else f"{run.bits_per_byte:.4f}",
             "" if run.difference is None else f"{run.difference:+.4f}",

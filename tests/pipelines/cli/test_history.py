@@ -1,15 +1,18 @@
 """`nudge runs`, `nudge logs` and the page of a run: whatever became of it, it is in the list."""
 
+import io
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from nudge.components.common.core.errors import UserError
 from nudge.pipelines import api
-from nudge.pipelines.cli.history import spark
+from nudge.pipelines.cli.history import _list, spark
 from nudge.pipelines.cli.main import main
 from nudge.pipelines.local import history
 from nudge.pipelines.local.run import Run, begin
@@ -57,13 +60,14 @@ def test_every_run_is_listed_with_how_it_ended(four: dict[str, Run]) -> None:
     assert json.loads(nudge("runs", "--recipe", "other", "--json").stdout) == []
 
 
-def test_a_narrow_list_breaks_no_state(
-    four: dict[str, Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "70")
-    shown = nudge("runs").stdout
-    assert "interrupted" in shown
-    assert "promoted" in shown
+def test_a_list_of_80_columns_breaks_nothing_but_names() -> None:
+    run = history.PastRun("20261201-040406-6040", Path("x"), "interrupted", "a-long-recipe")
+    run = replace(run, seconds=754, bits_per_byte=2.0231, difference=-1.575)
+    file = io.StringIO()
+    Console(file=file, width=80).print(_list([run]))
+    shown = file.getvalue()
+    for part in (run.run_id, "interrupted", "12 min 34 s", "2.0231", "-1.5750", "bits/byte"):
+        assert part in shown, shown
 
 
 def test_an_active_run_says_so(four: dict[str, Run]) -> None:
