@@ -150,12 +150,13 @@ def _gain(
 ) -> str:
     """The gain of a candidate that is better, and the checks that failed."""
     low, high = decisive.interval or (math.nan, math.nan)
+    gain = -(decisive.difference_bits_per_byte or 0.0)
     if failed:
         messages = "; ".join(check.message for check in failed)
         return f"better than {_reference(incumbent)} on {unit}, but {messages}"
     return (
-        f"better than {_reference(incumbent)} by {_bits(-(decisive.difference_bits_per_byte or 0.0))} "
-        f"bits per byte on {unit} ({settings.confidence:.0%} interval {_bits(-high)} to "
+        f"better than {_reference(incumbent)} by {_bits(gain)} bits per byte on {unit} "
+        f"({settings.confidence:.0%} interval {_bits(-high)} to "
         f"{_bits(-low)})"
     )
 

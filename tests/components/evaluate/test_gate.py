@@ -191,5 +191,6 @@ def test_a_tiny_gain_is_not_shown_as_zero() -> None:
     better = [dataclasses.replace(each, nats=each.nats * (1 - 1e-6)) for each in base]
     decision = verdict({"base": base, "candidate": better}, [], SETTINGS, NONE)
     assert decision.promote
+    assert "bits per byte on held-out text (95% interval" in decision.reason
     assert "0.0000 bits" not in decision.reason
     assert "interval 0.0000 " not in decision.reason

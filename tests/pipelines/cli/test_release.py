@@ -169,4 +169,5 @@ def test_a_version_is_approved_or_rejected(
     version = with_registry(url, find_version(NAME, "v1"))
     with_registry(url, note_properties(version.id, wait))
     assert f"{NAME} v1: rejected by" in nudge("reject", "v1").stdout
+    assert "the version is archived, and a new run" in nudge("approve", "v1", status=2).stderr
     assert re.search(r"│ v1 .*\n│ \(rejected, archived\)", nudge("models").stdout)
