@@ -45,7 +45,6 @@ def result(run: Run) -> dict[str, Any]:
     evaluation = _evaluation(run)
     results = {name: step.results for name, step in run.steps.items()}
     report = run.steps["evaluate"].outputs.get("report")
-    failed = run.failed
     names = ("nats_per_token", "token_perplexity", "bits_per_byte", "word_perplexity")
     counts = ("tokens", "bytes", "documents")
     no_text = nothing_new(results["ingest"]) if results["ingest"].get("new") == 0 else ""
@@ -56,7 +55,7 @@ def result(run: Run) -> dict[str, Any]:
             refused if results["deploy"].get("awaiting_approval") else (f"not promoted: {refused}")
         )
         reason = f"registered, {outcome} (the evaluation: {reason})"
-    values = {
+    return {
         "recipe": run.recipe.name,
         "run_id": run.run_id,
         "steps": [
@@ -85,11 +84,21 @@ def result(run: Run) -> dict[str, Any]:
         "cost": evaluation.cost and plain(evaluation.cost),
         "seconds": round(run.seconds, 3),
         "overhead_seconds": round(run.seconds - sum(s.seconds for s in run.steps.values()), 3),
-        "error": failed.error if failed else None,
+        "error": _error(run, evaluation),
     }
+
+
+def _error(run: Run, evaluation: Evaluation) -> str | None:
+    """What failed: a step, the engine that skipped one, or the pipeline as a whole."""
+    if run.failed:
+        return run.failed.error
+    if run.exit_status:
+        ended = f"the pipeline ended with status {run.exit_status}"
+        said = _last_line(run.log)
+        return f"{ended}: {said}; see {run.log}" if said else f"{ended}; see {run.log}"
     due = {
         "always": True,
-        "new text": bool(results["ingest"].get("new")),
+        "new text": bool(run.steps["ingest"].results.get("new")),
         "better": bool(evaluation.verdict and evaluation.verdict.promote),
     }
     # The engine treats a condition that it cannot evaluate as false, and a container that is gone
@@ -97,15 +106,9 @@ def result(run: Run) -> dict[str, Any]:
     skipped = [
         name for name in PIPELINE if due[STEPS[name].runs] and run.steps[name].status == "skipped"
     ]
-    if skipped and not failed:
-        values["error"] = (
-            f"the engine skipped {', '.join(skipped)}, which should have run; see {run.log}"
-        )
-    if run.exit_status and not failed:
-        ended = f"the pipeline ended with status {run.exit_status}"
-        said = _last_line(run.log)
-        values["error"] = f"{ended}: {said}; see {run.log}" if said else f"{ended}; see {run.log}"
-    return values
+    if skipped:
+        return f"the engine skipped {', '.join(skipped)}, which should have run; see {run.log}"
+    return None
 
 
 def _last_line(log: Path) -> str:
