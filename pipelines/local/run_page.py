@@ -28,6 +28,8 @@ HEADLINES = {
     "running": "This run is in progress",
     "promoted": "✓ The new model is served",
     "awaiting approval": "The new model is better and awaits approval",
+    "approved": "The new model was approved",
+    "rejected": "✗ The new model was rejected",
     "registered": "The new model is registered, not served",
     "not better": "✗ The new model was refused, so nothing changed",
     "nothing new": "There was no new text, so nothing changed",
@@ -107,7 +109,9 @@ def next_commands(run: PastRun) -> dict[str, str]:
     elif run.state == "awaiting approval":
         found["serve it"] = f"nudge approve {run.version}{model}"
         found["refuse it"] = f"nudge reject {run.version}{model} --reason WHY"
-    elif run.version:
+    elif run.state == "approved":
+        found["serve it"] = f"nudge approve {run.version}{model}"
+    elif run.version and run.state != "rejected":  # which is archived
         found["serve it anyway"] = f"nudge promote {run.version}{model}"
     if run.state != "promoted" and run.output("train", "model"):
         found["talk to it"] = f"nudge chat {run.run_id}"

@@ -70,6 +70,23 @@ def test_a_list_of_80_columns_breaks_nothing_but_names() -> None:
         assert part in shown, shown
 
 
+def test_a_run_that_waited_says_what_a_person_decided(four: dict[str, Run]) -> None:
+    folder = four["promoted"].folder
+    path = folder / "result.json"
+    waiting = {**json.loads(path.read_text()), "promoted": False, "awaiting_approval": True}
+    path.write_text(json.dumps(waiting))
+    assert history.read_run(folder).state == "awaiting approval"
+    assert "nudge approve" in nudge("runs", "show", folder.name).stdout
+    history.note_decision(folder, "rejected", "ann@desk", "2026-01-02T03:04:05+00:00")
+    shown = nudge("runs", "show", folder.name).stdout
+    assert "rejected by ann@desk at 2026-01-02" in shown
+    assert "nudge approve" not in shown
+    assert "nudge promote" not in shown
+    assert "rejected" in nudge("runs", "--state", "rejected").stdout
+    (folder / "decision.json").write_bytes(b"\0\0")
+    assert history.read_run(folder).state == "awaiting approval"
+
+
 def test_an_active_run_says_so(four: dict[str, Run]) -> None:
     active = begin(load("eiffel"), four["failed"].folder.parents[1], fresh=True)
     active.events.write_text('{"time": 1, "step": "ingest", "event": "step_start"}\n{"tim')

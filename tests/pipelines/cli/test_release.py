@@ -167,7 +167,10 @@ def test_a_version_is_approved_or_rejected(
     assert "v2 was approved by" in nudge("reject", "v2", status=2).stderr
 
     version = with_registry(url, find_version(NAME, "v1"))
-    with_registry(url, note_properties(version.id, wait))
+    with_registry(url, note_properties(version.id, {**wait, "run_id": "run-9"}))
+    run = home / "runs" / "run-9"
+    run.mkdir(parents=True)
     assert f"{NAME} v1: rejected by" in nudge("reject", "v1").stdout
+    assert json.loads((run / "decision.json").read_text())["state"] == "rejected"
     assert "the version is archived, and a new run" in nudge("approve", "v1", status=2).stderr
     assert re.search(r"│ v1 .*\n│ \(rejected, archived\)", nudge("models").stdout)
