@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import click
 import jinja2
 from markupsafe import Markup
 
@@ -15,6 +16,8 @@ from nudge.components.common.core.figures import amounts, per_gain
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.sanitize import CSP, masked, visible
 from nudge.pipelines.local.history import PastRun, curve
+from nudge.pipelines.local.log_lines import step_lines
+from nudge.pipelines.step_state import StepState
 from nudge.pipelines.steps import described
 
 REPORTS = {
@@ -38,7 +41,7 @@ HEADLINES = {
     "interrupted": "✗ The run was interrupted",
     "unreadable": "✗ The run's result cannot be read",
 }
-LOG_LINES, DRAWN_POINTS = 30, 400
+LOG_LINES, LOG_BYTES, DRAWN_POINTS = 30, 200_000, 400
 STYLE = Path(__file__).parents[2] / "components" / "evaluate" / "report.css"
 
 ENVIRONMENT = jinja2.Environment(
@@ -83,7 +86,7 @@ def render(run: PastRun, links: list[dict[str, str]]) -> str:
         steps=[
             {
                 "name": step.name,
-                "status": step.status,
+                "status": status_of(run, step),
                 "seconds": f"{step.seconds:.1f}" if step.seconds else "",
                 "usage": amounts(run.spent_on(step.name), run.currency),
                 "result": step.error or described(step.name, step.results),
@@ -132,6 +135,13 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def status_of(run: PastRun, step: StepState) -> str:
+    """The status of a step; nothing runs or waits once the run has ended."""
+    if run.state == "running" or step.status not in ("running", "waiting"):
+        return step.status
+    return "stopped" if step.status == "running" else "not begun"
+
+
 def _files(run: PastRun) -> dict[str, Any]:
     return {
         "model folder": run.output("train", "model"),
@@ -147,9 +157,11 @@ def _log_end(log: Path) -> str:
     if not log.is_file():
         return ""
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 20_000))
+        file.seek(max(0, log.stat().st_size - LOG_BYTES))
         lines = file.read().decode("utf-8", "replace").splitlines()
-    return "\n".join(lines[-LOG_LINES:])
+    # The engine's lines if the steps wrote none.
+    shown = list(step_lines(map(click.unstyle, lines), None, False)) or lines
+    return "\n".join(shown[-LOG_LINES:])
 
 
 def _drawn(run: PastRun) -> dict[str, Any] | None:

@@ -129,6 +129,25 @@ def test_a_page_fits_a_telephone_and_a_desk(four: dict[str, Run], state: str) ->
             assert all(height < 40 for _, height in heads), f"a word is broken: {heads}"
 
 
+def test_a_page_of_a_killed_run_shows_nothing_as_running(four: dict[str, Run]) -> None:
+    folder = four["interrupted"].folder
+    (folder / "events.jsonl").write_text(json.dumps({"step": "train", "event": "step_start"}))
+    shown = nudge("runs", "show", folder.name).stdout
+    page = (folder / "index.html").read_text()
+    for text in (shown, page):
+        assert "stopped" in text
+        assert "not begun" in text
+        assert "running" not in text
+        assert "waiting" not in text
+
+
+def test_the_log_on_a_page_is_that_of_the_steps(four: dict[str, Run]) -> None:
+    nudge("runs", "show", four["failed"].run_id)
+    page = (four["failed"].folder / "index.html").read_text()
+    assert "train: it burst" in page
+    assert "executor_input" not in page
+
+
 def test_show_says_what_to_do_next(four: dict[str, Run]) -> None:
     shown = nudge("runs", "show", four["promoted"].run_id).stdout
     for part in ("nudge ask --model m", "nudge rollback --model m", "index.html", "train/model"):
