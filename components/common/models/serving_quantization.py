@@ -160,13 +160,15 @@ def load_quantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     the model predicts what a server does, but not as fast. Raises `UserError` if the folder has
     another format than compressed-tensors, or if its files are damaged.
     """
+    from compressed_tensors.offload import as_single_threaded
     from transformers import AutoModelForCausalLM
 
     method = quantization_of(folder).get("quant_method", "an unknown method")
     if method != METHOD:
         raise UserError(f"{folder} is quantized with {method}; nudge reads only {METHOD}")
     WeightFiles(folder)
-    with _quiet():
+    # One of several ranks may call this alone; the library would wait for the others.
+    with _quiet(), as_single_threaded():
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, trust_remote_code=False
