@@ -53,7 +53,8 @@ class Run:
     run_id: str
     recipe: str
     state: str
-    """running, promoted, registered, not better, nothing new, failed, interrupted, unreadable."""
+    """running, promoted, awaiting approval, approved, rejected, registered, not better, nothing
+    new, failed, interrupted, unreadable."""
     reason: str
     """The verdict in words, or what failed."""
     model: str

@@ -17,8 +17,6 @@ BACKOFF_S, BACKOFF_FACTOR = 60, 2
 GRACE_S = 600
 """What scheduling and pulling an image may add to an attempt."""
 
-NOTHING_NEW = "there is no new text: the served version was trained on all of it"
-
 
 @dataclass(frozen=True)
 class Resources:
@@ -306,7 +304,7 @@ STEPS = {
             services=True,
             publishes=True,
             runs="better",
-            outcome=("{smoke_prompt} ->{smoke_answer!r}",),
+            outcome=("{smoke_prompt} -> {smoke_answer!r}",),
             about="Serve a registered version and test it.",
         ),
         Step(

@@ -61,9 +61,12 @@ def evidence_of(version: Version) -> str:
 
 def already_decided(version: Version, approval: Approval) -> UserError:
     """The error for a second decision."""
+    way_on = "`nudge promote` and `nudge rollback` move traffic by hand"
+    if approval.state == "rejected":
+        way_on = "the version is archived, and a new run makes a new candidate"
     return UserError(
         f"{version.model} {version.name} was {approval.state} by {approval.by} at {approval.at}; "
-        "a decision is final (`nudge promote` and `nudge rollback` move traffic by hand)"
+        f"a decision is final ({way_on})"
     )
 
 

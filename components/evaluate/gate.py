@@ -8,6 +8,7 @@ import numpy as np
 
 from nudge.components.common.artifacts.evaluation import Check, Comparison, Incumbent, Verdict
 from nudge.components.common.artifacts.scores import Score
+from nudge.components.common.core.figures import significant
 from nudge.components.common.core.sample_size import MIN_DOCUMENTS
 from nudge.components.evaluate.settings import EvaluateSettings
 
@@ -149,14 +150,20 @@ def _gain(
 ) -> str:
     """The gain of a candidate that is better, and the checks that failed."""
     low, high = decisive.interval or (math.nan, math.nan)
+    gain = -(decisive.difference_bits_per_byte or 0.0)
     if failed:
         messages = "; ".join(check.message for check in failed)
         return f"better than {_reference(incumbent)} on {unit}, but {messages}"
     return (
-        f"better than {_reference(incumbent)} by {-(decisive.difference_bits_per_byte or 0.0):.4f} "
-        f"bits per byte on {unit} ({settings.confidence:.0%} interval {-high:.4f} to "
-        f"{-low:.4f})"
+        f"better than {_reference(incumbent)} by {_bits(gain)} bits per byte on {unit} "
+        f"({settings.confidence:.0%} interval {_bits(-high)} to "
+        f"{_bits(-low)})"
     )
+
+
+def _bits(value: float) -> str:
+    """Four decimals; a gain that they would show as zero has two significant digits."""
+    return f"{value:.4f}" if abs(value) >= 0.00005 or value == 0 else significant(value)
 
 
 def _reference(incumbent: Incumbent) -> str:

@@ -24,7 +24,7 @@ from nudge.components.common.artifacts.evaluation import (
     ProbeResult,
     Verdict,
 )
-from nudge.components.common.core.figures import MISSING, finite, fixed, probability, signed
+from nudge.components.common.core.figures import MISSING, finite, fixed, money, probability, signed
 from nudge.components.common.core.sanitize import CSP, visible
 
 CHOSEN_STEPS = 7
@@ -279,6 +279,7 @@ PAGES.filters.update(
     token=token_text,
     short=short,
     hours=hours,
+    money=money,
 )
 PAGES.tests["finite"] = finite
 PAGES.globals["csp"] = CSP

@@ -25,6 +25,7 @@ from nudge.components.common.core.environment import (
 )
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.figures import amounts
+from nudge.components.common.core.nothing_new import NOTHING_NEW, nothing_new
 from nudge.components.common.core.progress import RESULTS, last_events
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.sanitize import visible
@@ -36,7 +37,6 @@ from nudge.components.common.spending.usage import NOTHING, Usage, of_earlier_st
 from nudge.components.summary.notify import Notice, notify, shortened
 from nudge.components.summary.settings import NotifySettings
 
-NOTHING_NEW = "there is no new text: the served version was trained on all of it"
 NO_NOTIFICATIONS, NO_PRICES = NotifySettings(), Prices()
 PATIENCE_S = 10.0
 READ_LINES, LOG_LINES = 100, 15
@@ -122,7 +122,9 @@ def summary(
         verdict = _verdict(results)
         found_usages = {name: usage_of(each.get("usage")) for name, each in results.items()}
         usages = {name: each for name, each in found_usages.items() if each}
-    task, error = failed or task, why or error
+    # The engine names a task (its exit handler) after a success too.
+    succeeded = state == "SUCCEEDED" and not (failed or why)
+    task, error = ("", "") if succeeded else (failed or task, why or error)
     found: dict[str, Any] | None = None
     missing = verdict or f"the registry has no version {version} of {model_name} by this run"
     try:
@@ -163,7 +165,7 @@ def _notice(
         title = f"{blank.model}: the run {blank.run_id} failed" + (f" in {task}" if task else "")
         return replace(blank, event="failed", title=title, text=shortened(error))
     if found is None:
-        if missing == NOTHING_NEW:
+        if missing.startswith(NOTHING_NEW):
             return None
         title = f"{blank.model}: the run {blank.run_id} promoted nothing"
         return replace(blank, event="refused", title=title, text=shortened(missing))
@@ -197,7 +199,7 @@ def _amounts(usages: dict[str, Usage], prices: Prices) -> dict[str, str]:
 def _verdict(results: dict[str, dict[str, Any]]) -> str:
     """Why the run has nothing to promote, by the steps' results; empty if it has something."""
     if results.get("ingest", {}).get("new") == 0:
-        return NOTHING_NEW
+        return nothing_new(results["ingest"])
     evaluated = results.get("evaluate", {})
     return "" if evaluated.get("promote", 1) else str(evaluated.get("reason", ""))
 

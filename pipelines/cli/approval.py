@@ -77,6 +77,7 @@ def _decide(
     version's full name."""
     from nudge.components.common.clients.registry.releases import find_version
     from nudge.components.deploy.deploy import decide
+    from nudge.pipelines.local import history
 
     settings = read_settings(recipe_name, target)
     connections.use_registry_of(settings)
@@ -86,7 +87,10 @@ def _decide(
         about = ask(find_version(name, version))
     connections.start()
     decision = decide(settings, name, version, state, reason)
-    report = nudge_home() / "runs" / str(about.properties.get("run_id", "")) / "report.html"
+    run = nudge_home() / "runs" / str(about.properties.get("run_id", "unknown"))
+    if run.is_dir():
+        history.note_decision(run, state, decision.by, decision.at)
+    report = run / "report.html"
     lines = [
         f"{name} {version}: {state} by {decision.by} at {decision.at}",
         f"evidence: sha256 {decision.evidence}",

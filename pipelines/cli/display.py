@@ -19,12 +19,13 @@ from nudge.components.common.core.figures import (
     per_gain,
     probability,
 )
+from nudge.components.common.core.nothing_new import nothing_new
 from nudge.components.common.core.progress import RESULTS, SHOWN, figures
 from nudge.components.common.core.say import say
 from nudge.components.common.local.guard import header_file, is_here
 from nudge.pipelines.cli.screen import Screen
 from nudge.pipelines.step_state import StepState
-from nudge.pipelines.steps import NOTHING_NEW, described
+from nudge.pipelines.steps import described
 
 PLAIN = (str, int, float)
 MARKS = {"waiting": " ", "running": "›", "done": "✓", "reused": "↺", "skipped": "–", "failed": "✗"}
@@ -178,10 +179,11 @@ def outcome(run: Followed, link: str) -> Table:
     """The outcome of a run on a cluster, from its steps' results; `nudge run` shows the same."""
     results = {name: step.results for name, step in run.steps.items()}
     deployed, registered = results.get("deploy", {}), results.get("register", {})
-    nothing_new = results.get("ingest", {}).get("new") == 0
+    ingested = results.get("ingest", {})
+    no_text = nothing_new(ingested) if ingested.get("new") == 0 else ""
     version = f"{registered.get('registered_model')} {registered.get('version')}"
     rows = {
-        "verdict": NOTHING_NEW if nothing_new else results.get("evaluate", {}).get("reason"),
+        "verdict": no_text or results.get("evaluate", {}).get("reason"),
         "model": results.get("upload", {}).get("uri"),
         "registered": version if registered else None,
         "not served": deployed.get("reason"),
@@ -289,6 +291,8 @@ def _number(value: Any) -> str:
 
 def _where(values: dict[str, Any]) -> Table:
     rows = {"verdict": values["reason"], "model": values["model_uri"]}
+    if values["metrics"] and not values["promoted"] and not values["version"]:
+        rows["promoted"] = "no; what is served has not changed"
     if values["version"]:
         rows["registered"] = f"{values['registered_model']} {values['version']}"
     usage, cost = values.get("usage") or {}, values.get("cost") or {}
@@ -311,7 +315,8 @@ def ways_on(values: dict[str, Any], run: Followed, home: Path) -> list[str]:
         prompt = str(run.steps["deploy"].results.get("smoke_prompt") or "Hello")
         found["ask it"] = f"nudge ask{model} {shlex.quote(prompt)}"
         found["or"] = curl(values, prompt, home)
-        found["go back"] = f"nudge rollback{model}"
+        if "incumbent" in values["metrics"]:  # after the first version there is no way back
+            found["go back"] = f"nudge rollback{model}"
     elif values.get("awaiting_approval"):
         found["serve it"] = f"nudge approve {values['version']}{model}"
     elif values["version"]:

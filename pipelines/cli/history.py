@@ -1,10 +1,8 @@
 """`nudge runs` and `nudge logs`: what the runs of this machine did."""
 
 import json
-import re
 import sys
 import webbrowser
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 
 SPARKS = "▁▂▃▄▅▆▇█"
 CURVE_POINTS = 20
-TASK = re.compile(r".*Executing task '([\w-]+)'|.*Task '([\w-]+)' finished")
 COLORS = {"promoted": "green", "failed": "red", "interrupted": "red", "unreadable": "red"}
 
 
@@ -88,17 +85,17 @@ def runs(
 def _list(found: "list[PastRun]") -> Table:
     from nudge.pipelines.local.run_page import duration
 
-    table = Table()
+    table = Table(show_edge=False)
     table.add_column("run", no_wrap=True)
-    for column in ("recipe", "state"):
-        table.add_column(column)
+    table.add_column("recipe", overflow="fold")
+    table.add_column("state", no_wrap=True)
     for column in ("took", "bits/byte", "change"):
         table.add_column(column, justify="right", no_wrap=True)
     for run in found:
         table.add_row(
             run.run_id,
             Text(run.recipe),
-            Text(run.state, COLORS.get(run.state, "")),
+            Text(run.state.replace("awaiting ", "awaiting\n"), COLORS.get(run.state, "")),
             "" if run.seconds is None else duration(run.seconds),
             "" if run.bits_per_byte is None else f"{run.bits_per_byte:.4f}",
             "" if run.difference is None else f"{run.difference:+.4f}",
@@ -142,7 +139,7 @@ def show(run: str, as_json: bool) -> None:
     for step in found.steps.values():
         seconds = f"{step.seconds:.1f}" if step.seconds else ""
         result = step.error or described(step.name, step.results)
-        steps.add_row(step.name, step.status, seconds, Text(result))
+        steps.add_row(step.name, run_page.status_of(found, step), seconds, Text(result))
     Screen().print(steps)
 
 
@@ -282,6 +279,7 @@ def logs(run: str, step: str | None, raw: bool) -> None:
     A step that failed is named by `nudge runs show`. Runs on a cluster keep their logs there.
     """
     from nudge.pipelines.local import history
+    from nudge.pipelines.local.log_lines import step_lines
 
     if step is None and run in PIPELINE:
         run, step = "last", run
@@ -292,29 +290,3 @@ def logs(run: str, step: str | None, raw: bool) -> None:
         lines = (click.unstyle(line.rstrip("\n")) for line in file)
         for line in step_lines(lines, step, raw):
             echo(line)
-
-
-def step_lines(lines: Iterator[str], step: str | None, raw: bool) -> Iterator[str]:
-    """The lines of one step, or of all; without ``raw`` those of the steps' own programs alone."""
-    current, in_block = "", False
-    for line in lines:
-        if match := TASK.match(line):
-            current = match[1] or ""
-            in_block = False
-            if not raw and match[1] and not step:
-                yield f"== {match[1]}"
-        wanted = not step or current.replace("-", "_") == step
-        if raw:
-            if wanted:
-                yield line
-            continue
-        if not current or not wanted or not line.startswith("    "):
-            continue
-        text = line[4:]
-        if text.startswith("[KFP Executor"):
-            in_block = text.rstrip().endswith(("executor_input:", ":"))
-            continue
-        if in_block:  # the JSON that the engine prints
-            in_block = text != "}"
-            continue
-        yield text

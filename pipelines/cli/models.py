@@ -51,7 +51,7 @@ def models(model: str, as_json: bool) -> None:
             table.add_column(column, justify="right")
         for row in of_model:
             table.add_row(
-                row["version"] + _state(row),
+                f"{row['version']}\n{state}" if (state := _state(row)) else row["version"],
                 row["made"],
                 "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}",
                 "" if row["difference"] is None else f"{row['difference']:+.4f}",
@@ -65,7 +65,7 @@ def _state(row: dict[str, Any]) -> str:
     words = [row["approval"]] if row["approval"] not in (None, "approved") else []
     words += ["archived"] if row["state"] == "ARCHIVED" else []
     words = ["awaiting approval" if word == "awaiting" else word for word in words]
-    return f" ({', '.join(words)})" if words else ""
+    return f"({', '.join(words)})" if words else ""
 
 
 def model_rows(model: str) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ class PipelinesServer:
     token: str = field(default="", repr=False)
     ca: str = ""
     namespace: str = ""
-    patience_s: float = PATIENCE_S
+    patience_s: float = field(default_factory=lambda: PATIENCE_S)
 
     def api(self, name: str) -> Any:
         """A generated API of `kfp_server_api`, such as ``RunServiceApi``."""

@@ -6,6 +6,7 @@ makes the run's state ``unreadable`` and never ends the list.
 
 import contextlib
 import dataclasses
+import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -17,15 +18,20 @@ from typing import Any
 import yaml
 
 from nudge.components.common.core.errors import UserError, nearest
+from nudge.components.common.core.nothing_new import NOTHING_NEW
+from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.recipe import read_yaml
 from nudge.components.common.local.processes import locked
 from nudge.components.common.local.state_file import Damaged, read_lines, read_object
 from nudge.pipelines.local.run import BEFORE, EVENTS, Run, is_locked
 from nudge.pipelines.step_state import StepState
-from nudge.pipelines.steps import NOTHING_NEW, PIPELINE, SETTINGS
+from nudge.pipelines.steps import PIPELINE, SETTINGS
 
+DECISION = "decision.json"
+DECISIONS = ("approved", "rejected")
 STATES = (
-    *("running", "promoted", "awaiting approval", "registered", "not better", "nothing new"),
+    *("running", "promoted", "awaiting approval", "approved", "rejected", "registered"),
+    *("not better", "nothing new"),
     *("failed", "interrupted", "unreadable"),
 )
 """How a run stands. ``registered``: better, and not promoted. ``interrupted``: its command ended
@@ -163,7 +169,25 @@ def read_run(folder: Path) -> PastRun:
         return PastRun(**common, state="interrupted", reason=reason)
     except Damaged as error:
         return PastRun(**common, state="unreadable", reason=str(error))
-    return PastRun(**{**common, **_outcome(result)}, result=result)
+    return PastRun(**{**common, **_decided(folder, _outcome(result))}, result=result)
+
+
+def note_decision(folder: Path, state: str, by: str, at: str) -> None:
+    """Keep with a run what a person decided about its version, "approved" or "rejected"."""
+    write_atomic(folder / DECISION, json.dumps({"state": state, "by": by, "at": at}))
+
+
+def _decided(folder: Path, outcome: dict[str, Any]) -> dict[str, Any]:
+    """The outcome of a run, with the decision about its version if it awaited one."""
+    try:
+        decision = read_object(folder / DECISION, "delete it; the registry has the decision")
+    except (FileNotFoundError, Damaged):
+        return outcome
+    state = decision.get("state")
+    if outcome["state"] != "awaiting approval" or state not in DECISIONS:
+        return outcome
+    reason = f"{state} by {decision.get('by')} at {decision.get('at')}"
+    return outcome | {"state": state, "reason": reason}
 
 
 def ended(run: Run, result: dict[str, Any]) -> PastRun:
@@ -195,7 +219,7 @@ def _outcome(result: dict[str, Any]) -> dict[str, Any]:
         state = "awaiting approval"
     elif result.get("promoted"):
         state = "promoted"
-    elif reason == NOTHING_NEW:
+    elif reason.startswith(NOTHING_NEW):
         state = "nothing new"
     else:
         state = "registered" if result.get("version") else "not better"

@@ -10,6 +10,7 @@ from nudge.components.common.artifacts.cost import step_cost
 from nudge.components.common.artifacts.evaluation import Evaluation, read_evaluation
 from nudge.components.common.artifacts.schema import plain
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.nothing_new import nothing_new
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.recipe import step_settings
 from nudge.components.common.core.sanitize import masked
@@ -18,7 +19,7 @@ from nudge.components.common.spending.prices import Prices
 from nudge.components.common.spending.usage import NOTHING, usage_of
 from nudge.pipelines.local import history, run_page
 from nudge.pipelines.local.run import Run
-from nudge.pipelines.steps import NOTHING_NEW, PIPELINE, STEPS
+from nudge.pipelines.steps import PIPELINE, STEPS
 
 PROBE_KEYS = ("prompt", "target", "p_before", "p_after", "expect", "ok")
 
@@ -44,18 +45,17 @@ def result(run: Run) -> dict[str, Any]:
     evaluation = _evaluation(run)
     results = {name: step.results for name, step in run.steps.items()}
     report = run.steps["evaluate"].outputs.get("report")
-    failed = run.failed
     names = ("nats_per_token", "token_perplexity", "bits_per_byte", "word_perplexity")
     counts = ("tokens", "bytes", "documents")
-    nothing_new = results["ingest"].get("new") == 0
+    no_text = nothing_new(results["ingest"]) if results["ingest"].get("new") == 0 else ""
     promoted = run.steps["deploy"].status == "done" and results["deploy"].get("promoted", True)
-    reason = NOTHING_NEW if nothing_new else evaluation.verdict and evaluation.verdict.reason
+    reason = no_text or (evaluation.verdict and evaluation.verdict.reason)
     if refused := results["deploy"].get("reason"):
         outcome = (
             refused if results["deploy"].get("awaiting_approval") else (f"not promoted: {refused}")
         )
         reason = f"registered, {outcome} (the evaluation: {reason})"
-    values = {
+    return {
         "recipe": run.recipe.name,
         "run_id": run.run_id,
         "steps": [
@@ -84,11 +84,21 @@ def result(run: Run) -> dict[str, Any]:
         "cost": evaluation.cost and plain(evaluation.cost),
         "seconds": round(run.seconds, 3),
         "overhead_seconds": round(run.seconds - sum(s.seconds for s in run.steps.values()), 3),
-        "error": failed.error if failed else None,
+        "error": _error(run, evaluation),
     }
+
+
+def _error(run: Run, evaluation: Evaluation) -> str | None:
+    """What failed: a step, the engine that skipped one, or the pipeline as a whole."""
+    if run.failed:
+        return run.failed.error
+    if run.exit_status:
+        ended = f"the pipeline ended with status {run.exit_status}"
+        said = _last_line(run.log)
+        return f"{ended}: {said}; see {run.log}" if said else f"{ended}; see {run.log}"
     due = {
         "always": True,
-        "new text": bool(results["ingest"].get("new")),
+        "new text": bool(run.steps["ingest"].results.get("new")),
         "better": bool(evaluation.verdict and evaluation.verdict.promote),
     }
     # The engine treats a condition that it cannot evaluate as false, and a container that is gone
@@ -96,15 +106,9 @@ def result(run: Run) -> dict[str, Any]:
     skipped = [
         name for name in PIPELINE if due[STEPS[name].runs] and run.steps[name].status == "skipped"
     ]
-    if skipped and not failed:
-        values["error"] = (
-            f"the engine skipped {', '.join(skipped)}, which should have run; see {run.log}"
-        )
-    if run.exit_status and not failed:
-        ended = f"the pipeline ended with status {run.exit_status}"
-        said = _last_line(run.log)
-        values["error"] = f"{ended}: {said}; see {run.log}" if said else f"{ended}; see {run.log}"
-    return values
+    if skipped:
+        return f"the engine skipped {', '.join(skipped)}, which should have run; see {run.log}"
+    return None
 
 
 def _last_line(log: Path) -> str:

@@ -4,7 +4,7 @@ import fcntl
 import os
 import secrets
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from nudge.pipelines.recipes import Recipe
 from nudge.pipelines.step_state import StepState
 from nudge.pipelines.steps import PIPELINE, STEPS
 
+TIME = "%Y%m%d-%H%M%S"
+"""The form of the time in a run's name."""
 EVENTS, BEFORE = "events.jsonl", "events-before.jsonl"
 """The events of a run's steps; those from before it was resumed are in a file of their own."""
 RECIPE = "recipe.yaml"
@@ -81,11 +83,14 @@ def begin(recipe: Recipe, home: Path, *, fresh: bool = False) -> Run:
 
 
 def _next_time(home: Path) -> str:
-    """The time now as a run's name begins, but never before the newest run's: a clock that was set
-    back must not change which run is the last one."""
-    now = f"{datetime.now():%Y%m%d-%H%M%S}"
+    """The time now as a run's name begins, but always after the newest run's: neither two runs in
+    one second nor a clock that was set back change which run is the last one."""
+    now = f"{datetime.now():{TIME}}"
     names = [path.name[:15] for path in (home / "runs").glob("[0-9]*-[0-9]*-*")]
-    return max([now, *(name for name in names if name[8:9] == "-")])
+    newest = max((name for name in names if name[8:9] == "-"), default="")
+    if now > newest:
+        return now
+    return f"{datetime.strptime(newest, TIME) + timedelta(seconds=1):{TIME}}"
 
 
 def under_way(home: Path) -> list[str]:

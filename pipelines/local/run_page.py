@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import click
 import jinja2
 from markupsafe import Markup
 
@@ -15,6 +16,8 @@ from nudge.components.common.core.figures import amounts, per_gain
 from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.sanitize import CSP, masked, visible
 from nudge.pipelines.local.history import PastRun, curve
+from nudge.pipelines.local.log_lines import step_lines
+from nudge.pipelines.step_state import StepState
 from nudge.pipelines.steps import described
 
 REPORTS = {
@@ -28,15 +31,17 @@ HEADLINES = {
     "running": "This run is in progress",
     "promoted": "✓ The new model is served",
     "awaiting approval": "The new model is better and awaits approval",
+    "approved": "The new model was approved",
+    "rejected": "✗ The new model was rejected",
     "registered": "The new model is registered, not served",
-    "not better": "✗ The new model is not better, so nothing changed",
+    "not better": "✗ The new model was refused, so nothing changed",
     "nothing new": "There was no new text, so nothing changed",
     "failed": "✗ The run failed",
     "refused": "✗ The run was refused before it began",
     "interrupted": "✗ The run was interrupted",
     "unreadable": "✗ The run's result cannot be read",
 }
-LOG_LINES, DRAWN_POINTS = 30, 400
+LOG_LINES, LOG_BYTES, DRAWN_POINTS = 30, 200_000, 400
 STYLE = Path(__file__).parents[2] / "components" / "evaluate" / "report.css"
 
 ENVIRONMENT = jinja2.Environment(
@@ -81,7 +86,7 @@ def render(run: PastRun, links: list[dict[str, str]]) -> str:
         steps=[
             {
                 "name": step.name,
-                "status": step.status,
+                "status": status_of(run, step),
                 "seconds": f"{step.seconds:.1f}" if step.seconds else "",
                 "usage": amounts(run.spent_on(step.name), run.currency),
                 "result": step.error or described(step.name, step.results),
@@ -102,11 +107,14 @@ def next_commands(run: PastRun) -> dict[str, str]:
     found: dict[str, str] = {}
     if run.state == "promoted":
         found["ask it"] = f"nudge ask{model} 'a question'"
-        found["go back"] = f"nudge rollback{model}"
+        if "incumbent" in (run.result.get("metrics") or {}):
+            found["go back"] = f"nudge rollback{model}"
     elif run.state == "awaiting approval":
         found["serve it"] = f"nudge approve {run.version}{model}"
         found["refuse it"] = f"nudge reject {run.version}{model} --reason WHY"
-    elif run.version:
+    elif run.state == "approved":
+        found["serve it"] = f"nudge approve {run.version}{model}"
+    elif run.version and run.state != "rejected":  # which is archived
         found["serve it anyway"] = f"nudge promote {run.version}{model}"
     if run.state != "promoted" and run.output("train", "model"):
         found["talk to it"] = f"nudge chat {run.run_id}"
@@ -127,6 +135,13 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def status_of(run: PastRun, step: StepState) -> str:
+    """The status of a step; nothing runs or waits once the run has ended."""
+    if run.state == "running" or step.status not in ("running", "waiting"):
+        return step.status
+    return "stopped" if step.status == "running" else "not begun"
+
+
 def _files(run: PastRun) -> dict[str, Any]:
     return {
         "model folder": run.output("train", "model"),
@@ -142,9 +157,11 @@ def _log_end(log: Path) -> str:
     if not log.is_file():
         return ""
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 20_000))
+        file.seek(max(0, log.stat().st_size - LOG_BYTES))
         lines = file.read().decode("utf-8", "replace").splitlines()
-    return "\n".join(lines[-LOG_LINES:])
+    # The engine's lines if the steps wrote none.
+    shown = list(step_lines(map(click.unstyle, lines), None, False)) or lines
+    return "\n".join(shown[-LOG_LINES:])
 
 
 def _drawn(run: PastRun) -> dict[str, Any] | None:

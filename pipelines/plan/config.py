@@ -62,7 +62,7 @@ def _local(uri: str) -> Any:
     if path.suffix == ".gguf" and path.is_file():
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     if not (path / "config.json").is_file():
         raise UserError(f"base_model {uri}: {path} has no config.json; name a model folder")
     return _read(path / "config.json", uri)

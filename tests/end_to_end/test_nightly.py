@@ -32,7 +32,7 @@ def test_nights(nights: Nights) -> None:
     ran = {name for name, status in statuses(same).items() if status != "skipped"}
     assert ran == {"ingest", "summary"}
     page = (nights.home / "runs" / same["run_id"] / "summary.md").read_text()
-    assert "no text that the served version was not trained on" in page
+    assert "there is no new text: the served version was trained on all of it" in page
 
     assert (failed["promoted"], statuses(failed)["upload"]) == (False, "failed")
     for name in ("first", "same", "failed"):

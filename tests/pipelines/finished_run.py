@@ -69,6 +69,7 @@ def finished_run(
             "verdict": {"promote": promoted, "reason": "better by 0.1" if promoted else "worse"},
             "metrics": {
                 "base": METRICS | {"bits_per_byte": 1.3},
+                "incumbent": METRICS | {"bits_per_byte": 1.3},
                 "candidate": METRICS | {"bits_per_byte": bits},
             },
             "probes": [],

@@ -11,9 +11,11 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+from nudge.components.common.core.nothing_new import NOTHING_NEW
 from nudge.components.common.core.publish import write_manifest
 from nudge.pipelines.cli import display
 from nudge.pipelines.cli.main import main
+from nudge.pipelines.local import history, run_page
 from nudge.pipelines.local.result import keep_result, result
 from nudge.pipelines.local.run import Run, begin
 from nudge.pipelines.recipes import load
@@ -45,10 +47,12 @@ def end(run: Run, name: str, outputs: dict[str, str] | None = None, **results: A
     step.apply({"event": "step_end", **values})
 
 
-def evaluated(run: Run, promote: bool) -> None:
+def evaluated(run: Run, promote: bool, incumbent: bool = True) -> None:
     evaluation, report = run.folder / "evaluation.json", run.folder / "made.html"
     verdict = {"promote": promote, "reason": "better by 0.1"}
     metrics = {"base": METRICS, "candidate": METRICS}
+    if incumbent:
+        metrics["incumbent"] = METRICS
     body = {"verdict": verdict, "metrics": metrics, "probes": [PROBE]}
     write_manifest(evaluation, "nudge.evaluation", 1, body)
     report.write_text("<p>page</p>")
@@ -296,6 +300,36 @@ def test_the_tables_show_what_came_out(run: Run) -> None:
         assert part in text
     for part in ("3 steps, 30 tokens", "0.300", "0.900", "' Paris'", "1.25", "report.html", "m v"):
         assert part in text
+    assert "it is -> ' so'" in text
+
+
+def test_a_night_without_new_text_says_what_it_could_not_read(run: Run) -> None:
+    end(run, "ingest", new=0, account="read 9, kept 9; dropped: nothing", dropped={})
+    assert keep_result(run)["reason"] == NOTHING_NEW
+    account = "read 9, kept 6; dropped: 3 not_utf8 (new.jsonl)"
+    end(run, "ingest", new=0, account=account, dropped={"not_utf8": 3})
+    assert keep_result(run)["reason"] == f"{NOTHING_NEW} ({account})"
+    run.lock.close()
+    assert history.read_run(run.folder).state == "nothing new"
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(display.outcome(run, "link"))
+    assert "3 not_utf8 (new.jsonl)" in shown.getvalue()
+
+
+def test_after_the_first_version_there_is_no_way_back(run: Run) -> None:
+    evaluated(run, promote=True, incumbent=False)
+    served(run)
+    lines = "\n".join(display.ways_on(keep_result(run), run, run.folder))
+    assert "nudge ask --model m" in lines
+    assert "rollback" not in lines
+    assert "go back" not in run_page.next_commands(history.read_run(run.folder))
+
+
+def test_a_refused_run_says_that_nothing_changed(run: Run) -> None:
+    evaluated(run, promote=False)
+    console = Console(file=io.StringIO(), width=200)
+    console.print(display.summary(keep_result(run), run))
+    assert "no; what is served has not changed" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_curl_line_survives_a_shell(run: Run, tmp_path: Path) -> None:

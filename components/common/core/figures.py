@@ -1,6 +1,7 @@
 """Numbers for tables: never wider than a column, and a small number is never shown as zero."""
 
 import math
+from decimal import Decimal
 from typing import Any
 
 MISSING = "not available"
@@ -46,9 +47,10 @@ def _written(value: Any, digits: int, sign: str) -> str:
 
 
 def significant(value: float, digits: int = 2) -> str:
-    """``0.012``, ``3.2`` or ``1,250``: a few significant digits, but every digit of an integer."""
+    """``0.000012``, ``3.2`` or ``1,250``: a few significant digits, every digit of an integer, and
+    no exponent."""
     rounded = f"{value:.{digits}g}"
-    return f"{value:,.0f}" if "e+" in rounded else rounded
+    return f"{value:,.0f}" if "e+" in rounded else f"{Decimal(rounded):f}"
 
 
 def money(value: float, currency: str) -> str:

@@ -209,12 +209,16 @@ def _read_back(path: Path) -> Any:
     import gguf
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     reader = gguf.GGUFReader(path)
     arch = reader.fields["general.architecture"].contents()
     config.head_dim = int(reader.fields[f"{arch}.attention.key_length"].contents())
     model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, config=config, dtype=torch.float32
+        path.parent,
+        gguf_file=path.name,
+        config=config,
+        dtype=torch.float32,
+        trust_remote_code=False,
     )
     for tensor in reader.tensors:
         if tensor.name == ROPE_FACTORS:

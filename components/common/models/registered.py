@@ -65,10 +65,12 @@ def pinned_uri(version: Version) -> str:
         return f"{version.uri}{PIN}{sha256_file(path)}"
 
 
-def download_model(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> None:
+def download_model(
+    uri: str, folder: Path, files: tuple[str, ...] = ("*",), own: bool = True
+) -> None:
     """Download the files of an uploaded model whose names match one of the patterns ``files``, from
-    an object store (``s3://``) or an image (``oci://``). Files that a run of this machine wrote are
-    hard links to the run's, so they take no space.
+    an object store (``s3://``) or an image (``oci://``). With ``own``, files that a run of this
+    machine wrote are hard links to the run's, so they take no space.
 
     Raises `UserError` if there are none.
     """
@@ -79,7 +81,10 @@ def download_model(uri: str, folder: Path, files: tuple[str, ...] = ("*",)) -> N
         return
     from nudge.components.common.clients.bucket import download_folder
 
-    download_folder(uri, folder, files, functools.partial(link_own_files, uri, folder))
+    if own:
+        download_folder(uri, folder, files, functools.partial(link_own_files, uri, folder))
+    else:
+        download_folder(uri, folder, files)
 
 
 def check_download(folder: Path, uri: str, digest: str = "", partial: bool = False) -> None:

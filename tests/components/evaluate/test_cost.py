@@ -63,6 +63,14 @@ def test_the_cost_stands_beside_the_verdict(made: Path) -> None:
     assert replace(found, cost=None) == replace(FOUND, cost=None)
 
 
+def test_a_small_cost_is_written_without_an_exponent(made: Path) -> None:
+    prices = Prices(gpu_hour=0.00001, core_hour=0.00002, currency="EUR")
+    add_cost(made / "evaluation", made / "report", made / "model", prices)
+    page = (made / "report").read_text()
+    assert '<p class="big">EUR 0.00004</p>' in page
+    assert "EUR 0.0008 per gained bit per byte" in page
+
+
 def test_without_prices_the_report_counts_hours(made: Path) -> None:
     add_cost(made / "evaluation", made / "report", made / "model", Prices())
     page = (made / "report").read_text()

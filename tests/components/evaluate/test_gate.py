@@ -184,3 +184,13 @@ def test_an_unknown_incumbent_stops_the_promotion() -> None:
     assert not decision.promote
     assert "unknown what is served now" in decision.reason
     assert "on fire" in decision.reason
+
+
+def test_a_tiny_gain_is_not_shown_as_zero() -> None:
+    base, _ = documents(0.0, 5)
+    better = [dataclasses.replace(each, nats=each.nats * (1 - 1e-6)) for each in base]
+    decision = verdict({"base": base, "candidate": better}, [], SETTINGS, NONE)
+    assert decision.promote
+    assert "bits per byte on held-out text (95% interval" in decision.reason
+    assert "0.0000 bits" not in decision.reason
+    assert "interval 0.0000 " not in decision.reason

@@ -18,6 +18,7 @@ from aiosmtpd.smtp import AuthResult
 
 from nudge.components.common.clients.storage import s3_client
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.nothing_new import nothing_new
 from nudge.components.common.core.settings import parse
 from nudge.components.common.local import processes
 from nudge.components.summary import notify as module
@@ -229,7 +230,8 @@ FOUND = {
         (("train", "over budget: the run has used 3 GPU hours", ""), None, "over budget",
          "the run has used 3 GPU hours"),
         (("", "", "not better"), None, "refused", "not better"),
-        (("", "", summarizing.NOTHING_NEW), None, "", ""),
+        (("", "", nothing_new({})), None, "", ""),
+        (("", "", nothing_new({"account": "kept 6", "dropped": {"not_utf8": 3}})), None, "", ""),
         (("", "", ""), {"endpoint": "http://e"}, "promoted", "0.1 bits per byte better"),
         (("", "", ""), {"not_promoted": "v3 has the traffic now"}, "refused", "v3 has the traffic"),
         (("", "", ""), {"not_promoted": "awaiting approval; run", "awaiting": True},
@@ -245,9 +247,10 @@ def test_the_summary_tells_what_happened(
     monkeypatch.setattr(
         "nudge.components.common.clients.registry.connection.with_registry", lambda *_, **__: record
     )
+    # The engine names its exit handler, however the run ended.
     result = summarizing.summary(
-        "m", "http://r", version="v2", run_id="run-1", state="SUCCEEDED", task="", error="",
-        page=tmp_path / "page.md", notifications=to("webhook"),
+        "m", "http://r", version="v2", run_id="run-1", state="FAILED" if events[0] else "SUCCEEDED",
+        task="exit-handler-1", error="", page=tmp_path / "page.md", notifications=to("webhook"),
     )  # fmt: skip
     if not event:
         assert receiver.bodies == []

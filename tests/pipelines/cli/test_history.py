@@ -1,19 +1,23 @@
 """`nudge runs`, `nudge logs` and the page of a run: whatever became of it, it is in the list."""
 
+import io
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from nudge.components.common.core.errors import UserError
 from nudge.pipelines import api
-from nudge.pipelines.cli.history import spark
+from nudge.pipelines.cli.history import _list, spark
 from nudge.pipelines.cli.main import main
 from nudge.pipelines.local import history
 from nudge.pipelines.local.run import Run, begin
 from nudge.pipelines.recipes import load
+from tests.pages import browser, look
 from tests.pipelines.finished_run import finished_run
 
 
@@ -56,6 +60,33 @@ def test_every_run_is_listed_with_how_it_ended(four: dict[str, Run]) -> None:
     assert json.loads(nudge("runs", "--recipe", "other", "--json").stdout) == []
 
 
+def test_a_list_of_80_columns_breaks_nothing_but_names() -> None:
+    run = history.PastRun("20261201-040406-6040", Path("x"), "interrupted", "a-long-recipe")
+    run = replace(run, seconds=754, bits_per_byte=2.0231, difference=-1.575)
+    file = io.StringIO()
+    Console(file=file, width=80).print(_list([run]))
+    shown = file.getvalue()
+    for part in (run.run_id, "interrupted", "12 min 34 s", "2.0231", "-1.5750", "bits/byte"):
+        assert part in shown, shown
+
+
+def test_a_run_that_waited_says_what_a_person_decided(four: dict[str, Run]) -> None:
+    folder = four["promoted"].folder
+    path = folder / "result.json"
+    waiting = {**json.loads(path.read_text()), "promoted": False, "awaiting_approval": True}
+    path.write_text(json.dumps(waiting))
+    assert history.read_run(folder).state == "awaiting approval"
+    assert "nudge approve" in nudge("runs", "show", folder.name).stdout
+    history.note_decision(folder, "rejected", "ann@desk", "2026-01-02T03:04:05+00:00")
+    shown = nudge("runs", "show", folder.name).stdout
+    assert "rejected by ann@desk at 2026-01-02" in shown
+    assert "nudge approve" not in shown
+    assert "nudge promote" not in shown
+    assert "rejected" in nudge("runs", "--state", "rejected").stdout
+    (folder / "decision.json").write_bytes(b"\0\0")
+    assert history.read_run(folder).state == "awaiting approval"
+
+
 def test_an_active_run_says_so(four: dict[str, Run]) -> None:
     active = begin(load("eiffel"), four["failed"].folder.parents[1], fresh=True)
     active.events.write_text('{"time": 1, "step": "ingest", "event": "step_start"}\n{"tim')
@@ -83,6 +114,38 @@ def test_a_page_links_the_reports_of_three_steps(four: dict[str, Run], state: st
     assert links.found == ["report.html", "train.html", "ingest.html"]
     for link, step in zip(links.found, ("evaluate", "train", "ingest"), strict=True):
         assert f"{step} report" in (folder / link).read_text()
+
+
+@pytest.mark.parametrize("state", ["promoted", "not better", "failed"])
+def test_a_page_fits_a_telephone_and_a_desk(four: dict[str, Run], state: str) -> None:
+    with browser() as opened:
+        for width, scheme in ((390, "dark"), (1200, "light")):
+            page, faults = look(opened, four[state].folder / "index.html", width, scheme)
+            assert faults == []
+            heads = page.locator("thead th").evaluate_all(
+                "all => all.map(e => [e.innerText, e.getClientRects()[0].height])"
+            )
+            assert len({height for _, height in heads}) == 1
+            assert all(height < 40 for _, height in heads), f"a word is broken: {heads}"
+
+
+def test_a_page_of_a_killed_run_shows_nothing_as_running(four: dict[str, Run]) -> None:
+    folder = four["interrupted"].folder
+    (folder / "events.jsonl").write_text(json.dumps({"step": "train", "event": "step_start"}))
+    shown = nudge("runs", "show", folder.name).stdout
+    page = (folder / "index.html").read_text()
+    for text in (shown, page):
+        assert "stopped" in text
+        assert "not begun" in text
+        assert "running" not in text
+        assert "waiting" not in text
+
+
+def test_the_log_on_a_page_is_that_of_the_steps(four: dict[str, Run]) -> None:
+    nudge("runs", "show", four["failed"].run_id)
+    page = (four["failed"].folder / "index.html").read_text()
+    assert "train: it burst" in page
+    assert "executor_input" not in page
 
 
 def test_show_says_what_to_do_next(four: dict[str, Run]) -> None:

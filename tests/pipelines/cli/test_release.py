@@ -157,7 +157,9 @@ def test_a_version_is_approved_or_rejected(
     version = with_registry(url, find_version(NAME, "v2"))
     wait = ask_for(version, "awaiting approval")
     with_registry(url, note_properties(version.id, wait))
-    assert "v2 (awaiting approval)" in nudge("models").stdout
+    shown = nudge("models").stdout  # of 80 columns
+    assert re.search(r"│ v2 .*\n│ \(awaiting approval\)", shown)
+    assert "…" not in shown
     shown = nudge("approve", "v2", "--no-deploy", "--reason", "reads well").stdout
     assert re.match(rf"{NAME} v2: approved by \S+@\S+ at 20\d\d-", shown)
     assert "next: run the pipeline deploy-approved with model_name=m and version=v2" in shown
@@ -165,6 +167,10 @@ def test_a_version_is_approved_or_rejected(
     assert "v2 was approved by" in nudge("reject", "v2", status=2).stderr
 
     version = with_registry(url, find_version(NAME, "v1"))
-    with_registry(url, note_properties(version.id, wait))
+    with_registry(url, note_properties(version.id, {**wait, "run_id": "run-9"}))
+    run = home / "runs" / "run-9"
+    run.mkdir(parents=True)
     assert f"{NAME} v1: rejected by" in nudge("reject", "v1").stdout
-    assert "v1 (rejected, archived)" in nudge("models").stdout
+    assert json.loads((run / "decision.json").read_text())["state"] == "rejected"
+    assert "the version is archived, and a new run" in nudge("approve", "v1", status=2).stderr
+    assert re.search(r"│ v1 .*\n│ \(rejected, archived\)", nudge("models").stdout)

@@ -140,13 +140,13 @@ def test_a_recipe_s_text_survives_the_server(state: Pipelines, url: str, tmp_pat
 
 def test_the_server_is_what_replaces_and_refuses(state: Pipelines, url: str) -> None:
     """As the real one does: the stand-in would show a recipe that is not escaped."""
-    nudge("upload")
-    taken = ("submit", "--no-follow", "-p", "base_model={{workflow.name}}")
-    assert nudge(*taken).exit_code == 0
+    nudge("upload", "rollback")
+    command = ("submit", "--pipeline", "rollback", "--no-follow", "-p")
+    assert nudge(*command, "model_name={{workflow.name}}").exit_code == 0
     (run,) = state.runs.values()
-    assert run["runtime_config"]["parameters"]["base_model"].startswith("train-and-serve-")
+    assert run["runtime_config"]["parameters"]["model_name"].startswith("train-and-serve-")
     for text in ("{{inputs.parameters.x}}", "埃菲尔"):
-        refused = nudge("submit", "--no-follow", "-p", f"base_model={text}")
+        refused = nudge(*command, f"model_name={text}")
         assert refused.exit_code == 2
         assert "answered 500" in refused.stderr
 

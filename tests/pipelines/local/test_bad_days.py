@@ -282,12 +282,15 @@ def test_a_proxy_in_the_environment_is_not_asked_about_this_machine(
     assert with_registry(address, list_models, attempts_s=5) == []
 
 
-def test_a_run_after_the_clock_was_set_back_is_still_the_last(home: Path) -> None:
-    later = home / "runs" / "29990101-000000-ffff"
+def test_runs_are_in_order_in_one_second_and_after_the_clock_was_set_back(home: Path) -> None:
+    later = home / "runs" / "29990101-000059-ffff"
     later.mkdir(parents=True)
-    run = begin(load("eiffel"), home)
-    assert sorted([later.name[:15], run.run_id[:15]]) == [later.name[:15]] * 2
-    run.lock.close()
+    begun = [begin(load("eiffel"), home, fresh=True) for _ in range(4)]
+    names = [later.name, *(run.run_id for run in begun)]
+    assert names == sorted(names)
+    assert begun[0].run_id.startswith("29990101-000100-")
+    for run in begun:
+        run.lock.close()
 
 
 def test_a_full_disk_is_a_sentence_with_file_and_space(

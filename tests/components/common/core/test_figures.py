@@ -42,8 +42,12 @@ def test_a_figure_is_never_wider_than_a_column(value: float, digits: int, shown:
 def test_amounts_keep_what_is_small_and_every_digit_before_the_point() -> None:
     small = {"cost": 0.00048, "core_hours": 0.012}
     assert amounts(small, "USD") == "USD 0.00048, 0.012 core hours"
+    tiny = {"cost": 6.43e-05, "core_hours": 0.00017}
+    assert amounts(tiny, "EUR") == "EUR 0.000064, 0.00017 core hours"
     large = {"cost": 3750.0, "gpu_hours": 1250.4, "core_hours": 99.6, "kwh": 3.21}
     assert amounts(large, "EUR") == "EUR 3,750.00, 1,250 GPU hours, 100 core hours, 3.2 kWh"
+    gained = {"per_gained_bit": 0.25, "currency": "EUR", "gpu_hours_per_gained_bit": 250.0}
+    assert per_gain(gained) == "EUR 0.25 per gained bit per byte"
     assert per_gain({"gpu_hours_per_gained_bit": 250.0}) == "250 GPU hours per gained bit per byte"
 
 
