@@ -15,7 +15,7 @@ from nudge.pipelines.cli.screen import Screen
 if TYPE_CHECKING:
     from nudge.pipelines.local.tracing import Found
 
-SHOWN_DIGITS = 16
+SHOWN_DIGITS, SHOWN_DIGESTS = 16, 10
 
 
 @click.command()
@@ -53,16 +53,26 @@ def _show(found: "list[Found]") -> None:
     table = Table()
     for column in ("run", "version", "state", "split", "document"):
         table.add_column(column, overflow="fold")
-    for row in found:
+    groups: dict[tuple[str, ...], list[Found]] = {}
+    for each in found:
+        key = (each.run_id, each.version, each.split, each.through, each.source)
+        groups.setdefault(key, []).append(each)
+    for rows in groups.values():
+        row = rows[0]
         version = f"{row.model} {row.version}" if row.version else ""
         split = f"train, through {row.through}" if row.through else row.split
         document = f"{row.id} of {row.source}\nsha256:{row.sha256[:SHOWN_DIGITS]}"
+        if len(rows) > 1:
+            document = f"{len(rows)} documents of {row.source}"
         table.add_row(row.run_id, *(Text(each) for each in (version, row.state, split, document)))
     Screen().print(table)
     learned = sorted({row.version for row in found if row.version and row.split == "train"})
     echo(f"versions that learned it: {', '.join(learned) or 'none'}")
     digests = sorted({f"sha256:{row.sha256[:SHOWN_DIGITS]}" for row in found})
-    value = f"ingest.forget=[{', '.join(digests)}]"
+    sources = {row.source for row in found}
+    # A file with many documents is named itself.
+    entries = sorted(sources) if len(digests) > SHOWN_DIGESTS and len(sources) == 1 else digests
+    value = f"ingest.forget=[{', '.join(entries)}]"
     recipe = next((nudge_home() / "runs" / row.run_id / "recipe.yaml" for row in found), None)
     echo(f"to keep it out from now on, in the recipe: {value.replace('=', ': ')}")
     if learned and recipe and recipe.is_file():

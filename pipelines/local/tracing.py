@@ -5,6 +5,7 @@ A run's corpus lists every document with its text; of a run whose artifacts `nud
 what the version before it learned, if it continued from its weights.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -86,7 +87,10 @@ def wanted(document: str) -> Wanted:
     file has no text.
     """
     path = Path(document)
-    if len(document) < 4096 and "\n" not in document and path.is_file():
+    is_file = False
+    with contextlib.suppress(OSError, ValueError):  # a text may be longer than a name can be
+        is_file = path.is_file()
+    if is_file:
         return Wanted(frozenset(_texts_of(path)), source=path.absolute().as_uri())
     if match := SHA256.fullmatch(document):
         return Wanted(begins=match[1], id=document)

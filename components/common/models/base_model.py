@@ -43,10 +43,11 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
-def local_model(uri: str) -> Path:
+def local_model(uri: str, *, trained: bool = True) -> Path:
     """The Hugging Face folder (config, tokenizer, safetensors) of a base model.
 
-    Raises `UserError` if it cannot be found or is not a causal language model.
+    Raises `UserError` if it cannot be found, is not a causal language model, or is quantized. A
+    model that is not to be ``trained``, such as the version served now, may be quantized.
     """
     uri = resolved(uri)
     if scheme_of(uri) == "hf":
@@ -61,7 +62,7 @@ def local_model(uri: str) -> Path:
         folder = _from_gguf(path) if path.suffix == ".gguf" else path
     else:
         folder = _downloaded(uri)
-    _check_causal(folder, uri)
+    _check_causal(folder, uri, trained=trained)
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"base_model {uri}: {folder} has no .safetensors (pickles are refused)")
     from nudge.components.common.models.weights import check_weights
@@ -124,11 +125,11 @@ def cache_folder() -> Path:
     return nudge_home() / "base_models"
 
 
-def _check_causal(folder: Path, uri: str) -> None:
+def _check_causal(folder: Path, uri: str, *, trained: bool = True) -> None:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    read_config(folder, uri)
+    read_config(folder, uri, trained=trained)
     try:
         # Set trust_remote_code, because otherwise transformers asks a person at a terminal.
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

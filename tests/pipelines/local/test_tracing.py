@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nudge.components.common.artifacts.corpus import read_corpus, read_documents, text_sha256
+from nudge.components.common.core.errors import UserError
 from nudge.components.ingest.ingest import ingest
 from nudge.components.ingest.settings import IngestSettings
 from nudge.pipelines.cli.main import main
@@ -87,6 +88,29 @@ def test_a_document_is_traced_by_file_id_digest_and_text(home: Path, tmp_path: P
     assert json.loads(nudge("trace", "Wally", "--json", status=1).stdout) == []
     shown = nudge("trace", letter).stdout
     assert f"ingest.forget=[sha256:{digest[:16]}]" in shown or "validation" in shown
+
+
+def test_a_text_longer_than_a_file_name_is_traced(home: Path, tmp_path: Path) -> None:
+    run_id = with_corpus(home, write(tmp_path / "with", [LONG]), "base", "w1")
+    assert len(LONG) > 255
+    (found,) = json.loads(nudge("trace", LONG, "--json").stdout)
+    assert found["run_id"] == run_id
+
+
+def test_a_file_of_many_documents_takes_a_row_for_each_run_and_split(
+    home: Path, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "with", [])
+    run_id = with_corpus(home, folder, "base", "w1")
+    shown = nudge("trace", folder / "a.jsonl").stdout
+    rows = [line for line in shown.splitlines() if line.startswith("│ 20")]
+    assert len(rows) == 2, shown  # train and validation
+    source = (folder / "a.jsonl").as_uri()
+    assert f"ingest.forget: [{source}]" in shown
+    assert run_id in shown
+    assert "documents of" in shown
+    with pytest.raises(UserError, match="forgotten 60"):
+        read(folder, tmp_path / "kept", forget=(source,))
 
 
 def test_a_conversation_is_traced_by_its_file(home: Path, tmp_path: Path) -> None:
