@@ -18,13 +18,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from nudge.components.common.artifacts import model_files
 from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError, one_line
 from nudge.components.common.core.publish import published, sha256_file
-from nudge.components.common.core.uris import is_local, local_path
+from nudge.components.common.core.uris import is_local, local_path, scheme_of
 from nudge.components.common.models.base_checks import check_tokenizer_files, read_config
 from nudge.components.common.models.names import hub_hint
 from nudge.components.common.models.registered import (
@@ -51,7 +50,7 @@ def local_model(uri: str, *, trained: bool = True) -> Path:
     model that is not to be ``trained``, such as the version served now, may be quantized.
     """
     uri = resolved(uri)
-    if urlsplit(uri).scheme == "hf":
+    if scheme_of(uri) == "hf":
         folder = _from_hub(uri, MODEL_FILES)
     elif is_local(uri):
         path = local_path(uri)
@@ -78,7 +77,7 @@ def local_tokenizer(uri: str) -> Path:
     Raises `UserError` as `local_model` does.
     """
     uri = resolved(uri)
-    if urlsplit(uri).scheme == "hf":
+    if scheme_of(uri) == "hf":
         folder = _from_hub(uri, TOKENIZER_FILES)
     elif not is_local(uri):
         folder = _downloaded(uri, TOKENIZER_FILES, "-tokenizer")
@@ -97,8 +96,7 @@ def resolved(uri: str) -> str:
     Raises `UserError` if no version is served and the URI has no ``else``, if the registry does not
     answer, or if the upload is not the registered one.
     """
-    parts = urlsplit(uri)
-    if parts.scheme != "incumbent":
+    if scheme_of(uri) != "incumbent":
         return uri
     from nudge.components.common.clients.registry.connection import registry_url, with_registry
     from nudge.components.common.clients.registry.releases import find_standing
