@@ -203,6 +203,7 @@ STEPS = {
             function="train:train",
             face="train",
             settings="settings:TrainSettings",
+            reader="settings:train_settings",
             section="train",
             resources=Resources(96, *_MODEL, gpu=True, shm="8Gi", images=True, retries=4),
             inputs=_TOKENS,

@@ -12,16 +12,19 @@ import math
 import random
 import typing
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.recipe import SHARED
 from nudge.components.common.core.settings import parse
 from nudge.components.common.readers import Page, ReadOptions, Unreadable, read_stream, readers
 from nudge.components.common.readers.source_code import SUFFIXES
 from nudge.components.ingest.settings import IngestSettings
-from nudge.pipelines.recipes import settings_classes
+from nudge.pipelines.recipes import TOP, load, settings_classes
 from tests.components.common.readers import reader_files as made
 
 FORMATS = sorted({suffix for suffix in readers() if suffix not in SUFFIXES} | {".c"})
@@ -110,7 +113,7 @@ WRONG: list[Any] = [
 def required(kind: type[Any]) -> dict[str, Any]:
     """A value for each setting that has no default, and for the base model and the text."""
     return {
-        field.name: "x"
+        field.name: {"weight": 1, "url": "http://x"}.get(field.name, "x")
         for field in dataclasses.fields(kind)
         if field.name in ("base_model", "data_uri")
         or (field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING)
@@ -118,12 +121,19 @@ def required(kind: type[Any]) -> dict[str, Any]:
 
 
 def nested(kind: type[Any], path: str) -> list[tuple[str, type[Any]]]:
-    """The classes of settings below a class, with the keys that lead there."""
+    """The classes of settings below a class, also in lists, with the keys that lead there."""
     found = [(path, kind)]
     for name, hint in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
-            found += nested(typing.cast(type[Any], hint), f"{path}.{name}")
+        for below in classes_in(hint):
+            found += nested(below, f"{path}.{name}")
     return found
+
+
+def classes_in(hint: Any) -> list[type[Any]]:
+    """The settings classes in a type such as that of ``list[Guard]`` or ``Probe | None``."""
+    if dataclasses.is_dataclass(hint):
+        return [typing.cast(type[Any], hint)]
+    return [each for part in typing.get_args(hint) for each in classes_in(part)]
 
 
 @pytest.mark.parametrize("section", settings_classes())
@@ -138,6 +148,36 @@ def test_a_wrong_value_of_any_setting_names_its_key(section: str) -> None:
                     assert lines
                     assert all(line.startswith(f"{path}") for line in lines), (lines, value)
                     assert any(field.name in line for line in lines), (lines, value)
+
+
+def test_every_section_of_a_recipe_is_swept() -> None:
+    assert {*settings_classes()} == {*TOP} - {"name", "title", *SHARED}
+    swept = {
+        path for section, kind in settings_classes().items() for path, _ in nested(kind, section)
+    }
+    lists = {"ingest.mix", "evaluate.guards", "evaluate.probes", "evaluate.tasks"}
+    assert {*settings_classes()} | lists | {"train.cluster", "deploy.kserve"} <= swept
+
+
+@pytest.mark.parametrize("value", [each for each in WRONG if not isinstance(each, float)], ids=repr)
+def test_a_recipe_in_which_everything_is_wrong_is_refused_by_key(
+    value: Any, tmp_path: Path
+) -> None:
+    classes = settings_classes()
+    values: dict[str, Any] = {
+        section: {field.name: value for field in dataclasses.fields(kind)}
+        for section, kind in classes.items()
+    }
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump({**values, **dict.fromkeys(SHARED, value)}))
+    with pytest.raises(UserError) as caught:
+        load(str(recipe))
+    for line in str(caught.value).splitlines():
+        assert line.split(".")[0].split(":")[0] in classes, line
+    recipe.write_text(yaml.safe_dump(dict.fromkeys(TOP, value)))
+    with pytest.raises(UserError) as caught:
+        load(str(recipe))
+    assert all(any(key in line for key in TOP) for line in str(caught.value).splitlines())
 
 
 @pytest.mark.parametrize(

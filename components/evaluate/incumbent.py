@@ -77,7 +77,7 @@ def bring(
                 f"it is registered as {incumbent.uri}, and nothing there can be compared with what "
                 "was evaluated; expected s3:// or oci://, or the scheme in deploy.unverified"
             )
-        folder = local_model(incumbent.uri)
+        folder = local_model(incumbent.uri, trained=False)
         if scheme in CHECKED:
             model_files.check(
                 folder,

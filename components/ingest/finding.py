@@ -75,6 +75,10 @@ def sources_of(settings: IngestSettings, limits: WebLimits) -> list[Source]:
 
 def _check_scheme(uri: str) -> None:
     scheme, separator, _ = uri.partition("://")
+    try:
+        urlsplit(uri)
+    except ValueError as error:
+        raise UserError(f"ingest.data_uri {uri}: this is not an address: {error}") from None
     is_chained = "::" in uri.partition("?")[0] and not is_local(uri)
     if (separator and scheme.lower() not in SCHEMES) or is_chained:
         raise UserError(
@@ -98,6 +102,8 @@ def _expand(uri: str, limits: WebLimits) -> list[Source]:
     if is_local(uri):
         found = _found_here(uri)
         target = str(package_path(uri)) if uri.startswith("package://") else local_name(uri)
+        if not found and not os.path.lexists(target) and not any(mark in target for mark in MAGIC):
+            raise UserError(f"ingest.data_uri {uri}: there is no such file or folder here")
         return _usable(uri, found, os.path.isdir(target))
     file_system, path = file_system_of(uri, "ingest.data_uri", limits)
     if uri.startswith(WEB) and "*" not in uri and not reason_unread(urlsplit(uri).path):
@@ -122,7 +128,7 @@ def _expand(uri: str, limits: WebLimits) -> list[Source]:
         infos, is_folder = {}, False
     except UserError:
         raise
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:  # such as hf:// without a name
         raise UserError(f"ingest.data_uri {uri}: cannot be listed: {why(error)}") from None
     # Some stores list a folder as a file too; its name ends in a slash.
     files = {
@@ -216,7 +222,8 @@ def _public(uri: str, path: str) -> str:
         inside = package_path("package://" + fixed[0])
         return f"package://{fixed[0]}/{os.path.relpath(path, inside)}"
     if "://" not in uri or uri.startswith("file://"):
-        return f"file://{path}"
+        # A name need not be UTF-8: one that is windows-1252 becomes caf\\xe9.txt here.
+        return f"file://{os.fsencode(path).decode('utf-8', 'backslashreplace')}"
     if uri.startswith("http"):
         parts = urlsplit(path)
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

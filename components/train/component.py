@@ -26,17 +26,16 @@ def train(
     """
     from pathlib import Path
 
-    from nudge.components.common.core.recipe import step_settings
     from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.common.preflight.packages import check_packages
     from nudge.components.train.limits import limits_of
     from nudge.components.train.room import check_room
-    from nudge.components.train.settings import TrainSettings
+    from nudge.components.train.settings import train_settings
     from nudge.components.train.train import train
 
     with exit_with_user_errors():
         check_packages(recipe)  # evaluate runs in the same image, hours later
-        settings = step_settings(TrainSettings, "train", recipe, base_model=base_model)
+        settings = train_settings(recipe, base_model=base_model)
         check_room(settings, Path(model.path))
         paths = {
             "model": Path(model.path),
@@ -84,11 +83,10 @@ def train_on_nodes(
     """
     from pathlib import Path
 
-    from nudge.components.common.core.recipe import step_settings
     from nudge.components.common.core.step import exit_with_user_errors
     from nudge.components.common.preflight.packages import check_packages
     from nudge.components.train.limits import limits_of
-    from nudge.components.train.settings import TrainSettings, on_nodes
+    from nudge.components.train.settings import on_nodes, train_settings
     from nudge.components.train.train import train
 
     with exit_with_user_errors():
@@ -102,7 +100,7 @@ def train_on_nodes(
             "tolerations": tolerations,
             "node_selector": node_selector,
         }
-        settings = on_nodes(step_settings(TrainSettings, "train", recipe), job)
+        settings = on_nodes(train_settings(recipe), job)
         paths = {
             "model": Path(model.path),
             "history": Path(history.path),

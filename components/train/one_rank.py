@@ -15,13 +15,14 @@ from nudge.components.common.core.publish import published, write_atomic
 from nudge.components.common.models import language_model
 from nudge.components.common.models.base_model import model_sha256
 from nudge.components.common.models.end_of_document import document_start_id
+from nudge.components.common.models.serving_quantization import quantizable_layers
 from nudge.components.common.preflight.machine import is_large
 from nudge.components.common.spending.usage import plain_usage
 from nudge.components.train.checkpoints.open_checkpoints import open_checkpoints
 from nudge.components.train.checkpoints.training_state import TrainingState, identity
 from nudge.components.train.data import PackedSplit
 from nudge.components.train.limits import Limits
-from nudge.components.train.loop import make_optimizer, planned_steps, train_loop
+from nudge.components.train.loop import make_optimizer, planned_steps, train_loop, validation_loss
 from nudge.components.train.memory import return_freed_memory
 from nudge.components.train.models import network as networks
 from nudge.components.train.models.adapt import adapt, initial_adapters
@@ -31,10 +32,14 @@ from nudge.components.train.models.model import (
     check_tokenizer,
     check_vocabulary,
 )
-from nudge.components.train.models.quantization_cost import quantization_cost
+from nudge.components.train.models.quantization_cost import (
+    bits_per_byte_of_a_nat,
+    quantization_cost,
+)
 from nudge.components.train.models.quantized import parameter_count
 from nudge.components.train.output.report import render_report
 from nudge.components.train.output.result import facts_of, write_model
+from nudge.components.train.output.served_weights import quantize_for_serving
 from nudge.components.train.ranks import Ranks
 from nudge.components.train.record import NoBar, NoTrainingLog, open_record
 from nudge.components.train.settings import TrainSettings
@@ -104,8 +109,16 @@ def train_one_rank(
         bar.note(stage="writing the model")
         facts["training"] |= _training_facts(state, settings, ranks)
         write_model(model_part, start, network, settings, tokenizer, facts)
+        loss = validation_loss(network, validation, settings) if settings.quantize else 0.0
         facts["training"]["usage"] = plain_usage(spending.total())
         if ranks.main:
+            if settings.quantize:
+                bar.note(stage=f"quantizing the model to {settings.quantize}")
+                nat = bits_per_byte_of_a_nat(validation, tokenizer, settings)
+                served = quantize_for_serving(
+                    model_part, loss, nat, validation, settings, ranks.device
+                )
+                facts["training"]["served"] = dataclasses.asdict(served)
             facts["weights_sha256"] = model_sha256(model_part)
             write_model_facts(model_part, parse_artifact(facts, ModelFacts, "the model's facts"))
             write_atomic(report, render_report(facts, record.lines))
@@ -121,6 +134,8 @@ def _load_network(
         return_freed_memory()
     check_vocabulary(base, vocabulary, settings)
     check_length(base, settings)
+    if settings.quantize:
+        quantizable_layers(base, settings.quantize)
     adapted = adapt(base, settings)
 
     def fill(model: Any, device: torch.device) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from nudge.components.common.core.errors import UserError
+from nudge.components.common.core.recipe import read_recipe, some_settings, step_settings
 from nudge.components.common.core.settings import parse, settings
 
 
@@ -165,6 +167,8 @@ class TrainSettings:
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The dtype of the weights that are written. `auto`: the base model's own, bfloat16 for a GGUF
     base, and float32 for fresh weights."""
+    quantize: Literal["fp8", "int8", "int4"] | None = None
+    """Defaults in a recipe to `upload.quantize`, which explains it."""
     watch: WatchedPrompt | None = None
     """The running example: its ten most likely next tokens are logged every `watch_every` steps."""
     watch_every: Annotated[int, Field(ge=1)] = 5
@@ -216,6 +220,34 @@ class TrainSettings:
         return self.keep == "best" or self.early_stopping > 0
 
 
+@settings
+class Served:
+    """What a recipe's section `upload` says about the weights that training writes."""
+
+    model_name: str = ""
+    quantize: Literal["fp8", "int8", "int4"] | None = None
+
+
+def train_settings(recipe: str, **overrides: Any) -> TrainSettings:
+    """The settings in a recipe's text, with those of `upload` that training follows.
+
+    ``overrides`` and errors are those of `step_settings`; besides, a model that is quantized may
+    not be its own next base.
+    """
+    chosen = step_settings(TrainSettings, "train", recipe, **overrides)
+    served = some_settings(Served, "upload", recipe)
+    if "quantize" not in (read_recipe(recipe).get("train") or {}):
+        chosen = dataclasses.replace(chosen, quantize=served.quantize)
+    base = chosen.base_model.partition("?")[0]
+    if chosen.quantize and base == f"incumbent://{served.model_name}":
+        raise UserError(
+            f"upload.quantize = {chosen.quantize}: the served version of {served.model_name} would "
+            f"be quantized, and base_model {base} would train it further, which is not possible; "
+            "name the model that it is made from, or remove upload.quantize"
+        )
+    return chosen
+
+
 def on_nodes(settings: TrainSettings, job: Mapping[str, Any]) -> TrainSettings:
     """The same training as a cluster job; the launcher `local` becomes `trainjob`.
 
@@ -236,7 +268,7 @@ FREE_TO_CHANGE = frozenset(
         "launcher", "cluster", "packing", "learn",
         "watch", "watch_every", "validation_every", "validation_sequences", "early_stopping",
         "keep", "checkpoints", "checkpoint_every", "checkpoints_kept", "resume", "threads",
-        "export_dtype",
+        "export_dtype", "quantize",
     }
 )  # fmt: skip
 """Settings that may differ when a run is resumed: they change how training is computed, monitored

@@ -37,14 +37,16 @@ def upload(settings: UploadSettings, *, model: Path, version: str) -> dict[str, 
     tag, is written last and only if it does not exist yet. Nothing is ever replaced. Repeating an
     upload is not an error: files, parts of files and layers that exist already are not sent again.
     The URI of an image ends in its digest, so it always names the same image. Raises `UserError`
-    if the version exists with other content, if the weights are not those that training wrote, if a
-    file changes during the upload, and for pickles and links out of the folder.
+    if the version exists with other content, if the weights are not those that training wrote or
+    are not quantized as the settings say, if a file changes during the upload, and for pickles and
+    links out of the folder.
     """
     from nudge.components.common.core.names import check_name
 
     check_name("the version", version)
     files = _files(model)
     trained = _trained_sha256(files)
+    _check_quantized(settings, model)
     size = sum(path.stat().st_size for path in files.values())
     send = _to_registry if settings.target.startswith("oci:") else _to_store
     uri = send(settings, files, version, trained)
@@ -187,6 +189,18 @@ def _trained_sha256(files: dict[str, Path]) -> str:
     if FILE not in files:
         return ""
     return read_model_facts(files[FILE].parent).weights_sha256 or ""
+
+
+def _check_quantized(settings: UploadSettings, model: Path) -> None:
+    if settings.quantize is None:
+        return
+    served = read_model_facts(model).training.served
+    if served is None or served.kind != settings.quantize:
+        raise UserError(
+            f"upload.quantize = {settings.quantize}, but the model in {model} was "
+            f"{f'quantized to {served.kind}' if served else 'not quantized'} when it was trained; "
+            "train it again with this setting, or remove train.quantize"
+        )
 
 
 def _check_trained(listing: Listing, trained: str) -> None:

@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.uris import is_local, local_path
+from nudge.components.common.core.uris import is_local, local_path, scheme_of
 from nudge.components.tokenize.settings import TokenizeSettings
 from nudge.components.train.settings import TrainSettings
 
@@ -32,7 +31,7 @@ def model_config(train: TrainSettings, tokenize: TokenizeSettings, file: Path | 
     uri = base_of(train.base_model)
     if is_local(uri):
         return _local(uri)
-    if urlsplit(uri).scheme == "hf":
+    if scheme_of(uri) == "hf":
         name = uri.removeprefix("hf://").partition("@")[0]
         shape = SHAPES / f"{name.replace('/', '--')}.json"
         found = _cached(name) or (shape if shape.is_file() else None)

@@ -124,7 +124,10 @@ def _resolve(values: dict[str, Any], folder: Path) -> None:
 
 
 def _is_there(path: Path) -> bool:
-    return path.exists() or bool(glob.glob(str(path), recursive=True))
+    try:
+        return path.exists() or next(glob.iglob(str(path), recursive=True), None) is not None
+    except OSError:  # a name that no file can have
+        return False
 
 
 def settings_classes() -> dict[str, type[Any]]:

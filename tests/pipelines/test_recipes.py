@@ -56,6 +56,47 @@ def test_a_file_is_a_recipe(tmp_path: Path) -> None:
         load(str(tmp_path / "other.yaml"))
 
 
+RELATIVE: list[tuple[Any, Any]] = [
+    ("texts", "{}/texts"),
+    ("my texts", "{}/my texts"),
+    ("texts/*.txt", "{}/texts/*.txt"),
+    (["texts", "s3://b/x", "my texts"], ["{}/texts", "s3://b/x", "{}/my texts"]),
+    ("texts my", ["{}/texts", "{}/my"]),
+    ("texts\nhttps://x.example/a.txt", ["{}/texts", "https://x.example/a.txt"]),
+    ("here", "here"),  # only in the current directory, as older versions read it
+    ("both", "{}/both"),
+    ("nowhere", "{}/nowhere"),
+    ("/texts", "/texts"),
+    ("~/texts", "~/texts"),
+    ("hf://datasets/o/n", "hf://datasets/o/n"),
+    ("'my texts' texts", "'my texts' texts"),
+]
+
+
+@pytest.mark.parametrize(("given", "meant"), RELATIVE)
+def test_a_relative_path_is_relative_to_the_recipe(
+    given: Any, meant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, current = tmp_path / "project", tmp_path / "current"
+    for folder in (project / "texts", project / "my texts", project / "both", current / "both"):
+        folder.mkdir(parents=True)
+    (current / "here").mkdir()
+    monkeypatch.chdir(current)
+    meant = [m.format(project) for m in meant] if isinstance(meant, list) else meant.format(project)
+    path = project / "mine.yaml"
+    values = dict(load("eiffel").values)
+    values["evaluate"] = {**values["evaluate"], "guards": [{"name": "x", "uri": given}]}
+    is_one = isinstance(given, str) and "\n" not in given and isinstance(meant, str)
+    if not is_one:
+        del values["evaluate"]["guards"]
+    for ingested in ({"data_uri": given}, {"mix": [{"name": "x", "weight": 1, "data_uri": given}]}):
+        path.write_text(yaml.safe_dump({**values, "ingest": ingested}))
+        found = load(str(path)).values
+        assert found["ingest"].get("mix", [found["ingest"]])[0]["data_uri"] == meant
+        if is_one and "'" not in given:
+            assert found["evaluate"]["guards"][0]["uri"] == meant
+
+
 def test_an_unknown_recipe_names_its_nearest() -> None:
     with pytest.raises(UserError, match=r"no recipe 'eifel' .*did you mean 'eiffel'\?"):
         load("eifel")

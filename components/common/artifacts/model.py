@@ -23,6 +23,20 @@ class BaseModel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServedWeights:
+    """What quantizing the weights for serving saved, and what it cost."""
+
+    kind: str
+    """The setting `upload.quantize`."""
+    bytes_before: int
+    """Of all weight files."""
+    bytes_after: int
+    bits_per_byte_before: float
+    """Of the trained model, over the validation rows of training."""
+    bits_per_byte_after: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """What the training took. A field is None if the release that trained did not record it."""
 
@@ -43,6 +57,8 @@ class Training:
     """Before training, with the base model's own weights; None unless the base was quantized."""
     quantized_bits_per_byte: Omitted[float] = None
     """The same with the quantized weights."""
+    served: Omitted[ServedWeights] = None
+    """None unless the weights were quantized for serving."""
     usage: Omitted[dict[str, float]] = None
     """What all ranks used, interrupted attempts included: the fields of
     `nudge.components.common.spending.usage.Usage`."""

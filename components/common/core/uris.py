@@ -20,7 +20,7 @@ def package_path(uri: str) -> Path:
     package, _, path = uri.removeprefix("package://").partition("/")
     try:
         spec = importlib.util.find_spec(package)
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, ValueError):  # ValueError: no name, or one that is being loaded
         spec = None
     if spec is None:
         raise UserError(
@@ -38,7 +38,15 @@ def package_path(uri: str) -> Path:
 
 def is_local(uri: str) -> bool:
     """Whether a URI names a file on this machine's disk: file, package or a bare path."""
-    return urlsplit(uri).scheme in ("", "file", "package")
+    return scheme_of(uri) in ("", "file", "package")
+
+
+def scheme_of(uri: str) -> str:
+    """The scheme of a URI; empty for a path."""
+    try:
+        return urlsplit(uri).scheme
+    except ValueError:  # its host is no host: https://[x
+        return uri.partition("://")[0].lower()
 
 
 def read_text(path: Path) -> str:
@@ -52,13 +60,28 @@ def read_text(path: Path) -> str:
 
 
 def local_path(uri: str) -> Path:
-    """The path on disk of a local URI (``package://``, ``file://`` or a bare path)."""
-    scheme = urlsplit(uri).scheme
+    """The path on disk of a local URI (``package://``, ``file://`` or a bare path).
+
+    Raises `UserError` if no file can have this name, or if the URI is not local.
+    """
+    path = _local_path(uri)
+    try:
+        path.exists()
+    except OSError as error:  # too long, as is a text that stands where a path belongs
+        raise UserError(f"{uri[:80]}: no file can have this name: {error.strerror}") from None
+    return path
+
+
+def _local_path(uri: str) -> Path:
+    scheme = scheme_of(uri)
     if scheme == "package":
         return package_path(uri)
     if scheme == "file":
         # Everything after the authority, since a name may contain ``?`` or ``#``.
         return Path(re.sub("^file:(//[^/]*)?", "", uri))
     if scheme == "":
-        return Path(uri).expanduser()
+        try:
+            return Path(uri).expanduser()
+        except RuntimeError:
+            raise UserError(f"{uri}: there is no user of this name here; use a full path") from None
     raise UserError(f"{uri} is not on this machine; expected package://, file:// or a path")

@@ -14,11 +14,11 @@ SENTENCEPIECE = "tokenizer.model"
 TEMPLATE = "chat_template.jinja"
 
 
-def read_config(folder: Path, uri: str) -> dict[str, Any]:
+def read_config(folder: Path, uri: str, *, trained: bool = True) -> dict[str, Any]:
     """The values of ``config.json``.
 
-    Raises `UserError` if it is missing or not an object, or if the folder is that of an adapter or
-    of a quantized model, whose weights cannot be trained.
+    Raises `UserError` if it is missing or not an object, or if the folder is that of an adapter or,
+    unless it is not to be ``trained``, of a quantized model, whose weights cannot be trained.
     """
     path = folder / "config.json"
     adapter = folder / "adapter_config.json"
@@ -32,7 +32,7 @@ def read_config(folder: Path, uri: str) -> dict[str, Any]:
         raise UserError(f"base_model {uri}: {folder} has no config.json; name a model folder")
     values = _object(path, uri)
     quantization = values.get("quantization_config")
-    if isinstance(quantization, dict):
+    if isinstance(quantization, dict) and trained:
         method = quantization.get("quant_method") or "quantization_config"
         raise UserError(
             f"base_model {uri} is quantized ({method}), and quantized weights cannot be trained; "

@@ -18,13 +18,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from nudge.components.common.artifacts import model_files
 from nudge.components.common.core.environment import nudge_home
 from nudge.components.common.core.errors import UserError, one_line
 from nudge.components.common.core.publish import published, sha256_file
-from nudge.components.common.core.uris import is_local, local_path
+from nudge.components.common.core.uris import is_local, local_path, scheme_of
 from nudge.components.common.models.base_checks import check_tokenizer_files, read_config
 from nudge.components.common.models.names import hub_hint
 from nudge.components.common.models.registered import (
@@ -44,13 +43,14 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
-def local_model(uri: str) -> Path:
+def local_model(uri: str, *, trained: bool = True) -> Path:
     """The Hugging Face folder (config, tokenizer, safetensors) of a base model.
 
-    Raises `UserError` if it cannot be found or is not a causal language model.
+    Raises `UserError` if it cannot be found, is not a causal language model, or is quantized. A
+    model that is not to be ``trained``, such as the version served now, may be quantized.
     """
     uri = resolved(uri)
-    if urlsplit(uri).scheme == "hf":
+    if scheme_of(uri) == "hf":
         folder = _from_hub(uri, MODEL_FILES)
     elif is_local(uri):
         path = local_path(uri)
@@ -62,7 +62,7 @@ def local_model(uri: str) -> Path:
         folder = _from_gguf(path) if path.suffix == ".gguf" else path
     else:
         folder = _downloaded(uri)
-    _check_causal(folder, uri)
+    _check_causal(folder, uri, trained=trained)
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"base_model {uri}: {folder} has no .safetensors (pickles are refused)")
     from nudge.components.common.models.weights import check_weights
@@ -77,7 +77,7 @@ def local_tokenizer(uri: str) -> Path:
     Raises `UserError` as `local_model` does.
     """
     uri = resolved(uri)
-    if urlsplit(uri).scheme == "hf":
+    if scheme_of(uri) == "hf":
         folder = _from_hub(uri, TOKENIZER_FILES)
     elif not is_local(uri):
         folder = _downloaded(uri, TOKENIZER_FILES, "-tokenizer")
@@ -96,8 +96,7 @@ def resolved(uri: str) -> str:
     Raises `UserError` if no version is served and the URI has no ``else``, if the registry does not
     answer, or if the upload is not the registered one.
     """
-    parts = urlsplit(uri)
-    if parts.scheme != "incumbent":
+    if scheme_of(uri) != "incumbent":
         return uri
     from nudge.components.common.clients.registry.connection import registry_url, with_registry
     from nudge.components.common.clients.registry.releases import find_standing
@@ -126,11 +125,11 @@ def cache_folder() -> Path:
     return nudge_home() / "base_models"
 
 
-def _check_causal(folder: Path, uri: str) -> None:
+def _check_causal(folder: Path, uri: str, *, trained: bool = True) -> None:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    read_config(folder, uri)
+    read_config(folder, uri, trained=trained)
     try:
         # Set trust_remote_code, because otherwise transformers asks a person at a terminal.
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -53,6 +53,11 @@ def _check(config: Any, folder: Path) -> None:
             f"{folder} is a {config.model_type} model, which nudge cannot write as GGUF; it can "
             f"write {', '.join(ARCHITECTURES)}. Export it with --format hf"
         )
+    if getattr(config, "quantization_config", None):
+        raise UserError(
+            f"{folder} is quantized for serving, and nudge cannot write that as GGUF; export it "
+            "with --format hf, or train it without upload.quantize"
+        )
     window = getattr(config, "sliding_window", None) or config.max_position_embeddings
     rope = _rope_type(config)
     unknown = [

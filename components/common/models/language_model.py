@@ -15,6 +15,7 @@ from nudge.components.common.core.environment import usable_cores
 from nudge.components.common.core.errors import UserError, one_line
 from nudge.components.common.models.end_of_document import document_start_id
 from nudge.components.common.models.loading import empty_model
+from nudge.components.common.models.serving_quantization import load_quantized, quantization_of
 from nudge.kernels import fused_linear_cross_entropy
 from nudge.kernels.cpu_products import linear, onednn_is_faster
 
@@ -36,8 +37,11 @@ def set_up_torch(threads: int, seed: int, deterministic: bool = True) -> None:
 def load_model(folder: Path) -> Any:
     """Load a causal LM in float32, in evaluation mode, from safetensors and without remote code.
 
-    Raises `UserError` if the weights are missing, damaged or do not fit the config.
+    A model that was quantized for serving computes as `load_quantized` says. Raises `UserError` if
+    the weights are missing, damaged or do not fit the config.
     """
+    if quantization_of(folder):
+        return load_quantized(folder)
     model, filler = empty_model(folder)
     filler.fill(model, torch.device("cpu"))
     return model
@@ -62,8 +66,15 @@ def check_generates(model: Any, tokenizer: Any, uri: str) -> None:
 
 
 def speed_up_products(model: nn.Module) -> None:
-    """Use the faster of torch's two libraries in the linear layers of a model on a CPU."""
-    layers: list[Any] = [module for module in model.modules() if type(module) is nn.Linear]
+    """Use the faster of torch's two libraries in the linear layers of a model on a CPU.
+
+    Layers of a quantized model stay, because their own code rounds their inputs.
+    """
+    layers: list[Any] = [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear and not hasattr(module, "quantization_scheme")
+    ]
     for layer in layers:
         if layer.weight.device.type == "cpu" and onednn_is_faster():
             layer.forward = types.MethodType(_linear, layer)

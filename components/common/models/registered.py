@@ -9,12 +9,12 @@ import functools
 import tempfile
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from nudge.components.common.artifacts import model_files
 from nudge.components.common.clients.registry.releases import Version
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import sha256_file
+from nudge.components.common.core.uris import scheme_of
 from nudge.components.common.models.own_copies import link_own_files
 
 PIN = "#manifest_sha256="
@@ -45,7 +45,7 @@ def pinned_uri(version: Version) -> str:
     the URI is not one of an upload: nothing there can be compared with what was registered.
     """
     title = f"{version.model} {version.name}"
-    if urlsplit(version.uri).scheme not in CHECKED:
+    if scheme_of(version.uri) not in CHECKED:
         raise UserError(
             f"{title} is registered as {version.uri}, and nothing there can be compared with what "
             "was evaluated; name that URI itself as the base model if you trust it"
@@ -74,7 +74,7 @@ def download_model(
 
     Raises `UserError` if there are none.
     """
-    if urlsplit(uri).scheme == "oci":
+    if scheme_of(uri) == "oci":
         from nudge.components.common.clients.modelcar import download_image
 
         download_image(uri, folder, files)

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.uris import is_local, local_path
 from nudge.components.common.models.base_checks import check_lora_targets, check_vocabulary
 
@@ -38,9 +39,15 @@ def _folder(uri: str) -> Path | None:
     """The model's folder, if it is on this machine; None for a GGUF file and for other places."""
     if uri.startswith("hf://"):
         from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
 
         name, _, revision = uri.removeprefix("hf://").partition("@")
-        found = try_to_load_from_cache(name, "config.json", revision=revision or None)
+        try:
+            found = try_to_load_from_cache(name, "config.json", revision=revision or None)
+        except HFValidationError:
+            raise UserError(
+                f"base_model {uri}: {name!r} cannot be the name of a model; write hf://owner/name"
+            ) from None
         return Path(found).parent if isinstance(found, str) else None
     if not uri or not is_local(uri):
         return None

@@ -4,10 +4,9 @@ import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.uris import is_local, local_path
+from nudge.components.common.core.uris import is_local, local_path, scheme_of
 from nudge.components.common.readers.names import hidden_part
 from nudge.components.common.readers.parquet import is_metadata
 from nudge.components.common.readers.records import Page, ReadOptions
@@ -23,7 +22,7 @@ def curated_texts(uri: str, where: str, most: int | None = None) -> list[str]:
     """
     if is_local(uri):
         return list(itertools.islice(_texts(uri, where, _files(local_path(uri))), most))
-    if urlsplit(uri).scheme != "s3":
+    if scheme_of(uri) != "s3":
         raise UserError(
             f"{where}: cannot read {uri}; use package://, file://, a path or an s3:// folder"
         )

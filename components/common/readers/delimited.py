@@ -26,6 +26,8 @@ from nudge.components.common.readers.unreadable import Unreadable
 DELIMITERS = ",;\t|"
 MOST_READ_AGAIN = 1 << 30
 """Limit on characters reread after broken rows, so that no file takes quadratic time."""
+SEPARATOR_LINE = re.compile(r'"?sep=([^\w\s"]|\t)"?[\r\n]*')
+"""A first line that names the delimiter, as Excel reads and writes it."""
 csv.field_size_limit(RECORD_BYTES)
 
 
@@ -106,7 +108,7 @@ class _Table:
             row = self._next(None)
         if self._broken:
             return self._broken.pop()
-        return row or []
+        return self._options.header(row) if isinstance(row, list) else row or []
 
     def _next(self, width: int | None) -> list[str] | Unreadable | None:
         """The next row, None at the end; ``width`` is the number of columns if it is known."""
@@ -157,7 +159,10 @@ class _Table:
             first = next(source, "")
             while first and not first.strip() and not self._broken:
                 first = next(source, "")
-            self._delimiter = self._detected(first)
+            if given := SEPARATOR_LINE.fullmatch(first):
+                self._delimiter, first = given[1], ""
+            else:
+                self._delimiter = self._detected(first)
             if first:
                 self._again.append(first)
                 self._line -= 1
@@ -172,7 +177,7 @@ class _Table:
                 names = next(csv.reader([header], delimiter=delimiter), [])
             except csv.Error:
                 continue
-            if self._options.has_body(names):
+            if self._options.has_body(self._options.header(names)):
                 return delimiter
         return ","
 

@@ -23,12 +23,16 @@ CANDIDATES = [
 ]
 
 
+MANY_ZEROS = 0.1
+"""The share of characters below U+0100 from which zeros in every second byte mean UTF-16."""
+
+
 def decoded(raw: bytes, options: ReadOptions, declared: str = "") -> tuple[str | Unreadable, str]:
     """The text of ``raw`` and its encoding, which is empty for UTF-8.
 
     ``declared`` is the encoding that the file states; it counts only if the bytes are not UTF-8.
     """
-    bom = _marked(raw)
+    bom = _marked(raw) or ("" if options.encoding else _unmarked_utf16(raw))
     if not (bom or options.encoding):
         try:
             return raw.decode("utf-8-sig"), ""
@@ -58,7 +62,7 @@ def utf8_stream(
     if buffered is None:
         buffered = io.BufferedReader(_Raw(stream), SAMPLE_BYTES)
     sample = buffered.peek(SAMPLE_BYTES)
-    encoding = _marked(sample) or options.encoding
+    encoding = _marked(sample) or options.encoding or (_unmarked_utf16(sample) if detect else "")
     if not encoding and detect and not _has_utf8(sample):
         encoding = detected(sample[: sample.rfind(b"\n") + 1] or sample)
     if not encoding or _named(encoding) == "":
@@ -149,6 +153,19 @@ def _language(raw: bytes, encoding: str) -> str:
 
 def _marked(raw: bytes) -> str:
     return next((name for bom, name in BOMS if raw.startswith(bom)), "")
+
+
+def _unmarked_utf16(raw: bytes) -> str:
+    """``utf-16-le`` or ``utf-16-be`` for UTF-16 without a BOM; empty if ``raw`` is something else.
+
+    Its blanks, digits and line ends have a zero in the same one of their two bytes.
+    """
+    sample = raw[: SAMPLE_BYTES // 16 * 2]
+    first, second = sample[::2].count(0), sample[1::2].count(0)
+    many, few = max(first, second), min(first, second)
+    if not many or many < MANY_ZEROS * len(sample) / 2 or few > many / 20:
+        return ""
+    return "utf-16-be" if first > second else "utf-16-le"
 
 
 def _named(encoding: str) -> str:

@@ -13,6 +13,9 @@ from nudge.components.common.readers import records
 from nudge.components.common.readers.records import Page, ReadOptions, Record, Records, lines, whole
 from nudge.components.common.readers.unreadable import Unreadable
 
+ENCRYPTED = ("application/pkcs7-mime", "application/x-pkcs7-mime", "multipart/encrypted")
+"""S/MIME and PGP. A signed message of the first kind is encoded too."""
+
 
 def read_eml(stream: IO[bytes], name: str, _: ReadOptions) -> Records:
     """One message."""
@@ -50,11 +53,31 @@ def outlook_text(raw: bytes) -> str | Unreadable:
 
 
 def message_text(raw: bytes) -> str | Unreadable:
-    """The subject and the body of a message; plain text if it has any, else its HTML."""
-    from nudge.components.common.readers.web import all_text
-
+    """The subject and the body of a message and of those attached to it; a body's plain text if it
+    has any, else its HTML. Other attachments are left out."""
     message = email.message_from_bytes(raw, policy=email.policy.default)
     assert isinstance(message, EmailMessage)
+    content = "\n\n".join(filter(None, map(_content, _messages_in(message))))
+    if content:
+        return content
+    if message.get_content_type() in ENCRYPTED:
+        return Unreadable("encrypted", "encrypted mail", len(raw))
+    return Unreadable("no_text", bytes=len(raw))
+
+
+def _messages_in(message: EmailMessage) -> Iterator[EmailMessage]:
+    """The message and, after it, those that were attached to it, as when one is forwarded."""
+    for part in message.walk():
+        if part is message or part.get_content_type() == "message/rfc822":
+            found = part if part is message else part.get_payload(0)
+            if isinstance(found, EmailMessage):
+                yield found
+
+
+def _content(message: EmailMessage) -> str:
+    """The subject and the body; empty without a body, since a subject alone says little."""
+    from nudge.components.common.readers.web import all_text
+
     body = message.get_body(preferencelist=("plain", "html"))
     content = ""
     if body is not None:
@@ -65,8 +88,7 @@ def message_text(raw: bytes) -> str | Unreadable:
             content = payload.decode("utf-8", "replace") if isinstance(payload, bytes) else ""
         if body.get_content_subtype() == "html":
             content = all_text(content.encode("utf-8", "replace"))
-    subject = str(message.get("subject", ""))
-    return _joined(subject, content) or Unreadable("no_text", bytes=len(raw))
+    return _joined(str(message.get("subject", "")), content) if content.strip() else ""
 
 
 def _joined(subject: str, content: str) -> str:

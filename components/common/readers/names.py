@@ -27,8 +27,13 @@ NOT_TEXT = frozenset((
 ))  # fmt: skip
 """Suffixes of files without text; they are counted, but not as a loss of text."""
 CONVERTED = {
-    **dict.fromkeys((".doc", ".dot", ".wpd", ".wps"), "soffice --headless --convert-to docx"),
-    **dict.fromkeys((".ppt", ".pps"), "soffice --headless --convert-to pptx"),
+    **dict.fromkeys(
+        (".doc", ".docm", ".dot", ".dotx", ".fodt", ".wpd", ".wps"),
+        "soffice --headless --convert-to docx",
+    ),
+    **dict.fromkeys(
+        (".pot", ".potx", ".pps", ".ppsx", ".ppt", ".pptm"), "soffice --headless --convert-to pptx"
+    ),
     **dict.fromkeys((".pages", ".key", ".numbers"), "Apple's programs export .docx, .pptx, .xlsx"),
     **dict.fromkeys((".mobi", ".azw", ".azw3", ".fb2", ".lit"), "Calibre's ebook-convert to .epub"),
     **dict.fromkeys((".pst", ".ost"), "readpst writes .mbox files"),

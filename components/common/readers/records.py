@@ -94,6 +94,14 @@ class ReadOptions:
             wanted |= set(chat_columns(names))
         return [name for name in names if name in wanted]
 
+    def header(self, names: Iterable[str]) -> list[str]:
+        """A table's columns; one such as ``Text`` is the text column if none has its exact name."""
+        found = [name.strip() for name in names]
+        like = [each for each in found if each.casefold() == self.text_column.casefold()]
+        if self.text_column in found or len(like) != 1:
+            return found
+        return [self.text_column if each == like[0] else each for each in found]
+
     def may_be_chat(self, names: Iterable[Any]) -> bool:
         """Whether a row with these columns may be a conversation."""
         return self.format != "text" and is_conversation(names)

@@ -77,10 +77,11 @@ def _records(
     found: list[Record] = []
     for title, every_row in sheets:
         rows = (row for row in every_row if any(value is not None for value in row))
-        header = [str(value) for value in next(rows, ())]
-        if options.has_body(header):
+        header = ["" if value is None else str(value) for value in next(rows, ())]
+        columns = options.header(header)
+        if options.has_body(columns):
             for number, row in enumerate(rows, 2):
-                cells = zip(header, row, strict=False)
+                cells = zip(columns, row, strict=False)
                 values = {name: cell if cell is None else str(cell) for name, cell in cells}
                 record = record_of(values, number, options)
                 found.append(record._replace(name=f"{title}:{record.name}"))

@@ -12,6 +12,19 @@ from nudge.components.train.models.quantized import QuantizedLinear
 from nudge.components.train.settings import TrainSettings
 
 
+def bits_per_byte_of_a_nat(
+    validation: PackedSplit, tokenizer: Any, settings: TrainSettings
+) -> float:
+    """The bits per byte of a loss of one nat per token, over the validation rows of the settings.
+
+    The bytes are those of the rows' tokens as text.
+    """
+    rows = validation.batch(0, 0, min(settings.validation_sequences, validation.rows))
+    targets = [row[row != IGNORED].tolist() for row in rows.targets]
+    text_bytes = sum(len(tokenizer.decode(row).encode()) for row in targets)
+    return sum(len(row) for row in targets) / math.log(2) / text_bytes
+
+
 def quantization_cost(
     network: Network,
     start: Start,
@@ -22,8 +35,8 @@ def quantization_cost(
     """``base_bits_per_byte`` and ``quantized_bits_per_byte`` over the validation rows of the
     settings; empty if nothing is quantized.
 
-    The original weights are read from the base model's files, one layer at a time. The bytes are
-    those of the rows' tokens as text. Every rank must call this.
+    The original weights are read from the base model's files, one layer at a time. Every rank must
+    call this.
     """
     layers = {
         name.removesuffix(".base_layer"): module
@@ -32,11 +45,7 @@ def quantization_cost(
     }
     if not layers:
         return {}
-    rows = validation.batch(0, 0, min(settings.validation_sequences, validation.rows))
-    targets = [row[row != IGNORED].tolist() for row in rows.targets]
-    text_bytes = sum(len(tokenizer.decode(row).encode()) for row in targets)
-    tokens = sum(len(row) for row in targets)
-    bits_per_byte = tokens / math.log(2) / text_bytes  # of a loss of one nat per token
+    bits_per_byte = bits_per_byte_of_a_nat(validation, tokenizer, settings)
     after = validation_loss(network, validation, settings)
     try:
         for name, layer in layers.items():

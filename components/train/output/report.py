@@ -111,6 +111,7 @@ def render_report(facts: dict[str, Any], lines: dict[str, list[str]]) -> str:
             "share of time waiting for data": _share(last["data_wait_share"]),
             "peak memory": f"{last['memory_bytes'] / 2**20:,.0f} MiB",
             **_quantization(training, facts["settings"]),
+            **_served(training.get("served")),
             "data": facts["data_fingerprint"],
             "tokenizer": facts["tokenizer_sha256"],
             "code": facts["code_version"],
@@ -127,6 +128,20 @@ def _quantization(training: dict[str, Any], settings: dict[str, Any]) -> dict[st
     return {
         f"cost of the {settings['base_dtype']} base before training": f"{after - before:+.4f} bits "
         f"per byte of held-out text ({before:.4f} with its own weights, {after:.4f} quantized)"
+    }
+
+
+def _served(served: dict[str, Any] | None) -> dict[str, str]:
+    """What quantizing the model for serving saved and cost, if it was quantized."""
+    if served is None:
+        return {}
+    before, after = served["bytes_before"], served["bytes_after"]
+    first, last = served["bits_per_byte_before"], served["bits_per_byte_after"]
+    return {
+        f"saved by {served['kind']} weights": f"{before - after:,} of {before:,} bytes "
+        f"({_share(1 - after / before)})",
+        f"cost of {served['kind']} weights": f"{last - first:+.4f} bits per byte of held-out text "
+        f"({first:.4f} as trained, {last:.4f} quantized)",
     }
 
 

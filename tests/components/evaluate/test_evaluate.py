@@ -27,6 +27,9 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import sha256_file, write_manifest
 from nudge.components.common.core.sample_size import MIN_DOCUMENTS
 from nudge.components.common.core.settings import parse
+from nudge.components.common.models.base_model import model_sha256
+from nudge.components.common.models.loading import meta_model, model_config
+from nudge.components.common.models.serving_quantization import quantize_folder
 from nudge.components.evaluate import incumbent
 from nudge.components.evaluate.evaluate import evaluate
 from nudge.components.evaluate.settings import EvaluateSettings, Guard, Probe
@@ -434,3 +437,23 @@ def test_default_prompts_end_within_a_sentence_and_leave_half_of_the_text(
     text: str, prompt: str
 ) -> None:
     assert beginnings([Document("1", text, "x")], 3) == ([prompt] if prompt else [])
+
+
+def test_quantized_models_are_scored_as_they_are_served(
+    workspace: Workspace, served_is: Say
+) -> None:
+    plain = workspace.run()
+    for name, kind in {"eight": "int8", "four": "int4"}.items():
+        folder = workspace.folder / name
+        shutil.copytree(workspace.folder / "candidate", folder)
+        quantize_folder(folder, meta_model(model_config(folder)), kind)  # type: ignore[arg-type]
+    served_is(Incumbent("found", version="v1", uri="s3://bucket/m/v1"), workspace.folder / "four")
+    result = workspace.run(candidate="eight")
+    assert result["incumbent"]["state"] == "found", result["incumbent"]
+    found = {name: each["bits_per_byte"] for name, each in result["metrics"].items()}
+    exact = plain["metrics"]["candidate"]["bits_per_byte"]
+    assert found["base"] == plain["metrics"]["base"]["bits_per_byte"]
+    for name in ("candidate", "incumbent"):
+        assert 1e-6 < abs(found[name] - exact) < 0.05
+    assert found["candidate"] != found["incumbent"]
+    assert result["models"]["candidate"]["sha256"] == model_sha256(workspace.folder / "eight")

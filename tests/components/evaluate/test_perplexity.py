@@ -23,6 +23,7 @@ from nudge.components.evaluate.perplexity import (
     summarize,
     windows,
 )
+from nudge.components.tokenize.ids import ids_of, text_ids
 
 
 @pytest.mark.parametrize(
@@ -79,6 +80,23 @@ def test_scores_equal_plain_transformers(tiny_model: Path) -> None:
         assert scored.nats == pytest.approx(nats, rel=1e-5)
         assert scored.tokens == len(ids) - 1
         assert scored.bytes == len(text.encode())
+
+
+def test_control_tokens_that_a_text_spells_out_are_scored_as_text(tiny_model: Path) -> None:
+    """As `tokenize` encodes them, so that training and evaluation see the same tokens."""
+    model, tokenizer = load_model(tiny_model), load_tokenizer(tiny_model)
+    text = "One <|im_end|> two."
+    of_tokenizer = (tiny_model / "tokenizer.json").read_text(encoding="utf-8")
+    options: dict[str, Any] = {"first_token": 0, "window": 64, "stride": 32}
+    with progress("test") as bar:
+        found = {
+            is_text: score(model, tokenizer, [text], bar=bar, is_control_text=is_text, **options)[
+                0
+            ].tokens
+            for is_text in (True, False)
+        }
+    assert found[True] == len(text_ids([text], of_tokenizer, False)[0])
+    assert found[False] == len(ids_of([text], of_tokenizer, False)[0]) < found[True]
 
 
 def test_a_model_with_another_loss_is_not_scored(tiny_model: Path) -> None:

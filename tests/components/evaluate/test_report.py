@@ -75,6 +75,20 @@ def test_the_page_names_failed_checks_and_missing_ones() -> None:
     assert "other seeds and other kinds of text were not tried" in text
 
 
+def test_the_page_says_what_quantizing_saved_and_cost() -> None:
+    values = copy.deepcopy(SAMPLE)
+    values["training"]["served"] = {
+        "kind": "int8", "bytes_before": 2000, "bytes_after": 1250,
+        "bits_per_byte_before": 1.5, "bits_per_byte_after": 1.5125,
+    }  # fmt: skip
+    text = " ".join(page_of(values).split())
+    assert (
+        "scored as it is served, with int8 weights: 750 of 2,000 bytes saved, for +0.0125 bits per "
+        "byte of the training’s validation rows (1.5000 before, 1.5125 after)"
+    ) in text
+    assert "scored as it is served" not in page_of(SAMPLE)
+
+
 @pytest.mark.parametrize("width", [390, 1200])
 def test_hostile_text_is_shown_but_not_run(chromium: Any, tmp_path: Path, width: int) -> None:
     path = tmp_path / "report.html"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nudge.components.common.artifacts.corpus import read_corpus
+from nudge.components.common.artifacts.corpus import read_corpus, read_documents
 from nudge.components.common.core.errors import UserError
 from nudge.components.ingest.finding import find_sources
 from nudge.components.ingest.ingest import ingest
@@ -157,6 +157,28 @@ def test_a_folder_with_any_name_is_read(tmp_path: Path, name: str) -> None:
         assert len(find_sources(uri)) == 3
         assert len(find_sources([uri, f"{tmp_path}/Texte2"])) == 5
         assert len(find_sources(f"{uri}\n{tmp_path}/Texte2")) == 5
+
+
+def test_a_name_that_is_not_utf8_is_read_and_shown_with_its_bytes(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    write(data, texts(40))
+    for name in (b"caf\xe9.txt", b"caf\xea.txt"):
+        text = f"A note in a file from another century, number {name[3]}, which must not be lost."
+        Path(os.fsdecode(bytes(data) + b"/" + name)).write_text(text)
+    Path(os.fsdecode(bytes(data) + b"/\xe9.txt")).write_text("short")
+    result = run(tmp_path, str(data))
+    assert (result["documents"], result["dropped"]) == (42, {"too_short": 1})
+    kept = [*read_documents(tmp_path / "out" / "corpus", "train")]
+    kept += read_documents(tmp_path / "out" / "corpus", "validation")
+    odd = sorted(each.source for each in kept if "caf" in each.source)
+    assert odd == [f"file://{data}/caf\\x{digits}.txt" for digits in ("e9", "ea")]
+    assert "\\xe9.txt" in result["account"]
+
+
+def test_a_missing_path_is_named_as_such(tmp_path: Path) -> None:
+    for uri in (f"{tmp_path}/texts", f"file://{tmp_path}/texts", f"{tmp_path}/my texts"):
+        with pytest.raises(UserError, match=r"^ingest.data_uri .*: there is no such file or"):
+            find_sources([uri])
 
 
 def test_blanks_may_be_quoted_escaped_or_percent_20(

@@ -321,6 +321,17 @@ def test_any_name_is_read_and_files_without_a_reader_are_named(
     assert len(find_sources(both)) == 2 * len(contents)
 
 
+def test_a_name_in_a_bucket_wins_over_a_pattern_and_over_percent_20(store: Store) -> None:
+    store(share=0.0)
+    for folder, count in (("a[1]", 1), ("a1", 2), ("my texts", 3), ("half%20", 4)):
+        put(f"names/{folder}", {f"{n}.txt": b"x" for n in range(count)})
+    uris = {"a[1]": 1, "a[1]/0.txt": 1, "my texts": 3, "my%20texts": 3, "half%20": 4}
+    found = {uri: len(find_sources(f"s3://nudge/names/{uri}")) for uri in uris}
+    assert found == uris
+    assert len(find_sources([f"s3://nudge/names/{uri}" for uri in ("a[1]", "my texts")])) == 4
+    assert len(find_sources("s3://nudge/names/a[1-2]/*")) == 2
+
+
 def test_urls_that_differ_in_their_query_are_two_objects(tmp_path: Path) -> None:
     for part in range(3):
         (tmp_path / f"{part}.jsonl").write_bytes(lines(part, 20))

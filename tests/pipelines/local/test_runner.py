@@ -71,11 +71,14 @@ def test_every_character_of_a_recipe_reaches_every_step(
     assert {path.name for path in work.iterdir()} == {"recipe.yaml", "two.yaml", "run"}
 
 
-def test_a_folder_that_kfp_would_rename_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("folder", "part"), [("{{$.x}}", "{{$"), ("kfp-workspace", "/kfp-work")])
+def test_a_folder_that_kfp_would_rename_is_refused(tmp_path: Path, folder: str, part: str) -> None:
     (tmp_path / "recipe.yaml").write_text("name: x")
     command = [sys.executable, "-m", "nudge.pipelines.local.runner"]
     command += ["--recipe", str(tmp_path / "recipe.yaml")]
-    command += ["--artifacts", str(tmp_path / "{{$.x}}" / "artifacts")]
+    command += ["--artifacts", str(tmp_path / folder / "artifacts")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "has {{$ in its path, which kfp.local replaces; set NUDGE_HOME" in done.stderr
+    shown = " ".join(done.stderr.split())
+    assert f"has {part}" in shown
+    assert "in its path, which kfp.local replaces; set NUDGE_HOME" in shown

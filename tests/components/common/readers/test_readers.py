@@ -67,6 +67,22 @@ def test_an_encoding_can_be_set_and_bytes_that_are_not_text_are_counted() -> Non
     assert counted(cut, "a.csv") == {"read": 1, "not_utf8": 1}
 
 
+@pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(
+    "text", [FRENCH, "The tower stands in Paris.", "Башня стоит в Париже. " * 9]
+)
+def test_utf_16_without_a_mark_is_detected(order: str, text: str) -> None:
+    (record,) = records(text.encode(order), "a.txt")
+    assert (record.text, record.encoding) == (text, order)
+    (row,) = records(f'id,text\n1,"{text}"\n'.encode(order), "a.csv")
+    assert (row.text, row.encoding) == (text, order)
+
+
+@pytest.mark.parametrize("raw", [b"a", b"ab", b"The tower\0 stands in Paris.", b"\0" * 64, b""])
+def test_other_bytes_are_not_taken_for_utf_16(raw: bytes) -> None:
+    assert texts(raw, "a.txt") == [raw.decode()]
+
+
 def test_html_is_read_in_its_declared_encoding() -> None:
     page = '<html><head><meta charset="{}"></head><body><article><p>{}</p></article></body></html>'
     for declared, encoding in (("windows-1252", "cp1252"), ("iso-8859-1", "cp1252")):

@@ -83,6 +83,25 @@ def test_the_delimiter_is_detected_or_set(delimiter: str) -> None:
     assert len(texts(odd, "a.csv", delimiter="^")) == 3
 
 
+@pytest.mark.parametrize("mark", [";", "\t", "#"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_excels_line_that_names_the_delimiter_is_no_header(mark: str, end: str) -> None:
+    lines = [f"sep={mark}", f"id{mark}text", f"1{mark}Paris, a city", f"2{mark}Lyon"]
+    found = records(end.join(lines).encode(), "a.csv")
+    assert [(r.name, r.text) for r in found] == [("1", "Paris, a city"), ("2", "Lyon")]
+    assert texts(b"sep=,text\n1,Paris\n", "a.csv") == ["Paris"]
+
+
+@pytest.mark.parametrize("header", ["Id,Text", "id, text", "id,TEXT "])
+def test_a_column_that_differs_in_case_or_blanks_is_the_text_column(header: str) -> None:
+    assert texts(f"{header}\n1,Paris\n".encode(), "a.csv") == ["Paris"]
+    book = made.workbook([[*header.split(",")], [1, "Paris"]])
+    assert texts(book, "a.xlsx") == ["Paris"]
+    both = b"Text,text\nLyon,Paris\n"
+    assert texts(both, "a.csv") == ["Paris"]
+    assert counted(b"Text,TEXT\nLyon,Paris\n", "a.csv") == {"no_column": 1}
+
+
 def test_binary_parquet_columns_with_utf8_are_read() -> None:
     raw = made.table(id=[b"a", b"b", b"c"], text=["täxt".encode(), b"\xff", None])
     assert [record.name for record in records(raw, "a.parquet")] == ["a", "b", "c"]

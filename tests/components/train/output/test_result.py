@@ -16,6 +16,7 @@ from tokenizers import processors
 
 from nudge.components.common.core.errors import UserError
 from nudge.components.common.core.publish import sha256_tree
+from nudge.components.common.models.end_of_document import end_ids, end_of_document_id
 from nudge.components.common.models.language_model import load_model, load_tokenizer
 from nudge.components.evaluate.perplexity import first_token_id
 from nudge.components.evaluate.probes import answer
@@ -141,6 +142,11 @@ def test_the_folder_has_the_files_that_vllm_reads(
     tokenizer = load_tokenizer(folder)
     assert tokenizer.decode(tokenizer("Paris")["input_ids"]) == "Paris"
     assert len(tokenizer) <= config["vocab_size"]
+    # Training ends a document with this token, so a server has to stop there.
+    stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert end_of_document_id(tokenizer) in end_ids(stops)
+    assert f"mode `{mode}`" in (folder / "README.md").read_text()
+    assert (folder / "model.safetensors").stat().st_mode & 0o044 == 0o044
 
 
 def test_the_exported_adapter_equals_the_merged_model(
