@@ -23,8 +23,9 @@ CANDIDATES = [
 ]
 
 
-MANY_ZEROS = 0.1
-"""The share of characters below U+0100 from which zeros in every second byte mean UTF-16."""
+MANY_ZEROS, MORE_THAN_CHANCE = 0.1, 2
+"""The share and the number of characters below U+0100 from which zeros in every second byte mean
+UTF-16."""
 
 
 def decoded(raw: bytes, options: ReadOptions, declared: str = "") -> tuple[str | Unreadable, str]:
@@ -163,7 +164,7 @@ def _unmarked_utf16(raw: bytes) -> str:
     sample = raw[: SAMPLE_BYTES // 16 * 2]
     first, second = sample[::2].count(0), sample[1::2].count(0)
     many, few = max(first, second), min(first, second)
-    if not many or many < MANY_ZEROS * len(sample) / 2 or few > many / 20:
+    if many < max(MORE_THAN_CHANCE, MANY_ZEROS * len(sample) / 2) or few > many / 20:
         return ""
     return "utf-16-be" if first > second else "utf-16-le"
 

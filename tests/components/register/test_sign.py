@@ -23,6 +23,7 @@ from nudge.components.common.core.errors import UserError
 from nudge.components.deploy.settings import DeploySettings
 from nudge.components.deploy.verify import check_version
 from nudge.components.register.sign import signed
+from tests.components.register.keys import make_key
 
 pytest.importorskip("model_signing")
 pytestmark = pytest.mark.long  # `make test-long` installs the extra `sign`
@@ -45,22 +46,6 @@ NAMED = {
     "name": "m", "version": "v1", "uri": "s3://nudge/models/m/v1", "run_id": "run-1",
     "manifest_sha256": "c" * 64, "evaluation_sha256": "f" * 64,
 }  # fmt: skip
-
-
-def make_key(folder: Path, name: str, password: str = "") -> tuple[Path, Path]:
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
-    locked: Any = serialization.NoEncryption()
-    if password:
-        locked = serialization.BestAvailableEncryption(password.encode())
-    pem, kind = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    private.write_bytes(key.private_bytes(pem, kind, locked))
-    form = serialization.PublicFormat.SubjectPublicKeyInfo
-    public.write_bytes(key.public_key().public_bytes(pem, form))
-    return private, public
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from nudge.components.register.settings import RegisterSettings
 from nudge.components.upload.settings import UploadSettings
 from nudge.components.upload.upload import upload
 from nudge.pipelines.cli.main import main
-from tests.components.register.test_sign import make_key
+from tests.components.register.keys import make_key
 
 pytest.importorskip("model_signing")
 pytestmark = pytest.mark.long  # `make test-long` installs the extra `sign`

@@ -110,6 +110,7 @@ def test_no_figure_breaks_the_table_of_a_run(
         **dict.fromkeys(("recipe", "run_id", "reason", "report", "model_uri", "version"), ""),
         "metrics": {"base": metrics, "candidate": metrics},
         "probes": [{**probe, "ok": True}],
+        "promoted": False,
     }
 
     class Ended:
