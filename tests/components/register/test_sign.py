@@ -98,7 +98,7 @@ def test_what_is_signed_is_served_and_what_is_not_is_refused(
         ({BOM: "{}"}, "the bom in the registry is not the one"),
         ({SIGNATURE: "{}"}, "the signature in the registry is not the one"),
         ({PROVENANCE: "{"}, "is not JSON"),
-        ({PROVENANCE: "{}"}, "no signed envelope"),
+        ({PROVENANCE: "{}"}, "not a signed envelope"),
         ({PROVENANCE: ""}, "the version is not signed"),
     ],
 )
