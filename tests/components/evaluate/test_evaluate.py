@@ -1,10 +1,8 @@
 """The step by itself: its outputs, and that its metrics can be recomputed from them."""
 
-import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,131 +11,27 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from nudge.components.common.artifacts.corpus import (
-    Document,
-    read_corpus,
-    read_documents,
-    write_corpus,
-)
-from nudge.components.common.artifacts.evaluation import Incumbent, read_evaluation
-from nudge.components.common.artifacts.model_files import model_files
+from nudge.components.common.artifacts.evaluation import Incumbent
 from nudge.components.common.artifacts.scores import read_scores
-from nudge.components.common.clients import bucket
 from nudge.components.common.core.errors import UserError
-from nudge.components.common.core.publish import sha256_file, write_manifest
 from nudge.components.common.core.sample_size import MIN_DOCUMENTS
 from nudge.components.common.core.settings import parse
 from nudge.components.common.models.base_model import model_sha256
 from nudge.components.common.models.loading import meta_model, model_config
 from nudge.components.common.models.serving_quantization import quantize_folder
-from nudge.components.evaluate import incumbent
-from nudge.components.evaluate.evaluate import evaluate
 from nudge.components.evaluate.settings import EvaluateSettings, Guard, Probe
-from nudge.components.evaluate.texts import beginnings, guards_of
+from tests.components.evaluate.workspace import (
+    HELD_OUT,
+    Say,
+    Workspace,
+    make_corpus,
+    sentences,
+    train,
+)
 
-WORDS = ["the", "tower", "of", "Paris", "stands", "on", "a", "river", "and", "is", "old"]
-HELD_OUT = 20
+pytestmark = pytest.mark.usefixtures("served_is")
+
 FEW = {"max_documents": 15}
-OUTPUTS = ("evaluation", "report", "scores")
-
-
-def sentences(seed: int, count: int) -> list[str]:
-    generator = np.random.default_rng(seed)
-    return [" ".join(generator.choice(WORDS, generator.integers(8, 40))) for _ in range(count)]
-
-
-def train(folder: Path, texts: list[str]) -> None:
-    """A few steps on the texts, enough to beat the base model."""
-    from nudge.components.common.models.language_model import load_model, load_tokenizer
-
-    torch.manual_seed(1)
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    for text in texts:
-        ids = torch.tensor([[0, *tokenizer(text)["input_ids"]]])
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-
-
-@dataclasses.dataclass
-class Workspace:
-    """A corpus, a base model, a trained candidate, and a folder for the outputs of the step."""
-
-    folder: Path
-    base: Path
-
-    def run(
-        self, candidate: str = "candidate", corpus: str = "corpus", **changes: Any
-    ) -> dict[str, Any]:
-        few = {"window": 64, "stride": 32, "resamples": 2000, "guards": [], "prompts": []}
-        settings = EvaluateSettings(base_model=str(self.base), **{**few, **changes})
-        inputs = {"corpus": corpus, "model": candidate, "history": "history"}
-        paths = {key: self.folder / name for key, name in inputs.items()}
-        outputs = {name: self.folder / name for name in OUTPUTS}
-        evaluate(settings, **paths, **outputs)
-        read_evaluation(outputs["evaluation"])
-        return dict(json.loads(outputs["evaluation"].read_text(encoding="utf-8")))
-
-
-def make_corpus(folder: Path, training: list[str], held_out: list[str]) -> None:
-    documents = {
-        split: [Document(f"{split}-{n}", text, "file://corpus") for n, text in enumerate(texts)]
-        for split, texts in {"train": training, "validation": held_out}.items()
-    }
-    folder.mkdir()
-    counts = {"documents_in": 42, "documents": 42, "bytes": 1, "dropped": {}, "sources": []}
-    write_corpus(folder, documents, counts)
-
-
-@pytest.fixture(scope="module")
-def workspace(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    folder = tmp_path_factory.mktemp("evaluate")
-    training = sentences(1, 30)
-    make_corpus(folder / "corpus", training, sentences(2, HELD_OUT))
-    (folder / "history").mkdir()
-    for name in ("metrics.jsonl", "probes.jsonl"):
-        (folder / "history" / name).touch()
-    shutil.copytree(tiny_model, folder / "candidate")
-    train(folder / "candidate", training)
-    facts = dict.fromkeys(("data_fingerprint", "tokenizer_sha256", "code_version"), "")
-    body = {
-        **facts,
-        "data_fingerprint": read_corpus(folder / "corpus").fingerprint,
-        "base_model": {"uri": str(tiny_model), "sha256": ""},
-        "seed": 1,
-        "settings": {},
-        "training": {},
-        "tokens": {"train": 1, "validation": 1},
-    }
-    write_manifest(folder / "candidate" / "nudge.json", "nudge.model", 1, body)
-    return Workspace(folder, tiny_model)
-
-
-Say = Callable[..., None]
-
-
-@pytest.fixture(autouse=True)
-def served_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Say:
-    """Sets the incumbent that the registry reports, and the folder that was uploaded for it;
-    initially none."""
-    monkeypatch.setenv("NUDGE_HOME", str(tmp_path / "home"))
-
-    def say(found: Incumbent, folder: Path | None = None) -> None:
-        def download(uri: str, into: Path, *_: object) -> None:
-            assert folder is not None
-            shutil.copytree(folder, into, dirs_exist_ok=True)
-            files = {
-                name: {"sha256": sha256_file(file)} for name, file in model_files(into).items()
-            }
-            write_manifest(into / "manifest.json", "nudge.upload", 1, {"files": files})
-
-        monkeypatch.setattr(incumbent, "find_incumbent", lambda *_: found)
-        monkeypatch.setattr(bucket, "download_folder", download)
-
-    say(Incumbent("none"))
-    return say
 
 
 def test_the_interval_can_be_recomputed_from_the_scores(
@@ -374,69 +268,6 @@ def test_text_without_spaces_has_no_word_perplexity(workspace: Workspace) -> Non
     assert "Word perplexity" not in page
     assert "20 documents, " in page
     assert " words" not in page[page.index("Scored:") :].split("</p>")[0]
-
-
-def test_without_prompts_and_guards_there_are_default_ones(workspace: Workspace) -> None:
-    """A model that lost its English and answers "eeee" fails both."""
-    collapsed = workspace.folder / "collapsed"
-    shutil.copytree(workspace.folder / "candidate", collapsed)
-    from nudge.components.common.models.language_model import load_model, load_tokenizer
-
-    model, tokenizer = load_model(collapsed), load_tokenizer(collapsed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    # Any text continues with "eeee", so that all else, plain English included, gets worse.
-    ids = torch.tensor([[0, *tokenizer("the tower of Paris " + "e" * 60)["input_ids"]]])
-    for _ in range(60):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(collapsed)
-    result = workspace.run("collapsed", prompts=None, guards=None)
-    assert not result["verdict"]["promote"]
-    (guard,) = result["guards"]
-    assert guard["name"] == "plain English"
-    assert not guard["ok"]
-    held_out = [each.text for each in read_documents(workspace.folder / "corpus", "validation")]
-    prompts = [sample["prompt"] for sample in result["samples"]]
-    assert len(prompts) == 3
-    assert all(any(text.startswith(prompt) for text in held_out) for prompt in prompts)
-    verdict = read_evaluation(workspace.folder / "evaluation").verdict
-    assert verdict is not None
-    assert any("repeats one" in check.message for check in verdict.checks if not check.ok)
-
-
-def test_a_model_from_scratch_has_no_default_guard(workspace: Workspace) -> None:
-    settings = EvaluateSettings(base_model="unused")
-    assert [guard.name for guard in guards_of(settings, workspace.folder / "candidate")] == [
-        "plain English"
-    ]
-    scratch = workspace.folder / "scratch"
-    scratch.mkdir()
-    body = json.loads((workspace.folder / "candidate" / "nudge.json").read_text())
-    body["training"] = {"mode": "scratch"}
-    write_manifest(scratch / "nudge.json", "nudge.model", 1, body)
-    assert guards_of(settings, scratch) == []
-    chosen = EvaluateSettings(base_model="unused", guards=[Guard(name="g", uri="x")])
-    assert guards_of(chosen, scratch) == chosen.guards
-
-
-@pytest.mark.parametrize(
-    ("text", "prompt"),
-    [
-        ("The tower of Paris stands on a river and is old", "The tower of Paris"),
-        ("It ends here. And then it goes on for a long time", "It ends here. And then"),
-        ("A first sentence. More of it follow", ""),
-        (
-            "他们在每个星期六的早晨都会去河边散步而且总是带着狗一起去",
-            "他们在每个星期六的早晨都会去",
-        ),
-        ("short", ""),
-    ],
-)
-def test_default_prompts_end_within_a_sentence_and_leave_half_of_the_text(
-    text: str, prompt: str
-) -> None:
-    assert beginnings([Document("1", text, "x")], 3) == ([prompt] if prompt else [])
 
 
 def test_quantized_models_are_scored_as_they_are_served(
