@@ -23,7 +23,7 @@ from nudge.components.common.core.publish import write_atomic
 from nudge.components.common.core.recipe import read_yaml
 from nudge.components.common.local.processes import locked
 from nudge.components.common.local.state_file import Damaged, read_lines, read_object
-from nudge.pipelines.local.run import BEFORE, EVENTS, Run, is_locked
+from nudge.pipelines.local.run import BEFORE, EVENTS, Run, is_locked, named_time
 from nudge.pipelines.step_state import StepState
 from nudge.pipelines.steps import PIPELINE, SETTINGS
 
@@ -156,7 +156,7 @@ def read_run(folder: Path) -> PastRun:
         "recipe": str(recipe.get("name") or ""),
         "model": str(recipe.get("model_name") or ""),
         "steps": steps,
-        "started": started or _named_time(folder.name),
+        "started": started or named_time(folder.name),
     }
     if (folder / "lock").is_file() and is_locked(folder / "lock"):
         active = next((step for step in steps.values() if step.status == "running"), None)
@@ -199,7 +199,7 @@ def ended(run: Run, result: dict[str, Any]) -> PastRun:
             "recipe": run.recipe.name,
             "model": str(run.recipe.values.get("model_name") or ""),
             "steps": run.steps,
-            "started": _named_time(run.run_id),
+            "started": named_time(run.run_id),
             **_outcome(result),
         },
         result=result,
@@ -266,13 +266,6 @@ def _recipe(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}
-
-
-def _named_time(run_id: str) -> datetime | None:
-    try:
-        return datetime.strptime(run_id[:15], "%Y%m%d-%H%M%S")
-    except ValueError:
-        return None
 
 
 def delete(home: Path, run: PastRun) -> int:

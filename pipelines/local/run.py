@@ -85,12 +85,17 @@ def begin(recipe: Recipe, home: Path, *, fresh: bool = False) -> Run:
 def _next_time(home: Path) -> str:
     """The time now as a run's name begins, but always after the newest run's: neither two runs in
     one second nor a clock that was set back change which run is the last one."""
-    now = f"{datetime.now():{TIME}}"
-    names = [path.name[:15] for path in (home / "runs").glob("[0-9]*-[0-9]*-*")]
-    newest = max((name for name in names if name[8:9] == "-"), default="")
-    if now > newest:
-        return now
-    return f"{datetime.strptime(newest, TIME) + timedelta(seconds=1):{TIME}}"
+    now = datetime.now().replace(microsecond=0)
+    begun = [time for path in (home / "runs").glob("*") if (time := named_time(path.name))]
+    return f"{max([now, *(time + timedelta(seconds=1) for time in begun)]):{TIME}}"
+
+
+def named_time(run_id: str) -> datetime | None:
+    """When a run was begun, by its name; None for another name."""
+    try:
+        return datetime.strptime(run_id[:15], TIME)
+    except ValueError:
+        return None
 
 
 def under_way(home: Path) -> list[str]:

@@ -198,8 +198,9 @@ class Pipelines:
             if each["pipeline_id"] == named["pipeline_id"]
             and named.get("pipeline_version_id", key) == key
         ]
-        root = versions[-1]["pipeline_spec"]["pipeline_spec"]["root"]
-        known = root.get("inputDefinitions", {}).get("parameters", {})
+        spec = versions[-1]["pipeline_spec"]["pipeline_spec"]
+        workflow = f"{spec['pipelineInfo']['name']}-7vk7x"
+        known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
         parameters = body["runtime_config"]["parameters"]
         size = len(json.dumps(parameters, separators=(",", ":")).encode())
         if size > MAX_PARAMETER_BYTES:
@@ -211,7 +212,7 @@ class Pipelines:
                 if "{{inputs.parameters." in value:
                     return Broken(f"failed to resolve {value}")
                 # Argo replaces its own words, and leaves others as they are.
-                value = value.replace("{{workflow.name}}", "train-and-serve-7vk7x")
+                value = value.replace("{{workflow.name}}", workflow)
                 parameters[name] = value.replace("{{workflow.uid}}", str(uuid.uuid4()))
         for name, value in parameters.items():
             if name not in known:

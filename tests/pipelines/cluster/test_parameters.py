@@ -144,7 +144,7 @@ def test_the_server_is_what_replaces_and_refuses(state: Pipelines, url: str) -> 
     command = ("submit", "--pipeline", "rollback", "--no-follow", "-p")
     assert nudge(*command, "model_name={{workflow.name}}").exit_code == 0
     (run,) = state.runs.values()
-    assert run["runtime_config"]["parameters"]["model_name"].startswith("train-and-serve-")
+    assert run["runtime_config"]["parameters"]["model_name"].startswith("rollback-")
     for text in ("{{inputs.parameters.x}}", "埃菲尔"):
         refused = nudge(*command, f"model_name={text}")
         assert refused.exit_code == 2

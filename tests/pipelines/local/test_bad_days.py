@@ -285,6 +285,7 @@ def test_a_proxy_in_the_environment_is_not_asked_about_this_machine(
 def test_runs_are_in_order_in_one_second_and_after_the_clock_was_set_back(home: Path) -> None:
     later = home / "runs" / "29990101-000059-ffff"
     later.mkdir(parents=True)
+    (home / "runs" / "99999999-999999-no-time").mkdir()
     begun = [begin(load("eiffel"), home, fresh=True) for _ in range(4)]
     names = [later.name, *(run.run_id for run in begun)]
     assert names == sorted(names)
