@@ -40,10 +40,14 @@ def own_peers() -> Iterator[None]:
         is_elsewhere = owner is None and not there[0].is_loopback
         if is_elsewhere or owner in (0, os.getuid()):
             continue
+        who = (
+            "a process that has ended, of an unknown user,"
+            if owner is None
+            else f"another user of this machine (uid {owner})"
+        )
         raise UserError(
-            f"another user of this machine (uid {'unknown' if owner is None else owner}) connected "
-            "to this training as if it were one of its ranks; nothing was exchanged with it; start "
-            "the training again, or set train.processes: 1"
+            f"{who} connected to this training as if it were one of its ranks; nothing was "
+            "exchanged with it; start the training again, or set train.processes: 1"
         )
 
 

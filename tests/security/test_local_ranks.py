@@ -219,7 +219,7 @@ def test_a_peer_that_has_gone_is_refused() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
         contextlib.ExitStack() as stack,
-        pytest.raises(UserError, match=r"another user .*uid unknown"),
+        pytest.raises(UserError, match=r"a process that has ended, of an unknown user"),
         own_peers(),
     ):
         connect(listener.getsockname()[1]).close()
